@@ -1,0 +1,1 @@
+"""The subcommands of `minillama`, one file each: an `Args` dataclass and `run(args) -> exit status`."""

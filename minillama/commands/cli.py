@@ -1,0 +1,91 @@
+"""`minillama NAME ...`: find the command, read its arguments, run it, and turn errors into one clear message."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from minillama import __version__
+from minillama.errors import InputError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "train a model: a folder with config, metrics, checkpoints and the final model",
+    "generate": "continue a prompt with a trained model",
+    "plan": "shapes, parameters, memory and FLOPs of a model, without building it",
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run one command and give its exit status.
+
+    Args:
+        argv: the words after `minillama`; those of the process by default. `--debug` anywhere among them
+            lets a traceback through.
+        prog: the program's name in `--help`, `minillama NAME` by default.
+
+    Returns:
+        0, or 1 for an error, 2 for a command line that cannot be read, 130 after Ctrl-C, 141 for a closed pipe.
+
+    Raises:
+        SystemExit: from tyro, for `--help` (0) and for arguments that it cannot read (2).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        status = _dispatch([word for word in words if word != "--debug"], prog)
+        sys.stdout.flush()  # a closed pipe shows here, and not while the interpreter shuts down
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go
+        return 141
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return 130
+    except InputError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        print(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback", file=sys.stderr)
+        return 1
+
+
+def _dispatch(words: list[str], prog: str | None) -> int:
+    name, rest = (words[0], words[1:]) if words else ("--help", [])
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        print(f"minillama {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(COMMANDS)}"
+        print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    command = import_module(f"minillama.commands.{name}")
+    if hasattr(command, "parse"):
+        args = command.parse(rest)
+    else:
+        import tyro
+
+        args = tyro.cli(command.Args, args=rest, prog=prog or f"minillama {name}", description=command.__doc__)
+    status: int = command.run(args)
+    return status
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    head = ["usage: minillama COMMAND [ARGUMENTS]", "", "commands:"]
+    tail = ["", "minillama COMMAND --help lists its arguments; --version; --debug shows tracebacks."]
+    return "\n".join([*head, *lines, *tail])

@@ -1,0 +1,5 @@
+"""The parts of a block, one idea a file.
+
+Shapes everywhere: B batch, T time (queries), S slots (keys), V vocabulary, D model width,
+H query heads, K key/value heads, E head width, F feed-forward width.
+"""

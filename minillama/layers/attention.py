@@ -1,0 +1,78 @@
+"""Grouped-query attention."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.layers.linear import fused_linear
+from minillama.layers.mask import KernelMask
+from minillama.layers.rope import rotate
+from minillama.state import LayerState, Span
+
+__all__ = ["Attention"]
+
+
+class Attention(nn.Module):
+    """o_proj(softmax(q k^T / sqrt(E) + mask) v), each key/value head serving H/K consecutive query heads.
+
+    K = H is multi-head attention (Vaswani et al. 2017, arXiv 1706.03762, §3.2), K = 1 multi-query
+    (Shazeer 2019, arXiv 1911.02150), between them grouped-query (Ainslie et al. 2023, arXiv 2305.13245).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        self.widths = (
+            config.n_heads * config.head_dim,
+            config.n_kv_heads * config.head_dim,
+            config.n_kv_heads * config.head_dim,
+        )
+        self.q_proj = nn.Linear(config.dim, self.widths[0], bias=False)
+        self.k_proj = nn.Linear(config.dim, self.widths[1], bias=False)
+        self.v_proj = nn.Linear(config.dim, self.widths[2], bias=False)
+        self.o_proj = nn.Linear(self.widths[0], config.dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: KernelMask,
+        state: LayerState | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x: normalised residual stream.
+            rope: cosines and sines of the tokens' positions.
+            mask: what the kernel wants, made once a forward pass.
+            state: this layer's keys and values so far; None outside decoding.
+            span: the slots of these tokens in the state.
+        """
+        parts = (
+            self.qkv_proj(x).split(self.widths, dim=-1)
+            if self.fused
+            else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        )
+        q, k, v = (rearrange(part, "b t (h e) -> b h t e", e=self.head_dim) for part in parts)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if state is not None and span is not None:
+            k, v = state.append(k, v, span)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=self.grouped
+        )
+        return self.o_proj(rearrange(out, "b h t e -> b t (h e)"))
+
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse` has been called."""
+        return hasattr(self, "qkv_proj")
+
+    def fuse(self) -> None:
+        """Put queries, keys and values into one product, for decoding. There is no way back."""
+        self.qkv_proj = fused_linear(self.q_proj, self.k_proj, self.v_proj)
+        del self.q_proj, self.k_proj, self.v_proj

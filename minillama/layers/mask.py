@@ -1,0 +1,79 @@
+"""Who may attend to whom: described once, turned into what the attention kernel wants in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillama.state import Span
+
+__all__ = ["KernelMask", "Mask"]
+
+
+class KernelMask(NamedTuple):
+    """What `scaled_dot_product_attention` takes: a flag where a flag will do, else a boolean tensor."""
+
+    allowed: Tensor | None
+    is_causal: bool
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A description of the attention pattern of one forward pass. The default is plain causal attention.
+
+    A query at slot i sees a key at slot j where every condition that is given holds.
+
+    Args:
+        causal: j <= i.
+        prefix: (B,) the first `prefix[b]` slots are seen by every query, later ones causally (a prefix LM).
+        documents: (B, T) document ids of packed text; keys of another document are hidden.
+        lengths: (B,) how many tokens of each row are real; the rest is padding on the right. A causal
+            query never sees padding, so this leaves the fused causal kernel in use; it is also what a
+            decode state counts as read.
+        window: only the last `window` slots, the query's own included, are seen.
+        sinks: the first `sinks` slots are seen whatever the window (Xiao et al. 2023, arXiv 2309.17453).
+    """
+
+    causal: bool = True
+    prefix: Tensor | None = None
+    documents: Tensor | None = None
+    lengths: Tensor | None = None
+    window: int | None = None
+    sinks: int = 0
+
+    def for_kernel(self, span: Span, device: torch.device) -> KernelMask:
+        """The description for queries at `span`, as a flag or as (1 or B, 1, T, S) booleans.
+
+        Raises:
+            ValueError: for document ids together with a decode state, whose earlier ids are not known.
+        """
+        if self.documents is not None and span.end != span.count:
+            raise ValueError("document ids describe a whole forward pass; a decode state holds one document a row")
+        bounded = self.window is not None and self.window < span.end
+        plain = self.prefix is None and self.documents is None and not bounded
+        if plain and not self.causal and self.lengths is None:
+            return KernelMask(None, False)
+        if plain and self.causal and span.start == 0:
+            return KernelMask(None, True)
+        if plain and self.causal and span.start is not None and span.count == 1:
+            return KernelMask(None, False)  # one query after everything else: it sees all there is
+        return KernelMask(self._allowed(span, device), False)
+
+    def _allowed(self, span: Span, device: torch.device) -> Tensor:
+        queries = span.slots(device)[..., :, None]  # (T, 1) or (B, T, 1)
+        keys = torch.arange(span.end, device=device)
+        allowed = keys <= queries if self.causal else torch.ones_like(keys <= queries)
+        if self.window is not None:
+            allowed = allowed & ((keys > queries - self.window) | (keys < self.sinks))
+        if self.prefix is not None:
+            allowed = allowed | (keys < self.prefix.to(device)[:, None, None])
+        if self.lengths is not None and (not self.causal or self.prefix is not None):
+            first = queries[..., :1, :]  # the slot of each row's first token in this pass
+            allowed = allowed & (keys < first + self.lengths.to(device)[:, None, None])
+        if self.documents is not None:
+            ids = self.documents.to(device)
+            allowed = allowed & (ids[:, :, None] == ids[:, None, :])
+        return allowed[None, None] if allowed.dim() == 2 else allowed[:, None]

@@ -1,0 +1,37 @@
+"""The feed-forward sublayer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.layers.linear import fused_linear
+
+__all__ = ["SwiGLU"]
+
+
+class SwiGLU(nn.Module):
+    """y = down(silu(gate(x)) * up(x)), without biases. Shazeer 2020, arXiv 2002.05202, eq. 6."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(F.silu(gate) * up)
+
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse` has been called."""
+        return hasattr(self, "gate_up_proj")
+
+    def fuse(self) -> None:
+        """Put gate and up into one product, for decoding. There is no way back."""
+        self.gate_up_proj = fused_linear(self.gate_proj, self.up_proj)
+        del self.gate_proj, self.up_proj
+

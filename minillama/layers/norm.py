@@ -1,0 +1,31 @@
+"""Root mean square layer normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension.
+
+    The mean is taken in float32 whatever the input's type. Zhang and Sennrich 2019,
+    arXiv 1910.07467, eq. 4; used before each sublayer as in LLaMA, arXiv 2302.13971, §2.2.
+
+    Args:
+        dim: D, the width of the last dimension.
+        eps: added to the mean square; LLaMA has 1e-6 or 1e-5.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D), in the input's type."""
+        # a weight of another type than the input would take the slow, unfused path
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -1,0 +1,80 @@
+"""Rotary position embedding, in the half-split layout, and its rescalings for longer contexts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minillama.config import ModelConfig, RopeScaling
+
+__all__ = ["Rope", "inverse_frequencies", "rotate"]
+
+
+def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
+    """w_i = theta^(-2i/E) for i in 0..E/2-1, in radians a position, rescaled if asked.
+
+    - `linear`: w / factor, which is the same as positions / factor (Chen et al. 2023, arXiv 2306.15595).
+    - `ntk`: theta * factor^(E/(E-2)), so that the slowest pair turns `factor` times slower and the
+      fastest is left alone.
+    - `llama3`: pairs whose wavelength 2 pi / w is over original / low are divided by factor, those under
+      original / high are kept, and between them s = (original / wavelength - low) / (high - low) blends
+      the two (meta-llama/llama-models, models/llama3/model.py).
+
+    Args:
+        head_dim: E, even.
+        theta: the base.
+        scaling: the rescaling, or none.
+
+    Returns:
+        (E/2,) float32 on the CPU or on the device of the surrounding `torch.device` context.
+    """
+    if scaling is not None and scaling.kind == "ntk":
+        theta = theta * scaling.factor ** (head_dim / (head_dim - 2))
+    w = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if scaling is None or scaling.kind == "ntk":
+        return w
+    if scaling.kind == "linear":
+        return w / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_seq_len * w / (2 * math.pi)  # rotations within the original context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return w * (blend + (1 - blend) / scaling.factor)
+
+
+class Rope(nn.Module):
+    """Tables of cosines and sines for position ids. Su et al. 2021, arXiv 2104.09864, §3.4.
+
+    It holds no parameter: the frequencies follow from the configuration and are in no file.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        w = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.register_buffer("frequencies", w, persistent=False)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Position ids (T,) or (B, T) -> cosines and sines, (T, E) or (B, 1, T, E).
+
+        Angles are taken in float32: in bfloat16 positions beyond 256 would run together.
+        """
+        angles = positions[..., None].float() * self.frequencies.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        if positions.dim() == 2:
+            angles = angles[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+E/2}) by its angle: x * cos + (-x2, x1) * sin.
+
+    Args:
+        x: queries or keys, (B, H, T, E).
+        cos: (T, E) or (B, 1, T, E), from `Rope`.
+        sin: the same shape.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-x2, x1), dim=-1) * sin

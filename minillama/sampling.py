@@ -1,0 +1,151 @@
+"""From logits to the next token: pure functions (B, V) -> (B, V), applied in the order of `Sampler`.
+
+A token that is ruled out gets -inf. Nothing here keeps state but the random generators, one a row, so
+that a row's text does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minillama.errors import InputError
+
+__all__ = [
+    "Sampler",
+    "Sampling",
+    "min_p",
+    "repetition_penalty",
+    "row_generators",
+    "temperature",
+    "top_k",
+    "top_p",
+]
+
+OUT = float("-inf")
+
+
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive logits of seen tokens by `penalty`, multiply negative ones by it.
+
+    Keskar et al. 2019, arXiv 1909.05858, §4.1, in the form that the field adopted for negative logits.
+
+    Args:
+        logits: (B, V).
+        seen: (B, V) booleans, true for the tokens of the prompt and of the text so far.
+        penalty: 1 changes nothing, 1.1 to 1.3 is usual.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def temperature(logits: Tensor, value: float) -> Tensor:
+    """logits / value, value > 0."""
+    return logits / value
+
+
+def top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k largest logits of each row, and any that equal the k-th."""
+    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < kth, OUT)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the most probable tokens until their sum exceeds p; the one that crosses it is kept.
+
+    Token i of the sorted row is dropped when cumsum_i - p_i > p (Holtzman et al. 2020, arXiv 1904.09751,
+    §3.1; Meta's llama/generation.py).
+    """
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    drop = probabilities.cumsum(-1) - probabilities > p
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), OUT)
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Drop tokens less probable than p times the most probable one. Nguyen et al. 2024, arXiv 2407.01082."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), OUT)
+
+
+def row_generators(seed: int, rows: int) -> list[torch.Generator]:
+    """One generator a row, seeded with seed + row: row i alone draws what it draws in a batch."""
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = field(default=0.8, metadata={"min": 0})
+    """Divides the logits; 0 takes the most probable token (greedy)."""
+    top_k: int = field(default=0, metadata={"min": 0})
+    """Keep only the K most probable tokens; 0 keeps all."""
+    top_p: float = field(default=1.0, metadata={"above": 0, "max": 1})
+    """Keep the most probable tokens that together exceed P."""
+    min_p: float = field(default=0.0, metadata={"min": 0, "max": 1})
+    """Drop tokens less probable than P times the most probable."""
+    repetition_penalty: float = field(default=1.0, metadata={"above": 0})
+    """Over 1 makes tokens that were already there less likely."""
+    seed: int = 0
+    """Of the random choices; prompt i of a batch uses seed + i."""
+
+
+class Sampler:
+    """Chooses one token a row, and drops rows that have ended.
+
+    Args:
+        settings: the chain.
+        prompts: token ids of each row's prompt, for the repetition penalty.
+        vocab_size: V.
+    """
+
+    def __init__(self, settings: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        self.settings = settings
+        self.generators = row_generators(settings.seed, len(prompts))
+        self.seen: Tensor | None = None
+        if settings.repetition_penalty != 1.0:
+            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                self.seen[row, torch.tensor(prompt)] = True
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (B, V) -> token ids (B,), on the CPU.
+
+        Raises:
+            InputError: logits that are no numbers, which a broken model gives.
+        """
+        logits = logits.float().cpu()
+        if logits.isnan().any():
+            raise InputError("the model's logits are not numbers", fix="check its weights: they hold NaN or infinity")
+        s = self.settings
+        if self.seen is not None:
+            logits = repetition_penalty(logits, self.seen, s.repetition_penalty)
+        if s.temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = self._draw(temperature(logits, s.temperature))
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        s = self.settings
+        if s.top_k:
+            logits = top_k(logits, s.top_k)
+        if s.top_p < 1:
+            logits = top_p(logits, s.top_p)
+        if s.min_p:
+            logits = min_p(logits, s.min_p)
+        rows = [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(logits.softmax(-1), self.generators, strict=True)
+        ]
+        return torch.cat(rows)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        self.generators = [self.generators[row] for row in rows]
+        if self.seen is not None:
+            self.seen = self.seen[list(rows)]

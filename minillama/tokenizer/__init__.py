@@ -1,0 +1,15 @@
+"""Tokenizers: load, save, encode, decode, stream; train BPE, byte and character vocabularies. No torch here."""
+
+from minillama.tokenizer.stream import StreamDecoder
+from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
+from minillama.tokenizer.train import TokenizerTrainer, byte_tokenizer, char_tokenizer, train_bpe
+
+__all__ = [
+    "END_OF_TEXT",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerTrainer",
+    "byte_tokenizer",
+    "char_tokenizer",
+    "train_bpe",
+]

@@ -1,0 +1,58 @@
+"""Decoding one token at a time."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from typing import TYPE_CHECKING
+
+from tokenizers import decoders
+
+from minillama.tokenizer.bytelevel import piece_bytes
+
+if TYPE_CHECKING:
+    from minillama.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["StreamDecoder"]
+
+
+class StreamDecoder:
+    """Turns token ids into text as they come: all pushes plus the flush equal `decode` of all the ids.
+
+    Half a character is never given out: its bytes wait for the rest of it. The time of a push does not
+    depend on how much was pushed before. (tokenizers' own DecodeStream waits for ever, and slows down,
+    once a model has written bytes that are no UTF-8, and it has no flush.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._backend = tokenizer.backend
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if is_byte_level else None
+        self._context: list[int] = []  # the last token given out: SentencePiece strips the blank of a first token
+        self._pending: list[int] = []  # a run of byte tokens, which is text or not as a whole
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token; often none, at times several characters."""
+        piece = self._backend.id_to_token(token)
+        if piece is None or token in self._skipped:
+            return ""
+        if self._utf8 is not None:
+            return self._utf8.decode(piece_bytes(piece))
+        self._pending.append(token)
+        return "" if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else self._take()
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for bytes that never became a character. The stream starts anew."""
+        text = self._utf8.decode(b"", final=True) if self._utf8 is not None else self._take()
+        self._context = []
+        return text
+
+    def _take(self) -> str:
+        before = self._decode(self._context)
+        text = self._decode(self._context + self._pending)[len(before) :]
+        self._context, self._pending = self._pending[-1:], []
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,258 @@
+"""Text to token ids and back, over the Rust `tokenizers` library and its tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from minillama.errors import InputError
+from minillama.tokenizer.stream import StreamDecoder
+
+__all__ = ["END_OF_TEXT", "Tokenizer"]
+
+END_OF_TEXT = "<|endoftext|>"
+# Where no tokenizer_config.json says which they are.
+_EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
+_BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
+# What survives from a loaded tokenizer_config.json, beside what save() writes itself.
+_CARRIED = ("unk_token", "pad_token", "chat_template", "model_max_length")
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# llama.cpp knows pre-tokenizers by name (tokenizer.ggml.pre), tokenizer.json spells them out.
+_PRE: dict[str, list[dict[str, Any]]] = {
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    ],
+    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
+
+
+class Tokenizer:
+    """A vocabulary and the rules that cut text into it.
+
+    Args:
+        backend: the `tokenizers.Tokenizer`; it belongs to this object from here on.
+        eos: the token that ends a text; it must be in the vocabulary.
+        bos: the token that starts one; `eos` where the vocabulary has none of its own, as GPT-2's.
+        add_bos: whether generation starts with `bos`, because the model was trained so.
+        config: further members of tokenizer_config.json to keep, such as `chat_template`.
+
+    Raises:
+        InputError: `eos` or `bos` is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        eos: str = END_OF_TEXT,
+        bos: str | None = None,
+        add_bos: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        backend.no_truncation()  # files in the wild carry a cut at 512 and padding, which would pass unnoticed
+        backend.no_padding()
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is these 13 characters
+        self.backend = backend
+        self.add_bos = add_bos
+        self.eos_token, self.bos_token = eos, bos or eos
+        self.eos_id, self.bos_id = self._id(self.eos_token), self._id(self.bos_token)
+        self._config = {key: value for key, value in (config or {}).items() if key in _CARRIED and value is not None}
+
+    def _id(self, token: str) -> int:
+        index = self.backend.token_to_id(token)
+        if index is None:
+            raise InputError("this token is not in the vocabulary", found=token, expected="a token of tokenizer.json")
+        return index
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Read a tokenizer.json, or a folder that holds one, with the tokenizer_config.json beside it if any.
+
+        Raises:
+            InputError: no such file, or it is not a tokenizer.json, or it names no end-of-text token.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "tokenizer.json"
+        backend = _read_backend(file)
+        settings_file = file.with_name("tokenizer_config.json")
+        settings = _read_json(settings_file) if settings_file.exists() else {}
+        template = file.with_name("chat_template.jinja")
+        if template.exists():
+            settings["chat_template"] = _read_text(template)
+        eos = _token_name(settings.get("eos_token")) or _first_known(backend, _EOS_NAMES)
+        bos = _token_name(settings.get("bos_token")) or _first_known(backend, _BOS_NAMES)
+        if eos is None:
+            raise InputError(
+                "the tokenizer names no end-of-text token",
+                where=f"{settings_file}, eos_token",
+                expected=f"eos_token, or one of {', '.join(_EOS_NAMES)} in the vocabulary",
+                fix=f'write {{"eos_token": "..."}} to {settings_file}',
+            )
+        # Without a word in the settings, the file's own template shows what its models were trained with.
+        starts = bos is not None and backend.encode("").ids[:1] == [backend.token_to_id(bos)]
+        add_bos = bool(settings.get("add_bos_token", starts))
+        try:
+            return cls(backend, eos=eos, bos=bos, add_bos=add_bos, config=settings)
+        except InputError as error:
+            raise InputError(error.what, where=settings_file, found=error.found, expected=error.expected) from None
+
+    def save(self, folder: str | Path, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
+
+        Args:
+            folder: made if it is not there.
+            max_length: the model's context in tokens, written as `model_max_length`.
+        """
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "add_bos_token": self.add_bos,
+            "clean_up_tokenization_spaces": False,
+            **self._config,
+        }
+        if max_length is not None:
+            settings["model_max_length"] = max_length
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+    def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any Unicode text.
+            bos: put `bos_id` in front.
+            special: read the names of special tokens as these tokens. Only for text that the program
+                wrote itself (chat templates): in a user's text they are plain characters.
+
+        Raises:
+            InputError: the text holds a lone surrogate, which is no character.
+        """
+        backend = self._special_backend if special else self.backend
+        return [self.bos_id] * bos + _encode(backend, [text])[0]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return _encode(self.backend, list(texts))
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of token ids; U+FFFD stands for bytes that are no UTF-8, ids outside the vocabulary for nothing."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one at a time."""
+        return StreamDecoder(self, skip_special)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """The rows that an embedding needs: the highest id plus one, added tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are marks and not text."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the compact tokenizer.json in hexadecimal: equal for tokenizers that cut text alike."""
+        return sha256(self.backend.to_str().encode()).hexdigest()
+
+    @cached_property
+    def pre(self) -> str | None:
+        """llama.cpp's name of the pre-tokenizer (tokenizer.ggml.pre), None where GGUF cannot express this one."""
+        spec = json.loads(self.backend.to_str())
+        steps = spec["pre_tokenizer"] or {}
+        steps = [
+            {key: value for key, value in step.items() if key != "trim_offsets"}
+            for step in steps.get("pretokenizers", [steps])
+        ]
+        if spec["model"]["type"] != "BPE" or spec["normalizer"] is not None:
+            return None
+        return next((name for name, known in _PRE.items() if known == steps), None)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns messages into text, where the tokenizer came with one."""
+        return self._config.get("chat_template")
+
+    @cached_property
+    def _special_backend(self) -> Backend:
+        # A second one instead of a switched flag: an encode in another thread must not see the switch.
+        return Backend.from_str(self.backend.to_str())
+
+
+def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
+    try:
+        return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except TypeError:
+        bad = next((text for text in texts if any("\ud800" <= char <= "\udfff" for char in text)), None)
+        if bad is None:
+            raise
+        raise InputError(
+            "this text is not valid Unicode: it holds a lone surrogate", found=ascii(bad[:80]), fix="give it as UTF-8"
+        ) from None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        fix = "give the tokenizer.json, or a folder that holds it"
+        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
+    except UnicodeDecodeError as error:
+        raise InputError("this file is not UTF-8 text", where=file, found=str(error)) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    text = _read_text(file)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        found = f"{error}; it starts with {text[:40]!r}"
+        raise InputError("this file is not JSON, or is cut short", where=file, found=found) from None
+    if not isinstance(value, dict):
+        raise InputError("this file is not a JSON object", where=file, found=type(value).__name__)
+    return value
+
+
+def _read_backend(file: Path) -> Backend:
+    spec = _read_json(file)
+    try:
+        return Backend.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(
+            "this is not a tokenizer.json of the tokenizers library",
+            where=file,
+            found=f"{error}; its keys are {', '.join(spec) or 'none'}",
+            expected="keys version, added_tokens, pre_tokenizer, decoder, model, ...",
+        ) from None
+
+
+def _token_name(value: object) -> str | None:
+    """A token of tokenizer_config.json is a string, or an object with its `content`."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _first_known(backend: Backend, names: Iterable[str]) -> str | None:
+    return next((name for name in names if backend.token_to_id(name) is not None), None)

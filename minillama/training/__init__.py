@@ -1,0 +1,1 @@
+"""Pretraining: configuration, objectives, optimizer, loop, checkpoints."""

@@ -1,0 +1,84 @@
+"""What the machine can do: device, number format, peak speed, compiler."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from typing import Literal
+
+import torch
+
+from minillama.errors import InputError
+
+__all__ = ["choose_device", "choose_dtype", "compiler_missing", "peak_flops"]
+
+# dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the makers' data sheets
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        InputError: a device that this machine or this torch lacks.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name.partition(":")[0], False):
+        there = [kind for kind, yes in available.items() if yes]
+        raise InputError("no such device", where="train.device", found=name, expected=f"auto or one of {there}")
+    return torch.device(name)
+
+
+def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device, dim: int) -> torch.dtype:
+    """The type of matrix products while training; weights and sums stay float32.
+
+    `auto` takes bfloat16 where the processor multiplies it in hardware (AVX-512 BF16 or AMX, Ampere and
+    later) and the model is wide enough for the products to outweigh the casts. float16 is never chosen.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and dim >= 192:
+        capabilities = torch.cpu.get_capabilities()
+        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
+        return "no C++ compiler (g++ or clang++) was found"
+    return None
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the device's matrix products: from the data sheet, or measured in a tenth of a second."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        if known is not None and dtype == torch.bfloat16:
+            return known
+    size = 1024 if device.type == "cpu" else 4096
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best, deadline = math.inf, time.perf_counter() + 0.1
+    while time.perf_counter() < deadline:
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # reading a value waits for an asynchronous device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,18 @@
+"""Training objectives, one file each, and the one place where a name becomes one."""
+
+from __future__ import annotations
+
+from minillama.training.config import RunConfig
+from minillama.training.objectives.base import Batch, Objective
+from minillama.training.objectives.lm import LanguageModel
+
+__all__ = ["Batch", "LanguageModel", "Objective", "make"]
+
+
+def make(config: RunConfig, separator: int | None) -> Objective:
+    """The objective that the configuration asks for; `auto` is what the model was made for, here `lm`."""
+    return LanguageModel(
+        config.train.batch_size,
+        config.context,
+        separator if config.data.mask_documents else None,
+    )

@@ -1,0 +1,58 @@
+"""Next-token prediction over packed text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minillama.data.corpus import Corpus
+from minillama.data.packing import document_ids, document_positions
+from minillama.layers.cross_entropy import cross_entropy
+from minillama.layers.mask import Mask
+from minillama.model import Decoder
+from minillama.training.objectives.base import Batch
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel:
+    """loss = -sum_t log p(token_{t+1} | token_1..t).
+
+    Args:
+        batch_size: rows a step.
+        context: T, tokens a row.
+        separator: id of the token that opens a document; with it, tokens see only their own document and
+            positions start anew in each. None packs documents one behind the other in full view.
+    """
+
+    def __init__(self, batch_size: int, context: int, separator: int | None = None) -> None:
+        self.batch_size = batch_size
+        self.context = context
+        self.separator = separator
+
+    def batch(self, data: Corpus, seed: int, step: int) -> Batch:
+        """Rows of T + 1 consecutive tokens, split into what is read and what is predicted."""
+        window = data.batch(seed, step, self.batch_size, self.context)
+        rows = torch.from_numpy(window)
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        weights = torch.ones(targets.shape)
+        if self.separator is None:
+            return Batch(tokens, targets, weights)
+        ids = document_ids(window[:, :-1], self.separator)
+        positions = document_positions(window[:, :-1], self.separator)
+        return Batch(tokens, targets, weights, Mask(documents=torch.from_numpy(ids)), torch.from_numpy(positions))
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of nats over the batch's targets, and their weight."""
+        hidden = model.hidden(batch.tokens, batch.positions, batch.mask)
+        return cross_entropy(model.head(hidden), batch.targets, batch.weights), batch.weights.sum(), {}
+
+    def prepare(self, step: int) -> None:
+        """Nothing to prepare: text is there already."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing to keep: batches follow from (seed, step)."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to take back."""

@@ -1,0 +1,126 @@
+"""The dispatcher: names, exit statuses, and errors that a person can read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from minillama import __version__
+from minillama.commands import cli
+from minillama.errors import InputError
+
+
+@dataclass
+class Args:
+    n: int = 3
+    """How many."""
+
+
+def raiser(error: BaseException) -> Callable[[Args], int]:
+    def run(args: Args) -> int:
+        raise error
+
+    return run
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A command `probe` that returns its argument as the exit status."""
+    module = types.ModuleType("minillama.commands.probe", "Return a number.")
+    module.Args, module.run = Args, lambda args: args.n  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, "probe", "return a number")
+    return module
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_usage_lists_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: minillama COMMAND")
+    for name, text in cli.COMMANDS.items():
+        assert f"  {name} " in out and text in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"minillama {__version__}\n"
+
+
+def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 2
+    assert capsys.readouterr() == ("", "error: unknown command 'trian'; did you mean 'train'?\n")
+    assert cli.main(["--frobnicate"]) == 2
+    assert "there are: train, generate, plan" in capsys.readouterr().err
+
+
+def test_arguments_reach_the_command_and_its_status_comes_back(command: types.ModuleType) -> None:
+    assert cli.main(["probe"]) == 3
+    assert cli.main(["probe", "--n", "7"]) == 7
+
+
+def test_help_names_the_program(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    for prog, shown in ((None, "minillama probe"), ("python probe.py", "python probe.py")):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main(["probe", "--help"], prog=prog)
+        out = capsys.readouterr().out
+        assert out.startswith(f"usage: {shown} ") and "Return a number." in out and "How many." in out
+
+
+def test_a_bad_argument_exits_2(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["probe", "--n", "x"])
+    assert "x" in capsys.readouterr().err
+
+
+def test_a_command_may_read_its_own_arguments(command: types.ModuleType) -> None:
+    command.parse = lambda words: Args(n=len(words))  # type: ignore[attr-defined]
+    assert cli.main(["probe", "a", "--debug", "b"]) == 2
+
+
+def test_input_errors_are_shown_without_a_traceback(
+    command: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run = raiser(InputError("no such model", where="x/config.json", fix="give a folder"))  # type: ignore[attr-defined]
+    assert cli.main(["probe"]) == 1
+    assert capsys.readouterr() == ("", "error: no such model\n  where: x/config.json\n  do: give a folder\n")
+
+
+def test_other_errors_take_one_line(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run = raiser(TypeError("bad"))  # type: ignore[attr-defined]
+    assert cli.main(["probe"]) == 1
+    assert capsys.readouterr().err == "internal error: TypeError: bad; --debug shows the traceback\n"
+
+
+@pytest.mark.parametrize("error", [TypeError("bad"), InputError("bad"), KeyboardInterrupt("bad")])
+@pytest.mark.parametrize("argv", [["probe", "--debug"], ["--debug", "probe"]])
+def test_debug_lets_the_traceback_through(command: types.ModuleType, error: BaseException, argv: list[str]) -> None:
+    command.run = raiser(error)  # type: ignore[attr-defined]
+    with pytest.raises(type(error), match="bad"):
+        cli.main(argv)
+
+
+def test_ctrl_c_is_quiet(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    command.run = raiser(KeyboardInterrupt())  # type: ignore[attr-defined]
+    assert cli.main(["probe"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read(); import minillama.__main__"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()  # the reader is gone before the usage is printed
+    process.stdin.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
