@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from minillama.errors import InputError
 from minillama.tokenizer.stream import StreamDecoder
@@ -68,10 +69,23 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" in a text is these 13 characters
         self.backend = backend
-        self.add_bos = add_bos
         self.eos_token, self.bos_token = eos, bos or eos
         self.eos_id, self.bos_id = self._id(self.eos_token), self._id(self.bos_token)
+        self.add_bos = add_bos
         self._config = {key: value for key, value in (config or {}).items() if key in _CARRIED and value is not None}
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether generation starts with `bos_id`. Kept as the post-processor of tokenizer.json, where others look."""
+        return bool(self.backend.encode("").ids[:1] == [self.bos_id])
+
+    @add_bos.setter
+    def add_bos(self, value: bool) -> None:
+        if value == self.add_bos:
+            return
+        bos, id_ = self.bos_token, self.bos_id
+        template = TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, id_)])
+        self.backend.post_processor = template if value else None
 
     def _id(self, token: str) -> int:
         index = self.backend.token_to_id(token)
@@ -104,8 +118,8 @@ class Tokenizer:
                 expected=f"eos_token, or one of {', '.join(_EOS_NAMES)} in the vocabulary",
                 fix=f'write {{"eos_token": "..."}} to {settings_file}',
             )
-        # Without a word in the settings, the file's own template shows what its models were trained with.
-        starts = bos is not None and backend.encode("").ids[:1] == [backend.token_to_id(bos)]
+        # Without a word in the settings, the file's own post-processor shows what its models were trained with.
+        starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
         add_bos = bool(settings.get("add_bos_token", starts))
         try:
             return cls(backend, eos=eos, bos=bos, add_bos=add_bos, config=settings)
@@ -156,7 +170,9 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; U+FFFD stands for bytes that are no UTF-8, ids outside the vocabulary for nothing."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        # The library overlooks special tokens that its file calls `normalized`, as Llama 2's does.
+        kept = [i for i in ids if not (skip_special and i in self.special_ids)]
+        return self.backend.decode(kept, skip_special_tokens=False)
 
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
@@ -174,17 +190,18 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the compact tokenizer.json in hexadecimal: equal for tokenizers that cut text alike."""
-        return sha256(self.backend.to_str().encode()).hexdigest()
+        """SHA-256, in hexadecimal, of the compact tokenizer.json without `add_bos`: equal where `encode` is."""
+        spec = json.loads(self.backend.to_str()) | {"post_processor": None}
+        return sha256(json.dumps(spec, separators=(",", ":")).encode()).hexdigest()
 
     @cached_property
     def pre(self) -> str | None:
         """llama.cpp's name of the pre-tokenizer (tokenizer.ggml.pre), None where GGUF cannot express this one."""
         spec = json.loads(self.backend.to_str())
-        steps = spec["pre_tokenizer"] or {}
+        first = spec["pre_tokenizer"] or {}
         steps = [
             {key: value for key, value in step.items() if key != "trim_offsets"}
-            for step in steps.get("pretokenizers", [steps])
+            for step in first.get("pretokenizers", [first])
         ]
         if spec["model"]["type"] != "BPE" or spec["normalizer"] is not None:
             return None

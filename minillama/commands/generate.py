@@ -1,0 +1,111 @@
+"""Continue prompts with a trained model: the completion alone goes to standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from minillama.errors import InputError
+from minillama.sampling import Sampling
+from minillama.settings import check
+
+__all__ = ["Args", "run"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """What the command line said."""
+
+    model: str
+    """A model folder."""
+    prompt: tuple[str, ...] = ()
+    """One or more texts to continue; several are read in one batch."""
+    prompts: Path | None = None
+    """A file of prompts: JSONL with a field `prompt`, or plain text with one a line."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder, if it is not in the model's."""
+    max_new_tokens: int = field(default=128, metadata={"min": 1})
+    """Tokens a prompt at most."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not written."""
+    ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on after the end-of-text token."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; auto: as they are stored."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def run(args: Args) -> int:
+    """Stream one completion, or write several as JSONL, one line a prompt in order."""
+    check(args)
+    prompts = _prompts(args)
+    import torch
+
+    from minillama.generation import generate, stream
+    from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
+    from minillama.device import choose_device
+
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = Decoder.from_pretrained(args.model, dtype, choose_device(args.device)).fuse()
+    tokenizer = Tokenizer.load(args.tokenizer or args.model)
+    options: dict[str, Any] = {
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": args.sampling,
+        "stop": args.stop,
+        "ignore_eos": args.ignore_eos,
+    }
+    if len(prompts) == 1 and args.prompts is None:
+        for piece in stream(model, tokenizer, prompts[0], **options):
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            _explain(piece.reason, 0, model.config.max_seq_len)
+        sys.stdout.write("\n")
+        return 0
+    for i, completion in enumerate(generate(model, tokenizer, prompts, **options)):
+        line = {"prompt": prompts[i], "completion": completion.text, "finish_reason": completion.reason}
+        print(json.dumps(line, ensure_ascii=False))
+        _explain(completion.reason, i, model.config.max_seq_len)
+    return 0
+
+
+def _explain(reason: str | None, row: int, context: int) -> None:
+    if reason == "context":
+        print(f"prompt {row + 1}: stopped, the model's context of {context} tokens is full", file=sys.stderr)
+
+
+def _prompts(args: Args) -> Sequence[str]:
+    if bool(args.prompt) == (args.prompts is not None):
+        raise InputError("give either --prompt or --prompts", where="command line")
+    if args.prompts is None:
+        return args.prompt
+    try:
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("the prompts cannot be read", where=args.prompts, found=error) from error
+    jsonl = args.prompts.suffix == ".jsonl"
+    prompts = [_prompt(line, f"{args.prompts}:{n}", jsonl) for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise InputError("the file holds no prompt", where=args.prompts)
+    return prompts
+
+
+def _prompt(line: str, where: str, jsonl: bool) -> str:
+    if not jsonl:
+        return line
+    try:
+        value = json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError) as error:
+        found = line[:80]
+        raise InputError("not a JSON object with a prompt", where=where, found=found) from error
+    if not isinstance(value, str):
+        raise InputError("the prompt is no text", where=f"{where}, prompt", found=repr(value))
+    return value

@@ -1,0 +1,246 @@
+"""The shape of a model, and what follows from it by arithmetic. No torch.
+
+Notation: V vocabulary, D width, L layers, H query heads, K key/value heads, E head width, F feed-forward
+width, T sequence length.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from minillama import config_json
+from minillama.errors import InputError
+from minillama.settings import Located, build, config_names, config_path, read_toml, to_dict
+
+__all__ = ["ModelConfig", "RopeScaling"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than the trained one; see `layers/rope.py`."""
+
+    kind: Literal["linear", "ntk", "llama3"] = "linear"
+    """linear: positions divided by factor; ntk: theta * factor^(E/(E-2)); llama3: slow pairs only."""
+    factor: float = field(default=1.0, metadata={"min": 1})
+    """How much longer the context becomes."""
+    low_freq_factor: float = field(default=1.0, metadata={"above": 0})
+    """llama3: pairs that turn less often than this in the original context are divided by factor."""
+    high_freq_factor: float = field(default=4.0, metadata={"above": 0})
+    """llama3: pairs that turn more often than this are left alone."""
+    original_max_seq_len: int = field(default=8192, metadata={"min": 1})
+    """llama3: the original context."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. The defaults are LLaMA 7B's (arXiv 2302.13971, Table 2)."""
+
+    dim: int = field(default=4096, metadata={"min": 1})
+    """D, width of the residual stream."""
+    n_layers: int = field(default=32, metadata={"min": 1})
+    """L, blocks."""
+    n_heads: int = field(default=32, metadata={"min": 1})
+    """H, query heads."""
+    n_kv_heads: int = field(default=0, metadata={"min": 0})
+    """K, key/value heads; 0: as many as query heads."""
+    head_dim: int = field(default=0, metadata={"min": 0})
+    """E, width of a head; 0: dim / n_heads."""
+    hidden_dim: int = field(default=0, metadata={"min": 0})
+    """F, feed-forward width; 0: 8/3 dim, rounded up to a multiple of 256 (Meta's rule)."""
+    vocab_size: int = field(default=32000, metadata={"min": 1})
+    """V, rows of the embedding."""
+    max_seq_len: int = field(default=2048, metadata={"min": 1})
+    """The longest context, in tokens."""
+    norm_eps: float = field(default=1e-6, metadata={"above": 0})
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = field(default=10000.0, metadata={"above": 1})
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Rescaling of the rotary frequencies."""
+    tie_embeddings: bool = False
+    """The head uses the embedding's matrix."""
+    preset: str = ""
+    """The file of configs/model that this shape came from."""
+
+    def __post_init__(self) -> None:
+        """Resolve what follows from the rest, and refuse impossible shapes.
+
+        Raises:
+            InputError: heads that do not divide, an odd head width; with the nearest valid numbers.
+        """
+        if min(self.dim, self.n_heads, self.n_layers, self.vocab_size) < 1:
+            return  # `settings.check` says which one, with its range
+        if not self.head_dim and self.dim % self.n_heads:
+            near = _nearest(self.n_heads, (n for n in range(1, self.dim + 1) if self.dim % n == 0))
+            raise InputError(
+                "the heads do not divide the width",
+                where="n_heads",
+                found=f"dim = {self.dim}, n_heads = {self.n_heads}",
+                expected=f"n_heads that divides dim, such as {near}, or a head_dim of its own",
+            )
+        resolved = {
+            "n_kv_heads": self.n_kv_heads or self.n_heads,
+            "head_dim": self.head_dim or self.dim // self.n_heads,
+            "hidden_dim": self.hidden_dim or 256 * -(-int(8 * self.dim / 3) // 256),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        if self.n_heads % self.n_kv_heads:
+            near = _nearest(self.n_kv_heads, (n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0))
+            raise InputError(
+                "the key/value heads do not divide the query heads",
+                where="n_kv_heads",
+                found=f"n_heads = {self.n_heads}, n_kv_heads = {self.n_kv_heads}",
+                expected=f"n_kv_heads that divides n_heads, such as {near}",
+            )
+        if self.head_dim % 2:
+            raise InputError(
+                "the head width is odd, and rotary positions turn pairs",
+                where="head_dim",
+                found=f"head_dim = {self.head_dim} (dim = {self.dim}, n_heads = {self.n_heads})",
+                expected=f"an even width, such as {self.head_dim + 1}",
+            )
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> ModelConfig:
+        """Read a shape.
+
+        Args:
+            source: the name of a file in configs/model, a TOML file (the shape alone or in its [model]
+                table), or a Hugging Face folder or config.json of either generation.
+
+        Raises:
+            InputError: nothing of that name, or not a shape that this decoder has.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = path / "config.json"
+        if path.suffix == ".json":
+            return _load_json(path)
+        path = config_path("model", str(source))
+        values, origin = read_toml(path)
+        if isinstance(values.get("model"), Mapping):
+            return cls.from_table(values["model"], origin, "model")
+        config = cls.from_table(values, origin)
+        return replace(config, preset=path.stem) if path.stem in config_names("model") else config
+
+    @classmethod
+    def from_table(cls, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
+        """A shape from a TOML table, whose `preset` key names the shape that the other keys change."""
+        if not values.get("preset"):
+            return build(cls, values, origin, prefix=prefix)
+        changed = {key: value for key, value in values.items() if key != "preset"}
+        return cls.load(values["preset"]).changed(changed, origin, prefix)
+
+    def changed(self, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
+        """This shape with other values; widths that follow from others are derived anew."""
+        base = self
+        if {"dim", "n_heads"} & set(values):
+            if self.head_dim * self.n_heads == self.dim:
+                base = _unchecked(base, head_dim=0)
+            if self.n_kv_heads == self.n_heads:
+                base = _unchecked(base, n_kv_heads=0)
+        return build(ModelConfig, values, origin, base, prefix)
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """A shape from the keys of a Hugging Face config.json. `to_hf` is the way back."""
+        try:
+            return build(cls, config_json.from_hf(values, where))
+        except InputError as error:
+            field_name = str(error.where)
+            if field_name not in config_json.KEYS:
+                raise
+            place = f"{where}, {config_json.KEYS[field_name]}"
+            raise InputError(error.what, where=place, found=error.found, expected=error.expected) from None
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The keys of config.json, for transformers 4 and 5 alike."""
+        return config_json.to_hf(to_dict(self), dtype)
+
+    def layer_tensors(self) -> dict[str, tuple[int, int] | tuple[int]]:
+        """Name within a block -> shape, (out, in) for products."""
+        d, f = self.dim, self.hidden_dim
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return {
+            "input_layernorm.weight": (d,),
+            "self_attn.q_proj.weight": (q, d),
+            "self_attn.k_proj.weight": (kv, d),
+            "self_attn.v_proj.weight": (kv, d),
+            "self_attn.o_proj.weight": (d, q),
+            "post_attention_layernorm.weight": (d,),
+            "mlp.gate_proj.weight": (f, d),
+            "mlp.up_proj.weight": (f, d),
+            "mlp.down_proj.weight": (d, f),
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> shape of every parameter, in the order of the model."""
+        table: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.dim)}
+        for i in range(self.n_layers):
+            table |= {f"model.layers.{i}.{name}": shape for name, shape in self.layer_tensors().items()}
+        table["model.norm.weight"] = (self.dim,)
+        if not self.tie_embeddings:
+            table["lm_head.weight"] = (self.vocab_size, self.dim)
+        return table
+
+    def num_params(self, embedding: bool = True) -> int:
+        """Parameters: 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
+
+        Args:
+            embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
+                once, as the head.
+        """
+        d, e = self.dim, self.head_dim
+        layer = 2 * d * self.n_heads * e + 2 * d * self.n_kv_heads * e + 3 * d * self.hidden_dim + 2 * d
+        table = self.vocab_size * d
+        return (table if embedding and not self.tie_embeddings else 0) + self.n_layers * layer + d + table
+
+    def flops_per_token(self, seq_len: int, training: bool = True) -> float:
+        """Multiplications and additions a token, averaged over a causal sequence of T tokens.
+
+        Forward: 2 for each weight of a product (the head is one, the embedding is a lookup), and
+        2 * 2 * H * E * (T + 1) / 2 a layer for scores and their sums, since a query sees half of the
+        sequence on average. Training is three times that. PaLM's 6N + 12 LHET (arXiv 2204.02311, App. B)
+        counts the whole square and all parameters, and so comes out higher.
+        """
+        norms = (2 * self.n_layers + 1) * self.dim
+        products = self.num_params(embedding=False) - norms
+        attention = self.n_layers * 2 * self.n_heads * self.head_dim * (seq_len + 1)
+        return (2 * products + attention) * (3 if training else 1)
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
+        """Bytes that one token takes in the decode state: 2 LKE values."""
+        return int(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
+
+
+def _nearest(number: int, choices: Iterable[int]) -> str:
+    every = list(choices)
+    below = max((n for n in every if n <= number), default=None)
+    above = min((n for n in every if n >= number), default=None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
+
+
+def _unchecked(config: ModelConfig, **values: int) -> ModelConfig:
+    """A copy in which a width is left to be derived when the next change is made."""
+    copy = object.__new__(ModelConfig)
+    for name, value in {**config.__dict__, **values}.items():
+        object.__setattr__(copy, name, value)
+    return copy
+
+
+def _load_json(path: Path) -> ModelConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError("no config.json in the model folder", where=path) from error
+    except (OSError, ValueError) as error:
+        raise InputError("not a readable config.json", where=path, found=error) from error
+    if not isinstance(values, dict):
+        raise InputError("config.json holds no table", where=path, found=type(values).__name__)
+    return ModelConfig.from_hf(values, str(path))

@@ -1,0 +1,109 @@
+"""Hugging Face's config.json, as transformers 4 and 5 write it, to the fields of ModelConfig and back.
+
+Plain tables on both sides, so that `config.py` can build on this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minillama.errors import InputError
+
+__all__ = ["KEYS", "from_hf", "to_hf"]
+
+# ours -> theirs, where the meaning is the same
+KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")
+# what the decoder has no switch for: key -> the one value that it computes
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
+
+
+def from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of ModelConfig from config.json's keys.
+
+    Raises:
+        InputError: another model type, an activation, bias or rope type that this decoder lacks, or a
+            missing size; each is named.
+    """
+    kind = values.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise InputError("not a LLaMA-shaped model", where=f"{where}, model_type", found=kind, expected="llama")
+    for key, only in FIXED.items():
+        if values.get(key, only) != only:
+            raise InputError(f"{key} is not supported", where=f"{where}, {key}", found=values[key], expected=only)
+    for ours in REQUIRED:
+        if KEYS[ours] not in values:
+            raise InputError(f"{KEYS[ours]} is missing", where=where)
+    # version 5 keeps the base inside the table, version 4 beside it
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    table = {ours: values[theirs] for ours, theirs in KEYS.items() if values.get(theirs) is not None}
+    table.setdefault("max_seq_len", 2048)
+    table.setdefault("norm_eps", 1e-6)
+    table["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    scaling = _scaling(rope, where)
+    if scaling is not None:
+        table["rope_scaling"] = scaling
+    return table
+
+
+def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return {"kind": "linear", "factor": float(rope["factor"])}
+    if kind == "llama3":
+        return {
+            "kind": "llama3",
+            "factor": float(rope["factor"]),
+            "low_freq_factor": float(rope["low_freq_factor"]),
+            "high_freq_factor": float(rope["high_freq_factor"]),
+            "original_max_seq_len": rope["original_max_position_embeddings"],
+        }
+    raise InputError(
+        "this rope type is not supported", where=f"{where}, rope_type", found=kind, expected="default, linear or llama3"
+    )
+
+
+def to_hf(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json's keys from the fields of ModelConfig.
+
+    `ntk` is written as what it is, plain rope with a larger base.
+    """
+    theta, scaling = fields["rope_theta"], fields.get("rope_scaling")
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None and scaling["kind"] == "ntk":
+        theta *= scaling["factor"] ** (fields["head_dim"] / (fields["head_dim"] - 2))
+    elif scaling is not None:
+        rope = {"rope_type": scaling["kind"], "factor": scaling["factor"]}
+        if scaling["kind"] == "llama3":
+            rope |= {
+                "low_freq_factor": scaling["low_freq_factor"],
+                "high_freq_factor": scaling["high_freq_factor"],
+                "original_max_position_embeddings": scaling["original_max_seq_len"],
+            }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: fields[ours] for ours, theirs in KEYS.items()},
+        **{key: only for key, only in FIXED.items() if only is not None},
+        "rope_theta": theta,
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "rope_parameters": {**rope, "rope_theta": theta},
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }

@@ -1,0 +1,248 @@
+"""The configuration of a run: TOML on disk, frozen dataclasses here, the same names on the command line.
+
+A value comes from the defaults below, then the model preset, then the file, then the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from minillama.command_line import CommandLine, overrides
+from minillama.config import ModelConfig
+from minillama.data.sources import Source, parse_source
+from minillama.errors import InputError
+from minillama.settings import Located, build, config_path, read_toml, to_dict
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SampleConfig",
+    "Stage",
+    "TokenizerConfig",
+    "TrainConfig",
+    "ValidateConfig",
+    "load_run_config",
+]
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: Literal["bpe", "bytes", "chars"] = "bpe"
+    """bpe: byte-level BPE trained on the data, of model.vocab_size tokens; bytes; chars: those of the data."""
+    path: str = ""
+    """A tokenizer.json, or a folder with one, to use instead of training one."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read."""
+
+    sources: tuple[Source, ...] = (Source("python-docs"),)
+    """Built-in name (python-docs, python-code), file, folder, glob, or hf:NAME; several are mixed by weight."""
+    val_fraction: float = field(default=0.05, metadata={"above": 0, "below": 1})
+    """Share of the documents (or of the text, where it is one document) that is held out."""
+    mask_documents: bool = False
+    """Tokens see only their own document, and positions start anew in each."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about text that is not UTF-8 or a line that is not JSON: stop, or count it and go on."""
+    cache: str = ""
+    """Folder of the tokenised data; ~/.cache/minillama unless given."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = field(default=1000, metadata={"min": 1})
+    """Optimizer steps."""
+    batch_size: int = field(default=16, metadata={"min": 1})
+    """Sequences a step."""
+    micro_batch_size: int = field(default=0, metadata={"min": 0})
+    """Sequences in memory at once; the batch is accumulated from as many as it takes. 0: the whole batch."""
+    context: int = field(default=0, metadata={"min": 0})
+    """Tokens a sequence; 0: the model's max_seq_len."""
+    objective: Literal["auto", "lm"] = "auto"
+    """What is minimised; auto: what the model was made for."""
+    dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
+    """Of the embedding and both residual branches."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto: bfloat16 where the processor multiplies it in hardware."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile the blocks; auto: once it has been seen that this pays back within the run."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = field(default=3e-3, metadata={"above": 0})
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine to the floor; wsd: constant, then linear to the floor; constant."""
+    warmup_steps: int = field(default=50, metadata={"min": 0})
+    """Linear warm-up; cut to the run's length."""
+    decay_fraction: float = field(default=0.2, metadata={"above": 0, "max": 1})
+    """Share of the run that wsd spends on its descent."""
+    final_fraction: float = field(default=0.1, metadata={"min": 0, "max": 1})
+    """The floor, as a share of lr."""
+    beta1: float = field(default=0.9, metadata={"min": 0, "below": 1})
+    """Of the mean of gradients."""
+    beta2: float = field(default=0.95, metadata={"min": 0, "below": 1})
+    """Of the mean of their squares."""
+    eps: float = field(default=1e-8, metadata={"above": 0})
+    """Added to the root of the second."""
+    weight_decay: float = field(default=0.1, metadata={"min": 0})
+    """Of matrices; norms have none."""
+    decay_embeddings: bool = False
+    """Decay the embedding too."""
+    grad_clip: float = field(default=1.0, metadata={"min": 0})
+    """Largest norm of the whole gradient; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    """Loss on held-out text."""
+
+    every: int = field(default=100, metadata={"min": 1})
+    """Steps between validations; there is one at step 0 and one at the end as well."""
+    tokens: int = field(default=0, metadata={"min": 0})
+    """Held-out tokens that are scored; 0: all."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text that is printed at each validation."""
+
+    prompts: tuple[str, ...] = ("The ",)
+    """Each is continued."""
+    max_new_tokens: int = field(default=48, metadata={"min": 0})
+    """0 prints none."""
+    temperature: float = field(default=0.8, metadata={"min": 0})
+    """0 is greedy."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept to go on from."""
+
+    every: int = field(default=500, metadata={"min": 1})
+    """Steps between checkpoints; there is one at the end as well."""
+    keep: int = field(default=2, metadata={"min": 1})
+    """How many of the newest stay."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run with other optimizer settings or some parameters frozen."""
+
+    until_step: int = field(metadata={"min": 1})
+    """The stage ends before this step; the last one lasts to the end."""
+    optim: OptimConfig | None = None
+    """Overrides of [optim], as a table `optim = {lr = 1e-4}`."""
+    trainable: tuple[str, ...] = ("*",)
+    """Globs of the parameter names that are trained; the rest is frozen."""
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained in this stage."""
+        return any(fnmatchcase(name, pattern) for pattern in self.trainable)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    name: str = "tiny"
+    """The run's folder is runs/NAME unless --out says otherwise."""
+    seed: int = field(default=1, metadata={"min": 0})
+    """Of initialisation, data order and dropout."""
+    model: ModelConfig = field(default_factory=lambda: ModelConfig.load("llama-tiny"))
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.train.context > self.model.max_seq_len:
+            raise InputError(
+                "the training context is longer than the model's",
+                where="train.context",
+                found=self.train.context,
+                expected=f"at most model.max_seq_len = {self.model.max_seq_len}",
+            )
+        bounds = [stage.until_step for stage in self.stages]
+        if bounds != sorted(set(bounds)):
+            raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
+
+    @property
+    def context(self) -> int:
+        """T, tokens a training sequence."""
+        return self.train.context or self.model.max_seq_len
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences in memory at once."""
+        return min(self.train.micro_batch_size or self.train.batch_size, self.train.batch_size)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that a step belongs to; one that changes nothing when there are none."""
+        ends = next((stage for stage in self.stages if step < stage.until_step), None)
+        return ends or (self.stages[-1] if self.stages else Stage(self.train.steps))
+
+    def optim_at(self, step: int) -> OptimConfig:
+        """The `[optim]` section with the stage's overrides."""
+        return self.stage(step).optim or self.optim
+
+
+def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = None) -> RunConfig:
+    """Read a configuration file and apply the command line.
+
+    Args:
+        name: the name of a file in configs/train, or a path.
+        words: `--section.field VALUE` words that override the file.
+        preset: a model preset that replaces the file's [model] section.
+
+    Raises:
+        InputError: an unknown key, a wrong type, a value out of range; with file and line.
+    """
+    path = config_path("train", name)
+    values, origin = read_toml(path)
+    if preset is not None:
+        values["model"] = {"preset": preset}
+    values.setdefault("model", {"preset": "llama-tiny"})
+    values.setdefault("name", path.stem)
+    model = ModelConfig.from_table(values.pop("model"), origin, "model")
+    config = _build(values, origin, RunConfig(model=model))
+    table = overrides(words, RunConfig, {Source: lambda word: to_dict(parse_source(word))})
+    command_line = CommandLine()
+    model = config.model.changed(table.pop("model", {}), command_line, "model")
+    return _build(table, command_line, replace(config, model=model))
+
+
+def _build(values: Mapping[str, Any], origin: Located, base: RunConfig) -> RunConfig:
+    """`base` with the values of a table; a stage's overrides start from the run's [optim]."""
+    values = dict(values)
+    stages = values.pop("stages", None)
+    config = build(RunConfig, values, origin, base)
+    if stages is None:
+        return config
+    made = []
+    for i, table in enumerate(stages):
+        optim = build(OptimConfig, table.get("optim", {}), origin, config.optim, f"stages.{i}.optim")
+        rest = {key: value for key, value in table.items() if key != "optim"}
+        made.append(replace(build(Stage, rest, origin, None, f"stages.{i}"), optim=optim))
+    return replace(config, stages=tuple(made))

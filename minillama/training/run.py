@@ -1,0 +1,170 @@
+"""A whole run: data, tokenizer, model, loop, and what to do next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import tomli_w
+import torch
+
+from minillama.config import ModelConfig
+from minillama.data.corpus import Corpus
+from minillama.data.prepare import prepare
+from minillama.errors import InputError
+from minillama.model import Decoder
+from minillama.settings import to_dict
+from minillama.tokenizer import Tokenizer, TokenizerTrainer
+from minillama.training.checkpoint import newest_checkpoint
+from minillama.training.config import RunConfig
+from minillama.device import choose_device
+from minillama.training.plot import sparkline, write_png
+from minillama.training.report import Report, make_report
+from minillama.training.run_folder import RunFolder, choose_folder
+from minillama.training.trainer import Interrupted, Trainer
+
+__all__ = ["build_model", "load_data", "train"]
+
+
+def train(
+    config: RunConfig,
+    out: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> int:
+    """Train from the configuration to the final model folder.
+
+    Args:
+        config: the run.
+        out: its folder; runs/NAME unless given.
+        resume: go on from the newest checkpoint there.
+        overwrite: replace the run there.
+        report: where to say what happens; standard output unless given.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped the run.
+
+    Raises:
+        InputError: something that a person can put right; nothing is overwritten then.
+    """
+    report = report or make_report()
+    folder = RunFolder(choose_folder(config.name, out), resume, overwrite)
+    try:
+        return _train(config, folder, resume, report)
+    finally:
+        folder.close()
+
+
+def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -> int:
+    checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+    if resume and checkpoint is None:
+        report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
+        folder.rewind_metrics(-1)
+    if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
+        report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
+        _say_next(folder, config, report)
+        return 0
+    corpus, tokenizer = load_data(config, report)
+    trainer = Trainer(config, build_model(config), tokenizer, corpus, folder, report, checkpoint)
+    folder.config.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    report.say(
+        f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
+        f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
+        f"{config.train.batch_size * config.context} tokens a step, in {folder.path}"
+    )
+    if checkpoint is not None:
+        report.say(f"resuming at step {checkpoint.step}")
+    try:
+        trainer.train()
+    except Interrupted as stopped:
+        report.say(f"stopped by {stopped}; saved at step {trainer.progress.step}. To go on:")
+        report.say(f"  {_command('train.py', '--out', folder.path, '--resume')}")
+        return 128 + stopped.number
+    records = folder.read_metrics()
+    report.say(f"loss {sparkline([r['loss'] for r in records if 'loss' in r])}")
+    if write_png(folder.path / "loss.png", records):
+        report.say(f"plot: {folder.path / 'loss.png'}")
+    report.say(f"finished in {trainer.progress.seconds:.0f} s. Next:")
+    _say_next(folder, config, report)
+    return 0
+
+
+def load_data(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
+    """Tokenise the sources, or find them tokenised, and check that all of it fits the model.
+
+    Raises:
+        InputError: a source that cannot be read, a tokenizer larger than the model's vocabulary, or too
+            little text for one batch.
+    """
+    began = time.perf_counter()
+    wanted = config.tokenizer
+    tokenizer: Tokenizer | TokenizerTrainer
+    if wanted.path:
+        tokenizer = Tokenizer.load(wanted.path)
+        _check_vocabulary(tokenizer, config.model)
+    else:
+        tokenizer = TokenizerTrainer(wanted.kind, config.model.vocab_size)
+    corpus, trained = prepare(
+        config.data.sources,
+        tokenizer,
+        cache=_cache_folder(config),
+        val_fraction=config.data.val_fraction,
+        on_error=config.data.on_error,
+        progress=report.say,
+    )
+    _check_vocabulary(trained, config.model)
+    corpus.check(config.context, config.train.batch_size, config.model.vocab_size)
+    trained.add_bos = corpus.has_separators
+    tokens = sum(split.tokens for split in corpus.train)
+    held_out = sum(split.tokens for split in corpus.val)
+    report.say(
+        f"data: {', '.join(s.name or s.path for s in config.data.sources)}: {tokens:,} tokens, "
+        f"{held_out:,} held out, vocabulary {trained.vocab_size} ({time.perf_counter() - began:.1f} s)"
+    )
+    return corpus, trained
+
+
+def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            "the tokenizer is larger than the model's vocabulary",
+            where="model.vocab_size",
+            found=f"a tokenizer of {tokenizer.vocab_size} tokens, a model of {model.vocab_size}",
+            fix=f"add --model.vocab_size {tokenizer.vocab_size}",
+        )
+
+
+def _cache_folder(config: RunConfig) -> Path:
+    if config.data.cache:
+        return Path(config.data.cache)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "minillama"
+
+
+def build_model(config: RunConfig) -> Decoder:
+    """The decoder with weights drawn from the run's seed, on the run's device."""
+    model = Decoder(replace(config.model), config.train.dropout)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    return model.to(choose_device(config.train.device))
+
+
+def _command(script: str, *words: object) -> str:
+    return shlex.join(["python", script, *map(str, words)])
+
+
+def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
+    model, more = folder.model, 2 * config.train.steps
+    prompt = config.sample.prompts[0] if config.sample.prompts else "The "
+    load = f"from transformers import AutoModelForCausalLM as A; print(A.from_pretrained({str(model)!r}))"
+    commands = {
+        "generate": _command("generate.py", "--model", model, "--prompt", prompt),
+        "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),
+        "export": f"{shlex.join(['python', '-c', load])}  # it is a Hugging Face folder already",
+        "plan": shlex.join(["minillama", "plan", str(model)]),
+    }
+    for name, command in commands.items():
+        report.say(f"  {name:9} {command}")

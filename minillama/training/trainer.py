@@ -1,0 +1,297 @@
+"""The training loop. Every step is a pure function of the parameters, the optimizer's state, seed and step."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from minillama.data.corpus import Corpus
+from minillama.errors import InputError
+from minillama.evaluate.perplexity import Score, score
+from minillama.formats.hf import write_generation_config
+from minillama.generation import generate
+from minillama.model import Decoder
+from minillama.sampling import Sampling
+from minillama.tokenizer import Tokenizer
+from minillama.training.checkpoint import Checkpoint, prune, replace_folder, save_checkpoint
+from minillama.training.compiling import Compiler
+from minillama.training.config import RunConfig
+from minillama.device import choose_dtype, peak_flops
+from minillama.training.objectives import Batch, make
+from minillama.training.optim import load_optimizer_state, make_optimizer, optimizer_state
+from minillama.training.report import Report
+from minillama.training.run_folder import RunFolder
+from minillama.training.schedule import learning_rate
+
+__all__ = ["Interrupted", "Trainer"]
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM came; the run was saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@dataclass
+class Progress:
+    """What a checkpoint must bring back besides tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains a model in a run folder.
+
+    Args:
+        config: the run.
+        model: the decoder, on its device.
+        tokenizer: saved beside every model.
+        corpus: the tokenised data.
+        folder: where everything is written.
+        report: where everything is said.
+        checkpoint: where to go on from; None starts at step 0.
+
+    Raises:
+        InputError: the checkpoint was made with other data.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        corpus: Corpus,
+        folder: RunFolder,
+        report: Report,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.corpus = config, model, tokenizer, corpus
+        self.folder, self.report = folder, report
+        self.dtype = choose_dtype(config.train.dtype, model.device, config.model.dim)
+        self.peak = peak_flops(model.device, self.dtype)
+        self.objective = make(config, tokenizer.eos_id if corpus.has_separators else None)
+        self.optimizer = make_optimizer(model, config.optim)
+        self.compiler = Compiler(config.train.compile, model, report)
+        self.progress = Progress()
+        self.signal: int | None = None
+        model.checkpointing = config.train.checkpointing
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def train(self) -> None:
+        """Run from the current step to the last.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, when the step was finished and a checkpoint written.
+            InputError: the loss is no number any more.
+        """
+        steps, every = self.config.train.steps, self.config.validate.every
+        self.model.train()
+        with self._signals():
+            if self.progress.step == 0:
+                self.validate()
+            self.report.start(self.progress.step, steps)
+            while self.progress.step < steps:
+                record = self.step()
+                at = self.progress.step
+                if at % every == 0 or at == steps:
+                    record |= self.validate(record)
+                else:
+                    self.folder.append_metrics(record)
+                if at % self.config.checkpoint.every == 0 or at == steps or self.signal is not None:
+                    self.save()
+                if self.signal is not None:
+                    raise Interrupted(self.signal)
+        self.save_model(self.folder.model)
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step; its line for metrics.jsonl."""
+        began = time.perf_counter()
+        step, config = self.progress.step, self.config
+        self.objective.prepare(step)
+        self._freeze(step)
+        optim = config.optim_at(step)
+        rate = learning_rate(optim, step + 1, config.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if config.train.dropout:
+            torch.manual_seed(config.seed * 1_000_003 + step)  # the same masks after a resume
+        batch = self.objective.batch(self.corpus, config.seed, step)
+        loss, metrics = self._accumulate(batch)
+        limit = optim.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"the loss or its gradient is no number at step {step + 1}",
+                found=f"loss {loss}, gradient norm {norm}",
+                fix="lower optim.lr, or go on from the last checkpoint with --resume and another seed",
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        self._count(batch.tokens.numel(), seconds)
+        record = self._record(loss, rate, norm, batch.tokens.numel() / seconds) | metrics
+        self.report.step(record)
+        self.compiler.after_step(seconds, config.train.steps - self.progress.step)
+        return record
+
+    def _accumulate(self, batch: Batch) -> tuple[float, dict[str, float]]:
+        """Gradients of the whole batch, one micro-batch at a time; the loss a unit of weight."""
+        size, rows = self.config.micro_batch_size, len(batch.tokens)
+        weight = batch.weights.sum().item()
+        total = 0.0
+        sums: dict[str, float] = {}
+        for start in range(0, rows, size):
+            part = batch.rows(start, start + size).to(self.model.device)
+            with self.autocast():
+                loss, _, metrics = self.objective.loss(self.model, part)
+            (loss / weight).backward()
+            total += loss.item()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        return total / weight, {name: value / weight for name, value in sums.items()}
+
+    def autocast(self) -> torch.autocast:
+        """Products in the run's type, weights and sums in float32."""
+        return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _freeze(self, step: int) -> None:
+        if not self.config.stages:
+            return
+        stage = self.config.stage(step)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(stage.trains(name))
+
+    def _count(self, tokens: int, seconds: float) -> None:
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.seconds += seconds
+
+    def _record(self, loss: float, rate: float, norm: float, speed: float) -> dict[str, Any]:
+        flops = self.config.model.flops_per_token(self.config.context)
+        return {
+            "step": self.progress.step,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": speed,
+            "mfu": flops * speed / self.peak,
+            "seconds": self.progress.seconds,
+        }
+
+    def validate(self, record: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Score held-out text and print a sample; the result goes into the step's line of metrics.jsonl."""
+        began = time.perf_counter()
+        results = self.score()
+        nats = sum(s.nats for s in results) / sum(s.tokens for s in results)
+        bits = sum(s.nats for s in results) / math.log(2) / sum(s.bytes for s in results)
+        self.progress.seconds += time.perf_counter() - began
+        measured = {"val_loss": nats, "val_bits_per_byte": bits, "seconds": self.progress.seconds}
+        base = record or {"step": self.progress.step, "tokens": self.progress.tokens}
+        self.folder.append_metrics(base | measured)
+        loss = f"loss {record['loss']:.4f}, " if record else ""
+        self.report.say(
+            f"step {self.progress.step}: {loss}val_loss {nats:.4f} nats/token, {bits:.4f} bits/byte"
+        )
+        self._sample()
+        return measured
+
+    def score(self) -> list[Score]:
+        """The held-out loss of each source, at the training context."""
+        context, limit = self.config.context, self.config.validate.tokens
+        # a batch about as large as a training step's, whatever the rows' length
+        rows = max(1, self.config.micro_batch_size)
+        with self.autocast():
+            return [
+                score(self.model, split.val_windows(context, limit), split.bytes / split.tokens, rows)
+                for split in self.corpus.val
+            ]
+
+    def _sample(self) -> None:
+        wanted = self.config.sample
+        if not (wanted.max_new_tokens and wanted.prompts):
+            return
+        sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
+        for prompt in wanted.prompts:
+            completion = generate(self.model, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
+            self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
+
+    def save(self) -> None:
+        """Write a checkpoint and drop the oldest ones."""
+        tensors = optimizer_state(self.optimizer)
+        tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
+        run = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "seconds": self.progress.seconds,
+            "data": self.corpus.fingerprint,
+            "finished": self.progress.step >= self.config.train.steps,
+        }
+        save_checkpoint(self.folder.checkpoints, self._write_model, tensors, run)
+        prune(self.folder.checkpoints, self.config.checkpoint.keep)
+
+    def save_model(self, path: Path) -> None:
+        """Write a model folder that is complete or absent."""
+        replace_folder(path, self._write_model)
+
+    def _write_model(self, path: Path) -> None:
+        self.model.save_pretrained(path)
+        self.tokenizer.save(path)
+        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+        write_generation_config(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.run["data"] != self.corpus.fingerprint:
+            raise InputError(
+                "the data is not what the checkpoint was trained on",
+                where=checkpoint.path,
+                found=f"fingerprint {self.corpus.fingerprint[:16]}",
+                expected=checkpoint.run["data"][:16],
+                fix="bring the data back, or start a new run",
+            )
+        saved = Decoder.from_pretrained(checkpoint.path, torch.float32, self.model.device)
+        self.model.load_state_dict(saved.state_dict())
+        tensors = checkpoint.optimizer_tensors()
+        prefix = "objective/"
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        self.objective.load_state_dict(own)
+        load_optimizer_state(self.optimizer, {n: t for n, t in tensors.items() if not n.startswith(prefix)})
+        run = checkpoint.run
+        self.progress = Progress(run["step"], run["tokens"], run["seconds"])
+        self.folder.rewind_metrics(self.progress.step)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM let the step finish and a checkpoint be written; a second one stops at once."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+            self.report.say("stopping after this step; once more stops at once")
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread, which alone may handle signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            self.report.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)

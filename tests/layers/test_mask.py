@@ -1,0 +1,56 @@
+"""The mask's description against the pattern written out cell by cell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minillama.layers.mask import KernelMask, Mask
+from minillama.state import Span
+
+CPU = torch.device("cpu")
+
+
+def rows(mask: Mask, span: Span) -> list[str]:
+    allowed, flag = mask.for_kernel(span, CPU)
+    assert allowed is not None and not flag
+    return ["".join(".x"[int(cell)] for cell in row) for row in allowed[-1, 0]]
+
+
+def test_plain_patterns_keep_the_fused_kernel() -> None:
+    assert Mask().for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, True)
+    assert Mask(lengths=torch.tensor([2, 5])).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, True)
+    assert Mask().for_kernel(Span(7, 1, 8), CPU) == KernelMask(None, False)
+    assert Mask(causal=False).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, False)
+    assert Mask(window=5).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, True)
+
+
+def test_later_chunk_sees_what_came_before() -> None:
+    assert rows(Mask(), Span(2, 3, 5)) == ["xxx..", "xxxx.", "xxxxx"]
+
+
+def test_rows_of_unequal_length() -> None:
+    allowed, _ = Mask().for_kernel(Span(None, 1, 5, (2, 4)), CPU)
+    assert allowed is not None and allowed.shape == (2, 1, 1, 5)
+    assert allowed[:, 0, 0].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
+
+
+def test_window_and_sinks() -> None:
+    assert rows(Mask(window=2), Span(0, 4, 4)) == ["x...", "xx..", ".xx.", "..xx"]
+    assert rows(Mask(window=2, sinks=1), Span(0, 4, 4)) == ["x...", "xx..", "xxx.", "x.xx"]
+
+
+def test_prefix() -> None:
+    assert rows(Mask(prefix=torch.tensor([3])), Span(0, 5, 5)) == ["xxx..", "xxx..", "xxx..", "xxxx.", "xxxxx"]
+
+
+def test_padding_is_hidden_where_attention_looks_ahead() -> None:
+    mask = Mask(causal=False, lengths=torch.tensor([2]))
+    assert rows(mask, Span(0, 3, 3)) == ["xx."] * 3
+
+
+def test_documents() -> None:
+    mask = Mask(documents=torch.tensor([[0, 0, 1, 1, 1]]))
+    assert rows(mask, Span(0, 5, 5)) == ["x....", "xx...", "..x..", "..xx.", "..xxx"]
+    with pytest.raises(ValueError, match="document"):
+        mask.for_kernel(Span(2, 5, 7), CPU)
