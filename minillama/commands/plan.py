@@ -1,0 +1,188 @@
+"""Shapes, parameters, FLOPs, memory and time of a model, by arithmetic: nothing is built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from minillama.config import ModelConfig
+from minillama.cost import inference_memory, training_days, training_memory
+from minillama.errors import InputError
+from minillama.settings import check, to_dict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Args", "figures", "run"]
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+
+
+@dataclass(frozen=True)
+class Args:
+    """What the command line said."""
+
+    model: tyro.conf.Positional[str]
+    """The name of a model, a TOML file, or a Hugging Face folder."""
+    seq_len: int = field(default=0, metadata={"min": 0})
+    """Tokens a sequence; 0: the model's max_seq_len."""
+    batch_size: int = field(default=1, metadata={"min": 1})
+    """Sequences in memory at once."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products while training (weights and optimizer are float32), and of the KV cache."""
+    tokens: float = field(default=0, metadata={"min": 0})
+    """Training tokens; 0: 20 a parameter (Chinchilla)."""
+    tflops: float = field(default=400.0, metadata={"above": 0})
+    """TFLOP/s that a device achieves while training; 400 is 40 % of an H100's bfloat16 peak."""
+    devices: int = field(default=1, metadata={"min": 1})
+    """Devices that share the training."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object with plain numbers: bytes, FLOPs, days."""
+
+
+def run(args: Args) -> int:
+    """Print the figures as tables, or as JSON."""
+    check(args)
+    config = ModelConfig.load(args.model)
+    table = figures(config, args)
+    if args.json:
+        print(json.dumps(table))
+    else:
+        _show(config, args, table)
+    return 0
+
+
+def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
+    """Everything that is printed, as plain numbers.
+
+    Raises:
+        InputError: a sequence longer than the model's context.
+    """
+    seq_len, count = args.seq_len or config.max_seq_len, config.num_params()
+    if seq_len > config.max_seq_len:
+        expected = f"at most the model's max_seq_len, {config.max_seq_len}"
+        raise InputError("the sequence is longer than the context", where="seq_len", found=seq_len, expected=expected)
+    table = config.vocab_size * config.dim
+    head = 0 if config.tie_embeddings else table
+    width = int(WEIGHT_BYTES[args.dtype])
+    training = {
+        name: training_memory(config, args.batch_size, seq_len, activation_bytes=width, checkpointing=checkpointing)
+        for name, checkpointing in (("plain", False), ("checkpointing", True))
+    }
+    weights = {name: inference_memory(config, 1, 1, size).weights for name, size in WEIGHT_BYTES.items()}
+    tokens = args.tokens or 20 * count
+    return {
+        "model": args.model,
+        "config": to_dict(config),
+        "seq_len": seq_len,
+        "batch_size": args.batch_size,
+        "tensors": config.tensors(),
+        "parameters": {
+            "total": count,
+            "embedding": table,
+            "head": head,
+            "layer": (count - table - head - config.dim) // config.n_layers,
+            "non_embedding": count - table - head,
+        },
+        "flops_per_token": {
+            "forward": config.flops_per_token(seq_len, training=False),
+            "training": config.flops_per_token(seq_len),
+        },
+        "training_bytes": {name: asdict(part) | {"total": part.total} for name, part in training.items()},
+        "inference_bytes": {
+            "weights": weights,
+            "state_per_token": config.kv_bytes_per_token(width),
+            "state": inference_memory(config, args.batch_size, seq_len, kv_bytes=width).state,
+        },
+        "training": {
+            "tokens": tokens,
+            "flops": tokens * config.flops_per_token(seq_len),
+            "devices": args.devices,
+            "flops_per_second": args.tflops * 1e12,
+            "days": training_days(config, tokens, seq_len, args.tflops * 1e12, args.devices),
+        },
+    }
+
+
+def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    count, flops, training = table["parameters"], table["flops_per_token"], table["training"]
+    memory, inference = table["training_bytes"], table["inference_bytes"]
+    size = f"{args.batch_size} x {table['seq_len']} tokens"
+    parts = ("total", "embedding", "head", "layer", "non_embedding")
+    names = {"layer": f"one of {config.n_layers} layers", "non_embedding": "without embedding and head"}
+    tables = [
+        _table(f"{args.model}: tensors", "shape", "parameters", rows=_tensors(config)),
+        _table("parameters", "", rows=[(names.get(part, part), f"{count[part]:,}") for part in parts]),
+        _table(
+            "training memory",
+            size,
+            "with checkpointing",
+            rows=[(part, *(_bytes(memory[kind][part]) for kind in memory)) for part in memory["plain"]],
+        ),
+        _table(
+            "inference memory",
+            "",
+            rows=[
+                *((f"weights, {name}", _bytes(number)) for name, number in inference["weights"].items()),
+                (f"KV cache, {args.dtype}, a token", _bytes(inference["state_per_token"])),
+                (f"KV cache, {args.dtype}, {size}", _bytes(inference["state"])),
+            ],
+        ),
+        _table(
+            "computation",
+            "",
+            rows=[
+                ("forward, FLOPs a token", f"{flops['forward']:.4g}"),
+                ("training, FLOPs a token", f"{flops['training']:.4g}"),
+                (f"training on {training['tokens']:.4g} tokens, FLOPs", f"{training['flops']:.4g}"),
+                (f"days on {args.devices} x {args.tflops:g} TFLOP/s", f"{training['days']:,.4g}"),
+            ],
+        ),
+    ]
+    console = Console(highlight=False)
+    for i, one in enumerate(tables):
+        console.print(*([""] if i else []), one, sep="\n")
+
+
+def _tensors(config: ModelConfig) -> list[tuple[str, str, str]]:
+    """One row a tensor; the layers, which are alike, once."""
+    prefix, rows = "model.layers.0.", []
+    for name, shape in config.tensors().items():
+        size = 1
+        for side in shape:
+            size *= side
+        if name.startswith(prefix):
+            name = f"  {name.removeprefix(prefix)}"
+            if rows[-1][0] == "model.embed_tokens.weight":
+                rows.append((f"model.layers.N, {config.n_layers} of", "", ""))
+        elif name.startswith("model.layers."):
+            continue
+        rows.append((name, " x ".join(map(str, shape)), f"{size:,}"))
+    return rows
+
+
+def _table(title: str, *headers: str, rows: list[tuple[str, ...]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(title, no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            break
+        number /= 1024
+    else:
+        unit = "TiB"
+    return f"{number:,.4g} {unit}" if number < 1000 else f"{number:,.0f} {unit}"

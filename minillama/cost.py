@@ -1,0 +1,153 @@
+"""Memory and time of a model by arithmetic, in bytes and days. No torch, and nothing is allocated.
+
+Notation: B batch, T sequence length, D width, H query heads, K key/value heads, E head width, F feed-forward
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minillama.config import ModelConfig
+
+__all__ = ["InferenceMemory", "TrainingMemory", "inference_memory", "training_days", "training_memory"]
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training step, by part."""
+
+    weights: int
+    """Parameters."""
+    gradients: int
+    """Their gradients."""
+    optimizer: int
+    """Its two moments."""
+    casts: int
+    """Low-precision copies of the matrices, which autograd keeps; 0 in float32."""
+    activations: int
+    """What autograd keeps between the forward and the backward pass, the logits aside."""
+    logits: int
+    """Logits, log-probabilities and their gradients."""
+
+    @property
+    def total(self) -> int:
+        """The sum: an upper bound, since the logits are gone before the last gradients appear."""
+        return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes while decoding, by part."""
+
+    weights: int
+    """Parameters."""
+    state: int
+    """Keys and values of every token."""
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.state
+
+
+def training_memory(
+    config: ModelConfig,
+    batch: int,
+    seq_len: int,
+    *,
+    weight_bytes: int = 4,
+    grad_bytes: int = 4,
+    optimizer_bytes: int = 8,
+    activation_bytes: int = 4,
+    checkpointing: bool = False,
+) -> TrainingMemory:
+    """Memory of one training step on one device.
+
+    Activations are the tensors that autograd keeps for `model.Decoder`, with a fused attention kernel (no
+    T x T matrix). Values a token and block, those of products in `activation_bytes` and the rest in float32:
+
+    - each of two norms: its input D, the normalised input D, the reciprocal root 1
+    - the inputs of q, k and v: D in float32, where they are one tensor; 3D in bfloat16, where each product
+      casts its own. The same for gate and up: D or 2D
+    - queries HE, keys KE, values KE, the kernel's log-sum-exp H (float32) and its output HE
+    - gate F, up F, silu(gate) F, their product F
+
+    Around the blocks: token ids, and the final norm with its output. CUDA's fused norm does not keep the
+    normalised input, and compiled blocks recompute more. With checkpointing the inputs of all blocks stay,
+    and one block at a time in full. Rotary tables, attention masks and the allocator's waste are left out.
+
+    Args:
+        config: the shape.
+        batch: B, sequences in memory at once (the micro-batch).
+        seq_len: T.
+        weight_bytes: a parameter.
+        grad_bytes: a gradient.
+        optimizer_bytes: state a parameter; AdamW has two float32 moments, 8.
+        activation_bytes: a value of a product: 4 in float32, 2 in bfloat16.
+        checkpointing: each block is recomputed in the backward pass.
+    """
+    count, tokens = config.num_params(), batch * seq_len
+    cast = activation_bytes < weight_bytes
+    norms = (2 * config.n_layers + 1) * config.dim
+    block = _block_bytes(config, activation_bytes)
+    inputs = 4 * config.dim  # the residual stream, which is float32
+    kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
+    ends = 8 + (8 + activation_bytes) * config.dim + 4
+    # the float32 log-probabilities and their gradient, and in the product's type the logits and their gradient
+    logits = (8 + (2 * activation_bytes if cast else 4)) * config.vocab_size
+    return TrainingMemory(
+        weights=count * weight_bytes,
+        gradients=count * grad_bytes,
+        optimizer=count * optimizer_bytes,
+        casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
+        activations=tokens * (kept + ends),
+        logits=tokens * logits,
+    )
+
+
+def _block_bytes(config: ModelConfig, width: int) -> int:
+    """Bytes a token that autograd keeps of one block; the list is in `training_memory`."""
+    d, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    norms = 2 * 4 * (2 * d + 1)
+    inputs = 2 * d if width == 4 else 5 * d
+    return norms + 4 * config.n_heads + width * (inputs + 2 * q + 2 * kv + 4 * config.hidden_dim)
+
+
+def inference_memory(
+    config: ModelConfig, batch: int, seq_len: int, weight_bytes: float = 2, kv_bytes: float = 2
+) -> InferenceMemory:
+    """Memory of decoding, without the activations of the step, which are small beside it.
+
+    Args:
+        config: the shape.
+        batch: sequences at once.
+        seq_len: tokens of each, prompt included.
+        weight_bytes: a parameter, on average: 4 float32, 2 bfloat16, 1 int8, 0.5 int4 (scales not counted).
+        kv_bytes: a value of the decode state.
+    """
+    return InferenceMemory(
+        weights=int(config.num_params() * weight_bytes),
+        state=batch * seq_len * config.kv_bytes_per_token(kv_bytes),
+    )
+
+
+def training_days(
+    config: ModelConfig,
+    tokens: float,
+    seq_len: int,
+    flops_per_second: float,
+    devices: int = 1,
+    utilisation: float = 1.0,
+) -> float:
+    """Days = tokens * FLOPs a token / (devices * FLOP/s * utilisation) / 86400.
+
+    Args:
+        config: the shape.
+        tokens: how many are read.
+        seq_len: T of a training sequence.
+        flops_per_second: of one device.
+        devices: how many.
+        utilisation: share of `flops_per_second` that training achieves; 1 where that is what it achieves.
+    """
+    return tokens * config.flops_per_token(seq_len) / (devices * flops_per_second * utilisation) / 86400

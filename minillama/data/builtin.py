@@ -1,0 +1,98 @@
+"""Text that every Python brings along: the documentation and the source code of its standard library."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from minillama.data.reading import BadText, Document, read_file
+from minillama.errors import InputError
+
+__all__ = ["BUILTIN", "builtin_documents"]
+
+BUILTIN = ("python-docs", "python-code")
+
+# Tests, applications, bundled wheels, and what was generated: character tables and the topics' text.
+_LEFT_OUT = frozenset(
+    ["test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "ensurepip", "encodings", "pydoc_data"]
+)
+
+
+def builtin_documents(name: str) -> Iterator[Document | BadText]:
+    """The documents of a built-in source, in an order that depends on the Python version alone.
+
+    python-docs: the language reference as `help()` knows it, a topic each; then for each module its
+    docstrings, under the names and signatures they explain. python-code: each module's source file.
+
+    Raises:
+        InputError: this Python has no standard library in source form.
+    """
+    if name == "python-code":
+        for _, path in _modules():
+            yield from read_file(path, "")
+        return
+    yield from _topics()
+    for module, path in _modules():
+        for source in read_file(path, ""):
+            if isinstance(source, Document):
+                yield Document(_docstrings(module, source.text), f"python-docs, module {module}")
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of each module."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    if not (root / "os.py").is_file():
+        raise InputError("this Python has no standard library in source form", where=root, fix="give a text file")
+    return _walk(root, "")
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.is_dir():
+            if path.name.isidentifier() and path.name not in _LEFT_OUT:
+                yield from _walk(path, f"{prefix}{path.name}.")
+        elif path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):  # the machine's own build flags
+            name = prefix + path.stem
+            yield name.removesuffix(".__init__"), path
+
+
+def _topics() -> Iterator[Document]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # a Python that was stripped of it
+        return
+    for name in sorted(topics):
+        yield Document(topics[name], f"python-docs, topic {name}")
+
+
+def _docstrings(module: str, source: str) -> str:
+    """A module's docstrings as one text; empty where there are none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's code
+            tree = ast.parse(source)
+    except SyntaxError:  # templates and the like
+        return ""
+    parts = list(_described(tree, ""))
+    own = ast.get_docstring(tree)
+    return "\n\n".join([module, *([own] if own else []), *parts]) + "\n" if own or parts else ""
+
+
+def _described(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(child)
+            if text:
+                yield f"{_signature(child, prefix)}\n{text}"
+        if isinstance(child, ast.ClassDef):
+            yield from _described(child, f"{prefix}{child.name}.")
+
+
+def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(map(ast.unparse, node.bases))
+        return f"class {prefix}{node.name}" + (f"({bases})" if bases else "")
+    return f"{prefix}{node.name}({ast.unparse(node.args)})"

@@ -1,0 +1,269 @@
+"""Sources to a Corpus: train the tokenizer if need be, tokenise each source once, remember both in a cache.
+
+A source's tokens lie in CACHE/KEY: train-*.bin, val-*.bin and dataset.json, complete or absent. KEY hashes
+all that they depend on, so that a second start reads nothing but these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any, Protocol, get_args
+from uuid import uuid4
+
+from minillama.data.corpus import Corpus, Split
+from minillama.data.reading import Skipped
+from minillama.data.shards import Shard, ShardWriter, token_dtype
+from minillama.data.sources import OnError, Source, identity
+from minillama.data.split import Part, SplitName, SplitSource
+from minillama.errors import InputError
+from minillama.tokenizer import Tokenizer
+
+__all__ = ["Progress", "Trainer", "load_corpus", "prepare"]
+
+VERSION = 1  # of what is in the cache; another number makes everything anew
+MEMORY = 256 * 2**20  # bytes of text that are kept instead of being read again
+SAMPLE = 20_000_000  # characters that a tokenizer is trained on
+PIECE = 2**20  # characters that are encoded in one go
+VERIFIED = 2**30  # bytes of shards whose checksums are looked at on every start
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share of it that is done, 0 to 1."""
+
+# Between two words with one blank in between: there all pre-tokenizers cut, whatever stands further off.
+_BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
+
+
+class Trainer(Protocol):
+    """Makes a tokenizer from texts."""
+
+    @property
+    def description(self) -> str:
+        """Equal for trainers that make the same tokenizer from the same texts."""
+
+    def __call__(self, texts: Iterable[str]) -> Tokenizer:
+        """Train."""
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer | Trainer,
+    *,
+    cache: Path,
+    val_fraction: float = 0.05,
+    on_error: OnError = "stop",
+    progress: Progress | None = None,
+) -> tuple[Corpus, Tokenizer]:
+    """Tokenise sources, or find them tokenised.
+
+    Every document gets the tokenizer's BOS in front, and its EOS behind where that is another token. A source
+    that is a single document gets neither.
+
+    Args:
+        sources: at least one.
+        tokenizer: a Tokenizer, or what trains one from at most 20 million characters of the training
+            documents, of each source by its weight.
+        cache: a folder, made if it is not there. Processes may share it.
+        val_fraction: share that is held out: see `SplitSource`.
+        on_error: what to do about bad text; `Corpus.skipped` says what was left out.
+        progress: told how far the work is.
+
+    Raises:
+        InputError: bad text, an empty source, a damaged or unwritable cache.
+    """
+    known = [identity(source) for source in sources]
+    tell = progress or (lambda what, share: None)
+    readers = [SplitSource(source, val_fraction, on_error, MEMORY // len(sources)) for source in sources]
+    settings: dict[str, Any] = {"version": VERSION, "val_fraction": val_fraction, "on_error": on_error}
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = _trained(tokenizer, readers, known, settings, cache, tell)
+    settings |= {"tokenizer": tokenizer.fingerprint, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    folders = []
+    for reader, who in zip(readers, known, strict=True):
+        folder = cache / _key(settings | {"identity": who})
+        if not folder.is_dir():
+            with _complete(folder) as temporary:
+                _tokenise(reader, tokenizer, temporary, settings | {"identity": who}, tell)
+        folders.append(folder)
+    return load_corpus(folders, [source.weight for source in sources]), tokenizer
+
+
+def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None) -> Corpus:
+    """The corpus of folders that `prepare` wrote.
+
+    Checksums are looked at as long as all shards together are no larger than 1 GiB, sizes always.
+
+    Args:
+        folders: one a source.
+        weights: of the sources.
+
+    Raises:
+        InputError: a file is missing, of the wrong size, or not what dataset.json says.
+    """
+    tables = [_read_table(folder) for folder in folders]
+    shards = [shard for table in tables for split in table["splits"].values() for shard in split["shards"]]
+    verify = sum(shard["bytes"] for shard in shards) <= VERIFIED
+    splits: dict[SplitName, list[Split]] = {"train": [], "val": []}
+    skipped = Skipped()
+    for folder, table in zip(folders, tables, strict=True):
+        skipped.merge(Skipped(**table["skipped"]))
+        for side, made in splits.items():
+            entry = table["splits"][side]
+            opened = [
+                _open_shard(folder / shard["file"], shard["sha256"] if verify else None) for shard in entry["shards"]
+            ]
+            name = f"{table['identity']['source']} ({side})"
+            made.append(Split(opened, table["vocab_size"], entry["bytes"], name))
+    # Not the identities: a copy of the data on another machine has other times, and the same tokens.
+    content = [{key: table[key] for key in ("splits", "vocab_size", "separator", "tokenizer")} for table in tables]
+    fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
+    separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
+    return Corpus(
+        splits["train"], splits["val"], weights, separator=separator, fingerprint=fingerprint, skipped=skipped
+    )
+
+
+def _trained(
+    trainer: Trainer,
+    readers: Sequence[SplitSource],
+    known: list[dict[str, Any]],
+    settings: dict[str, Any],
+    cache: Path,
+    tell: Progress,
+) -> Tokenizer:
+    """The trainer's tokenizer, from the cache if the same one was trained before."""
+    weights = [reader.source.weight for reader in readers]
+    folder = cache / f"tokenizer-{_key(settings | {'from': known, 'weights': weights, 'by': trainer.description})}"
+    if not folder.is_dir():
+        with _complete(folder) as temporary:
+            tell("training the tokenizer", 0.0)
+            shares = [int(SAMPLE * weight / sum(weights)) for weight in weights]
+            pairs = zip(readers, shares, strict=True)
+            trainer(text for reader, share in pairs for text in reader.sample(share)).save(temporary)
+            tell("training the tokenizer", 1.0)
+    return Tokenizer.load(folder)
+
+
+def _tokenise(
+    reader: SplitSource, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], tell: Progress
+) -> None:
+    """Write a source's shards and its dataset.json."""
+    reader.scan()
+    single = reader.count == 1
+    before = [] if single else [tokenizer.bos_id]
+    after = [] if single or tokenizer.eos_id == tokenizer.bos_id else [tokenizer.eos_id]
+    writers = {side: ShardWriter(folder, side, tokenizer.vocab_size) for side in get_args(SplitName)}
+    counts = {side: {"documents": 0, "bytes": 0} for side in writers}
+    done, total = 0, sum(reader.chars.values())
+    for parts in _batches(_pieces(reader.parts())):
+        tell(f"tokenising {reader.source.label}", done / total)
+        for part, ids in zip(parts, tokenizer.encode_batch(part.text for part in parts), strict=True):
+            writers[part.split].write(before * part.starts + ids + after * part.ends)
+            counts[part.split]["documents"] += part.starts
+            counts[part.split]["bytes"] += len(part.text.encode())
+            done += len(part.text)
+    for writer in writers.values():
+        writer.close()
+    table = settings | {
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "vocab_size": tokenizer.vocab_size,
+        "separator": None if single else tokenizer.bos_id,
+        "skipped": asdict(reader.skipped),
+        "splits": {
+            side: counts[side] | {"tokens": writer.tokens, "shards": [_listed(path) for path in writer.paths]}
+            for side, writer in writers.items()
+        },
+    }
+    (folder / "dataset.json").write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tell(f"tokenising {reader.source.label}", 1.0)
+
+
+def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
+    """Long texts cut between words, so that no encoding needs more than a little memory."""
+    for part in parts:
+        start = 0
+        while start < len(part.text):
+            found = _BREAK.search(part.text, start + PIECE - 1, start + 2 * PIECE)
+            stop = found.end() if found else min(start + 2 * PIECE, len(part.text))
+            ends = part.ends and stop == len(part.text)
+            yield Part(part.split, part.text[start:stop], part.starts and not start, ends)
+            start = stop
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts enough to keep all cores busy."""
+    batch: list[Part] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
+        if size >= 4 * PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when all went well; another process may be first."""
+    temporary = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    except OSError as error:
+        fix = "make room there, or set data.cache to another folder"
+        raise InputError(f"cannot write the cache: {error.strerror}", where=folder.parent, fix=fix) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _key(parts: dict[str, Any]) -> str:
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _open_shard(path: Path, expected: str | None) -> Shard:
+    shard = Shard.open(path)
+    if expected is not None and (found := _digest(path)) != expected:
+        raise InputError(
+            "the checksum of a data shard does not match: it was damaged or replaced",
+            where=path,
+            found=f"SHA-256 {found}",
+            expected=expected,
+            fix=f"delete {path.parent}; the next start writes it again",
+        )
+    return shard
+
+
+def _read_table(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["version"] == VERSION:
+            return table
+        problem = f"version {table['version']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    fix = f"delete {folder}; the next start writes it again"
+    raise InputError("this is not the table of a tokenised source", where=path, found=problem, fix=fix)

@@ -1,0 +1,131 @@
+"""Token shards: files of token ids that are mapped into memory instead of read.
+
+A shard is a header of 64 bytes (magic, version, bytes a token, token count, zeros; little-endian), then the
+ids as uint16, or uint32 where the vocabulary has more than 65536 tokens.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minillama.errors import InputError
+
+__all__ = ["Shard", "ShardWriter", "token_dtype"]
+
+HEADER_BYTES = 64
+_HEADER = struct.Struct("<8sIIQ40x")
+_MAGIC = b"mllshard"
+_VERSION = 1
+_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_AGAIN = "delete the folder it is in; the next start writes it again"
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrowest type that holds the ids of a vocabulary."""
+    return _DTYPES[2 if vocab_size <= 2**16 else 4]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of tokens and the file it stands in.
+
+    Args:
+        path: the file, for messages.
+        tokens: (N,) ids.
+    """
+
+    path: Path
+    tokens: NDArray[Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Shard:
+        """Map a shard into memory, read-only.
+
+        Raises:
+            InputError: no such file, not a shard, a newer version, or a size that differs from the header's.
+        """
+        path = Path(path)
+        try:
+            actual = path.stat().st_size
+            with path.open("rb") as file:
+                header = file.read(HEADER_BYTES)
+        except OSError as error:
+            raise InputError(f"cannot read a data shard: {error.strerror}", where=path, fix=_AGAIN) from None
+        if header[:8] != _MAGIC:
+            raise InputError("this is not a data shard", where=path, found=header[:8], expected=_MAGIC, fix=_AGAIN)
+        if len(header) < HEADER_BYTES:
+            expected = f"at least {HEADER_BYTES} bytes"
+            raise InputError(
+                "this data shard is truncated", where=path, found=f"{actual} bytes", expected=expected, fix=_AGAIN
+            )
+        _, version, width, count = _HEADER.unpack(header)
+        if version != _VERSION or width not in _DTYPES:
+            found, expected = f"version {version}, {width} bytes a token", f"version {_VERSION}, 2 or 4 bytes a token"
+            raise InputError("this data shard has an unknown form", where=path, found=found, expected=expected)
+        if actual != HEADER_BYTES + count * width:
+            raise InputError(
+                f"this data shard is {'truncated' if actual < HEADER_BYTES + count * width else 'too long'}",
+                where=path,
+                found=f"{actual} bytes",
+                expected=f"{HEADER_BYTES + count * width} bytes ({HEADER_BYTES} + {count} tokens of {width})",
+                fix=_AGAIN,
+            )
+        if not count:  # an empty file cannot be mapped
+            return cls(path, np.empty(0, _DTYPES[width]))
+        return cls(path, np.memmap(path, _DTYPES[width], mode="r", offset=HEADER_BYTES, shape=(count,)))
+
+
+class ShardWriter:
+    """Writes tokens into STEM-00000.bin, STEM-00001.bin, ... of a folder.
+
+    A shard has a temporary name until it is whole. Without tokens nothing is written.
+
+    Args:
+        folder: exists.
+        stem: start of the file names.
+        vocab_size: decides the width of a token.
+        shard_tokens: tokens in every shard but the last.
+    """
+
+    def __init__(self, folder: Path, stem: str, vocab_size: int, shard_tokens: int = 2**26) -> None:
+        self.folder, self.stem, self.dtype, self.shard_tokens = folder, stem, token_dtype(vocab_size), shard_tokens
+        self.tokens = 0
+        self.paths: list[Path] = []
+        self._file: BinaryIO | None = None
+        self._count = 0
+
+    def write(self, ids: Sequence[int] | NDArray[Any]) -> None:
+        """Append token ids."""
+        rest = np.asarray(ids, self.dtype)
+        self.tokens += len(rest)
+        while len(rest):
+            if self._file is None:
+                self._file = self._temporary().open("wb")
+                self._file.write(bytes(HEADER_BYTES))
+            part, rest = np.split(rest, [self.shard_tokens - self._count])
+            self._file.write(part.tobytes())
+            self._count += len(part)
+            if self._count == self.shard_tokens:
+                self.close()
+
+    def close(self) -> None:
+        """Finish the shard that is being written. `paths` then lists them all."""
+        if self._file is None:
+            return
+        with self._file:
+            self._file.seek(0)
+            self._file.write(_HEADER.pack(_MAGIC, _VERSION, self.dtype.itemsize, self._count))
+        path = self._temporary().with_suffix("")
+        self._temporary().replace(path)
+        self.paths.append(path)
+        self._file, self._count = None, 0
+
+    def _temporary(self) -> Path:
+        return self.folder / f"{self.stem}-{len(self.paths):05d}.bin.tmp"

@@ -1,0 +1,170 @@
+"""Where text comes from: built-in names, files, folders, globs, JSONL, and the `datasets` library.
+
+`documents(source)` yields texts in an order that depends on names alone. Only `hf:NAME` may use the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from minillama.data.builtin import BUILTIN, builtin_documents
+from minillama.data.reading import BadText, Document, Skipped, from_record, need_extra, read_file
+from minillama.errors import InputError
+
+__all__ = ["Document", "OnError", "Skipped", "Source", "documents", "identity", "parse_source"]
+
+OnError = Literal["stop", "skip"]
+
+# What a folder is searched for. A file that is named, or matched by a glob, may have any suffix.
+_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".jsonl")
+_HF = "hf:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A place that text comes from. Exactly one of `name` and `path` is given.
+
+    Raises:
+        InputError: both or neither are given.
+    """
+
+    name: str = ""
+    """python-docs, python-code, hf:NAME or hf:NAME:CONFIG of the Hugging Face hub, or anything `path` can be."""
+    path: str = ""
+    """A text file (one document), a .jsonl file (one a line), a folder of them, a glob; .gz and .zst as well."""
+    field: str = "text"
+    """The member of a JSONL object, or the column of a data set, that holds the text."""
+    weight: float = dataclasses.field(default=1.0, metadata={"above": 0})
+    """Share of the training tokens, relative to the other sources."""
+
+    def __post_init__(self) -> None:
+        if bool(self.name) == bool(self.path):
+            found = f"name = {self.name!r}, path = {self.path!r}"
+            raise InputError("a source has either a name or a path", where="name", found=found)
+
+    @property
+    def label(self) -> str:
+        """What to call it in a message."""
+        return self.name or self.path
+
+
+def parse_source(word: str) -> Source:
+    """The source that a word on the command line means."""
+    return Source(name=word)
+
+
+def documents(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Document]:
+    """The texts of a source that are not empty.
+
+    Args:
+        source: what to read.
+        on_error: `stop` raises at the first text that is not UTF-8, holds a NUL, is not JSON, lacks the field
+            or comes out of a damaged archive; `skip` leaves the document (a file, or a line of JSONL) out.
+        report: counts what was left out.
+
+    Raises:
+        InputError: bad text, with file and line; nothing of that name; a file that cannot be opened.
+    """
+    for item in _items(source):
+        if isinstance(item, Document):
+            if item.text:
+                yield item
+        elif on_error == "stop":
+            raise item
+        elif report is not None:
+            report.add(item)
+
+
+def identity(source: Source) -> dict[str, Any]:
+    """What the text of a source depends on, told without reading it: equal when nothing has changed.
+
+    Files are known by name as given, size and time of change; built-in sources by the Python version.
+
+    Raises:
+        InputError: nothing of that name.
+    """
+    known: dict[str, Any] = {"source": source.label, "field": source.field}
+    if source.name in BUILTIN:
+        return known | {"python": platform.python_version()}
+    if source.name.startswith(_HF) and not Path(source.name.removeprefix(_HF)).is_dir():
+        return known
+    lines = []
+    for path in _files(source.label.removeprefix(_HF), every=source.name.startswith(_HF)):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
+        lines.append(f"{path.as_posix()} {status.st_size} {status.st_mtime_ns}")
+    return known | {"files": len(lines), "listing": sha256("\n".join(lines).encode()).hexdigest()}
+
+
+def _items(source: Source) -> Iterator[Document | BadText]:
+    if source.name in BUILTIN:
+        yield from builtin_documents(source.name)
+    elif source.name.startswith(_HF):
+        yield from _data_set(source)
+    else:
+        for path in _files(source.label):
+            yield from read_file(path, source.field)
+
+
+def _files(name: str, every: bool = False) -> list[Path]:
+    """The files of a path or a glob, by name; at least one."""
+    path = Path(name).expanduser()
+    if "://" in name:
+        raise InputError("a URL stands where a path is expected", found=name, fix="download it first")
+    if path.is_dir():
+        found = list(_walk(path, frozenset(), every))
+        expected = f"files ending in {' '.join(_SUFFIXES)}, perhaps with .gz or .zst behind"
+    elif path.exists() or path.is_symlink():
+        return [path]
+    else:
+        found = [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if not match.is_dir()]
+        expected = f"a file, a folder, a glob that matches something, {', '.join(BUILTIN)}, or hf:NAME"
+    if not found:
+        close = get_close_matches(name, BUILTIN, n=1)
+        fix = f"did you mean {close[0]!r}?" if close else None
+        raise InputError("this source holds no files", where="data.sources", found=name, expected=expected, fix=fix)
+    return found
+
+
+def _walk(folder: Path, above: frozenset[Path], every: bool) -> Iterator[Path]:
+    """Text files below a folder, hidden ones left out. Links are followed, but not round in circles."""
+    real = folder.resolve()
+    if real in above:
+        raise InputError("this link leads back to a folder that it is in", where=folder, fix="remove it")
+    try:
+        entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        raise InputError(f"cannot read this folder: {error.strerror}", where=folder) from None
+    for path in entries:
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, above | {real}, every)
+        elif every or path.name.removesuffix(".gz").removesuffix(".zst").endswith(_SUFFIXES):
+            yield path
+
+
+def _data_set(source: Source) -> Iterator[Document | BadText]:
+    """The rows of split `train`, as they stream in."""
+    try:
+        import datasets
+    except ImportError:
+        raise need_extra("datasets", source.name) from None
+    name, _, config = source.name.removeprefix(_HF).partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield from_record(row, source.field, f"{source.name}, row {number}")
+    except Exception as error:  # the library, and what it stands on, raise anything
+        found = f"{type(error).__name__}: {error}"
+        raise InputError("the datasets library cannot read this", where=source.name, found=found) from error

@@ -1,0 +1,120 @@
+"""Which text is held out, and reading a source without reading it more often than memory demands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal
+
+from minillama.data.sources import Document, OnError, Skipped, Source, documents
+from minillama.errors import InputError
+
+__all__ = ["Part", "SplitName", "SplitSource", "hash_fraction"]
+
+SplitName = Literal["train", "val"]
+
+
+def hash_fraction(text: str, key: str) -> float:
+    """A number in [0, 1) that depends on the text and a key alone: the top 53 bits of a keyed BLAKE2b."""
+    digest = blake2b(text.encode(), key=key.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+@dataclass(frozen=True)
+class Part:
+    """A document, or the part of one that lies in a split.
+
+    Args:
+        split: `train` or `val`.
+        text: not empty.
+        starts: whether the document's start is in it.
+        ends: whether its end is.
+    """
+
+    split: SplitName
+    text: str
+    starts: bool = True
+    ends: bool = True
+
+
+class SplitSource:
+    """The documents of a source, each in its split.
+
+    A document is held out when a hash of its text falls below `val_fraction`, so it stays where it is when
+    others come or go, and equal documents stay together. Where this leaves a split empty, and so for a
+    single document, the whole text is cut at character int(n * (1 - val_fraction)) and what follows is held
+    out. Documents are kept in memory up to a limit, beyond which they are read again.
+
+    Args:
+        source: what to read.
+        val_fraction: share that is held out, between 0 and 1.
+        on_error: as for `documents`.
+        memory: bytes of text that may be kept.
+    """
+
+    def __init__(self, source: Source, val_fraction: float, on_error: OnError, memory: int) -> None:
+        self.source, self.val_fraction, self.on_error, self.memory = source, val_fraction, on_error, memory
+        self.skipped = Skipped()
+        self.count = 0
+        self.chars: dict[SplitName, int] = {"train": 0, "val": 0}
+        self._kept: list[Document] | None = None
+        self._cut: int | None = None
+
+    def scan(self) -> None:
+        """Read the source once: count, keep what fits, and find the cut.
+
+        Raises:
+            InputError: the source holds no text, or as `documents`.
+        """
+        if self.count:
+            return
+        kept: list[Document] | None = []
+        size = 0
+        for document in documents(self.source, self.on_error, self.skipped):
+            self.count += 1
+            self.chars[self._side(document)] += len(document.text)
+            size += sys.getsizeof(document.text)
+            if kept is not None:
+                kept.append(document)
+                kept = kept if size <= self.memory else None
+        if not self.count:
+            found = str(self.skipped) or "no text"
+            raise InputError("this source holds no text", where=self.source.label, found=found)
+        self._kept = kept
+        if not all(self.chars.values()):
+            total = sum(self.chars.values())
+            self._cut = int(total * (1 - self.val_fraction))
+            self.chars = {"train": self._cut, "val": total - self._cut}
+
+    def parts(self) -> Iterator[Part]:
+        """Every document in order, in its split; at most one is cut in two."""
+        self.scan()
+        at = 0
+        for document in self._kept if self._kept is not None else documents(self.source, self.on_error):
+            text = document.text
+            if self._cut is None:
+                yield Part(self._side(document), text)
+                continue
+            border = min(max(self._cut - at, 0), len(text))
+            at += len(text)
+            if border:
+                yield Part("train", text[:border], ends=border == len(text))
+            if border < len(text):
+                yield Part("val", text[border:], starts=not border)
+
+    def sample(self, chars: int) -> Iterator[str]:
+        """At most so many characters of the training documents, spread over them, in their order."""
+        self.scan()
+        reach = self.chars["train"] if self._kept is not None else min(self.chars["train"], self.memory)
+        share = chars / max(reach, 1)
+        for part in self.parts():
+            if chars <= 0:
+                return
+            if part.split == "train" and (share >= 1 or hash_fraction(part.text, "sample") < share or self.count == 1):
+                yield part.text[:chars]
+                chars -= len(part.text)
+
+    def _side(self, document: Document) -> SplitName:
+        return "val" if hash_fraction(document.text, "held out") < self.val_fraction else "train"
