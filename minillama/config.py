@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from minillama import config_json
 from minillama.errors import InputError
-from minillama.settings import Located, build, config_names, config_path, read_toml, to_dict
+from minillama.settings import Located, build, check, config_names, config_path, located, read_toml, to_dict
 
 __all__ = ["ModelConfig", "RopeScaling"]
 
@@ -71,10 +71,10 @@ class ModelConfig:
         """Resolve what follows from the rest, and refuse impossible shapes.
 
         Raises:
-            InputError: heads that do not divide, an odd head width; with the nearest valid numbers.
+            InputError: a number out of its range, heads that do not divide, an odd head width; with the
+                nearest valid numbers.
         """
-        if min(self.dim, self.n_heads, self.n_layers, self.vocab_size) < 1:
-            return  # `settings.check` says which one, with its range
+        check(self)
         if not self.head_dim and self.dim % self.n_heads:
             near = _nearest(self.n_heads, (n for n in range(1, self.dim + 1) if self.dim % n == 0))
             raise InputError(
@@ -86,7 +86,7 @@ class ModelConfig:
         resolved = {
             "n_kv_heads": self.n_kv_heads or self.n_heads,
             "head_dim": self.head_dim or self.dim // self.n_heads,
-            "hidden_dim": self.hidden_dim or 256 * -(-int(8 * self.dim / 3) // 256),
+            "hidden_dim": self.hidden_dim or _ffn_width(self.dim),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
@@ -135,7 +135,15 @@ class ModelConfig:
         if not values.get("preset"):
             return build(cls, values, origin, prefix=prefix)
         changed = {key: value for key, value in values.items() if key != "preset"}
-        return cls.load(values["preset"]).changed(changed, origin, prefix)
+        try:
+            if not isinstance(values["preset"], str):
+                raise InputError("preset is not a name", found=repr(values["preset"]), expected="a string")
+            base = cls.load(values["preset"])
+        except InputError as error:
+            if error.where is not None:  # a fault in the preset's own file
+                raise
+            raise located(error, origin, f"{prefix}.preset") from None
+        return base.changed(changed, origin, prefix)
 
     def changed(self, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
         """This shape with other values; widths that follow from others are derived anew."""
@@ -145,6 +153,8 @@ class ModelConfig:
                 base = _unchecked(base, head_dim=0)
             if self.n_kv_heads == self.n_heads:
                 base = _unchecked(base, n_kv_heads=0)
+            if self.hidden_dim == _ffn_width(self.dim):
+                base = _unchecked(base, hidden_dim=0)
         return build(ModelConfig, values, origin, base, prefix)
 
     @classmethod
@@ -153,10 +163,10 @@ class ModelConfig:
         try:
             return build(cls, config_json.from_hf(values, where))
         except InputError as error:
-            field_name = str(error.where)
-            if field_name not in config_json.KEYS:
+            key = str(error.where)
+            if key.startswith(where):  # it has its place already
                 raise
-            place = f"{where}, {config_json.KEYS[field_name]}"
+            place = f"{where}, {config_json.KEYS.get(key, key)}"
             raise InputError(error.what, where=place, found=error.found, expected=error.expected) from None
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
@@ -217,6 +227,10 @@ class ModelConfig:
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
         """Bytes that one token takes in the decode state: 2 LKE values."""
         return int(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
+
+
+def _ffn_width(dim: int) -> int:
+    return 256 * -(-int(8 * dim / 3) // 256)
 
 
 def _nearest(number: int, choices: Iterable[int]) -> str:

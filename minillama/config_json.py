@@ -25,6 +25,16 @@ KEYS = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
+# the same for the rope types that both sides have
+SCALING = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_seq_len": "original_max_position_embeddings",
+    },
+}
 REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")
 # what the decoder has no switch for: key -> the one value that it computes
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
@@ -44,10 +54,12 @@ def from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if values.get(key, only) != only:
             raise InputError(f"{key} is not supported", where=f"{where}, {key}", found=values[key], expected=only)
     for ours in REQUIRED:
-        if KEYS[ours] not in values:
+        if values.get(KEYS[ours]) is None:
             raise InputError(f"{KEYS[ours]} is missing", where=where)
     # version 5 keeps the base inside the table, version 4 beside it
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise InputError("the rope parameters are no table", where=where, found=repr(rope))
     table = {ours: values[theirs] for ours, theirs in KEYS.items() if values.get(theirs) is not None}
     table.setdefault("max_seq_len", 2048)
     table.setdefault("norm_eps", 1e-6)
@@ -62,19 +74,13 @@ def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind == "linear":
-        return {"kind": "linear", "factor": float(rope["factor"])}
-    if kind == "llama3":
-        return {
-            "kind": "llama3",
-            "factor": float(rope["factor"]),
-            "low_freq_factor": float(rope["low_freq_factor"]),
-            "high_freq_factor": float(rope["high_freq_factor"]),
-            "original_max_seq_len": rope["original_max_position_embeddings"],
-        }
-    raise InputError(
-        "this rope type is not supported", where=f"{where}, rope_type", found=kind, expected="default, linear or llama3"
-    )
+    if kind not in SCALING:
+        expected = "default, linear or llama3"
+        raise InputError("this rope type is not supported", where=f"{where}, rope_type", found=kind, expected=expected)
+    for theirs in SCALING[kind].values():
+        if theirs not in rope:
+            raise InputError(f"{theirs} is missing", where=f"{where}, rope parameters of type {kind}")
+    return {"kind": kind, **{ours: rope[theirs] for ours, theirs in SCALING[kind].items()}}
 
 
 def to_hf(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -87,13 +93,8 @@ def to_hf(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     if scaling is not None and scaling["kind"] == "ntk":
         theta *= scaling["factor"] ** (fields["head_dim"] / (fields["head_dim"] - 2))
     elif scaling is not None:
-        rope = {"rope_type": scaling["kind"], "factor": scaling["factor"]}
-        if scaling["kind"] == "llama3":
-            rope |= {
-                "low_freq_factor": scaling["low_freq_factor"],
-                "high_freq_factor": scaling["high_freq_factor"],
-                "original_max_position_embeddings": scaling["original_max_seq_len"],
-            }
+        kind = scaling["kind"]
+        rope = {"rope_type": kind, **{theirs: scaling[ours] for ours, theirs in SCALING[kind].items()}}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -28,7 +28,7 @@ class TrainingMemory:
     activations: int
     """What autograd keeps between the forward and the backward pass, the logits aside."""
     logits: int
-    """Logits, log-probabilities and their gradients."""
+    """Log-probabilities of the whole vocabulary, their gradient and that of the logits."""
 
     @property
     def total(self) -> int:
@@ -65,15 +65,17 @@ def training_memory(
     """Memory of one training step on one device.
 
     Activations are the tensors that autograd keeps for `model.Decoder`, with a fused attention kernel (no
-    T x T matrix). Values a token and block, those of products in `activation_bytes` and the rest in float32:
+    T x T matrix). Values a token and block, in `activation_bytes` unless another type is named:
 
-    - each of two norms: its input D, the normalised input D, the reciprocal root 1
-    - the inputs of q, k and v: D in float32, where they are one tensor; 3D in bfloat16, where each product
-      casts its own. The same for gate and up: D or 2D
-    - queries HE, keys KE, values KE, the kernel's log-sum-exp H (float32) and its output HE
+    - each of two norms, in the weights' type: its input D and the normalised input D; in float32 the
+      reciprocal root 1
+    - the input of q, k and v: D, or 3D where each of these products casts its own. The same for gate and
+      up: D or 2D
+    - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
     - gate F, up F, silu(gate) F, their product F
 
-    Around the blocks: token ids, and the final norm with its output. CUDA's fused norm does not keep the
+    Around the blocks: token ids, the final norm with its output, and in float32 V log-probabilities and two
+    gradients of that size. CUDA's fused norm does not keep the
     normalised input, and compiled blocks recompute more. With checkpointing the inputs of all blocks stay,
     and one block at a time in full. Rotary tables, attention masks and the allocator's waste are left out.
 
@@ -90,27 +92,25 @@ def training_memory(
     count, tokens = config.num_params(), batch * seq_len
     cast = activation_bytes < weight_bytes
     norms = (2 * config.n_layers + 1) * config.dim
-    block = _block_bytes(config, activation_bytes)
-    inputs = 4 * config.dim  # the residual stream, which is float32
+    block = _block_bytes(config, weight_bytes, activation_bytes)
+    inputs = weight_bytes * config.dim  # the residual stream, which no product casts
     kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
-    ends = 8 + (8 + activation_bytes) * config.dim + 4
-    # the float32 log-probabilities and their gradient, and in the product's type the logits and their gradient
-    logits = (8 + (2 * activation_bytes if cast else 4)) * config.vocab_size
+    ends = 8 + (2 * weight_bytes + activation_bytes) * config.dim + 4
     return TrainingMemory(
         weights=count * weight_bytes,
         gradients=count * grad_bytes,
         optimizer=count * optimizer_bytes,
         casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
         activations=tokens * (kept + ends),
-        logits=tokens * logits,
+        logits=tokens * 3 * 4 * config.vocab_size,
     )
 
 
-def _block_bytes(config: ModelConfig, width: int) -> int:
+def _block_bytes(config: ModelConfig, residual: int, width: int) -> int:
     """Bytes a token that autograd keeps of one block; the list is in `training_memory`."""
     d, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    norms = 2 * 4 * (2 * d + 1)
-    inputs = 2 * d if width == 4 else 5 * d
+    norms = 2 * (2 * d * residual + 4)
+    inputs = 5 * d if width < residual else 2 * d
     return norms + 4 * config.n_heads + width * (inputs + 2 * q + 2 * kv + 4 * config.hidden_dim)
 
 

@@ -218,6 +218,8 @@ class Decoder(nn.Module):
         Raises:
             InputError: a file is missing or damaged, or its tensors are not those of config.json.
         """
+        if not Path(path).is_dir():
+            raise InputError("no such model folder", found=path, expected="a folder with config.json")
         config = ModelConfig.load(path)
         with torch.device("meta"):
             model = cls(config)

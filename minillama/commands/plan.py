@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -25,7 +26,7 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 class Args:
     """What the command line said."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """The name of a model, a TOML file, or a Hugging Face folder."""
     seq_len: int = field(default=0, metadata={"min": 0})
     """Tokens a sequence; 0: the model's max_seq_len."""
@@ -116,7 +117,7 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
     parts = ("total", "embedding", "head", "layer", "non_embedding")
     names = {"layer": f"one of {config.n_layers} layers", "non_embedding": "without embedding and head"}
     tables = [
-        _table(f"{args.model}: tensors", "shape", "parameters", rows=_tensors(config)),
+        _table("tensors", "shape", "parameters", rows=_tensors(config)),
         _table("parameters", "", rows=[(names.get(part, part), f"{count[part]:,}") for part in parts]),
         _table(
             "training memory",
@@ -145,25 +146,21 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
         ),
     ]
     console = Console(highlight=False)
-    for i, one in enumerate(tables):
-        console.print(*([""] if i else []), one, sep="\n")
+    heads = f"{config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} key/value heads)"
+    console.print(f"{args.model}: {config.n_layers} layers, {heads}, context {config.max_seq_len}")
+    for one in tables:
+        console.print("", one, sep="\n")
 
 
-def _tensors(config: ModelConfig) -> list[tuple[str, str, str]]:
+def _tensors(config: ModelConfig) -> list[tuple[str, ...]]:
     """One row a tensor; the layers, which are alike, once."""
-    prefix, rows = "model.layers.0.", []
-    for name, shape in config.tensors().items():
-        size = 1
-        for side in shape:
-            size *= side
-        if name.startswith(prefix):
-            name = f"  {name.removeprefix(prefix)}"
-            if rows[-1][0] == "model.embed_tokens.weight":
-                rows.append((f"model.layers.N, {config.n_layers} of", "", ""))
-        elif name.startswith("model.layers."):
-            continue
-        rows.append((name, " x ".join(map(str, shape)), f"{size:,}"))
-    return rows
+
+    def row(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        return name, " x ".join(map(str, shape)), f"{math.prod(shape):,}"
+
+    first, *rest = [row(*pair) for pair in config.tensors().items() if not pair[0].startswith("model.layers.")]
+    layer = [row(f"  {name}", shape) for name, shape in config.layer_tensors().items()]
+    return [first, (f"model.layers.N, {config.n_layers} of", "", ""), *layer, *rest]
 
 
 def _table(title: str, *headers: str, rows: list[tuple[str, ...]]) -> Table:
@@ -179,10 +176,7 @@ def _table(title: str, *headers: str, rows: list[tuple[str, ...]]) -> Table:
 
 
 def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            break
-        number /= 1024
-    else:
-        unit = "TiB"
-    return f"{number:,.4g} {unit}" if number < 1000 else f"{number:,.0f} {unit}"
+    power = min(int(math.log2(number or 1)) // 10, 4)
+    scaled = number / 1024**power
+    digits = f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.4g}"
+    return f"{digits} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -7,10 +7,13 @@ below can stand in the file, as field = value under [section], or on the command
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from minillama.command_line import take_flag, take_option
+from minillama.config import RopeScaling
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.training.config import RunConfig, load_run_config
 
@@ -54,13 +57,39 @@ def parse(argv: Sequence[str]) -> Args:
 
 
 def _print_help() -> None:
+    """tyro writes the page; the words themselves are read by `command_line.py`, for its messages' sake."""
     import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type is bool:
+            return _shown("{true,false}", 1, lambda value: [str(value).lower()])
+        if info.type == tuple[Source, ...]:
+            return _shown("NAME_OR_PATH ...", "*", lambda sources: [s.name or s.path for s in sources])
+        return None
+
+    def _shown(metavar: str, count: Any, words: Any) -> PrimitiveConstructorSpec[Any]:
+        return PrimitiveConstructorSpec(count, metavar, lambda args: args, lambda value: True, words)
 
     options = """
 
 --out DIR: the run's folder, runs/NAME unless given. --resume: go on from the newest checkpoint in --out.
 --overwrite: replace the run in --out. --model.preset NAME: take the shape from configs/model."""
-    tyro.cli(RunConfig, args=["--help"], prog="train.py [CONFIG]", description=(__doc__ or "") + options)
+    config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    default = replace(RunConfig(), model=replace(RunConfig().model, rope_scaling=RopeScaling()))
+    description = (__doc__ or "") + options
+    tyro.cli(
+        RunConfig,
+        args=["--help"],
+        prog="train.py [CONFIG]",
+        description=description,
+        default=default,
+        config=config,
+        registry=registry,
+    )
 
 
 def run(args: Args) -> int:

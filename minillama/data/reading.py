@@ -7,11 +7,10 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from minillama.errors import InputError
 
@@ -139,7 +138,7 @@ def _text(data: bytes, path: str) -> Document | BadText:
     return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), path)
 
 
-def _json_lines(stream: IO[bytes], path: Path, key: str) -> Iterator[Document | BadText]:
+def _json_lines(stream: Iterable[bytes], path: Path, key: str) -> Iterator[Document | BadText]:
     for number, raw in enumerate(stream, 1):
         where = f"{path}:{number}"
         line = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, str(path), number)
@@ -173,23 +172,23 @@ class _DamagedError(Exception):
     """A zstd stream that ends early or is none."""
 
 
-def _open(path: Path) -> AbstractContextManager[IO[bytes]]:
+def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
-    return io.BufferedReader(_Zstd(path), 2**20) if path.suffix == ".zst" else path.open("rb")
+    if path.suffix != ".zst":
+        return path.open("rb")
+    try:
+        import zstandard
+    except ImportError:
+        raise need_extra("zstandard", "a .zst file") from None
+    return io.BufferedReader(_Zstd(path.open("rb"), zstandard), 2**20)
 
 
 class _Zstd(io.RawIOBase):
     """A zstd file, frame after frame. The library's own reader takes a file that is cut short for a whole one."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise need_extra("zstandard", "a .zst file") from None
-        self._error = zstandard.ZstdError
-        self._new = lambda: zstandard.ZstdDecompressor().decompressobj()
-        self._file = path.open("rb")
+    def __init__(self, file: BinaryIO, zstandard: Any) -> None:
+        self._file, self._zstandard = file, zstandard
         self._frame: Any = None
         self._raw = self._ready = b""
 
@@ -197,8 +196,7 @@ class _Zstd(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        if not self.closed:
-            self._file.close()
+        self._file.close()
         super().close()
 
     def readinto(self, buffer: Any) -> int:
@@ -214,10 +212,10 @@ class _Zstd(io.RawIOBase):
         return count
 
     def _decompress(self) -> None:
-        self._frame = self._frame or self._new()
+        self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
         try:
             self._ready = self._frame.decompress(self._raw)
-        except self._error as error:
+        except self._zstandard.ZstdError as error:
             raise _DamagedError(error) from None
         self._raw = self._frame.unused_data if self._frame.eof else b""
         if self._frame.eof:

@@ -23,7 +23,7 @@ HEADER_BYTES = 64
 _HEADER = struct.Struct("<8sIIQ40x")
 _MAGIC = b"mllshard"
 _VERSION = 1
-_DTYPES = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 _AGAIN = "delete the folder it is in; the next start writes it again"
 
 

@@ -221,11 +221,9 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     """
     path = config_path("train", name)
     values, origin = read_toml(path)
-    if preset is not None:
-        values["model"] = {"preset": preset}
-    values.setdefault("model", {"preset": "llama-tiny"})
+    shape = values.pop("model", {"preset": "llama-tiny"})
     values.setdefault("name", path.stem)
-    model = ModelConfig.from_table(values.pop("model"), origin, "model")
+    model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
     config = _build(values, origin, RunConfig(model=model))
     table = overrides(words, RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line = CommandLine()

@@ -114,11 +114,13 @@ def load_data(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
         cache=_cache_folder(config),
         val_fraction=config.data.val_fraction,
         on_error=config.data.on_error,
-        progress=report.say,
+        progress=lambda what, share: report.say(f"{what} ...") if share == 0 else None,
     )
     _check_vocabulary(trained, config.model)
-    corpus.check(config.context, config.train.batch_size, config.model.vocab_size)
+    corpus.check(config.context, config.train.batch_size)
     trained.add_bos = corpus.has_separators
+    if corpus.skipped.total:
+        report.say(str(corpus.skipped))
     tokens = sum(split.tokens for split in corpus.train)
     held_out = sum(split.tokens for split in corpus.val)
     report.say(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -213,12 +214,18 @@ class Trainer:
     def score(self) -> list[Score]:
         """The held-out loss of each source, at the training context."""
         context, limit = self.config.context, self.config.validate.tokens
-        # a batch about as large as a training step's, whatever the rows' length
-        rows = max(1, self.config.micro_batch_size)
+        total = sum(split.tokens for split in self.corpus.val)
+        every = max(1, total // limit) if limit else 1  # windows spread over all of the text
         with self.autocast():
             return [
-                score(self.model, split.val_windows(context, limit), split.bytes / split.tokens, rows)
+                score(
+                    self.model,
+                    islice(split.val_windows(context), 0, None, every),
+                    split.bytes / split.tokens,
+                    self.config.micro_batch_size,
+                )
                 for split in self.corpus.val
+                if split.tokens > 1
             ]
 
     def _sample(self) -> None:
