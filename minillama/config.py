@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from minillama import config_json
 from minillama.errors import InputError
-from minillama.settings import Located, build, check, config_names, config_path, located, read_toml, to_dict
+from minillama.settings import Located, build, check, config_folder, config_path, located, read_toml, to_dict
 
 __all__ = ["ModelConfig", "RopeScaling"]
 
@@ -35,16 +35,31 @@ class RopeScaling:
     original_max_seq_len: int = field(default=8192, metadata={"min": 1})
     """llama3: the original context."""
 
+    def __post_init__(self) -> None:
+        """Refuse bands that are empty or upside down.
+
+        Raises:
+            InputError: low_freq_factor is not below high_freq_factor.
+        """
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                "the low and the high frequency factor leave nothing between them",
+                where="low_freq_factor",
+                found=f"low_freq_factor = {self.low_freq_factor}, high_freq_factor = {self.high_freq_factor}",
+                expected="low_freq_factor less than high_freq_factor",
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a decoder. The defaults are LLaMA 7B's (arXiv 2302.13971, Table 2)."""
 
-    dim: int = field(default=4096, metadata={"min": 1})
+    # the upper ends keep arithmetic on a forged config.json short
+    dim: int = field(default=4096, metadata={"min": 1, "max": 2**20})
     """D, width of the residual stream."""
-    n_layers: int = field(default=32, metadata={"min": 1})
+    n_layers: int = field(default=32, metadata={"min": 1, "max": 2**14})
     """L, blocks."""
-    n_heads: int = field(default=32, metadata={"min": 1})
+    n_heads: int = field(default=32, metadata={"min": 1, "max": 2**20})
     """H, query heads."""
     n_kv_heads: int = field(default=0, metadata={"min": 0})
     """K, key/value heads; 0: as many as query heads."""
@@ -105,6 +120,10 @@ class ModelConfig:
                 found=f"head_dim = {self.head_dim} (dim = {self.dim}, n_heads = {self.n_heads})",
                 expected=f"an even width, such as {self.head_dim + 1}",
             )
+        if self.head_dim == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
+            raise InputError(
+                "ntk scaling needs more than one rotary pair", where="head_dim", found=2, expected="at least 4"
+            )
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> ModelConfig:
@@ -127,7 +146,7 @@ class ModelConfig:
         if isinstance(values.get("model"), Mapping):
             return cls.from_table(values["model"], origin, "model")
         config = cls.from_table(values, origin)
-        return replace(config, preset=path.stem) if path.stem in config_names("model") else config
+        return replace(config, preset=path.stem) if path.resolve().parent == config_folder("model") else config
 
     @classmethod
     def from_table(cls, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
@@ -139,6 +158,9 @@ class ModelConfig:
             if not isinstance(values["preset"], str):
                 raise InputError("preset is not a name", found=repr(values["preset"]), expected="a string")
             base = cls.load(values["preset"])
+        except RecursionError:
+            where = origin.at(f"{prefix}.preset".lstrip(".")) if origin is not None else None
+            raise InputError("the presets name each other in a circle", where=where) from None
         except InputError as error:
             if error.where is not None:  # a fault in the preset's own file
                 raise

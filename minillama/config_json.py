@@ -50,8 +50,10 @@ def from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = values.get("model_type")
     if kind not in ("llama", "mistral"):
         raise InputError("not a LLaMA-shaped model", where=f"{where}, model_type", found=kind, expected="llama")
+    if kind == "mistral":
+        values = {"sliding_window": 4096, **values}  # what transformers takes where the key is missing
     for key, only in FIXED.items():
-        if values.get(key, only) != only:
+        if values.get(key) not in (None, only):
             raise InputError(f"{key} is not supported", where=f"{where}, {key}", found=values[key], expected=only)
     for ours in REQUIRED:
         if values.get(KEYS[ours]) is None:

@@ -75,9 +75,10 @@ def training_memory(
     - gate F, up F, silu(gate) F, their product F
 
     Around the blocks: token ids, the final norm with its output, and in float32 V log-probabilities and two
-    gradients of that size. CUDA's fused norm does not keep the
-    normalised input, and compiled blocks recompute more. With checkpointing the inputs of all blocks stay,
-    and one block at a time in full. Rotary tables, attention masks and the allocator's waste are left out.
+    gradients of that size. With checkpointing the inputs of all blocks stay, and one block at a time in
+    full. CUDA's fused norm does not keep the normalised input, and compiled blocks recompute more. Rotary
+    tables, attention masks, the allocator's waste, and the attention weights that the CPU's bfloat16 kernel
+    keeps (`layers/kernel.py`, HT to 2HT bytes a token and block) are left out.
 
     Args:
         config: the shape.

@@ -20,7 +20,19 @@ from typing import Any, Literal, Protocol, TypeVar, Union
 
 from minillama.errors import InputError
 
-__all__ = ["Located", "Origin", "build", "check", "config_names", "config_path", "nearest", "read_toml", "to_dict"]
+__all__ = [
+    "Located",
+    "Origin",
+    "build",
+    "check",
+    "config_folder",
+    "config_names",
+    "config_path",
+    "located",
+    "nearest",
+    "read_toml",
+    "to_dict",
+]
 
 T = TypeVar("T")
 
@@ -56,14 +68,17 @@ class Origin:
         found: dict[str, int] = {}
         counts: dict[str, int] = {}
         table = ""
-        for number, line in enumerate(self.text.splitlines(), 1):
+        for number, line in enumerate(self.text.split("\n"), 1):
             header = re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", line)
             pair = re.match(r"\s*([\w.\-\"']+)\s*=", line)
             if header:
-                table = re.sub(r"[\"'\s]", "", header[2])
+                table, name = "", re.sub(r"[\"'\s]", "", header[2])
                 if header[1] == "[[":
-                    counts[table] = counts.get(table, -1) + 1
-                    table = f"{table}.{counts[table]}"
+                    counts[name] = counts.get(name, -1) + 1
+                for depth, part in enumerate(name.split("."), 1):
+                    table = f"{table}.{part}".lstrip(".")
+                    parent = ".".join(name.split(".")[:depth])
+                    table += f".{counts[parent]}" if parent in counts else ""
                 found.setdefault(table, number)
             elif pair:
                 name = re.sub(r"[\"']", "", pair[1])
@@ -78,7 +93,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
         InputError: no such file, not UTF-8, or a syntax error, with line and column.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark before the first line
     except FileNotFoundError as error:
         raise InputError("no such file", where=path) from error
     except (OSError, UnicodeDecodeError) as error:
@@ -88,9 +103,9 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     except tomllib.TOMLDecodeError as error:
         message = str(error)
         place = re.search(r" \(at line (\d+), column (\d+)\)", message)
-        lines = text.splitlines()
-        line, column = (place[1], place[2]) if place else (str(len(lines)), "1")
-        found = lines[int(line) - 1].strip() if 0 < int(line) <= len(lines) else None
+        lines = text.split("\n")
+        line, column = (place[1], place[2]) if place else (len(lines), len(lines[-1]) + 1)
+        found = lines[int(line) - 1].strip() or None
         what = f"not valid TOML: {message.split(' (at')[0]}"
         raise InputError(what, where=f"{path}:{line}:{column}", found=found, fix="see https://toml.io") from error
 
@@ -147,10 +162,10 @@ def build(
 def located(error: InputError, origin: Located | None, prefix: str) -> InputError:
     """The error of a dataclass that knows its field, with file and line added."""
     field = str(error.where or "")
-    if origin is None or not re.fullmatch(r"[\w.]*", field):  # it has a place already
+    if not re.fullmatch(r"[\w.]*", field):  # it has a place already
         return error
-    key = f"{prefix}.{field}".strip(".")
-    return InputError(error.what, where=origin.at(key), found=error.found, expected=error.expected, fix=error.fix)
+    where = _place(origin, f"{prefix}.{field}".strip("."))
+    return InputError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix)
 
 
 def _place(origin: Located | None, key: str) -> str:
@@ -216,14 +231,12 @@ def check(instance: Any, origin: Located | None = None, prefix: str = "") -> Non
     for f in fields(instance):
         key = f"{prefix}.{f.name}".lstrip(".")
         value = getattr(instance, f.name)
-        if is_dataclass(value):
-            check(value, origin, key)
-        elif isinstance(value, tuple):
-            for i, item in enumerate(value):
-                if is_dataclass(item):
-                    check(item, origin, f"{key}.{i}")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            _check_number(value, f.metadata, _place(origin, key), key)
+        items = {f"{key}.{i}": item for i, item in enumerate(value)} if isinstance(value, tuple) else {key: value}
+        for place, item in items.items():
+            if is_dataclass(item):
+                check(item, origin, place)
+            elif isinstance(item, int | float) and not isinstance(item, bool):
+                _check_number(item, f.metadata, _place(origin, place), place)
 
 
 def _check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:
@@ -233,10 +246,11 @@ def _check_number(value: float, limits: Mapping[str, float], where: str, key: st
         and value > limits.get("above", -math.inf)
         and value < limits.get("below", math.inf)
     )
-    if not (inside and math.isfinite(value)):
+    finite = value == value and abs(value) != math.inf  # isfinite takes no whole number over 1e308
+    if not (inside and finite):
         words = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
         bounds = [f"{word} {limits[name]}" for name, word in words.items() if name in limits]
-        expected = " and ".join(bounds) or "a finite number"
+        expected = ", ".join(["a finite number"] * (not finite) + [" and ".join(bounds)] * bool(bounds))
         raise InputError(f"{key} is out of range", where=where, found=value, expected=expected)
 
 

@@ -146,7 +146,7 @@ class Corpus:
                 "the weight of a source is too small: it would never be read",
                 where=f"data.sources.{index}.weight ({self.train[index].name})",
                 found=self.weights[index],
-                expected=f"more than 1/{2 * BLOCK} of the sum, {sum(self.weights)}",
+                expected=f"at least {sum(self.weights) / BLOCK:g}, 1/{BLOCK} of the sum",
             )
 
     @property

@@ -144,7 +144,7 @@ def _json_lines(stream: Iterable[bytes], path: Path, key: str) -> Iterator[Docum
         line = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, str(path), number)
         if isinstance(line, BadText):
             yield line
-        elif line.strip():
+        elif line := line.strip():
             try:
                 record: Any = json.loads(line)
             except (ValueError, RecursionError) as error:

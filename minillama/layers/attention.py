@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minillama.config import ModelConfig
+from minillama.layers.kernel import attend
 from minillama.layers.linear import fused_linear
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
@@ -25,7 +25,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
         self.widths = (
             config.n_heads * config.head_dim,
             config.n_kv_heads * config.head_dim,
@@ -62,10 +61,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if state is not None and span is not None:
             k, v = state.append(k, v, span)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=self.grouped
-        )
-        return self.o_proj(rearrange(out, "b h t e -> b t (h e)"))
+        return self.o_proj(rearrange(attend(q, k, v, mask), "b h t e -> b t (h e)"))
 
     @property
     def fused(self) -> bool:

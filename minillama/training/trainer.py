@@ -83,7 +83,7 @@ class Trainer:
         self.folder, self.report = folder, report
         self.dtype = choose_dtype(config.train.dtype, model.device, config.model.dim)
         self.peak = peak_flops(model.device, self.dtype)
-        self.objective = make(config, tokenizer.eos_id if corpus.has_separators else None)
+        self.objective = make(config, corpus.separator)
         self.optimizer = make_optimizer(model, config.optim)
         self.compiler = Compiler(config.train.compile, model, report)
         self.progress = Progress()

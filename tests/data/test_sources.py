@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import gzip
+import json
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillama.data.sources import Skipped, Source, documents, identity, parse_source
+from minillama.errors import InputError
+
+
+def texts(name: str, field: str = "text") -> list[str]:
+    return [document.text for document in documents(Source(name, field=field))]
+
+
+def test_exactly_one_of_name_and_path() -> None:
+    for wrong in ({}, {"name": "a", "path": "b"}):
+        with pytest.raises(InputError, match="either a name or a path"):
+            Source(**wrong)
+    assert parse_source("python-docs") == Source("python-docs")
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\nthree \xe4\xbd\xa0\r\n")
+    assert texts(str(path)) == ["one\ntwo\nthree 你\n"]
+    assert next(documents(Source(path=str(path)))).where == str(path)
+
+
+def test_real_jsonl(shared: Path) -> None:
+    path = shared / "text" / "en" / "c4_demo.jsonl"
+    expected = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").split("\n") if line]
+    found = list(documents(Source(path=str(path))))
+    assert [document.text for document in found] == [text.replace("\r\n", "\n") for text in expected]
+    assert len(found) == 300
+    assert found[41].where == f"{path}:42"
+
+
+def test_field_of_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "no", "body": "yes"}\n\n{"body": "\\u4f60\\r\\n"}', encoding="utf-8")
+    assert texts(str(path), "body") == ["yes", "你\n"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_compressed_files_read_as_the_plain_one(shared: Path, tmp_path: Path, suffix: str) -> None:
+    def pack(data: bytes) -> bytes:
+        if suffix == "gz":
+            return gzip.compress(data)
+        return pytest.importorskip("zstandard").compress(data)
+
+    for plain in (shared / "text" / "en" / "c4_demo.jsonl", shared / "text" / "en" / "alice.txt"):
+        data = plain.read_bytes()
+        packed = tmp_path / f"{plain.name}.{suffix}"
+        packed.write_bytes(pack(data[:100_000]) + pack(data[100_000:]))  # two members, two frames
+        assert texts(str(packed)) == texts(str(plain))
+
+
+def test_zstd_of_many_blocks(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    text = "".join(f"{i}\n" for i in range(1_000_000))
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(text.encode()))
+    assert texts(str(tmp_path / "a.txt.zst")) == [text]
+
+
+def test_a_folder_is_read_by_name_and_below(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/y.jsonl", "c.png", ".git/d.txt", "B.txt", "a.txt.gz", "empty.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        data = b'{"text": "a/y.jsonl"}\n' if path.suffix == ".jsonl" else name.encode() * (name != "empty.txt")
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    assert texts(str(tmp_path)) == ["B.txt", "a/y.jsonl", "a/z.md", "a.txt.gz", "b.txt"]
+    assert texts(str(tmp_path / "*.txt")) == ["B.txt", "b.txt"]
+    assert texts(str(tmp_path / "**" / "*.md")) == ["a/z.md"]
+    assert texts(str(tmp_path / "c.png")) == ["c.png"]  # named, so wanted
+
+
+def test_links_are_followed_and_circles_named(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.txt").write_text("a")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    assert texts(str(tmp_path)) == ["a", "a"]
+    (tmp_path / "one" / "up").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="leads back to a folder that it is in") as caught:
+        texts(str(tmp_path))
+    assert str(tmp_path / "one" / "up") in str(caught.value)
+    (tmp_path / "self.txt").symlink_to(tmp_path / "self.txt")
+    for read in (documents, identity):
+        with pytest.raises(InputError, match=r"cannot read this file: (?s:.)*self\.txt"):
+            list(read(Source(path=str(tmp_path / "self.txt"))))
+
+
+def test_nothing_of_that_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'python-docs'"):
+        texts("python-doc")
+    with pytest.raises(InputError, match=r"files ending in \.txt"):
+        texts(str(tmp_path))
+    with pytest.raises(InputError, match="a URL stands where a path is expected"):
+        identity(Source("https://example.org/a.txt"))
+
+
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so no mode bits
+    with pytest.raises(InputError, match=r"cannot read this file: Permission denied(?s:.)*a\.txt"):
+        texts(str(tmp_path))
+
+
+def test_python_docs() -> None:
+    found = {document.where: document.text for document in documents(Source("python-docs"))}
+    assert len(found) > 400
+    assert "try" in found["python-docs, topic try"]
+    decoder = found["python-docs, module json.decoder"]
+    assert decoder.startswith("json.decoder\n\n")
+    assert "class JSONDecodeError(ValueError)\nSubclass of ValueError with" in decoder
+    assert "JSONDecoder.raw_decode(self, s, idx=0)\nDecode a JSON document" in decoder
+    assert not any("test_" in where or "idlelib" in where for where in found)
+    assert "python-docs, module json" in found
+
+
+def test_python_code() -> None:
+    found = list(documents(Source("python-code")))
+    names = [Path(document.where).as_posix() for document in found]
+    by_name = {name.rsplit("/lib/", 1)[-1]: document for name, document in zip(names, found, strict=True)}
+    assert any(name.endswith("json/decoder.py") for name in by_name)
+    assert not any(part in name for name in by_name for part in ("/test/", "/tests/", "/idlelib/", "site-packages"))
+    assert len(found) > 300
+    assert [d.text for d in found] == [d.text for d in documents(Source("python-code"))]
+
+
+def test_identity_of_built_in_sources_is_the_python_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(Source("python-docs"))
+    assert before["python"] == ".".join(map(str, sys.version_info[:3])) or sys.version_info.releaselevel != "final"
+    monkeypatch.setattr(platform, "python_version", lambda: "3.99.0")
+    assert identity(Source("python-docs")) != before
+    assert identity(Source("python-docs")) != identity(Source("python-code"))
+
+
+def test_identity_of_files_follows_name_size_and_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a")
+    source = Source(path=str(tmp_path))
+    seen = [identity(source)]
+    path.write_text("ab")
+    seen.append(identity(source))
+    path.rename(tmp_path / "b.txt")
+    seen.append(identity(source))
+    (tmp_path / "c.txt").write_text("c")
+    seen.append(identity(source))
+    seen.append(identity(Source(path=str(tmp_path), field="body")))
+    assert len({json.dumps(one) for one in seen}) == len(seen)
+    assert identity(source) == seen[3]
+    assert identity(Source(path=str(tmp_path), weight=3.0)) == seen[3]
+
+
+def test_datasets_library_on_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    lines = "".join(json.dumps({"body": f"text {i}", "n": i}) + "\n" for i in range(5))
+    (tmp_path / "set" / "train.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    assert texts("hf:./set", "body") == [f"text {i}" for i in range(5)]
+    assert identity(Source("hf:./set"))["files"] == 1
+    with pytest.raises(InputError, match=r"field 'n' is not a string(?s:.)*hf:./set, row 1"):
+        texts("hf:./set", "n")
+    with pytest.raises(InputError, match="the datasets library cannot read this"):
+        texts("hf:./absent")
+
+
+@pytest.mark.parametrize(("module", "name"), [("zstandard", "a.txt.zst"), ("datasets", "hf:something")])
+def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=r"pip install 'minillama\[data\]'"):
+        texts(name)
+
+
+def test_skipped_counts_add_up() -> None:
+    one = Skipped({"NUL": 1}, ["a:1"])
+    one.merge(Skipped({"NUL": 2, "invalid UTF-8": 1}, ["b:1", "c:1", "d:1", "e:1", "f:1"]))
+    assert one.total == 4
+    assert str(one) == "4 documents left out: 3 NUL, 1 invalid UTF-8 (a:1, b:1, c:1, d:1, e:1)"
+    assert str(Skipped()) == ""
