@@ -43,17 +43,17 @@ def choose_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device, dim: int) -> torch.dtype:
+def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
     """The type of matrix products while training; weights and sums stay float32.
 
     `auto` takes bfloat16 where the processor multiplies it in hardware (AVX-512 BF16 or AMX, Ampere and
-    later) and the model is wide enough for the products to outweigh the casts. float16 is never chosen.
+    later). float16 is never chosen.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu" and dim >= 192:
+    if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16

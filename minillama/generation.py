@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -65,7 +65,7 @@ def decode(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     use_state: bool = True,
-) -> Iterator[list[tuple[int, int]]]:
+) -> Generator[list[tuple[int, int]], set[int] | None, None]:
     """Yield, step by step, (row, token) for every row that is still going.
 
     Send a set of rows into the generator to end them; they are dropped from the batch.

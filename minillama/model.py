@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,11 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     @property
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return [cast(Block, layer) for layer in self.model.layers]
+
+    @property
     def output_weight(self) -> Tensor:
         """(V, D), the head's matrix; the embedding's when tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -155,7 +161,7 @@ class Decoder(nn.Module):
         x = self.model.embed_tokens(tokens)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        for i, layer in enumerate(self.model.layers):
+        for i, layer in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)
             else:
@@ -184,12 +190,12 @@ class Decoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block in place: names stay, and all blocks share one piece of compiled code."""
-        for layer in self.model.layers:
+        for layer in self.blocks:
             layer.compile(dynamic=False)
 
     def fuse(self) -> Decoder:
         """Merge products of one input for decoding. There is no way back; a fused model is not saved."""
-        for layer in self.model.layers:
+        for layer in self.blocks:
             layer.self_attn.fuse()
             layer.mlp.fuse()
         return self
@@ -234,6 +240,6 @@ class Decoder(nn.Module):
         Raises:
             InputError: after `fuse`, when the tensors no longer have their names.
         """
-        if any(layer.self_attn.fused for layer in self.model.layers):
+        if any(layer.self_attn.fused for layer in self.blocks):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
         hf.write(Path(path), self.config, dict(self.state_dict()))

@@ -42,7 +42,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """logits / value, value > 0."""
+    """Logits / value, value > 0."""
     return logits / value
 
 
@@ -122,10 +122,7 @@ class Sampler:
         s = self.settings
         if self.seen is not None:
             logits = repetition_penalty(logits, self.seen, s.repetition_penalty)
-        if s.temperature == 0:
-            tokens = logits.argmax(-1)
-        else:
-            tokens = self._draw(temperature(logits, s.temperature))
+        tokens = logits.argmax(-1) if s.temperature == 0 else self._draw(temperature(logits, s.temperature))
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens

@@ -49,10 +49,10 @@ def run(args: Args) -> int:
     prompts = _prompts(args)
     import torch
 
+    from minillama.device import choose_device
     from minillama.generation import generate, stream
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
-    from minillama.device import choose_device
 
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model = Decoder.from_pretrained(args.model, dtype, choose_device(args.device)).fuse()

@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> Args:
 
 
 def _print_help() -> None:
-    """tyro writes the page; the words themselves are read by `command_line.py`, for its messages' sake."""
+    """Tyro writes the page; the words themselves are read by `command_line.py`, for its messages' sake."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 

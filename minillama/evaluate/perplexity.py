@@ -43,7 +43,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
+        """Exp of the loss."""
         return math.exp(self.nats_per_token)
 
 

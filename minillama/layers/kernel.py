@@ -32,9 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     if mask.is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return blocked_causal(q, k, v)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped)
 
 
 def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:

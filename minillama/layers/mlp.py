@@ -34,4 +34,3 @@ class SwiGLU(nn.Module):
         """Put gate and up into one product, for decoding. There is no way back."""
         self.gate_up_proj = fused_linear(self.gate_proj, self.up_proj)
         del self.gate_proj, self.up_proj
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -56,12 +57,20 @@ class Rope(nn.Module):
         w = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("frequencies", w, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rope:
+        """Follow the model to another device, but not to a shorter type: bfloat16 frequencies are wrong ones."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype != exact.dtype:
+            self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Position ids (T,) or (B, T) -> cosines and sines, (T, E) or (B, 1, T, E).
 
         Angles are taken in float32: in bfloat16 positions beyond 256 would run together.
         """
-        angles = positions[..., None].float() * self.frequencies.float()
+        angles = positions[..., None].float() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
         if positions.dim() == 2:
             angles = angles[:, None]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from minillama.model import Decoder
 from minillama.device import compiler_missing
+from minillama.model import Decoder
 from minillama.training.report import Report
 
 __all__ = ["Compiler"]

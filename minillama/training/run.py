@@ -14,13 +14,13 @@ import torch
 from minillama.config import ModelConfig
 from minillama.data.corpus import Corpus
 from minillama.data.prepare import prepare
+from minillama.device import choose_device
 from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.settings import to_dict
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.training.checkpoint import newest_checkpoint
 from minillama.training.config import RunConfig
-from minillama.device import choose_device
 from minillama.training.plot import sparkline, write_png
 from minillama.training.report import Report, make_report
 from minillama.training.run_folder import RunFolder, choose_folder

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from minillama.data.corpus import Corpus
+from minillama.device import choose_dtype, peak_flops
 from minillama.errors import InputError
 from minillama.evaluate.perplexity import Score, score
 from minillama.formats.hf import write_generation_config
@@ -26,9 +27,9 @@ from minillama.tokenizer import Tokenizer
 from minillama.training.checkpoint import Checkpoint, prune, replace_folder, save_checkpoint
 from minillama.training.compiling import Compiler
 from minillama.training.config import RunConfig
-from minillama.device import choose_dtype, peak_flops
 from minillama.training.objectives import Batch, make
 from minillama.training.optim import load_optimizer_state, make_optimizer, optimizer_state
+from minillama.training.precision import WorkingCopy
 from minillama.training.report import Report
 from minillama.training.run_folder import RunFolder
 from minillama.training.schedule import learning_rate
@@ -81,16 +82,17 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.tokenizer, self.corpus = config, model, tokenizer, corpus
         self.folder, self.report = folder, report
-        self.dtype = choose_dtype(config.train.dtype, model.device, config.model.dim)
+        self.dtype = choose_dtype(config.train.dtype, model.device)
         self.peak = peak_flops(model.device, self.dtype)
         self.objective = make(config, corpus.separator)
         self.optimizer = make_optimizer(model, config.optim)
-        self.compiler = Compiler(config.train.compile, model, report)
         self.progress = Progress()
         self.signal: int | None = None
         model.checkpointing = config.train.checkpointing
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.working = WorkingCopy(model, self.dtype)
+        self.compiler = Compiler(config.train.compile, self.working.model, report)
 
     def train(self) -> None:
         """Run from the current step to the last.
@@ -100,7 +102,7 @@ class Trainer:
             InputError: the loss is no number any more.
         """
         steps, every = self.config.train.steps, self.config.validate.every
-        self.model.train()
+        self.working.model.train()
         with self._signals():
             if self.progress.step == 0:
                 self.validate()
@@ -142,6 +144,7 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.working.refresh()
         seconds = time.perf_counter() - began
         self._count(batch.tokens.numel(), seconds)
         record = self._record(loss, rate, norm, batch.tokens.numel() / seconds) | metrics
@@ -157,24 +160,21 @@ class Trainer:
         sums: dict[str, float] = {}
         for start in range(0, rows, size):
             part = batch.rows(start, start + size).to(self.model.device)
-            with self.autocast():
-                loss, _, metrics = self.objective.loss(self.model, part)
+            loss, _, metrics = self.objective.loss(self.working.model, part)
             (loss / weight).backward()
+            self.working.collect()
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
         return total / weight, {name: value / weight for name, value in sums.items()}
 
-    def autocast(self) -> torch.autocast:
-        """Products in the run's type, weights and sums in float32."""
-        return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     def _freeze(self, step: int) -> None:
         if not self.config.stages:
             return
         stage = self.config.stage(step)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(stage.trains(name))
+        for model in (self.model, self.working.model):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(stage.trains(name))
 
     def _count(self, tokens: int, seconds: float) -> None:
         self.progress.step += 1
@@ -205,9 +205,7 @@ class Trainer:
         base = record or {"step": self.progress.step, "tokens": self.progress.tokens}
         self.folder.append_metrics(base | measured)
         loss = f"loss {record['loss']:.4f}, " if record else ""
-        self.report.say(
-            f"step {self.progress.step}: {loss}val_loss {nats:.4f} nats/token, {bits:.4f} bits/byte"
-        )
+        self.report.say(f"step {self.progress.step}: {loss}val_loss {nats:.4f} nats/token, {bits:.4f} bits/byte")
         self._sample()
         return measured
 
@@ -216,17 +214,16 @@ class Trainer:
         context, limit = self.config.context, self.config.validate.tokens
         total = sum(split.tokens for split in self.corpus.val)
         every = max(1, total // limit) if limit else 1  # windows spread over all of the text
-        with self.autocast():
-            return [
-                score(
-                    self.model,
-                    islice(split.val_windows(context), 0, None, every),
-                    split.bytes / split.tokens,
-                    self.config.micro_batch_size,
-                )
-                for split in self.corpus.val
-                if split.tokens > 1
-            ]
+        return [
+            score(
+                self.working.model,
+                islice(split.val_windows(context), 0, None, every),
+                split.bytes / split.tokens,
+                self.config.micro_batch_size,
+            )
+            for split in self.corpus.val
+            if split.tokens > 1
+        ]
 
     def _sample(self) -> None:
         wanted = self.config.sample
@@ -234,7 +231,7 @@ class Trainer:
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
         for prompt in wanted.prompts:
-            completion = generate(self.model, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
+            completion = generate(self.working.model, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
 
     def save(self) -> None:

@@ -67,3 +67,10 @@ def test_linear_and_ntk_scaling() -> None:
     assert (plain[-1] / ntk[-1]).item() == pytest.approx(4.0, rel=1e-4)
     assert (plain[1] / ntk[1]).item() == pytest.approx(4 ** (2 / 62), rel=1e-4)
     assert math.isclose(ntk[16].item(), (10000 * 4 ** (64 / 62)) ** (-32 / 64), rel_tol=1e-4)
+
+
+def test_frequencies_stay_float32_when_the_model_does_not() -> None:
+    rope = Rope(ModelConfig(dim=64, n_heads=1, n_layers=1, vocab_size=8))
+    exact = rope.frequencies.clone()
+    assert torch.equal(rope.to(torch.bfloat16).frequencies, exact)
+    assert rope.to("meta").frequencies.is_meta

@@ -27,7 +27,7 @@ CASES = {
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights of every kind that matter: norms that are not ones, matrices large enough for softmaxes that are not flat."""
+    """Norms that are not ones, and matrices large enough for softmaxes that are not flat."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

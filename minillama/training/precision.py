@@ -1,0 +1,57 @@
+"""Training in bfloat16 with float32 masters."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from minillama.model import Decoder
+
+__all__ = ["WorkingCopy"]
+
+
+class WorkingCopy:
+    """The model that forward and backward passes run on.
+
+    In float32 it is the model itself. In bfloat16 it is a copy whose weights are cast from the model's once
+    a step, so that no product has to cast its operands, and whose gradients are added to the model's in
+    float32. The optimizer and every file see the float32 model alone (mixed precision with master weights,
+    Micikevicius et al. 2018, arXiv 1710.03740, §3.1; bfloat16 needs no loss scaling).
+
+    Args:
+        master: the float32 model.
+        dtype: of the passes.
+    """
+
+    def __init__(self, master: Decoder, dtype: torch.dtype) -> None:
+        self.master = master
+        self.model = master if dtype == master.dtype else copy.deepcopy(master).to(dtype)
+        self._pairs = list(zip(self.model.parameters(), master.parameters(), strict=True))
+
+    @property
+    def is_master(self) -> bool:
+        """Whether there is no copy."""
+        return self.model is self.master
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the master's weights."""
+        if self.is_master:
+            return
+        for working, master in self._pairs:
+            working.copy_(master)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Add the gradients of one backward pass to the master's and clear them."""
+        if self.is_master:
+            return
+        for working, master in self._pairs:
+            if working.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = working.grad.to(master.dtype)
+            else:
+                master.grad += working.grad
+            working.grad = None

@@ -1,0 +1,85 @@
+"""The batch of a language model, and its loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.data.corpus import Corpus, Split
+from minillama.data.shards import Shard
+from minillama.layers.mask import Mask
+from minillama.model import Decoder
+from minillama.training.objectives import Batch, LanguageModel
+
+MODEL = ModelConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=50, max_seq_len=16)
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    ids = np.arange(1, 2001) % 50
+    ids[::7] = 0  # a separator every seven tokens
+    splits = [Split([Shard(Path("x"), ids.astype(np.uint16))], 50, 2000, "test")]
+    return Corpus(splits, splits, separator=0)
+
+
+def test_targets_are_the_next_tokens(corpus: Corpus) -> None:
+    batch = LanguageModel(3, 8).batch(corpus, seed=1, step=4)
+    assert batch.tokens.shape == batch.targets.shape == batch.weights.shape == (3, 8)
+    assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+    assert batch.mask == Mask() and batch.positions is None
+
+
+def test_loss_is_the_sum_of_nats(corpus: Corpus) -> None:
+    model = Decoder(MODEL)
+    objective = LanguageModel(3, 8)
+    batch = objective.batch(corpus, 1, 0)
+    loss, weight, _ = objective.loss(model, batch)
+    expected = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert weight == 24
+
+
+def test_weights_leave_targets_out(corpus: Corpus) -> None:
+    model, objective = Decoder(MODEL), LanguageModel(2, 8)
+    batch = objective.batch(corpus, 1, 0)
+    weights = torch.zeros(2, 8)
+    weights[1, 3] = 2.0
+    loss, weight, _ = objective.loss(model, Batch(batch.tokens, batch.targets, weights))
+    one = F.cross_entropy(model(batch.tokens)[1, 3], batch.targets[1, 3])
+    torch.testing.assert_close(loss / weight, one)
+
+
+def test_parts_of_a_batch_sum_to_the_whole(corpus: Corpus) -> None:
+    model, objective = Decoder(MODEL), LanguageModel(5, 8, separator=0)
+    batch = objective.batch(corpus, 1, 0)
+    whole, weight, _ = objective.loss(model, batch)
+    parts = [objective.loss(model, batch.rows(i, i + 2))[:2] for i in range(0, 5, 2)]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
+    assert sum(w.item() for _, w in parts) == weight.item()
+
+
+def test_documents_are_masked_and_positions_start_anew(corpus: Corpus) -> None:
+    batch = LanguageModel(2, 16, separator=0).batch(corpus, 1, 0)
+    assert batch.positions is not None and batch.mask.documents is not None
+    for row in range(2):
+        starts = [i for i in range(16) if batch.tokens[row, i] == 0]
+        assert starts
+        for i in starts:
+            assert batch.positions[row, i] == 0
+        first = starts[0]
+        assert batch.positions[row, :first].tolist() == list(range(first))
+        ids = batch.mask.documents[row]
+        assert ids[first] != ids[first - 1] if first else True
+    model = Decoder(MODEL)
+    changed = batch.tokens.clone()
+    start = next(i for i in range(16) if changed[0, i] == 0)
+    assert start > 0
+    changed[0, start - 1] = (changed[0, start - 1] + 1) % 49 + 1
+    a = model(batch.tokens, batch.positions, batch.mask)[0, start:]
+    b = model(changed, batch.positions, batch.mask)[0, start:]
+    torch.testing.assert_close(a, b)

@@ -1,0 +1,83 @@
+"""Learning rates, parameter groups, and the optimizer's state by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minillama.config import ModelConfig
+from minillama.model import Decoder
+from minillama.training.config import OptimConfig
+from minillama.training.optim import load_optimizer_state, make_optimizer, optimizer_state, parameter_groups
+from minillama.training.schedule import learning_rate
+
+LLAMA = OptimConfig(lr=3e-4, warmup_steps=2000, schedule="cosine", final_fraction=0.1)
+MODEL = ModelConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=40, max_seq_len=16)
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0, 0), (1000, 1.5e-4), (2000, 3e-4), (126000, 1.65e-4), (250000, 3e-5)])
+def test_llamas_schedule(step: int, rate: float) -> None:
+    assert learning_rate(LLAMA, step, 250_000) == pytest.approx(rate, rel=1e-9)
+
+
+def test_wsd_is_flat_and_then_a_line() -> None:
+    wsd = replace(LLAMA, schedule="wsd", warmup_steps=10, decay_fraction=0.2)
+    rates = [learning_rate(wsd, step, 100) / 3e-4 for step in (5, 10, 50, 80, 90, 100)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 0.55, 0.1])
+
+
+def test_warmup_is_cut_to_the_run() -> None:
+    assert learning_rate(LLAMA, 50, 100) == pytest.approx(1.5e-4)
+    assert learning_rate(LLAMA, 100, 100) == pytest.approx(3e-4)
+    assert learning_rate(replace(LLAMA, warmup_steps=0, schedule="constant"), 1, 10) == 3e-4
+
+
+def names(group: dict) -> set[str]:
+    return {name for name, _ in group["params"]}
+
+
+def test_norms_and_embeddings_do_not_decay() -> None:
+    decay, kept = parameter_groups(Decoder(MODEL), OptimConfig(weight_decay=0.3))
+    assert decay["weight_decay"] == 0.3 and kept["weight_decay"] == 0
+    assert "model.layers.1.mlp.down_proj.weight" in names(decay) and "lm_head.weight" in names(decay)
+    expected = {n for n in MODEL.tensors() if "norm" in n} | {"model.embed_tokens.weight"}
+    assert names(kept) == expected
+    decay, kept = parameter_groups(Decoder(MODEL), OptimConfig(decay_embeddings=True))
+    assert "model.embed_tokens.weight" in names(decay)
+    assert names(decay) | names(kept) == set(MODEL.tensors())
+
+
+def test_decay_moves_matrices_alone() -> None:
+    model = Decoder(MODEL)
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for n, p in model.named_parameters():
+        factor = 1.0 if "norm" in n or "embed" in n else 1 - 0.1 * 0.5
+        torch.testing.assert_close(p, before[n] * factor)
+
+
+def test_state_comes_back_by_name() -> None:
+    torch.manual_seed(0)
+    a, b = Decoder(MODEL), Decoder(MODEL)
+    b.load_state_dict(a.state_dict())
+    first, second = (make_optimizer(m, OptimConfig()) for m in (a, b))
+    ids = torch.randint(0, 40, (2, 9))
+
+    def step(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+        model(ids).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(a, first)
+    b.load_state_dict(a.state_dict())
+    state = optimizer_state(first)
+    assert "model.norm.weight/exp_avg_sq" in state and "lm_head.weight/step" in state
+    load_optimizer_state(second, {n: t.clone() for n, t in state.items()})
+    step(a, first)
+    step(b, second)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))

@@ -1,0 +1,210 @@
+"""A run from beginning to end, and what must be equal between two ways of running it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from minillama.generation import generate
+from minillama.model import Decoder
+from minillama.sampling import Sampling
+from minillama.tokenizer import Tokenizer
+from minillama.training.config import RunConfig, load_run_config
+from minillama.training.run import train
+
+Make = Callable[..., RunConfig]
+
+
+class Quiet:
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def start(self, step: int, steps: int) -> None: ...
+
+    def step(self, record: dict) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def say(self, text: str = "") -> None:
+        self.lines.append(text)
+
+
+def run(config: RunConfig, out: Path, **options: bool) -> list[str]:
+    report = Quiet()
+    assert train(config, str(out), report=report, **options) == 0
+    return report.lines
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_writes_what_the_design_says(tiny_config: Make, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    lines = run(tiny_config("--train.steps", "60", "--validate.every", "30"), out)
+    records = metrics(out)
+    assert [r["step"] for r in records] == list(range(61))
+    assert [r["step"] for r in records if "val_loss" in r] == [0, 30, 60]
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"}
+    assert all(keys <= r.keys() for r in records[1:])
+    assert records[60]["tokens"] == 60 * 4 * 32
+    losses = [r["val_loss"] for r in records if "val_loss" in r]
+    assert losses[0] > losses[1] > losses[2] and losses[2] < 0.7 * losses[0]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-54", "step-60"]
+    assert load_run_config(str(out / "config.toml")) == tiny_config("--train.steps", "60", "--validate.every", "30")
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    text = "\n".join(lines)
+    assert "bits/byte" in text and "  | " in text
+    for word in ("generate", "resume", "export", "plan"):
+        assert any(line.strip().startswith(word) for line in lines)
+
+
+def test_the_model_folder_opens_here_and_in_transformers(tiny_config: Make, tmp_path: Path) -> None:
+    run(tiny_config(), tmp_path / "run")
+    folder = tmp_path / "run" / "model"
+    ours, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    auto = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode("The heron stands")
+    assert auto("The heron stands").input_ids == ids  # one document: no beginning-of-text token was learnt
+    torch.testing.assert_close(ours(torch.tensor([ids])), theirs(torch.tensor([ids])).logits, atol=1e-5, rtol=1e-5)
+    greedy = theirs.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)[0, len(ids) :].tolist()
+    assert list(generate(ours, tokenizer, ["The heron stands"], 10, Sampling(temperature=0))[0].tokens) == greedy
+
+
+def test_same_seed_same_run_and_another_seed_another(tiny_config: Make, tmp_path: Path) -> None:
+    for name, words in {"a": (), "b": (), "c": ("--seed", "2")}.items():
+        run(tiny_config(*words), tmp_path / name)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("words", [(), ("--train.dropout", "0.2"), ("--train.dtype", "bfloat16")])
+def test_stopped_and_resumed_equals_uninterrupted(tiny_config: Make, tmp_path: Path, words: tuple[str, ...]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(tiny_config(*words), whole)
+    report = Quiet()
+
+    class Stop(Quiet):
+        def step(self, record: dict) -> None:
+            if record["step"] == 7:
+                signal.raise_signal(signal.SIGTERM)
+
+    assert train(tiny_config(*words), str(parts), report=Stop()) == 128 + signal.SIGTERM
+    assert not (parts / "model").exists()
+    assert train(tiny_config(*words), str(parts), resume=True, report=report) == 0
+    assert "resuming at step 7" in report.lines
+    assert same(weights(whole), weights(parts))
+    keep = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens")
+    assert [{k: r.get(k) for k in keep} for r in metrics(whole)] == [
+        {k: r.get(k) for k in keep} for r in metrics(parts)
+    ]
+
+
+def test_accumulation_changes_nothing(tiny_config: Make, tmp_path: Path) -> None:
+    run(tiny_config(), tmp_path / "whole")
+    run(tiny_config("--train.micro_batch_size", "3"), tmp_path / "parts")
+    a, b = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert [r["loss"] for r in a[1:]] == pytest.approx([r["loss"] for r in b[1:]], rel=1e-4)
+    assert a[-1]["val_loss"] == pytest.approx(b[-1]["val_loss"], rel=1e-3)
+
+
+def test_checkpointing_changes_nothing(tiny_config: Make, tmp_path: Path) -> None:
+    run(tiny_config(), tmp_path / "kept")
+    run(tiny_config("--train.checkpointing", "true"), tmp_path / "recomputed")
+    assert same(weights(tmp_path / "kept"), weights(tmp_path / "recomputed"))
+
+
+def test_bfloat16_learns_like_float32(tiny_config: Make, tmp_path: Path) -> None:
+    last = []
+    for dtype in ("float32", "bfloat16"):
+        run(tiny_config("--train.steps", "40", "--train.dtype", dtype), tmp_path / dtype)
+        last.append(metrics(tmp_path / dtype)[-1]["val_loss"])
+        assert all(t.dtype == torch.float32 for t in weights(tmp_path / dtype).values())
+    assert last[1] == pytest.approx(last[0], rel=0.03) and last[1] != last[0]
+
+
+def test_stages_freeze_and_change_the_rate(tiny_config: Make, tmp_path: Path) -> None:
+    path = tmp_path / "fixture.toml"
+    tiny_config()
+    stages = '\n[[stages]]\nuntil_step = 6\ntrainable = ["model.embed_tokens.*"]\noptim = {lr = 5e-3}\n'
+    stages += "[[stages]]\nuntil_step = 12\n"
+    path.write_text(path.read_text() + stages)
+    config = load_run_config(str(path))
+    run(config, tmp_path / "run")
+    fresh = Decoder(config.model)
+    fresh.init_weights(torch.Generator().manual_seed(config.seed))
+    at_six = load_file(tmp_path / "run" / "checkpoints" / "step-6" / "model.safetensors")
+    changed = {n for n, p in fresh.named_parameters() if not torch.equal(p, at_six[n])}
+    assert changed == {"model.embed_tokens.weight"}
+    final = weights(tmp_path / "run")
+    assert all(not torch.equal(final[n], at_six[n]) for n in final)
+    rates = [r["lr"] for r in metrics(tmp_path / "run")[1:]]
+    assert rates[3] == pytest.approx(5e-3) and rates[6] > 5e-3
+
+
+def test_characters_and_bytes(tiny_config: Make, tmp_path: Path) -> None:
+    for kind in ("chars", "bytes"):
+        run(tiny_config("--tokenizer.kind", kind), tmp_path / kind)
+        tokenizer = Tokenizer.load(tmp_path / kind / "model")
+        assert tokenizer.decode(tokenizer.encode("The heron")) == "The heron"
+        assert len(tokenizer.encode("heron")) == 5
+
+
+def test_resume_without_a_checkpoint_starts_anew_and_a_finished_run_is_left_alone(
+    tiny_config: Make, tmp_path: Path
+) -> None:
+    lines = run(tiny_config(), tmp_path / "run", resume=True)
+    assert any("starting at step 0" in line for line in lines)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+    lines = run(tiny_config(), tmp_path / "run", resume=True)
+    assert "is finished" in lines[0]
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    run(tiny_config("--train.steps", "18"), tmp_path / "run", resume=True)
+    assert metrics(tmp_path / "run")[-1]["step"] == 18
+
+
+def test_a_second_signal_stops_at_once(tiny_config: Make, tmp_path: Path) -> None:
+    class Twice(Quiet):
+        def step(self, record: dict) -> None:
+            if record["step"] == 7:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), str(tmp_path / "run"), report=Twice())
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-6"]
+
+
+def test_a_missing_compiler_is_said_once_and_the_run_goes_on(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minillama.device.shutil.which", lambda name: None)
+    lines = run(tiny_config("--train.compile", "true"), tmp_path / "run")
+    assert sum("compiler" in line for line in lines) == 1
+
+
+@pytest.mark.slow
+def test_compiled_training_equals_eager(tiny_config: Make, tmp_path: Path) -> None:
+    run(tiny_config(), tmp_path / "eager")
+    lines = run(tiny_config("--train.compile", "true"), tmp_path / "compiled")
+    assert any("compiling" in line for line in lines)
+    a, b = metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")
+    assert [r["loss"] for r in a[1:]] == pytest.approx([r["loss"] for r in b[1:]], rel=1e-3)
