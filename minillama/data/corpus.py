@@ -244,7 +244,7 @@ def _places(weights: Sequence[float]) -> list[int]:
     places = np.floor(exact).astype(int)
     order = np.argsort(places - exact, kind="stable")
     places[order[: BLOCK - int(places.sum())]] += 1
-    return places.tolist()
+    return [int(count) for count in places]
 
 
 @lru_cache(maxsize=8)

@@ -259,7 +259,7 @@ def _open_shard(path: Path, expected: str | None) -> Shard:
 def _read_table(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if table["version"] == VERSION:
             return table
         problem = f"version {table['version']}"

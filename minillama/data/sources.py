@@ -103,7 +103,8 @@ def identity(source: Source) -> dict[str, Any]:
         except OSError as error:
             raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
         lines.append(f"{path.as_posix()} {status.st_size} {status.st_mtime_ns}")
-    return known | {"files": len(lines), "listing": sha256("\n".join(lines).encode()).hexdigest()}
+    listing = "\n".join(lines).encode(errors="surrogateescape")  # a file name need not be UTF-8
+    return known | {"files": len(lines), "listing": sha256(listing).hexdigest()}
 
 
 def _items(source: Source) -> Iterator[Document | BadText]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from minillama.errors import InputError
 __all__ = ["Part", "SplitName", "SplitSource", "hash_fraction"]
 
 SplitName = Literal["train", "val"]
+
+_LONG = 2**16  # characters
 
 
 def hash_fraction(text: str, key: str) -> float:
@@ -105,16 +108,23 @@ class SplitSource:
                 yield Part("val", text[border:], starts=not border)
 
     def sample(self, chars: int) -> Iterator[str]:
-        """At most so many characters of the training documents, spread over them, in their order."""
+        """At most so many characters of the training documents, spread over them, in their order.
+
+        Short documents are taken whole or not at all, by a hash of their text; of a long one its beginning,
+        since by chance alone none of a few long ones might be taken.
+        """
         self.scan()
         reach = self.chars["train"] if self._kept is not None else min(self.chars["train"], self.memory)
-        share = chars / max(reach, 1)
+        share = min(1.0, chars / max(reach, 1))
         for part in self.parts():
-            if chars <= 0:
+            long = len(part.text) > _LONG or self.count == 1
+            if part.split != "train" or not (long or share == 1 or hash_fraction(part.text, "sample") < share):
+                continue
+            text = part.text[: min(chars, math.ceil(len(part.text) * share) if long else len(part.text))]
+            if not text:
                 return
-            if part.split == "train" and (share >= 1 or hash_fraction(part.text, "sample") < share or self.count == 1):
-                yield part.text[:chars]
-                chars -= len(part.text)
+            yield text
+            chars -= len(text)
 
     def _side(self, document: Document) -> SplitName:
         return "val" if hash_fraction(document.text, "held out") < self.val_fraction else "train"

@@ -111,6 +111,15 @@ def test_sample_for_the_tokenizer_spreads_over_training_documents(tmp_path: Path
     assert list(SplitSource(Source(path=str(_text(tmp_path, "abcdefghij"))), 0.5, "stop", 9).sample(3)) == ["abc"]
 
 
+def test_sample_holds_the_beginning_of_every_long_document(tmp_path: Path) -> None:
+    """A hash alone would leave all of them out, and the tokenizer would learn nothing."""
+    texts = [letter * 100_000 for letter in "abcdefgh"]
+    reader = SplitSource(lines(tmp_path / "a.jsonl", texts), 0.3, "stop", 2**20)
+    assert [part.text[0] for part in reader.parts() if part.split == "val"] == ["h"]
+    assert not any(hash_fraction(text, "sample") < 7000 / 700_000 for text in texts)
+    assert list(reader.sample(7000)) == [letter * 1000 for letter in "abcdefg"]
+
+
 def _text(folder: Path, text: str) -> Path:
     path = folder / "one.txt"
     path.write_text(text)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -158,6 +159,14 @@ def test_identity_of_files_follows_name_size_and_time(tmp_path: Path) -> None:
     assert len({json.dumps(one) for one in seen}) == len(seen)
     assert identity(source) == seen[3]
     assert identity(Source(path=str(tmp_path), weight=3.0)) == seen[3]
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode there")
+def test_a_file_name_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    path.write_text("a")
+    assert identity(Source(path=str(tmp_path)))["files"] == 1
+    assert next(documents(Source(path=str(tmp_path)))).where == str(path)
 
 
 def test_datasets_library_on_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
