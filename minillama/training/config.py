@@ -84,10 +84,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """AdamW, Muon, and the learning rate."""
 
     lr: float = field(default=3e-3, metadata={"above": 0})
     """Peak learning rate."""
+    muon_lr: float = field(default=0.0, metadata={"min": 0})
+    """Peak rate of Muon for the blocks' matrices; 0: AdamW for them too."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine to the floor; wsd: constant, then linear to the floor; constant."""
     warmup_steps: int = field(default=50, metadata={"min": 0})

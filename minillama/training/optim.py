@@ -1,18 +1,19 @@
-"""AdamW over named parameter groups, with its state kept by parameter name."""
+"""AdamW, and Muon where asked for, over named parameter groups, with their state kept by parameter name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minillama.training.config import OptimConfig
 
-__all__ = ["load_optimizer_state", "make_optimizer", "optimizer_state", "parameter_groups"]
+__all__ = ["load_optimizer_state", "make_optimizers", "optimizer_state", "parameter_groups"]
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Split parameters by weight decay: matrices decay; norms, biases and (unless asked) embeddings do not.
 
     Returns:
@@ -24,7 +25,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
     decayed = [(n, p) for n, p in named if p.dim() >= 2 and (config.decay_embeddings or n not in tables)]
     kept_names = {name for name, _ in decayed}
     kept = [(n, p) for n, p in named if n not in kept_names]
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay, "name": "decay"},
         {"params": kept, "weight_decay": 0.0, "name": "no_decay"},
     ]
@@ -34,34 +35,48 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, ob
     return groups
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon.
+
+    With `muon_lr` the blocks' matrices are moved by Muon instead: momentum, made orthogonal by five
+    Newton-Schulz steps (Jordan et al. 2024; torch.optim.Muon). Each group has `lr_scale`, its peak rate
+    relative to `lr`, so that one schedule serves all.
+    """
+    decayed, kept = parameter_groups(model, config)
+    blocks = [(n, p) for n, p in decayed["params"] if ".layers." in n] if config.muon_lr else []
+    names = {name for name, _ in blocks}
+    decayed["params"] = [(n, p) for n, p in decayed["params"] if n not in names]
+    groups = [group | {"lr_scale": 1.0} for group in (decayed, kept) if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    if not blocks:
+        return [adamw]
+    group = {"params": blocks, "lr_scale": config.muon_lr / config.lr}
+    return [adamw, torch.optim.Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay)]
 
 
-def _named(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Tensor]]:
-    for group in optimizer.param_groups:
-        yield from zip(group["param_names"], group["params"], strict=True)
+def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.optim.Optimizer, str, Tensor]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                yield optimizer, name, parameter
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as `PARAMETER/NAME`, for instance `model.norm.weight/exp_avg`."""
+def optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' tensors as `PARAMETER/NAME`, for instance `model.norm.weight/exp_avg`."""
     return {
         f"{name}/{key}": value
-        for name, parameter in _named(optimizer)
+        for optimizer, name, parameter in _named(optimizers)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """Take back what `optimizer_state` gave. Parameters that had no state yet start without."""
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.rpartition("/")
         state.setdefault(name, {})[part] = value
-    for name, parameter in _named(optimizer):
+    for optimizer, name, parameter in _named(optimizers):
         if name in state:
             optimizer.state[parameter] = {
                 part: value.to(parameter.device) if value.dim() else value for part, value in state[name].items()

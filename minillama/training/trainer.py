@@ -28,7 +28,7 @@ from minillama.training.checkpoint import Checkpoint, prune, replace_folder, sav
 from minillama.training.compiling import Compiler
 from minillama.training.config import RunConfig
 from minillama.training.objectives import Batch, make
-from minillama.training.optim import load_optimizer_state, make_optimizer, optimizer_state
+from minillama.training.optim import load_optimizer_state, make_optimizers, optimizer_state
 from minillama.training.precision import WorkingCopy
 from minillama.training.report import Report
 from minillama.training.run_folder import RunFolder
@@ -85,7 +85,7 @@ class Trainer:
         self.dtype = choose_dtype(config.train.dtype, model.device)
         self.peak = peak_flops(model.device, self.dtype)
         self.objective = make(config, corpus.separator)
-        self.optimizer = make_optimizer(model, config.optim)
+        self.optimizers = make_optimizers(model, config.optim)
         self.progress = Progress()
         self.signal: int | None = None
         model.checkpointing = config.train.checkpointing
@@ -128,8 +128,9 @@ class Trainer:
         self._freeze(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
         if config.train.dropout:
             torch.manual_seed(config.seed * 1_000_003 + step)  # the same masks after a resume
         batch = self.objective.batch(self.corpus, config.seed, step)
@@ -142,8 +143,9 @@ class Trainer:
                 found=f"loss {loss}, gradient norm {norm}",
                 fix="lower optim.lr, or go on from the last checkpoint with --resume and another seed",
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.working.refresh()
         seconds = time.perf_counter() - began
         self._count(batch.tokens.numel(), seconds)
@@ -236,7 +238,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint and drop the oldest ones."""
-        tensors = optimizer_state(self.optimizer)
+        tensors = optimizer_state(self.optimizers)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
         run = {
             "step": self.progress.step,
@@ -273,7 +275,7 @@ class Trainer:
         prefix = "objective/"
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         self.objective.load_state_dict(own)
-        load_optimizer_state(self.optimizer, {n: t for n, t in tensors.items() if not n.startswith(prefix)})
+        load_optimizer_state(self.optimizers, {n: t for n, t in tensors.items() if not n.startswith(prefix)})
         run = checkpoint.run
         self.progress = Progress(run["step"], run["tokens"], run["seconds"])
         self.folder.rewind_metrics(self.progress.step)

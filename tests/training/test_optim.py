@@ -10,7 +10,7 @@ import torch
 from minillama.config import ModelConfig
 from minillama.model import Decoder
 from minillama.training.config import OptimConfig
-from minillama.training.optim import load_optimizer_state, make_optimizer, optimizer_state, parameter_groups
+from minillama.training.optim import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
 from minillama.training.schedule import learning_rate
 
 LLAMA = OptimConfig(lr=3e-4, warmup_steps=2000, schedule="cosine", final_fraction=0.1)
@@ -51,7 +51,7 @@ def test_norms_and_embeddings_do_not_decay() -> None:
 
 def test_decay_moves_matrices_alone() -> None:
     model = Decoder(MODEL)
-    optimizer = make_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    (optimizer,) = make_optimizers(model, OptimConfig(lr=0.1, weight_decay=0.5))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -61,17 +61,20 @@ def test_decay_moves_matrices_alone() -> None:
         torch.testing.assert_close(p, before[n] * factor)
 
 
-def test_state_comes_back_by_name() -> None:
+@pytest.mark.parametrize("muon_lr", [0.0, 0.02])
+def test_state_comes_back_by_name(muon_lr: float) -> None:
     torch.manual_seed(0)
     a, b = Decoder(MODEL), Decoder(MODEL)
     b.load_state_dict(a.state_dict())
-    first, second = (make_optimizer(m, OptimConfig()) for m in (a, b))
+    first, second = (make_optimizers(m, OptimConfig(muon_lr=muon_lr)) for m in (a, b))
+    assert len(first) == (2 if muon_lr else 1)
     ids = torch.randint(0, 40, (2, 9))
 
-    def step(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    def step(model: Decoder, optimizers: list[torch.optim.Optimizer]) -> None:
         model(ids).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     step(a, first)
     b.load_state_dict(a.state_dict())
