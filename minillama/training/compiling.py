@@ -9,7 +9,7 @@ from minillama.training.report import Report
 __all__ = ["Compiler"]
 
 # seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves:
-# measured on two cores for widths 128 to 512; see benchmarks/README.md
+# estimates on the careful side, not yet measured across widths
 COST = 30.0
 SAVING = 0.15
 WATCHED = 10
