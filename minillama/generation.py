@@ -19,7 +19,7 @@ from minillama.model import Decoder
 from minillama.sampling import Sampler, Sampling
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["Completion", "Piece", "decode", "generate", "stream"]
+__all__ = ["Completion", "Piece", "decode", "evaluating", "generate", "stream"]
 
 Reason = Literal["eos", "stop", "length", "context"]
 GREEDY = Sampling(temperature=0)

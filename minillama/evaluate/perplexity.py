@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minillama.generation import evaluating
 from minillama.layers.cross_entropy import cross_entropy
 from minillama.model import Decoder
 
@@ -62,14 +63,11 @@ def score(
         batch_size: windows of equal length that are read together.
     """
     nats, count = 0.0, 0
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with evaluating(model):
         for rows in _batches(windows, batch_size):
             ids = torch.from_numpy(rows).to(model.device)
             nats += cross_entropy(model(ids[:, :-1]), ids[:, 1:]).item()
             count += ids[:, 1:].numel()
-    model.train(training)
     return Score(nats, count, count * bytes_per_token)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
@@ -149,7 +148,7 @@ def _cache_folder(config: RunConfig) -> Path:
 
 def build_model(config: RunConfig) -> Decoder:
     """The decoder with weights drawn from the run's seed, on the run's device."""
-    model = Decoder(replace(config.model), config.train.dropout)
+    model = Decoder(config.model, config.train.dropout)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model.to(choose_device(config.train.device))
 

@@ -199,9 +199,9 @@ class Trainer:
     def validate(self, record: dict[str, Any] | None = None) -> dict[str, Any]:
         """Score held-out text and print a sample; the result goes into the step's line of metrics.jsonl."""
         began = time.perf_counter()
-        results = self.score()
-        nats = sum(s.nats for s in results) / sum(s.tokens for s in results)
-        bits = sum(s.nats for s in results) / math.log(2) / sum(s.bytes for s in results)
+        parts = self.score()
+        whole = Score(sum(s.nats for s in parts), sum(s.tokens for s in parts), sum(s.bytes for s in parts))
+        nats, bits = whole.nats_per_token, whole.bits_per_byte
         self.progress.seconds += time.perf_counter() - began
         measured = {"val_loss": nats, "val_bits_per_byte": bits, "seconds": self.progress.seconds}
         base = record or {"step": self.progress.step, "tokens": self.progress.tokens}
