@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats import hf
+from minillama.formats.opening import open_model
 from minillama.layers.attention import Attention
 from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import SwiGLU
@@ -214,32 +215,36 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Decoder:
-        """Read a model folder (config.json and safetensors).
+        """Read a model: a Hugging Face or Meta folder, a GGUF file or a llama2.c binary.
 
         Args:
-            path: the folder.
-            dtype: convert the weights; as stored unless given.
+            path: the folder or file.
+            dtype: convert the weights. As they are stored unless given, but float32 for quantised ones and
+                for float16 on a CPU.
             device: where to put them.
 
         Raises:
-            InputError: a file is missing or damaged, or its tensors are not those of config.json.
+            InputError: a file is missing or damaged, or its tensors are not those of its configuration.
         """
-        if not Path(path).is_dir():
-            raise InputError("no such model folder", found=path, expected="a folder with config.json")
-        config = ModelConfig.load(path)
+        source = open_model(path)
         with torch.device("meta"):
-            model = cls(config)
-        weights = {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in hf.read(Path(path), config)}
+            model = cls(source.config)
+        dtype = dtype or source.default_dtype(device)
+        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in source.tensors.items()}
         model.load_state_dict(weights, assign=True)
-        model.model.rope = Rope(config).to(device)
+        model.model.rope = Rope(source.config).to(device)
         return model
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors into a folder, which is made if need be.
+    def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write config.json and the weights into a folder, which is made if need be.
+
+        Args:
+            path: the folder.
+            max_shard_size: of one file, in bytes or as "500MB".
 
         Raises:
-            InputError: after `fuse`, when the tensors no longer have their names.
+            InputError: after `fuse`, when the tensors no longer have their names; a size that is none.
         """
         if any(layer.self_attn.fused for layer in self.blocks):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
-        hf.write(Path(path), self.config, dict(self.state_dict()))
+        hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union
 
 from minillama.errors import InputError
+from minillama.paths import refuse_url
 
 __all__ = [
     "Located",
@@ -276,6 +277,7 @@ def config_path(kind: str, name: str) -> Path:
     Raises:
         InputError: neither, with the nearest name.
     """
+    refuse_url(name)
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
         return path

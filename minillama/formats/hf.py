@@ -1,79 +1,181 @@
-"""Hugging Face model folders: config.json, generation_config.json, *.safetensors."""
+"""Hugging Face model folders: config.json, generation_config.json, one or several safetensors files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
+from minillama.formats.safetensors_header import read_header
 
-__all__ = ["read", "write", "write_generation_config"]
+__all__ = ["GENERATION_CONFIG", "parse_size", "read", "write", "write_generation_config"]
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
-def read(folder: Path, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) for every parameter of `config`, memory-mapped, in the file's order.
+def read(folder: Path) -> ModelFile:
+    """Open a model folder. Tensors are memory-mapped, each from its own shard.
 
     Raises:
-        InputError: no model.safetensors, a damaged one, or tensors that are not the configuration's.
+        InputError: a file is missing, damaged or a pickle; an index that leads out of the folder; tensors
+            that are not those of config.json.
     """
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError("no weights in the model folder", where=folder, expected=WEIGHTS)
+    config = ModelConfig.load(folder)
+    stored: dict[str, Stored] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for shard, listed in _shards(folder).items():
+        header = read_header(shard)
+        if listed is not None and set(header) != listed:
+            odd = sorted(set(header) ^ listed)
+            raise InputError(f"the shard does not hold what {INDEX} lists", where=shard, found=", ".join(odd[:12]))
+        stored |= header
+        readers |= {name: partial(_tensor, shard, name) for name in header}
+    # transformers may store a tied head twice; old conversions stored the rotary frequencies
+    ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        ignored.add("lm_head.weight")
     expected = config.tensors()
+    check_tensors(expected, {name: item.shape for name, item in stored.items()}, folder, frozenset(ignored))
+    tokenizer = folder if any((folder / name).exists() for name in TOKENIZERS) else None
+    ordered = LazyTensors({name: readers[name] for name in expected})
+    return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {})
+
+
+def _shards(folder: Path) -> dict[Path, set[str] | None]:
+    """Every weight file, with the tensors that the index lists for it."""
+    index = folder / INDEX
+    if not index.exists():
+        if (folder / WEIGHTS).is_file():
+            return {folder / WEIGHTS: None}
+        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
+        if pickles:
+            raise InputError(
+                "the weights are a pickle, which can run any code when it is opened",
+                where=folder / sorted(pickles)[0],
+                expected=WEIGHTS,
+                fix="ask for safetensors, or convert it with transformers if you trust where it came from",
+            )
+        raise InputError("no weights in the model folder", where=folder, expected=f"{WEIGHTS} or {INDEX}")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = [(str(name), shard) for name, shard in weight_map.items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"[:200]
+        raise InputError("not a readable index", where=index, found=found, expected="a table weight_map") from None
+    shards: dict[Path, set[str] | None] = {}
+    for name, shard in pairs:
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or shard == ".."
+            or "\\" in shard
+            or "\0" in shard
+            or not shard
+        ):
+            raise InputError(
+                "the index leads out of its folder", where=f"{index}, {name}", found=shard, expected="a plain file name"
+            )
+        names = shards.setdefault(folder / shard, set())
+        assert names is not None
+        names.add(name)
+    missing = sorted(path.name for path in shards if not path.is_file())
+    extra = sorted(path.name for path in folder.glob("model-*-of-*.safetensors") if path not in shards)
+    if missing or extra:
+        found = "; ".join(
+            f"{word}: {', '.join(names)}" for word, names in (("missing", missing), ("extra", extra)) if names
+        )
+        raise InputError(f"the shards are not those of {INDEX}", where=folder, found=found)
+    return shards
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    # Opened anew for each tensor: the mapping then goes when the tensor does, and a load that converts keeps
+    # no more than one tensor of the file in memory.
     try:
         with safe_open(path, framework="pt") as file:
-            stored = set(file.keys())
-            _compare(path, stored, set(expected), config)
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name not in expected:
-                    continue
-                tensor = file.get_tensor(name)
-                if tuple(tensor.shape) != expected[name]:
-                    raise InputError(
-                        "a tensor has another shape than config.json says",
-                        where=f"{path}, {name}",
-                        found=tuple(tensor.shape),
-                        expected=expected[name],
-                    )
-                yield name, tensor
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
     except SafetensorError as error:
-        raise InputError("not a readable safetensors file", where=path, found=error) from error
+        raise InputError("not a readable safetensors file", where=path, found=error) from None
 
 
-def _compare(path: Path, stored: set[str], expected: set[str], config: ModelConfig) -> None:
-    # transformers may store a tied head twice
-    extra = stored - expected - ({"lm_head.weight"} if config.tie_embeddings else set())
-    missing = expected - stored
-    if missing or extra:
-        raise InputError(
-            "the tensors are not those that config.json asks for",
-            where=path,
-            found=f"{len(missing)} missing {sorted(missing)[:4]}, {len(extra)} unknown {sorted(extra)[:4]}",
-        )
+def write(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write config.json and the weights, one shard in memory at a time.
 
-
-def write(folder: Path, config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write config.json and model.safetensors. Names and shapes are those of `config.tensors()`."""
+    Args:
+        folder: made if it is not there.
+        config: the shape; names and shapes are those of `config.tensors()`.
+        tensors: by Hugging Face name.
+        dtype: convert to this; as they are unless given.
+        max_shard_size: bytes a file at most, unless one tensor is larger.
+        progress: is told each name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config.to_hf(dtype))
-    contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    dtype = dtype or next(iter(tensors.values())).dtype
+    _write_json(folder / "config.json", config.to_hf(str(dtype).removeprefix("torch.")))
+    shapes = config.tensors()
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = [
+        WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    for file, names in zip(files, shards, strict=True):
+        part = {}
+        for name in names:
+            part[name] = tensors[name].detach().to("cpu", dtype).contiguous()
+            progress(name)
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as 5000000, "500MB" or "5GB" (powers of 1000) or "1GiB" (of 1024).
+
+    Raises:
+        InputError: no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        expected = "bytes as a number, or such as 500MB or 5GB"
+        raise InputError("not a size", where="max_shard_size", found=size, expected=expected)
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def write_generation_config(folder: Path, *, bos_id: int | None, eos_id: int | None) -> None:
     """Write generation_config.json, which says how to start and when to stop."""
     values = {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
-    _write_json(folder / "generation_config.json", {k: v for k, v in values.items() if v is not None})
+    _write_json(folder / GENERATION_CONFIG, {k: v for k, v in values.items() if v is not None})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -13,33 +13,16 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from minillama.errors import InputError
+from minillama.tokenizer import files
+from minillama.tokenizer.chat import ChatTemplate
+from minillama.tokenizer.hf_json import END_OF_TEXT
+from minillama.tokenizer.pre import pre_name
 from minillama.tokenizer.stream import StreamDecoder
 
 __all__ = ["END_OF_TEXT", "Tokenizer"]
 
-END_OF_TEXT = "<|endoftext|>"
-# Where no tokenizer_config.json says which they are.
-_EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
-_BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
 # What survives from a loaded tokenizer_config.json, beside what save() writes itself.
 _CARRIED = ("unk_token", "pad_token", "chat_template", "model_max_length")
-
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# llama.cpp knows pre-tokenizers by name (tokenizer.ggml.pre), tokenizer.json spells them out.
-_PRE: dict[str, list[dict[str, Any]]] = {
-    "smollm": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-    ],
-    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    ],
-}
 
 
 class Tokenizer:
@@ -95,36 +78,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or a folder that holds one, with the tokenizer_config.json beside it if any.
+        """Read a vocabulary file, or the one in a folder.
+
+        A tokenizer.json (with the tokenizer_config.json and chat_template.jinja beside it), a SentencePiece
+        or tiktoken tokenizer.model, a llama2.c tokenizer.bin, or a GGUF file.
 
         Raises:
-            InputError: no such file, or it is not a tokenizer.json, or it names no end-of-text token.
+            InputError: no such file, none of these, or it names no end-of-text token.
         """
-        file = Path(path)
-        if file.is_dir():
-            file = file / "tokenizer.json"
-        backend = _read_backend(file)
-        settings_file = file.with_name("tokenizer_config.json")
-        settings = _read_json(settings_file) if settings_file.exists() else {}
-        template = file.with_name("chat_template.jinja")
-        if template.exists():
-            settings["chat_template"] = _read_text(template)
-        eos = _token_name(settings.get("eos_token")) or _first_known(backend, _EOS_NAMES)
-        bos = _token_name(settings.get("bos_token")) or _first_known(backend, _BOS_NAMES)
-        if eos is None:
-            raise InputError(
-                "the tokenizer names no end-of-text token",
-                where=f"{settings_file}, eos_token",
-                expected=f"eos_token, or one of {', '.join(_EOS_NAMES)} in the vocabulary",
-                fix=f'write {{"eos_token": "..."}} to {settings_file}',
-            )
-        # Without a word in the settings, the file's own post-processor shows what its models were trained with.
-        starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
-        add_bos = bool(settings.get("add_bos_token", starts))
-        try:
-            return cls(backend, eos=eos, bos=bos, add_bos=add_bos, config=settings)
-        except InputError as error:
-            raise InputError(error.what, where=settings_file, found=error.found, expected=error.expected) from None
+        parts = files.read(path)
+        return cls(parts.backend, eos=parts.eos, bos=parts.bos, add_bos=parts.add_bos, config=parts.config)
 
     def save(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
@@ -197,25 +160,44 @@ class Tokenizer:
     @cached_property
     def pre(self) -> str | None:
         """llama.cpp's name of the pre-tokenizer (tokenizer.ggml.pre), None where GGUF cannot express this one."""
-        spec = json.loads(self.backend.to_str())
-        first = spec["pre_tokenizer"] or {}
-        steps = [
-            {key: value for key, value in step.items() if key != "trim_offsets"}
-            for step in first.get("pretokenizers", [first])
-        ]
-        if spec["model"]["type"] != "BPE" or spec["normalizer"] is not None:
-            return None
-        return next((name for name, known in _PRE.items() if known == steps), None)
+        return pre_name(self.backend)
 
     @property
     def chat_template(self) -> str | None:
         """The Jinja template that turns messages into text, where the tokenizer came with one."""
         return self._config.get("chat_template")
 
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        """The text of a conversation by the model's own template; encode it with `special=True`.
+
+        Args:
+            messages: each with `role` and `content`.
+            add_generation_prompt: end with what an answer starts with.
+            variables: what else the template reads, as `tools`.
+
+        Raises:
+            InputError: there is no template, or it fails; see `ChatTemplate`.
+        """
+        if self.chat_template is None:
+            raise InputError("the tokenizer has no chat template", fix="use a model that was trained on conversations")
+        return self._chat(messages, add_generation_prompt, **variables)
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        carried = {key: self._config[key] for key in ("unk_token", "pad_token") if key in self._config}
+        return ChatTemplate(self.chat_template or "", carried | names)
+
     @cached_property
     def _special_backend(self) -> Backend:
-        # A second one instead of a switched flag: an encode in another thread must not see the switch.
-        return Backend.from_str(self.backend.to_str())
+        # A second one instead of a switched flag: an encode in another thread must not see the switch. Files
+        # that call their special tokens `normalized` would have the blank in front of a text become part of them.
+        spec = json.loads(self.backend.to_str())
+        for token in spec["added_tokens"]:
+            token["normalized"] = token["normalized"] and not token["special"]
+        return Backend.from_str(json.dumps(spec))
 
 
 def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
@@ -228,48 +210,3 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
         raise InputError(
             "this text is not valid Unicode: it holds a lone surrogate", found=ascii(bad[:80]), fix="give it as UTF-8"
         ) from None
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        fix = "give the tokenizer.json, or a folder that holds it"
-        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
-    except UnicodeDecodeError as error:
-        raise InputError("this file is not UTF-8 text", where=file, found=str(error)) from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    text = _read_text(file)
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        found = f"{error}; it starts with {text[:40]!r}"
-        raise InputError("this file is not JSON, or is cut short", where=file, found=found) from None
-    if not isinstance(value, dict):
-        raise InputError("this file is not a JSON object", where=file, found=type(value).__name__)
-    return value
-
-
-def _read_backend(file: Path) -> Backend:
-    spec = _read_json(file)
-    try:
-        return Backend.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(
-            "this is not a tokenizer.json of the tokenizers library",
-            where=file,
-            found=f"{error}; its keys are {', '.join(spec) or 'none'}",
-            expected="keys version, added_tokens, pre_tokenizer, decoder, model, ...",
-        ) from None
-
-
-def _token_name(value: object) -> str | None:
-    """A token of tokenizer_config.json is a string, or an object with its `content`."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
-
-
-def _first_known(backend: Backend, names: Iterable[str]) -> str | None:
-    return next((name for name in names if backend.token_to_id(name) is not None), None)

@@ -8,7 +8,6 @@ other file. A checkpoint is written beside its place and renamed into it when al
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from minillama.atomic import replace_folder
 from minillama.errors import InputError
 
-__all__ = ["Checkpoint", "newest_checkpoint", "prune", "replace_folder", "save_checkpoint"]
+__all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint"]
 
 MANIFEST = "manifest.json"
 
@@ -82,31 +82,6 @@ def save_checkpoint(
     return replace_folder(folder / f"step-{run['step']}", write)
 
 
-def replace_folder(path: Path, write: Callable[[Path], None]) -> Path:
-    """Have `write` fill a folder beside `path`, put it on the disk, and rename it into place.
-
-    What was at `path` stays until the new folder is complete.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        for file in [*temporary.iterdir(), temporary]:
-            _sync(file)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return path
-
-
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The complete checkpoint with the most steps, verified; None when there is none."""
     numbered = _by_step(folder)
@@ -130,13 +105,3 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

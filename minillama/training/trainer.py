@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minillama.atomic import replace_folder
 from minillama.data.corpus import Corpus
 from minillama.device import choose_dtype, peak_flops
 from minillama.errors import InputError
@@ -24,7 +25,7 @@ from minillama.generation import generate
 from minillama.model import Decoder
 from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer
-from minillama.training.checkpoint import Checkpoint, prune, replace_folder, save_checkpoint
+from minillama.training.checkpoint import Checkpoint, prune, save_checkpoint
 from minillama.training.compiling import Compiler
 from minillama.training.config import RunConfig
 from minillama.training.objectives import Batch, make

@@ -1,0 +1,75 @@
+"""Show what a model's file or folder holds, without loading it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+__all__ = ["Args", "run"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """What the command line said."""
+
+    path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object."""
+
+
+def run(args: Args) -> int:
+    """Print format, shape, metadata and every tensor as the file has it."""
+    from minillama.formats.opening import open_model
+    from minillama.settings import to_dict
+
+    model = open_model(args.path)
+    numbers: Counter[str] = Counter()
+    for item in model.stored.values():
+        numbers[item.dtype] += math.prod(item.shape)
+    table = {
+        "path": str(model.path),
+        "format": model.format,
+        "config": to_dict(model.config),
+        "parameters": model.config.num_params(),
+        "numbers": dict(numbers),
+        "tokenizer": str(model.tokenizer) if model.tokenizer else None,
+        "metadata": {key: _short(value) for key, value in model.metadata.items()},
+        "tensors": {name: {"dtype": item.dtype, "shape": item.shape} for name, item in model.stored.items()},
+    }
+    if args.json:
+        print(json.dumps(table))
+        return 0
+    print(f"{table['path']}: {table['format']}")
+    print(f"parameters: {table['parameters']:,}")
+    print("stored: " + ", ".join(f"{count:,} numbers in {dtype}" for dtype, count in numbers.items()))
+    print(f"tokenizer: {table['tokenizer'] or 'none'}")
+    _print("config", {key: value for key, value in to_dict(model.config).items() if value not in (None, "")})
+    _print("metadata", {key: _short(value) for key, value in model.metadata.items()})
+    lines = {name: f"{item.dtype:<5} {' x '.join(map(str, item.shape))}" for name, item in model.stored.items()}
+    _print("tensors", lines)
+    return 0
+
+
+def _print(title: str, values: dict[str, Any]) -> None:
+    if not values:
+        return
+    print(f"\n{title}")
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"  {key:{width}}  {value}")
+
+
+def _short(value: Any) -> Any:
+    """A long array as its length and its beginning, a long text cut."""
+    if isinstance(value, str):
+        return value if len(value) <= 80 else value[:77] + "..."
+    if hasattr(value, "__len__"):
+        items = [str(item) for item in value[:4]]
+        return f"{len(value)} values: {', '.join(items)}{', ...' if len(value) > 4 else ''}"
+    return value

@@ -1,0 +1,137 @@
+"""From any format that is read to any that is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from minillama.atomic import replace_file, replace_folder
+from minillama.errors import InputError
+from minillama.formats import gguf, hf, meta
+from minillama.formats.model_file import ModelFile
+from minillama.formats.opening import open_model
+from minillama.tokenizer import Tokenizer, sentencepiece, tiktoken
+from minillama.tokenizer.gguf import vocabulary
+from minillama.tokenizer.pieces import Pieces
+
+__all__ = ["Target", "convert"]
+
+Target = Literal["hf", "meta", "gguf"]
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    to: Target,
+    dtype: gguf.DType | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[str, int], None] = lambda name, total: None,
+) -> Path:
+    """Write a model in another format. What is written is complete or absent.
+
+    Args:
+        source: whatever `open_model` opens.
+        destination: a folder (hf, meta) or a file (gguf) that is not there yet.
+        to: the format.
+        dtype: of the matrices; q8_0 and q4_0 in GGUF alone. As stored unless given; quantised ones become f32.
+        tokenizer: its file or folder, if it does not lie with the model.
+        max_shard_size: of one file of a Hugging Face folder.
+        progress: is told each tensor's name and their number.
+
+    Raises:
+        InputError: something is there already, or the format cannot express the shape, the type or the
+            tokenizer.
+    """
+    if to not in get_args(Target):
+        raise InputError("unknown format", where="--to", found=to, expected=", ".join(get_args(Target)))
+    if dtype is not None and dtype not in gguf.DTYPES:
+        raise InputError("unknown type", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
+    if to != "gguf" and dtype is not None and dtype not in FLOATS:
+        raise InputError("this format has no such type", where="--dtype", found=dtype, expected=", ".join(FLOATS))
+    target = Path(destination)
+    if target.exists():
+        raise InputError("there is something at the destination", where=target, fix="choose another, or remove it")
+    opened = open_model(source)
+    place = Path(tokenizer) if tokenizer is not None else opened.tokenizer
+    vocab = Tokenizer.load(place) if place is not None else None
+    if vocab is not None and vocab.vocab_size > opened.config.vocab_size:
+        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
+        raise InputError(
+            "the tokenizer is larger than the model's vocabulary", where=place, found=found, expected=expected
+        )
+    stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
+    total = len(opened.config.tensors())
+
+    def tell(name: str) -> None:
+        progress(name, total)
+
+    if to == "gguf":
+        return replace_file(target, lambda path: _to_gguf(path, opened, vocab, dtype or _gguf_type(stored), tell))
+    kind = FLOATS[dtype or stored]
+
+    def write(folder: Path) -> None:
+        if to == "hf":
+            _to_hf(folder, opened, vocab, kind, hf.parse_size(max_shard_size), tell)
+        else:
+            _write_meta_tokenizer(folder / "tokenizer.model", vocab, place)
+            meta.write(folder, opened.config, opened.tensors, kind, progress=tell)
+
+    return replace_folder(target, write)
+
+
+def _gguf_type(stored: str) -> gguf.DType:
+    types: dict[str, gguf.DType] = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
+    return types[stored]
+
+
+def _to_gguf(
+    path: Path, opened: ModelFile, vocab: Tokenizer | None, dtype: gguf.DType, tell: Callable[[str], None]
+) -> None:
+    if vocab is None:
+        raise InputError(
+            "a GGUF file holds its tokenizer, and none lies with the model",
+            where=opened.path,
+            fix="name one with --tokenizer FILE",
+        )
+    rows = opened.config.vocab_size
+    keys = vocabulary(vocab.backend, rows, vocab.bos_id, vocab.eos_id, vocab.add_bos, vocab.chat_template)
+    gguf.write(path, opened.config, opened.tensors, keys, dtype, opened.path.name, tell)
+
+
+def _to_hf(
+    folder: Path,
+    opened: ModelFile,
+    vocab: Tokenizer | None,
+    dtype: torch.dtype,
+    max_shard_size: int,
+    tell: Callable[[str], None],
+) -> None:
+    hf.write(folder, opened.config, opened.tensors, dtype, max_shard_size, tell)
+    carried = opened.path / hf.GENERATION_CONFIG
+    if carried.is_file():
+        shutil.copyfile(carried, folder / hf.GENERATION_CONFIG)
+    elif vocab is not None:
+        hf.write_generation_config(folder, bos_id=vocab.bos_id if vocab.add_bos else None, eos_id=vocab.eos_id)
+    if vocab is not None:
+        vocab.save(folder, opened.config.max_seq_len)
+
+
+def _write_meta_tokenizer(file: Path, vocab: Tokenizer | None, place: Path | None) -> None:
+    if vocab is None or place is None:
+        return
+    original = place / file.name if place.is_dir() else place
+    if original.name == file.name and original.is_file():
+        shutil.copyfile(original, file)
+        return
+    pieces = Pieces.of(vocab.backend)
+    if pieces is not None:
+        sentencepiece.write(file, pieces, vocab.bos_id, vocab.eos_id)
+    else:
+        tiktoken.write(file, vocab.backend)

@@ -1,0 +1,254 @@
+"""GGUF, llama.cpp's single file: architecture `llama`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillama.config import ModelConfig, RopeScaling
+from minillama.errors import InputError
+from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
+from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
+from minillama.formats.rows import to_half_split, to_interleaved
+from minillama.layers.rope import inverse_frequencies
+
+__all__ = ["DTYPES", "read", "write"]
+
+TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+# ours -> key behind `llama.`
+KEYS = {
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "hidden_dim": "feed_forward_length",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len", "norm_eps")
+ROPE_FREQS = "rope_freqs.weight"
+DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}  # -> general.file_type
+_PLAIN = {"F32": (np.float32, torch.float32), "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16)}
+
+
+def name_in_file(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    if name in TOP:
+        return TOP[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{LAYER[rest.removesuffix('.weight')]}.weight"
+
+
+def read(path: Path) -> ModelFile:
+    """Open a file. Tensors are memory-mapped, and dequantised to float32 when they are read.
+
+    Raises:
+        InputError: not a GGUF file, a damaged or a forged one, another architecture, or tensors that are
+            not those of its metadata.
+    """
+    header = read_header(path)
+    config = _config(header, path)
+    names = {name: name_in_file(name) for name in config.tensors()}
+    back = {theirs: ours for ours, theirs in names.items()}
+    found = {back.get(name, name): info.shape for name, info in header.tensors.items()}
+    check_tensors(config.tensors(), found, path, frozenset({ROPE_FREQS}))
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+    tensors = LazyTensors(
+        {
+            ours: partial(_tensor, path, header.tensors[theirs], heads.get(ours.split(".")[-2]))
+            for ours, theirs in names.items()
+        }
+    )
+    stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
+    tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
+    return ModelFile(path, f"GGUF version {header.version}", config, tensors, stored, tokenizer, header.metadata)
+
+
+def _config(header: GGUFHeader, path: Path) -> ModelConfig:
+    metadata = header.metadata
+    kind = metadata.get("general.architecture")
+    if kind != "llama":
+        where = f"{path}, general.architecture"
+        raise InputError("this architecture is not supported", where=where, found=kind, expected="llama")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise InputError("this is one part of a split model", where=path, fix="merge it with llama-gguf-split --merge")
+    if "token_embd.weight" not in header.tensors:
+        raise InputError("the file holds no model", where=path, expected="token_embd.weight", found="a vocabulary only")
+    values = {ours: metadata[f"llama.{theirs}"] for ours, theirs in KEYS.items() if f"llama.{theirs}" in metadata}
+    for field in REQUIRED:
+        if field not in values:
+            raise InputError("a key is missing", where=f"{path}, llama.{KEYS[field]}")
+    values.setdefault("rope_theta", 10000.0)
+    values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
+    # float32 in the file: 1e-5 comes back as 9.99999974e-06
+    values["norm_eps"] = float(str(np.float32(values["norm_eps"])))
+    values["tie_embeddings"] = "output.weight" not in header.tensors
+    try:
+        base = ModelConfig.from_table(values)
+        scaling = _scaling(header, base, path)
+        return base.changed({"rope_scaling": scaling}) if scaling else base
+    except InputError as error:
+        if error.where is not None and str(path) in str(error.where):
+            raise
+        place = f"{path}, llama.{KEYS.get(str(error.where), str(error.where))}"
+        raise InputError(error.what, where=place, found=error.found, expected=error.expected) from None
+
+
+def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, Any] | None:
+    kind = header.metadata.get("llama.rope.scaling.type", "none")
+    if kind == "linear":
+        return {"kind": "linear", "factor": float(header.metadata.get("llama.rope.scaling.factor", 1.0))}
+    if kind != "none":
+        where = f"{path}, llama.rope.scaling.type"
+        raise InputError("this rope scaling is not supported", where=where, found=kind, expected="none or linear")
+    if ROPE_FREQS not in header.tensors:
+        return None
+    divisors = _tensor(path, header.tensors[ROPE_FREQS], None).float().flatten()
+    # The file has the divisors alone. Llama 3.1's bands are the only ones in the wild; they are tried.
+    scaling = {"kind": "llama3", "factor": float(divisors.max()), "original_max_seq_len": 8192}
+    mine = rope_divisors(config.changed({"rope_scaling": scaling}))
+    if mine is None or divisors.shape != mine.shape or not torch.allclose(divisors, mine, rtol=1e-3):
+        where = f"{path}, {ROPE_FREQS}"
+        raise InputError("these rotary divisors are not Llama 3.1's", where=where, found=divisors.tolist()[:8])
+    return scaling
+
+
+def rope_divisors(config: ModelConfig) -> Tensor | None:
+    """(E/2,) what each rotary frequency is divided by, under llama3 scaling; None without."""
+    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
+        return None
+    plain = inverse_frequencies(config.head_dim, config.rope_theta)
+    return plain / inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+
+def _tensor(path: Path, info: TensorInfo, heads: int | None) -> Tensor:
+    if info.dtype in _PLAIN:
+        numbers, dtype = _PLAIN[info.dtype]
+        data = np.memmap(path, numbers, "c", info.start, info.shape)
+        tensor = torch.from_numpy(data).view(dtype)
+    else:
+        quants, kind = _package(), _package().GGMLQuantizationType[info.dtype]
+        data = np.memmap(
+            path, np.uint8, "r", info.start, (*info.shape[:-1], info.size // int(np.prod(info.shape[:-1])))
+        )
+        try:
+            tensor = torch.from_numpy(quants.dequantize(data, kind))
+        except NotImplementedError:
+            found = info.dtype
+            raise InputError("the gguf package cannot dequantise this type", where=path, found=found) from None
+    return to_half_split(tensor, heads) if heads else tensor
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        fix = "pip install 'minillama[gguf]'"
+        raise InputError("GGUF files need the gguf package, which is not installed", fix=fix) from None
+    return gguf
+
+
+def write(
+    path: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    vocabulary: Mapping[str, Any],
+    dtype: DType = "f16",
+    name: str = "minillama",
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write one file, one tensor in memory at a time.
+
+    Norms stay in float32. A matrix whose rows are no multiple of 32 is not quantised but kept in float16.
+
+    Args:
+        path: of the file.
+        config: the shape.
+        tensors: by Hugging Face name.
+        vocabulary: `tokenizer.*` keys.
+        dtype: of the matrices.
+        name: `general.name`.
+        progress: is told each name.
+    """
+    gguf = _package()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    writer.add_file_type(DTYPES[dtype])
+    if dtype in ("q8_0", "q4_0"):
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    theta = config.rope_theta
+    if config.rope_scaling is not None and config.rope_scaling.kind == "ntk":
+        theta = float(config.to_hf()["rope_theta"])
+    for ours, theirs in KEYS.items():
+        value = theta if ours == "rope_theta" else getattr(config, ours)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{theirs}", value)
+    writer.add_uint32("llama.attention.value_length", config.head_dim)
+    writer.add_uint32("llama.rope.dimension_count", config.head_dim)
+    _write_scaling(writer, config.rope_scaling)
+    for key, value in vocabulary.items():
+        _add(writer, key, value)
+    kinds = {ours: _kind(gguf, shape, dtype) for ours, shape in config.tensors().items()}
+    divisors = rope_divisors(config)
+    if divisors is not None:
+        writer.add_tensor_info(ROPE_FREQS, divisors.shape, np.dtype(np.float32), divisors.nbytes)
+    for ours, shape in config.tensors().items():
+        block, width = gguf.GGML_QUANT_SIZES[kinds[ours]]
+        size = torch.Size(shape).numel() // block * width
+        writer.add_tensor_info(name_in_file(ours), shape, np.dtype(np.float32), size, kinds[ours])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if divisors is not None:
+        writer.write_tensor_data(divisors.numpy())
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+    for ours, kind in kinds.items():
+        tensor = tensors[ours].detach().cpu()
+        count = heads.get(ours.split(".")[-2])
+        tensor = to_interleaved(tensor, count) if count else tensor
+        writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), kind))
+        progress(ours)
+    writer.close()
+
+
+def _kind(gguf: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+    kinds = gguf.GGMLQuantizationType
+    if len(shape) == 1:
+        return kinds.F32
+    kind = kinds[dtype.upper()]
+    return kinds.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def _write_scaling(writer: Any, scaling: RopeScaling | None) -> None:
+    if scaling is not None and scaling.kind == "linear":
+        writer.add_string("llama.rope.scaling.type", "linear")
+        writer.add_float32("llama.rope.scaling.factor", scaling.factor)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    adders.get(type(value), writer.add_array)(key, value)

@@ -1,0 +1,177 @@
+"""The header of a GGUF file, read with bounds: what a forged one claims is held against the file's size.
+
+Little-endian: "GGUF", version, counts; key/value pairs; tensor infos; padding; data
+(ggml-org/ggml, docs/gguf.md). The `gguf` package reads the numbers inside tensors, but hangs on a forged
+length, so the way to them is ours.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minillama.errors import InputError
+
+__all__ = ["GGUFHeader", "TensorInfo", "is_gguf", "read_header"]
+
+MAGIC = b"GGUF"
+# value type -> struct letter; 8 is a string, 9 an array
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_KEY_BYTES, _TENSOR_BYTES = 13, 24  # the shortest a pair and an info can be
+_MAX_RANK, _MAX_DEPTH = 4, 2
+# ggml type -> name, values a block, bytes a block (ggml-org/ggml, src/ggml.c: type_traits)
+_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+}  # fmt: skip
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies: type name, shape in torch's order, first byte and number of bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """Version, metadata (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
+
+    version: int
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file starts as one."""
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Everything but the data.
+
+    Raises:
+        InputError: not a GGUF file of version 2 or 3, cut short, or a count, length, type, shape or offset
+            that the file cannot hold.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data, path).header()
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("cannot read the file", where=path, found=error) from None
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data, self.path, self.at, self.size = data, path, 0, len(data)
+
+    def error(self, what: str, where: str = "", found: object = None, expected: object = None) -> InputError:
+        place = f"{self.path}, {where}" if where else f"{self.path}, byte {self.at}"
+        return InputError(what, where=place, found=found, expected=expected)
+
+    def take(self, count: int, what: str) -> int:
+        """Start of the next `count` bytes, which are there."""
+        if count > self.size - self.at:
+            raise self.error(f"the file is cut short, or its {what} is forged", found=f"{self.size} bytes")
+        start = self.at
+        self.at += count
+        return start
+
+    def number(self, letter: str, what: str) -> Any:
+        return struct.unpack_from("<" + letter, self.data, self.take(struct.calcsize("<" + letter), what))[0]
+
+    def count(self, each: int, what: str) -> int:
+        """A number of things that take at least `each` bytes."""
+        number: int = self.number("Q", what)
+        if number * each > self.size - self.at:
+            raise self.error(f"{what} is more than the file can hold", found=number)
+        return number
+
+    def string(self, what: str) -> str:
+        length = self.count(1, f"length of {what}")
+        start = self.take(length, what)
+        return self.data[start : start + length].decode("utf-8", "replace")
+
+    def value(self, kind: int, key: str, depth: int = 0) -> Any:
+        if kind == _STRING:
+            return self.string(key)
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind], key)
+        if kind != _ARRAY or depth == _MAX_DEPTH:
+            raise self.error("unknown type of value", key, found=kind)
+        inner = self.number("I", key)
+        if inner in _SCALARS:
+            dtype = np.dtype(_SCALARS[inner]).newbyteorder("<")
+            length = self.count(dtype.itemsize, f"length of {key}")
+            return np.frombuffer(self.data, dtype, length, self.take(length * dtype.itemsize, key)).copy()
+        length = self.count(8, f"length of {key}")
+        return [self.value(inner, key, depth + 1) for _ in range(length)]
+
+    def header(self) -> GGUFHeader:
+        start = self.take(4, "magic")
+        if self.data[start : self.at] != MAGIC:
+            raise self.error("not a GGUF file", found=self.data[:4], expected=MAGIC)
+        version = self.number("I", "version")
+        if version not in (2, 3):
+            expected = "2 or 3, little-endian"
+            raise self.error("this version of GGUF is not supported", "version", found=version, expected=expected)
+        tensor_count = self.count(_TENSOR_BYTES, "the number of tensors")
+        metadata: dict[str, Any] = {}
+        for _ in range(self.count(_KEY_BYTES, "the number of keys")):
+            key = self.string("key")
+            if key in metadata:
+                raise self.error("a key stands there twice", key)
+            metadata[key] = self.value(self.number("I", key), key)
+        infos = [self.info() for _ in range(tensor_count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
+            raise self.error("not an alignment", "general.alignment", found=alignment, expected="a multiple of 8")
+        return GGUFHeader(version, metadata, self.placed(infos, -(-self.at // alignment) * alignment, alignment))
+
+    def info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.string("tensor name")
+        rank = self.number("I", name)
+        if not 0 < rank <= _MAX_RANK:
+            raise self.error("not a number of dimensions", name, found=rank, expected=f"1 to {_MAX_RANK}")
+        shape = tuple(self.number("Q", name) for _ in range(rank))[::-1]
+        return name, shape, self.number("I", name), self.number("Q", name)
+
+    def placed(
+        self, infos: list[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int
+    ) -> dict[str, TensorInfo]:
+        tensors: dict[str, TensorInfo] = {}
+        for name, shape, kind, offset in infos:
+            if name in tensors:
+                raise self.error("a tensor stands there twice", name)
+            if kind not in _TYPES:
+                raise self.error("unknown type of tensor", name, found=kind)
+            dtype, block, width = _TYPES[kind]
+            if shape[-1] % block or math.prod(shape) == 0:
+                raise self.error("the shape does not fit the type", name, found=f"{shape} of {dtype}")
+            size = math.prod(shape) // block * width
+            if offset % alignment or base + offset + size > self.size:
+                found = f"{shape} of {dtype}, {size} bytes at {base + offset} of {self.size}"
+                raise self.error("the tensor does not lie in the file, or the file is cut short", name, found=found)
+            tensors[name] = TensorInfo(dtype, shape, base + offset, size)
+        end = base
+        for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
+            if info.start < end:
+                raise self.error("two tensors overlap", name, found=info.start, expected=f"{end} or more")
+            end = info.start + info.size
+        return tensors

@@ -1,0 +1,289 @@
+"""Meta's layout: params.json, consolidated.NN.pth (one a tensor-parallel rank), tokenizer.model."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillama.config import ModelConfig
+from minillama.errors import InputError
+from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
+from minillama.formats.rows import to_half_split, to_interleaved
+
+__all__ = ["read", "write"]
+
+# ours -> theirs, and the axis that ranks share: rows 0, columns 1, None is a copy on each
+TOP = {
+    "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # by rows in Llama 3's files
+    "model.norm.weight": ("norm.weight", None),
+    "lm_head.weight": ("output.weight", 0),
+}
+LAYER = {
+    "input_layernorm": ("attention_norm", None),
+    "self_attn.q_proj": ("attention.wq", 0),
+    "self_attn.k_proj": ("attention.wk", 0),
+    "self_attn.v_proj": ("attention.wv", 0),
+    "self_attn.o_proj": ("attention.wo", 1),
+    "post_attention_layernorm": ("ffn_norm", None),
+    "mlp.gate_proj": ("feed_forward.w1", 0),
+    "mlp.down_proj": ("feed_forward.w2", 1),
+    "mlp.up_proj": ("feed_forward.w3", 0),
+}
+PARAMS = "params.json"
+_IGNORED = ("rope.freqs",)
+_SAFE_TORCH = (2, 10)  # CVE-2025-32434, CVE-2026-24747
+
+
+def name_in_file(name: str) -> tuple[str, int | None]:
+    """`model.layers.3.self_attn.q_proj.weight` -> `layers.3.attention.wq.weight` and the shared axis."""
+    if name in TOP:
+        return TOP[name]
+    _, _, layer, rest = name.split(".", 3)
+    theirs, axis = LAYER[rest.removesuffix(".weight")]
+    return f"layers.{layer}.{theirs}.weight", axis
+
+
+def read(folder: Path) -> ModelFile:
+    """Open a folder of one or several ranks.
+
+    The .pth files are pickles: they are read by torch's restricted reader, which builds tensors alone.
+
+    Raises:
+        InputError: a file is missing or damaged, a .pth holds anything but tensors, or the shapes disagree.
+    """
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    if not paths:
+        raise InputError("no weights in the model folder", where=folder, expected="consolidated.00.pth")
+    numbers = [path.name.split(".")[1] for path in paths]
+    if numbers != [f"{i:02}" for i in range(len(paths))]:
+        raise InputError("a rank's file is missing", where=folder, found=", ".join(path.name for path in paths))
+    ranks = [_load(path) for path in paths]
+    for path, rank in zip(paths, ranks, strict=True):
+        if set(rank) != set(ranks[0]):
+            odd = sorted(set(rank) ^ set(ranks[0]))[:8]
+            raise InputError("the ranks do not hold the same tensors", where=path, found=", ".join(odd))
+    config = _config(folder, ranks)
+    parts: dict[str, tuple[str, int | None]] = {}
+    for name in config.tensors():
+        theirs, axis = name_in_file(name)
+        if name == "model.embed_tokens.weight" and theirs in ranks[0] and ranks[0][theirs].shape[-1] == config.dim:
+            axis = 0
+        parts[name] = theirs, axis
+    back = {theirs: name for name, (theirs, _) in parts.items()}
+    found = {
+        back.get(name, name): _whole_shape(ranks, name, parts.get(back.get(name, ""), ("", None))[1])
+        for name in ranks[0]
+    }
+    ignored = {*_IGNORED, *(["output.weight"] if config.tie_embeddings else [])}
+    check_tensors(config.tensors(), found, folder, frozenset(ignored))
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+    tensors = LazyTensors(
+        {name: partial(_tensor, ranks, *place, heads.get(name.split(".")[-2])) for name, place in parts.items()}
+    )
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    stored = {
+        f"{path.name}: {name}": Stored(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for path, rank in zip(paths, ranks, strict=True)
+        for name, tensor in rank.items()
+    }
+    tokenizer = optional(folder / "tokenizer.model")
+    return ModelFile(folder, f"Meta folder, {len(paths)} ranks", config, tensors, stored, tokenizer, {})
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    _check_zip(path)
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < _SAFE_TORCH:
+        raise InputError(
+            "this torch reads pickles unsafely", found=torch.__version__, fix="install torch 2.10 or newer"
+        )
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = str(error).strip().splitlines()[0][:200]
+        raise InputError("the file holds more than tensors, and was not opened", where=path, found=found) from None
+    except Exception as error:  # a damaged archive raises whatever its reader trips over
+        found = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        raise InputError("not a readable .pth file", where=path, found=found) from None
+    if not isinstance(table, dict) or not all(isinstance(item, Tensor) for item in table.values()):
+        raise InputError("the file is no table of tensors", where=path)
+    return table
+
+
+def _check_zip(path: Path) -> None:
+    """A .pth is a zip archive; nothing of it is unpacked, but a forged one is not handed to torch either."""
+    try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError("not a .pth file, or cut short", where=path, found=error, expected="a zip archive") from None
+    for entry in entries:
+        where, parts = f"{path}, {entry.filename}", re.split(r"[\\/]", entry.filename)
+        if ".." in parts or entry.filename.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", entry.filename):
+            raise InputError("an entry of the archive leads out of it", where=where)
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            raise InputError("an entry of the archive is a link", where=where)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+            found = f"{entry.compress_size} bytes that become {entry.file_size}"
+            raise InputError("an entry of the archive is compressed, which torch never does", where=where, found=found)
+
+
+def _whole_shape(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> tuple[int, ...]:
+    shape = list(ranks[0][name].shape)
+    if axis is not None and axis < len(shape):
+        shape[axis] = sum(rank[name].shape[axis] for rank in ranks)
+    return tuple(shape)
+
+
+def _tensor(ranks: list[dict[str, Tensor]], name: str, axis: int | None, heads: int | None) -> Tensor:
+    parts = [rank[name] for rank in ranks]
+    tensor = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
+    return to_half_split(tensor, heads) if heads else tensor
+
+
+def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
+    path = folder / PARAMS
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+        dim, n_layers, n_heads = int(params["dim"]), int(params["n_layers"]), int(params["n_heads"])
+        scaled = bool(params.get("use_scaled_rope"))
+        rank = ranks[0]
+        table, gate = rank["tok_embeddings.weight"], "layers.0.feed_forward.w1.weight"
+        rows = sum(r["tok_embeddings.weight"].shape[0] for r in ranks) if table.shape[1] == dim else table.shape[0]
+        theta = float(params.get("rope_theta", 10000.0))
+        values: dict[str, Any] = {
+            "dim": dim,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "n_kv_heads": params.get("n_kv_heads") or n_heads,
+            "hidden_dim": sum(r[gate].shape[0] for r in ranks),
+            "vocab_size": int(rows),
+            "max_seq_len": _context(theta, scaled),
+            "norm_eps": float(params.get("norm_eps", 1e-5)),
+            "rope_theta": theta,
+            "tie_embeddings": _is_tied(ranks, 0 if table.shape[1] == dim else 1),
+        }
+        if scaled:
+            values["rope_scaling"] = {
+                "kind": "llama3",
+                "factor": float(params.get("rope_scaling_factor") or 8.0),
+                "high_freq_factor": float(params.get("rope_high_freq_factor") or 4.0),
+            }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"[:200]
+        raise InputError("not a readable params.json", where=path, found=found) from None
+    try:
+        return ModelConfig.from_table(values)
+    except InputError as error:
+        where = f"{path}, {error.where}"
+        raise InputError(error.what, where=where, found=error.found, expected=error.expected) from None
+
+
+def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
+    """Whether the head is absent or a copy of the embedding, which the ranks share by another axis."""
+    if "output.weight" not in ranks[0]:
+        return True
+    head, table = (
+        torch.cat([rank[name] for rank in ranks], dim=dim) if len(ranks) > 1 else ranks[0][name]
+        for name, dim in (("output.weight", 0), ("tok_embeddings.weight", axis))
+    )
+    return torch.equal(head, table)
+
+
+def _context(theta: float, scaled: bool) -> int:
+    """params.json does not say it: Llama 1 and 2 share their keys, Llama 3 and 3.1 show themselves."""
+    if scaled:
+        return 131072
+    return 8192 if theta == 500000.0 else 2048
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    ranks: int = 1,
+    progress: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Write params.json and consolidated.NN.pth. A tied head is written twice, for Meta's code reads it.
+
+    Args:
+        folder: made if it is not there.
+        config: the shape.
+        tensors: by Hugging Face name.
+        dtype: convert to this; as they are unless given.
+        ranks: files, each with its share of heads, widths and columns.
+        progress: is told each name.
+
+    Raises:
+        InputError: params.json cannot express the shape.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
+    tables: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+    for name in config.tensors():
+        theirs, axis = name_in_file(name)
+        tensor = tensors[name].detach().to("cpu", dtype)
+        count = heads.get(name.split(".")[-2])
+        tensor = to_interleaved(tensor, count) if count else tensor
+        parts = [tensor] * ranks if axis is None or ranks == 1 else list(tensor.chunk(ranks, dim=axis))
+        for table, part in zip(tables, parts, strict=True):
+            table[theirs] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
+        progress(name)
+    if config.tie_embeddings:
+        for table, part in zip(
+            tables, tensors["model.embed_tokens.weight"].detach().to("cpu", dtype).chunk(ranks), strict=True
+        ):
+            table["output.weight"] = part.contiguous().clone()
+    for rank, table in enumerate(tables):
+        torch.save(table, folder / f"consolidated.{rank:02}.pth")
+
+
+def _params(config: ModelConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    faults = {
+        "head_dim": config.head_dim * config.n_heads != config.dim and f"{config.head_dim}, which is not dim / n_heads",
+        "rope_scaling.kind": scaling is not None and scaling.kind not in ("llama3", "ntk") and scaling.kind,
+    }
+    for field, found in faults.items():
+        if found:
+            raise InputError("Meta's params.json cannot express this", where=field, found=found)
+    params: dict[str, Any] = {
+        "dim": config.dim,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "vocab_size": config.vocab_size,
+        "norm_eps": config.norm_eps,
+        "rope_theta": config.to_hf()["rope_theta"],
+        **_width(config.dim, config.hidden_dim),
+    }
+    if scaling is not None and scaling.kind == "llama3":
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
+        params |= {"rope_high_freq_factor": scaling.high_freq_factor}
+    return params
+
+
+def _width(dim: int, hidden_dim: int) -> dict[str, Any]:
+    """multiple_of and ffn_dim_multiplier by which Meta's rule gives exactly this feed-forward width.
+
+    The rule: int(8 dim / 3), times the multiplier, rounded up to a multiple (llama/model.py, FeedForward).
+    """
+    base = int(8 * dim / 3)
+    multiple = math.gcd(hidden_dim, 256)
+    if multiple * -(-base // multiple) == hidden_dim:
+        return {"multiple_of": multiple}
+    return {"multiple_of": multiple, "ffn_dim_multiplier": (hidden_dim - multiple / 2 + (multiple == 1)) / base}

@@ -1,0 +1,132 @@
+"""What every adapter gives: a shape, tensors that are read one at a time, and where the tokenizer is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillama.config import ModelConfig
+from minillama.errors import InputError
+
+__all__ = ["LazyTensors", "ModelFile", "Stored", "check_tensors", "optional"]
+
+# the axes of each parameter in fields of ModelConfig
+_AXES = {
+    "embed_tokens": ("vocab_size", "dim"),
+    "lm_head": ("vocab_size", "dim"),
+    "q_proj": ("n_heads x head_dim", "dim"),
+    "k_proj": ("n_kv_heads x head_dim", "dim"),
+    "v_proj": ("n_kv_heads x head_dim", "dim"),
+    "o_proj": ("dim", "n_heads x head_dim"),
+    "gate_proj": ("hidden_dim", "dim"),
+    "up_proj": ("hidden_dim", "dim"),
+    "down_proj": ("dim", "hidden_dim"),
+}
+
+
+class Stored(NamedTuple):
+    """How a tensor lies in its file: type as the format calls it, and shape in torch's order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Hugging Face name -> tensor, read from the disk when it is asked for and not kept.
+
+    Args:
+        readers: a function a name.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model on the disk, opened but not loaded.
+
+    Attributes:
+        format: as a person calls it.
+        config: its shape.
+        tensors: under the Hugging Face names, half-split, in the order of `config.tensors()`.
+        stored: what the file says of each of its own tensors, under its own names.
+        tokenizer: the file or folder for `Tokenizer.load`, None where nothing lies there.
+        metadata: what else the file says, for `inspect`.
+    """
+
+    path: Path
+    format: str
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    stored: Mapping[str, Stored]
+    tokenizer: Path | None
+    metadata: Mapping[str, object]
+
+    def default_dtype(self, device: torch.device | str) -> torch.dtype:
+        """The type to compute in where nobody asked: that of the matrices if they agree on one.
+
+        Quantised matrices become float32, and so does float16 on a CPU, which has no arithmetic for it.
+        """
+        kinds = {item.dtype for item in self.stored.values() if len(item.shape) > 1}
+        if kinds == {"BF16"}:
+            return torch.bfloat16
+        return torch.float16 if kinds == {"F16"} and torch.device(device).type != "cpu" else torch.float32
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: object,
+    ignored: frozenset[str] = frozenset(),
+) -> None:
+    """Compare a file's tensors with those of the configuration, before any is read.
+
+    Raises:
+        InputError: missing or unknown names, all listed; or another shape, with the field it contradicts.
+    """
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and name not in ignored]
+    if missing or extra:
+        parts = [("missing", missing), ("unknown", extra)]
+        raise InputError(
+            "the tensors are not those that the configuration asks for",
+            where=where,
+            found="; ".join(f"{len(names)} {word}: {_listed(names)}" for word, names in parts if names),
+            expected=f"{len(expected)} tensors",
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise InputError(
+                "a tensor has another shape than the configuration says",
+                where=f"{where}, {name}",
+                found=found[name],
+                expected=f"{shape}, which is {_axes(name)}",
+            )
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _axes(name: str) -> str:
+    return ", ".join(_AXES.get(name.removesuffix(".weight").rpartition(".")[2], ("dim",)))
+
+
+def optional(path: Path) -> Path | None:
+    """The path if something is there."""
+    return path if path.exists() else None

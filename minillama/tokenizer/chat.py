@@ -1,0 +1,98 @@
+"""Chat templates: a stranger's program, run in Jinja's sandbox in a process of its own.
+
+The sandbox keeps a template away from Python's insides, but not from endless loops and not from
+`'A' * 10**9`; a process can be given a limit of memory and be stopped. transformers renders with the same
+sandbox and the same settings, so that the text is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minillama.errors import InputError
+
+__all__ = ["ChatTemplate"]
+
+SECONDS, MEMORY, SIZE = 5.0, 1 << 30, 10_000_000
+
+
+class ChatTemplate:
+    """Turns conversations into text.
+
+    Args:
+        template: Jinja.
+        variables: what it may read besides the messages: `bos_token`, `eos_token`.
+        seconds: how long one conversation may take.
+    """
+
+    def __init__(self, template: str, variables: Mapping[str, Any] | None = None, seconds: float = SECONDS) -> None:
+        self.template, self.variables, self.seconds = template, dict(variables or {}), seconds
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __call__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        **more: Any,
+    ) -> str:
+        """The text of one conversation.
+
+        Args:
+            messages: each with `role` and `content`.
+            add_generation_prompt: end with what an answer starts with.
+            more: further variables, as `tools`.
+
+        Raises:
+            InputError: the template is no Jinja, refuses the messages, reaches for what is not its own, takes
+                too long or grows too large.
+        """
+        values = {**self.variables, **more, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        reply = self._ask(json.dumps({"template": self.template, "values": values}).encode() + b"\n")
+        if "text" not in reply:
+            raise InputError("the chat template failed", found=reply["error"])
+        text: str = reply["text"]
+        return text
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            command = [sys.executable, "-m", "minillama.tokenizer.chat_worker", str(MEMORY), str(SIZE)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert self._process.stdout is not None
+            self._process.stdout.readline()  # it is ready: its start does not count
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is gone; the empty answer below says so
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(self.seconds):
+                self.close()
+                raise InputError("the chat template does not end, and was stopped", found=f"{self.seconds:g} s")
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            self.close()
+            raise InputError("the chat template grew without end, and was stopped")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def close(self) -> None:
+        """End the process; the next call starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream is not None:
+                    stream.close()
+        self._process = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) is not None:
+            self.close()

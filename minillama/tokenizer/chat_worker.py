@@ -1,0 +1,84 @@
+"""The process that renders chat templates: a JSON object a line in, one a line out. See `chat.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from functools import cache
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+__all__ = ["main"]
+
+
+class Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}` marks what the model writes, and is no text (transformers)."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+
+    def parse(self, parser: Parser) -> Node | list[Node]:
+        """The block's content as it is."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Any) -> str:
+        text: str = caller()
+        return text
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+@cache
+def _compiled(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    return environment.from_string(template)
+
+
+def main(memory: int, size: int) -> None:
+    """Answer until the input ends.
+
+    Args:
+        memory: bytes that the process may address, where the system has such a limit.
+        size: characters of an answer at most.
+    """
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, ValueError, OSError):
+        pass  # Windows; macOS takes the call and refuses the value. The time limit stays.
+    print(flush=True)
+    for line in sys.stdin:
+        try:
+            request = json.loads(line)
+            text = _compiled(request["template"]).render(**request["values"])
+            if len(text) > size:
+                raise TemplateError(f"a text of {len(text)} characters, and at most {size} are allowed")
+            reply = {"text": text}
+        except Exception as error:  # whatever a stranger's program trips over
+            reply = {"error": f"{type(error).__name__}: {error}"[:300]}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,73 @@
+"""tokenizer.json, the file of the `tokenizers` library, with the tokenizer_config.json beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from minillama.errors import InputError
+from minillama.tokenizer.parts import Parts, read_json, read_text
+
+__all__ = ["BOS_NAMES", "END_OF_TEXT", "EOS_NAMES", "first_known", "read"]
+
+END_OF_TEXT = "<|endoftext|>"
+# Where no file says which they are.
+EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
+BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
+
+
+def read(file: Path) -> Parts:
+    """Read the file, and its neighbours if they are there.
+
+    Raises:
+        InputError: no such file, or it is not a tokenizer.json, or it names no end-of-text token.
+    """
+    backend = _backend(file)
+    settings_file = file.with_name("tokenizer_config.json")
+    settings = read_json(settings_file) if settings_file.exists() else {}
+    template = file.with_name("chat_template.jinja")
+    if template.exists():
+        settings["chat_template"] = read_text(template)
+    eos = _token_name(settings.get("eos_token")) or first_known(backend, EOS_NAMES)
+    bos = _token_name(settings.get("bos_token")) or first_known(backend, BOS_NAMES)
+    if eos is None:
+        raise InputError(
+            "the tokenizer names no end-of-text token",
+            where=f"{settings_file}, eos_token",
+            expected=f"eos_token, or one of {', '.join(EOS_NAMES)} in the vocabulary",
+            fix=f'write {{"eos_token": "..."}} to {settings_file}',
+        )
+    for token in (eos, bos or eos):
+        if backend.token_to_id(token) is None:
+            what, expected = "this token is not in the vocabulary", "a token of tokenizer.json"
+            raise InputError(what, where=settings_file, found=token, expected=expected)
+    # Without a word in the settings, the file's own post-processor shows what its models were trained with.
+    starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
+    return Parts(backend, eos, bos, bool(settings.get("add_bos_token", starts)), settings)
+
+
+def _backend(file: Path) -> Backend:
+    spec = read_json(file)
+    try:
+        return Backend.from_str(json.dumps(spec))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(
+            "this is not a tokenizer.json of the tokenizers library",
+            where=file,
+            found=f"{error}; its keys are {', '.join(spec) or 'none'}",
+            expected="keys version, added_tokens, pre_tokenizer, decoder, model, ...",
+        ) from None
+
+
+def _token_name(value: object) -> str | None:
+    """A token of tokenizer_config.json is a string, or an object with its `content`."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def first_known(backend: Backend, names: Iterable[str]) -> str | None:
+    """The first of the names that the vocabulary has."""
+    return next((name for name in names if backend.token_to_id(name) is not None), None)

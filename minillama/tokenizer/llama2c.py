@@ -1,0 +1,44 @@
+"""llama2.c's tokenizer.bin: the longest piece, then score, length and bytes of each (tokenizer.py, export)."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from minillama.errors import InputError
+from minillama.tokenizer.parts import Parts, read_bytes
+from minillama.tokenizer.pieces import BYTE, SPACE, Pieces, PieceType
+
+__all__ = ["read"]
+
+NAMES = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2; the file has newlines around the last two
+
+
+def read(file: Path) -> Parts:
+    """Read a tokenizer.bin.
+
+    Raises:
+        InputError: cut short, or not such a file.
+    """
+    data, at = read_bytes(file), 4
+    names: list[str] = []
+    scores: list[float] = []
+    try:
+        longest = struct.unpack_from("<i", data)[0]
+        while at < len(data):
+            score, length = struct.unpack_from("<fi", data, at)
+            at += 8
+            if not 0 <= length <= longest or at + length > len(data):
+                raise ValueError(f"a piece of {length} bytes at byte {at}")
+            names.append(data[at : at + length].decode())
+            scores.append(score)
+            at += length
+        if len(names) < len(NAMES) + 256:
+            raise ValueError(f"{len(names)} pieces")
+    except (struct.error, ValueError) as error:
+        expected = "scores and pieces as llama2.c's tokenizer.py writes them"
+        raise InputError("not a llama2.c tokenizer, or cut short", where=file, found=error, expected=expected) from None
+    names = [*NAMES, *(name.replace(" ", SPACE) for name in names[len(NAMES) :])]
+    types = [PieceType.BYTE if BYTE.fullmatch(name) else PieceType.NORMAL for name in names]
+    types[:3] = [PieceType.UNKNOWN, PieceType.CONTROL, PieceType.CONTROL]
+    return Parts(Pieces(names, scores, types).backend(), eos="</s>", bos="<s>")

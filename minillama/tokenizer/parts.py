@@ -1,0 +1,56 @@
+"""What a reader of vocabulary files gives, and how it reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from minillama.errors import InputError
+
+__all__ = ["Parts", "read_bytes", "read_json", "read_text"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The arguments of `Tokenizer`, which see."""
+
+    backend: Backend
+    eos: str
+    bos: str | None = None
+    add_bos: bool = True
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_bytes(file: Path) -> bytes:
+    """The whole file."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        fix = "give the tokenizer's file, or a folder that holds it"
+        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
+
+
+def read_text(file: Path) -> str:
+    """The whole file, which must be UTF-8."""
+    try:
+        return read_bytes(file).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError("this file is not UTF-8 text", where=file, found=str(error)) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The whole file, which must be a JSON object."""
+    text = read_text(file)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        found = f"{error}; it starts with {text[:40]!r}"
+        raise InputError("this file is not JSON, or is cut short", where=file, found=found) from None
+    if not isinstance(value, dict):
+        raise InputError("this file is not a JSON object", where=file, found=type(value).__name__)
+    return value

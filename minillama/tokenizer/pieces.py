@@ -1,0 +1,171 @@
+"""SentencePiece's view of a vocabulary, pieces with scores and types, and the backend that cuts the same.
+
+A piece with a higher score is merged earlier. The `tokenizers` library has merges instead, pairs in the order
+of their ranks: every way to cut a piece into two others becomes one, ranked by the piece's score.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from minillama.errors import InputError
+
+__all__ = ["BYTE", "PieceType", "Pieces", "merges_by_score"]
+
+SPACE = "▁"  # U+2581, a blank inside pieces
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class PieceType(IntEnum):
+    """google/sentencepiece, src/sentencepiece_model.proto; GGUF uses the same numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A vocabulary in the order of its ids.
+
+    Attributes:
+        names: with U+2581 for a blank.
+        scores: log probabilities (unigram) or minus the merge index (BPE).
+        types: of `PieceType`.
+        is_unigram: the best segmentation instead of merges.
+        dummy_prefix: a text is given a blank in front.
+        charsmap: SentencePiece's compiled normalisation, empty for identity.
+        squeeze: blanks at the ends go, and runs of them become one.
+    """
+
+    names: Sequence[str]
+    scores: Sequence[float]
+    types: Sequence[int]
+    is_unigram: bool = False
+    dummy_prefix: bool = True
+    charsmap: bytes = b""
+    squeeze: bool = False
+
+    @property
+    def unknown(self) -> int | None:
+        """Id of the unknown piece."""
+        return next((i for i, kind in enumerate(self.types) if kind == PieceType.UNKNOWN), None)
+
+    def backend(self) -> Backend:
+        """The `tokenizers` object that gives SentencePiece's ids."""
+        byte_fallback = PieceType.BYTE in self.types
+        if self.is_unigram:
+            scored = list(zip(self.names, self.scores, strict=True))
+            model: Any = models.Unigram(scored, unk_id=self.unknown, byte_fallback=byte_fallback)
+        else:
+            # marks and bytes are no text, and no merge may lead to them
+            textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
+            able = {
+                name: score
+                for name, score, kind in zip(self.names, self.scores, self.types, strict=True)
+                if kind in textual
+            }
+            unknown = None if self.unknown is None else self.names[self.unknown]
+            vocab = {name: i for i, name in enumerate(self.names)}
+            model = models.BPE(
+                vocab=vocab,
+                merges=merges_by_score(able),
+                unk_token=unknown,
+                fuse_unk=True,
+                byte_fallback=byte_fallback,
+            )
+        backend = Backend(model)
+        backend.normalizer = normalizers.Sequence(self._normalizers())
+        if self.is_unigram:
+            scheme = "always" if self.dummy_prefix else "never"
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if self.dummy_prefix else [])])
+        marks = (PieceType.CONTROL, PieceType.UNKNOWN)
+        named = list(zip(self.names, self.types, strict=True))
+        backend.add_special_tokens(
+            [AddedToken(n, normalized=False, special=True) for n, kind in named if kind in marks]
+        )
+        words = [n for n, kind in named if kind == PieceType.USER_DEFINED]
+        backend.add_tokens([AddedToken(n, normalized=False) for n in words])
+        return backend
+
+    def _normalizers(self) -> list[Any]:
+        steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
+        if self.squeeze:
+            steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        if not self.is_unigram:
+            steps += [*([normalizers.Prepend(SPACE)] if self.dummy_prefix else []), normalizers.Replace(" ", SPACE)]
+        return steps
+
+    @classmethod
+    def of(cls, backend: Backend) -> Pieces | None:
+        """The pieces of a BPE backend that cuts as SentencePiece does; None for any other.
+
+        Scores are minus the rank of a piece's first merge, which leads to the same merges in the same order.
+        """
+        spec = json.loads(backend.to_str())
+        model, steps = spec["model"], spec["normalizer"] or {}
+        normal = [step.get("type") for step in steps.get("normalizers", [steps])]
+        scheme = (spec["pre_tokenizer"] or {}).get("prepend_scheme")
+        metaspace = (spec["pre_tokenizer"] or {}).get("type") == "Metaspace" and not spec["pre_tokenizer"].get(
+            "split", True
+        )
+        plain = spec["pre_tokenizer"] is None and normal in (["Prepend", "Replace"], ["Replace"])
+        if (
+            model["type"] != "BPE"
+            or not model.get("byte_fallback")
+            or not (plain or (metaspace and spec["normalizer"] is None))
+        ):
+            return None
+        table = backend.get_vocab(with_added_tokens=True)
+        names = [name for name, _ in sorted(table.items(), key=lambda item: item[1])]
+        if [table[name] for name in names] != list(range(len(names))):
+            return None
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(model["merges"]):
+            left, right = pair if isinstance(pair, list) else pair.split(" ")
+            ranks.setdefault(left + right, rank)
+        added = {token["content"]: token["special"] for token in spec["added_tokens"]}
+        unknown, types = model.get("unk_token"), []
+        for name in names:
+            if name == unknown:
+                types.append(PieceType.UNKNOWN)
+            elif name in added:
+                types.append(PieceType.CONTROL if added[name] else PieceType.USER_DEFINED)
+            else:
+                types.append(PieceType.BYTE if BYTE.fullmatch(name) else PieceType.NORMAL)
+        scores = [-float(ranks.get(name, len(ranks) + i)) for i, name in enumerate(names)]
+        prefix = "Prepend" in normal or scheme in ("always", "first")
+        return cls(names, scores, types, dummy_prefix=prefix)
+
+
+def merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every pair of pieces that joins to a third, in the order in which SentencePiece would merge them.
+
+    Args:
+        scores: by piece, which is also the order of equals.
+
+    Raises:
+        InputError: a score is no number.
+    """
+    if any(score != score for score in scores.values()):
+        raise InputError("a score of the vocabulary is no number")
+    merges = []
+    for order, (piece, score) in enumerate(scores.items()):
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                merges.append((-score, order, cut, left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]

@@ -1,0 +1,77 @@
+"""Llama 3's tokenizer.model: tiktoken's ranks, one line each, base64 and number."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from minillama.errors import InputError
+from minillama.tokenizer.bytelevel import BYTE_TO_CHAR, piece_bytes
+from minillama.tokenizer.parts import Parts, read_bytes
+from minillama.tokenizer.pieces import merges_by_score
+from minillama.tokenizer.pre import byte_level_bpe, pre_name
+
+__all__ = ["SPECIAL", "is_tiktoken", "read", "write"]
+
+# Llama 3.1's names for the 256 ids behind the ranks (meta-llama/llama-models, models/llama3/tokenizer.py).
+_NAMED = {
+    0: "begin_of_text",
+    1: "end_of_text",
+    4: "finetune_right_pad_id",
+    6: "start_header_id",
+    7: "end_header_id",
+    8: "eom_id",
+    9: "eot_id",
+    10: "python_tag",
+}
+_RESERVED = iter(range(256))
+SPECIAL = [f"<|{_NAMED.get(i) or f'reserved_special_token_{next(_RESERVED)}'}|>" for i in range(256)]
+
+
+def is_tiktoken(data: bytes) -> bool:
+    """Whether the first line is base64, a blank and a number."""
+    token, _, rank = data[:200].split(b"\n")[0].partition(b" ")
+    try:
+        return rank.strip().isdigit() and len(base64.b64decode(token, validate=True)) > 0
+    except binascii.Error:
+        return False
+
+
+def read(file: Path) -> Parts:
+    """Read the ranks, and put Llama 3's pre-tokenizer and its 256 special tokens with them.
+
+    Raises:
+        InputError: a line that is no rank, or ranks that are not 0, 1, 2, ...
+    """
+    pieces: list[str] = []
+    for number, line in enumerate(read_bytes(file).splitlines(), 1):
+        token, _, rank = line.partition(b" ")
+        try:
+            if int(rank) != len(pieces):
+                raise ValueError(f"rank {int(rank)} where {len(pieces)} was expected")
+            pieces.append("".join(BYTE_TO_CHAR[byte] for byte in base64.b64decode(token, validate=True)))
+        except (ValueError, binascii.Error) as error:
+            raise InputError("not a line of tiktoken's ranks", where=f"{file}:{number}", found=error) from None
+    if len(set(pieces)) < len(pieces) or "" in pieces:
+        raise InputError("a token stands there twice, or is empty", where=file)
+    merges = merges_by_score({piece: -float(rank) for rank, piece in enumerate(pieces)})
+    backend = byte_level_bpe([*pieces, *SPECIAL], merges, "llama-bpe", SPECIAL)
+    return Parts(backend, eos="<|end_of_text|>", bos="<|begin_of_text|>")
+
+
+def write(file: Path, backend: Backend) -> None:
+    """Write the ranks of a backend that `read` could have made.
+
+    Raises:
+        InputError: another pre-tokenizer than Llama 3's, which Meta's code does not read from a file, or
+            other special tokens.
+    """
+    table = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+    names = [name for name, _ in table]
+    if pre_name(backend) != "llama-bpe" or names[-256:] != SPECIAL or [i for _, i in table] != list(range(len(names))):
+        raise InputError("this tokenizer is neither Llama 2's nor Llama 3's kind, and Meta's layout has no other")
+    lines = [base64.b64encode(piece_bytes(name)) + b" %d\n" % rank for rank, name in enumerate(names[:-256])]
+    file.write_bytes(b"".join(lines))

@@ -1,0 +1,391 @@
+"""Rows 13 to 24 and 41 of the fault table: files from strangers, damaged or forged."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import stat
+import struct
+import time
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from minillama import Decoder, InputError, ModelConfig, Tokenizer
+from minillama.commands.cli import main
+from minillama.convert import convert
+from minillama.formats import meta
+from minillama.formats.gguf_header import read_header as read_gguf
+from minillama.formats.opening import open_model
+from minillama.formats.safetensors_header import read_header
+from minillama.tokenizer import byte_tokenizer
+from minillama.tokenizer.chat import ChatTemplate
+
+CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=257, max_seq_len=32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Decoder(CONFIG).save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    byte_tokenizer().save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same model as safetensors, GGUF and .pth."""
+    place = tmp_path_factory.mktemp("whole")
+    model = Decoder(CONFIG)
+    model.save_pretrained(place / "hf")
+    byte_tokenizer().save(place / "hf")
+    convert(place / "hf", place / "a.gguf", "gguf", "f32")
+    meta.write(place / "meta", CONFIG, model.state_dict())
+    files = {"safetensors": "hf/model.safetensors", "gguf": "a.gguf", "pth": "meta/consolidated.00.pth"}
+    return {name: (place / file).read_bytes() for name, file in files.items()}
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: object, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+# 13: a .pth is the one archive that is read, and nothing of it is unpacked
+
+
+def pth(folder: Path, name: str, data: bytes = b"x", compress: int = zipfile.ZIP_STORED, link: bool = False) -> None:
+    meta.write(folder, CONFIG, Decoder(CONFIG).state_dict())
+    entry = zipfile.ZipInfo(name)
+    entry.compress_type = compress
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16 if link else 0
+    with zipfile.ZipFile(folder / "consolidated.00.pth", "a") as archive:
+        archive.writestr(entry, data)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "what"),
+    [
+        ("../evil", {}, "leads out"),
+        ("/etc/evil", {}, "leads out"),
+        ("a/..\\..\\evil", {}, "leads out"),
+        ("C:/evil", {}, "leads out"),
+        ("evil", {"link": True}, "is a link"),
+        ("bomb", {"data": b"\0" * 10**8, "compress": zipfile.ZIP_DEFLATED}, "is compressed"),
+    ],
+)
+def test_13_archives(name: str, options: dict, what: str, tmp_path: Path) -> None:
+    pth(tmp_path / "m", name, **options)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=f"{what}(?s:.*)(evil|bomb)"):
+        open_model(tmp_path / "m")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# 14 to 16: safetensors
+
+
+@pytest.mark.parametrize("keep", [0, 4, 7, 8, 100, 3000, -1])
+def test_14_truncated(keep: int, folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(InputError, match=f"cut short(?s:.*){re.escape(shard.name)}"):
+        Decoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (struct.pack("<Q", 2**40) + b"{}", "longer than any real one"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>login</html>", "a web page"),
+        (b"PK\x03\x04 and so on", "zip archive"),
+        (pickle.dumps({"a": 1}, protocol=2), "a pickle"),
+        (with_header(b"[]", b""), "no table"),
+        (with_header(b"{" * 1000, b""), "no JSON"),
+        (with_header(b"[" * 500_000, b""), "no JSON"),
+    ],
+)
+def test_15_impostors(data: bytes, what: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match=what):
+        read_header(tmp_path / "model.safetensors")
+
+
+def test_16_duplicate_and_overlapping_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(4), "b": torch.ones(4)}, path)
+    header, body = header_of(path.read_bytes())
+    entry = json.dumps(header["a"])
+    path.write_bytes(with_header(f'{{"a": {entry}, "a": {entry}}}'.encode(), body))
+    with pytest.raises(InputError, match=r"names a tensor twice(?s:.*)a"):
+        read_header(path)
+    header["b"]["data_offsets"] = header["a"]["data_offsets"]
+    path.write_bytes(with_header(header, body))
+    with pytest.raises(InputError, match=r"two tensors overlap(?s:.*), b"):
+        read_header(path)
+    header["b"]["data_offsets"] = [20, 36]
+    path.write_bytes(with_header(header, body + b"1234"))
+    with pytest.raises(InputError, match="gap"):
+        read_header(path)
+
+
+# 17 is in tests/training (manifest); 18 and 19: the index
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", "a\\b", "..", "", 7, None])
+def test_18_an_index_that_leads_out(name: object, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(table))
+    monkeypatch.setattr("minillama.formats.hf.read_header", lambda path: pytest.fail(f"opened {path}"))
+    with pytest.raises(InputError, match=r"leads out of its folder(?s:.*)model.norm.weight"):
+        Decoder.from_pretrained(folder)
+
+
+def test_19_missing_and_extra(folder: Path) -> None:
+    shards = sorted(folder.glob("*.safetensors"))
+    moved = shards[0].rename(folder / "elsewhere")
+    with pytest.raises(InputError, match=f"missing: {shards[0].name}"):
+        Decoder.from_pretrained(folder)
+    moved.rename(shards[0])
+    extra = folder / "model-00009-of-00009.safetensors"
+    extra.write_bytes(b"")
+    with pytest.raises(InputError, match=f"extra: {extra.name}"):
+        Decoder.from_pretrained(folder)
+    extra.unlink()
+    tensors = {name: torch.zeros(shape) for name, shape in CONFIG.tensors().items()}
+    tensors["model.layers.1.self_attn.q_proj.bias"] = tensors.pop("model.layers.1.self_attn.q_proj.weight")
+    for shard in (*shards, folder / "model.safetensors.index.json"):
+        shard.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"1 missing: model.layers.1.self_attn.q_proj.weight; 1 unknown: .*bias"):
+        Decoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "field"),
+    [
+        ("model.layers.0.self_attn.k_proj.weight", (32, 32), "n_kv_heads x head_dim, dim"),
+        ("model.embed_tokens.weight", (256, 32), "vocab_size, dim"),
+        ("model.layers.1.mlp.down_proj.weight", (64, 32), "dim, hidden_dim"),
+    ],
+)
+def test_20_wrong_shape(name: str, shape: tuple[int, int], field: str, tmp_path: Path) -> None:
+    Decoder(CONFIG).save_pretrained(tmp_path)
+    tensors = {key: torch.zeros(size) for key, size in CONFIG.tensors().items()} | {name: torch.zeros(shape)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError) as caught:
+        Decoder.from_pretrained(tmp_path)
+    assert all(part in str(caught.value) for part in (name, str(shape), str(CONFIG.tensors()[name]), field))
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+def test_21_pickles_are_refused_unopened(name: str, folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    mark = folder / "mark"
+    (folder / name).write_bytes(pickle.dumps(Evil(str(mark))))
+    for path in (folder, folder / name):
+        with pytest.raises(InputError, match=f"a pickle(?s:.*){name}"):
+            open_model(path)
+    assert not mark.exists()
+
+
+def test_21_metas_files_hold_tensors_or_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta.write(tmp_path, CONFIG, Decoder(CONFIG).state_dict())
+    file, mark = tmp_path / "consolidated.00.pth", tmp_path / "mark"
+    torch.save({"norm.weight": Evil(str(mark))}, file)
+    with pytest.raises(InputError, match="more than tensors"):
+        open_model(tmp_path)
+    file.write_bytes(pickle.dumps(Evil(str(mark))))
+    with pytest.raises(InputError, match="zip archive"):
+        open_model(tmp_path)
+    assert not mark.exists()
+    meta.write(tmp_path, CONFIG, Decoder(CONFIG).state_dict())
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(InputError, match=r"unsafely(?s:.*)2\.9\.1"):
+        open_model(tmp_path)
+
+
+# 22: GGUF
+
+
+def gguf(kv: bytes = b"", tensors: bytes = b"", counts: tuple[int, int] = (0, 0), rest: bytes = b"\0" * 64) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, *counts) + kv + tensors + rest
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        gguf(counts=(2**60, 0)),
+        gguf(counts=(0, 2**60)),
+        gguf(text("a") + struct.pack("<IIQ", 9, 8, 2**40), counts=(0, 1)),
+        gguf(text("a") + struct.pack("<IIQ", 9, 4, 2**40), counts=(0, 1)),
+        gguf(text("a") + struct.pack("<IIQ", 9, 99, 1), counts=(0, 1)),
+        gguf(text("a") + struct.pack("<IIQ", 9, 9, 1) * 50, counts=(0, 1)),
+        gguf(text("a") + struct.pack("<I", 77), counts=(0, 1)),
+        gguf(struct.pack("<Q", 2**63), counts=(0, 1)),
+        gguf(tensors=text("t") + struct.pack("<IQQIQ", 2, 2**33, 2**33, 0, 0), counts=(1, 0)),
+        gguf(tensors=text("t") + struct.pack("<IQQIQ", 2, 2**63, 2, 0, 0), counts=(1, 0)),
+        gguf(tensors=text("t") + struct.pack("<IQQIQ", 2, 0, 4, 0, 0), counts=(1, 0)),
+        gguf(tensors=text("t") + struct.pack("<I", 2**31), counts=(1, 0)),
+        gguf(tensors=text("t") + struct.pack("<IQIQ", 1, 4, 99, 0), counts=(1, 0)),
+        gguf(tensors=text("t") + struct.pack("<IQIQ", 1, 33, 2, 0), counts=(1, 0)),
+        gguf(tensors=(text("t") + struct.pack("<IQIQ", 1, 4, 0, 0)) * 2, counts=(2, 0)),
+        gguf(
+            tensors=text("t") + struct.pack("<IQIQ", 1, 4, 0, 0) + text("u") + struct.pack("<IQIQ", 1, 4, 0, 0),
+            counts=(2, 0),
+        ),
+        gguf(text("general.alignment") + struct.pack("<II", 4, 0), counts=(0, 1)),
+        b"GGUF\3\0",
+        b"GGUF" + struct.pack("<I", 1),
+    ],
+)
+def test_22_forged_gguf(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_bytes(data)
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        read_gguf(path)
+    assert time.perf_counter() - began < 1 and tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "pth"])
+@settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_thousands_of_damaged_files(kind: str, data: st.DataObject, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """Bytes of the header changed, runs cut out or doubled: an answer or an InputError, and nothing else."""
+    damaged = bytearray(whole[kind])
+    reach = min(len(damaged), 6000)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, reach - 1))
+        length = data.draw(st.integers(1, 16))
+        fresh = data.draw(st.binary(max_size=16))
+        change = data.draw(st.sampled_from(["set", "cut", "end", "integer"]))
+        if change == "set":
+            damaged[at : at + len(fresh)] = fresh
+        elif change == "cut":
+            damaged[at : at + length] = fresh
+        elif change == "end":
+            del damaged[at + 1 :]
+        else:
+            damaged[at : at + 8] = struct.pack("<Q", data.draw(st.sampled_from([0, 1, 2**31, 2**40, 2**63, 2**64 - 1])))
+        if not damaged:
+            return
+        reach = min(len(damaged), 6000)
+    names = {"safetensors": "model.safetensors", "gguf": "a.gguf", "pth": "consolidated.00.pth"}
+    path = tmp_path / names[kind]
+    path.write_bytes(damaged)
+    if kind == "pth":
+        (tmp_path / "params.json").write_text(json.dumps(meta._params(CONFIG)))
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    try:
+        opened = meta.read(tmp_path) if kind == "pth" else open_model(path if kind == "gguf" else tmp_path)
+        assert opened.config.num_params() <= len(damaged)
+        for tensor in opened.tensors.values():
+            np.asarray(tensor.float())
+    except InputError as error:
+        assert str(tmp_path) in str(error)
+
+
+# 23: chat templates
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        "{{ 'A' * 10**9 }}",
+        "{{ 'A' * 10**7 * 3 }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ 'a'|center(10**10) }}",
+        "{{ 2 ** (2 ** 40) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ raise_exception('no') }}",
+        "{{ unclosed",
+    ],
+)
+def test_23_chat_templates_that_break_out_or_do_not_end(template: str) -> None:
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="chat template"):
+        ChatTemplate(template, seconds=1.0)(MESSAGES)
+    assert time.perf_counter() - began < 20
+    chat = ChatTemplate("{{ messages[0].content }}")
+    assert chat(MESSAGES) == "hi"
+    chat.close()
+
+
+def test_23_the_next_conversation_is_rendered_after_a_stop() -> None:
+    chat = ChatTemplate(
+        "{% if go %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}ok",
+        seconds=1.0,
+    )
+    with pytest.raises(InputError, match="does not end"):
+        chat(MESSAGES, go=True)
+    assert chat(MESSAGES, go=False) == "ok"
+
+
+# 24: tokenizer.json
+
+
+@pytest.mark.parametrize("data", [b"{}", b"", b'{"version": "1.0", "mod', b"[]", b"\xff\xfe", b"null"])
+def test_24_damaged_tokenizers(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.bin"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x0a", b"garbage", b"IQ== 1\n", b"IQ== 0\nIg== 7\n", b"\x07\0\0\0\1\0\0\0\xff\0\0\0"]
+)
+def test_24_damaged_vocabularies(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=name):
+        Tokenizer.load(tmp_path)
+
+
+# 41: a URL
+
+
+@pytest.mark.parametrize("url", ["https://huggingface.co/a/b", "http://127.0.0.1/m.gguf", "hf://a/b", "s3://a/b"])
+@pytest.mark.parametrize("words", [["generate", "--prompt", "a", "--model"], ["inspect"], ["plan"]])
+def test_41_a_url_is_refused(url: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, url]) == 1
+    assert "URL" in capsys.readouterr().err
+    with pytest.raises(InputError, match="URL"):
+        Tokenizer.load(url)
