@@ -275,7 +275,7 @@ def _load_json(path: Path) -> ModelConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError("no config.json in the model folder", where=path) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError("not a readable config.json", where=path, found=error) from error
     if not isinstance(values, dict):
         raise InputError("config.json holds no table", where=path, found=type(values).__name__)

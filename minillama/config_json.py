@@ -74,6 +74,8 @@ def from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str):
+        raise InputError("the rope type is no name", where=f"{where}, rope_type", found=repr(kind)[:80])
     if kind == "default":
         return None
     if kind not in SCALING:
@@ -105,6 +107,8 @@ def to_hf(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "rope_parameters": {**rope, "rope_theta": theta},
+        "bos_token_id": None,  # without a word transformers takes 1 and 2
+        "eos_token_id": None,
         "initializer_range": 0.02,
         "use_cache": True,
         "torch_dtype": dtype,

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -15,6 +15,7 @@ from minillama.errors import InputError
 from minillama.formats import gguf, hf, meta
 from minillama.formats.model_file import ModelFile
 from minillama.formats.opening import open_model
+from minillama.paths import refuse_url
 from minillama.tokenizer import Tokenizer, sentencepiece, tiktoken
 from minillama.tokenizer.gguf import vocabulary
 from minillama.tokenizer.pieces import Pieces
@@ -40,7 +41,8 @@ def convert(
         source: whatever `open_model` opens.
         destination: a folder (hf, meta) or a file (gguf) that is not there yet.
         to: the format.
-        dtype: of the matrices; q8_0 and q4_0 in GGUF alone. As stored unless given; quantised ones become f32.
+        dtype: of the tensors (norms in GGUF stay f32); q8_0 and q4_0 in GGUF alone. As the matrices are stored
+            unless given; quantised ones become f32.
         tokenizer: its file or folder, if it does not lie with the model.
         max_shard_size: of one file of a Hugging Face folder.
         progress: is told each tensor's name and their number.
@@ -55,6 +57,8 @@ def convert(
         raise InputError("unknown type", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
     if to != "gguf" and dtype is not None and dtype not in FLOATS:
         raise InputError("this format has no such type", where="--dtype", found=dtype, expected=", ".join(FLOATS))
+    for path in (source, destination, tokenizer or ""):
+        refuse_url(path)
     target = Path(destination)
     if target.exists():
         raise InputError("there is something at the destination", where=target, fix="choose another, or remove it")
@@ -73,7 +77,7 @@ def convert(
         progress(name, total)
 
     if to == "gguf":
-        return replace_file(target, lambda path: _to_gguf(path, opened, vocab, dtype or _gguf_type(stored), tell))
+        return replace_file(target, lambda path: _to_gguf(path, opened, vocab, dtype or cast(gguf.DType, stored), tell))
     kind = FLOATS[dtype or stored]
 
     def write(folder: Path) -> None:
@@ -84,11 +88,6 @@ def convert(
             meta.write(folder, opened.config, opened.tensors, kind, progress=tell)
 
     return replace_folder(target, write)
-
-
-def _gguf_type(stored: str) -> gguf.DType:
-    types: dict[str, gguf.DType] = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
-    return types[stored]
 
 
 def _to_gguf(
@@ -114,11 +113,11 @@ def _to_hf(
     tell: Callable[[str], None],
 ) -> None:
     hf.write(folder, opened.config, opened.tensors, dtype, max_shard_size, tell)
+    if vocab is not None:
+        hf.write_token_ids(folder, bos_id=vocab.bos_id if vocab.add_bos else None, eos_id=vocab.eos_id)
     carried = opened.path / hf.GENERATION_CONFIG
     if carried.is_file():
         shutil.copyfile(carried, folder / hf.GENERATION_CONFIG)
-    elif vocab is not None:
-        hf.write_generation_config(folder, bos_id=vocab.bos_id if vocab.add_bos else None, eos_id=vocab.eos_id)
     if vocab is not None:
         vocab.save(folder, opened.config.max_seq_len)
 
@@ -127,7 +126,8 @@ def _write_meta_tokenizer(file: Path, vocab: Tokenizer | None, place: Path | Non
     if vocab is None or place is None:
         return
     original = place / file.name if place.is_dir() else place
-    if original.name == file.name and original.is_file():
+    is_there = original.name == file.name and original.is_file()
+    if is_there and Tokenizer.load(original).fingerprint == vocab.fingerprint:
         shutil.copyfile(original, file)
         return
     pieces = Pieces.of(vocab.backend)

@@ -213,7 +213,7 @@ def pieces(
         for row, token in step:
             lengths[row] += 1
             reason: Reason | None = None
-            if token == tokenizer.eos_id and not ignore_eos:
+            if (token == tokenizer.eos_id or token in model.stop_ids) and not ignore_eos:
                 text, reason = decoders[row].flush(), "eos"
             else:
                 text = decoders[row].push(token)

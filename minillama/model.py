@@ -76,6 +76,7 @@ class Decoder(nn.Module):
         dropout: probability for the embedding and both residual branches, while training. LLaMA has none.
 
     Attributes:
+        stop_ids: tokens that end a text besides the tokenizer's own, as the model's folder says.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
@@ -86,6 +87,7 @@ class Decoder(nn.Module):
         self.config = config
         self.dropout = dropout
         self.checkpointing = False
+        self.stop_ids: frozenset[int] = frozenset()
         self.model = Backbone(config, dropout)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()
@@ -233,6 +235,7 @@ class Decoder(nn.Module):
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in source.tensors.items()}
         model.load_state_dict(weights, assign=True)
         model.model.rope = Rope(source.config).to(device)
+        model.stop_ids = source.stop_ids
         return model
 
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:

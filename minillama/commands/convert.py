@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -18,7 +17,7 @@ class Args:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
-    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder or file to write; nothing may be there."""
     to: Literal["hf", "meta", "gguf"]
     """The format of DST."""

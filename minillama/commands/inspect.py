@@ -25,33 +25,34 @@ class Args:
 
 def run(args: Args) -> int:
     """Print format, shape, metadata and every tensor as the file has it."""
-    from minillama.formats.opening import open_model
+    from minillama.formats.opening import contents
     from minillama.settings import to_dict
 
-    model = open_model(args.path)
-    numbers: Counter[str] = Counter()
-    for item in model.stored.values():
+    held = contents(args.path)
+    model, numbers = held.model, Counter[str]()
+    for item in held.stored.values():
         numbers[item.dtype] += math.prod(item.shape)
     table = {
-        "path": str(model.path),
-        "format": model.format,
-        "config": to_dict(model.config),
-        "parameters": model.config.num_params(),
+        "path": args.path,
+        "format": held.format,
+        "config": to_dict(model.config) if model else None,
+        "parameters": model.config.num_params() if model else None,
         "numbers": dict(numbers),
-        "tokenizer": str(model.tokenizer) if model.tokenizer else None,
-        "metadata": {key: _short(value) for key, value in model.metadata.items()},
-        "tensors": {name: {"dtype": item.dtype, "shape": item.shape} for name, item in model.stored.items()},
+        "tokenizer": str(model.tokenizer) if model and model.tokenizer else None,
+        "metadata": {key: _short(value) for key, value in held.metadata.items()},
+        "tensors": {name: {"dtype": item.dtype, "shape": item.shape} for name, item in held.stored.items()},
     }
     if args.json:
-        print(json.dumps(table))
+        print(json.dumps(table, default=str))
         return 0
-    print(f"{table['path']}: {table['format']}")
-    print(f"parameters: {table['parameters']:,}")
-    print("stored: " + ", ".join(f"{count:,} numbers in {dtype}" for dtype, count in numbers.items()))
-    print(f"tokenizer: {table['tokenizer'] or 'none'}")
-    _print("config", {key: value for key, value in to_dict(model.config).items() if value not in (None, "")})
-    _print("metadata", {key: _short(value) for key, value in model.metadata.items()})
-    lines = {name: f"{item.dtype:<5} {' x '.join(map(str, item.shape))}" for name, item in model.stored.items()}
+    print(f"{args.path}: {held.format}")
+    print("stored: " + (", ".join(f"{count:,} numbers in {dtype}" for dtype, count in numbers.items()) or "no tensor"))
+    if model:
+        print(f"parameters: {model.config.num_params():,}")
+        print(f"tokenizer: {model.tokenizer or 'none'}")
+        _print("config", {key: value for key, value in to_dict(model.config).items() if value not in (None, "")})
+    _print("metadata", {key: _short(value) for key, value in held.metadata.items()})
+    lines = {name: f"{item.dtype:<5} {' x '.join(map(str, item.shape))}" for name, item in held.stored.items()}
     _print("tensors", lines)
     return 0
 
@@ -62,7 +63,9 @@ def _print(title: str, values: dict[str, Any]) -> None:
     print(f"\n{title}")
     width = max(map(len, values))
     for key, value in values.items():
-        print(f"  {key:{width}}  {value}")
+        line = f"  {key:{width}}  {value}"
+        # a stranger's text: what would move the cursor is shown, not sent
+        print("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
 
 
 def _short(value: Any) -> Any:

@@ -15,7 +15,7 @@ from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
 from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
-from minillama.formats.rows import to_half_split, to_interleaved
+from minillama.formats.rows import rotary_heads, to_half_split, to_interleaved
 from minillama.layers.rope import inverse_frequencies
 
 __all__ = ["DTYPES", "read", "write"]
@@ -77,32 +77,34 @@ def read(path: Path) -> ModelFile:
     back = {theirs: ours for ours, theirs in names.items()}
     found = {back.get(name, name): info.shape for name, info in header.tensors.items()}
     check_tensors(config.tensors(), found, path, frozenset({ROPE_FREQS}))
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
     tensors = LazyTensors(
         {
-            ours: partial(_tensor, path, header.tensors[theirs], heads.get(ours.split(".")[-2]))
+            ours: partial(_tensor, path, header.tensors[theirs], rotary_heads(config, ours))
             for ours, theirs in names.items()
         }
     )
     stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
-    return ModelFile(path, f"GGUF version {header.version}", config, tensors, stored, tokenizer, header.metadata)
+    ids = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    stops = frozenset(i for i in ids if isinstance(i, int))
+    name = f"GGUF version {header.version}"
+    return ModelFile(path, name, config, tensors, stored, tokenizer, header.metadata, stops)
 
 
 def _config(header: GGUFHeader, path: Path) -> ModelConfig:
-    metadata = header.metadata
-    kind = metadata.get("general.architecture")
+    kind = header.get("general.architecture", str)
     if kind != "llama":
         where = f"{path}, general.architecture"
         raise InputError("this architecture is not supported", where=where, found=kind, expected="llama")
-    if metadata.get("split.count", 1) not in (0, 1):
+    if header.get("split.count", int, 1) > 1:
         raise InputError("this is one part of a split model", where=path, fix="merge it with llama-gguf-split --merge")
     if "token_embd.weight" not in header.tensors:
         raise InputError("the file holds no model", where=path, expected="token_embd.weight", found="a vocabulary only")
-    values = {ours: metadata[f"llama.{theirs}"] for ours, theirs in KEYS.items() if f"llama.{theirs}" in metadata}
-    for field in REQUIRED:
-        if field not in values:
-            raise InputError("a key is missing", where=f"{path}, llama.{KEYS[field]}")
+    values: dict[str, Any] = {}
+    for ours, theirs in KEYS.items():
+        key, number = f"llama.{theirs}", float if ours in ("norm_eps", "rope_theta") else int
+        if ours in REQUIRED or key in header.metadata:
+            values[ours] = header.get(key, number)
     values.setdefault("rope_theta", 10000.0)
     values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     # float32 in the file: 1e-5 comes back as 9.99999974e-06
@@ -120,9 +122,9 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
 
 
 def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, Any] | None:
-    kind = header.metadata.get("llama.rope.scaling.type", "none")
+    kind = header.get("llama.rope.scaling.type", str, "none")
     if kind == "linear":
-        return {"kind": "linear", "factor": float(header.metadata.get("llama.rope.scaling.factor", 1.0))}
+        return {"kind": "linear", "factor": header.get("llama.rope.scaling.factor", float, 1.0)}
     if kind != "none":
         where = f"{path}, llama.rope.scaling.type"
         raise InputError("this rope scaling is not supported", where=where, found=kind, expected="none or linear")
@@ -225,10 +227,12 @@ def write(
     writer.write_ti_data_to_file()
     if divisors is not None:
         writer.write_tensor_data(divisors.numpy())
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
     for ours, kind in kinds.items():
         tensor = tensors[ours].detach().cpu()
-        count = heads.get(ours.split(".")[-2])
+        count = rotary_heads(config, ours)
+        if kind == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
+            found = f"{tensor.abs().max().item():g}"
+            raise InputError("a value is too large for float16", where=ours, found=found, fix="choose bf16 or f32")
         tensor = to_interleaved(tensor, count) if count else tensor
         writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), kind))
         progress(ours)

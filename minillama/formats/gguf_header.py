@@ -12,7 +12,7 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from minillama.errors import InputError
 
 __all__ = ["GGUFHeader", "TensorInfo", "is_gguf", "read_header"]
 
+T = TypeVar("T")
 MAGIC = b"GGUF"
 # value type -> struct letter; 8 is a string, 9 an array
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -50,9 +51,27 @@ class TensorInfo(NamedTuple):
 class GGUFHeader:
     """Version, metadata (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
 
+    path: Path
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        """A value of metadata.
+
+        Raises:
+            InputError: it is missing and has no default, or is of another type. An integer is a float too.
+        """
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise InputError("a key is missing", where=f"{self.path}, {key}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            found, expected = type(value).__name__, kind.__name__
+            raise InputError("a key has another type", where=f"{self.path}, {key}", found=found, expected=expected)
+        typed: T = value
+        return typed
 
 
 def is_gguf(path: Path) -> bool:
@@ -142,7 +161,8 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
             raise self.error("not an alignment", "general.alignment", found=alignment, expected="a multiple of 8")
-        return GGUFHeader(version, metadata, self.placed(infos, -(-self.at // alignment) * alignment, alignment))
+        tensors = self.placed(infos, -(-self.at // alignment) * alignment, alignment)
+        return GGUFHeader(self.path, version, metadata, tensors)
 
     def info(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string("tensor name")

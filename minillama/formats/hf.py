@@ -19,7 +19,7 @@ from minillama.errors import InputError
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.safetensors_header import read_header
 
-__all__ = ["GENERATION_CONFIG", "parse_size", "read", "write", "write_generation_config"]
+__all__ = ["GENERATION_CONFIG", "parse_size", "read", "stop_ids", "write", "write_token_ids"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -51,7 +51,7 @@ def read(folder: Path) -> ModelFile:
     check_tensors(expected, {name: item.shape for name, item in stored.items()}, folder, frozenset(ignored))
     tokenizer = folder if any((folder / name).exists() for name in TOKENIZERS) else None
     ordered = LazyTensors({name: readers[name] for name in expected})
-    return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {})
+    return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {}, stop_ids(folder))
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
@@ -91,7 +91,7 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
         names = shards.setdefault(folder / shard, set())
         assert names is not None
         names.add(name)
-    missing = sorted(path.name for path in shards if not path.is_file())
+    missing = sorted(path.name for path in shards if not _is_file(path))
     extra = sorted(path.name for path in folder.glob("model-*-of-*.safetensors") if path not in shards)
     if missing or extra:
         found = "; ".join(
@@ -99,6 +99,13 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
         )
         raise InputError(f"the shards are not those of {INDEX}", where=folder, found=found)
     return shards
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _tensor(path: Path, name: str) -> Tensor:
@@ -153,6 +160,8 @@ def write(
             part[name] = tensors[name].detach().to("cpu", dtype).contiguous()
             progress(name)
         save_file(part, folder / file, metadata={"format": "pt"})
+    for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / file for file in files}:
+        stale.unlink(missing_ok=True)  # of an earlier save: readers would prefer it
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
@@ -172,9 +181,23 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def write_generation_config(folder: Path, *, bos_id: int | None, eos_id: int | None) -> None:
-    """Write generation_config.json, which says how to start and when to stop."""
-    values = {"bos_token_id": bos_id, "eos_token_id": eos_id, "do_sample": True}
+def stop_ids(folder: Path) -> frozenset[int]:
+    """Tokens that end a text: `eos_token_id`, one or a list, of generation_config.json or else config.json."""
+    for name in (GENERATION_CONFIG, "config.json"):
+        try:
+            ids = json.loads((folder / name).read_text(encoding="utf-8"))["eos_token_id"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    return frozenset()
+
+
+def write_token_ids(folder: Path, *, bos_id: int | None, eos_id: int | None) -> None:
+    """Write generation_config.json, which says how to start and when to stop, and the same into config.json."""
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    config = folder / "config.json"
+    _write_json(config, json.loads(config.read_text(encoding="utf-8")) | ids)
+    values = ids | {"do_sample": True}
     _write_json(folder / GENERATION_CONFIG, {k: v for k, v in values.items() if v is not None})
 
 

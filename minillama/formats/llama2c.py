@@ -16,7 +16,7 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, optional
-from minillama.formats.rows import to_half_split
+from minillama.formats.rows import rotary_heads, to_half_split
 
 __all__ = ["is_llama2c", "read"]
 
@@ -25,17 +25,18 @@ HEADER = struct.Struct("<7i")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+BOS = 1  # between texts; llama2.c stops there (run.c, generate)
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 def is_llama2c(path: Path) -> bool:
-    """Whether the file is one: the magic of version 1, or a legacy header that asks for exactly its size."""
+    """Whether the file is one: the magic of version 1, or a legacy header of a model that is not smaller."""
     with path.open("rb") as file:
         start = file.read(HEADER.size)
     if start[:4] == MAGIC:
         return True
     try:
-        return len(start) == HEADER.size and _legacy(path, start)[2] == path.stat().st_size
+        return len(start) == HEADER.size and _legacy(path, start)[2] >= path.stat().st_size
     except InputError:
         return False
 
@@ -53,16 +54,15 @@ def read(path: Path) -> ModelFile:
     if size != expected:
         what = "the file is cut short" if size < expected else "the file is longer than its header says"
         raise InputError(what, where=path, found=f"{size} bytes", expected=f"{expected} bytes")
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
     shapes = config.tensors()
     readers = {
-        name: partial(_tensor, path, layout[name], shape, heads.get(name.split(".")[-2]))
-        for name, shape in shapes.items()
+        name: partial(_tensor, path, layout[name], shape, rotary_heads(config, name)) for name, shape in shapes.items()
     }
     stored = {name: Stored("F32", shape) for name, shape in shapes.items()}
     version = "version 1" if start[:4] == MAGIC else "legacy"
     tokenizer = optional(path.with_name("tokenizer.bin"))
-    return ModelFile(path, f"llama2.c, {version}", config, LazyTensors(readers), stored, tokenizer, {})
+    tensors = LazyTensors(readers)
+    return ModelFile(path, f"llama2.c, {version}", config, tensors, stored, tokenizer, {}, frozenset({BOS}))
 
 
 def _config(path: Path, header: bytes, tied: bool | None = None) -> ModelConfig:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillama.config import ModelConfig
+from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
-from minillama.formats.rows import to_half_split, to_interleaved
+from minillama.formats.rows import rotary_heads, to_half_split, to_interleaved
 
 __all__ = ["read", "write"]
 
@@ -69,10 +69,7 @@ def read(folder: Path) -> ModelFile:
     if numbers != [f"{i:02}" for i in range(len(paths))]:
         raise InputError("a rank's file is missing", where=folder, found=", ".join(path.name for path in paths))
     ranks = [_load(path) for path in paths]
-    for path, rank in zip(paths, ranks, strict=True):
-        if set(rank) != set(ranks[0]):
-            odd = sorted(set(rank) ^ set(ranks[0]))[:8]
-            raise InputError("the ranks do not hold the same tensors", where=path, found=", ".join(odd))
+    _compare_ranks(paths, ranks)
     config = _config(folder, ranks)
     parts: dict[str, tuple[str, int | None]] = {}
     for name in config.tensors():
@@ -81,15 +78,14 @@ def read(folder: Path) -> ModelFile:
             axis = 0
         parts[name] = theirs, axis
     back = {theirs: name for name, (theirs, _) in parts.items()}
-    found = {
+    shapes = {
         back.get(name, name): _whole_shape(ranks, name, parts.get(back.get(name, ""), ("", None))[1])
         for name in ranks[0]
     }
     ignored = {*_IGNORED, *(["output.weight"] if config.tie_embeddings else [])}
-    check_tensors(config.tensors(), found, folder, frozenset(ignored))
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+    check_tensors(config.tensors(), shapes, folder, frozenset(ignored))
     tensors = LazyTensors(
-        {name: partial(_tensor, ranks, *place, heads.get(name.split(".")[-2])) for name, place in parts.items()}
+        {name: partial(_tensor, ranks, *place, rotary_heads(config, name)) for name, place in parts.items()}
     )
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     stored = {
@@ -99,6 +95,17 @@ def read(folder: Path) -> ModelFile:
     }
     tokenizer = optional(folder / "tokenizer.model")
     return ModelFile(folder, f"Meta folder, {len(paths)} ranks", config, tensors, stored, tokenizer, {})
+
+
+def _compare_ranks(paths: list[Path], ranks: list[dict[str, Tensor]]) -> None:
+    for path, rank in zip(paths, ranks, strict=True):
+        for name in set(rank) & set(ranks[0]):
+            if rank[name].shape != ranks[0][name].shape:
+                found, expected = tuple(rank[name].shape), tuple(ranks[0][name].shape)
+                raise InputError("the ranks disagree", where=f"{path}, {name}", found=found, expected=expected)
+        if set(rank) != set(ranks[0]):
+            odd = sorted(set(rank) ^ set(ranks[0]))[:8]
+            raise InputError("the ranks do not hold the same tensors", where=path, found=", ".join(odd))
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -116,9 +123,23 @@ def _load(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged archive raises whatever its reader trips over
         found = f"{type(error).__name__}: {str(error).strip()[:200]}"
         raise InputError("not a readable .pth file", where=path, found=found) from None
-    if not isinstance(table, dict) or not all(isinstance(item, Tensor) for item in table.values()):
+    if not isinstance(table, dict):
         raise InputError("the file is no table of tensors", where=path)
+    for name, tensor in table.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_sound(tensor):
+            raise InputError("not a tensor of numbers that lie in the file", where=f"{path}, {str(name)[:80]}")
     return table
+
+
+def _is_sound(tensor: Tensor) -> bool:
+    """Whether it is what Meta writes: a dense array, all of which is there (a stride of 0 makes much of little)."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and tensor.dim() in (1, 2)
+        and tensor.is_contiguous()
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _check_zip(path: Path) -> None:
@@ -181,7 +202,7 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
                 "factor": float(params.get("rope_scaling_factor") or 8.0),
                 "high_freq_factor": float(params.get("rope_high_freq_factor") or 4.0),
             }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"[:200]
         raise InputError("not a readable params.json", where=path, found=found) from None
     try:
@@ -192,14 +213,15 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
 
 
 def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
-    """Whether the head is absent or a copy of the embedding, which the ranks share by another axis."""
+    """Whether the head is absent or a copy of the embedding, which the ranks may share by another axis."""
     if "output.weight" not in ranks[0]:
         return True
-    head, table = (
-        torch.cat([rank[name] for rank in ranks], dim=dim) if len(ranks) > 1 else ranks[0][name]
-        for name, dim in (("output.weight", 0), ("tok_embeddings.weight", axis))
-    )
-    return torch.equal(head, table)
+    if sum(rank["output.weight"].shape[0] for rank in ranks) != _whole_shape(ranks, "tok_embeddings.weight", axis)[0]:
+        return False
+    first = ranks[0]["output.weight"][0, :1], ranks[0]["tok_embeddings.weight"][0, :1]
+    if not torch.equal(*first):  # so that both are read whole only where they may well be equal
+        return False
+    return torch.equal(_tensor(ranks, "output.weight", 0, None), _tensor(ranks, "tok_embeddings.weight", axis, None))
 
 
 def _context(theta: float, scaled: bool) -> int:
@@ -228,16 +250,18 @@ def write(
         progress: is told each name.
 
     Raises:
-        InputError: params.json cannot express the shape.
+        InputError: params.json cannot express the shape, or the ranks do not divide it.
     """
+    if any(number % ranks for number in (config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size)):
+        expected = "a number that divides heads, key/value heads, hidden_dim and vocab_size"
+        raise InputError("the ranks do not divide the shape", where="ranks", found=ranks, expected=expected)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
     tables: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
     for name in config.tensors():
         theirs, axis = name_in_file(name)
         tensor = tensors[name].detach().to("cpu", dtype)
-        count = heads.get(name.split(".")[-2])
+        count = rotary_heads(config, name)
         tensor = to_interleaved(tensor, count) if count else tensor
         parts = [tensor] * ranks if axis is None or ranks == 1 else list(tensor.chunk(ranks, dim=axis))
         for table, part in zip(tables, parts, strict=True):
@@ -256,7 +280,7 @@ def _params(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     faults = {
         "head_dim": config.head_dim * config.n_heads != config.dim and f"{config.head_dim}, which is not dim / n_heads",
-        "rope_scaling.kind": scaling is not None and scaling.kind not in ("llama3", "ntk") and scaling.kind,
+        "rope_scaling": scaling is not None and not _is_meta_scaling(scaling) and scaling,
     }
     for field, found in faults.items():
         if found:
@@ -277,6 +301,13 @@ def _params(config: ModelConfig) -> dict[str, Any]:
     return params
 
 
+def _is_meta_scaling(scaling: RopeScaling) -> bool:
+    """Meta's code has Llama 3.1's bands but for the upper one; `ntk` is a larger base and needs no key."""
+    return scaling.kind == "ntk" or (
+        scaling.kind == "llama3" and scaling.low_freq_factor == 1 and scaling.original_max_seq_len == 8192
+    )
+
+
 def _width(dim: int, hidden_dim: int) -> dict[str, Any]:
     """multiple_of and ffn_dim_multiplier by which Meta's rule gives exactly this feed-forward width.
 
@@ -286,4 +317,5 @@ def _width(dim: int, hidden_dim: int) -> dict[str, Any]:
     multiple = math.gcd(hidden_dim, 256)
     if multiple * -(-base // multiple) == hidden_dim:
         return {"multiple_of": multiple}
-    return {"multiple_of": multiple, "ffn_dim_multiplier": (hidden_dim - multiple / 2 + (multiple == 1)) / base}
+    # the middle of the widths that round up to this one
+    return {"multiple_of": multiple, "ffn_dim_multiplier": (hidden_dim - multiple // 2 + 0.5) / base}

@@ -67,6 +67,7 @@ class ModelFile:
         stored: what the file says of each of its own tensors, under its own names.
         tokenizer: the file or folder for `Tokenizer.load`, None where nothing lies there.
         metadata: what else the file says, for `inspect`.
+        stop_ids: tokens that end a text besides the tokenizer's own.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class ModelFile:
     stored: Mapping[str, Stored]
     tokenizer: Path | None
     metadata: Mapping[str, object]
+    stop_ids: frozenset[int] = frozenset()
 
     def default_dtype(self, device: torch.device | str) -> torch.dtype:
         """The type to compute in where nobody asked: that of the matrices if they agree on one.

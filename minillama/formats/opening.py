@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from minillama.errors import InputError
 from minillama.formats import gguf, hf, llama2c, meta
-from minillama.formats.gguf_header import is_gguf
-from minillama.formats.model_file import ModelFile
+from minillama.formats.gguf_header import is_gguf, read_header
+from minillama.formats.model_file import ModelFile, Stored
+from minillama.formats.safetensors_header import read_header as read_safetensors
 from minillama.paths import refuse_url
 
-__all__ = ["open_model", "tokenizer_path"]
+__all__ = ["Contents", "contents", "open_model", "tokenizer_path"]
 
 EXPECTED = "a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file or folder says of itself; `model` is None where it is no model that this decoder has."""
+
+    format: str
+    stored: Mapping[str, Stored]
+    metadata: Mapping[str, object]
+    model: ModelFile | None
+
+
+def contents(path: str | os.PathLike[str]) -> Contents:
+    """Look into a model, a part of one, or a GGUF file of any architecture or with a vocabulary only.
+
+    Raises:
+        InputError: what `open_model` says, or the header is damaged.
+    """
+    try:
+        model = open_model(path)
+    except InputError:
+        place = Path(path)
+        if place.is_file() and is_gguf(place):
+            header = read_header(place)
+            stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
+            return Contents(f"GGUF version {header.version}", stored, header.metadata, None)
+        if place.is_file() and place.suffix == ".safetensors":
+            return Contents("safetensors", read_safetensors(place), {}, None)
+        raise
+    return Contents(model.format, model.stored, model.metadata, model)
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:

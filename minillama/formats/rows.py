@@ -9,7 +9,9 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["to_half_split", "to_interleaved"]
+from minillama.config import ModelConfig
+
+__all__ = ["rotary_heads", "to_half_split", "to_interleaved"]
 
 
 def to_half_split(weight: Tensor, heads: int) -> Tensor:
@@ -25,3 +27,8 @@ def to_half_split(weight: Tensor, heads: int) -> Tensor:
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:
     """The inverse of `to_half_split`."""
     return rearrange(weight, "(h two pair) d -> (h pair two) d", h=heads, two=2)
+
+
+def rotary_heads(config: ModelConfig, name: str) -> int | None:
+    """Heads by which the rows of a parameter are permuted; None for all but queries and keys."""
+    return {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])

@@ -88,7 +88,8 @@ def _check(table: dict[str, Any], path: Path, data_bytes: int) -> dict[str, Stor
     for name, entry in table.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and isinstance(dtype, str)
+            sound = len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+            sound = sound and isinstance(dtype, str)
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:

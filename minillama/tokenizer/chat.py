@@ -8,9 +8,11 @@ sandbox and the same settings, so that the text is the same.
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +35,7 @@ class ChatTemplate:
     def __init__(self, template: str, variables: Mapping[str, Any] | None = None, seconds: float = SECONDS) -> None:
         self.template, self.variables, self.seconds = template, dict(variables or {}), seconds
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
 
     def __call__(
         self,
@@ -51,8 +54,15 @@ class ChatTemplate:
             InputError: the template is no Jinja, refuses the messages, reaches for what is not its own, takes
                 too long or grows too large.
         """
-        values = {**self.variables, **more, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        reply = self._ask(json.dumps({"template": self.template, "values": values}).encode() + b"\n")
+        asked = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        values = {"tools": None, "documents": None, **self.variables, **more, **asked}
+        request = json.dumps({"template": self.template, "values": values}).encode() + b"\n"
+        with self._lock:  # one question at a time, or the answers would be mixed up
+            try:
+                reply = self._ask(request)
+            except BaseException:
+                self.close()  # an answer that nobody read must not become the next one
+                raise
         if "text" not in reply:
             raise InputError("the chat template failed", found=reply["error"])
         text: str = reply["text"]
@@ -61,10 +71,14 @@ class ChatTemplate:
     def _ask(self, request: bytes) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            command = [sys.executable, "-m", "minillama.tokenizer.chat_worker", str(MEMORY), str(SIZE)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # -P and our own search path: what lies in the current folder must not be imported
+            command = [sys.executable, "-P", "-m", "minillama.tokenizer.chat_worker", str(MEMORY), str(SIZE)]
+            path = os.pathsep.join(entry for entry in sys.path if entry)
+            environment = os.environ | {"PYTHONPATH": path}
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             assert self._process.stdout is not None
-            self._process.stdout.readline()  # it is ready: its start does not count
+            if not self._process.stdout.readline():  # it is ready: its start does not count
+                raise InputError("the process that renders chat templates did not start", found=" ".join(command))
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(request)
@@ -74,11 +88,9 @@ class ChatTemplate:
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(self.seconds):
-                self.close()
                 raise InputError("the chat template does not end, and was stopped", found=f"{self.seconds:g} s")
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
-            self.close()
             raise InputError("the chat template grew without end, and was stopped")
         reply: dict[str, Any] = json.loads(line)
         return reply

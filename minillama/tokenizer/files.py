@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from minillama.errors import InputError
@@ -30,12 +31,21 @@ def read(path: str | Path) -> Parts:
     except OSError as error:
         fix = "give the tokenizer's file, or a folder that holds it"
         raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
+    try:
+        return _reader(file, start)(file)
+    except InputError as error:
+        if error.where is not None:
+            raise
+        raise InputError(error.what, where=file, found=error.found, expected=error.expected, fix=error.fix) from None
+
+
+def _reader(file: Path, start: bytes) -> Callable[[Path], Parts]:
     if start[:4] == b"GGUF":
-        return gguf.read(file)
+        return gguf.read
     if file.suffix == ".bin":
-        return llama2c.read(file)
+        return llama2c.read
     if tiktoken.is_tiktoken(start):
-        return tiktoken.read(file)
+        return tiktoken.read
     if file.suffix == ".model" or sentencepiece.is_sentencepiece(start):
-        return sentencepiece.read(file)
-    return hf_json.read(file)
+        return sentencepiece.read
+    return hf_json.read

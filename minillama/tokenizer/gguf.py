@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.formats.gguf_header import read_header
+from minillama.formats.gguf_header import GGUFHeader, read_header
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
 from minillama.tokenizer.parts import Parts
 from minillama.tokenizer.pieces import Pieces, PieceType
@@ -27,58 +28,57 @@ def read(file: Path) -> Parts:
     Raises:
         InputError: a damaged file, or a kind of tokenizer that is not known.
     """
-    metadata = read_header(file).metadata
-    own = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
-    kind, names = own.get("model"), own.get("tokens")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    header = read_header(file)
+    names = header.get(f"{PREFIX}tokens", list)
+    if not names or not all(isinstance(name, str) for name in names):
         raise InputError("the file holds no vocabulary", where=f"{file}, {PREFIX}tokens")
-    types = _numbers(own, "token_type", names, file, PieceType.NORMAL)
+    kind = header.get(f"{PREFIX}model", str)
+    types = _numbers(header, "token_type", names, PieceType.NORMAL)
     if kind == "llama":
-        scores = _numbers(own, "scores", names, file, 0.0)
-        backend = Pieces(names, scores, types, dummy_prefix=bool(own.get("add_space_prefix", True))).backend()
+        scores = _numbers(header, "scores", names, 0.0)
+        prefix = header.get(f"{PREFIX}add_space_prefix", bool, True)
+        backend = Pieces(names, scores, types, dummy_prefix=prefix).backend()
         defaults, add_bos = (1, 2), True
     elif kind == "gpt2":
-        backend = _byte_level(own, names, types, file)
-        defaults, add_bos = (11, 11), own["pre"] == "llama-bpe"  # llama.cpp, src/llama-vocab.cpp
+        pre = header.get(f"{PREFIX}pre", str)
+        backend = _byte_level(header, pre, names, types)
+        defaults, add_bos = (11, 11), pre == "llama-bpe"  # llama.cpp, src/llama-vocab.cpp
     else:
         where = f"{file}, {PREFIX}model"
         raise InputError("this kind of tokenizer is not supported", where=where, found=kind, expected="llama or gpt2")
-    bos, eos = (_named(own, key, default, names, file) for key, default in zip(("bos", "eos"), defaults, strict=True))
-    template = metadata.get("tokenizer.chat_template")
-    config = {"chat_template": template} if isinstance(template, str) else {}
-    return Parts(backend, eos, bos, bool(own.get("add_bos_token", add_bos)), config)
+    bos, eos = (_named(header, key, default, names) for key, default in zip(("bos", "eos"), defaults, strict=True))
+    template = header.get("tokenizer.chat_template", str, "")
+    add_bos = header.get(f"{PREFIX}add_bos_token", bool, add_bos)
+    return Parts(backend, eos, bos, add_bos, {"chat_template": template} if template else {})
 
 
-def _byte_level(own: Mapping[str, Any], names: list[str], types: list[Any], file: Path) -> Backend:
-    pre = own.get("pre")
+def _byte_level(header: GGUFHeader, pre: str, names: list[str], types: list[Any]) -> Backend:
     if pre not in PRE:
-        where = f"{file}, {PREFIX}pre"
+        where = f"{header.path}, {PREFIX}pre"
         raise InputError("this pre-tokenizer is not known", where=where, found=pre, expected=", ".join(PRE))
     known = set(names)
-    merges = [tuple(pair.split(" ")) for pair in own.get("merges", [])]
+    merges = [tuple(str(pair).split(" ")) for pair in header.get(f"{PREFIX}merges", list, [])]
     sound = [pair for pair in merges if len(pair) == 2 and known >= {pair[0], pair[1], pair[0] + pair[1]}]
     special = [name for name, kind in zip(names, types, strict=True) if kind in (PieceType.CONTROL, PieceType.UNKNOWN)]
     words = [name for name, kind in zip(names, types, strict=True) if kind == PieceType.USER_DEFINED]
     return byte_level_bpe(names, [(pair[0], pair[1]) for pair in sound], pre, special, words)
 
 
-def _numbers(own: Mapping[str, Any], key: str, names: list[str], file: Path, default: float) -> list[Any]:
-    values = own.get(key)
+def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> list[Any]:
+    values = header.metadata.get(PREFIX + key)
     if values is None:
         return [default] * len(names)
-    if len(values) != len(names) or isinstance(values, (str, list)):
-        where, expected = f"{file}, {PREFIX}{key}", f"{len(names)} numbers, one a token"
-        raise InputError("not one number a token", where=where, found=len(values), expected=expected)
+    if not isinstance(values, np.ndarray) or len(values) != len(names):
+        where, expected = f"{header.path}, {PREFIX}{key}", f"{len(names)} numbers, one a token"
+        raise InputError("not one number a token", where=where, expected=expected)
     return list(values.tolist())
 
 
-def _named(own: Mapping[str, Any], key: str, default: int, names: list[str], file: Path) -> str:
-    index = own.get(f"{key}_token_id", default)
-    if not isinstance(index, int) or not 0 <= index < len(names):
-        where = f"{file}, {PREFIX}{key}_token_id"
-        raise InputError(
-            "this token is not in the vocabulary", where=where, found=index, expected=f"below {len(names)}"
-        )
+def _named(header: GGUFHeader, key: str, default: int, names: list[str]) -> str:
+    index = header.get(f"{PREFIX}{key}_token_id", int, default)
+    if not 0 <= index < len(names):
+        where, expected = f"{header.path}, {PREFIX}{key}_token_id", f"below {len(names)}"
+        raise InputError("this token is not in the vocabulary", where=where, found=index, expected=expected)
     return names[index]
 
 

@@ -31,6 +31,7 @@ def read(file: Path) -> Parts:
     template = file.with_name("chat_template.jinja")
     if template.exists():
         settings["chat_template"] = read_text(template)
+    settings["chat_template"] = _chat_template(settings.get("chat_template"))
     eos = _token_name(settings.get("eos_token")) or first_known(backend, EOS_NAMES)
     bos = _token_name(settings.get("bos_token")) or first_known(backend, BOS_NAMES)
     if eos is None:
@@ -65,6 +66,14 @@ def _backend(file: Path) -> Backend:
 def _token_name(value: object) -> str | None:
     """A token of tokenizer_config.json is a string, or an object with its `content`."""
     value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _chat_template(value: object) -> str | None:
+    """A template, or the one called `default` of a list of named ones."""
+    if isinstance(value, list):
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[0].get("template") if named else None
     return value if isinstance(value, str) else None
 
 

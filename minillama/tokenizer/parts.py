@@ -15,6 +15,9 @@ from minillama.errors import InputError
 __all__ = ["Parts", "read_bytes", "read_json", "read_text"]
 
 
+LIMIT = 500_000_000
+
+
 @dataclass(frozen=True)
 class Parts:
     """The arguments of `Tokenizer`, which see."""
@@ -27,8 +30,12 @@ class Parts:
 
 
 def read_bytes(file: Path) -> bytes:
-    """The whole file."""
+    """The whole file, unless it is too large to be a vocabulary."""
     try:
+        size = file.stat().st_size
+        if size > LIMIT:
+            expected = f"at most {LIMIT}"
+            raise InputError("too large for a vocabulary", where=file, found=f"{size} bytes", expected=expected)
         return file.read_bytes()
     except OSError as error:
         fix = "give the tokenizer's file, or a folder that holds it"

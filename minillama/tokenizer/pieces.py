@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import groupby
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -20,6 +21,7 @@ from minillama.errors import InputError
 
 __all__ = ["BYTE", "PieceType", "Pieces", "merges_by_score"]
 
+LONGEST = 1000
 SPACE = "▁"  # U+2581, a blank inside pieces
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -69,18 +71,11 @@ class Pieces:
             scored = list(zip(self.names, self.scores, strict=True))
             model: Any = models.Unigram(scored, unk_id=self.unknown, byte_fallback=byte_fallback)
         else:
-            # marks and bytes are no text, and no merge may lead to them
-            textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
-            able = {
-                name: score
-                for name, score, kind in zip(self.names, self.scores, self.types, strict=True)
-                if kind in textual
-            }
             unknown = None if self.unknown is None else self.names[self.unknown]
             vocab = {name: i for i, name in enumerate(self.names)}
             model = models.BPE(
                 vocab=vocab,
-                merges=merges_by_score(able),
+                merges=merges_by_score(self._textual()),
                 unk_token=unknown,
                 fuse_unk=True,
                 byte_fallback=byte_fallback,
@@ -88,8 +83,7 @@ class Pieces:
         backend = Backend(model)
         backend.normalizer = normalizers.Sequence(self._normalizers())
         if self.is_unigram:
-            scheme = "always" if self.dummy_prefix else "never"
-            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+            backend.pre_tokenizer = pre_tokenizers.Split(self._marks(), "merged_with_previous")
         steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if self.dummy_prefix else [])])
         marks = (PieceType.CONTROL, PieceType.UNKNOWN)
@@ -105,9 +99,17 @@ class Pieces:
         steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
         if self.squeeze:
             steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-        if not self.is_unigram:
-            steps += [*([normalizers.Prepend(SPACE)] if self.dummy_prefix else []), normalizers.Replace(" ", SPACE)]
-        return steps
+        return [*steps, *([normalizers.Prepend(SPACE)] if self.dummy_prefix else []), normalizers.Replace(" ", SPACE)]
+
+    def _marks(self) -> Regex:
+        """The first character of every text that spells a mark or a byte.
+
+        The library's unigram model takes any piece that it finds. A cut behind this character keeps the name
+        of a mark in a user's text from becoming the mark.
+        """
+        textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
+        names = [n for n, kind in zip(self.names, self.types, strict=True) if kind not in textual and len(n) > 1]
+        return Regex("|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names) or "(?!)")
 
     @classmethod
     def of(cls, backend: Backend) -> Pieces | None:
@@ -148,7 +150,20 @@ class Pieces:
                 types.append(PieceType.BYTE if BYTE.fullmatch(name) else PieceType.NORMAL)
         scores = [-float(ranks.get(name, len(ranks) + i)) for i, name in enumerate(names)]
         prefix = "Prepend" in normal or scheme in ("always", "first")
-        return cls(names, scores, types, dummy_prefix=prefix)
+        pieces = cls(names, scores, types, dummy_prefix=prefix)
+        return pieces if pieces._merges_like(model["merges"]) else None
+
+    def _merges_like(self, merges: list[Any]) -> bool:
+        """Whether these are the merges that follow from the scores, but for the order of cuts of one piece."""
+        pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
+        joined = [piece for piece, _ in groupby(left + right for left, right in pairs)]
+        return len(joined) == len(set(joined)) and set(pairs) == set(merges_by_score(self._textual()))
+
+    def _textual(self) -> dict[str, float]:
+        """Score of every piece that is text: marks and bytes are none, and no merge may lead to them."""
+        textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
+        rows = zip(self.names, self.scores, self.types, strict=True)
+        return {name: score for name, score, kind in rows if kind in textual}
 
 
 def merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
@@ -158,10 +173,14 @@ def merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
         scores: by piece, which is also the order of equals.
 
     Raises:
-        InputError: a score is no number.
+        InputError: a score is no number, or a piece is so long that it must be forged.
     """
     if any(score != score for score in scores.values()):
         raise InputError("a score of the vocabulary is no number")
+    longest = max(map(len, scores), default=0)
+    if longest > LONGEST:
+        expected = f"at most {LONGEST} characters"
+        raise InputError("a piece is longer than any real one", found=longest, expected=expected)
     merges = []
     for order, (piece, score) in enumerate(scores.items()):
         for cut in range(1, len(piece)):

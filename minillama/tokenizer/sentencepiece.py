@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+
 from minillama.errors import InputError
 from minillama.tokenizer.parts import Parts, read_bytes
 from minillama.tokenizer.pieces import Pieces, PieceType
@@ -59,6 +61,8 @@ def read_pieces(file: Path) -> tuple[Pieces, Any]:
         charsmap=rules.precompiled_charsmap,
         squeeze=rules.remove_extra_whitespaces,
     )
+    if pieces.is_unigram and pieces.unknown is None:
+        raise InputError("the vocabulary has no unknown piece", where=file)
     return pieces, proto
 
 
@@ -70,7 +74,21 @@ def read(file: Path) -> Parts:
         where = f"{file}, trainer_spec.eos_id"
         raise InputError("the vocabulary has no end-of-text piece", where=where, found=spec.eos_id)
     bos = pieces.names[spec.bos_id] if 0 <= spec.bos_id < count else None
-    return Parts(pieces.backend(), pieces.names[spec.eos_id], bos, add_bos=bos is not None)
+    return Parts(_backend(pieces, file), pieces.names[spec.eos_id], bos, add_bos=bos is not None)
+
+
+def _backend(pieces: Pieces, file: Path) -> Backend:
+    try:
+        backend = pieces.backend()
+        backend.encode("a")  # a damaged normalisation shows only in use
+    except InputError:
+        raise
+    except BaseException as error:
+        # what the library raises for it is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        raise InputError("the vocabulary or its normalisation is damaged", where=file, found=error) from None
+    return backend
 
 
 def write(file: Path, pieces: Pieces, bos_id: int, eos_id: int) -> None:

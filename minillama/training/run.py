@@ -160,11 +160,13 @@ def _command(script: str, *words: object) -> str:
 def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     model, more = folder.model, 2 * config.train.steps
     prompt = config.sample.prompts[0] if config.sample.prompts else "The "
-    load = f"from transformers import AutoModelForCausalLM as A; print(A.from_pretrained({str(model)!r}))"
+    words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install gguf"
+    if config.tokenizer.kind == "chars":  # GGUF has no such tokenizer
+        words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "transformers opens the other as well"
     commands = {
         "generate": _command("generate.py", "--model", model, "--prompt", prompt),
         "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),
-        "export": f"{shlex.join(['python', '-c', load])}  # it is a Hugging Face folder already",
+        "export": f"{shlex.join(['minillama', 'convert', str(model), *words])}  # {remark}",
         "plan": shlex.join(["minillama", "plan", str(model)]),
     }
     for name, command in commands.items():

@@ -20,7 +20,7 @@ from minillama.data.corpus import Corpus
 from minillama.device import choose_dtype, peak_flops
 from minillama.errors import InputError
 from minillama.evaluate.perplexity import Score, score
-from minillama.formats.hf import write_generation_config
+from minillama.formats.hf import write_token_ids
 from minillama.generation import generate
 from minillama.model import Decoder
 from minillama.sampling import Sampling
@@ -259,7 +259,7 @@ class Trainer:
         self.model.save_pretrained(path)
         self.tokenizer.save(path)
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        write_generation_config(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
+        write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.run["data"] != self.corpus.fingerprint:

@@ -316,6 +316,45 @@ def test_thousands_of_damaged_files(kind: str, data: st.DataObject, whole: dict[
         assert str(tmp_path) in str(error)
 
 
+@pytest.mark.parametrize("key", [
+    "general.architecture", "llama.attention.layer_norm_rms_epsilon", "llama.embedding_length", "split.count",
+    "llama.rope.scaling.type", "tokenizer.ggml.merges", "tokenizer.ggml.pre", "tokenizer.ggml.model",
+    "tokenizer.ggml.token_type", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.tokens", "tokenizer.chat_template",
+    "tokenizer.ggml.eos_token_id", "llama.rope.freq_base",
+])  # fmt: skip
+@pytest.mark.parametrize("value", ["abc", 3, [1, 2], 1.5], ids=str)
+def test_22_wrong_types_of_values(key: str, value: object, whole: dict[str, bytes], tmp_path: Path) -> None:
+    import gguf as package
+
+    (tmp_path / "a.gguf").write_bytes(whole["gguf"])
+    header = read_gguf(tmp_path / "a.gguf")
+    writer = package.GGUFWriter(tmp_path / "b.gguf", "llama")
+    writer.kv_data[0].clear()
+    for name, old in (header.metadata | {key: value}).items():
+        new = old.tolist() if isinstance(old, np.ndarray) else old
+        writer.add_key_value(name, new, package.GGUFValueType.get_type(new))
+    for name, info in header.tensors.items():
+        writer.add_tensor(name, np.memmap(tmp_path / "a.gguf", np.float32, "r", info.start, info.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for load in (open_model, Tokenizer.load):
+        try:
+            load(tmp_path / "b.gguf")
+        except InputError as error:
+            assert "b.gguf" in str(error)
+
+
+def test_15_a_shape_of_many_axes_costs_nothing(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [9] * 200_000, "data_offsets": [0, 4]}
+    (tmp_path / "model.safetensors").write_bytes(with_header({"a": entry}, b"1234"))
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="damaged"):
+        read_header(tmp_path / "model.safetensors")
+    assert time.perf_counter() - began < 1
+
+
 # 23: chat templates
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -389,3 +428,30 @@ def test_41_a_url_is_refused(url: str, words: list[str], capsys: pytest.CaptureF
     assert "URL" in capsys.readouterr().err
     with pytest.raises(InputError, match="URL"):
         Tokenizer.load(url)
+
+
+def test_41_convert_takes_no_url_in_any_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, url = str(folder), "s3://bucket/x"
+    for words in ([url, "x"], [source, url], [source, "x", "--tokenizer", url]):
+        assert main(["convert", *words, "--to", "hf"]) == 1
+        assert "URL" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_strangers_text_does_not_reach_the_terminal_raw(
+    whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.gguf").write_bytes(whole["gguf"].replace(b"<|endoftext|>", b"\x1b]0;owned\x07..."))
+    assert main(["inspect", str(tmp_path / "a.gguf")]) == 0
+    assert main(["inspect", str(folder_of_vocabulary(tmp_path, whole))]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def folder_of_vocabulary(tmp_path: Path, whole: dict[str, bytes]) -> Path:
+    """A name with an escape in it, in a file that is no model."""
+    header = {"a\x1b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    (tmp_path / "b.safetensors").write_bytes(with_header(header, b"1234"))
+    return tmp_path / "b.safetensors"

@@ -139,3 +139,14 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(InputError, match=r"architecture is not supported(?s:.*)qwen2"):
         open_model(tmp_path / "a.gguf")
+
+
+def test_a_value_beyond_float16_is_refused(make: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    model = make()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 5] = 1e6
+    model.save_pretrained(tmp_path / "hf")
+    bpe.save(tmp_path / "hf")
+    with pytest.raises(InputError, match=r"too large for float16(?s:.*)embed_tokens"):
+        convert(tmp_path / "hf", tmp_path / "a.gguf", "gguf", "f16")
+    assert not list(tmp_path.glob("*a.gguf*"))

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillama import Decoder, ModelConfig
+from minillama import Decoder, ModelConfig, Tokenizer, generate
 from minillama.errors import InputError
-from minillama.formats.hf import parse_size
+from minillama.formats.hf import parse_size, write_token_ids
+from minillama.sampling import Sampling
 
 Make = Callable[..., Decoder]
 
@@ -89,3 +90,28 @@ def test_loading_takes_little_more_than_the_weights(dtype: str, tmp_path: Path) 
     used = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     weights = config.num_params() * (2 if dtype == "bfloat16" else 4)
     assert weights <= used < 1.2 * weights
+
+
+def test_a_later_save_replaces_an_earlier_one_of_other_shards(make: Make, tmp_path: Path) -> None:
+    for size in ("60KB", "5GB", "40KB", "90KB"):
+        model = make()
+        with torch.no_grad():
+            model.model.norm.weight.fill_(len(size) + parse_size(size))
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert torch.equal(Decoder.from_pretrained(tmp_path).model.norm.weight, model.model.norm.weight)
+
+
+def test_token_ids_are_said_or_null(make: Make, bpe: Tokenizer, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["bos_token_id"] is None and config["eos_token_id"] is None
+    write_token_ids(tmp_path, bos_id=None, eos_id=7)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7
+    assert Decoder.from_pretrained(tmp_path).stop_ids == {7}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9, "x"]}')
+    model = Decoder.from_pretrained(tmp_path)
+    assert model.stop_ids == {7, 9}
+    plain = generate(make(), bpe, ["The "], 40, Sampling(temperature=0), ignore_eos=True)[0].tokens
+    model.stop_ids = frozenset({plain[5]})
+    stopped = generate(model, bpe, ["The "], 40, Sampling(temperature=0))[0]
+    assert stopped.reason == "eos" and stopped.tokens == plain[: plain.index(plain[5]) + 1]

@@ -86,3 +86,58 @@ def test_what_it_cannot_express_is_refused_by_name(make: Make, bpe: Tokenizer, t
         meta.write(tmp_path / "meta", make(head_dim=32).config, {})
     convert(tmp_path / "hf", tmp_path / "free", "hf")
     assert not (tmp_path / "meta/consolidated.00.pth").exists()
+
+
+@pytest.mark.parametrize("dim", [32, 96, 256, 288, 1000, 4096])
+def test_every_width_follows_from_metas_rule(dim: int) -> None:
+    for hidden_dim in range(1, 4 * dim + 1, 1 + dim // 300):
+        keys = meta._width(dim, hidden_dim)
+        width = int(keys.get("ffn_dim_multiplier", 1) * int(8 * dim / 3))
+        assert keys["multiple_of"] * ((width + keys["multiple_of"] - 1) // keys["multiple_of"]) == hidden_dim
+
+
+def test_bands_that_params_json_has_not_are_refused(make: Make, tmp_path: Path) -> None:
+    scaling = {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 1024}
+    with pytest.raises(InputError, match=r"cannot express this(?s:.*)rope_scaling"):
+        meta.write(tmp_path, make().config.changed({"rope_scaling": scaling}), make().state_dict())
+    with pytest.raises(InputError, match="ranks do not divide"):
+        meta.write(tmp_path, make().config, make().state_dict(), ranks=3)
+
+
+def test_a_tokenizer_that_grew_is_not_replaced_by_the_old_file(make: Make, shared: Path, tmp_path: Path) -> None:
+    file = shared / "tokenizer/llama2/tokenizer.model"
+    make(vocab_size=32001, max_seq_len=2048).save_pretrained(tmp_path / "hf")
+    grown = Tokenizer.load(file)
+    grown.backend.add_special_tokens(["<|im_start|>"])
+    grown.save(tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.model").write_bytes(file.read_bytes())
+    convert(tmp_path / "hf", tmp_path / "meta", "meta")
+    ids = Tokenizer.load(tmp_path / "meta").encode("<|im_start|>hi", special=True)
+    assert ids == grown.encode("<|im_start|>hi", special=True) and ids[0] == 32000
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1, 96).expand(2**20, 96),
+        torch.zeros(320, 96, dtype=torch.complex64),
+        torch.zeros(()),
+        torch.eye(4).to_sparse(),
+        torch.zeros(320, 96, 1),
+    ],
+    ids=["stride 0", "complex", "scalar", "sparse", "three axes"],
+)
+def test_tensors_that_are_no_arrays_of_numbers(tensor: torch.Tensor, make: Make, tmp_path: Path) -> None:
+    meta.write(tmp_path, make().config, make().state_dict())
+    table = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
+    torch.save(table | {"tok_embeddings.weight": tensor}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(InputError, match=r"tok_embeddings.weight|more than tensors"):
+        Decoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("params", ['{"dim": Infinity, "n_layers": 2, "n_heads": 6}', '{"dim": 96}', "[]", "[" * 10**5])
+def test_params_json_that_is_none(params: str, make: Make, tmp_path: Path) -> None:
+    meta.write(tmp_path, make().config, make().state_dict())
+    (tmp_path / "params.json").write_text(params)
+    with pytest.raises(InputError, match=r"params\.json"):
+        Decoder.from_pretrained(tmp_path)

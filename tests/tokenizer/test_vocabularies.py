@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers
 
 from minillama import Tokenizer
 from minillama.errors import InputError
@@ -122,3 +125,44 @@ def test_a_tokenizer_that_gguf_cannot_express_is_refused() -> None:
         vocabulary(chars.backend, chars.vocab_size, 0, 0, True, None)
     with pytest.raises(InputError, match="larger than the model"):
         vocabulary(byte_tokenizer().backend, 100, 0, 0, True, None)
+
+
+@pytest.mark.parametrize("text", ["<s>", "a </s> b", "<unk>", "x<s>y</s>", "<unk"])
+def test_a_unigram_model_makes_no_mark_of_text(text: str, shared: Path) -> None:
+    file = shared / "tokenizer/chinese/chinese_sp.model"
+    assert Tokenizer.load(file).encode(text) == SentencePieceProcessor(model_file=str(file)).encode(text)
+
+
+def test_merges_that_are_not_sentencepieces_are_not_pieces() -> None:
+    """`b c` before `a b`: SentencePiece would also merge `a bc`, and cut `abc` otherwise."""
+    names = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "c", "bc", "ab", "abc"]
+    vocab = {name: i for i, name in enumerate(names)}
+    for chosen, kept in [
+        ([("b", "c"), ("a", "b"), ("ab", "c")], False),
+        ([("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")], True),
+    ]:
+        backend = Backend(models.BPE(vocab=vocab, merges=chosen, byte_fallback=True, unk_token="<unk>"))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        assert (Pieces.of(backend) is not None) == kept
+
+
+@pytest.mark.parametrize("charsmap", [b"garbage", b"\0\0\0\0", b""])
+def test_damaged_sentencepiece_models(charsmap: bytes, tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    for name, kind in [("<unk>", 2 if charsmap else 1), ("<s>", 3), ("</s>", 3), ("▁a", 1)]:
+        proto.pieces.add(piece=name, score=-1.0, type=kind)
+    proto.normalizer_spec.precompiled_charsmap = charsmap
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match=r"tokenizer\.model"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_forged_piece_and_a_forged_score_cost_nothing(tmp_path: Path) -> None:
+    data = b"".join(struct.pack("<fi", 0.0, 1) + bytes([i % 96 + 32]) for i in range(300))
+    long = struct.pack("<fi", 0.0, 10**6) + b"a" * 10**6
+    for extra in (long, struct.pack("<fi", float("nan"), 1) + b"z"):
+        (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<i", 10**6) + data + extra)
+        with pytest.raises(InputError, match=r"tokenizer\.bin"):
+            Tokenizer.load(tmp_path)
