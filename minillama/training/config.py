@@ -126,7 +126,7 @@ class ValidateConfig:
 class SampleConfig:
     """The text that is printed at each validation."""
 
-    prompts: tuple[str, ...] = ("The ",)
+    prompts: tuple[str, ...] = ("The",)
     """Each is continued."""
     max_new_tokens: int = field(default=48, metadata={"min": 0})
     """0 prints none."""
