@@ -1,0 +1,64 @@
+"""Byte-level BPE: the symbols are the 256 bytes, so that any text can be cut and nothing is unknown.
+
+Radford et al. 2019 (GPT-2), §2.2; openai/gpt-2, src/encoder.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from minillama.tokenizer.bytelevel import BYTE_TO_CHAR, piece_bytes
+from minillama.tokenizer.reference import bpe
+from minillama.tokenizer.reference.splitting import count_words, split
+
+__all__ = ["ByteBPE"]
+
+
+class ByteBPE:
+    """A byte-level vocabulary.
+
+    Args:
+        merges: in the order of learning, in the printable alphabet.
+        pattern: how text is cut into words first; a key of `splitting.PATTERNS` that keeps every character.
+
+    Ids are the 256 bytes in the order of their printable characters, then the merges.
+    """
+
+    def __init__(self, merges: Sequence[bpe.Merge], pattern: str = "gpt-2") -> None:
+        self.merges, self.pattern = list(merges), pattern
+        self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
+        pieces = dict.fromkeys([*sorted(BYTE_TO_CHAR), *(left + right for left, right in self.merges)])
+        self.pieces = list(pieces)
+        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt-2", ties: bpe.Ties = "library"
+    ) -> ByteBPE:
+        """Learn `vocab_size` - 256 merges.
+
+        `greatest` compares bytes, not the characters that stand for them.
+        """
+        counts = count_words(texts, pattern)
+        # bytes as the characters of the same number: their order is that of the bytes
+        words = {word.encode().decode("latin-1"): count for word, count in counts.items()}
+        if ties != "greatest":
+            words = {_printable(word.encode("latin-1")): count for word, count in words.items()}
+        alphabet = [chr(byte) for byte in range(256)] if ties == "greatest" else BYTE_TO_CHAR
+        merges = bpe.train(words, vocab_size - 256, ties, alphabet)
+        if ties == "greatest":
+            merges = [(_printable(a.encode("latin-1")), _printable(b.encode("latin-1"))) for a, b in merges]
+        return cls(merges, pattern)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        words = split(text, self.pattern)
+        return [self.ids[piece] for word in words for piece in bpe.encode(_printable(word.encode()), self.ranks)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; U+FFFD for bytes that are no UTF-8."""
+        return b"".join(piece_bytes(self.pieces[i]) for i in ids).decode("utf-8", "replace")
+
+
+def _printable(data: bytes) -> str:
+    return "".join(BYTE_TO_CHAR[byte] for byte in data)

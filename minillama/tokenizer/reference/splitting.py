@@ -1,0 +1,57 @@
+"""Words and characters: the oldest ways to cut text, and the patterns that the newer ones start from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import regex
+
+from minillama.errors import InputError
+
+__all__ = ["PATTERNS", "characters", "count_words", "split"]
+
+# openai/gpt-2 src/encoder.py; openai/tiktoken tiktoken_ext/openai_public.py; meta-llama/llama3 llama/tokenizer.py
+PATTERNS = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+        r"|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    "llama-3": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "words": r"\w+|[^\w\s]+",
+    "spaces": r"\S+",
+}
+
+
+def split(text: str, pattern: str) -> list[str]:
+    """Cut a text. The first three patterns keep every character; `words` and `spaces` drop the blanks.
+
+    Args:
+        text: any text.
+        pattern: a key of `PATTERNS`.
+
+    Raises:
+        InputError: an unknown pattern.
+    """
+    if pattern not in PATTERNS:
+        expected = ", ".join(PATTERNS)
+        raise InputError("unknown pattern", where="pattern", found=pattern, expected=expected)
+    words: list[str] = regex.findall(PATTERNS[pattern], text)
+    return words
+
+
+def characters(text: str) -> list[str]:
+    """Every code point: a small vocabulary and long sequences."""
+    return list(text)
+
+
+def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:
+    """How often each word occurs, in the order in which they were first seen."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(split(text, pattern))
+    return counts
