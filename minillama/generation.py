@@ -200,7 +200,7 @@ def pieces(
         raise InputError("an empty stop string", where="stop", fix="leave it out")
     texts = _encode(model, tokenizer, prompts)
     lengths = [len(ids) for ids in texts]
-    decoders = [tokenizer.stream() for _ in texts]
+    decoders = [tokenizer.stream(after=ids) for ids in texts]
     filters = [StopText(stop) for _ in texts]
     steps = decode(model, texts, max_new_tokens, sampling or Sampling(), use_state)
     ended: set[int] | None = None

@@ -62,7 +62,11 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
             return hf.read(place)
         if (place / meta.PARAMS).exists():
             return meta.read(place)
-        raise InputError("no config.json in the model folder, and no params.json", where=place, expected=EXPECTED)
+        inner = place / "model" if (place / "model" / "config.json").exists() else None
+        fix = f"give the model inside the run, {inner}" if inner else None
+        raise InputError(
+            "no config.json in the model folder, and no params.json", where=place, expected=EXPECTED, fix=fix
+        )
     try:
         if not place.exists():
             raise InputError("no such model", where=place, expected=EXPECTED)

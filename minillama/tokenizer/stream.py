@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tokenizers import decoders
@@ -20,16 +21,18 @@ class StreamDecoder:
     """Turns token ids into text as they come: all pushes plus the flush equal `decode` of all the ids.
 
     Half a character is never given out: its bytes wait for the rest of it. The time of a push does not
-    depend on how much was pushed before. (tokenizers' own DecodeStream waits for ever, and slows down,
+    depend on how much was pushed before. `after` are the ids that the text goes on from. (tokenizers' own DecodeStream waits for ever, and slows down,
     once a model has written bytes that are no UTF-8, and it has no flush.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()) -> None:
         self._backend = tokenizer.backend
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if is_byte_level else None
-        self._context: list[int] = []  # the last token given out: SentencePiece strips the blank of a first token
+        # the last token given out, or before it all: SentencePiece strips the blank of a text's first token. A byte
+        # token would be decoded together with those that come, and its run of bytes is complete already.
+        self._context = [i for i in after if i not in tokenizer.special_ids and not self._is_byte(i)][-1:]
         self._pending: list[int] = []  # a run of byte tokens, which is text or not as a whole
 
     def push(self, token: int) -> str:
@@ -40,13 +43,16 @@ class StreamDecoder:
         if self._utf8 is not None:
             return self._utf8.decode(piece_bytes(piece))
         self._pending.append(token)
-        return "" if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else self._take()
+        return "" if self._is_byte(token) else self._take()
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for bytes that never became a character. The stream starts anew."""
         text = self._utf8.decode(b"", final=True) if self._utf8 is not None else self._take()
         self._context = []
         return text
+
+    def _is_byte(self, token: int) -> bool:
+        return re.fullmatch(r"<0x[0-9A-F]{2}>", self._backend.id_to_token(token) or "") is not None
 
     def _take(self) -> str:
         before = self._decode(self._context)

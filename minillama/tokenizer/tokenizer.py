@@ -137,9 +137,9 @@ class Tokenizer:
         kept = [i for i in ids if not (skip_special and i in self.special_ids)]
         return self.backend.decode(kept, skip_special_tokens=False)
 
-    def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one at a time."""
-        return StreamDecoder(self, skip_special)
+    def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder for ids that come one at a time, `after` the ids of a prompt."""
+        return StreamDecoder(self, skip_special, after)
 
     @cached_property
     def vocab_size(self) -> int:

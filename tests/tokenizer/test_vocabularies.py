@@ -166,3 +166,17 @@ def test_a_forged_piece_and_a_forged_score_cost_nothing(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<i", 10**6) + data + extra)
         with pytest.raises(InputError, match=r"tokenizer\.bin"):
             Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", LLAMA2)
+@pytest.mark.parametrize(
+    "parts", [("Once", " upon a time"), ("中文", "字 x"), ("", "Hello"), ("a\n", " b"), ("🦙", "🦙 y")]
+)
+def test_a_stream_goes_on_where_the_prompt_ended(name: str, parts: tuple[str, str], shared: Path) -> None:
+    """The blank of `▁upon` is part of the text, unless nothing stands before it."""
+    tokenizer = Tokenizer.load(shared / "tokenizer/llama2" / name)
+    prompt, ids = tokenizer.encode(parts[0], bos=True), tokenizer.encode("".join(parts), bos=True)
+    assert ids[: len(prompt)] == prompt
+    stream = tokenizer.stream(after=prompt)
+    text = "".join(stream.push(i) for i in ids[len(prompt) :]) + stream.flush()
+    assert parts[0] + text == "".join(parts)
