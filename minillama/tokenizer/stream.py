@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from tokenizers import decoders
@@ -21,8 +22,13 @@ class StreamDecoder:
     """Turns token ids into text as they come: all pushes plus the flush equal `decode` of all the ids.
 
     Half a character is never given out: its bytes wait for the rest of it. The time of a push does not
-    depend on how much was pushed before. `after` are the ids that the text goes on from. (tokenizers' own DecodeStream waits for ever, and slows down,
+    depend on how much was pushed before. (tokenizers' own DecodeStream waits for ever, and slows down,
     once a model has written bytes that are no UTF-8, and it has no flush.)
+
+    Args:
+        tokenizer: whose ids they are.
+        skip_special: marks give no text.
+        after: the ids that the text goes on from.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()) -> None:
@@ -32,7 +38,8 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if is_byte_level else None
         # the last token given out, or before it all: SentencePiece strips the blank of a text's first token. A byte
         # token would be decoded together with those that come, and its run of bytes is complete already.
-        self._context = [i for i in after if i not in tokenizer.special_ids and not self._is_byte(i)][-1:]
+        texts = (i for i in reversed(after) if i not in tokenizer.special_ids and not self._is_byte(i))
+        self._context = list(islice(texts, 1))
         self._pending: list[int] = []  # a run of byte tokens, which is text or not as a whole
 
     def push(self, token: int) -> str:
