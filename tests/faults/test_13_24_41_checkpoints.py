@@ -28,6 +28,7 @@ from minillama.formats.opening import open_model
 from minillama.formats.safetensors_header import read_header
 from minillama.tokenizer import byte_tokenizer
 from minillama.tokenizer.chat import ChatTemplate
+from minillama.training.checkpoint import Checkpoint, save_checkpoint
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64, vocab_size=257, max_seq_len=32)
 
@@ -141,7 +142,21 @@ def test_16_duplicate_and_overlapping_tensors(tmp_path: Path) -> None:
         read_header(path)
 
 
-# 17 is in tests/training (manifest); 18 and 19: the index
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "run.json", "config.json"])
+def test_17_a_flipped_bit_in_our_checkpoint(name: str, tmp_path: Path) -> None:
+    model = Decoder(CONFIG)
+    state = {"model.norm.weight/exp_avg": torch.ones(32)}
+    path = save_checkpoint(tmp_path, model.save_pretrained, state, {"step": 3})
+    assert Checkpoint(path).step == 3
+    file = path / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=rf"changed since it was written(?s:.*){name}(?s:.*)SHA-256"):
+        Checkpoint(path)
+
+
+# 18 and 19: the index
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b", "a\\b", "..", "", 7, None])
