@@ -8,10 +8,10 @@ from minillama.training.report import Report
 
 __all__ = ["Compiler"]
 
-# seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves:
-# estimates on the careful side, not yet measured across widths
-COST = 30.0
-SAVING = 0.15
+# seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
+# CPU both are measured (benchmarks/README.md); for the others they are estimates.
+COST = 12.0
+SAVING = {"cpu": 0.04, "cuda": 0.2, "mps": 0.1}
 WATCHED = 10
 
 
@@ -40,7 +40,7 @@ class Compiler:
             return
         self.waiting = False
         typical = sorted(self.seconds)[len(self.seconds) // 2]
-        if typical * steps_left * SAVING > COST:
+        if typical * steps_left * SAVING[self.model.device.type] > COST:
             self._compile()
 
     def _compile(self) -> None:
