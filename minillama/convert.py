@@ -51,12 +51,7 @@ def convert(
         InputError: something is there already, or the format cannot express the shape, the type or the
             tokenizer.
     """
-    if to not in get_args(Target):
-        raise InputError("unknown format", where="--to", found=to, expected=", ".join(get_args(Target)))
-    if dtype is not None and dtype not in gguf.DTYPES:
-        raise InputError("unknown type", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
-    if to != "gguf" and dtype is not None and dtype not in FLOATS:
-        raise InputError("this format has no such type", where="--dtype", found=dtype, expected=", ".join(FLOATS))
+    _check(to, dtype)
     for path in (source, destination, tokenizer or ""):
         refuse_url(path)
     target = Path(destination)
@@ -88,6 +83,15 @@ def convert(
             meta.write(folder, opened.config, opened.tensors, kind, progress=tell)
 
     return replace_folder(target, write)
+
+
+def _check(to: str, dtype: str | None) -> None:
+    if to not in get_args(Target):
+        raise InputError("unknown format", where="--to", found=to, expected=", ".join(get_args(Target)))
+    if dtype is not None and dtype not in gguf.DTYPES:
+        raise InputError("unknown type", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
+    if to != "gguf" and dtype is not None and dtype not in FLOATS:
+        raise InputError("this format has no such type", where="--dtype", found=dtype, expected=", ".join(FLOATS))
 
 
 def _to_gguf(

@@ -199,21 +199,7 @@ def write(
     """
     gguf = _package()
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name(name)
-    writer.add_file_type(DTYPES[dtype])
-    if dtype in ("q8_0", "q4_0"):
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    theta = config.rope_theta
-    if config.rope_scaling is not None and config.rope_scaling.kind == "ntk":
-        theta = float(config.to_hf()["rope_theta"])
-    for ours, theirs in KEYS.items():
-        value = theta if ours == "rope_theta" else getattr(config, ours)
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{theirs}", value)
-    writer.add_uint32("llama.attention.value_length", config.head_dim)
-    writer.add_uint32("llama.rope.dimension_count", config.head_dim)
-    _write_scaling(writer, config.rope_scaling)
-    for key, value in vocabulary.items():
-        _add(writer, key, value)
+    _write_metadata(writer, config, vocabulary, dtype, name)
     kinds = {ours: _kind(gguf, shape, dtype) for ours, shape in config.tensors().items()}
     divisors = rope_divisors(config)
     if divisors is not None:
@@ -237,6 +223,24 @@ def write(
         writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), kind))
         progress(ours)
     writer.close()
+
+
+def _write_metadata(writer: Any, config: ModelConfig, vocabulary: Mapping[str, Any], dtype: DType, name: str) -> None:
+    writer.add_name(name)
+    writer.add_file_type(DTYPES[dtype])
+    if dtype in ("q8_0", "q4_0"):
+        writer.add_quantization_version(_package().GGML_QUANT_VERSION)
+    theta = config.rope_theta
+    if config.rope_scaling is not None and config.rope_scaling.kind == "ntk":
+        theta = float(config.to_hf()["rope_theta"])
+    for ours, theirs in KEYS.items():
+        value = theta if ours == "rope_theta" else getattr(config, ours)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{theirs}", value)
+    writer.add_uint32("llama.attention.value_length", config.head_dim)
+    writer.add_uint32("llama.rope.dimension_count", config.head_dim)
+    _write_scaling(writer, config.rope_scaling)
+    for key, value in vocabulary.items():
+        _add(writer, key, value)
 
 
 def _kind(gguf: Any, shape: tuple[int, ...], dtype: DType) -> Any:
