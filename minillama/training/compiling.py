@@ -9,7 +9,7 @@ from minillama.training.report import Report
 __all__ = ["Compiler"]
 
 # seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
-# CPU both are measured (benchmarks/README.md); for the others they are estimates.
+# CPU they are the careful end of what was measured (benchmarks/README.md); for the others they are estimates.
 COST = 12.0
 SAVING = {"cpu": 0.04, "cuda": 0.2, "mps": 0.1}
 WATCHED = 10
