@@ -18,7 +18,7 @@ from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.settings import to_dict
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
-from minillama.training.checkpoint import newest_checkpoint
+from minillama.training.checkpoint import Checkpoint, newest_checkpoint
 from minillama.training.config import RunConfig
 from minillama.training.plot import sparkline, write_png
 from minillama.training.report import Report, make_report
@@ -63,6 +63,8 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
         folder.rewind_metrics(-1)
+    if checkpoint is not None:
+        _check_shape(checkpoint, config.model)
     if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report)
@@ -90,6 +92,19 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -
     report.say(f"finished in {trainer.progress.seconds:.0f} s. Next:")
     _say_next(folder, config, report)
     return 0
+
+
+def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
+    saved, asked = ModelConfig.load(checkpoint.path).to_hf(), wanted.to_hf()
+    changed = [key for key in asked if saved[key] != asked[key]]
+    if changed:
+        raise InputError(
+            "the checkpoint's model has another shape",
+            where=checkpoint.path,
+            found=", ".join(f"{key} = {saved[key]}" for key in changed),
+            expected=", ".join(f"{key} = {asked[key]}" for key in changed),
+            fix="leave the model's settings as they were, or start a new run",
+        )
 
 
 def load_data(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:

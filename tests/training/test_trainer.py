@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from minillama.errors import InputError
 from minillama.generation import generate
 from minillama.model import Decoder
 from minillama.sampling import Sampling
@@ -210,3 +211,11 @@ def test_compiled_training_equals_eager(tiny_config: Make, tmp_path: Path) -> No
     assert any("compiling" in line for line in lines)
     a, b = metrics(tmp_path / "eager"), metrics(tmp_path / "compiled")
     assert [r["loss"] for r in a[1:]] == pytest.approx([r["loss"] for r in b[1:]], rel=1e-3)
+
+
+def test_resume_with_another_shape_is_refused_with_both(tiny_config: Make, tmp_path: Path) -> None:
+    """A run that is finished too: the setting would be dropped without a word."""
+    run(tiny_config(), tmp_path / "run")
+    for words in ([], ["--train.steps", "18"]):
+        with pytest.raises(InputError, match=r"another shape(?s:.*)num_hidden_layers = (?s:.*)num_hidden_layers = 3"):
+            run(tiny_config(*words, "--model.n_layers", "3"), tmp_path / "run", resume=True)
