@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats import hf
+from minillama.formats.model_file import ModelFile
 from minillama.formats.opening import open_model
 from minillama.layers.attention import Attention
 from minillama.layers.mask import KernelMask, Mask
@@ -213,14 +214,14 @@ class Decoder(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | ModelFile,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Decoder:
         """Read a model: a Hugging Face or Meta folder, a GGUF file or a llama2.c binary.
 
         Args:
-            path: the folder or file.
+            path: the folder or file, or what `open_model` gave for it.
             dtype: convert the weights. As they are stored unless given, but float32 for quantised ones and
                 for float16 on a CPU.
             device: where to put them.
@@ -228,7 +229,7 @@ class Decoder(nn.Module):
         Raises:
             InputError: a file is missing or damaged, or its tensors are not those of its configuration.
         """
-        source = open_model(path)
+        source = path if isinstance(path, ModelFile) else open_model(path)
         with torch.device("meta"):
             model = cls(source.config)
         dtype = dtype or source.default_dtype(device)

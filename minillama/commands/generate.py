@@ -50,14 +50,15 @@ def run(args: Args) -> int:
     import torch
 
     from minillama.device import choose_device
-    from minillama.formats.opening import tokenizer_path
+    from minillama.formats.opening import open_model
     from minillama.generation import generate, stream
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = Decoder.from_pretrained(args.model, dtype, choose_device(args.device)).fuse()
-    tokenizer = Tokenizer.load(args.tokenizer or tokenizer_path(args.model))
+    opened = open_model(args.model)
+    model = Decoder.from_pretrained(opened, dtype, choose_device(args.device)).fuse()
+    tokenizer = Tokenizer.load(args.tokenizer or opened.tokenizer_path())
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": args.sampling,

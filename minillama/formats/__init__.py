@@ -1,4 +1,5 @@
 """One adapter a file format: a table of names, a permutation where one is needed, nothing else.
 
-An adapter yields (Hugging Face name, tensor) pairs and takes the same. It knows no Decoder.
+An adapter opens a file as a `ModelFile`, whose tensors have Hugging Face's names, and writes from such
+tensors. It knows no Decoder.
 """

@@ -54,7 +54,7 @@ def read(folder: Path) -> ModelFile:
     return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {}, stop_ids(folder))
 
 
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
+def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
     """Every weight file, with the tensors that the index lists for it."""
     index = folder / INDEX
     if not index.exists():
@@ -75,22 +75,13 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"[:200]
         raise InputError("not a readable index", where=index, found=found, expected="a table weight_map") from None
-    shards: dict[Path, set[str] | None] = {}
+    shards: dict[Path, set[str]] = {}
     for name, shard in pairs:
-        if (
-            not isinstance(shard, str)
-            or Path(shard).name != shard
-            or shard == ".."
-            or "\\" in shard
-            or "\0" in shard
-            or not shard
-        ):
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+", shard) or shard in (".", ".."):
             raise InputError(
                 "the index leads out of its folder", where=f"{index}, {name}", found=shard, expected="a plain file name"
             )
-        names = shards.setdefault(folder / shard, set())
-        assert names is not None
-        names.add(name)
+        shards.setdefault(folder / shard, set()).add(name)
     missing = sorted(path.name for path in shards if not _is_file(path))
     extra = sorted(path.name for path in folder.glob("model-*-of-*.safetensors") if path not in shards)
     if missing or extra:

@@ -79,6 +79,17 @@ class ModelFile:
     metadata: Mapping[str, object]
     stop_ids: frozenset[int] = frozenset()
 
+    def tokenizer_path(self) -> Path:
+        """The file or folder for `Tokenizer.load`.
+
+        Raises:
+            InputError: none lies with the model.
+        """
+        if self.tokenizer is None:
+            fix = "name one with --tokenizer FILE"
+            raise InputError("no tokenizer lies with the model", where=self.path, fix=fix)
+        return self.tokenizer
+
     def default_dtype(self, device: torch.device | str) -> torch.dtype:
         """The type to compute in where nobody asked: that of the matrices if they agree on one.
 

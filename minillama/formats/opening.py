@@ -14,7 +14,7 @@ from minillama.formats.model_file import ModelFile, Stored
 from minillama.formats.safetensors_header import read_header as read_safetensors
 from minillama.paths import refuse_url
 
-__all__ = ["Contents", "contents", "open_model", "tokenizer_path"]
+__all__ = ["Contents", "contents", "open_model"]
 
 EXPECTED = "a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
 
@@ -85,15 +85,3 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     except OSError as error:
         raise InputError("cannot read the model", where=place, found=error.strerror) from None
     raise InputError("the format of this file is unknown", where=place, expected=EXPECTED)
-
-
-def tokenizer_path(path: str | os.PathLike[str]) -> Path:
-    """The file or folder for `Tokenizer.load` that lies with a model.
-
-    Raises:
-        InputError: none does.
-    """
-    source = open_model(path)
-    if source.tokenizer is None:
-        raise InputError("no tokenizer lies with the model", where=path, fix="name one with --tokenizer FILE")
-    return source.tokenizer

@@ -11,12 +11,12 @@ from tokenizers import Tokenizer as Backend
 from minillama.errors import InputError
 from minillama.tokenizer.parts import Parts, read_json, read_text
 
-__all__ = ["BOS_NAMES", "END_OF_TEXT", "EOS_NAMES", "first_known", "read"]
+__all__ = ["END_OF_TEXT", "read"]
 
 END_OF_TEXT = "<|endoftext|>"
 # Where no file says which they are.
-EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
-BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
+_EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
+_BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
 
 
 def read(file: Path) -> Parts:
@@ -32,13 +32,13 @@ def read(file: Path) -> Parts:
     if template.exists():
         settings["chat_template"] = read_text(template)
     settings["chat_template"] = _chat_template(settings.get("chat_template"))
-    eos = _token_name(settings.get("eos_token")) or first_known(backend, EOS_NAMES)
-    bos = _token_name(settings.get("bos_token")) or first_known(backend, BOS_NAMES)
+    eos = _token_name(settings.get("eos_token")) or _first_known(backend, _EOS_NAMES)
+    bos = _token_name(settings.get("bos_token")) or _first_known(backend, _BOS_NAMES)
     if eos is None:
         raise InputError(
             "the tokenizer names no end-of-text token",
             where=f"{settings_file}, eos_token",
-            expected=f"eos_token, or one of {', '.join(EOS_NAMES)} in the vocabulary",
+            expected=f"eos_token, or one of {', '.join(_EOS_NAMES)} in the vocabulary",
             fix=f'write {{"eos_token": "..."}} to {settings_file}',
         )
     for token in (eos, bos or eos):
@@ -77,6 +77,6 @@ def _chat_template(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def first_known(backend: Backend, names: Iterable[str]) -> str | None:
+def _first_known(backend: Backend, names: Iterable[str]) -> str | None:
     """The first of the names that the vocabulary has."""
     return next((name for name in names if backend.token_to_id(name) is not None), None)

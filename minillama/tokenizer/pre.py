@@ -9,12 +9,10 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
+from minillama.tokenizer.reference.splitting import PATTERNS
+
 __all__ = ["PRE", "byte_level_bpe", "pre_name"]
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # as tokenizer.json spells them out
 PRE: dict[str, list[dict[str, Any]]] = {
     "smollm": [
@@ -23,7 +21,7 @@ PRE: dict[str, list[dict[str, Any]]] = {
     ],
     "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
     "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
+        {"type": "Split", "pattern": {"Regex": PATTERNS["llama-3"]}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
     ],
 }

@@ -15,6 +15,7 @@ from gguf import quants
 from minillama import Decoder, Tokenizer
 from minillama.convert import convert
 from minillama.errors import InputError
+from minillama.formats import gguf_header
 from minillama.formats.gguf import name_in_file
 from minillama.formats.gguf_header import read_header
 from minillama.formats.opening import open_model
@@ -150,3 +151,9 @@ def test_a_value_beyond_float16_is_refused(make: Make, bpe: Tokenizer, tmp_path:
     with pytest.raises(InputError, match=r"too large for float16(?s:.*)embed_tokens"):
         convert(tmp_path / "hf", tmp_path / "a.gguf", "gguf", "f16")
     assert not list(tmp_path.glob("*a.gguf*"))
+
+
+def test_the_table_of_types_is_the_packages() -> None:
+    for kind in quants._type_traits:
+        block, width = gguf.GGML_QUANT_SIZES[kind]
+        assert gguf_header._TYPES[int(kind)] == (kind.name, block, width)

@@ -39,26 +39,22 @@ class ByteBPE:
 
         `greatest` compares bytes, not the characters that stand for them.
         """
-        counts = count_words(texts, pattern)
-        # bytes as the characters of the same number: their order is that of the bytes
-        words = {word.encode().decode("latin-1"): count for word, count in counts.items()}
-        if ties != "greatest":
-            words = {_printable(word.encode("latin-1")): count for word, count in words.items()}
+        # the printable characters are in another order than the bytes; those of the same number are not
         alphabet = [chr(byte) for byte in range(256)] if ties == "greatest" else BYTE_TO_CHAR
+        words = {_spelt(word.encode(), alphabet): count for word, count in count_words(texts, pattern).items()}
         merges = bpe.train(words, vocab_size - 256, ties, alphabet)
-        if ties == "greatest":
-            merges = [(_printable(a.encode("latin-1")), _printable(b.encode("latin-1"))) for a, b in merges]
-        return cls(merges, pattern)
+        printable = str.maketrans(dict(zip(alphabet, BYTE_TO_CHAR, strict=True)))
+        return cls([(left.translate(printable), right.translate(printable)) for left, right in merges], pattern)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         words = split(text, self.pattern)
-        return [self.ids[piece] for word in words for piece in bpe.encode(_printable(word.encode()), self.ranks)]
+        return [self.ids[piece] for word in words for piece in bpe.encode(_spelt(word.encode()), self.ranks)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; U+FFFD for bytes that are no UTF-8."""
         return b"".join(piece_bytes(self.pieces[i]) for i in ids).decode("utf-8", "replace")
 
 
-def _printable(data: bytes) -> str:
-    return "".join(BYTE_TO_CHAR[byte] for byte in data)
+def _spelt(data: bytes, alphabet: Sequence[str] = BYTE_TO_CHAR) -> str:
+    return "".join(alphabet[byte] for byte in data)

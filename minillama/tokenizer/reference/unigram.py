@@ -201,8 +201,9 @@ def _prune(model: Unigram, words: Mapping[str, int], required: set[str], size: i
             losses[piece] = 0.0
         elif len(cuts) > 1:
             losses[piece] = uses[piece] * (cuts[0][1] - cuts[1][1])
-    keep = heapq.nlargest(size - len(required & set(model.scores)), losses, key=lambda piece: losses[piece])
-    return Unigram({p: s for p, s in model.scores.items() if p in required or p in set(keep)})
+    room = size - len(required & set(model.scores))
+    kept = required.union(heapq.nlargest(room, losses, key=lambda piece: losses[piece]))
+    return Unigram({piece: score for piece, score in model.scores.items() if piece in kept})
 
 
 def digamma(x: float) -> float:

@@ -58,10 +58,10 @@ def train(
     for i in range(len(cut)):
         count(i, +1)
     while len(pieces) < vocab_size:
-        alive = {pair: n for pair, n in pairs.items() if n > 0}
-        if not alive:
+        pairs = +pairs  # those that are left
+        if not pairs:
             break
-        value = alive if score == "count" else {(a, b): n / (singles[a] * singles[b]) for (a, b), n in alive.items()}
+        value = pairs if score == "count" else {(a, b): n / (singles[a] * singles[b]) for (a, b), n in pairs.items()}
         greatest = max(value.values())
         best = min((pair for pair in value if value[pair] == greatest), key=lambda pair: _first(pair, cut, places))
         joined = best[0] + best[1].removeprefix(CONTINUATION)
@@ -70,7 +70,6 @@ def train(
             count(i, -1)
             cut[i] = _join(cut[i], best, joined)
             count(i, +1)
-        pairs = Counter({pair: n for pair, n in pairs.items() if n > 0})
     return list(pieces)
 
 
