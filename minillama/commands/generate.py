@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model: the completion alone goes to standard output."""
+"""Continue a prompt: the completion alone goes to standard output. Several, or a file: a JSON line each, in order."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _command(script: str, *words: object) -> str:
 def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     model, more = folder.model, 2 * config.train.steps
     prompt = config.sample.prompts[0] if config.sample.prompts else "The"
-    words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install gguf"
+    words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
     if config.tokenizer.kind == "chars":  # GGUF has no such tokenizer
         words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "transformers opens the other as well"
     commands = {
