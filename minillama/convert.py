@@ -136,6 +136,6 @@ def _write_meta_tokenizer(file: Path, vocab: Tokenizer | None, place: Path | Non
         return
     pieces = Pieces.of(vocab.backend)
     if pieces is not None:
-        sentencepiece.write(file, pieces, vocab.bos_id, vocab.eos_id)
+        file.write_bytes(sentencepiece.serialize(pieces, vocab.bos_id, vocab.eos_id))
     else:
         tiktoken.write(file, vocab.backend)

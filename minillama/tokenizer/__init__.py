@@ -2,7 +2,7 @@
 
 from minillama.tokenizer.stream import StreamDecoder
 from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
-from minillama.tokenizer.train import TokenizerTrainer, byte_tokenizer, char_tokenizer, train_bpe
+from minillama.tokenizer.train import TokenizerTrainer, byte_tokenizer, char_tokenizer, train_byte_bpe
 
 __all__ = [
     "END_OF_TEXT",
@@ -11,5 +11,5 @@ __all__ = [
     "TokenizerTrainer",
     "byte_tokenizer",
     "char_tokenizer",
-    "train_bpe",
+    "train_byte_bpe",
 ]

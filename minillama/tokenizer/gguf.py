@@ -61,7 +61,9 @@ def _byte_level(header: GGUFHeader, pre: str, names: list[str], types: list[Any]
     sound = [pair for pair in merges if len(pair) == 2 and known >= {pair[0], pair[1], pair[0] + pair[1]}]
     special = [name for name, kind in zip(names, types, strict=True) if kind in (PieceType.CONTROL, PieceType.UNKNOWN)]
     words = [name for name, kind in zip(names, types, strict=True) if kind == PieceType.USER_DEFINED]
-    return byte_level_bpe(names, [(pair[0], pair[1]) for pair in sound], pre, special, words)
+    return byte_level_bpe(
+        names, [(pair[0], pair[1]) for pair in sound], PRE[pre], special, words, ignore_merges=pre == "llama-bpe"
+    )
 
 
 def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> list[Any]:

@@ -27,6 +27,7 @@ class Parts:
     bos: str | None = None
     add_bos: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
+    model: bytes = b""
 
 
 def read_bytes(file: Path) -> bytes:

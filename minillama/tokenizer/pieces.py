@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -19,11 +19,21 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 
-__all__ = ["BYTE", "PieceType", "Pieces", "merges_by_score"]
+__all__ = ["BYTE", "BYTES", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
 
 LONGEST = 1000
+FIRST_STAND_IN = 0xF0000  # the first of Unicode's 65,534 private-use characters outside the basic plane
 SPACE = "▁"  # U+2581, a blank inside pieces
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte fallback: an unknown character becomes these
+
+
+class ModelKind(IntEnum):
+    """How text is cut; SentencePiece's numbers (TrainerSpec.ModelType)."""
+
+    UNIGRAM = 1
+    BPE = 2
+    CHAR = 4
 
 
 class PieceType(IntEnum):
@@ -45,7 +55,7 @@ class Pieces:
         names: with U+2581 for a blank.
         scores: log probabilities (unigram) or minus the merge index (BPE).
         types: of `PieceType`.
-        is_unigram: the best segmentation instead of merges.
+        kind: the best segmentation, merges, or neither.
         dummy_prefix: a text is given a blank in front.
         charsmap: SentencePiece's compiled normalisation, empty for identity.
         squeeze: blanks at the ends go, and runs of them become one.
@@ -54,7 +64,7 @@ class Pieces:
     names: Sequence[str]
     scores: Sequence[float]
     types: Sequence[int]
-    is_unigram: bool = False
+    kind: ModelKind = ModelKind.BPE
     dummy_prefix: bool = True
     charsmap: bytes = b""
     squeeze: bool = False
@@ -65,51 +75,93 @@ class Pieces:
         return next((i for i, kind in enumerate(self.types) if kind == PieceType.UNKNOWN), None)
 
     def backend(self) -> Backend:
-        """The `tokenizers` object that gives SentencePiece's ids."""
-        byte_fallback = PieceType.BYTE in self.types
-        if self.is_unigram:
-            scored = list(zip(self.names, self.scores, strict=True))
-            model: Any = models.Unigram(scored, unk_id=self.unknown, byte_fallback=byte_fallback)
+        """The `tokenizers` object that gives SentencePiece's ids.
+
+        Raises:
+            InputError: merges lead to a piece that is marked unused, which the library cannot take apart again.
+        """
+        byte_fallback, stand_ins = PieceType.BYTE in self.types, self._stand_ins()
+        names = [stand_ins.get(name, name) for name in self.names]
+        if self.kind == ModelKind.UNIGRAM:
+            model: Any = models.Unigram(self._scored(names), unk_id=self.unknown, byte_fallback=byte_fallback)
         else:
-            unknown = None if self.unknown is None else self.names[self.unknown]
-            vocab = {name: i for i, name in enumerate(self.names)}
             model = models.BPE(
-                vocab=vocab,
-                merges=merges_by_score(self._textual()),
-                unk_token=unknown,
+                vocab={name: i for i, name in enumerate(names)},
+                merges=self._merges(),
+                unk_token=None if self.unknown is None else names[self.unknown],
                 fuse_unk=True,
                 byte_fallback=byte_fallback,
             )
         backend = Backend(model)
-        backend.normalizer = normalizers.Sequence(self._normalizers())
-        if self.is_unigram:
+        backend.normalizer = normalizers.Sequence(self._normalizers(stand_ins))
+        if self.kind == ModelKind.UNIGRAM:
             backend.pre_tokenizer = pre_tokenizers.Split(self._marks(), "merged_with_previous")
         steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if self.dummy_prefix else [])])
+        steps += [decoders.Strip(" ", 1, 0)] if self.dummy_prefix else []
+        steps += [decoders.Replace(char, name) for name, char in stand_ins.items()]
+        backend.decoder = decoders.Sequence(steps)
         marks = (PieceType.CONTROL, PieceType.UNKNOWN)
         named = list(zip(self.names, self.types, strict=True))
         backend.add_special_tokens(
             [AddedToken(n, normalized=False, special=True) for n, kind in named if kind in marks]
         )
-        words = [n for n, kind in named if kind == PieceType.USER_DEFINED]
+        words = [n for n, kind in named if kind == PieceType.USER_DEFINED and n not in stand_ins]
         backend.add_tokens([AddedToken(n, normalized=False) for n in words])
         return backend
 
-    def _normalizers(self) -> list[Any]:
-        steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
+    def _stand_ins(self) -> dict[str, str]:
+        """User-defined piece -> a private-use character that takes its place between normaliser and decoder.
+
+        An added token of the library cuts the text before it is normalised, so that each part would be given
+        its own blank in front and lose the blanks at its ends. A single character that no merge knows is never
+        cut or joined, as SentencePiece wants it. Without either rule an added token does the same.
+        """
+        if not (self.dummy_prefix or self.squeeze):
+            return {}
+        words = [n for n, kind in zip(self.names, self.types, strict=True) if kind == PieceType.USER_DEFINED]
+        return {name: chr(FIRST_STAND_IN + i) for i, name in enumerate(sorted(words, key=len, reverse=True))}
+
+    def _silent(self) -> dict[str, int]:
+        """Marks, bytes and unused pieces -> where a cut keeps the library from finding them in a text, 0 for nowhere.
+
+        The library's unigram model takes any piece that it finds; SentencePiece's takes text alone. A cut does no
+        harm between two characters that stand together in no piece of text.
+        """
+        rows = list(zip(self.names, self.types, strict=True))
+        together = {pair for name in self._textual() for pair in pairwise(name)}
+        silent = [n for n, kind in rows if kind not in (PieceType.NORMAL, PieceType.USER_DEFINED) and len(n) > 1]
+        return {
+            name: next((i for i in range(1, len(name)) if (name[i - 1], name[i]) not in together), 0) for name in silent
+        }
+
+    def _scored(self, names: Sequence[str]) -> list[tuple[str, float]]:
+        """Names with scores; what no cut can silence costs more than any other way to spell it."""
+        cuts, worst = self._silent(), min([*self.scores, -1.0])
+        table = zip(names, self.names, self.scores, strict=True)
+        return [(shown, 2 * len(name) * worst if cuts.get(name) == 0 else score) for shown, name, score in table]
+
+    def _merges(self) -> list[tuple[str, str]]:
+        if self.kind == ModelKind.CHAR:
+            return []
+        textual = self._textual()
+        for name, kind in zip(self.names, self.types, strict=True):
+            if kind == PieceType.UNUSED and merges_by_score(textual | {name: 0.0}, only=name):
+                what = "merges lead to a piece that is marked unused, which a tokenizer.json cannot express"
+                raise InputError(what, found=name, fix="use the sentencepiece library for this model")
+        return merges_by_score(textual)
+
+    def _normalizers(self, stand_ins: Mapping[str, str]) -> list[Any]:
+        steps: list[Any] = [normalizers.Replace(name, char) for name, char in stand_ins.items()]
+        steps += [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
         if self.squeeze:
-            steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+            # not Strip, which takes other white space as well
+            steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
         return [*steps, *([normalizers.Prepend(SPACE)] if self.dummy_prefix else []), normalizers.Replace(" ", SPACE)]
 
     def _marks(self) -> Regex:
-        """The first character of every text that spells a mark or a byte.
-
-        The library's unigram model takes any piece that it finds. A cut behind this character keeps the name
-        of a mark in a user's text from becoming the mark.
-        """
-        textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
-        names = [n for n, kind in zip(self.names, self.types, strict=True) if kind not in textual and len(n) > 1]
-        return Regex("|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names) or "(?!)")
+        """The beginning, up to the cut, of every text that spells a mark, a byte or an unused piece."""
+        cuts = [(name[:i], name[i:]) for name, i in self._silent().items() if i]
+        return Regex("|".join(f"{re.escape(left)}(?={re.escape(right)})" for left, right in cuts) or "(?!)")
 
     @classmethod
     def of(cls, backend: Backend) -> Pieces | None:
@@ -161,16 +213,17 @@ class Pieces:
 
     def _textual(self) -> dict[str, float]:
         """Score of every piece that is text: marks and bytes are none, and no merge may lead to them."""
-        textual = (PieceType.NORMAL, PieceType.USER_DEFINED)
+        textual = (PieceType.NORMAL,)
         rows = zip(self.names, self.scores, self.types, strict=True)
         return {name: score for name, score, kind in rows if kind in textual}
 
 
-def merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
+def merges_by_score(scores: Mapping[str, float], only: str | None = None) -> list[tuple[str, str]]:
     """Every pair of pieces that joins to a third, in the order in which SentencePiece would merge them.
 
     Args:
         scores: by piece, which is also the order of equals.
+        only: the one piece that is asked about.
 
     Raises:
         InputError: a score is no number, or a piece is so long that it must be forged.
@@ -182,7 +235,7 @@ def merges_by_score(scores: dict[str, float]) -> list[tuple[str, str]]:
         expected = f"at most {LONGEST} characters"
         raise InputError("a piece is longer than any real one", found=longest, expected=expected)
     merges = []
-    for order, (piece, score) in enumerate(scores.items()):
+    for order, (piece, score) in enumerate(scores.items() if only is None else [(only, scores[only])]):
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in scores and right in scores:

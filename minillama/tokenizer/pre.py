@@ -1,4 +1,4 @@
-"""Pre-tokenizers of byte-level BPE under the names that llama.cpp has for them (tokenizer.ggml.pre)."""
+"""How byte-level BPE cuts text into words, and llama.cpp's names for it (tokenizer.ggml.pre)."""
 
 from __future__ import annotations
 
@@ -11,39 +11,53 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.reference.splitting import PATTERNS
 
-__all__ = ["PRE", "byte_level_bpe", "pre_name"]
+__all__ = ["PRE", "STEPS", "byte_level_bpe", "pre_name"]
 
-# as tokenizer.json spells them out
-PRE: dict[str, list[dict[str, Any]]] = {
+
+def _pattern(expression: str) -> list[dict[str, Any]]:
+    return [
+        {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
+
+
+# by the pattern's name in `reference/splitting.py`, as tokenizer.json spells it out
+STEPS: dict[str, list[dict[str, Any]]] = {
     "smollm": [
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
     ],
     "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": PATTERNS["llama-3"]}, "behavior": "Isolated", "invert": False},
-        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-    ],
+    "llama-3": _pattern(PATTERNS["llama-3"]),
+    # the library reads {1,3}+ as a repetition of repetitions, and not as one that never gives back
+    "cl100k": _pattern(PATTERNS["cl100k"].replace("{1,3}+", "{1,3}")),
 }
+# llama.cpp's names; it has none for cl100k
+PRE = {"smollm": STEPS["smollm"], "gpt-2": STEPS["gpt-2"], "llama-bpe": STEPS["llama-3"]}
 
 
 def byte_level_bpe(
-    pieces: Iterable[str], merges: list[tuple[str, str]], pre: str, special: Iterable[str], words: Iterable[str] = ()
+    pieces: Iterable[str],
+    merges: list[tuple[str, str]],
+    steps: Iterable[dict[str, Any]],
+    special: Iterable[str],
+    words: Iterable[str] = (),
+    ignore_merges: bool = False,
 ) -> Backend:
     """A byte-level BPE backend.
 
     Args:
         pieces: the vocabulary in the order of its ids, bytes as printable characters.
         merges: in the order of their ranks.
-        pre: a key of `PRE`. Llama 3's takes a word that is a piece as it is, whatever the merges say.
+        steps: how text is cut into words; a value of `STEPS`.
         special: which pieces are marks and not text.
         words: which pieces are never cut and stand outside the byte alphabet.
+        ignore_merges: a word that is a piece stays as it is, whatever the merges say; Llama 3's rule.
     """
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
-    backend = Backend(model)
-    steps = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step for step in PRE[pre]]
-    spec = json.loads(backend.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    whole = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step for step in steps]
+    spec = json.loads(backend.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": whole}}
     spec["decoder"] = json.loads(decoders.ByteLevel().__getstate__())
     backend = Backend.from_str(json.dumps(spec))
     backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])

@@ -9,11 +9,9 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 from minillama.tokenizer.parts import Parts, read_bytes
-from minillama.tokenizer.pieces import Pieces, PieceType
+from minillama.tokenizer.pieces import ModelKind, Pieces, PieceType
 
-__all__ = ["is_sentencepiece", "read", "read_pieces", "write"]
-
-_UNIGRAM, _BPE = 1, 2
+__all__ = ["is_sentencepiece", "message", "parse", "pieces_of", "read", "serialize"]
 
 
 def _proto() -> Any:
@@ -32,52 +30,78 @@ def is_sentencepiece(data: bytes) -> bool:
     return data[:1] == b"\x0a" and data[2:3] == b"\x0a"
 
 
-def read_pieces(file: Path) -> tuple[Pieces, Any]:
-    """The vocabulary, and the whole message for what else it says.
+def message(data: bytes, where: object) -> Any:
+    """The file's protocol buffer.
 
     Raises:
-        InputError: not such a file, cut short, or of a kind (word, char) that the decoder's tokenizers are not.
+        InputError: not such a file, or cut short.
     """
-    data = read_bytes(file)
     proto = _proto().ModelProto()
     try:
         proto.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError, whose package may be absent
-        raise InputError("not a SentencePiece model, or cut short", where=file, found=error) from None
+        raise InputError("not a SentencePiece model, or cut short", where=where, found=error) from None
     if not proto.pieces or not proto.IsInitialized():
-        raise InputError("not a SentencePiece model, or cut short", where=file, found="no pieces")
-    kind, rules = proto.trainer_spec.model_type, proto.normalizer_spec
-    if kind not in (_UNIGRAM, _BPE):
-        where = f"{file}, trainer_spec.model_type"
-        raise InputError(
-            "this kind of SentencePiece model is not supported", where=where, found=kind, expected="1 or 2"
-        )
+        raise InputError("not a SentencePiece model, or cut short", where=where, found="no pieces")
+    return proto
+
+
+def pieces_of(proto: Any, where: object) -> Pieces:
+    """The vocabulary of a message.
+
+    Raises:
+        InputError: of a kind that a tokenizer.json cannot express.
+    """
+    _refuse(where, proto)
+    rules = proto.normalizer_spec
     pieces = Pieces(
         [piece.piece for piece in proto.pieces],
         [piece.score for piece in proto.pieces],
         [piece.type for piece in proto.pieces],
-        is_unigram=kind == _UNIGRAM,
+        ModelKind(proto.trainer_spec.model_type),
         dummy_prefix=rules.add_dummy_prefix,
         charsmap=rules.precompiled_charsmap,
         squeeze=rules.remove_extra_whitespaces,
     )
-    if pieces.is_unigram and pieces.unknown is None:
-        raise InputError("the vocabulary has no unknown piece", where=file)
-    return pieces, proto
+    if pieces.kind == ModelKind.UNIGRAM and pieces.unknown is None:
+        raise InputError("the vocabulary has no unknown piece", where=where)
+    return pieces
+
+
+def _refuse(where: object, proto: Any) -> None:
+    """Stop at what a tokenizer.json cannot express."""
+    spec, rules = proto.trainer_spec, proto.normalizer_spec
+    kinds = ", ".join(f"{kind.value} ({kind.name.lower()})" for kind in ModelKind)
+    for field, value, expected, accepted in (
+        ("trainer_spec.model_type", spec.model_type, kinds, spec.model_type in list(ModelKind)),
+        ("trainer_spec.treat_whitespace_as_suffix", True, "false", not spec.treat_whitespace_as_suffix),
+        ("normalizer_spec.escape_whitespaces", False, "true", rules.escape_whitespaces),
+        ("denormalizer_spec", "rules", "none", not proto.denormalizer_spec.precompiled_charsmap),
+    ):
+        if not accepted:
+            what = "this kind of SentencePiece model is not supported"
+            raise InputError(what, where=f"{where}, {field}", found=value, expected=expected)
 
 
 def read(file: Path) -> Parts:
     """Read a .model file. Generation starts with its bos piece, as LLaMA's models were trained."""
-    pieces, proto = read_pieces(file)
-    spec, count = proto.trainer_spec, len(pieces.names)
+    return parse(read_bytes(file), file)
+
+
+def parse(data: bytes, where: object) -> Parts:
+    """The parts of a file's bytes."""
+    proto = message(data, where)
+    pieces, spec = pieces_of(proto, where), proto.trainer_spec
+    count = len(pieces.names)
     if not 0 <= spec.eos_id < count:
-        where = f"{file}, trainer_spec.eos_id"
-        raise InputError("the vocabulary has no end-of-text piece", where=where, found=spec.eos_id)
+        field = f"{where}, trainer_spec.eos_id"
+        raise InputError("the vocabulary has no end-of-text piece", where=field, found=spec.eos_id)
     bos = pieces.names[spec.bos_id] if 0 <= spec.bos_id < count else None
-    return Parts(_backend(pieces, file), pieces.names[spec.eos_id], bos, add_bos=bos is not None)
+    backend = _backend(pieces, where)
+    return Parts(backend, pieces.names[spec.eos_id], bos, add_bos=bos is not None, model=data)
 
 
-def _backend(pieces: Pieces, file: Path) -> Backend:
+def _backend(pieces: Pieces, where: object) -> Backend:
     try:
         backend = pieces.backend()
         backend.encode("a")  # a damaged normalisation shows only in use
@@ -87,21 +111,21 @@ def _backend(pieces: Pieces, file: Path) -> Backend:
         # what the library raises for it is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
-        raise InputError("the vocabulary or its normalisation is damaged", where=file, found=error) from None
+        raise InputError("the vocabulary or its normalisation is damaged", where=where, found=error) from None
     return backend
 
 
-def write(file: Path, pieces: Pieces, bos_id: int, eos_id: int) -> None:
-    """Write a .model file that SentencePiece reads."""
+def serialize(pieces: Pieces, bos_id: int, eos_id: int) -> bytes:
+    """A .model file that SentencePiece reads."""
     proto = _proto().ModelProto()
     for name, score, kind in zip(pieces.names, pieces.scores, pieces.types, strict=True):
         proto.pieces.add(piece=name, score=score, type=int(kind))
     spec, rules = proto.trainer_spec, proto.normalizer_spec
-    spec.model_type = _UNIGRAM if pieces.is_unigram else _BPE
+    spec.model_type = int(pieces.kind)
     spec.vocab_size = len(pieces.names)
     spec.byte_fallback = PieceType.BYTE in pieces.types
     spec.unk_id, spec.bos_id, spec.eos_id = pieces.unknown or 0, bos_id, eos_id
-    rules.name = "identity"
+    rules.name = "user_defined" if pieces.charsmap else "identity"
     rules.add_dummy_prefix, rules.remove_extra_whitespaces = pieces.dummy_prefix, pieces.squeeze
     rules.precompiled_charsmap = pieces.charsmap
-    file.write_bytes(proto.SerializeToString())
+    return bytes(proto.SerializeToString())

@@ -12,7 +12,7 @@ from minillama.errors import InputError
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR, piece_bytes
 from minillama.tokenizer.parts import Parts, read_bytes
 from minillama.tokenizer.pieces import merges_by_score
-from minillama.tokenizer.pre import byte_level_bpe, pre_name
+from minillama.tokenizer.pre import STEPS, byte_level_bpe, pre_name
 
 __all__ = ["SPECIAL", "is_tiktoken", "read", "write"]
 
@@ -58,7 +58,7 @@ def read(file: Path) -> Parts:
     if len(set(pieces)) < len(pieces) or "" in pieces:
         raise InputError("a token stands there twice, or is empty", where=file)
     merges = merges_by_score({piece: -float(rank) for rank, piece in enumerate(pieces)})
-    backend = byte_level_bpe([*pieces, *SPECIAL], merges, "llama-bpe", SPECIAL)
+    backend = byte_level_bpe([*pieces, *SPECIAL], merges, STEPS["llama-3"], SPECIAL, ignore_merges=True)
     return Parts(backend, eos="<|end_of_text|>", bos="<|begin_of_text|>")
 
 

@@ -16,6 +16,7 @@ from minillama.errors import InputError
 from minillama.tokenizer import files
 from minillama.tokenizer.chat import ChatTemplate
 from minillama.tokenizer.hf_json import END_OF_TEXT
+from minillama.tokenizer.parts import Parts
 from minillama.tokenizer.pre import pre_name
 from minillama.tokenizer.stream import StreamDecoder
 
@@ -34,6 +35,7 @@ class Tokenizer:
         bos: the token that starts one; `eos` where the vocabulary has none of its own, as GPT-2's.
         add_bos: whether generation starts with `bos`, because the model was trained so.
         config: further members of tokenizer_config.json to keep, such as `chat_template`.
+        model: the SentencePiece file that the backend was made from; `save` writes it, too.
 
     Raises:
         InputError: `eos` or `bos` is not in the vocabulary.
@@ -47,6 +49,7 @@ class Tokenizer:
         bos: str | None = None,
         add_bos: bool = True,
         config: Mapping[str, Any] | None = None,
+        model: bytes = b"",
     ) -> None:
         backend.no_truncation()  # files in the wild carry a cut at 512 and padding, which would pass unnoticed
         backend.no_padding()
@@ -55,6 +58,7 @@ class Tokenizer:
         self.eos_token, self.bos_token = eos, bos or eos
         self.eos_id, self.bos_id = self._id(self.eos_token), self._id(self.bos_token)
         self.add_bos = add_bos
+        self._model = model
         self._config = {key: value for key, value in (config or {}).items() if key in _CARRIED and value is not None}
 
     @property
@@ -86,11 +90,18 @@ class Tokenizer:
         Raises:
             InputError: no such file, none of these, or it names no end-of-text token.
         """
-        parts = files.read(path)
-        return cls(parts.backend, eos=parts.eos, bos=parts.bos, add_bos=parts.add_bos, config=parts.config)
+        return cls.of(files.read(path))
+
+    @classmethod
+    def of(cls, parts: Parts) -> Tokenizer:
+        """The tokenizer of what a reader or a trainer gives."""
+        words = {"eos": parts.eos, "bos": parts.bos, "add_bos": parts.add_bos, "config": parts.config}
+        return cls(parts.backend, **words, model=parts.model)
 
     def save(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
+
+        A tokenizer that came from a SentencePiece file has that written beside them as tokenizer.model.
 
         Args:
             folder: made if it is not there.
@@ -109,6 +120,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
+        if self._model:
+            (folder / "tokenizer.model").write_bytes(self._model)
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
@@ -132,7 +145,15 @@ class Tokenizer:
         return _encode(self.backend, list(texts))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of token ids; U+FFFD stands for bytes that are no UTF-8, ids outside the vocabulary for nothing."""
+        """The text of token ids; U+FFFD stands for bytes that are no UTF-8.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        ids = list(ids)
+        bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if bad is not None:
+            raise InputError("this id is not in the vocabulary", found=bad, expected=f"0 to {self.vocab_size - 1}")
         # The library overlooks special tokens that its file calls `normalized`, as Llama 2's does.
         kept = [i for i in ids if not (skip_special and i in self.special_ids)]
         return self.backend.decode(kept, skip_special_tokens=False)

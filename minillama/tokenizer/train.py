@@ -1,110 +1,166 @@
-"""New vocabularies: byte-level BPE, bytes, characters. The same texts give the same file, byte for byte."""
+"""New vocabularies of every kind. The same texts give the same file, byte for byte."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
 from minillama.errors import InputError
+from minillama.tokenizer import recipes, sentencepiece, sentencepiece_training
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
+from minillama.tokenizer.learning import Learner, Library, Readable
+from minillama.tokenizer.pre import STEPS, byte_level_bpe
+from minillama.tokenizer.reference.bpe import Ties
+from minillama.tokenizer.reference.wordpiece import Score
 from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
-__all__ = ["Kind", "TokenizerTrainer", "byte_tokenizer", "char_tokenizer", "train_bpe"]
+__all__ = ["Kind", "TokenizerTrainer", "byte_tokenizer", "char_tokenizer", "train_byte_bpe"]
 
-Kind = Literal["bpe", "bytes", "chars"]
-UNKNOWN = "<unk>"
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: merge the commonest pair of adjacent tokens until the vocabulary is full.
-
-    The text is first cut as SmolLM cuts it, every digit alone and then GPT-2's words, because llama.cpp
-    knows these rules by a name (`smollm`). Id 0 is `<|endoftext|>`, 1-256 are the bytes, then the merges
-    in order. A pair seen once is not merged, so a short text gives fewer tokens than asked for.
-
-    Args:
-        texts: documents; no merge crosses from one to the next.
-        vocab_size: tokens in all, at least 257.
-
-    Raises:
-        InputError: `vocab_size` is below 257.
-    """
-    if vocab_size < 257:
-        what = "this vocabulary cannot hold the 256 bytes and <|endoftext|>"
-        raise InputError(what, where="vocab_size", found=vocab_size, expected="at least 257")
-    backend = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=BYTE_TO_CHAR,
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
-
-
-def byte_tokenizer() -> Tokenizer:
-    """The 256 bytes, each its own id, and `<|endoftext|>` as 256."""
-    vocab = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)} | {END_OF_TEXT: 256}
-    backend = _byte_level(models.BPE(vocab=vocab, merges=[]))
-    backend.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(backend)
-
-
-def char_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """`<|endoftext|>` 0, `<unk>` 1, then every character of the texts in code point order."""
-    chars: set[str] = set()
-    for text in texts:
-        chars.update(text)
-    vocab = {piece: i for i, piece in enumerate([END_OF_TEXT, UNKNOWN, *sorted(chars)])}
-    # BPE without merges is three times as fast here as WordLevel behind a Split, and lines keep its words short.
-    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split("\n", "merged_with_previous")
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([END_OF_TEXT, UNKNOWN])
-    return Tokenizer(backend, config={"unk_token": UNKNOWN})
-
-
-def _byte_level(model: models.BPE) -> Backend:
-    backend = Backend(model)
-    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    backend.decoder = decoders.ByteLevel()
-    return backend
+Kind = Literal["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]
 
 
 @dataclass(frozen=True)
 class TokenizerTrainer:
-    """How to make a tokenizer from texts: `TokenizerTrainer("bpe", 4096)(texts)`.
+    """How to make a tokenizer from texts: `TokenizerTrainer("byte-bpe", 4096)(texts)`.
+
+    Id 0 or 1 is `<|endoftext|>` (SentencePiece has `</s>`, 2), the alphabet comes next, then what was learned.
 
     Args:
-        kind: "bpe", "bytes" or "chars".
-        vocab_size: tokens of a BPE vocabulary; the other kinds have as many as they need.
+        kind: what the pieces are.
+
+            - byte-bpe: bytes and merges of them; nothing is unknown. Text is first cut by `pattern`.
+            - bpe: characters and merges of them, unknown characters as bytes.
+            - unigram: the pieces of the most probable cut, unknown characters as bytes.
+            - sentencepiece: a SentencePiece .model, of kind `model`, with byte fallback.
+            - wordpiece: BERT's; a word that cannot be put together is unknown, blanks are lost.
+            - word: the commonest words; the others are unknown, blanks are lost.
+            - char: the commonest characters. bytes: the 256 bytes, without training.
+        vocab_size: tokens in all. A text that holds too few gives fewer, unless `full` is set. 0: as many as
+            there are (word, char); bytes always has 257.
+        pattern: of byte-bpe: smollm (digits one by one; llama.cpp knows these four but cl100k), gpt-2, llama-3, cl100k.
+        ties: of byte-bpe and bpe, which of equally common pairs is merged; all but `library` use the readable code.
+        score: of wordpiece: `count` as the library, or `information` as BERT's paper was understood, by the
+            readable code.
+        model: of sentencepiece: unigram or bpe.
+        normalization: of sentencepiece: identity, nmt_nfkc, nfkc, nmt_nfkc_cf or nfkc_cf.
+        coverage: of sentencepiece: the share of the characters of the text that become pieces.
+        reference: learn with the readable code of `tokenizer/reference`, not with a library.
+        full: fewer tokens than `vocab_size` are an error.
 
     Raises:
-        InputError: an unknown kind.
+        InputError: an unknown kind, pattern or rule, a vocabulary too small for what it must hold; with
+            `full`, or of kind sentencepiece, one larger than the text allows.
     """
 
-    kind: Kind = "bpe"
+    kind: Kind = "byte-bpe"
     vocab_size: int = 4096
+    pattern: str = "smollm"
+    ties: Ties = "library"
+    score: Score = "count"
+    model: Literal["unigram", "bpe"] = "unigram"
+    normalization: str = "nmt_nfkc"
+    coverage: float = 0.9995
+    reference: bool = False
+    full: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            expected = ", ".join(get_args(Kind))
-            raise InputError("unknown kind of tokenizer", where="kind", found=self.kind, expected=expected)
+        choices = {
+            "kind": (self.kind, get_args(Kind)),
+            "pattern": (self.pattern, tuple(STEPS)),
+            "ties": (self.ties, get_args(Ties)),
+            "score": (self.score, get_args(Score)),
+            "model": (self.model, ("unigram", "bpe")),
+            "normalization": (self.normalization, sentencepiece_training.RULES),
+        }
+        for field, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise InputError(
+                    f"unknown {field} of a tokenizer", where=field, found=value, expected=", ".join(allowed)
+                )
+        reserved = {"byte-bpe": 257, "bpe": 259, "unigram": 259, "sentencepiece": 260, "wordpiece": 3, "bytes": 0}
+        least = reserved.get(self.kind, 3 if self.vocab_size else 0)
+        if self.vocab_size < least:
+            what = "this vocabulary cannot hold its special tokens and, where the kind has them, the 256 bytes"
+            raise InputError(what, where="vocab_size", found=self.vocab_size, expected=f"at least {least}")
 
     @property
     def description(self) -> str:
         """One line that is equal for trainers that make the same file from the same texts."""
-        return f"bpe smollm {self.vocab_size}" if self.kind == "bpe" else self.kind
+        if self.kind == "bytes":
+            return "bytes"
+        return " ".join(f"{key}={value}" for key, value in asdict(self).items())
 
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the texts, which are read once (and not at all for bytes)."""
+        made = self._train(texts)
+        if self.full and made.vocab_size < self.vocab_size:
+            raise InputError(
+                "the vocabulary is larger than the text allows",
+                where="vocab_size",
+                found=self.vocab_size,
+                expected=f"at most {made.vocab_size}",
+                fix="give more text, or ask for fewer tokens",
+            )
+        return made
+
+    def _train(self, texts: Iterable[str]) -> Tokenizer:
+        size, unknown = self.vocab_size, {"unk_token": recipes.UNKNOWN}
+        readable = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
+        learn: Learner = Readable(self.ties, self.score) if readable else Library()
+        if self.kind == "sentencepiece":
+            data = self._sentencepiece(texts, learn)
+            return Tokenizer.of(sentencepiece.parse(data, "the trained model"))
+        if self.kind == "bytes":
+            return byte_tokenizer()
+        if self.kind == "char":
+            return char_tokenizer(texts, size)
+        if self.kind == "word":
+            return Tokenizer(recipes.word(learn.words(texts, size - 2 if size else None)), config=unknown)
+        if self.kind == "wordpiece":
+            backend = recipes.wordpiece(learn.wordpiece(texts, size))
+            return Tokenizer(backend, config={"unk_token": recipes.WORDPIECE_UNKNOWN})
+        if self.kind == "unigram":
+            backend = recipes.unigram(learn.unigram(texts, size - 258)).backend()
+            return Tokenizer(backend, config=unknown)
         if self.kind == "bpe":
-            return train_bpe(texts, self.vocab_size)
-        return char_tokenizer(texts) if self.kind == "chars" else byte_tokenizer()
+            return Tokenizer(recipes.bpe(*learn.bpe(texts, size - 258)), config=unknown)
+        return Tokenizer(recipes.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
+
+    def _sentencepiece(self, texts: Iterable[str], learn: Learner) -> bytes:
+        size = self.vocab_size - sentencepiece_training.RESERVED
+        if isinstance(learn, Library):
+            names = (self.model, self.normalization, self.coverage)
+            return sentencepiece_training.train(texts, self.vocab_size, *names)
+        if self.model == "unigram":
+            return sentencepiece_training.from_scores(learn.unigram(texts, size))
+        return sentencepiece_training.from_merges(*learn.bpe(texts, size))
+
+
+def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: `<|endoftext|>` 0, the bytes 1-256, then the merges in order.
+
+    A pair seen once is not merged, so a short text gives fewer tokens than asked for.
+    """
+    return TokenizerTrainer("byte-bpe", vocab_size)(texts)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The 256 bytes, each its own id, and `<|endoftext|>` as 256."""
+    return Tokenizer(byte_level_bpe([*BYTE_TO_CHAR, END_OF_TEXT], [], STEPS["smollm"], [END_OF_TEXT]))
+
+
+def char_tokenizer(texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
+    """`<|endoftext|>` 0, `<unk>` 1, then the characters of the texts in code point order.
+
+    Args:
+        texts: read once.
+        vocab_size: keep the commonest, `vocab_size` tokens in all; 0 keeps every character.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    ranked = sorted(counts, key=lambda char: (-counts[char], char))
+    kept = ranked[: vocab_size - 2] if vocab_size else ranked
+    return Tokenizer(recipes.chars(sorted(kept)), config={"unk_token": recipes.UNKNOWN})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillama.commands.cli import main
-from minillama.tokenizer import train_bpe
+from minillama.tokenizer import train_byte_bpe
 
 SMALL = {
     "model.dim": 16,
@@ -42,7 +42,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_fault_05_tokenizer_larger_than_the_model(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_bpe(["a tide is a tide is a tide " * 9, "the the the then there " * 9], 290).save(tmp_path / "tokenizer")
+    train_byte_bpe(["a tide is a tide is a tide " * 9, "the the the then there " * 9], 290).save(tmp_path / "tokenizer")
     out = tmp_path / "run"
     options = ["--tokenizer.path", str(tmp_path / "tokenizer"), "--model.vocab_size", "200", "--out", str(out)]
     assert main([*words, *options]) == 1

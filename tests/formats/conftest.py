@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillama import Decoder, ModelConfig, Tokenizer
-from minillama.tokenizer import train_bpe
+from minillama.tokenizer import train_byte_bpe
 
 # written for these tests
 STORY = (
@@ -42,4 +42,4 @@ def story() -> str:
 
 @pytest.fixture(scope="session")
 def bpe() -> Tokenizer:
-    return train_bpe([STORY * 3], 320)
+    return train_byte_bpe([STORY * 3], 320)

@@ -10,7 +10,7 @@ import torch
 from minillama import Decoder, ModelConfig, Tokenizer, generate
 from minillama.convert import convert
 from minillama.sampling import Sampling
-from minillama.tokenizer import byte_tokenizer, train_bpe
+from minillama.tokenizer import byte_tokenizer, train_byte_bpe
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is the oracle here")
 PROMPT = "The miller kept two donkeys and 17 clocks: 东京"
@@ -58,7 +58,7 @@ def clear_cut(config: ModelConfig, tokenizer: Tokenizer, count: int) -> tuple[De
 def test_the_same_greedy_tokens(kind: str, tied: bool, scaling: dict | None, tmp_path: Path) -> None:
     """Random weights, large enough that logits differ: grouped heads, a head width of its own."""
     tokenizer = (
-        train_bpe(["The miller kept two donkeys and a clock. " * 20], 300) if kind == "bpe" else byte_tokenizer()
+        train_byte_bpe(["The miller kept two donkeys and a clock. " * 20], 300) if kind == "bpe" else byte_tokenizer()
     )
     config = ModelConfig(
         dim=96, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=32, hidden_dim=160, vocab_size=tokenizer.vocab_size,

@@ -12,7 +12,7 @@ import torch
 
 from minillama import Decoder, ModelConfig, Tokenizer
 from minillama.evaluate.perplexity import score
-from minillama.tokenizer import train_bpe
+from minillama.tokenizer import train_byte_bpe
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
 TOKENS = torch.tensor([[5, 77, 1, 256, 3, 3, 19, 42, 201]])
@@ -45,7 +45,7 @@ def test_what_we_save_transformers_loads(tied: bool, shard: str, scaling: dict |
     config = config.changed({"tie_embeddings": tied} | ({"rope_scaling": scaling} if scaling else {}))
     mine = Decoder(config).eval()
     mine.save_pretrained(tmp_path, max_shard_size=shard)
-    tokenizer = train_bpe(["two donkeys and a clock " * 9], 260)
+    tokenizer = train_byte_bpe(["two donkeys and a clock " * 9], 260)
     tokenizer.save(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, local_files_only=True)
     vocabulary = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
@@ -110,7 +110,7 @@ def test_smollm2s_chat_template_renders_as_transformers_renders_it(smollm: tuple
 
 def test_a_chat_template_travels(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}"
-    tokenizer = train_bpe(["abc " * 9], 260)
+    tokenizer = train_byte_bpe(["abc " * 9], 260)
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.apply_chat_template([])
     tokenizer.save(tmp_path)

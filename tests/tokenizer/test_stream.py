@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillama.tokenizer import StreamDecoder, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+from minillama.tokenizer import StreamDecoder, Tokenizer, byte_tokenizer, char_tokenizer, train_byte_bpe
 
 TEXT = "tea 🍵 与 东坡 l'été"
-TOKENIZERS = {"bpe": train_bpe([TEXT * 4], 300), "bytes": byte_tokenizer(), "chars": char_tokenizer([TEXT])}
+TOKENIZERS = {"bpe": train_byte_bpe([TEXT * 4], 300), "bytes": byte_tokenizer(), "chars": char_tokenizer([TEXT])}
 
 
 @pytest.fixture(scope="session")

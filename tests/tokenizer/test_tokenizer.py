@@ -12,10 +12,10 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+from minillama.tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, char_tokenizer, train_byte_bpe
 
 TEXT = "The café of 2024: naïve 东坡 drinks tea 🍵🍵, isn't it?\n\n  I'LL  pay $12345.67\tnow\r\n" * 3
-BPE, BYTES, CHARS = train_bpe([TEXT], 400), byte_tokenizer(), char_tokenizer([TEXT])
+BPE, BYTES, CHARS = train_byte_bpe([TEXT], 400), byte_tokenizer(), char_tokenizer([TEXT])
 ALL = pytest.mark.parametrize("tokenizer", [BPE, BYTES, CHARS], ids=["bpe", "bytes", "chars"])
 
 
@@ -103,7 +103,7 @@ def test_save_then_load_is_the_identity(tokenizer: Tokenizer, tmp_path: Path) ->
 
 
 def test_fingerprints_differ() -> None:
-    assert len({BPE.fingerprint, BYTES.fingerprint, CHARS.fingerprint, train_bpe([TEXT], 300).fingerprint}) == 4
+    assert len({BPE.fingerprint, BYTES.fingerprint, CHARS.fingerprint, train_byte_bpe([TEXT], 300).fingerprint}) == 4
 
 
 def test_add_bos_and_the_chat_template_survive(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import regex
 
 from minillama.errors import InputError
-from minillama.tokenizer import TokenizerTrainer, byte_tokenizer, char_tokenizer, train_bpe
+from minillama.tokenizer import TokenizerTrainer, byte_tokenizer, char_tokenizer, train_byte_bpe
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR, piece_bytes
 
 GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
@@ -29,14 +29,14 @@ def merges(tokenizer_json: str) -> list[str]:
 def test_worked_merges() -> None:
     # hug 10, pug 5, pun 12, bun 4, hugs 5: u+g 20, u+n 16, h+ug 15, p+un 12
     texts = ["hug"] * 10 + ["pug"] * 5 + ["pun"] * 12 + ["bun"] * 4 + ["hugs"] * 5
-    tokenizer = train_bpe(texts, 257 + 4)
+    tokenizer = train_byte_bpe(texts, 257 + 4)
     assert merges(tokenizer.backend.to_str()) == ["u g", "u n", "h ug", "p un"]
     pieces = [tokenizer.decode([token]) for token in tokenizer.encode("bug hugs mug")]
     assert pieces == ["b", "ug", " ", "hug", "s", " ", "m", "ug"]
 
 
 def test_the_pretokenisation_is_smollms(shared: Path) -> None:
-    backend = train_bpe([], 257).backend
+    backend = train_byte_bpe([], 257).backend
     text = (shared / "tokenizer/llama3/ggml-vocab-llama-bpe.gguf.inp").read_bytes().decode()
     texts = [
         *text.split("\n__ggml_vocab_test__\n")[:-1],
@@ -50,7 +50,7 @@ def test_the_pretokenisation_is_smollms(shared: Path) -> None:
 
 
 def test_ids_are_laid_out_as_documented() -> None:
-    bpe = train_bpe(["aaaa aaaa"], 300)
+    bpe = train_byte_bpe(["aaaa aaaa"], 300)
     assert (bpe.eos_id, bpe.bos_id, bpe.pre) == (0, 0, "smollm")
     assert bpe.vocab_size < 300, "there is nothing left to merge"
     assert {bpe.backend.id_to_token(i) for i in range(1, 257)} == set(BYTE_TO_CHAR)
@@ -63,8 +63,8 @@ def test_ids_are_laid_out_as_documented() -> None:
 
 
 def test_a_pair_seen_once_is_not_merged() -> None:
-    assert train_bpe(["abc"], 999).vocab_size == 257
-    assert merges(train_bpe(["ab", "ab"], 999).backend.to_str()) == ["a b"]
+    assert train_byte_bpe(["abc"], 999).vocab_size == 257
+    assert merges(train_byte_bpe(["ab", "ab"], 999).backend.to_str()) == ["a b"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "bytes", "chars"])
@@ -78,7 +78,7 @@ def test_same_texts_same_files(kind: str, shared: Path, tmp_path: Path) -> None:
 
 def test_bpe_fills_its_vocabulary_and_compresses(shared: Path) -> None:
     text = (shared / "text/en/tinyshakespeare.txt").read_text(encoding="utf-8")
-    tokenizer = train_bpe(text.split("\n\n"), 1024)
+    tokenizer = train_byte_bpe(text.split("\n\n"), 1024)
     assert tokenizer.vocab_size == 1024
     assert len(text) / len(tokenizer.encode(text)) > 2.3
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -97,6 +97,6 @@ def test_descriptions_tell_trainers_apart() -> None:
 
 def test_impossible_requests_are_refused() -> None:
     with pytest.raises(InputError, match="cannot hold the 256 bytes"):
-        train_bpe(["a"], 256)
+        train_byte_bpe(["a"], 256)
     with pytest.raises(InputError, match="unknown kind"):
         TokenizerTrainer("words")  # type: ignore[arg-type]

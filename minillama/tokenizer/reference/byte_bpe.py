@@ -33,7 +33,12 @@ class ByteBPE:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, pattern: str = "gpt-2", ties: bpe.Ties = "library"
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        pattern: str = "gpt-2",
+        ties: bpe.Ties = "library",
+        min_count: int = 1,
     ) -> ByteBPE:
         """Learn `vocab_size` - 256 merges.
 
@@ -42,7 +47,7 @@ class ByteBPE:
         # the printable characters are in another order than the bytes; those of the same number are not
         alphabet = [chr(byte) for byte in range(256)] if ties == "greatest" else BYTE_TO_CHAR
         words = {_spelt(word.encode(), alphabet): count for word, count in count_words(texts, pattern).items()}
-        merges = bpe.train(words, vocab_size - 256, ties, alphabet)
+        merges = bpe.train(words, vocab_size - 256, ties, alphabet, min_count)
         printable = str.maketrans(dict(zip(alphabet, BYTE_TO_CHAR, strict=True)))
         return cls([(left.translate(printable), right.translate(printable)) for left, right in merges], pattern)
 

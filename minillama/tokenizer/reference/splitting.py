@@ -9,7 +9,7 @@ import regex
 
 from minillama.errors import InputError
 
-__all__ = ["PATTERNS", "characters", "count_words", "split"]
+__all__ = ["KEEPING", "PATTERNS", "characters", "count_words", "split"]
 
 # openai/gpt-2 src/encoder.py; openai/tiktoken tiktoken_ext/openai_public.py; meta-llama/llama3 llama/tokenizer.py
 PATTERNS = {
@@ -22,13 +22,20 @@ PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
-    "words": r"\w+|[^\w\s]+",
+    # SmolLM's: digits one by one, GPT-2's words between them
+    "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
+    # SentencePiece's: U+2581, a blank, begins a word; here lines end one, too
+    "blanks": r"▁?[^▁\n]+|▁|\n",
+    "words": r"[\p{L}\p{M}\p{N}_]+|[^\s\p{L}\p{M}\p{N}_]+",
+    # BERT's: punctuation marks and Han characters one by one
+    "bert": r"[\p{Han}\p{P}$+<=>^`|~]|[^\s\p{Han}\p{P}$+<=>^`|~]+",
     "spaces": r"\S+",
 }
+KEEPING = ("gpt-2", "cl100k", "llama-3", "smollm", "blanks")  # every character, the others drop the blanks
 
 
 def split(text: str, pattern: str) -> list[str]:
-    """Cut a text. The first three patterns keep every character; `words` and `spaces` drop the blanks.
+    """Cut a text. Those of `KEEPING` keep every character, the others drop the blanks.
 
     Args:
         text: any text.

@@ -12,8 +12,11 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import combinations
+from typing import Literal
 
 from minillama.errors import InputError
+from minillama.tokenizer.reference import bpe
 
 __all__ = ["Unigram", "seed_vocabulary", "train"]
 
@@ -115,27 +118,77 @@ class Unigram:
         return forward
 
 
-def seed_vocabulary(words: Mapping[str, int], size: int, longest: int = 16) -> dict[str, float]:
+def seed_vocabulary(
+    words: Mapping[str, int], size: int, longest: int = 16, source: Literal["suffixes", "bpe"] = "suffixes"
+) -> dict[str, float]:
     """Every character, and the substrings with the greatest count times length.
 
     Args:
         words: word -> count.
         size: substrings at most, besides the characters.
         longest: characters of a substring at most.
+        source: where substrings come from. `suffixes`: all that occur twice and do not always go on in the same
+            way, from a suffix array (google/sentencepiece, src/unigram_model_trainer.cc, MakeSeedSentencePieces);
+            `bpe`: the pieces of a byte-pair encoding of `size` merges.
 
     Returns:
         Piece -> ln of its share of all counts.
+
+    Raises:
+        InputError: an unknown source.
     """
-    chars, substrings = Counter[str](), Counter[str]()
+    if source not in ("suffixes", "bpe"):
+        raise InputError("unknown source", where="source", found=source, expected="suffixes or bpe")
+    if source == "suffixes":
+        substrings = _repeats(words, longest)
+    else:
+        joined = {left + right for left, right in bpe.train(words, size, min_count=2)}
+        counts = Counter[str]()
+        for word, count in words.items():
+            for start, end in combinations(range(len(word) + 1), 2):
+                if end - start <= longest and word[start:end] in joined:
+                    counts[word[start:end]] += count
+        substrings = dict(counts)
+    chars = Counter[str]()
     for word, count in words.items():
-        for start in range(len(word)):
-            chars[word[start]] += count
-            for end in range(start + 2, min(len(word), start + longest) + 1):
-                substrings[word[start:end]] += count
-    frequent = [(count * len(piece), piece) for piece, count in substrings.items() if count > 1]
+        for char in word:
+            chars[char] += count
+    frequent = [(count * len(piece), piece) for piece, count in substrings.items()]
     chosen = {piece: value for value, piece in heapq.nlargest(size, frequent)} | dict(chars)
     total = math.log(sum(chosen.values()))
     return {piece: math.log(value) - total for piece, value in chosen.items()}
+
+
+def _repeats(words: Mapping[str, int], longest: int) -> dict[str, int]:
+    """Counts of the substrings of 2 to `longest` characters that occur twice or more, those that are always
+    followed by the same character left out.
+
+    They are the inner nodes of the suffix tree. Sorted suffixes that share a prefix stand together, so a stack
+    of the prefixes that are still open finds each with its count in one pass.
+    """
+    suffixes = sorted((word[i : i + longest], count) for word, count in words.items() for i in range(len(word)))
+    counts: dict[str, int] = {}
+    open_: list[list[int]] = []  # [length, count]
+    before = ""
+    for suffix, count in [*suffixes, ("", 0)]:
+        shared = next((i for i, (a, b) in enumerate(zip(before, suffix, strict=False)) if a != b), None)
+        shared = min(len(before), len(suffix)) if shared is None else shared
+        closed = 0
+        while open_ and open_[-1][0] > shared:
+            length, own = open_.pop()
+            closed += own
+            if length > 1 and closed > 1:
+                counts[before[:length]] = closed
+        if closed and open_ and open_[-1][0] == shared:
+            open_[-1][1] += closed
+        elif closed and shared:
+            open_.append([shared, closed])
+        if open_ and open_[-1][0] == len(suffix):
+            open_[-1][1] += count
+        else:
+            open_.append([len(suffix), count])
+        before = suffix
+    return counts
 
 
 def train(

@@ -5,35 +5,41 @@ Schuster and Nakajima 2012; Devlin et al. 2019 (BERT). Pieces that go on within 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from minillama.errors import InputError
+from minillama.tokenizer.reference.pairs import Pair, PairCounts
 
 __all__ = ["CONTINUATION", "Score", "encode", "train"]
 
 CONTINUATION = "##"
 Score = Literal["information", "count"]
-Pair = tuple[str, str]
 
 
 def train(
-    words: Mapping[str, int], vocab_size: int, score: Score = "information", special: tuple[str, ...] = ("[UNK]",)
+    words: Mapping[str, int],
+    vocab_size: int,
+    score: Score = "information",
+    special: tuple[str, ...] = ("[UNK]",),
+    min_count: int = 1,
 ) -> list[str]:
     """Learn a vocabulary from words and how often each occurs.
 
     The score of a pair is freq(ab) / (freq(a) freq(b)), the exponential of its pointwise mutual information
     but for a constant: `##g ##s` that occur together only win over a pair that is common because its parts
     are. The tokenizers library joins by count instead, which is BPE with another alphabet; `count` does so.
-    Of equal scores the pair that stands first in the words wins.
+    Of equal scores the pair that was seen first wins.
 
     Args:
         words: word -> count.
         vocab_size: pieces in all; fewer when no pair is left.
         score: what is greatest of the pair that is joined.
         special: pieces that come first.
+        min_count: pairs rarer than this are left alone. Two rare parts that met once have the greatest
+            mutual information of all.
 
     Returns:
         The pieces: special ones, the alphabet in order, then the joined ones as they were learned.
@@ -44,47 +50,34 @@ def train(
     if score not in ("information", "count"):
         raise InputError("unknown score", where="score", found=score, expected="information or count")
     cut = [[word[0], *(CONTINUATION + char for char in word[1:])] for word in words if word]
-    repeats = [count for word, count in words.items() if word]
-    pieces = dict.fromkeys([*special, *sorted({piece for word in cut for piece in word})])
-    singles, pairs, places = Counter[str](), Counter[Pair](), dict[Pair, set[int]]()
+    corpus = PairCounts(cut, [count for word, count in words.items() if word])
+    pieces = dict.fromkeys([*special, *sorted(corpus.symbols)])
+    partners: defaultdict[str, dict[Pair, None]] = defaultdict(dict)
 
-    def count(i: int, sign: int) -> None:
-        for piece in cut[i]:
-            singles[piece] += sign * repeats[i]
-        for pair in pairwise(cut[i]):
-            pairs[pair] += sign * repeats[i]
-            places.setdefault(pair, set()).add(i)
+    def value(pair: Pair) -> float:
+        count = corpus.pairs[pair]
+        return count if score == "count" else count / (corpus.symbols[pair[0]] * corpus.symbols[pair[1]] or 1)
 
-    for i in range(len(cut)):
-        count(i, +1)
-    while len(pieces) < vocab_size:
-        pairs = +pairs  # those that are left
-        if not pairs:
-            break
-        value = pairs if score == "count" else {(a, b): n / (singles[a] * singles[b]) for (a, b), n in pairs.items()}
-        greatest = max(value.values())
-        best = min((pair for pair in value if value[pair] == greatest), key=lambda pair: _first(pair, cut, places))
+    heap: list[tuple[float, int, Pair]] = []
+
+    def push(pairs: Iterable[Pair]) -> None:
+        for pair in pairs:
+            if corpus.pairs[pair] >= min_count:
+                heapq.heappush(heap, (-value(pair), corpus.born[pair], pair))
+                for part in pair:
+                    partners[part][pair] = None
+
+    push(list(corpus.pairs))
+    while len(pieces) < vocab_size and heap:
+        known, _, best = heapq.heappop(heap)
+        if corpus.pairs[best] < min_count or known != -value(best):
+            continue  # changed since; what it became is in the heap as well
         joined = best[0] + best[1].removeprefix(CONTINUATION)
         pieces[joined] = None
-        for i in sorted(places.pop(best)):
-            count(i, -1)
-            cut[i] = _join(cut[i], best, joined)
-            count(i, +1)
+        changed = corpus.merge(best, joined)
+        # the parts have become rarer, which raises the score of all their other pairs
+        push(dict.fromkeys([*changed, *partners[best[0]], *partners[best[1]]]))
     return list(pieces)
-
-
-def _first(pair: Pair, cut: list[list[str]], places: Mapping[Pair, set[int]]) -> tuple[int, int]:
-    return min((i, at) for i in places[pair] for at, two in enumerate(pairwise(cut[i])) if two == pair)
-
-
-def _join(symbols: list[str], pair: Pair, joined: str) -> list[str]:
-    result: list[str] = []
-    for symbol in symbols:
-        if result and (result[-1], symbol) == pair:
-            result[-1] = joined
-        else:
-            result.append(symbol)
-    return result
 
 
 def encode(word: str, pieces: Mapping[str, int], unknown: str = "[UNK]", longest: int = 100) -> list[str]:

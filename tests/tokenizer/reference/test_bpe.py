@@ -17,6 +17,7 @@ from minillama.errors import InputError
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
 from minillama.tokenizer.reference import bpe
 from minillama.tokenizer.reference.byte_bpe import ByteBPE
+from minillama.tokenizer.reference.pairs import join
 from minillama.tokenizer.reference.splitting import characters, split
 
 HUGS = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
@@ -91,7 +92,7 @@ def test_incremental_counts_are_those_of_counting_anew(ties: bpe.Ties, words: di
             assert pair == next(p for p in counts if counts[p] == counts[pair])
         if ties == "greatest":
             assert pair == max(p for p in counts if counts[p] == counts[pair])
-        cut = {word: bpe.join(symbols, pair) for word, symbols in cut.items()}
+        cut = {word: join(symbols, pair, "".join(pair)) for word, symbols in cut.items()}
 
 
 def test_splits_by_hand() -> None:

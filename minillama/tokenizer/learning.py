@@ -1,0 +1,159 @@
+"""The two learners behind every kind of vocabulary: the `tokenizers` library, and the readable algorithms.
+
+Both give the same thing for a kind, so that `recipes.py` makes the tokenizer in either case. For BPE and
+byte-level BPE it is equal, too: the same merges in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, trainers
+
+from minillama.errors import InputError
+from minillama.tokenizer import recipes
+from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
+from minillama.tokenizer.hf_json import END_OF_TEXT
+from minillama.tokenizer.reference import bpe, unigram, wordpiece
+from minillama.tokenizer.reference.byte_bpe import ByteBPE
+from minillama.tokenizer.reference.splitting import count_words
+
+__all__ = ["Learner", "Library", "Readable"]
+
+RARE = 2  # a pair seen once is not merged
+SPECIAL = (recipes.WORDPIECE_UNKNOWN, END_OF_TEXT)
+Merges = list[tuple[str, str]]
+
+
+class Learner(Protocol):
+    """Texts to vocabularies. Sizes do not count special tokens and bytes, wordpiece's excepted."""
+
+    def words(self, texts: Iterable[str], size: int | None) -> list[str]:
+        """The commonest words, all of them for None."""
+
+    def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
+        """Pieces, special ones first."""
+
+    def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
+        """Piece -> ln p."""
+
+    def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
+        """Alphabet and merges."""
+
+    def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
+        """Merges of bytes as printable characters."""
+
+
+class Library:
+    """The Rust library's trainers."""
+
+    def words(self, texts: Iterable[str], size: int | None) -> list[str]:
+        """WordLevelTrainer."""
+        backend = Backend(models.WordLevel(unk_token=recipes.UNKNOWN))
+        backend.pre_tokenizer = recipes.splitter("words")
+        limit = 2**31 if size is None else size
+        trainer = trainers.WordLevelTrainer(vocab_size=limit, min_frequency=0, show_progress=False, special_tokens=[])
+        backend.train_from_iterator(texts, trainer)
+        return _by_id(backend.get_vocab())
+
+    def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
+        """WordPieceTrainer, which merges by count."""
+        backend = Backend(models.WordPiece(unk_token=recipes.WORDPIECE_UNKNOWN))
+        backend.pre_tokenizer = recipes.splitter("bert")
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size, min_frequency=RARE, special_tokens=list(SPECIAL), show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+        _fits(len(backend.get_vocab()), size)
+        return _by_id(backend.get_vocab())
+
+    def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
+        """UnigramTrainer."""
+        backend = Backend(models.Unigram())
+        backend.normalizer, backend.pre_tokenizer = recipes.blanks(), recipes.splitter("blanks")
+        trainer = trainers.UnigramTrainer(
+            vocab_size=size + 1, unk_token=recipes.UNKNOWN, special_tokens=[recipes.UNKNOWN], show_progress=False
+        )
+        backend.train_from_iterator(texts, trainer)
+        scores = {name: score for name, score in _model(backend)["vocab"] if name != recipes.UNKNOWN}
+        _fits(len(scores), size)
+        # sums of many threads differ in their last digits from run to run
+        return {name: round(score, 6) for name, score in scores.items()}
+
+    def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
+        """BpeTrainer."""
+        backend = Backend(models.BPE())
+        backend.normalizer, backend.pre_tokenizer = recipes.blanks(), recipes.splitter("blanks")
+        merges = _merges(backend, texts, trainers.BpeTrainer(vocab_size=size, min_frequency=RARE, show_progress=False))
+        joined = {left + right for left, right in merges}
+        alphabet = [piece for piece in _by_id(backend.get_vocab()) if piece not in joined]
+        _fits(len(alphabet), size)
+        return alphabet, merges
+
+    def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
+        """BpeTrainer on bytes."""
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = recipes.byte_words(pattern)
+        trainer = trainers.BpeTrainer(
+            vocab_size=256 + size, min_frequency=RARE, initial_alphabet=BYTE_TO_CHAR, show_progress=False
+        )
+        return _merges(backend, texts, trainer)
+
+
+@dataclass(frozen=True)
+class Readable:
+    """The algorithms of `tokenizer/reference`."""
+
+    ties: bpe.Ties = "library"
+    score: wordpiece.Score = "count"
+
+    def words(self, texts: Iterable[str], size: int | None) -> list[str]:
+        """By count, equals by code points."""
+        counts = count_words(texts, "words")
+        return sorted(counts, key=lambda word: (-counts[word], word))[:size]
+
+    def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
+        """By count or by mutual information."""
+        made = wordpiece.train(count_words(texts, "bert"), size, self.score, SPECIAL, RARE)
+        _fits(len(made), size)
+        return made
+
+    def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
+        """Expectation maximisation and pruning."""
+        model = unigram.train(count_words(map(recipes.with_blanks, texts), "blanks"), size)
+        return dict(sorted(model.scores.items(), key=lambda item: (-item[1], item[0])))
+
+    def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
+        """Merges of characters."""
+        words = count_words(map(recipes.with_blanks, texts), "blanks")
+        alphabet = sorted({char for word in words for char in word})
+        _fits(len(alphabet), size)
+        return alphabet, bpe.train(words, size - len(alphabet), self.ties, min_count=RARE)
+
+    def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
+        """Merges of bytes."""
+        return ByteBPE.train(texts, 256 + size, pattern, self.ties, RARE).merges
+
+
+def _merges(backend: Backend, texts: Iterable[str], trainer: Any) -> Merges:
+    backend.train_from_iterator(texts, trainer)
+    return [(left, right) for left, right in _model(backend)["merges"]]
+
+
+def _model(backend: Backend) -> dict[str, Any]:
+    spec: dict[str, Any] = json.loads(backend.to_str())["model"]
+    return spec
+
+
+def _by_id(vocab: dict[str, int]) -> list[str]:
+    return sorted(vocab, key=lambda piece: vocab[piece])
+
+
+def _fits(pieces: int, size: int) -> None:
+    if pieces > size:
+        found, expected = f"{pieces} characters", f"at most {size}"
+        raise InputError("the characters alone do not fit", where="vocab_size", found=found, expected=expected)

@@ -1,0 +1,74 @@
+"""Byte n-grams of variable length: a text's bytes cut into the fewest pieces of a table of frequent n-grams.
+
+Bytes alone make Chinese text three times as long as its characters. Joining frequent neighbours, across
+character boundaries too, shortens it without a large vocabulary, and languages share pieces whose bytes they
+share (Wang, Cho and Gu 2020, arXiv 1909.03341, §3.1). Here the table is one of counts, not of merges: which
+n-grams save most bytes; and a cut is found by dynamic programming.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from minillama.errors import InputError
+from minillama.tokenizer.reference.utf8 import recover
+
+__all__ = ["ByteNgrams"]
+
+
+class ByteNgrams:
+    """A vocabulary of the 256 bytes, ids 0 to 255, and byte n-grams.
+
+    Args:
+        ngrams: of two bytes or more; ids go on from 256 in this order.
+    """
+
+    def __init__(self, ngrams: Iterable[bytes]) -> None:
+        self.pieces = list(dict.fromkeys([*(bytes([byte]) for byte in range(256)), *ngrams]))
+        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
+        self.longest = max(map(len, self.pieces))
+
+    @classmethod
+    def train(cls, words: Mapping[str, int], vocab_size: int, longest: int = 12) -> ByteNgrams:
+        """Take the `vocab_size` - 256 n-grams with the greatest count times bytes saved, length - 1.
+
+        Args:
+            words: word -> count.
+            vocab_size: pieces in all, at least 256.
+            longest: bytes of an n-gram at most.
+
+        Raises:
+            InputError: `vocab_size` does not hold the bytes.
+        """
+        if vocab_size < 256:
+            what = "this vocabulary cannot hold the 256 bytes"
+            raise InputError(what, where="vocab_size", found=vocab_size, expected="at least 256")
+        counts = Counter[bytes]()
+        for word, count in words.items():
+            data = word.encode()
+            for start in range(len(data)):
+                for end in range(start + 2, min(len(data), start + longest) + 1):
+                    counts[data[start:end]] += count
+        saved = ((count * (len(ngram) - 1), ngram) for ngram, count in counts.items() if count > 1)
+        return cls(ngram for _, ngram in heapq.nlargest(vocab_size - 256, saved))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the cut with the fewest pieces; of equals the one whose last piece is longest."""
+        data = text.encode()
+        fewest, start_of = [0], [0]
+        for end in range(1, len(data) + 1):
+            starts = range(max(0, end - self.longest), end)
+            count, start = min((fewest[start], start) for start in starts if data[start:end] in self.ids)
+            fewest.append(count + 1)
+            start_of.append(start)
+        ids, end = [], len(data)
+        while end:
+            ids.append(self.ids[data[start_of[end] : end]])
+            end = start_of[end]
+        return ids[::-1]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, as much of it as their bytes hold (`utf8.recover`)."""
+        return recover(b"".join(self.pieces[i] for i in ids))

@@ -1,0 +1,88 @@
+"""Counts of adjacent symbols that are kept up to date while pairs are joined: what BPE and WordPiece share.
+
+A join changes the counts around its own places alone, so only the words that hold the pair are gone through
+again. Counting anew after each join would take as long as the first count every time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+__all__ = ["Pair", "PairCounts", "join"]
+
+Pair = tuple[str, str]
+
+
+@dataclass
+class PairCounts:
+    """Words as lists of symbols, with the counts and places of symbols and pairs.
+
+    Attributes:
+        words: each as its symbols now.
+        repeats: how often each word occurs.
+        symbols: count of every symbol.
+        pairs: count of every pair of adjacent symbols.
+        born: a number for every pair, smaller where it was seen earlier.
+    """
+
+    words: list[list[str]]
+    repeats: Sequence[int]
+    symbols: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[Pair] = field(default_factory=Counter)
+    born: dict[Pair, int] = field(default_factory=dict)
+    _places: defaultdict[Pair, set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def __post_init__(self) -> None:
+        for i in range(len(self.words)):
+            self._count(i, +1)
+
+    @classmethod
+    def of(cls, table: Mapping[str, int]) -> PairCounts:
+        """From words and how often each occurs; the symbols are their characters."""
+        return cls([list(word) for word in table], list(table.values()))
+
+    def first(self, pair: Pair) -> tuple[int, int]:
+        """Word and place where the pair stands first now."""
+        for i in sorted(self._places[pair]):
+            for at, two in enumerate(pairwise(self.words[i])):
+                if two == pair:
+                    return i, at
+        raise KeyError(pair)
+
+    def merge(self, pair: Pair, joined: str) -> list[Pair]:
+        """Join the pair everywhere; the pairs whose counts changed, in the order of their places."""
+        changed: dict[Pair, None] = {}
+        for i in sorted(self._places.pop(pair)):
+            changed |= dict.fromkeys(self._count(i, -1))
+            self.words[i] = join(self.words[i], pair, joined)
+            changed |= dict.fromkeys(self._count(i, +1))
+        changed.pop(pair, None)
+        return list(changed)
+
+    def _count(self, i: int, sign: int) -> list[Pair]:
+        weight, pairs = sign * self.repeats[i], list(pairwise(self.words[i]))
+        for symbol in self.words[i]:
+            self.symbols[symbol] += weight
+        for pair in pairs:
+            self.pairs[pair] += weight
+            if sign > 0:
+                self._places[pair].add(i)
+                self.born.setdefault(pair, len(self.born))
+        return pairs
+
+
+def join(symbols: Sequence[str], pair: Pair, joined: str) -> list[str]:
+    """The symbols with every occurrence of the pair joined, from left to right."""
+    result: list[str] = []
+    i = 0
+    while i < len(symbols):
+        if tuple(symbols[i : i + 2]) == pair:
+            result.append(joined)
+            i += 2
+        else:
+            result.append(symbols[i])
+            i += 1
+    return result

@@ -1,0 +1,88 @@
+"""SentencePiece .model files from text: its own trainer, or the readable algorithms written as it writes them."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from minillama.errors import InputError
+from minillama.tokenizer import sentencepiece
+from minillama.tokenizer.pieces import BYTES, ModelKind, Pieces, PieceType
+
+__all__ = ["RESERVED", "RULES", "from_merges", "from_scores", "train"]
+
+RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
+MARKS = ("<unk>", "<s>", "</s>")
+RESERVED = len(MARKS) + 256
+LONGEST_LINE = 2**20  # bytes; SentencePiece leaves longer ones out without a word, and by default those over 4192
+
+
+def train(
+    texts: Iterable[str], vocab_size: int, model: Literal["unigram", "bpe"], normalization: str, coverage: float
+) -> bytes:
+    """Train with the sentencepiece library, line by line, with byte fallback.
+
+    Args:
+        texts: documents.
+        vocab_size: pieces, the marks and the 256 bytes among them.
+        model: how text is cut.
+        normalization: of `RULES`; identity keeps every blank, the others make one of several.
+        coverage: share of the text's characters that become pieces; the rest is spelt in bytes.
+
+    Raises:
+        InputError: the package is missing, the text does not give so many pieces or none at all, or its
+            characters need more.
+    """
+    try:
+        from sentencepiece import SentencePieceTrainer
+    except ImportError:
+        what, fix = "this kind of tokenizer needs the package sentencepiece", "pip install 'minillama[sentencepiece]'"
+        raise InputError(what, fix=fix) from None
+    written = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
+            model_writer=written,
+            vocab_size=vocab_size,
+            model_type=model,
+            normalization_rule_name=normalization,
+            remove_extra_whitespaces=normalization != "identity",
+            character_coverage=coverage,
+            byte_fallback=True,
+            max_sentence_length=LONGEST_LINE,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        raise _explained(str(error), vocab_size) from None
+    return written.getvalue()
+
+
+def _explained(message: str, vocab_size: int) -> InputError:
+    high = re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message)
+    if high or "Vocabulary size is smaller" in message or "vocab_size" in message:
+        expected = f"at most {high[1]}" if high else None
+        what = "the text does not give a vocabulary of this size"
+        return InputError(what, where="vocab_size", found=vocab_size, expected=expected or message)
+    return InputError("sentencepiece cannot train on this text", found=message)
+
+
+def from_scores(scores: Mapping[str, float]) -> bytes:
+    """A unigram model, without normalisation."""
+    pieces, types = _with_marks(scores)
+    return sentencepiece.serialize(Pieces(list(pieces), list(pieces.values()), types, ModelKind.UNIGRAM), 1, 2)
+
+
+def from_merges(alphabet: Iterable[str], merges: Iterable[tuple[str, str]]) -> bytes:
+    """A BPE model, without normalisation: a merged piece scores minus its rank, the characters come last."""
+    joined = dict.fromkeys(left + right for left, right in merges)
+    scores = {piece: -float(rank) for rank, piece in enumerate([*joined, *(a for a in alphabet if a not in joined)])}
+    pieces, types = _with_marks(scores)
+    return sentencepiece.serialize(Pieces(list(pieces), list(pieces.values()), types, ModelKind.BPE), 1, 2)
+
+
+def _with_marks(scores: Mapping[str, float]) -> tuple[dict[str, float], list[int]]:
+    types = [PieceType.UNKNOWN, PieceType.CONTROL, PieceType.CONTROL, *[PieceType.BYTE] * 256]
+    pieces = dict.fromkeys([*MARKS, *BYTES], 0.0) | dict(scores)
+    return pieces, [int(kind) for kind in [*types, *[PieceType.NORMAL] * len(scores)]]
