@@ -18,7 +18,6 @@ from minillama.formats.opening import open_model
 from minillama.paths import refuse_url
 from minillama.tokenizer import Tokenizer, sentencepiece, tiktoken
 from minillama.tokenizer.gguf import vocabulary
-from minillama.tokenizer.pieces import Pieces
 
 __all__ = ["Target", "convert"]
 
@@ -104,7 +103,7 @@ def _to_gguf(
             fix="name one with --tokenizer FILE",
         )
     rows = opened.config.vocab_size
-    keys = vocabulary(vocab.backend, rows, vocab.bos_id, vocab.eos_id, vocab.add_bos, vocab.chat_template)
+    keys = vocabulary(vocab, rows)
     gguf.write(path, opened.config, opened.tensors, keys, dtype, opened.path.name, tell)
 
 
@@ -134,7 +133,7 @@ def _write_meta_tokenizer(file: Path, vocab: Tokenizer | None, place: Path | Non
     if is_there and Tokenizer.load(original).fingerprint == vocab.fingerprint:
         shutil.copyfile(original, file)
         return
-    pieces = Pieces.of(vocab.backend)
+    pieces = vocab.pieces
     if pieces is not None:
         file.write_bytes(sentencepiece.serialize(pieces, vocab.bos_id, vocab.eos_id))
     else:

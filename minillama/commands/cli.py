@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model",
     "convert": "a model into another format: Hugging Face, Meta, GGUF",
     "inspect": "what a model's file or folder holds, without loading it",
+    "tokenizer": "train, merge, encode, decode, explain, compare tokenizers",
     "plan": "shapes, parameters, memory and FLOPs of a model, without building it",
 }
 

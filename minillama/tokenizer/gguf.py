@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
@@ -15,7 +15,10 @@ from minillama.formats.gguf_header import GGUFHeader, read_header
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
 from minillama.tokenizer.parts import Parts
 from minillama.tokenizer.pieces import Pieces, PieceType
-from minillama.tokenizer.pre import PRE, byte_level_bpe, pre_name
+from minillama.tokenizer.pre import PRE, byte_level_bpe
+
+if TYPE_CHECKING:
+    from minillama.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["read", "vocabulary"]
 
@@ -84,15 +87,13 @@ def _named(header: GGUFHeader, key: str, default: int, names: list[str]) -> str:
     return names[index]
 
 
-def vocabulary(
-    backend: Backend, rows: int, bos_id: int, eos_id: int, add_bos: bool, template: str | None
-) -> dict[str, Any]:
+def vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The keys for a model with so many rows of embedding; rows without a token get an unused one.
 
     Raises:
         InputError: llama.cpp has no tokenizer that cuts so.
     """
-    pieces, pre = Pieces.of(backend), pre_name(backend)
+    backend, pieces, pre = tokenizer.backend, tokenizer.pieces, tokenizer.pre
     values: dict[str, Any] = {}
     if pieces is not None:
         names, types = list(pieces.names), list(pieces.types)
@@ -116,7 +117,8 @@ def vocabulary(
         raise InputError("the tokenizer is larger than the model's vocabulary", found=found, expected=expected)
     values["tokens"] = names + [f"[PAD{i}]" for i in range(len(names), rows)]
     values["token_type"] = [int(kind) for kind in types] + [int(PieceType.UNUSED)] * (rows - len(names))
-    values |= {"bos_token_id": bos_id, "eos_token_id": eos_id, "add_bos_token": add_bos}
+    values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "add_bos_token": tokenizer.add_bos}
+    template = tokenizer.chat_template
     keys = {PREFIX + key: value for key, value in values.items()}
     return keys | ({"tokenizer.chat_template": template} if template else {})
 

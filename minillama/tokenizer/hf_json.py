@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
+from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.parts import Parts, read_json, read_text
 
-__all__ = ["END_OF_TEXT", "read"]
+__all__ = ["ENCODE_WITH", "END_OF_TEXT", "read"]
 
 END_OF_TEXT = "<|endoftext|>"
+ENCODE_WITH = "encode_with"  # of tokenizer_config.json: tokenizer.model, where tokenizer.json is not exact
 # Where no file says which they are.
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
 _BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
@@ -28,6 +31,9 @@ def read(file: Path) -> Parts:
     backend = _backend(file)
     settings_file = file.with_name("tokenizer_config.json")
     settings = read_json(settings_file) if settings_file.exists() else {}
+    model = file.with_name("tokenizer.model")
+    if settings.get(ENCODE_WITH) == model.name and model.is_file():
+        return replace(sentencepiece.read(model), config=settings)
     template = file.with_name("chat_template.jinja")
     if template.exists():
         settings["chat_template"] = read_text(template)

@@ -1,4 +1,4 @@
-"""The two learners behind every kind of vocabulary: the `tokenizers` library, and the readable algorithms.
+"""The two learners behind every kind of vocabulary: the libraries, and the readable algorithms.
 
 Both give the same thing for a kind, so that `recipes.py` makes the tokenizer in either case. For BPE and
 byte-level BPE it is equal, too: the same merges in the same order.
@@ -15,18 +15,22 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, trainers
 
 from minillama.errors import InputError
-from minillama.tokenizer import recipes
+from minillama.tokenizer import recipes, sentencepiece, sentencepiece_training
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
 from minillama.tokenizer.hf_json import END_OF_TEXT
+from minillama.tokenizer.pieces import FIRST_STAND_IN
 from minillama.tokenizer.reference import bpe, unigram, wordpiece
 from minillama.tokenizer.reference.byte_bpe import ByteBPE
 from minillama.tokenizer.reference.splitting import count_words
+from minillama.tokenizer.reference.wordpiece import CONTINUATION
 
-__all__ = ["Learner", "Library", "Readable"]
+__all__ = ["Learner", "Library", "Readable", "Ties"]
 
+MARKS = 3  # <unk>, <s>, </s>
 RARE = 2  # a pair seen once is not merged
 SPECIAL = (recipes.WORDPIECE_UNKNOWN, END_OF_TEXT)
 Merges = list[tuple[str, str]]
+Ties = bpe.Ties
 
 
 class Learner(Protocol):
@@ -49,7 +53,7 @@ class Learner(Protocol):
 
 
 class Library:
-    """The Rust library's trainers."""
+    """The trainers of the Rust library, and SentencePiece's."""
 
     def words(self, texts: Iterable[str], size: int | None) -> list[str]:
         """WordLevelTrainer."""
@@ -61,28 +65,32 @@ class Library:
         return _by_id(backend.get_vocab())
 
     def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
-        """WordPieceTrainer, which merges by count."""
-        backend = Backend(models.WordPiece(unk_token=recipes.WORDPIECE_UNKNOWN))
-        backend.pre_tokenizer = recipes.splitter("bert")
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=size, min_frequency=RARE, special_tokens=list(SPECIAL), show_progress=False
+        """BpeTrainer on words whose later characters are other symbols than the first.
+
+        That is what WordPieceTrainer does, too, but it numbers these symbols at random, and with them the ties.
+        """
+        words = count_words(texts, "bert")
+        later = sorted({char for word in words for char in word[1:]})
+        inner = {ord(char): chr(FIRST_STAND_IN + i) for i, char in enumerate(later)}
+        shown = {FIRST_STAND_IN + i: char for i, char in enumerate(later)}
+        backend = Backend(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - len(SPECIAL),
+            min_frequency=RARE,
+            initial_alphabet=sorted({char for word in words for char in word}),
+            show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
-        _fits(len(backend.get_vocab()), size)
-        return _by_id(backend.get_vocab())
+        spelt = (w[0] + w[1:].translate(inner) for w, count in words.items() for _ in range(count))
+        backend.train_from_iterator(spelt, trainer)
+        marked = [CONTINUATION + piece if ord(piece[0]) in shown else piece for piece in _by_id(backend.get_vocab())]
+        _fits(len(marked), size)
+        return [*SPECIAL, *(piece.translate(shown) for piece in marked)]
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
-        """UnigramTrainer."""
-        backend = Backend(models.Unigram())
-        backend.normalizer, backend.pre_tokenizer = recipes.blanks(), recipes.splitter("blanks")
-        trainer = trainers.UnigramTrainer(
-            vocab_size=size + 1, unk_token=recipes.UNKNOWN, special_tokens=[recipes.UNKNOWN], show_progress=False
-        )
-        backend.train_from_iterator(texts, trainer)
-        scores = {name: score for name, score in _model(backend)["vocab"] if name != recipes.UNKNOWN}
-        _fits(len(scores), size)
-        # sums of many threads differ in their last digits from run to run
-        return {name: round(score, 6) for name, score in scores.items()}
+        """SentencePiece's trainer; that of the tokenizers library gives another vocabulary on every run."""
+        data = sentencepiece_training.train(texts, size + MARKS, "unigram", "identity", 1.0, byte_fallback=False)
+        pieces = sentencepiece.pieces_of(sentencepiece.message(data, "the trained model"), "the trained model")
+        return dict(list(zip(pieces.names, pieces.scores, strict=True))[MARKS:])
 
     def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
         """BpeTrainer."""
@@ -118,7 +126,8 @@ class Readable:
 
     def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
         """By count or by mutual information."""
-        made = wordpiece.train(count_words(texts, "bert"), size, self.score, SPECIAL, RARE)
+        words = count_words(texts, "bert")
+        made = wordpiece.train(words, size, self.score, SPECIAL, RARE, {char for word in words for char in word})
         _fits(len(made), size)
         return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 
-__all__ = ["Parts", "read_bytes", "read_json", "read_text"]
+__all__ = ["Encoder", "Parts", "read_bytes", "read_json", "read_text"]
 
 
 LIMIT = 500_000_000
+Encoder = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Parts:
     add_bos: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
     model: bytes = b""
+    encoder: Encoder | None = None
 
 
 def read_bytes(file: Path) -> bytes:

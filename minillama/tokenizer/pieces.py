@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 
-__all__ = ["BYTE", "BYTES", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
+__all__ = ["BYTE", "BYTES", "FIRST_STAND_IN", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
 
 LONGEST = 1000
 FIRST_STAND_IN = 0xF0000  # the first of Unicode's 65,534 private-use characters outside the basic plane
@@ -74,12 +75,28 @@ class Pieces:
         """Id of the unknown piece."""
         return next((i for i, kind in enumerate(self.types) if kind == PieceType.UNKNOWN), None)
 
-    def backend(self) -> Backend:
-        """The `tokenizers` object that gives SentencePiece's ids.
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether `backend` cuts every text as SentencePiece does.
 
-        Raises:
-            InputError: merges lead to a piece that is marked unused, which the library cannot take apart again.
+        Not under a normalisation: the library overlooks rules of more than five bytes, as those for half-width
+        kana. Not for a unigram model: of two cuts that are equally probable it may take the other. Not where pieces
+        of a BPE model have equal scores: SentencePiece then merges from left to right, the
+        library the smaller id first. Nor where merges lead to a piece that is marked unused, which SentencePiece
+        takes apart again.
         """
+        if self.charsmap or self.kind != ModelKind.BPE:
+            return not self.charsmap and self.kind == ModelKind.CHAR
+        textual = self._textual()
+        unused = [name for name, kind in zip(self.names, self.types, strict=True) if kind == PieceType.UNUSED]
+        if any(merges_by_score({**textual, name: 0.0}, only=name) for name in unused):
+            return False
+        # Llama 2's runs of blanks have equal scores, but lead to the longest run in either order
+        joined = {left + right for left, right in self._merges() if len({*left, *right}) > 1}
+        return len({textual[name] for name in joined}) == len(joined)
+
+    def backend(self) -> Backend:
+        """The `tokenizers` object that gives SentencePiece's ids, if `is_exact`."""
         byte_fallback, stand_ins = PieceType.BYTE in self.types, self._stand_ins()
         names = [stand_ins.get(name, name) for name in self.names]
         if self.kind == ModelKind.UNIGRAM:
@@ -135,20 +152,18 @@ class Pieces:
         }
 
     def _scored(self, names: Sequence[str]) -> list[tuple[str, float]]:
-        """Names with scores; what no cut can silence costs more than any other way to spell it."""
+        """Names with scores; what no cut can silence costs more than any other way to spell it.
+
+        More digits than six would be read back from a tokenizer.json with another last one.
+        """
         cuts, worst = self._silent(), min([*self.scores, -1.0])
         table = zip(names, self.names, self.scores, strict=True)
-        return [(shown, 2 * len(name) * worst if cuts.get(name) == 0 else score) for shown, name, score in table]
+        return [
+            (shown, round(2 * len(name) * worst if cuts.get(name) == 0 else score, 6)) for shown, name, score in table
+        ]
 
     def _merges(self) -> list[tuple[str, str]]:
-        if self.kind == ModelKind.CHAR:
-            return []
-        textual = self._textual()
-        for name, kind in zip(self.names, self.types, strict=True):
-            if kind == PieceType.UNUSED and merges_by_score(textual | {name: 0.0}, only=name):
-                what = "merges lead to a piece that is marked unused, which a tokenizer.json cannot express"
-                raise InputError(what, found=name, fix="use the sentencepiece library for this model")
-        return merges_by_score(textual)
+        return merges_by_score(self._textual()) if self.kind == ModelKind.BPE else []
 
     def _normalizers(self, stand_ins: Mapping[str, str]) -> list[Any]:
         steps: list[Any] = [normalizers.Replace(name, char) for name, char in stand_ins.items()]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.reference.splitting import PATTERNS
 
-__all__ = ["PRE", "STEPS", "byte_level_bpe", "pre_name"]
+__all__ = ["PRE", "STEPS", "byte_level_bpe", "pre_name", "steps_of"]
 
 
 def _pattern(expression: str) -> list[dict[str, Any]]:
@@ -65,8 +65,8 @@ def byte_level_bpe(
     return backend
 
 
-def pre_name(backend: Backend) -> str | None:
-    """llama.cpp's name of the pre-tokenizer, None where GGUF cannot express this one."""
+def steps_of(backend: Backend) -> list[dict[str, Any]] | None:
+    """The value of `STEPS` by which a byte-level BPE backend cuts words; None where it is another."""
     spec = json.loads(backend.to_str())
     first = spec["pre_tokenizer"] or {}
     steps = [
@@ -75,4 +75,10 @@ def pre_name(backend: Backend) -> str | None:
     ]
     if spec["model"]["type"] != "BPE" or spec["normalizer"] is not None:
         return None
+    return steps if steps in STEPS.values() else None
+
+
+def pre_name(backend: Backend) -> str | None:
+    """llama.cpp's name of the pre-tokenizer, None where GGUF cannot express this one."""
+    steps = steps_of(backend)
     return next((name for name, known in PRE.items() if known == steps), None)

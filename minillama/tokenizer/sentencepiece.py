@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.tokenizer.parts import Parts, read_bytes
+from minillama.tokenizer.parts import Encoder, Parts, read_bytes
 from minillama.tokenizer.pieces import ModelKind, Pieces, PieceType
 
 __all__ = ["is_sentencepiece", "message", "parse", "pieces_of", "read", "serialize"]
@@ -98,7 +98,21 @@ def parse(data: bytes, where: object) -> Parts:
         raise InputError("the vocabulary has no end-of-text piece", where=field, found=spec.eos_id)
     bos = pieces.names[spec.bos_id] if 0 <= spec.bos_id < count else None
     backend = _backend(pieces, where)
-    return Parts(backend, pieces.names[spec.eos_id], bos, add_bos=bos is not None, model=data)
+    encoder = None if pieces.is_exact else _encoder(data)
+    return Parts(backend, pieces.names[spec.eos_id], bos, bos is not None, model=data, encoder=encoder)
+
+
+def _encoder(data: bytes) -> Encoder:
+    """SentencePiece's own, for what a tokenizer.json can only come near to."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_proto=data)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = processor.encode(texts)
+        return ids
+
+    return encode
 
 
 def _backend(pieces: Pieces, where: object) -> Backend:

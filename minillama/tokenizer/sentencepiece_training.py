@@ -20,9 +20,14 @@ LONGEST_LINE = 2**20  # bytes; SentencePiece leaves longer ones out without a wo
 
 
 def train(
-    texts: Iterable[str], vocab_size: int, model: Literal["unigram", "bpe"], normalization: str, coverage: float
+    texts: Iterable[str],
+    vocab_size: int,
+    model: Literal["unigram", "bpe"],
+    normalization: str,
+    coverage: float,
+    byte_fallback: bool = True,
 ) -> bytes:
-    """Train with the sentencepiece library, line by line, with byte fallback.
+    """Train with the sentencepiece library, line by line. A text that holds too little gives fewer pieces.
 
     Args:
         texts: documents.
@@ -30,10 +35,10 @@ def train(
         model: how text is cut.
         normalization: of `RULES`; identity keeps every blank, the others make one of several.
         coverage: share of the text's characters that become pieces; the rest is spelt in bytes.
+        byte_fallback: whether the bytes are among the pieces.
 
     Raises:
-        InputError: the package is missing, the text does not give so many pieces or none at all, or its
-            characters need more.
+        InputError: the package is missing, the text holds nothing, or its characters need more pieces.
     """
     try:
         from sentencepiece import SentencePieceTrainer
@@ -50,7 +55,8 @@ def train(
             normalization_rule_name=normalization,
             remove_extra_whitespaces=normalization != "identity",
             character_coverage=coverage,
-            byte_fallback=True,
+            byte_fallback=byte_fallback,
+            hard_vocab_limit=False,
             max_sentence_length=LONGEST_LINE,
             minloglevel=3,
         )
@@ -65,6 +71,8 @@ def _explained(message: str, vocab_size: int) -> InputError:
         expected = f"at most {high[1]}" if high else None
         what = "the text does not give a vocabulary of this size"
         return InputError(what, where="vocab_size", found=vocab_size, expected=expected or message)
+    if "sentences_.empty()" in message:
+        return InputError("there is no text to train a tokenizer on")
     return InputError("sentencepiece cannot train on this text", found=message)
 
 

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from minillama.errors import InputError
-from minillama.tokenizer import files
+from minillama.tokenizer import files, sentencepiece
 from minillama.tokenizer.chat import ChatTemplate
-from minillama.tokenizer.hf_json import END_OF_TEXT
-from minillama.tokenizer.parts import Parts
+from minillama.tokenizer.hf_json import ENCODE_WITH, END_OF_TEXT
+from minillama.tokenizer.parts import Encoder, Parts
+from minillama.tokenizer.pieces import ModelKind, Pieces
 from minillama.tokenizer.pre import pre_name
 from minillama.tokenizer.stream import StreamDecoder
 
@@ -36,6 +37,7 @@ class Tokenizer:
         add_bos: whether generation starts with `bos`, because the model was trained so.
         config: further members of tokenizer_config.json to keep, such as `chat_template`.
         model: the SentencePiece file that the backend was made from; `save` writes it, too.
+        encoder: what cuts texts in the backend's place, where that comes near to the file only.
 
     Raises:
         InputError: `eos` or `bos` is not in the vocabulary.
@@ -50,6 +52,7 @@ class Tokenizer:
         add_bos: bool = True,
         config: Mapping[str, Any] | None = None,
         model: bytes = b"",
+        encoder: Encoder | None = None,
     ) -> None:
         backend.no_truncation()  # files in the wild carry a cut at 512 and padding, which would pass unnoticed
         backend.no_padding()
@@ -58,7 +61,7 @@ class Tokenizer:
         self.eos_token, self.bos_token = eos, bos or eos
         self.eos_id, self.bos_id = self._id(self.eos_token), self._id(self.bos_token)
         self.add_bos = add_bos
-        self._model = model
+        self._model, self._encoder = model, encoder
         self._config = {key: value for key, value in (config or {}).items() if key in _CARRIED and value is not None}
 
     @property
@@ -95,8 +98,15 @@ class Tokenizer:
     @classmethod
     def of(cls, parts: Parts) -> Tokenizer:
         """The tokenizer of what a reader or a trainer gives."""
-        words = {"eos": parts.eos, "bos": parts.bos, "add_bos": parts.add_bos, "config": parts.config}
-        return cls(parts.backend, **words, model=parts.model)
+        return cls(
+            parts.backend,
+            eos=parts.eos,
+            bos=parts.bos,
+            add_bos=parts.add_bos,
+            config=parts.config,
+            model=parts.model,
+            encoder=parts.encoder,
+        )
 
     def save(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
@@ -120,6 +130,8 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
+        if self._encoder is not None:
+            settings[ENCODE_WITH] = "tokenizer.model"
         if self._model:
             (folder / "tokenizer.model").write_bytes(self._model)
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
@@ -137,12 +149,17 @@ class Tokenizer:
         Raises:
             InputError: the text holds a lone surrogate, which is no character.
         """
-        backend = self._special_backend if special else self.backend
-        return [self.bos_id] * bos + _encode(backend, [text])[0]
+        ids = _encode(self._special_backend, [text]) if special else self.encode_batch([text])
+        return [self.bos_id] * bos + ids[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        return _encode(self.backend, list(texts))
+        texts = list(texts)
+        if self._encoder is None:
+            return _encode(self.backend, texts)
+        for text in texts:
+            _check_unicode(text)
+        return self._encoder(texts)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; U+FFFD stands for bytes that are no UTF-8.
@@ -176,12 +193,22 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the compact tokenizer.json without `add_bos`: equal where `encode` is."""
         spec = json.loads(self.backend.to_str()) | {"post_processor": None}
+        if self._encoder is not None:
+            spec["model"] = self._model.hex()
         return sha256(json.dumps(spec, separators=(",", ":")).encode()).hexdigest()
 
     @cached_property
     def pre(self) -> str | None:
         """llama.cpp's name of the pre-tokenizer (tokenizer.ggml.pre), None where GGUF cannot express this one."""
         return pre_name(self.backend)
+
+    @cached_property
+    def pieces(self) -> Pieces | None:
+        """The vocabulary as SentencePiece's BPE without normalisation has it, None where it is no such one."""
+        if self._encoder is None:
+            return Pieces.of(self.backend)
+        found = sentencepiece.pieces_of(sentencepiece.message(self._model, "tokenizer.model"), "tokenizer.model")
+        return found if found.kind == ModelKind.BPE and not found.charsmap and not found.squeeze else None
 
     @property
     def chat_template(self) -> str | None:
@@ -225,9 +252,12 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
     try:
         return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
     except TypeError:
-        bad = next((text for text in texts if any("\ud800" <= char <= "\udfff" for char in text)), None)
-        if bad is None:
-            raise
-        raise InputError(
-            "this text is not valid Unicode: it holds a lone surrogate", found=ascii(bad[:80]), fix="give it as UTF-8"
-        ) from None
+        for text in texts:
+            _check_unicode(text)
+        raise
+
+
+def _check_unicode(text: str) -> None:
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        what = "this text is not valid Unicode: it holds a lone surrogate"
+        raise InputError(what, found=ascii(text[:80]), fix="give it as UTF-8") from None

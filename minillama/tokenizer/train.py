@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from minillama.errors import InputError
 from minillama.tokenizer import recipes, sentencepiece, sentencepiece_training
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
+from minillama.tokenizer.kinds import Kind
 from minillama.tokenizer.learning import Learner, Library, Readable
 from minillama.tokenizer.pre import STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
@@ -17,8 +18,6 @@ from minillama.tokenizer.reference.wordpiece import Score
 from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = ["Kind", "TokenizerTrainer", "byte_tokenizer", "char_tokenizer", "train_byte_bpe"]
-
-Kind = Literal["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from minillama.config import ModelConfig
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.settings import Located, build, config_path, read_toml, to_dict
+from minillama.tokenizer.kinds import Kind
 
 __all__ = [
     "CheckpointConfig",
@@ -34,8 +35,9 @@ __all__ = [
 class TokenizerConfig:
     """How text becomes tokens."""
 
-    kind: Literal["bpe", "bytes", "chars"] = "bpe"
-    """bpe: byte-level BPE trained on the data, of model.vocab_size tokens; bytes; chars: those of the data."""
+    kind: Kind = "byte-bpe"
+    """byte-bpe, bpe, unigram, sentencepiece, wordpiece, word: trained on the data, of model.vocab_size tokens;
+    char: those of the data; bytes."""
     path: str = ""
     """A tokenizer.json, or a folder with one, to use instead of training one."""
 

@@ -121,7 +121,7 @@ def load_data(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
         tokenizer = Tokenizer.load(wanted.path)
         _check_vocabulary(tokenizer, config.model)
     else:
-        tokenizer = TokenizerTrainer(wanted.kind, config.model.vocab_size)
+        tokenizer = TokenizerTrainer(wanted.kind, 0 if wanted.kind in ("char", "bytes") else config.model.vocab_size)
     corpus, trained = prepare(
         config.data.sources,
         tokenizer,
@@ -176,7 +176,7 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     model, more = folder.model, 2 * config.train.steps
     prompt = config.sample.prompts[0] if config.sample.prompts else "The"
     words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
-    if config.tokenizer.kind == "chars":  # GGUF has no such tokenizer
+    if config.tokenizer.kind == "char":  # GGUF has no such tokenizer
         words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "transformers opens the other as well"
     commands = {
         "generate": _command("generate.py", "--model", model, "--prompt", prompt),

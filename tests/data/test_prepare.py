@@ -35,7 +35,7 @@ def lines(path: Path, texts: list[str]) -> Source:
 def test_tinyshakespeare_is_cut_at_nine_tenths(shared: Path, tmp_path: Path) -> None:
     path = shared / "text" / "en" / "tinyshakespeare.txt"
     text = path.read_bytes().decode()
-    corpus, tokenizer = prepare([Source(path=str(path))], TokenizerTrainer("chars"), cache=tmp_path, val_fraction=0.1)
+    corpus, tokenizer = prepare([Source(path=str(path))], TokenizerTrainer("char", 0), cache=tmp_path, val_fraction=0.1)
     border = int(len(text) * 0.9)
     assert not corpus.has_separators
     assert (corpus.train[0].tokens, corpus.val[0].tokens) == (1_003_854, 111_540)  # nanoGPT's shakespeare_char
@@ -133,12 +133,12 @@ def test_second_start_reads_nothing(shared: Path, tmp_path: Path, monkeypatch: p
     ]
     said: list[str] = []
     first, tokenizer = prepare(
-        sources, TokenizerTrainer("bpe", 400), cache=tmp_path, progress=lambda what, share: said.append(what)
+        sources, TokenizerTrainer("byte-bpe", 400), cache=tmp_path, progress=lambda what, share: said.append(what)
     )
     assert {what.split()[0] for what in said} == {"training", "tokenising"}
     names = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(SplitSource, "scan", lambda self: pytest.fail("read again"))
-    second, again = prepare(sources, TokenizerTrainer("bpe", 400), cache=tmp_path)
+    second, again = prepare(sources, TokenizerTrainer("byte-bpe", 400), cache=tmp_path)
     assert second.fingerprint == first.fingerprint
     assert again.fingerprint == tokenizer.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -160,7 +160,7 @@ def test_key_follows_all_that_tokens_depend_on(tmp_path: Path, monkeypatch: pyte
     assert folders() == 1
     assert folders(val_fraction=0.1) == 2
     assert folders(on_error="skip") == 3
-    assert folders(tokenizer=TokenizerTrainer("chars")) == 4
+    assert folders(tokenizer=TokenizerTrainer("char", 0)) == 4
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
     assert folders() == 5
     monkeypatch.setattr(module, "VERSION", 0)
@@ -202,7 +202,7 @@ def test_long_texts_are_encoded_in_pieces_that_change_nothing(
 ) -> None:
     path = shared / "text" / "en" / "alice.txt"
     text = next(documents(Source(path=str(path)))).text
-    tokenizer = TokenizerTrainer("bpe", 1000)([text])
+    tokenizer = TokenizerTrainer("byte-bpe", 1000)([text])
     monkeypatch.setattr(module, "PIECE", 500)
     pieces = [piece.text for piece in module._pieces([Part("train", text)])]
     assert "".join(pieces) == text
@@ -255,7 +255,7 @@ def test_nothing_is_left_of_a_start_that_fails(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("{")
     with pytest.raises(InputError, match=r"a\.jsonl:101"):
-        prepare([Source(path=str(path))], TokenizerTrainer("chars"), cache=tmp_path / "cache")
+        prepare([Source(path=str(path))], TokenizerTrainer("char", 0), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 

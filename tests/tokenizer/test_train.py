@@ -67,7 +67,7 @@ def test_a_pair_seen_once_is_not_merged() -> None:
     assert merges(train_byte_bpe(["ab", "ab"], 999).backend.to_str()) == ["a b"]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "bytes", "chars"])
+@pytest.mark.parametrize("kind", ["byte-bpe", "bytes", "char"])
 def test_same_texts_same_files(kind: str, shared: Path, tmp_path: Path) -> None:
     texts = (shared / "text/en/botchan.txt").read_text(encoding="utf-8").split("\n\n")
     for name in ("a", "b"):
@@ -86,17 +86,17 @@ def test_bpe_fills_its_vocabulary_and_compresses(shared: Path) -> None:
 
 def test_descriptions_tell_trainers_apart() -> None:
     trainers = [
-        TokenizerTrainer("bpe", 4096),
-        TokenizerTrainer("bpe", 512),
+        TokenizerTrainer("byte-bpe", 4096),
+        TokenizerTrainer("byte-bpe", 512),
         TokenizerTrainer("bytes"),
-        TokenizerTrainer("chars"),
+        TokenizerTrainer("char", 0),
     ]
     assert len({trainer.description for trainer in trainers}) == 4
-    assert TokenizerTrainer("chars", 5).description == TokenizerTrainer("chars", 6).description
+    assert TokenizerTrainer("bytes", 5).description == TokenizerTrainer("bytes", 6).description
 
 
 def test_impossible_requests_are_refused() -> None:
-    with pytest.raises(InputError, match="cannot hold the 256 bytes"):
+    with pytest.raises(InputError, match="the 256 bytes"):
         train_byte_bpe(["a"], 256)
     with pytest.raises(InputError, match="unknown kind"):
         TokenizerTrainer("words")  # type: ignore[arg-type]

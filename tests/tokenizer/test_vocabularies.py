@@ -122,9 +122,9 @@ def test_pieces_of_a_backend_are_the_files(shared: Path) -> None:
 def test_a_tokenizer_that_gguf_cannot_express_is_refused() -> None:
     chars = char_tokenizer(["abc"])
     with pytest.raises(InputError, match="GGUF cannot express this tokenizer"):
-        vocabulary(chars.backend, chars.vocab_size, 0, 0, True, None)
+        vocabulary(chars, chars.vocab_size)
     with pytest.raises(InputError, match="larger than the model"):
-        vocabulary(byte_tokenizer().backend, 100, 0, 0, True, None)
+        vocabulary(byte_tokenizer(), 100)
 
 
 @pytest.mark.parametrize("text", ["<s>", "a </s> b", "<unk>", "x<s>y</s>", "<unk"])

@@ -164,7 +164,7 @@ def test_stages_freeze_and_change_the_rate(tiny_config: Make, tmp_path: Path) ->
 
 
 def test_characters_and_bytes(tiny_config: Make, tmp_path: Path) -> None:
-    for kind in ("chars", "bytes"):
+    for kind in ("char", "bytes"):
         run(tiny_config("--tokenizer.kind", kind), tmp_path / kind)
         tokenizer = Tokenizer.load(tmp_path / kind / "model")
         assert tokenizer.decode(tokenizer.encode("The heron")) == "The heron"

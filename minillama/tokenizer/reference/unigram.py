@@ -11,7 +11,7 @@ import heapq
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Literal
 
@@ -42,9 +42,10 @@ class Unigram:
 
         A character that is no piece is an edge too, at the unknown score.
         """
+        find = self.scores.get
         for end in range(1, len(text) + 1):
             for start in range(max(0, end - self.longest), end):
-                score = self.scores.get(text[start:end])
+                score = find(text[start:end])
                 if score is not None:
                     yield start, end, score
                 elif start == end - 1:
@@ -52,12 +53,20 @@ class Unigram:
 
     def encode(self, text: str) -> list[str]:
         """The most probable cut (Viterbi). Of equals the one whose last piece is longest."""
-        return self.n_best(text, 1)[0][0]
+        best, start_of = [0.0] + [-math.inf] * len(text), [0] * (len(text) + 1)
+        for start, end, score in self.edges(text):
+            if best[start] + score > best[end]:
+                best[end], start_of[end] = best[start] + score, start
+        cut, end = [], len(text)
+        while end:
+            cut.append(text[start_of[end] : end])
+            end = start_of[end]
+        return cut[::-1]
 
     def n_best(self, text: str, count: int) -> list[tuple[list[str], float]]:
         """The `count` most probable cuts with their ln P, best first.
 
-        The Viterbi recursion with a list instead of one entry at each place.
+        The recursion of `encode` with a list instead of one entry at each place.
         """
         best: list[list[tuple[float, int, int]]] = [[(0.0, 0, 0)]] + [[] for _ in text]  # (ln P, start, its rank)
         for start, end, score in self.edges(text):
@@ -75,7 +84,7 @@ class Unigram:
 
     def log_partition(self, text: str, alpha: float = 1.0) -> float:
         """Ln of the sum of P^alpha over all cuts."""
-        return self._forward(text, alpha)[-1]
+        return _forward(len(text), self.edges(text), alpha)[-1]
 
     def sample(self, text: str, alpha: float, generator: random.Random) -> list[str]:
         """A cut drawn with probability P^alpha / Z: forward filtering, backward sampling.
@@ -85,9 +94,9 @@ class Unigram:
             alpha: 0 draws all cuts alike, 1 as the model has them, more sharpens towards the best.
             generator: source of the random numbers.
         """
-        forward = self._forward(text, alpha)
-        ending = defaultdict(list)
-        for start, end, score in self.edges(text):
+        edges = list(self.edges(text))
+        forward, ending = _forward(len(text), edges, alpha), defaultdict(list)
+        for start, end, score in edges:
             ending[end].append((start, forward[start] + alpha * score))
         cut, end = [], len(text)
         while end:
@@ -102,20 +111,15 @@ class Unigram:
 
         Forward times backward over the lattice: the E step.
         """
-        forward, edges = self._forward(text, 1.0), list(self.edges(text))
+        edges = list(self.edges(text))
+        forward = _forward(len(text), edges)
         backward = [-math.inf] * len(text) + [0.0]
-        for start, end, score in sorted(edges, reverse=True):
+        for start, end, score in reversed(edges):
             backward[start] = _log_add(backward[start], backward[end] + score)
         counts: defaultdict[str, float] = defaultdict(float)
         for start, end, score in edges:
             counts[text[start:end]] += weight * math.exp(forward[start] + score + backward[end] - forward[-1])
         return counts, forward[-1]
-
-    def _forward(self, text: str, alpha: float) -> list[float]:
-        forward = [0.0] + [-math.inf] * len(text)
-        for start, end, score in self.edges(text):
-            forward[end] = _log_add(forward[end], forward[start] + alpha * score)
-        return forward
 
 
 def seed_vocabulary(
@@ -160,10 +164,10 @@ def seed_vocabulary(
 
 
 def _repeats(words: Mapping[str, int], longest: int) -> dict[str, int]:
-    """Counts of the substrings of 2 to `longest` characters that occur twice or more, those that are always
-    followed by the same character left out.
+    """Counts of the substrings of 2 to `longest` characters that occur twice or more.
 
-    They are the inner nodes of the suffix tree. Sorted suffixes that share a prefix stand together, so a stack
+    Those that are always followed by the same character are left out: the others are the inner nodes of the
+    suffix tree. Sorted suffixes that share a prefix stand together, so a stack
     of the prefixes that are still open finds each with its count in one pass.
     """
     suffixes = sorted((word[i : i + longest], count) for word, count in words.items() for i in range(len(word)))
@@ -267,6 +271,14 @@ def digamma(x: float) -> float:
         x += 1
     square = 1 / (x * x)
     return value + math.log(x) - 0.5 / x - square * (1 / 12 - square * (1 / 120 - square / 252))
+
+
+def _forward(length: int, edges: Iterable[tuple[int, int, float]], alpha: float = 1.0) -> list[float]:
+    """Ln of the sum of P^alpha over all cuts of the first 0, 1, ... characters."""
+    forward = [0.0] + [-math.inf] * length
+    for start, end, score in edges:
+        forward[end] = _log_add(forward[end], forward[start] + alpha * score)
+    return forward
 
 
 def _log_add(a: float, b: float) -> float:

@@ -25,6 +25,7 @@ def train(
     score: Score = "information",
     special: tuple[str, ...] = ("[UNK]",),
     min_count: int = 1,
+    alphabet: Iterable[str] = (),
 ) -> list[str]:
     """Learn a vocabulary from words and how often each occurs.
 
@@ -40,6 +41,7 @@ def train(
         special: pieces that come first.
         min_count: pairs rarer than this are left alone. Two rare parts that met once have the greatest
             mutual information of all.
+        alphabet: pieces that are there besides those of the words.
 
     Returns:
         The pieces: special ones, the alphabet in order, then the joined ones as they were learned.
@@ -51,7 +53,7 @@ def train(
         raise InputError("unknown score", where="score", found=score, expected="information or count")
     cut = [[word[0], *(CONTINUATION + char for char in word[1:])] for word in words if word]
     corpus = PairCounts(cut, [count for word, count in words.items() if word])
-    pieces = dict.fromkeys([*special, *sorted(corpus.symbols)])
+    pieces = dict.fromkeys([*special, *sorted({*alphabet, *corpus.symbols})])
     partners: defaultdict[str, dict[Pair, None]] = defaultdict(dict)
 
     def value(pair: Pair) -> float:
@@ -80,7 +82,9 @@ def train(
     return list(pieces)
 
 
-def encode(word: str, pieces: Mapping[str, int], unknown: str = "[UNK]", longest: int = 100) -> list[str]:
+def encode(
+    word: str, pieces: Mapping[str, int], unknown: str = "[UNK]", longest: int = 100, continuation: str = CONTINUATION
+) -> list[str]:
     """Cut a word: the longest piece that fits, again from where it ends.
 
     Args:
@@ -88,13 +92,14 @@ def encode(word: str, pieces: Mapping[str, int], unknown: str = "[UNK]", longest
         pieces: the vocabulary, by piece.
         unknown: what the whole word becomes when nothing fits somewhere, or it is too long.
         longest: characters of a word at most.
+        continuation: what pieces within a word start with.
     """
     if len(word) > longest:
         return [unknown]
     result: list[str] = []
     start = 0
     while start < len(word):
-        prefix = CONTINUATION if start else ""
+        prefix = continuation if start else ""
         ends = range(len(word), start, -1)
         end = next((end for end in ends if prefix + word[start:end] in pieces), None)
         if end is None:

@@ -1,0 +1,244 @@
+"""Tokenizers: train, merge, encode, decode, explain, compare."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from minillama.data.sources import documents, parse_source
+from minillama.errors import InputError
+from minillama.paths import refuse_url
+from minillama.tokenizer.learning import Ties
+from minillama.tokenizer.tokenizer import Tokenizer
+from minillama.tokenizer.train import Kind, TokenizerTrainer
+
+__all__ = ["Args", "run"]
+
+Model = Annotated[str, tyro.conf.arg(name="model", metavar="PATH")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Learn a vocabulary from texts and write its folder."""
+
+    kind: Kind
+    """What the pieces are; docs/tokenizers.md tells them apart."""
+    input: tuple[str, ...]
+    """Files, folders, globs, JSONL, .gz, .zst, python-docs, python-code, hf:NAME."""
+    output: str
+    """The folder to write; nothing may be there."""
+    vocab_size: int = 0
+    """Tokens in all. 0: as many as there are (char, word), 257 (bytes), otherwise 4096."""
+    pattern: Literal["smollm", "gpt-2", "llama-3", "cl100k"] = "smollm"
+    """byte-bpe: how text is cut into words first."""
+    reference: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Learn with the readable code of minillama/tokenizer/reference."""
+    ties: Ties = "library"
+    """byte-bpe, bpe: which of equally common pairs is merged; all but `library` use the readable code."""
+    score: Literal["count", "information"] = "count"
+    """wordpiece: what is greatest of the pair that is joined; `information` uses the readable code."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    """sentencepiece: how text is cut."""
+    normalization: Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"] = "nmt_nfkc"
+    """sentencepiece: what is made of the text first; identity keeps every blank."""
+    character_coverage: float = 0.9995
+    """sentencepiece: share of the text's characters that become pieces."""
+
+    def run(self) -> int:
+        """Train and save."""
+        free = ("char", "word", "bytes")
+        trainer = TokenizerTrainer(
+            self.kind,
+            self.vocab_size or (0 if self.kind in free else 4096),
+            self.pattern,
+            self.ties,
+            self.score,
+            self.model_type,
+            self.normalization,
+            self.character_coverage,
+            self.reference,
+            full=bool(self.vocab_size),
+        )
+        _free(self.output)
+        return _save(trainer(_texts(self.input)), self.output)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Append to a vocabulary what another one has, or the commonest new characters of texts."""
+
+    base: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
+    """A SentencePiece BPE model or byte-level BPE; its ids stay what they are."""
+    extra: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="EXTRA")] = None
+    """Another of the same kind, whose pieces are appended."""
+    output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
+    """The folder to write; nothing may be there."""
+    add_characters: int = 0
+    """Append as many characters of --input, the commonest that are no pieces yet (Ziya's way)."""
+    input: tuple[str, ...] = ()
+    """Texts whose characters are counted."""
+    special: tuple[str, ...] = ()
+    """Append special tokens, such as [PAD]."""
+
+    def run(self) -> int:
+        """Merge and save."""
+        from minillama.tokenizer.merge import extend
+
+        if not self.output:
+            raise InputError("--output is missing", where="command line", fix="name the folder to write")
+        _free(self.output)
+        made = extend(self.base, self.extra, self.add_characters, _texts(self.input), self.special)
+        if made.characters < self.add_characters:
+            print(f"the texts hold {made.characters} new characters, not {self.add_characters}", file=sys.stderr)
+        print(f"added {made.merged} pieces and {made.characters} characters", file=sys.stderr)
+        return _save(made.tokenizer, self.output)
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Print the ids of a text."""
+
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
+    """The text, or - for standard input."""
+    model: Model
+    """A tokenizer's file or folder."""
+    pieces: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the pieces, too, one a line."""
+
+    def run(self) -> int:
+        """Encode."""
+        tokenizer = Tokenizer.load(self.model)
+        ids = tokenizer.encode(_text(self.text))
+        if self.pieces:
+            print("\n".join(f"{i}\t{tokenizer.backend.id_to_token(i)!r}" for i in ids))
+        else:
+            print(*ids)
+        return 0
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Print the text of ids."""
+
+    ids: Annotated[tuple[int, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
+    """Token ids."""
+    model: Model
+    """A tokenizer's file or folder."""
+
+    def run(self) -> int:
+        """Decode."""
+        print(Tokenizer.load(self.model).decode(self.ids, skip_special=False))
+        return 0
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Show how a text is cut: merges with their ranks, or the lattice with its scores, step by step."""
+
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
+    """The text, or - for standard input."""
+    model: Model
+    """A tokenizer's file or folder."""
+    n_best: int = 3
+    """Cuts that are shown of a unigram model."""
+
+    def run(self) -> int:
+        """Explain."""
+        from minillama.tokenizer.explain import explain
+
+        for line in explain(Tokenizer.load(self.model), _text(self.text), self.n_best):
+            print(line)
+        return 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Measure tokenizers on texts: fertility, coverage, unknown rate, bytes a token."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Tokenizers' files or folders; NAME=PATH gives one a name."""
+    input: tuple[str, ...]
+    """Text files, a line of the table each; every line of a file is a document."""
+    plot: str | None = None
+    """A picture to write (.png, .svg, .pdf)."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object."""
+
+    def run(self) -> int:
+        """Compare."""
+        from minillama.tokenizer.compare import measure, plot
+
+        named = {word.split("=")[0]: word.split("=", 1)[-1] for word in self.models}
+        texts = {
+            Path(name).name: [line for text in _texts((name,)) for line in text.split("\n")] for name in self.input
+        }
+        table = {}
+        for name, path in named.items():
+            tokenizer = Tokenizer.load(path)
+            table[name] = {text: measure(tokenizer, lines) for text, lines in texts.items()}
+        if self.plot is not None:
+            plot(Path(self.plot), table)
+        if self.json:
+            print(json.dumps({name: {t: asdict(f) for t, f in row.items()} for name, row in table.items()}))
+            return 0
+        for text in texts:
+            print(text)
+            head = f"{'tokens':>9} {'a word':>7} {'a char':>7} {'bytes a token':>14} {'unknown':>8} {'covered':>8}"
+            print(f"  {'':24} {head}")
+            for name, row in table.items():
+                f = row[text]
+                word = "-" if f.tokens_per_word is None else f"{f.tokens_per_word:.3f}"
+                figures = f"{f.tokens:9,} {word:>7} {f.tokens_per_character:7.3f} {f.bytes_per_token:14.3f}"
+                print(f"  {name[-24:]:24} {figures} {f.unknown:8.2%} {f.coverage:8.2%}")
+        return 0
+
+
+Args = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Decode, tyro.conf.subcommand("decode")]
+    | Annotated[Explain, tyro.conf.subcommand("explain")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+)
+
+
+def run(args: Train | Merge | Encode | Decode | Explain | Compare) -> int:
+    """Run the subcommand."""
+    return args.run()
+
+
+def _texts(names: tuple[str, ...]) -> Iterator[str]:
+    for name in names:
+        for document in documents(parse_source(name)):
+            yield document.text
+
+
+def _text(word: str) -> str:
+    if word != "-":
+        return word
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError("standard input is not UTF-8 text", found=error) from None
+
+
+def _free(output: str) -> None:
+    refuse_url(output)
+    if Path(output).exists():
+        raise InputError("there is something at the destination", where=output, fix="choose another, or remove it")
+
+
+def _save(tokenizer: Tokenizer, output: str) -> int:
+    from minillama.atomic import replace_folder
+
+    replace_folder(Path(output), tokenizer.save)
+    names = ", ".join(sorted(file.name for file in Path(output).iterdir()))
+    print(f"wrote {output}: {tokenizer.vocab_size} tokens ({names})", file=sys.stderr)
+    return 0

@@ -1,0 +1,117 @@
+"""Tokenizers side by side on texts: how many tokens they take, and how much they do not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minillama.errors import InputError
+from minillama.tokenizer.bytelevel import CHAR_TO_BYTE, piece_bytes
+from minillama.tokenizer.pieces import BYTE
+from minillama.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Figures", "measure", "plot"]
+
+BLANKS = 0.05  # a text with fewer of them a character is written without blanks between words
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one tokenizer makes of one text.
+
+    Attributes:
+        tokens: of the text, its documents encoded one by one.
+        tokens_per_word: fertility; a word is what stands between blanks. None for a text written without them.
+        tokens_per_character: fertility where there are no words.
+        bytes_per_token: of UTF-8; the higher, the shorter the sequences.
+        unknown: share of the tokens that stand for text which is lost.
+        coverage: share of the characters that are in tokens of whole characters, neither unknown nor spelt in
+            parts of their bytes.
+    """
+
+    tokens: int
+    tokens_per_word: float | None
+    tokens_per_character: float
+    bytes_per_token: float
+    unknown: float
+    coverage: float
+
+
+def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
+    """The figures of a text, given as documents.
+
+    Raises:
+        InputError: there is no text.
+    """
+    documents = [text for text in texts if text]
+    characters, words = sum(map(len, documents)), sum(len(text.split()) for text in documents)
+    if not characters:
+        raise InputError("there is no text to compare tokenizers on")
+    blanks = sum(map(str.isspace, "".join(documents))) / characters
+    unknown_token = getattr(tokenizer.backend.model, "unk_token", None) or "<unk>"
+    tokens = sum(map(len, tokenizer.encode_batch(documents)))
+    unknown = uncovered = 0
+    for item in tokenizer.backend.encode_batch(documents, add_special_tokens=False):
+        lost: set[int] = set()
+        for token, (start, end) in zip(item.tokens, item.offsets, strict=True):
+            is_unknown = token == unknown_token
+            unknown += is_unknown
+            if is_unknown or _is_fragment(token):
+                lost.update(range(start, end))
+        uncovered += len(lost)
+    return Figures(
+        tokens=tokens,
+        tokens_per_word=tokens / words if words and blanks > BLANKS else None,
+        tokens_per_character=tokens / characters,
+        bytes_per_token=sum(len(text.encode()) for text in documents) / max(1, tokens),
+        unknown=unknown / max(1, tokens),
+        coverage=1 - uncovered / characters,
+    )
+
+
+def _is_fragment(piece: str) -> bool:
+    """Whether a piece holds a part of a character: a byte of SentencePiece's, or bytes that are no UTF-8."""
+    if BYTE.fullmatch(piece):
+        return True
+    if not all(char in CHAR_TO_BYTE for char in piece):
+        return False
+    try:
+        piece_bytes(piece).decode()
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
+def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
+    """Draw bytes a token, and the share of characters that are covered, as bars.
+
+    Args:
+        path: of the picture; its suffix is the format.
+        table: tokenizer -> text -> figures.
+
+    Raises:
+        InputError: matplotlib is not installed, or does not know the format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("a plot needs the package matplotlib", fix="pip install 'minillama[plot]'") from None
+    texts: Sequence[str] = list(next(iter(table.values())))
+    figure = Figure(figsize=(max(6.0, 1.2 * len(texts) + 2), 7), layout="constrained")
+    for axes, (label, pick) in zip(
+        figure.subplots(2, 1),
+        (("bytes a token", lambda f: f.bytes_per_token), ("characters covered", lambda f: f.coverage)),
+        strict=True,
+    ):
+        width = 0.8 / len(table)
+        for number, (name, row) in enumerate(table.items()):
+            places = [i + (number - (len(table) - 1) / 2) * width for i in range(len(texts))]
+            axes.bar(places, [pick(row[text]) for text in texts], width, label=name)
+        axes.set_xticks(range(len(texts)), texts, rotation=20)
+        axes.set_ylabel(label)
+    figure.axes[0].legend()
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise InputError("cannot write the plot", where=path, found=error) from None

@@ -1,0 +1,150 @@
+"""How a tokenizer cuts a text, step by step, told by the readable algorithms on the tokenizer's own vocabulary."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from minillama.tokenizer.reference import bpe, wordpiece
+from minillama.tokenizer.reference.unigram import Unigram
+from minillama.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["explain"]
+
+
+@dataclass
+class _Word:
+    """What is said of a word, and the pieces that it becomes."""
+
+    lines: list[str]
+    pieces: list[str]
+
+
+def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
+    """Lines that tell what happens to a text.
+
+    Normalisation, words, then for each word: BPE's merges with their ranks; or the unigram lattice with each
+    piece's ln p, the best cuts and their share of the probability of all cuts; or WordPiece's longest matches.
+    The last line has the ids that the tokenizer itself gives. Where the steps do not lead there, because an
+    added token cuts the text before anything else, a line says so.
+
+    Args:
+        tokenizer: of any kind.
+        text: what is cut.
+        n_best: cuts that are shown of a unigram model.
+    """
+    backend = tokenizer.backend
+    model: dict[str, Any] = json.loads(backend.to_str())["model"]
+    normal = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+    words = [normal]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
+    yield f"text        {text!r}"
+    if normal != text:
+        yield f"normalised  {normal!r}"
+    yield f"model       {model['type']}, {tokenizer.vocab_size} tokens"
+    yield f"words       {' '.join(map(_shown, words))}"
+    cutter = {"BPE": _bpe, "Unigram": _unigram(n_best), "WordPiece": _wordpiece}.get(model["type"], _lookup)
+    cut = cutter(model, words)
+    pieces: list[str] = []
+    for word in cut:
+        yield ""
+        yield from word.lines
+        pieces += word.pieces
+    ids = tokenizer.encode(text)
+    names = [backend.id_to_token(i) or "" for i in ids]
+    yield ""
+    if names != pieces:
+        yield f"(the steps give {' '.join(map(_shown, pieces))}: added tokens are cut out of the text first)"
+    yield "ids         " + " ".join(f"{_shown(name)}={i}" for name, i in zip(names, ids, strict=True))
+
+
+def _shown(piece: str) -> str:
+    return piece if piece.isprintable() and piece.strip() else ascii(piece)
+
+
+def _bpe(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
+    pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+    unknown_before = False
+    for word in words:
+        lines = [f"{_shown(word)}", f"  {'start':24} {' '.join(map(_shown, word))}"]
+
+        def step(pair: bpe.Merge, symbols: list[str], lines: list[str] = lines) -> None:
+            what = f"merge {ranks[pair]}: {_shown(pair[0])} + {_shown(pair[1])}"
+            lines.append(f"  {what:24} {' '.join(map(_shown, symbols))}")
+
+        if model.get("ignore_merges") and word in model["vocab"]:
+            lines.append("  the whole word is a piece")
+            symbols = [word]
+        else:
+            symbols = bpe.encode(word, ranks, step)
+        pieces: list[str] = []
+        for symbol in symbols:
+            unknown_before = _append(pieces, symbol, model, lines, unknown_before and bool(model.get("fuse_unk")))
+        yield _Word(lines, pieces)
+
+
+def _append(pieces: list[str], symbol: str, model: dict[str, Any], lines: list[str], fuse: bool) -> bool:
+    """Add a symbol, or what stands for it when it is no piece; whether that is the unknown piece."""
+    if symbol in model["vocab"]:
+        pieces.append(symbol)
+        return False
+    data = [f"<0x{byte:02X}>" for byte in symbol.encode()]
+    if model.get("byte_fallback") and all(piece in model["vocab"] for piece in data):
+        lines.append(f"  {_shown(symbol)} is no piece: bytes  {' '.join(data)}")
+        pieces += data
+        return False
+    lines.append(f"  {_shown(symbol)} is no piece: {model['unk_token']}")
+    if model["unk_token"] is not None and not fuse:
+        pieces.append(model["unk_token"])
+    return True
+
+
+def _unigram(n_best: int) -> Any:
+    def cut(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
+        scores = {piece: score for piece, score in model["vocab"] if piece}
+        names = [piece for piece, _ in model["vocab"]]
+        table = {"vocab": scores, "byte_fallback": model["byte_fallback"], "unk_token": names[model["unk_id"] or 0]}
+        reader, unknown_before = Unigram(scores), False
+        for word in words:
+            lines = [_shown(word), "  lattice (from-to piece ln p)"]
+            for start, end, score in sorted(reader.edges(word)):
+                note = "" if word[start:end] in scores else " (unknown)"
+                lines.append(f"    {start}-{end} {_shown(word[start:end])} {score:.4f}{note}")
+            total = reader.log_partition(word)
+            lines.append("  best cuts (ln P, share of all cuts)")
+            for parts, value in reader.n_best(word, n_best):
+                share = math.exp(value - total)
+                lines.append(f"    {value:.4f} {share:7.2%}  {' '.join(map(_shown, parts))}")
+            pieces: list[str] = []
+            for piece in reader.encode(word):
+                unknown_before = _append(pieces, piece, table, lines, unknown_before)
+            yield _Word(lines, pieces)
+
+    return cut
+
+
+def _wordpiece(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
+    prefix = model["continuing_subword_prefix"]
+    for word in words:
+        pieces = wordpiece.encode(word, model["vocab"], model["unk_token"], model["max_input_chars_per_word"], prefix)
+        lines, rest = [_shown(word)], word
+        for piece in pieces:
+            if piece == model["unk_token"]:
+                lines.append(f"  no piece fits somewhere in {_shown(word)}: the whole word is {piece}")
+                break
+            length = len(piece.removeprefix(prefix) if rest != word else piece)
+            lines.append(f"  longest piece of {_shown(rest):20} {piece}")
+            rest = rest[length:]
+        yield _Word(lines, pieces)
+
+
+def _lookup(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
+    for word in words:
+        known = word in model["vocab"]
+        line = f"{_shown(word)}  {'is a piece' if known else 'is no piece: ' + model['unk_token']}"
+        yield _Word([line], [word if known else model["unk_token"]])

@@ -1,0 +1,9 @@
+"""The names of the kinds of vocabulary. They stand alone so that configurations load without the libraries."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = ["Kind"]
+
+Kind = Literal["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]

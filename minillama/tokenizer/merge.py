@@ -1,0 +1,173 @@
+"""More pieces for a vocabulary that exists: Chinese-LLaMA's merging of two, and Ziya's added characters.
+
+Ids that exist stay what they are; what is new comes behind them. Chinese-LLaMA (Cui, Yang and Yao 2023, arXiv
+2304.08177, §3.1): every piece of the second model that the first lacks is appended with score 0, so that it is
+joined before any old one.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillama.errors import InputError
+from minillama.tokenizer import sentencepiece
+from minillama.tokenizer.parts import read_bytes
+from minillama.tokenizer.pieces import ModelKind, PieceType
+from minillama.tokenizer.pre import STEPS, byte_level_bpe, steps_of
+from minillama.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Extended", "extend", "new_characters"]
+
+LOST = ("Cc", "Cs", "Cn", "Co", "Zs", "Zl", "Zp")  # Unicode categories that are no characters to learn
+
+
+@dataclass(frozen=True)
+class Extended:
+    """A longer vocabulary, and how many pieces came from the other one and from texts."""
+
+    tokenizer: Tokenizer
+    merged: int = 0
+    characters: int = 0
+
+
+def extend(
+    base: str | Path,
+    extra: str | Path | None = None,
+    characters: int = 0,
+    texts: Iterable[str] = (),
+    special: Iterable[str] = (),
+) -> Extended:
+    """Append pieces to a vocabulary: another's, then characters, then special tokens.
+
+    Args:
+        base: a SentencePiece BPE model, or byte-level BPE; a file or folder.
+        extra: SentencePiece of any kind, or byte-level BPE that cuts words as the base does.
+        characters: append so many of the commonest characters of `texts` that are no pieces yet, as Ziya-LLaMA
+            was given 7,410; fewer where the texts hold no more.
+        texts: where characters are counted.
+        special: names of special tokens, such as the `[PAD]` that makes Chinese-LLaMA's vocabulary Chinese-Alpaca's.
+
+    Raises:
+        InputError: the two are of different kinds, or the second has special tokens that the first lacks, or
+            a special token is there already; a base that is byte-level takes neither characters nor marks.
+    """
+    first, second = _model(base), _model(extra) if extra is not None else None
+    if extra is not None and (first is None) != (second is None):
+        kinds = ["SentencePiece" if model is not None else "another kind" for model in (first, second)]
+        raise InputError(
+            "these tokenizers are of different kinds and cannot be merged",
+            found=f"{base}: {kinds[0]}; {extra}: {kinds[1]}",
+            expected="two SentencePiece models (tokenizer.model), or two byte-level BPE vocabularies",
+        )
+    if first is None:
+        if characters or special or extra is None:
+            what, fix = "characters and marks can be added to a SentencePiece model alone", "give EXTRA"
+            raise InputError(what, where=base, fix=fix)
+        old = Tokenizer.load(base)
+        made = _merge_byte_level(old, Tokenizer.load(extra), base, extra)
+        return Extended(made, made.vocab_size - old.vocab_size)
+    _check_base(first, base)
+    merged = found = 0
+    if second is not None:
+        missing = _special(second) - _special(first)
+        if missing:
+            raise _mismatch(missing, base, extra)
+        merged = _append(first, (p.piece for p in second.pieces if p.type not in (PieceType.BYTE, PieceType.UNUSED)))
+    if characters:
+        found = _append(first, new_characters(texts, {piece.piece for piece in first.pieces})[:characters])
+    for name in special:
+        if not _append(first, [name], PieceType.CONTROL):
+            raise InputError("the vocabulary has this piece already", where=base, found=name)
+    first.trainer_spec.vocab_size = len(first.pieces)
+    parts = sentencepiece.parse(first.SerializeToString(), "the merged model")
+    return Extended(Tokenizer.of(parts), merged, found)
+
+
+def new_characters(texts: Iterable[str], known: set[str]) -> list[str]:
+    """Characters of the texts that are not known, the commonest first, equals by code point; no blanks or controls."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    wanted = (char for char in counts if char not in known and unicodedata.category(char) not in LOST)
+    return sorted(wanted, key=lambda char: (-counts[char], char))
+
+
+def _model(path: str | Path) -> Any:
+    """The SentencePiece message of a file, or of a folder that holds one; None for another kind."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.model"
+    if not file.is_file():
+        Tokenizer.load(path)  # says what is wrong with a path that is nothing
+        return None
+    data = read_bytes(file)
+    return sentencepiece.message(data, file) if sentencepiece.is_sentencepiece(data) else None
+
+
+def _check_base(model: Any, base: str | Path) -> None:
+    if model.trainer_spec.model_type != ModelKind.BPE:
+        kind = ModelKind(model.trainer_spec.model_type).name.lower()
+        what = "pieces can be added to a BPE model alone: there a score is an order, and not a probability"
+        raise InputError(what, where=base, found=kind, expected="a SentencePiece BPE model, as Llama 2's")
+
+
+def _special(model: Any) -> set[str]:
+    kinds = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED)
+    return {piece.piece for piece in model.pieces if piece.type in kinds}
+
+
+def _mismatch(names: Iterable[str], base: object, extra: object) -> InputError:
+    return InputError(
+        "the special tokens do not match",
+        where=extra,
+        found=", ".join(sorted(names)),
+        expected=f"only such as {base} has",
+        fix="add them with --special, or train the second vocabulary without them",
+    )
+
+
+def _append(model: Any, pieces: Iterable[str], kind: PieceType = PieceType.NORMAL) -> int:
+    """Add the pieces that are not there, with score 0; how many they are."""
+    known, before = {piece.piece for piece in model.pieces}, len(model.pieces)
+    for name in pieces:
+        if name not in known:
+            model.pieces.add(piece=name, score=0.0, type=int(kind))
+            known.add(name)
+    return len(model.pieces) - before
+
+
+def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: object) -> Tokenizer:
+    """The second's merges behind the first's, as far as the parts of each are there by then."""
+    patterns = [steps_of(tokenizer.backend) for tokenizer in (first, second)]
+    if None in patterns or patterns[0] != patterns[1]:
+        names = [next((name for name, steps in STEPS.items() if steps == found), "another kind") for found in patterns]
+        raise InputError(
+            "these tokenizers cut words differently and cannot be merged",
+            found=f"{base}: {names[0]}; {extra}: {names[1]}",
+            expected=f"two byte-level BPE vocabularies of one pattern, {', '.join(STEPS)}",
+        )
+    specs = [json.loads(tokenizer.backend.to_str()) for tokenizer in (first, second)]
+    special = [{token["content"] for token in spec["added_tokens"]} for spec in specs]
+    if special[1] - special[0]:
+        raise _mismatch(special[1] - special[0], base, extra)
+    table = first.backend.get_vocab(with_added_tokens=True)
+    names = sorted(table, key=lambda name: table[name])
+    merges = [(left, right) for left, right in specs[0]["model"]["merges"]]
+    known, learned = set(names), set(merges)
+    for left, right in specs[1]["model"]["merges"]:
+        if (left, right) not in learned and left in known and right in known:
+            merges.append((left, right))
+            if left + right not in known:
+                names.append(left + right)
+                known.add(left + right)
+    marks = [token["content"] for token in specs[0]["added_tokens"] if token["special"]]
+    words = [token["content"] for token in specs[0]["added_tokens"] if not token["special"]]
+    ignore = bool(specs[0]["model"].get("ignore_merges"))
+    backend = byte_level_bpe(names, merges, patterns[0] or [], marks, words, ignore)
+    return Tokenizer(backend, eos=first.eos_token, bos=first.bos_token, add_bos=first.add_bos)
