@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,47 @@ class Decoder(nn.Module):
     def state(self, batch_size: int, max_len: int | None = None) -> State:
         """An empty decode state for `batch_size` rows of at most `max_len` tokens."""
         return State(self.config, batch_size, max_len, self.dtype, self.device)
+
+    @torch.no_grad()
+    def resize_embeddings(
+        self,
+        vocab_size: int,
+        init: Literal["normal", "mean"] = "normal",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Give the embedding and the head more rows. Old rows stay as they are, to the bit.
+
+        Args:
+            vocab_size: rows, no fewer than there are.
+            init: of the new rows: `normal`, 0.02, as fresh ones (Chinese-LLaMA); `mean` of the old rows, of each
+                matrix its own (Stanford Alpaca).
+            generator: source of the random numbers; torch's global one unless given.
+
+        Raises:
+            InputError: fewer rows than there are, or an unknown `init`.
+        """
+        old = self.config.vocab_size
+        if vocab_size < old:
+            raise InputError(
+                "an embedding cannot lose rows", where="vocab_size", found=vocab_size, expected=f">= {old}"
+            )
+        if init not in ("normal", "mean"):
+            raise InputError("unknown way to fill new rows", where="init", found=init, expected="normal or mean")
+        for module in (self.model.embed_tokens, self.lm_head):
+            if module is None:
+                continue
+            weight = module.weight
+            rows = torch.empty(vocab_size - old, weight.shape[1], device=weight.device)
+            if init == "mean":
+                rows[:] = weight.float().mean(0)
+            else:
+                rows.normal_(0.0, 0.02, generator=generator)
+            grown = torch.cat([weight, rows.to(weight.dtype)])
+            module.weight = nn.Parameter(grown, requires_grad=weight.requires_grad)
+        self.model.embed_tokens.num_embeddings = vocab_size
+        if self.lm_head is not None:
+            self.lm_head.out_features = vocab_size
+        self.config = replace(self.config, vocab_size=vocab_size)
 
     def compile_blocks(self) -> None:
         """Compile each block in place: names stay, and all blocks share one piece of compiled code."""

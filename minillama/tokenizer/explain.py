@@ -63,7 +63,10 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
 
 
 def _shown(piece: str) -> str:
-    return piece if piece.isprintable() and piece.strip() else ascii(piece)
+    """A piece on one line and without blanks, which stand between pieces."""
+    return "".join(char if char.isprintable() and char != " " else ascii(char)[1:-1] for char in piece).replace(
+        " ", "\\x20"
+    )
 
 
 def _bpe(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:

@@ -28,6 +28,7 @@ __all__ = [
     "TrainConfig",
     "ValidateConfig",
     "load_run_config",
+    "to_table",
 ]
 
 
@@ -70,6 +71,10 @@ class TrainConfig:
     """Sequences in memory at once; the batch is accumulated from as many as it takes. 0: the whole batch."""
     context: int = field(default=0, metadata={"min": 0})
     """Tokens a sequence; 0: the model's max_seq_len."""
+    init_from: str = ""
+    """A model to start from: its shape replaces [model], its tokenizer is taken unless tokenizer.path is given."""
+    init_embeddings: Literal["normal", "mean"] = "normal"
+    """Rows that its embedding lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
     objective: Literal["auto", "lm"] = "auto"
     """What is minimised; auto: what the model was made for."""
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
@@ -227,24 +232,49 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     values, origin = read_toml(path)
     shape = values.pop("model", {"preset": "llama-tiny"})
     values.setdefault("name", path.stem)
+    stages = values.pop("stages", None)
+    staged: Located = origin
     model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
-    config = _build(values, origin, RunConfig(model=model))
+    config = build(RunConfig, values, origin, RunConfig(model=model))
     table = overrides(words, RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line = CommandLine()
-    model = config.model.changed(table.pop("model", {}), command_line, "model")
-    return _build(table, command_line, replace(config, model=model))
-
-
-def _build(values: Mapping[str, Any], origin: Located, base: RunConfig) -> RunConfig:
-    """`base` with the values of a table; a stage's overrides start from the run's [optim]."""
-    values = dict(values)
-    stages = values.pop("stages", None)
-    config = build(RunConfig, values, origin, base)
-    if stages is None:
+    shape = table.pop("model", {})
+    if "stages" in table:
+        stages, staged = table.pop("stages"), command_line
+    config = replace(config, model=config.model.changed(shape, command_line, "model"))
+    config = build(RunConfig, table, command_line, config)
+    if stages is not None:
+        config = replace(config, stages=_stages(stages, staged, config.optim))
+    if not config.train.init_from:
         return config
+    if preset or shape:
+        raise InputError(
+            "the model's shape is that of train.init_from",
+            where="command line",
+            found="--model.preset" if preset else ", ".join(f"--model.{key}" for key in shape),
+            fix="leave it out",
+        )
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or config.train.init_from)
+    return replace(config, model=ModelConfig.load(config.train.init_from), tokenizer=tokenizer)
+
+
+def _stages(tables: Sequence[Mapping[str, Any]], origin: Located, base: OptimConfig) -> tuple[Stage, ...]:
+    """Stages whose `optim` starts from the run's, wherever that came from."""
     made = []
-    for i, table in enumerate(stages):
-        optim = build(OptimConfig, table.get("optim", {}), origin, config.optim, f"stages.{i}.optim")
-        rest = {key: value for key, value in table.items() if key != "optim"}
-        made.append(replace(build(Stage, rest, origin, None, f"stages.{i}"), optim=optim))
-    return replace(config, stages=tuple(made))
+    for i, table in enumerate(tables):
+        stage = build(
+            Stage, {key: value for key, value in table.items() if key != "optim"}, origin, None, f"stages.{i}"
+        )
+        if "optim" in table:
+            stage = replace(stage, optim=build(OptimConfig, table["optim"], origin, base, f"stages.{i}.optim"))
+        made.append(stage)
+    return tuple(made)
+
+
+def to_table(config: RunConfig) -> dict[str, Any]:
+    """What config.toml holds: every setting, and of a stage's `optim` what is other than the run's."""
+    table = to_dict(config)
+    for stage in table.get("stages", ()):
+        own = {key: value for key, value in stage.pop("optim", {}).items() if value != table["optim"][key]}
+        stage |= {"optim": own} if own else {}
+    return table

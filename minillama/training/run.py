@@ -8,24 +8,21 @@ import time
 from pathlib import Path
 
 import tomli_w
-import torch
 
 from minillama.config import ModelConfig
 from minillama.data.corpus import Corpus
 from minillama.data.prepare import prepare
-from minillama.device import choose_device
 from minillama.errors import InputError
-from minillama.model import Decoder
-from minillama.settings import to_dict
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.training.checkpoint import Checkpoint, newest_checkpoint
-from minillama.training.config import RunConfig
+from minillama.training.config import RunConfig, to_table
 from minillama.training.plot import sparkline, write_png
 from minillama.training.report import Report, make_report
 from minillama.training.run_folder import RunFolder, choose_folder
+from minillama.training.start import build_model, with_grown_vocabulary
 from minillama.training.trainer import Interrupted, Trainer
 
-__all__ = ["build_model", "load_data", "train"]
+__all__ = ["load_data", "train"]
 
 
 def train(
@@ -59,6 +56,7 @@ def train(
 
 
 def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -> int:
+    config = with_grown_vocabulary(config)
     checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
@@ -71,7 +69,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -
         return 0
     corpus, tokenizer = load_data(config, report)
     trainer = Trainer(config, build_model(config), tokenizer, corpus, folder, report, checkpoint)
-    folder.config.write_text(tomli_w.dumps(to_dict(config)), encoding="utf-8")
+    folder.config.write_text(tomli_w.dumps(to_table(config)), encoding="utf-8")
     report.say(
         f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
@@ -159,13 +157,6 @@ def _cache_folder(config: RunConfig) -> Path:
         return Path(config.data.cache)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "minillama"
-
-
-def build_model(config: RunConfig) -> Decoder:
-    """The decoder with weights drawn from the run's seed, on the run's device."""
-    model = Decoder(config.model, config.train.dropout)
-    model.init_weights(torch.Generator().manual_seed(config.seed))
-    return model.to(choose_device(config.train.device))
 
 
 def _command(script: str, *words: object) -> str:

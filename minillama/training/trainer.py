@@ -25,9 +25,10 @@ from minillama.generation import generate
 from minillama.model import Decoder
 from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer
+from minillama.training import stages
 from minillama.training.checkpoint import Checkpoint, prune, save_checkpoint
 from minillama.training.compiling import Compiler
-from minillama.training.config import RunConfig
+from minillama.training.config import RunConfig, Stage
 from minillama.training.objectives import Batch, make
 from minillama.training.optim import load_optimizer_state, make_optimizers, optimizer_state
 from minillama.training.precision import WorkingCopy
@@ -89,6 +90,8 @@ class Trainer:
         self.optimizers = make_optimizers(model, config.optim)
         self.progress = Progress()
         self.signal: int | None = None
+        self.stage: Stage | None = None
+        stages.check(config, dict(model.named_parameters()))
         model.checkpointing = config.train.checkpointing
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -126,7 +129,7 @@ class Trainer:
         began = time.perf_counter()
         step, config = self.progress.step, self.config
         self.objective.prepare(step)
-        self._freeze(step)
+        self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
         for optimizer in self.optimizers:
@@ -171,13 +174,11 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.item()
         return total / weight, {name: value / weight for name, value in sums.items()}
 
-    def _freeze(self, step: int) -> None:
-        if not self.config.stages:
-            return
-        stage = self.config.stage(step)
-        for model in (self.model, self.working.model):
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(stage.trains(name))
+    def _enter_stage(self, step: int) -> None:
+        if self.config.stages and self.config.stage(step) is not self.stage:
+            self.stage = self.config.stage(step)
+            stages.enter(self.stage, (self.model, self.working.model), self.optimizers)
+            self.report.say(stages.describe(self.config, step))
 
     def _count(self, tokens: int, seconds: float) -> None:
         self.progress.step += 1

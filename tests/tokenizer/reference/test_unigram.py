@@ -125,3 +125,44 @@ def test_training_finds_the_words(shared: Path) -> None:
     assert likely > sum(count * seed.log_partition(word) for word, count in words.items())
     with pytest.raises(InputError, match="characters alone"):
         train(words, 10)
+
+
+def brute_repeats(words: dict[str, int], longest: int) -> dict[str, int]:
+    counts, following = Counter[str](), dict[str, set[str]]()
+    for word, count in words.items():
+        for start in range(len(word)):
+            for end in range(start + 2, min(len(word), start + longest) + 1):
+                counts[word[start:end]] += count
+                following.setdefault(word[start:end], set()).add(word[end : end + 1])
+    ends = {piece for piece, nexts in following.items() if len(nexts) > 1 or nexts == {""} or len(piece) == longest}
+    return {piece: count for piece, count in counts.items() if count > 1 and piece in ends}
+
+
+@given(
+    words=st.dictionaries(st.text("abc", min_size=1, max_size=9), st.integers(1, 3), max_size=6),
+    longest=st.sampled_from([3, 16]),
+)
+@settings(deadline=None)
+def test_the_seed_is_every_substring_that_goes_on_in_two_ways(words: dict[str, int], longest: int) -> None:
+    expected = brute_repeats(words, longest)
+    seed = seed_vocabulary(words, 10**6, longest) if words else {}
+    assert {piece for piece in seed if len(piece) > 1} == set(expected)
+    values = {piece: len(piece) * count for piece, count in expected.items()} | Counter(
+        "".join(w * words[w] for w in words)
+    )
+    for piece, score in seed.items():
+        assert math.exp(score) == pytest.approx(values[piece] / sum(values.values()))
+
+
+def test_a_seed_from_bpe(shared: Path) -> None:
+    text = (shared / "text/en/tinystories_sample.txt").read_text(encoding="utf-8")
+    words = count_words([text], "words")
+    seed = seed_vocabulary(words, 300, source="bpe")
+    assert 300 < len(seed) < 300 + len(set(text)) and sum(map(math.exp, seed.values())) == pytest.approx(1)
+    losses = [
+        -sum(count * train(words, 200, seed=chosen).n_best(word, 1)[0][1] for word, count in words.items())
+        for chosen in (None, seed)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    with pytest.raises(InputError, match="unknown source"):
+        seed_vocabulary(words, 9, source="luck")  # type: ignore[arg-type]
