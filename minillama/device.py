@@ -11,7 +11,7 @@ import torch
 
 from minillama.errors import InputError
 
-__all__ = ["choose_device", "choose_dtype", "compiler_missing", "peak_flops"]
+__all__ = ["choose_device", "choose_dtype", "compiler_missing", "decoding_dtype", "peak_flops"]
 
 # dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {
@@ -58,6 +58,14 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
+
+
+def decoding_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to decode in: the stored one, but float32 for bfloat16 on a processor that emulates it.
+
+    There a product of bfloat16 matrices takes up to two hundred times as long as one of float32.
+    """
+    return choose_dtype("auto", device) if stored == torch.bfloat16 else stored
 
 
 def compiler_missing(device: torch.device) -> str | None:

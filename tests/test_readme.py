@@ -38,6 +38,45 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_every_command_of_the_tokenizers_page_works(tmp_path: Path) -> None:
+    text = (ROOT / "docs/tokenizers.md").read_text(encoding="utf-8")
+    block, grow, config = (
+        re.search(rf"{head}[^\n]*\n.*?```{kind}\n(.*?)```", text, re.S)
+        for head, kind in (
+            ("## Train, look, compare", "sh"),
+            ("## A vocabulary that learns", "sh"),
+            ("Then a run", "toml"),
+        )
+    )
+    assert block and grow and config
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    train = "minillama tokenizer train --kind {} --vocab-size 500 --input README.md --output {}"
+    words = {"BASE": "base", "EXTRA": "extra", "TEXT": "README.md"}
+    bpe = "sentencepiece --model-type bpe"
+    lines = [*block[1].splitlines(), train.format(bpe, "base"), train.format("unigram", "spare")]
+    lines.append(train.format("sentencepiece", "extra").replace("README.md", "python-docs"))
+    for i, line in enumerate(grow[1].splitlines()):
+        lines.append(" ".join(words.get(word, word) for word in line.split()).replace("grown", f"grown{i}"))
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in lines:
+        result = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    from minillama import Decoder, ModelConfig, Tokenizer
+
+    shape = ModelConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=48, vocab_size=500, max_seq_len=64)
+    Decoder(shape).save_pretrained(tmp_path / "runs/tiny/model")
+    Tokenizer.load(tmp_path / "base").save(tmp_path / "runs/tiny/model")
+    (tmp_path / "run.toml").write_text(config[1].replace('"grown"', '"grown0"'))
+    command = "minillama train run.toml --data.sources README.md --train.steps 3 --train.batch_size 2 --out run"
+    result = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and "stage 1 of 3, to step 3: trains" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
 def test_every_command_of_the_formats_page_works(tmp_path: Path) -> None:
     from minillama import Decoder, ModelConfig
     from minillama.tokenizer import byte_tokenizer

@@ -38,7 +38,7 @@ class Args:
     ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on after the end-of-text token."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; auto: as they are stored, quantised and float16 ones on a CPU as float32."""
+    """Of the weights; auto: as they are stored, quantised ones and what the CPU does not multiply as float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -49,15 +49,16 @@ def run(args: Args) -> int:
     prompts = _prompts(args)
     import torch
 
-    from minillama.device import choose_device
+    from minillama.device import choose_device, decoding_dtype
     from minillama.formats.opening import open_model
     from minillama.generation import generate, stream
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    opened = open_model(args.model)
-    model = Decoder.from_pretrained(opened, dtype, choose_device(args.device)).fuse()
+    opened, device = open_model(args.model), choose_device(args.device)
+    stored = opened.default_dtype(device)
+    dtype = decoding_dtype(stored, device) if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = Decoder.from_pretrained(opened, dtype, device).fuse()
     tokenizer = Tokenizer.load(args.tokenizer or opened.tokenizer_path())
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minillama.device import choose_dtype
 from minillama.training.config import OptimConfig
+from minillama.training.muon import Muon
 
 __all__ = ["load_optimizer_state", "make_optimizers", "optimizer_state", "parameter_groups"]
 
@@ -39,7 +41,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon.
 
     With `muon_lr` the blocks' matrices are moved by Muon instead: momentum, made orthogonal by five
-    Newton-Schulz steps (Jordan et al. 2024; torch.optim.Muon). Each group has `lr_scale`, its peak rate
+    Newton-Schulz steps (`muon.py`), in bfloat16 where that is fast. Each group has `lr_scale`, its peak rate
     relative to `lr`, so that one schedule serves all.
     """
     decayed, kept = parameter_groups(model, config)
@@ -51,7 +53,8 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     if not blocks:
         return [adamw]
     group = {"params": blocks, "lr_scale": config.muon_lr / config.lr}
-    return [adamw, torch.optim.Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay)]
+    dtype = choose_dtype("auto", blocks[0][1].device)
+    return [adamw, Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)]
 
 
 def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.optim.Optimizer, str, Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from minillama.config import ModelConfig
 from minillama.model import Decoder
 from minillama.training.config import OptimConfig
+from minillama.training.muon import Muon, orthogonalise
 from minillama.training.optim import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
 from minillama.training.schedule import learning_rate
 
@@ -84,3 +85,30 @@ def test_state_comes_back_by_name(muon_lr: float) -> None:
     step(a, first)
     step(b, second)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_muon_is_torchs(shape: tuple[int, int]) -> None:
+    """With products in bfloat16 to the bit; in float32 to bfloat16's precision."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    theirs, mine, exact = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    optimizers = [
+        torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1),
+        Muon([mine], lr=0.05, weight_decay=0.1, dtype=torch.bfloat16),
+        Muon([exact], lr=0.05, weight_decay=0.1),
+    ]
+    for _ in range(4):
+        grad = torch.randn(shape)
+        for parameter, optimizer in zip((theirs, mine, exact), optimizers, strict=True):
+            parameter.grad = grad.clone()
+            optimizer.step()
+    assert torch.equal(theirs, mine)
+    assert (exact - mine).norm() < 0.02 * (mine - start).norm()
+
+
+def test_muons_updates_are_nearly_orthogonal() -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(40, 12)))
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.equal(orthogonalise(torch.zeros(3, 2)), torch.zeros(3, 2))
