@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minillama.tokenizer.reference import bpe, wordpiece
+from minillama.tokenizer.reference import bpe, byte_fallback, wordpiece
 from minillama.tokenizer.reference.unigram import Unigram
 from minillama.tokenizer.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def _append(pieces: list[str], symbol: str, model: dict[str, Any], lines: list[s
     if symbol in model["vocab"]:
         pieces.append(symbol)
         return False
-    data = [f"<0x{byte:02X}>" for byte in symbol.encode()]
+    data = byte_fallback.spell([symbol], model["vocab"])
     if model.get("byte_fallback") and all(piece in model["vocab"] for piece in data):
         lines.append(f"  {_shown(symbol)} is no piece: bytes  {' '.join(data)}")
         pieces += data

@@ -13,7 +13,7 @@ from typing import Literal
 from minillama.errors import InputError
 from minillama.tokenizer.reference.pairs import Pair, PairCounts
 
-__all__ = ["CONTINUATION", "Score", "encode", "train"]
+__all__ = ["CONTINUATION", "Score", "decode", "encode", "train"]
 
 CONTINUATION = "##"
 Score = Literal["information", "count"]
@@ -107,3 +107,8 @@ def encode(
         result.append(prefix + word[start:end])
         start = end
     return result
+
+
+def decode(pieces: Iterable[str]) -> str:
+    """The words with a blank between them; how they stood apart in the text is lost."""
+    return " ".join(pieces).replace(" " + CONTINUATION, "")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillama.errors import InputError
+from minillama.tokenizer.reference import byte_fallback
 from minillama.tokenizer.reference.byte_ngrams import ByteNgrams
 from minillama.tokenizer.reference.splitting import count_words
 from minillama.tokenizer.reference.utf8 import is_character, recover
@@ -62,3 +63,16 @@ def test_ngrams_shorten_what_was_trained_on() -> None:
     assert len(NGRAMS.pieces) == 300 and NGRAMS.longest > 3
     for word in ("驴子在磨坊里", " miller"):
         assert len(NGRAMS.encode(word)) < len(word.encode()) / 2.5
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])), known=st.frozensets(st.sampled_from("abcé中")))
+def test_byte_fallback_loses_nothing(text: str, known: frozenset[str]) -> None:
+    pieces = byte_fallback.spell(text, known)
+    assert all(piece in known or len(piece) == 6 for piece in pieces)
+    assert byte_fallback.decode(pieces) == text
+
+
+def test_byte_fallback_by_hand() -> None:
+    assert byte_fallback.spell(["▁a", "é"], {"▁a"}) == ["▁a", "<0xC3>", "<0xA9>"]
+    assert byte_fallback.decode(["a", "<0xC3>", "b", "<0xC3>", "<0xA9>"]) == "a\ufffdbé"
+    assert byte_fallback.decode(["<0xE4>", "<0xB8>"]) == "\ufffd\ufffd"

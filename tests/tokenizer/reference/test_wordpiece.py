@@ -12,7 +12,7 @@ from tokenizers import models
 
 from minillama.errors import InputError
 from minillama.tokenizer.reference.splitting import count_words
-from minillama.tokenizer.reference.wordpiece import encode, train
+from minillama.tokenizer.reference.wordpiece import decode, encode, train
 
 HUGS = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
 ALPHABET = ["[UNK]", "##g", "##n", "##s", "##u", "b", "h", "p"]
@@ -64,3 +64,7 @@ def test_real_text_is_cut_as_the_library_cuts_it(shared: Path) -> None:
     assert len(pieces) == 400
     for word in [*words, "unbelievable", "Ünicode", "zzz"]:
         assert encode(word, pieces) == library.encode(word).tokens
+
+
+def test_words_come_back_with_blanks_between_them() -> None:
+    assert decode(["un", "##aff", "##able", ",", "hug", "##s"]) == "unaffable , hugs"
