@@ -40,9 +40,8 @@ def main() -> None:
     text = args.text.read_text(encoding="utf-8")
     documents, size = text.split("\n\n"), len(text.encode()) / 1e6
     result: dict[str, dict[str, float]] = {}
-    print(
-        f"{size:.2f} MB, {args.vocab_size} tokens\n\n| kind | library, s | readable, s | encode, MB/s | bare backend, MB/s |"
-    )
+    print(f"{size:.2f} MB, {args.vocab_size} tokens\n")
+    print("| kind | library, s | readable, s | encode, MB/s | bare backend, MB/s |")
     print("|---|---|---|---|---|")
     for kind in get_args(Kind):
         if kind == "bytes":
