@@ -28,7 +28,7 @@ def check(config: RunConfig, names: Iterable[str]) -> None:
     Raises:
         InputError: one names none.
     """
-    names = list(names)
+    names = [*names, "lm_head.weight"]  # a tied head is the embedding, and may be named all the same
     for number, stage in enumerate(config.stages):
         for pattern in stage.trainable:
             if not any(fnmatchcase(name, pattern) for name in names):
