@@ -7,13 +7,14 @@ width, T sequence length.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from minillama import config_json
+from minillama import config_json, shapes
 from minillama.errors import InputError
 from minillama.settings import Located, build, check, config_folder, config_path, located, read_toml, to_dict
 
@@ -79,6 +80,30 @@ class ModelConfig:
     """Rescaling of the rotary frequencies."""
     tie_embeddings: bool = False
     """The head uses the embedding's matrix."""
+    norm: Literal["rms", "layer", "layer-scale"] = "rms"
+    """RMSNorm; LayerNorm with weight and bias; LayerNorm with its weight alone."""
+    position: Literal["rope", "rope-2d", "alibi", "learned-2d", "none"] = "rope"
+    """rope-2d and learned-2d take a place in the text and one in the blank that is filled (GLM)."""
+    rotary_dim: int = field(default=0, metadata={"min": 0})
+    """Width of a head that rope turns, the first so many values; 0: all of it."""
+    mixer: Literal["attention", "wkv"] = "attention"
+    """wkv: RWKV's recurrence; it has its own feed-forward layer and no positions."""
+    mlp: Literal["swiglu", "gelu", "channel-mix"] = "swiglu"
+    """gelu: the tanh form; channel-mix: RWKV's."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Which products have one."""
+    parallel_block: bool = False
+    """x + attention(norm(x)) + mlp(norm(x)), one norm a block (PaLM)."""
+    residual: Literal["input", "norm"] = "input"
+    """norm: the norm's output times sqrt(2 n_layers) goes on, not its input (ChatGLM-6B)."""
+    embedding_norm: bool = False
+    """A norm behind the embedding (BLOOM, RWKV)."""
+    logit_scale: float = field(default=1.0, metadata={"above": 0})
+    """Logits are multiplied by it."""
+    init: Literal["normal", "fan-in", "rwkv"] = "normal"
+    """How fresh weights are drawn; see `initialisation.py`."""
+    objective: Literal["lm", "glm"] = "lm"
+    """What the model is made to minimise."""
     preset: str = ""
     """The file of configs/model that this shape came from."""
 
@@ -113,17 +138,69 @@ class ModelConfig:
                 found=f"n_heads = {self.n_heads}, n_kv_heads = {self.n_kv_heads}",
                 expected=f"n_kv_heads that divides n_heads, such as {near}",
             )
-        if self.head_dim % 2:
-            raise InputError(
-                "the head width is odd, and rotary positions turn pairs",
-                where="head_dim",
-                found=f"head_dim = {self.head_dim} (dim = {self.dim}, n_heads = {self.n_heads})",
-                expected=f"an even width, such as {self.head_dim + 1}",
-            )
-        if self.head_dim == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
+        self._check_switches()
+        self._check_rotary()
+        if self.rotary_width == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
             raise InputError(
                 "ntk scaling needs more than one rotary pair", where="head_dim", found=2, expected="at least 4"
             )
+
+    def switches(self) -> dict[str, Any]:
+        """What is other than LLaMA's."""
+        names = (
+            *("norm", "position", "mixer", "mlp", "bias", "parallel_block", "residual", "embedding_norm"),
+            *("logit_scale", "objective"),
+        )
+        plain = {f.name: f.default for f in fields(self)}
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != plain[name]}
+        return changed | ({"rotary_dim": self.rotary_dim} if self.rotary_width != self.head_dim else {})
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of a head that rope turns."""
+        return self.rotary_dim or self.head_dim
+
+    def _check_switches(self) -> None:
+        """Refuse switches that exclude each other, by name."""
+        excluded = [
+            ("mixer", "wkv", "position", ("none",)),
+            ("mixer", "wkv", "mlp", ("channel-mix",)),
+            ("mlp", "channel-mix", "mixer", ("wkv",)),
+            ("mixer", "wkv", "bias", ("none",)),
+            ("mixer", "wkv", "parallel_block", (False,)),
+            ("mixer", "wkv", "residual", ("input",)),
+            ("residual", "norm", "parallel_block", (False,)),
+            ("objective", "glm", "position", ("rope-2d", "learned-2d")),
+            ("init", "rwkv", "mixer", ("wkv",)),
+        ]
+        for switch, value, other, allowed in excluded:
+            found = getattr(self, other)
+            if getattr(self, switch) == value and found not in allowed:
+                raise InputError(
+                    f"{switch} and {other} exclude each other",
+                    where=other,
+                    found=f"{switch} = {value!r}, {other} = {found!r}",
+                    expected=f"{other} = {' or '.join(map(repr, allowed))} with {switch} = {value!r}",
+                )
+
+    def _check_rotary(self) -> None:
+        """Refuse widths that cannot be turned in pairs."""
+        if self.position not in ("rope", "rope-2d"):
+            return
+        where, width = ("rotary_dim", self.rotary_dim) if self.rotary_dim else ("head_dim", self.head_dim)
+        pairs = 2 if self.position == "rope" else 4
+        if width % pairs:
+            raise InputError(
+                "rotary positions turn pairs, and this width is odd"
+                if pairs == 2
+                else "two-dimensional rotary positions turn two halves of pairs",
+                where=where,
+                found=f"{where} = {width} (dim = {self.dim}, n_heads = {self.n_heads})",
+                expected=f"a multiple of {pairs}, such as {width + pairs - width % pairs}",
+            )
+        if width > self.head_dim:
+            found, expected = f"rotary_dim = {width}", f"at most head_dim = {self.head_dim}"
+            raise InputError("rope cannot turn more than a head", where=where, found=found, expected=expected)
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> ModelConfig:
@@ -193,45 +270,30 @@ class ModelConfig:
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The keys of config.json, for transformers 4 and 5 alike."""
-        return config_json.to_hf(to_dict(self), dtype)
+        return config_json.to_hf(to_dict(self), self.switches(), dtype)
 
-    def layer_tensors(self) -> dict[str, tuple[int, int] | tuple[int]]:
-        """Name within a block -> shape, (out, in) for products."""
-        d, f = self.dim, self.hidden_dim
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        return {
-            "input_layernorm.weight": (d,),
-            "self_attn.q_proj.weight": (q, d),
-            "self_attn.k_proj.weight": (kv, d),
-            "self_attn.v_proj.weight": (kv, d),
-            "self_attn.o_proj.weight": (d, q),
-            "post_attention_layernorm.weight": (d,),
-            "mlp.gate_proj.weight": (f, d),
-            "mlp.up_proj.weight": (f, d),
-            "mlp.down_proj.weight": (d, f),
-        }
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name within a block -> shape, (out, in) for products; see `shapes.py`."""
+        return shapes.block(self)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face name -> shape of every parameter, in the order of the model."""
-        table: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.dim)}
-        for i in range(self.n_layers):
-            table |= {f"model.layers.{i}.{name}": shape for name, shape in self.layer_tensors().items()}
-        table["model.norm.weight"] = (self.dim,)
-        if not self.tie_embeddings:
-            table["lm_head.weight"] = (self.vocab_size, self.dim)
-        return table
+        first, last = shapes.ends(self)
+        layer = self.layer_tensors()
+        blocks = {f"model.layers.{i}.{name}": shape for i in range(self.n_layers) for name, shape in layer.items()}
+        return first | blocks | last
 
     def num_params(self, embedding: bool = True) -> int:
-        """Parameters: 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
+        """Parameters; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
 
         Args:
             embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
                 once, as the head.
         """
-        d, e = self.dim, self.head_dim
-        layer = 2 * d * self.n_heads * e + 2 * d * self.n_kv_heads * e + 3 * d * self.hidden_dim + 2 * d
-        table = self.vocab_size * d
-        return (table if embedding and not self.tie_embeddings else 0) + self.n_layers * layer + d + table
+        first, last = (sum(map(math.prod, table.values())) for table in shapes.ends(self))
+        layer = sum(map(math.prod, self.layer_tensors().values()))
+        counted = embedding or self.tie_embeddings
+        return first + self.n_layers * layer + last - (0 if counted else self.vocab_size * self.dim)
 
     def flops_per_token(self, seq_len: int, training: bool = True) -> float:
         """Multiplications and additions a token, averaged over a causal sequence of T tokens.
@@ -241,14 +303,21 @@ class ModelConfig:
         sequence on average. Training is three times that. PaLM's 6N + 12 LHET (arXiv 2204.02311, App. B)
         counts the whole square and all parameters, and so comes out higher.
         """
-        norms = (2 * self.n_layers + 1) * self.dim
-        products = self.num_params(embedding=False) - norms
-        attention = self.n_layers * 2 * self.n_heads * self.head_dim * (seq_len + 1)
-        return (2 * products + attention) * (3 if training else 1)
+        matrices = (math.prod(shape) for shape in self.layer_tensors().values() if len(shape) > 1)
+        products = self.n_layers * sum(matrices) + self.vocab_size * self.dim
+        scores = 2 * self.n_heads * self.head_dim * (seq_len + 1) if self.mixer == "attention" else 0
+        return (2 * products + self.n_layers * scores) * (3 if training else 1)
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
-        """Bytes that one token takes in the decode state: 2 LKE values."""
+        """Bytes that one token takes in the decode state: 2 LKE values, none in a recurrence."""
+        if self.mixer == "wkv":
+            return 0
         return int(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
+
+    def state_bytes(self, seq_len: int, bytes_per_value: float = 2) -> int:
+        """Bytes of a sequence's decode state: keys and values, or RWKV's five float32 vectors a layer."""
+        fixed = 5 * 4 * self.n_layers * self.dim if self.mixer == "wkv" else 0
+        return fixed + seq_len * self.kv_bytes_per_token(bytes_per_value)
 
 
 def _ffn_width(dim: int) -> int:

@@ -129,7 +129,7 @@ def inference_memory(
     """
     return InferenceMemory(
         weights=int(config.num_params() * weight_bytes),
-        state=batch * seq_len * config.kv_bytes_per_token(kv_bytes),
+        state=batch * config.state_bytes(seq_len, kv_bytes),
     )
 
 

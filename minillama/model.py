@@ -6,11 +6,10 @@ F feed-forward width. Parameters carry Hugging Face's names for LLaMA, so that s
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,18 @@ from minillama.errors import InputError
 from minillama.formats import hf
 from minillama.formats.model_file import ModelFile
 from minillama.formats.opening import open_model
+from minillama.initialisation import initialise
+from minillama.layers.alibi import Alibi
 from minillama.layers.attention import Attention
+from minillama.layers.block_positions import BlockPositions
+from minillama.layers.gelu import Gelu
 from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import SwiGLU
-from minillama.layers.norm import RMSNorm
-from minillama.layers.rope import Rope
+from minillama.layers.norm import make_norm
+from minillama.layers.parallel_block import ParallelBlock
+from minillama.layers.rope import Rope, Rope2D
+from minillama.layers.rwkv import RecurrentBlock
+from minillama.layers.scaled_block import ScaledBlock
 from minillama.state import LayerState, Span, State
 
 __all__ = ["Block", "Decoder"]
@@ -38,15 +44,15 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = make_mlp(config)
 
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         mask: KernelMask,
         state: LayerState | None = None,
         span: Span | None = None,
@@ -59,15 +65,46 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+def make_mlp(config: ModelConfig) -> nn.Module:
+    """The feed-forward layer that the configuration asks for."""
+    return SwiGLU(config) if config.mlp == "swiglu" else Gelu(config)
+
+
+def make_block(config: ModelConfig, dropout: float) -> nn.Module:
+    """The block that the configuration asks for: LLaMA's, or a relative's."""
+    if config.mixer == "wkv":
+        return RecurrentBlock(config, dropout)
+    if config.parallel_block:
+        return ParallelBlock(make_norm(config), Attention(config), make_mlp(config), dropout)
+    if config.residual == "norm":
+        norms = make_norm(config), make_norm(config)
+        return ScaledBlock(norms, Attention(config), make_mlp(config), config.n_layers, dropout)
+    return Block(config, dropout)
+
+
 class Backbone(nn.Module):
     """Everything but the head; what Hugging Face calls `model`."""
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.rope = Rope(config)
+        self.embed_positions = BlockPositions(config) if config.position == "learned-2d" else None
+        self.embed_norm = make_norm(config) if config.embedding_norm else None
+        self.layers = nn.ModuleList(make_block(config, dropout) for _ in range(config.n_layers))
+        self.norm = make_norm(config)
+        self.place(config)
+
+    def place(self, config: ModelConfig) -> None:
+        """Make the position tables that hold no parameter, on the device of the surrounding context."""
+        self.rope = {"rope": Rope, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
+        self.alibi = Alibi(config.n_heads) if config.position == "alibi" else None
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, T) -> (B, T, D), with learned positions and a norm where the model has them."""
+        x = self.embed_tokens(tokens)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        return x if self.embed_norm is None else self.embed_norm(x)
 
 
 class Decoder(nn.Module):
@@ -96,30 +133,13 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew.
-
-        | parameter                    | distribution                          |
-        |------------------------------|---------------------------------------|
-        | embed_tokens, lm_head        | normal, 0.02                          |
-        | q, k, v, gate, up            | normal, 0.02                          |
-        | o_proj, down_proj            | normal, 0.02 / sqrt(2 n_layers)       |
-        | every norm                   | 1                                     |
-
-        The two scaled matrices write to the residual stream, 2 n_layers times in all, so that its variance
-        does not grow with depth (GPT-2, §2.3). Fresh logits are small and the loss starts near ln V.
+        """Draw all weights anew, as `initialisation.py` says.
 
         Args:
             generator: source of the random numbers; torch's global one unless given.
         """
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                parameter.normal_(0.0, std, generator=generator)
+        if not self.model.embed_tokens.weight.is_meta:
+            initialise(self.config, dict(self.named_parameters()), generator)
 
     @property
     def device(self) -> torch.device:
@@ -132,9 +152,9 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[nn.Module]:
         """The layers, in order."""
-        return [cast(Block, layer) for layer in self.model.layers]
+        return list(self.model.layers)
 
     @property
     def output_weight(self) -> Tensor:
@@ -152,7 +172,8 @@ class Decoder(nn.Module):
 
         Args:
             tokens: ids.
-            positions: (T,) or (B, T) position ids; 0..T-1, or onwards from what the state has read.
+            positions: (T,) or (B, T) position ids; 0..T-1, or onwards from what the state has read. Models
+                with two places a token take (2, T) or (B, 2, T), and 0 for the second unless given.
             mask: who sees whom; causal unless given.
             state: the decode state, which takes the tokens in. Rows are padded on the right and
                 `mask.lengths` says how much of each is real.
@@ -160,10 +181,13 @@ class Decoder(nn.Module):
         mask = mask or Mask()
         span = state.span(tokens.shape[1]) if state is not None else Span(0, tokens.shape[1], tokens.shape[1])
         if positions is None:
-            positions = span.slots(tokens.device)
-        rope = self.model.rope(positions, self._product_dtype())
+            positions = self._positions(span, tokens.device)
+        kind = self._product_dtype()
+        rope = self.model.rope(positions, kind) if self.model.rope is not None else None
         kernel_mask = mask.for_kernel(span, tokens.device)
-        x = self.model.embed_tokens(tokens)
+        if self.model.alibi is not None:
+            kernel_mask = self.model.alibi(kernel_mask, span, kind)
+        x = self.model.embed(tokens, positions)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         for i, layer in enumerate(self.blocks):
@@ -187,6 +211,8 @@ class Decoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
         return F.linear(hidden, self.output_weight) if self.lm_head is None else self.lm_head(hidden)
 
     def state(self, batch_size: int, max_len: int | None = None) -> State:
@@ -241,10 +267,20 @@ class Decoder(nn.Module):
 
     def fuse(self) -> Decoder:
         """Merge products of one input for decoding. There is no way back; a fused model is not saved."""
-        for layer in self.blocks:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
+        for module in self._fusible():
+            module.fuse()
         return self
+
+    def _fusible(self) -> list[Any]:
+        parts = (part for layer in self.blocks for part in layer.children())
+        return [part for part in parts if isinstance(part, Attention | SwiGLU)]
+
+    def _positions(self, span: Span, device: torch.device) -> Tensor:
+        """The places of a text that is read from left to right."""
+        slots = span.slots(device)
+        if self.config.position in ("rope-2d", "learned-2d"):
+            return torch.stack((slots, torch.zeros_like(slots)), dim=-2)
+        return slots
 
     def _product_dtype(self) -> torch.dtype:
         """The type that queries and keys will have."""
@@ -277,7 +313,8 @@ class Decoder(nn.Module):
         dtype = dtype or source.default_dtype(device)
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in source.tensors.items()}
         model.load_state_dict(weights, assign=True)
-        model.model.rope = Rope(source.config).to(device)
+        model.model.place(source.config)
+        model.to(device)
         model.stop_ids = source.stop_ids
         return model
 
@@ -291,6 +328,6 @@ class Decoder(nn.Module):
         Raises:
             InputError: after `fuse`, when the tensors no longer have their names; a size that is none.
         """
-        if any(layer.self_attn.fused for layer in self.blocks):
+        if any(part.fused for part in self._fusible()):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
         hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))

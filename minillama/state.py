@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
+from minillama.layers.wkv import Sums
 
-__all__ = ["KVCache", "LayerState", "Snapshot", "Span", "State"]
+__all__ = ["KVCache", "LayerState", "Snapshot", "Span", "State", "WKVState"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ class Span:
 
 
 class LayerState(Protocol):
-    """One layer's memory. A recurrence has the same four methods with other contents."""
-
-    def append(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Take in (B, K, T, E) keys and values; return all there are, (B, K, S, E)."""
+    """One layer's memory: keys and values, or what a recurrence remembers."""
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be named twice."""
@@ -90,6 +88,34 @@ class KVCache:
         """Nothing, for the same reason."""
 
 
+class WKVState:
+    """What RWKV's layer remembers: two vectors of the last token and three of all before, (B, D) each.
+
+    Attributes:
+        mixed: the last token's input of the time mix.
+        channel: the last token's input of the channel mix.
+        sums: the past of `layers/wkv.py`, (a, b, p), float32.
+    """
+
+    def __init__(self, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.mixed = torch.zeros(batch, width, dtype=dtype, device=device)
+        self.channel = torch.zeros(batch, width, dtype=dtype, device=device)
+        self.sums = Sums.empty(batch, width, device)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.mixed, self.channel = self.mixed[rows], self.channel[rows]
+        self.sums = Sums(*(part[rows] for part in self.sums))
+
+    def snapshot(self) -> object:
+        """The vectors, which are replaced and never written to."""
+        return self.mixed, self.channel, self.sums
+
+    def restore(self, snapshot: object) -> None:
+        """Take them back."""
+        self.mixed, self.channel, self.sums = cast(tuple[Tensor, Tensor, Sums], snapshot)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A point that a State can return to."""
@@ -119,7 +145,14 @@ class State:
     ) -> None:
         self.max_len = max_len or config.max_seq_len
         shape = (batch_size, config.n_kv_heads, self.max_len, config.head_dim)
-        self.layers: list[LayerState] = [KVCache(shape, dtype, torch.device(device)) for _ in range(config.n_layers)]
+        device = torch.device(device)
+
+        def memory() -> LayerState:
+            if config.mixer == "wkv":
+                return WKVState(batch_size, config.dim, dtype, device)
+            return KVCache(shape, dtype, device)
+
+        self.layers: list[LayerState] = [memory() for _ in range(config.n_layers)]
         self.lengths: list[int] = [0] * batch_size
 
     def span(self, count: int) -> Span:

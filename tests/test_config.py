@@ -18,6 +18,23 @@ from minillama.errors import InputError
 from minillama.settings import config_names, to_dict
 
 COUNTS = {
+    "palm-8b": 8_632_012_800,
+    "palm-62b": 62_495_662_080,
+    "palm-540b": 540_356_474_880,
+    "bloom-560m": 559_214_592,
+    "bloom-1b1": 1_065_314_304,
+    "bloom-1b7": 1_722_408_960,
+    "bloom-3b": 3_002_557_440,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    "rwkv-169m": 169_342_464,
+    "rwkv-430m": 430_397_440,
+    "rwkv-1b5": 1_515_106_304,
+    "rwkv-3b": 2_984_627_200,
+    "rwkv-7b": 7_392_649_216,
+    "rwkv-14b": 14_148_597_760,
+    "chatglm-6b": 6_173_286_400,
+    "chatglm2-6b": 6_243_584_000,
     "llama-7b": 6_738_415_616,
     "llama-13b": 13_015_864_320,
     "llama-33b": 32_528_943_616,
@@ -59,8 +76,13 @@ def shapes(draw: st.DrawFn) -> ModelConfig:
     )
 
 
-def test_every_preset_but_the_tunable_one_has_a_known_count() -> None:
-    assert set(config_names("model")) == {*COUNTS, "llama-tiny"}
+def test_every_preset_but_the_tunable_ones_has_a_known_count() -> None:
+    """GLM's are published in two digits."""
+    tiny = {f"{name}-tiny" for name in ("llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv")}
+    rounded = {"glm-base": 110e6, "glm-large": 335e6, "glm-2b": 2e9, "glm-10b": 10e9}
+    assert set(config_names("model")) == {*COUNTS, *tiny, *rounded}
+    for name, count in rounded.items():
+        assert ModelConfig.load(name).num_params() == pytest.approx(count, rel=0.05)
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())

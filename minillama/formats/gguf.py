@@ -14,6 +14,7 @@ from torch import Tensor
 from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
 from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
+from minillama.formats.layouts import refuse_relatives
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.rows import rotary_heads, to_half_split, to_interleaved
 from minillama.layers.rope import inverse_frequencies
@@ -197,6 +198,7 @@ def write(
         name: `general.name`.
         progress: is told each name.
     """
+    refuse_relatives(config, "GGUF, as it is written here,")
     gguf = _package()
     writer = gguf.GGUFWriter(path, "llama")
     _write_metadata(writer, config, vocabulary, dtype, name)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.formats.layouts import Entry, layout
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.safetensors_header import read_header
 
@@ -47,11 +48,24 @@ def read(folder: Path) -> ModelFile:
     ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         ignored.add("lm_head.weight")
-    expected = config.tensors()
+    table = layout(config, config.to_hf()["model_type"])
+    if not any(name.startswith("transformer.") for name in stored):  # BLOOM's first files lack the prefix
+        table = {name.removeprefix("transformer."): entry for name, entry in table.items()}
+    expected = {name: entry.shape for name, entry in table.items()}
     check_tensors(expected, {name: item.shape for name, item in stored.items()}, folder, frozenset(ignored))
     tokenizer = folder if any((folder / name).exists() for name in TOKENIZERS) else None
-    ordered = LazyTensors({name: readers[name] for name in expected})
+    shapes = config.tensors()
+    makers = {
+        ours: partial(_part, readers[theirs], entry, ours, shapes[ours])
+        for theirs, entry in table.items()
+        for ours in entry.ours
+    }
+    ordered = LazyTensors({name: makers[name] for name in shapes})
     return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {}, stop_ids(folder))
+
+
+def _part(read_stored: Callable[[], Tensor], entry: Entry, name: str, shape: tuple[int, ...]) -> Tensor:
+    return entry.unpack(read_stored(), name, shape)
 
 
 def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
@@ -122,7 +136,7 @@ def write(
 
     Args:
         folder: made if it is not there.
-        config: the shape; names and shapes are those of `config.tensors()`.
+        config: the shape; its `layout` has the names in the files.
         tensors: by Hugging Face name.
         dtype: convert to this; as they are unless given.
         max_shard_size: bytes a file at most, unless one tensor is larger.
@@ -130,9 +144,10 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or next(iter(tensors.values())).dtype
-    _write_json(folder / "config.json", config.to_hf(str(dtype).removeprefix("torch.")))
-    shapes = config.tensors()
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    values = config.to_hf(str(dtype).removeprefix("torch."))
+    _write_json(folder / "config.json", values)
+    table = layout(config, values["model_type"])
+    sizes = {name: torch.Size(entry.shape).numel() * dtype.itemsize for name, entry in table.items()}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -148,7 +163,7 @@ def write(
     for file, names in zip(files, shards, strict=True):
         part = {}
         for name in names:
-            part[name] = tensors[name].detach().to("cpu", dtype).contiguous()
+            part[name] = table[name].pack(tensors).detach().to("cpu", dtype).contiguous()
             progress(name)
         save_file(part, folder / file, metadata={"format": "pt"})
     for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / file for file in files}:

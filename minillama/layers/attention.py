@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from minillama.layers.kernel import attend
 from minillama.layers.linear import fused_linear
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
-from minillama.state import LayerState, Span
+from minillama.state import KVCache, LayerState, Span
 
 __all__ = ["Attention"]
 
@@ -30,15 +32,16 @@ class Attention(nn.Module):
             config.n_kv_heads * config.head_dim,
             config.n_kv_heads * config.head_dim,
         )
-        self.q_proj = nn.Linear(config.dim, self.widths[0], bias=False)
-        self.k_proj = nn.Linear(config.dim, self.widths[1], bias=False)
-        self.v_proj = nn.Linear(config.dim, self.widths[2], bias=False)
-        self.o_proj = nn.Linear(self.widths[0], config.dim, bias=False)
+        bias = config.bias != "none"
+        self.q_proj = nn.Linear(config.dim, self.widths[0], bias=bias)
+        self.k_proj = nn.Linear(config.dim, self.widths[1], bias=bias)
+        self.v_proj = nn.Linear(config.dim, self.widths[2], bias=bias)
+        self.o_proj = nn.Linear(self.widths[0], config.dim, bias=config.bias == "all")
 
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor] | None,
         mask: KernelMask,
         state: LayerState | None = None,
         span: Span | None = None,
@@ -47,7 +50,7 @@ class Attention(nn.Module):
 
         Args:
             x: normalised residual stream.
-            rope: cosines and sines of the tokens' positions.
+            rope: cosines and sines of the tokens' positions; None where positions enter otherwise.
             mask: what the kernel wants, made once a forward pass.
             state: this layer's keys and values so far; None outside decoding.
             span: the slots of these tokens in the state.
@@ -58,9 +61,10 @@ class Attention(nn.Module):
             else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
         q, k, v = (rearrange(part, "b t (h e) -> b h t e", e=self.head_dim) for part in parts)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if state is not None and span is not None:
-            k, v = state.append(k, v, span)
+            k, v = cast(KVCache, state).append(k, v, span)
         return self.o_proj(rearrange(attend(q, k, v, mask), "b h t e -> b t (h e)"))
 
     @property

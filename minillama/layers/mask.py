@@ -18,6 +18,10 @@ class KernelMask(NamedTuple):
 
     allowed: Tensor | None
     is_causal: bool
+    lengths: Tensor | None = None
+    """(B,) real tokens of each row, for what is no attention."""
+    is_plain: bool = True
+    """Whether the description is causal and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class Mask:
         """
         if self.documents is not None and span.end != span.count:
             raise ValueError("document ids describe a whole forward pass; a decode state holds one document a row")
+        return self._kernel(span, device)._replace(lengths=self.lengths, is_plain=self.is_plain)
+
+    @property
+    def is_plain(self) -> bool:
+        """Causal and nothing else."""
+        return self.causal and self.prefix is None and self.documents is None and self.window is None
+
+    def _kernel(self, span: Span, device: torch.device) -> KernelMask:
         bounded = self.window is not None and self.window < span.end
         plain = self.prefix is None and self.documents is None and not bounded
         if plain and not self.causal and self.lengths is None:

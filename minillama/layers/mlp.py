@@ -12,13 +12,14 @@ __all__ = ["SwiGLU"]
 
 
 class SwiGLU(nn.Module):
-    """y = down(silu(gate(x)) * up(x)), without biases. Shazeer 2020, arXiv 2002.05202, eq. 6."""
+    """y = down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202, eq. 6."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        bias = config.bias == "all"
+        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=bias)
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""

@@ -1,4 +1,4 @@
-"""Root mean square layer normalisation."""
+"""Normalisation of the residual stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["RMSNorm"]
+from minillama.config import ModelConfig
+
+__all__ = ["RMSNorm", "make_norm"]
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm that the configuration asks for: LLaMA's, or LayerNorm with or without a bias."""
+    if config.norm == "rms":
+        return RMSNorm(config.dim, config.norm_eps)
+    return nn.LayerNorm(config.dim, config.norm_eps, bias=config.norm == "layer")
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minillama.config import ModelConfig, RopeScaling
 
-__all__ = ["Rope", "inverse_frequencies", "rotate"]
+__all__ = ["Rope", "Rope2D", "inverse_frequencies", "rotate"]
 
 
 def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class Rope(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        w = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        w = inverse_frequencies(config.rotary_width, config.rope_theta, config.rope_scaling)
         self.register_buffer("frequencies", w, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rope:
@@ -70,20 +70,43 @@ class Rope(nn.Module):
 
         Angles are taken in float32: in bfloat16 positions beyond 256 would run together.
         """
-        angles = positions[..., None].float() * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        if positions.dim() == 2:
-            angles = angles[:, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return _tables(positions[..., None].float() * self.frequencies, dtype)
+
+
+class Rope2D(Rope):
+    """Half of the pairs turn with a token's place in the text, half with its place in a blank.
+
+    ChatGLM-6B. Its heads hold the two halves side by side, each with pairs of its own; `formats` lays them out
+    so that pairs are those of `rotate`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.frequencies = inverse_frequencies(config.rotary_width // 2, config.rope_theta, config.rope_scaling)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Position ids (2, T) or (B, 2, T) -> cosines and sines, (T, E) or (B, 1, T, E)."""
+        angles = positions[..., None].float() * self.frequencies  # (..., 2, T, E/4)
+        return _tables(torch.cat(angles.unbind(-3), dim=-1), dtype)
+
+
+def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = torch.cat((angles, angles), dim=-1)
+    if angles.dim() == 3:
+        angles = angles[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+E/2}) by its angle: x * cos + (-x2, x1) * sin.
+    """Turn each pair (x_i, x_{i+R/2}) by its angle: x * cos + (-x2, x1) * sin.
 
     Args:
         x: queries or keys, (B, H, T, E).
-        cos: (T, E) or (B, 1, T, E), from `Rope`.
+        cos: (T, R) or (B, 1, T, R), from `Rope`; where R < E the last values are left as they are.
         sin: the same shape.
     """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-x2, x1), dim=-1) * sin

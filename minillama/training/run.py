@@ -94,12 +94,12 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -
 
 def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
     saved, asked = ModelConfig.load(checkpoint.path).to_hf(), wanted.to_hf()
-    changed = [key for key in asked if saved[key] != asked[key]]
+    changed = [key for key in asked if saved.get(key) != asked[key]]
     if changed:
         raise InputError(
             "the checkpoint's model has another shape",
             where=checkpoint.path,
-            found=", ".join(f"{key} = {saved[key]}" for key in changed),
+            found=", ".join(f"{key} = {saved.get(key)}" for key in changed),
             expected=", ".join(f"{key} = {asked[key]}" for key in changed),
             fix="leave the model's settings as they were, or start a new run",
         )

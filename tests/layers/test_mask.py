@@ -12,17 +12,18 @@ CPU = torch.device("cpu")
 
 
 def rows(mask: Mask, span: Span) -> list[str]:
-    allowed, flag = mask.for_kernel(span, CPU)
+    allowed, flag = mask.for_kernel(span, CPU)[:2]
     assert allowed is not None and not flag
     return ["".join(".x"[int(cell)] for cell in row) for row in allowed[-1, 0]]
 
 
 def test_plain_patterns_keep_the_fused_kernel() -> None:
     assert Mask().for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, True)
-    assert Mask(lengths=torch.tensor([2, 5])).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, True)
+    padded = Mask(lengths=torch.tensor([2, 5])).for_kernel(Span(0, 5, 5), CPU)
+    assert padded[:2] == (None, True) and padded.lengths is not None
     assert Mask().for_kernel(Span(7, 1, 8), CPU) == KernelMask(None, False)
-    assert Mask(causal=False).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, False)
-    assert Mask(window=5).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, True)
+    assert Mask(causal=False).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, False, is_plain=False)
+    assert Mask(window=5).for_kernel(Span(0, 5, 5), CPU) == KernelMask(None, True, is_plain=False)
 
 
 def test_later_chunk_sees_what_came_before() -> None:
@@ -30,7 +31,7 @@ def test_later_chunk_sees_what_came_before() -> None:
 
 
 def test_rows_of_unequal_length() -> None:
-    allowed, _ = Mask().for_kernel(Span(None, 1, 5, (2, 4)), CPU)
+    allowed = Mask().for_kernel(Span(None, 1, 5, (2, 4)), CPU).allowed
     assert allowed is not None and allowed.shape == (2, 1, 1, 5)
     assert allowed[:, 0, 0].tolist() == [[True] * 3 + [False] * 2, [True] * 5]
 

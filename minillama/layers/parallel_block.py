@@ -1,0 +1,33 @@
+"""PaLM's block: attention and feed-forward read the same norm and are added at once."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillama.layers.mask import KernelMask
+from minillama.state import LayerState, Span
+
+__all__ = ["ParallelBlock"]
+
+
+class ParallelBlock(nn.Module):
+    """y = x + attention(norm(x)) + mlp(norm(x)). Chowdhery et al. 2022, arXiv 2204.02311, §2."""
+
+    def __init__(self, norm: nn.Module, attention: nn.Module, mlp: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.input_layernorm, self.self_attn, self.mlp = norm, attention, mlp
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: KernelMask,
+        state: LayerState | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
+        normal = self.input_layernorm(x)
+        change = self.self_attn(normal, rope, mask, state, span) + self.mlp(normal)
+        return x + F.dropout(change, self.dropout, self.training)

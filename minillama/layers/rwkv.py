@@ -1,0 +1,129 @@
+"""RWKV-4's block: a recurrence in the place of attention, and a feed-forward layer that looks one token back.
+
+Peng et al. 2023, arXiv 2305.13048, §3; BlinkDL/RWKV-LM, RWKV-v4neo/src/model.py. Shapes: B batch, T time, D width.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.layers.mask import KernelMask
+from minillama.layers.norm import make_norm
+from minillama.layers.wkv import Sums, wkv_scan, wkv_step
+from minillama.state import LayerState, Span, WKVState
+
+__all__ = ["ChannelMix", "RecurrentBlock", "TimeMix"]
+
+
+class TimeMix(nn.Module):
+    """o_proj(sigmoid(r) * wkv(k, v)), each of k, v, r a product of a mixture of this token and the one before."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.dim
+        self.time_decay, self.time_first = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
+        self.time_mix_key = nn.Parameter(torch.full((d,), 0.5))
+        self.time_mix_value = nn.Parameter(torch.full((d,), 0.5))
+        self.time_mix_receptance = nn.Parameter(torch.full((d,), 0.5))
+        self.k_proj, self.v_proj, self.r_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor, before: Tensor, past: Sums, real: Tensor | None) -> tuple[Tensor, Sums]:
+        """(B, T, D) -> (B, T, D), and the sums behind the last real token.
+
+        Args:
+            x: normalised residual stream.
+            before: the same, one token earlier.
+            past: the sums so far, (B, D).
+            real: (B, 1) place of each row's last token that is no padding; None for the last of all.
+        """
+        k = self.k_proj(torch.lerp(before, x, self.time_mix_key)).float()
+        v = self.v_proj(torch.lerp(before, x, self.time_mix_value)).float()
+        r = self.r_proj(torch.lerp(before, x, self.time_mix_receptance))
+        w, u = self.time_decay.float().exp(), self.time_first.float()
+        if x.shape[1] == 1:
+            y, sums = wkv_step(k[:, 0], v[:, 0], w, u, past)
+            y = y[:, None]
+        else:
+            y, every = wkv_scan(k, v, w, u, past)
+            sums = Sums(*(_last(part, real) for part in every))
+        return self.o_proj(torch.sigmoid(r) * y.to(x.dtype)), sums
+
+
+class ChannelMix(nn.Module):
+    """sigmoid(r_proj(mixed)) * down_proj(relu(up_proj(mixed))^2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, f = config.dim, config.hidden_dim
+        self.time_mix_key = nn.Parameter(torch.full((d,), 0.5))
+        self.time_mix_receptance = nn.Parameter(torch.full((d,), 0.5))
+        self.up_proj, self.down_proj = nn.Linear(d, f, bias=False), nn.Linear(f, d, bias=False)
+        self.r_proj = nn.Linear(d, d, bias=False)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D); `before` is x one token earlier."""
+        k = torch.square(torch.relu(self.up_proj(torch.lerp(before, x, self.time_mix_key))))
+        r = self.r_proj(torch.lerp(before, x, self.time_mix_receptance))
+        return torch.sigmoid(r) * self.down_proj(k)
+
+
+class RecurrentBlock(nn.Module):
+    """y = x + time_mix(norm(x)); out = y + channel_mix(norm(y)). It needs five vectors of the past."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.input_layernorm, self.post_attention_layernorm = make_norm(config), make_norm(config)
+        self.self_attn, self.mlp = TimeMix(config), ChannelMix(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: KernelMask,
+        state: LayerState | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x: residual stream.
+            rope: not used; order is in the recurrence.
+            mask: its lengths, the real tokens of each row; any other pattern than causal is refused.
+            state: the past, which takes these tokens in.
+            span: not used.
+
+        Raises:
+            ValueError: a mask that is not causal, or hides documents; a recurrence sees all of the past.
+        """
+        if not mask.is_plain:
+            raise ValueError("a recurrence reads from left to right and forgets nothing: only a causal mask will do")
+        memory = cast(WKVState, state) if state is not None else WKVState(x.shape[0], x.shape[2], x.dtype, x.device)
+        real = None
+        if mask.lengths is not None and x.shape[1] > 1:
+            real = mask.lengths.to(x.device)[:, None] - 1
+        normal = self.input_layernorm(x)
+        change, memory.sums = self.self_attn(normal, _earlier(normal, memory.mixed), memory.sums, real)
+        memory.mixed = _last(normal, real)
+        x = x + F.dropout(change, self.dropout, self.training)
+        normal = self.post_attention_layernorm(x)
+        change = self.mlp(normal, _earlier(normal, memory.channel))
+        memory.channel = _last(normal, real)
+        return x + F.dropout(change, self.dropout, self.training)
+
+
+def _earlier(x: Tensor, last: Tensor) -> Tensor:
+    """Each token's predecessor: (B, T, D) and the one before all of them, (B, D)."""
+    return torch.cat((last[:, None].to(x.dtype), x[:, :-1]), dim=1)
+
+
+def _last(x: Tensor, index: Tensor | None) -> Tensor:
+    """(B, T, D) -> (B, D), the last token of each row, or that at `index` (B, 1)."""
+    if index is None:
+        return x[:, -1]
+    return x[torch.arange(len(x), device=x.device), index[:, 0]]
