@@ -174,9 +174,17 @@ class Compare:
         """Compare."""
         from minillama.tokenizer.compare import measure, plot
 
-        named = {word.split("=")[0]: word.split("=", 1)[-1] for word in self.models}
+        pairs = [
+            (word, word) if Path(word).exists() else (word.split("=")[0], word.split("=", 1)[-1])
+            for word in self.models
+        ]
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            raise InputError("two tokenizers have one name", found=", ".join(name for name, _ in pairs))
+        is_short = len({Path(name).name for name in self.input}) == len(self.input)
         texts = {
-            Path(name).name: [line for text in _texts((name,)) for line in text.split("\n")] for name in self.input
+            Path(name).name if is_short else name: [line for text in _texts((name,)) for line in text.split("\n")]
+            for name in self.input
         }
         table = {}
         for name, path in named.items():

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import decoders
+
 from minillama.errors import InputError
-from minillama.tokenizer.bytelevel import CHAR_TO_BYTE, piece_bytes
-from minillama.tokenizer.pieces import BYTE
+from minillama.tokenizer.bytelevel import piece_bytes
+from minillama.tokenizer.pieces import BYTE, SPACE
 from minillama.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Figures", "measure", "plot"]
@@ -49,38 +51,39 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
     if not characters:
         raise InputError("there is no text to compare tokenizers on")
     blanks = sum(map(str.isspace, "".join(documents))) / characters
-    unknown_token = getattr(tokenizer.backend.model, "unk_token", None) or "<unk>"
-    tokens = sum(map(len, tokenizer.encode_batch(documents)))
-    unknown = uncovered = 0
-    for item in tokenizer.backend.encode_batch(documents, add_special_tokens=False):
-        lost: set[int] = set()
-        for token, (start, end) in zip(item.tokens, item.offsets, strict=True):
-            is_unknown = token == unknown_token
-            unknown += is_unknown
-            if is_unknown or _is_fragment(token):
-                lost.update(range(start, end))
-        uncovered += len(lost)
+    tokens = unknown = lost = 0
+    for text in documents:
+        surfaces = tokenizer.surfaces(text)
+        tokens += len(surfaces)
+        unknown += sum(token == tokenizer.unknown_id for token, _ in surfaces)
+        lost += _lost(tokenizer, surfaces)
     return Figures(
         tokens=tokens,
         tokens_per_word=tokens / words if words and blanks > BLANKS else None,
         tokens_per_character=tokens / characters,
         bytes_per_token=sum(len(text.encode()) for text in documents) / max(1, tokens),
         unknown=unknown / max(1, tokens),
-        coverage=1 - uncovered / characters,
+        coverage=1 - lost / characters,
     )
 
 
-def _is_fragment(piece: str) -> bool:
-    """Whether a piece holds a part of a character: a byte of SentencePiece's, or bytes that are no UTF-8."""
-    if BYTE.fullmatch(piece):
-        return True
-    if not all(char in CHAR_TO_BYTE for char in piece):
-        return False
-    try:
-        piece_bytes(piece).decode()
-    except UnicodeDecodeError:
-        return True
-    return False
+def _lost(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
+    """Characters in unknown tokens, or in runs of tokens that hold parts of characters."""
+    is_byte_level = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
+    lost, run = 0, b""
+    for token, surface in [*surfaces, (-1, "")]:
+        part = b""
+        if token == tokenizer.unknown_id:
+            lost += len(surface.replace(SPACE, ""))
+        elif is_byte_level and surface:
+            data = piece_bytes(surface)
+            part = data if "\ufffd" in data.decode(errors="replace") else b""
+        elif byte := BYTE.fullmatch(surface):
+            part = bytes([int(byte[1], 16)])
+        if not part and run:
+            lost, run = lost + len(run.decode(errors="replace")), b""
+        run += part
+    return lost
 
 
 def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:

@@ -38,7 +38,8 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
     """
     backend = tokenizer.backend
     model: dict[str, Any] = json.loads(backend.to_str())["model"]
-    normal = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+    ids = tokenizer.encode(text)
+    normal = tokenizer.normalized(text)
     words = [normal]
     if backend.pre_tokenizer is not None:
         words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
@@ -54,11 +55,13 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
         yield ""
         yield from word.lines
         pieces += word.pieces
-    ids = tokenizer.encode(text)
     names = [backend.id_to_token(i) or "" for i in ids]
     yield ""
     if names != pieces:
-        yield f"(the steps give {' '.join(map(_shown, pieces))}: added tokens are cut out of the text first)"
+        why = "added tokens are cut out of the text first"
+        if not tokenizer.is_exact:
+            why = "SentencePiece itself cuts here, and took another of equal cuts, or a piece that is kept whole"
+        yield f"(the steps give {' '.join(map(_shown, pieces))}: {why})"
     yield "ids         " + " ".join(f"{_shown(name)}={i}" for name, i in zip(names, ids, strict=True))
 
 

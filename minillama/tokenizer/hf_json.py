@@ -31,9 +31,6 @@ def read(file: Path) -> Parts:
     backend = _backend(file)
     settings_file = file.with_name("tokenizer_config.json")
     settings = read_json(settings_file) if settings_file.exists() else {}
-    model = file.with_name("tokenizer.model")
-    if settings.get(ENCODE_WITH) == model.name and model.is_file():
-        return replace(sentencepiece.read(model), config=settings)
     template = file.with_name("chat_template.jinja")
     if template.exists():
         settings["chat_template"] = read_text(template)
@@ -53,7 +50,15 @@ def read(file: Path) -> Parts:
             raise InputError(what, where=settings_file, found=token, expected=expected)
     # Without a word in the settings, the file's own post-processor shows what its models were trained with.
     starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
-    return Parts(backend, eos, bos, bool(settings.get("add_bos_token", starts)), settings)
+    parts = Parts(backend, eos, bos, bool(settings.get("add_bos_token", starts)), settings)
+    if settings.get(ENCODE_WITH) is None:
+        return parts
+    model = file.with_name("tokenizer.model")
+    if settings[ENCODE_WITH] != model.name or not model.is_file():
+        what, found = "the file that texts are to be cut with is not there", settings[ENCODE_WITH]
+        raise InputError(what, where=f"{settings_file}, {ENCODE_WITH}", found=found, expected=model.name)
+    exact = sentencepiece.read(model)
+    return replace(parts, model=exact.model, encoder=exact.encoder)
 
 
 def _backend(file: Path) -> Backend:

@@ -18,7 +18,7 @@ from minillama.errors import InputError
 from minillama.tokenizer import recipes, sentencepiece, sentencepiece_training
 from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
 from minillama.tokenizer.hf_json import END_OF_TEXT
-from minillama.tokenizer.pieces import FIRST_STAND_IN
+from minillama.tokenizer.pieces import MARKS
 from minillama.tokenizer.reference import bpe, unigram, wordpiece
 from minillama.tokenizer.reference.byte_bpe import ByteBPE
 from minillama.tokenizer.reference.splitting import count_words
@@ -26,7 +26,8 @@ from minillama.tokenizer.reference.wordpiece import CONTINUATION
 
 __all__ = ["Learner", "Library", "Readable", "Ties"]
 
-MARKS = 3  # <unk>, <s>, </s>
+ENDS = 3  # <unk>, <s>, </s>
+PRIVATE = 0xF0000  # the first of 65,534 private-use characters
 RARE = 2  # a pair seen once is not merged
 SPECIAL = (recipes.WORDPIECE_UNKNOWN, END_OF_TEXT)
 Merges = list[tuple[str, str]]
@@ -71,8 +72,8 @@ class Library:
         """
         words = count_words(texts, "bert")
         later = sorted({char for word in words for char in word[1:]})
-        inner = {ord(char): chr(FIRST_STAND_IN + i) for i, char in enumerate(later)}
-        shown = {FIRST_STAND_IN + i: char for i, char in enumerate(later)}
+        inner = {ord(char): chr(PRIVATE + i) for i, char in enumerate(later)}
+        shown = {PRIVATE + i: char for i, char in enumerate(later)}
         backend = Backend(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=size - len(SPECIAL),
@@ -88,9 +89,10 @@ class Library:
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
         """SentencePiece's trainer; that of the tokenizers library gives another vocabulary on every run."""
-        data = sentencepiece_training.train(texts, size + MARKS, "unigram", "identity", 1.0, byte_fallback=False)
+        data = sentencepiece_training.train(texts, size + ENDS, "unigram", "identity", 1.0, byte_fallback=False)
         pieces = sentencepiece.pieces_of(sentencepiece.message(data, "the trained model"), "the trained model")
-        return dict(list(zip(pieces.names, pieces.scores, strict=True))[MARKS:])
+        scores = list(zip(pieces.names, pieces.scores, strict=True))[ENDS:]
+        return {name: score for name, score in scores if name not in MARKS}
 
     def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
         """BpeTrainer."""
@@ -100,7 +102,7 @@ class Library:
         joined = {left + right for left, right in merges}
         alphabet = [piece for piece in _by_id(backend.get_vocab()) if piece not in joined]
         _fits(len(alphabet), size)
-        return alphabet, merges
+        return alphabet, _textual(merges)
 
     def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
         """BpeTrainer on bytes."""
@@ -133,15 +135,19 @@ class Readable:
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
         """Expectation maximisation and pruning."""
-        model = unigram.train(count_words(map(recipes.with_blanks, texts), "blanks"), size)
-        return dict(sorted(model.scores.items(), key=lambda item: (-item[1], item[0])))
+        words = count_words(map(recipes.with_blanks, texts), "blanks")
+        if not words:
+            raise InputError("there is no text to train a tokenizer on")
+        model = unigram.train(words, size)
+        scores = {piece: score for piece, score in model.scores.items() if piece not in MARKS}
+        return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
 
     def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
         """Merges of characters."""
         words = count_words(map(recipes.with_blanks, texts), "blanks")
         alphabet = sorted({char for word in words for char in word})
         _fits(len(alphabet), size)
-        return alphabet, bpe.train(words, size - len(alphabet), self.ties, min_count=RARE)
+        return alphabet, _textual(bpe.train(words, size - len(alphabet), self.ties, min_count=RARE))
 
     def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
         """Merges of bytes."""
@@ -150,12 +156,12 @@ class Readable:
 
 def _merges(backend: Backend, texts: Iterable[str], trainer: Any) -> Merges:
     backend.train_from_iterator(texts, trainer)
-    return [(left, right) for left, right in _model(backend)["merges"]]
+    return [(left, right) for left, right in json.loads(backend.to_str())["model"]["merges"]]
 
 
-def _model(backend: Backend) -> dict[str, Any]:
-    spec: dict[str, Any] = json.loads(backend.to_str())["model"]
-    return spec
+def _textual(merges: Merges) -> Merges:
+    """Without those that spell a mark: a text that holds the letters of one must not become it."""
+    return [(left, right) for left, right in merges if MARKS.isdisjoint((left, right, left + right))]
 
 
 def _by_id(vocab: dict[str, int]) -> list[str]:
@@ -164,5 +170,5 @@ def _by_id(vocab: dict[str, int]) -> list[str]:
 
 def _fits(pieces: int, size: int) -> None:
     if pieces > size:
-        found, expected = f"{pieces} characters", f"at most {size}"
-        raise InputError("the characters alone do not fit", where="vocab_size", found=found, expected=expected)
+        what = "the characters of the text alone do not fit into the vocabulary"
+        raise InputError(what, where="vocab_size", found=f"{pieces} characters, room for {size} beside the rest")

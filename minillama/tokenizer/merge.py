@@ -11,7 +11,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,27 +66,36 @@ def extend(
             expected="two SentencePiece models (tokenizer.model), or two byte-level BPE vocabularies",
         )
     if first is None:
-        if characters or special or extra is None:
-            what, fix = "characters and marks can be added to a SentencePiece model alone", "give EXTRA"
-            raise InputError(what, where=base, fix=fix)
+        if extra is None or characters or list(special):
+            what = "to a vocabulary that is no SentencePiece model another one can be appended, and nothing else"
+            raise InputError(what, where=base, fix="give EXTRA, without --add-characters and --special")
         old = Tokenizer.load(base)
         made = _merge_byte_level(old, Tokenizer.load(extra), base, extra)
         return Extended(made, made.vocab_size - old.vocab_size)
     _check_base(first, base)
-    merged = found = 0
+    old = Tokenizer.load(base)
+    names = old.backend.get_vocab(with_added_tokens=True)
+    added = {name for name, i in names.items() if i >= len(first.pieces)} - {piece.piece for piece in first.pieces}
+    if added:
+        what, found = "tokenizer.json has tokens that tokenizer.model lacks, whose ids would be given away", added
+        raise InputError(what, where=base, found=", ".join(sorted(found)), fix="name the tokenizer.model itself")
+    if extra is None and not characters and not list(special := list(special)):
+        raise InputError("nothing to append", where=base, fix="give EXTRA, --add-characters or --special")
+    merged = found_characters = 0
     if second is not None:
         missing = _special(second) - _special(first)
         if missing:
             raise _mismatch(missing, base, extra)
         merged = _append(first, (p.piece for p in second.pieces if p.type not in (PieceType.BYTE, PieceType.UNUSED)))
     if characters:
-        found = _append(first, new_characters(texts, {piece.piece for piece in first.pieces})[:characters])
+        found_characters = _append(first, new_characters(texts, {piece.piece for piece in first.pieces})[:characters])
     for name in special:
         if not _append(first, [name], PieceType.CONTROL):
             raise InputError("the vocabulary has this piece already", where=base, found=name)
     first.trainer_spec.vocab_size = len(first.pieces)
     parts = sentencepiece.parse(first.SerializeToString(), "the merged model")
-    return Extended(Tokenizer.of(parts), merged, found)
+    parts = replace(parts, add_bos=old.add_bos, config={"chat_template": old.chat_template})
+    return Extended(Tokenizer.of(parts), merged, found_characters)
 
 
 def new_characters(texts: Iterable[str], known: set[str]) -> list[str]:
@@ -158,6 +167,9 @@ def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: 
         raise _mismatch(special[1] - special[0], base, extra)
     table = first.backend.get_vocab(with_added_tokens=True)
     names = sorted(table, key=lambda name: table[name])
+    if [table[name] for name in names] != list(range(len(names))):
+        what = "the ids of this vocabulary have a hole, and those behind it would move"
+        raise InputError(what, where=base, found=f"{len(names)} tokens, the last at {max(table.values())}")
     merges = [(left, right) for left, right in specs[0]["model"]["merges"]]
     known, learned = set(names), set(merges)
     for left, right in specs[1]["model"]["merges"]:
@@ -170,4 +182,5 @@ def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: 
     words = [token["content"] for token in specs[0]["added_tokens"] if not token["special"]]
     ignore = bool(specs[0]["model"].get("ignore_merges"))
     backend = byte_level_bpe(names, merges, patterns[0] or [], marks, words, ignore)
-    return Tokenizer(backend, eos=first.eos_token, bos=first.bos_token, add_bos=first.add_bos)
+    config = {"chat_template": first.chat_template}
+    return Tokenizer(backend, eos=first.eos_token, bos=first.bos_token, add_bos=first.add_bos, config=config)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 
@@ -16,7 +16,19 @@ __all__ = ["Encoder", "Parts", "read_bytes", "read_json", "read_text"]
 
 
 LIMIT = 500_000_000
-Encoder = Callable[[list[str]], list[list[int]]]
+
+
+class Encoder(Protocol):
+    """Cuts texts in the place of the backend."""
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+
+    def surfaces(self, text: str) -> list[tuple[int, str]]:
+        """Id and text of each piece; an unknown one has what stood there."""
+
+    def normalize(self, text: str) -> str:
+        """What is cut."""
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 
-__all__ = ["BYTE", "BYTES", "FIRST_STAND_IN", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
+__all__ = ["BYTE", "BYTES", "MARKS", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
 
 LONGEST = 1000
-FIRST_STAND_IN = 0xF0000  # the first of Unicode's 65,534 private-use characters outside the basic plane
 SPACE = "▁"  # U+2581, a blank inside pieces
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte fallback: an unknown character becomes these
+MARKS = frozenset([*BYTES, "<unk>", "<s>", "</s>", "<|endoftext|>"])  # what no vocabulary may learn from text
 
 
 class ModelKind(IntEnum):
@@ -80,13 +80,16 @@ class Pieces:
         """Whether `backend` cuts every text as SentencePiece does.
 
         Not under a normalisation: the library overlooks rules of more than five bytes, as those for half-width
-        kana. Not for a unigram model: of two cuts that are equally probable it may take the other. Not where pieces
-        of a BPE model have equal scores: SentencePiece then merges from left to right, the
-        library the smaller id first. Nor where merges lead to a piece that is marked unused, which SentencePiece
-        takes apart again.
+        kana. Not with user-defined pieces, at which the library cuts before it normalises, so that each part
+        loses and gains blanks of its own. Not for a unigram model: of two cuts that are equally probable it may
+        take the other. Not where pieces of a BPE model have equal scores: SentencePiece then merges from left to
+        right, the library the smaller id first. Nor where merges lead to a piece that is marked unused, which
+        SentencePiece takes apart again.
         """
-        if self.charsmap or self.kind != ModelKind.BPE:
-            return not self.charsmap and self.kind == ModelKind.CHAR
+        if self.charsmap or self.squeeze or PieceType.USER_DEFINED in self.types or self.kind == ModelKind.UNIGRAM:
+            return False
+        if self.kind == ModelKind.CHAR:
+            return True
         textual = self._textual()
         unused = [name for name, kind in zip(self.names, self.types, strict=True) if kind == PieceType.UNUSED]
         if any(merges_by_score({**textual, name: 0.0}, only=name) for name in unused):
@@ -97,10 +100,9 @@ class Pieces:
 
     def backend(self) -> Backend:
         """The `tokenizers` object that gives SentencePiece's ids, if `is_exact`."""
-        byte_fallback, stand_ins = PieceType.BYTE in self.types, self._stand_ins()
-        names = [stand_ins.get(name, name) for name in self.names]
+        byte_fallback, names = PieceType.BYTE in self.types, list(self.names)
         if self.kind == ModelKind.UNIGRAM:
-            model: Any = models.Unigram(self._scored(names), unk_id=self.unknown, byte_fallback=byte_fallback)
+            model: Any = models.Unigram(self._scored(), unk_id=self.unknown, byte_fallback=byte_fallback)
         else:
             model = models.BPE(
                 vocab={name: i for i, name in enumerate(names)},
@@ -110,33 +112,20 @@ class Pieces:
                 byte_fallback=byte_fallback,
             )
         backend = Backend(model)
-        backend.normalizer = normalizers.Sequence(self._normalizers(stand_ins))
+        backend.normalizer = normalizers.Sequence(self._normalizers())
         if self.kind == ModelKind.UNIGRAM:
             backend.pre_tokenizer = pre_tokenizers.Split(self._marks(), "merged_with_previous")
         steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         steps += [decoders.Strip(" ", 1, 0)] if self.dummy_prefix else []
-        steps += [decoders.Replace(char, name) for name, char in stand_ins.items()]
         backend.decoder = decoders.Sequence(steps)
         marks = (PieceType.CONTROL, PieceType.UNKNOWN)
         named = list(zip(self.names, self.types, strict=True))
         backend.add_special_tokens(
             [AddedToken(n, normalized=False, special=True) for n, kind in named if kind in marks]
         )
-        words = [n for n, kind in named if kind == PieceType.USER_DEFINED and n not in stand_ins]
+        words = [n for n, kind in named if kind == PieceType.USER_DEFINED]
         backend.add_tokens([AddedToken(n, normalized=False) for n in words])
         return backend
-
-    def _stand_ins(self) -> dict[str, str]:
-        """User-defined piece -> a private-use character that takes its place between normaliser and decoder.
-
-        An added token of the library cuts the text before it is normalised, so that each part would be given
-        its own blank in front and lose the blanks at its ends. A single character that no merge knows is never
-        cut or joined, as SentencePiece wants it. Without either rule an added token does the same.
-        """
-        if not (self.dummy_prefix or self.squeeze):
-            return {}
-        words = [n for n, kind in zip(self.names, self.types, strict=True) if kind == PieceType.USER_DEFINED]
-        return {name: chr(FIRST_STAND_IN + i) for i, name in enumerate(sorted(words, key=len, reverse=True))}
 
     def _silent(self) -> dict[str, int]:
         """Marks, bytes and unused pieces -> where a cut keeps the library from finding them in a text, 0 for nowhere.
@@ -151,23 +140,20 @@ class Pieces:
             name: next((i for i in range(1, len(name)) if (name[i - 1], name[i]) not in together), 0) for name in silent
         }
 
-    def _scored(self, names: Sequence[str]) -> list[tuple[str, float]]:
+    def _scored(self) -> list[tuple[str, float]]:
         """Names with scores; what no cut can silence costs more than any other way to spell it.
 
         More digits than six would be read back from a tokenizer.json with another last one.
         """
         cuts, worst = self._silent(), min([*self.scores, -1.0])
-        table = zip(names, self.names, self.scores, strict=True)
-        return [
-            (shown, round(2 * len(name) * worst if cuts.get(name) == 0 else score, 6)) for shown, name, score in table
-        ]
+        table = zip(self.names, self.scores, strict=True)
+        return [(name, round(2 * len(name) * worst if cuts.get(name) == 0 else score, 6)) for name, score in table]
 
     def _merges(self) -> list[tuple[str, str]]:
         return merges_by_score(self._textual()) if self.kind == ModelKind.BPE else []
 
-    def _normalizers(self, stand_ins: Mapping[str, str]) -> list[Any]:
-        steps: list[Any] = [normalizers.Replace(name, char) for name, char in stand_ins.items()]
-        steps += [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
+    def _normalizers(self) -> list[Any]:
+        steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
         if self.squeeze:
             # not Strip, which takes other white space as well
             steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]

@@ -8,10 +8,10 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.tokenizer.parts import Encoder, Parts, read_bytes
+from minillama.tokenizer.parts import Parts, read_bytes
 from minillama.tokenizer.pieces import ModelKind, Pieces, PieceType
 
-__all__ = ["is_sentencepiece", "message", "parse", "pieces_of", "read", "serialize"]
+__all__ = ["SentencePieceEncoder", "is_sentencepiece", "message", "parse", "pieces_of", "read", "serialize"]
 
 
 def _proto() -> Any:
@@ -98,21 +98,31 @@ def parse(data: bytes, where: object) -> Parts:
         raise InputError("the vocabulary has no end-of-text piece", where=field, found=spec.eos_id)
     bos = pieces.names[spec.bos_id] if 0 <= spec.bos_id < count else None
     backend = _backend(pieces, where)
-    encoder = None if pieces.is_exact else _encoder(data)
+    encoder = None if pieces.is_exact else SentencePieceEncoder(data)
     return Parts(backend, pieces.names[spec.eos_id], bos, bos is not None, model=data, encoder=encoder)
 
 
-def _encoder(data: bytes) -> Encoder:
-    """SentencePiece's own, for what a tokenizer.json can only come near to."""
-    from sentencepiece import SentencePieceProcessor
+class SentencePieceEncoder:
+    """SentencePiece's own encoder, for what a tokenizer.json can only come near to."""
 
-    processor = SentencePieceProcessor(model_proto=data)
+    def __init__(self, data: bytes) -> None:
+        from sentencepiece import SentencePieceProcessor
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = processor.encode(texts)
+        self._processor: Any = SentencePieceProcessor(model_proto=data)
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        ids: list[list[int]] = self._processor.encode(texts)
         return ids
 
-    return encode
+    def surfaces(self, text: str) -> list[tuple[int, str]]:
+        """Id and text of each piece; an unknown one has what stood there."""
+        return list(zip(self([text])[0], self._processor.encode(text, out_type=str), strict=True))
+
+    def normalize(self, text: str) -> str:
+        """What is cut, with U+2581 for blanks."""
+        normal: str = self._processor.normalize(text)
+        return normal
 
 
 def _backend(pieces: Pieces, where: object) -> Backend:

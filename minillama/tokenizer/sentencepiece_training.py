@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from minillama.errors import InputError
@@ -16,7 +16,7 @@ __all__ = ["RESERVED", "RULES", "from_merges", "from_scores", "train"]
 RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 MARKS = ("<unk>", "<s>", "</s>")
 RESERVED = len(MARKS) + 256
-LONGEST_LINE = 2**20  # bytes; SentencePiece leaves longer ones out without a word, and by default those over 4192
+LONGEST_LINE = 2**17  # characters; SentencePiece leaves lines over a limit out without a word
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
     written = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
+            sentence_iterator=_lines(texts),
             model_writer=written,
             vocab_size=vocab_size,
             model_type=model,
@@ -57,7 +57,7 @@ def train(
             character_coverage=coverage,
             byte_fallback=byte_fallback,
             hard_vocab_limit=False,
-            max_sentence_length=LONGEST_LINE,
+            max_sentence_length=4 * LONGEST_LINE,  # bytes
             minloglevel=3,
         )
     except RuntimeError as error:
@@ -65,12 +65,28 @@ def train(
     return written.getvalue()
 
 
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines that are not blank, long ones in parts that end at a blank."""
+    for line in (line for text in texts for line in text.split("\n")):
+        start = 0
+        while start < len(line):
+            stop = start + LONGEST_LINE
+            stop = (line.rfind(" ", start + 1, stop) if stop < len(line) else stop) or stop
+            part = line[start : stop if stop > start else start + LONGEST_LINE]
+            if part.strip():
+                yield part
+            start += len(part)
+
+
 def _explained(message: str, vocab_size: int) -> InputError:
     high = re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message)
-    if high or "Vocabulary size is smaller" in message or "vocab_size" in message:
-        expected = f"at most {high[1]}" if high else None
-        what = "the text does not give a vocabulary of this size"
-        return InputError(what, where="vocab_size", found=vocab_size, expected=expected or message)
+    if high:
+        what = "the vocabulary is larger than the text allows"
+        return InputError(what, where="vocab_size", found=vocab_size, expected=f"at most {high[1]}")
+    if small := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
+        what = "the characters of the text alone do not fit into the vocabulary"
+        found = f"{small[2]} characters and marks, room for {small[1]}"
+        return InputError(what, where="vocab_size", found=found, fix="ask for more, or for less coverage")
     if "sentences_.empty()" in message:
         return InputError("there is no text to train a tokenizer on")
     return InputError("sentencepiece cannot train on this text", found=message)

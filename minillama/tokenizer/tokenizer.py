@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -21,7 +22,7 @@ from minillama.tokenizer.pieces import ModelKind, Pieces
 from minillama.tokenizer.pre import pre_name
 from minillama.tokenizer.stream import StreamDecoder
 
-__all__ = ["END_OF_TEXT", "Tokenizer"]
+__all__ = ["END_OF_TEXT", "Tokenizer", "check_unicode"]
 
 # What survives from a loaded tokenizer_config.json, beside what save() writes itself.
 _CARRIED = ("unk_token", "pad_token", "chat_template", "model_max_length")
@@ -149,8 +150,15 @@ class Tokenizer:
         Raises:
             InputError: the text holds a lone surrogate, which is no character.
         """
-        ids = _encode(self._special_backend, [text]) if special else self.encode_batch([text])
-        return [self.bos_id] * bos + ids[0]
+        if not special:
+            return [self.bos_id] * bos + self.encode_batch([text])[0]
+        if self._encoder is None:
+            return [self.bos_id] * bos + _encode(self._special_backend, [text])[0]
+        names = {name: i for i in self.special_ids if (name := self.backend.id_to_token(i))}
+        ids = [self.bos_id] * bos
+        for part in re.split("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")", text):
+            ids += [names[part]] if part in names else self.encode_batch([part])[0] if part else []
+        return ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
@@ -158,7 +166,7 @@ class Tokenizer:
         if self._encoder is None:
             return _encode(self.backend, texts)
         for text in texts:
-            _check_unicode(text)
+            check_unicode(text)
         return self._encoder(texts)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -188,6 +196,39 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids of the tokens that are marks and not text."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of text that the vocabulary cannot spell; None where there is no such text."""
+        model = json.loads(self.backend.to_str())["model"]
+        if model["type"] == "Unigram":
+            index: int | None = model["unk_id"]
+            return index
+        name = model.get("unk_token")
+        return None if name is None else self.backend.token_to_id(name)
+
+    def surfaces(self, text: str) -> list[tuple[int, str]]:
+        """Id of each token, and what stands there: its piece, or for an unknown one the text that is lost.
+
+        Parts of one character have it in turn.
+        """
+        if self._encoder is not None:
+            return self._encoder.surfaces(text)
+        item = self.backend.encode(text, add_special_tokens=False)
+        names = (self.backend.id_to_token(i) or "" for i in item.ids)
+        rows = zip(item.ids, names, item.offsets, strict=True)
+        return [(i, text[start:end] if i == self.unknown_id else name) for i, name, (start, end) in rows]
+
+    def normalized(self, text: str) -> str:
+        """The text as it is cut."""
+        if self._encoder is not None:
+            return self._encoder.normalize(text)
+        return self.backend.normalizer.normalize_str(text) if self.backend.normalizer is not None else text
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether tokenizer.json says all; else the SentencePiece library cuts, see `Pieces.is_exact`."""
+        return self._encoder is None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -253,11 +294,12 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
         return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
     except TypeError:
         for text in texts:
-            _check_unicode(text)
+            check_unicode(text)
         raise
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(text: str) -> None:
+    """Refuse a lone surrogate, which is no character."""
     if any("\ud800" <= char <= "\udfff" for char in text):
         what = "this text is not valid Unicode: it holds a lone surrogate"
         raise InputError(what, found=ascii(text[:80]), fix="give it as UTF-8") from None

@@ -15,7 +15,7 @@ from minillama.tokenizer.learning import Learner, Library, Readable
 from minillama.tokenizer.pre import STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.reference.wordpiece import Score
-from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
+from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, check_unicode
 
 __all__ = ["Kind", "TokenizerTrainer", "byte_tokenizer", "char_tokenizer", "train_byte_bpe"]
 
@@ -43,8 +43,10 @@ class TokenizerTrainer:
         score: of wordpiece: `count` as the library, or `information` as BERT's paper was understood, by the
             readable code.
         model: of sentencepiece: unigram or bpe.
-        normalization: of sentencepiece: identity, nmt_nfkc, nfkc, nmt_nfkc_cf or nfkc_cf.
-        coverage: of sentencepiece: the share of the characters of the text that become pieces.
+        normalization: of sentencepiece: identity, nmt_nfkc, nfkc, nmt_nfkc_cf or nfkc_cf; the readable code has
+            identity alone.
+        coverage: of sentencepiece: the share of the characters of the text that become pieces; all of them by
+            the readable code.
         reference: learn with the readable code of `tokenizer/reference`, not with a library.
         full: fewer tokens than `vocab_size` are an error.
 
@@ -93,7 +95,7 @@ class TokenizerTrainer:
 
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the texts, which are read once (and not at all for bytes)."""
-        made = self._train(texts)
+        made = self._train(map(_checked, texts))
         if self.full and made.vocab_size < self.vocab_size:
             raise InputError(
                 "the vocabulary is larger than the text allows",
@@ -135,6 +137,11 @@ class TokenizerTrainer:
         if self.model == "unigram":
             return sentencepiece_training.from_scores(learn.unigram(texts, size))
         return sentencepiece_training.from_merges(*learn.bpe(texts, size))
+
+
+def _checked(text: str) -> str:
+    check_unicode(text)
+    return text
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal
 
 from minillama.command_line import CommandLine, overrides
@@ -234,28 +235,30 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     values.setdefault("name", path.stem)
     stages = values.pop("stages", None)
     staged: Located = origin
-    model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
-    config = build(RunConfig, values, origin, RunConfig(model=model))
     table = overrides(words, RunConfig, {Source: lambda word: to_dict(parse_source(word))})
-    command_line = CommandLine()
-    shape = table.pop("model", {})
-    if "stages" in table:
-        stages, staged = table.pop("stages"), command_line
-    config = replace(config, model=config.model.changed(shape, command_line, "model"))
-    config = build(RunConfig, table, command_line, config)
-    if stages is not None:
-        config = replace(config, stages=_stages(stages, staged, config.optim))
-    if not config.train.init_from:
-        return config
-    if preset or shape:
+    command_line, changes = CommandLine(), table.pop("model", {})
+    start = (values.get("train", {}) | table.get("train", {})).get("init_from", "")
+    if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",
             where="command line",
-            found="--model.preset" if preset else ", ".join(f"--model.{key}" for key in shape),
+            found="--model.preset" if preset else ", ".join(f"--model.{key}" for key in changes),
             fix="leave it out",
         )
-    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or config.train.init_from)
-    return replace(config, model=ModelConfig.load(config.train.init_from), tokenizer=tokenizer)
+    if start and (Path(start).exists() or "dim" not in shape):  # a run's config.toml has the whole shape itself
+        model = ModelConfig.load(start)
+    else:
+        model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
+    config = build(RunConfig, values, origin, RunConfig(model=model))
+    if "stages" in table:
+        stages, staged = table.pop("stages"), command_line
+    config = replace(config, model=config.model.changed(changes, command_line, "model"))
+    config = build(RunConfig, table, command_line, config)
+    if stages is not None:
+        config = replace(config, stages=_stages(stages, staged, config.optim))
+    if start and not config.tokenizer.path:
+        config = replace(config, tokenizer=replace(config.tokenizer, path=start))
+    return config
 
 
 def _stages(tables: Sequence[Mapping[str, Any]], origin: Located, base: OptimConfig) -> tuple[Stage, ...]:
@@ -267,8 +270,24 @@ def _stages(tables: Sequence[Mapping[str, Any]], origin: Located, base: OptimCon
         )
         if "optim" in table:
             stage = replace(stage, optim=build(OptimConfig, table["optim"], origin, base, f"stages.{i}.optim"))
+            _check_stage(stage.optim, base, f"stages.{i}.optim")
         made.append(stage)
     return tuple(made)
+
+
+def _check_stage(optim: OptimConfig | None, base: OptimConfig, where: str) -> None:
+    """Which parameters belong to which optimizer is settled for the whole run."""
+    if optim is None:
+        return
+    for name, change in (
+        ("decay_embeddings", optim.decay_embeddings != base.decay_embeddings),
+        ("muon_lr", (optim.muon_lr > 0) != (base.muon_lr > 0)),
+    ):
+        if change:
+            what, found = "a stage cannot move parameters from one optimizer to another", getattr(optim, name)
+            raise InputError(
+                what, where=f"{where}.{name}", found=found, expected=f"as in [optim], {getattr(base, name)}"
+            )
 
 
 def to_table(config: RunConfig) -> dict[str, Any]:

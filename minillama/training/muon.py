@@ -54,7 +54,10 @@ class Muon(torch.optim.Optimizer):
                 grad = parameter.grad
                 if grad is None:
                     continue
-                buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(grad))
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                buffer = state["momentum_buffer"]
                 buffer.lerp_(grad, 1 - momentum)
                 update = orthogonalise(grad.lerp(buffer, momentum), self.dtype)
                 rows, columns = parameter.shape

@@ -12,7 +12,7 @@ from minillama.device import choose_dtype
 from minillama.training.config import OptimConfig
 from minillama.training.muon import Muon
 
-__all__ = ["load_optimizer_state", "make_optimizers", "optimizer_state", "parameter_groups"]
+__all__ = ["change_settings", "load_optimizer_state", "make_optimizers", "optimizer_state", "parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -55,6 +55,18 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     group = {"params": blocks, "lr_scale": config.muon_lr / config.lr}
     dtype = choose_dtype("auto", blocks[0][1].device)
     return [adamw, Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)]
+
+
+def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimConfig) -> None:
+    """Give groups the settings of another stage; their learning rates follow with every step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if isinstance(optimizer, Muon):
+                group["lr_scale"] = config.muon_lr / config.lr
+            else:
+                group |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
+            if group.get("name") != "no_decay":
+                group["weight_decay"] = config.weight_decay
 
 
 def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.optim.Optimizer, str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
@@ -56,8 +57,8 @@ def train(
 
 
 def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -> int:
-    config = with_grown_vocabulary(config)
     checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+    config = with_grown_vocabulary(config) if checkpoint is None else _as_saved(config, checkpoint)
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
         folder.rewind_metrics(-1)
@@ -68,7 +69,9 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -
         _say_next(folder, config, report)
         return 0
     corpus, tokenizer = load_data(config, report)
-    trainer = Trainer(config, build_model(config), tokenizer, corpus, folder, report, checkpoint)
+    trainer = Trainer(
+        config, build_model(config, checkpoint is not None), tokenizer, corpus, folder, report, checkpoint
+    )
     folder.config.write_text(tomli_w.dumps(to_table(config)), encoding="utf-8")
     report.say(
         f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
@@ -90,6 +93,15 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -
     report.say(f"finished in {trainer.progress.seconds:.0f} s. Next:")
     _say_next(folder, config, report)
     return 0
+
+
+def _as_saved(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
+    """A run that started from a model goes on with the checkpoint's shape and, if need be, its tokenizer."""
+    if not config.train.init_from:
+        return config
+    place = config.tokenizer.path if Path(config.tokenizer.path).exists() else str(checkpoint.path)
+    tokenizer = replace(config.tokenizer, path=place)
+    return replace(config, model=ModelConfig.load(checkpoint.path), tokenizer=tokenizer)
 
 
 def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
@@ -167,7 +179,8 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     model, more = folder.model, 2 * config.train.steps
     prompt = config.sample.prompts[0] if config.sample.prompts else "The"
     words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
-    if config.tokenizer.kind == "char":  # GGUF has no such tokenizer
+    tokenizer = Tokenizer.load(model)
+    if tokenizer.pieces is None and tokenizer.pre is None:  # GGUF has no such tokenizer
         words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "transformers opens the other as well"
     commands = {
         "generate": _command("generate.py", "--model", model, "--prompt", prompt),

@@ -22,19 +22,22 @@ def trained(config: ModelConfig, stage: Stage) -> int:
     return sum(math.prod(shape) for name, shape in config.tensors().items() if stage.trains(name))
 
 
-def check(config: RunConfig, names: Iterable[str]) -> None:
-    """Every glob of every stage names a parameter.
+def check(config: RunConfig) -> None:
+    """Every glob of every stage names a parameter, and every stage trains one.
 
     Raises:
-        InputError: one names none.
+        InputError: one names none, or a stage would train nothing.
     """
-    names = [*names, "lm_head.weight"]  # a tied head is the embedding, and may be named all the same
+    names = [*config.model.tensors(), "lm_head.weight"]  # a tied head is the embedding, and may be named as well
     for number, stage in enumerate(config.stages):
+        where = f"stages.{number}.trainable"
         for pattern in stage.trainable:
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = get_close_matches(pattern, names, n=1, cutoff=0)
-                where = f"stages.{number}.trainable"
                 raise InputError("no parameter has such a name", where=where, found=pattern, expected=f"as {near[0]!r}")
+        if not trained(config.model, stage):
+            fix = "name model.embed_tokens.*, which is the head as well"
+            raise InputError("this stage trains nothing", where=where, found=", ".join(stage.trainable), fix=fix)
 
 
 def describe(config: RunConfig, step: int) -> str:

@@ -17,10 +17,15 @@ from minillama.training.config import RunConfig
 __all__ = ["build_model", "with_grown_vocabulary"]
 
 
-def build_model(config: RunConfig) -> Decoder:
-    """The decoder on the run's device, in float32."""
+def build_model(config: RunConfig, is_resumed: bool = False) -> Decoder:
+    """The decoder on the run's device, in float32.
+
+    Args:
+        config: the run.
+        is_resumed: a checkpoint's weights will be put in, so that the model to start from is not needed.
+    """
     generator, device = torch.Generator().manual_seed(config.seed), choose_device(config.train.device)
-    if not config.train.init_from:
+    if is_resumed or not config.train.init_from:
         model = Decoder(config.model, config.train.dropout)
         model.init_weights(generator)
         return model.to(device)

@@ -30,7 +30,7 @@ from minillama.training.checkpoint import Checkpoint, prune, save_checkpoint
 from minillama.training.compiling import Compiler
 from minillama.training.config import RunConfig, Stage
 from minillama.training.objectives import Batch, make
-from minillama.training.optim import load_optimizer_state, make_optimizers, optimizer_state
+from minillama.training.optim import change_settings, load_optimizer_state, make_optimizers, optimizer_state
 from minillama.training.precision import WorkingCopy
 from minillama.training.report import Report
 from minillama.training.run_folder import RunFolder
@@ -91,7 +91,7 @@ class Trainer:
         self.progress = Progress()
         self.signal: int | None = None
         self.stage: Stage | None = None
-        stages.check(config, dict(model.named_parameters()))
+        stages.check(config)
         model.checkpointing = config.train.checkpointing
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -178,6 +178,7 @@ class Trainer:
         if self.config.stages and self.config.stage(step) is not self.stage:
             self.stage = self.config.stage(step)
             stages.enter(self.stage, (self.model, self.working.model), self.optimizers)
+            change_settings(self.optimizers, self.config.optim_at(step))
             self.report.say(stages.describe(self.config, step))
 
     def _count(self, tokens: int, seconds: float) -> None:

@@ -52,7 +52,7 @@ def test_every_kind(
 def test_merging_and_comparing(
     text: Path, tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llama2, grown = shared / "tokenizer/llama2", tmp_path / "grown"
+    llama2, grown = shared / "tokenizer/llama2/tokenizer.model", tmp_path / "grown"
     assert run("merge", llama2, "--add-characters", 50, "--input", text, "--special", "[PAD]", "--output", grown) == 0
     said = capsys.readouterr().err
     assert "the texts hold 3 new characters, not 50" in said and "added 0 pieces and 3 characters" in said

@@ -114,3 +114,13 @@ def test_real_languages(shared: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="cannot write the plot"):
         plot(tmp_path / "p.nothing", table)
+
+
+def test_coverage_knows_what_a_piece_is(shared: Path) -> None:
+    """Latin-1 letters are no bytes in a vocabulary of characters, and half-width kana are read as wide ones."""
+    text = "über für Mädchen Größe café" * 3
+    for kind in ("char", "word", "wordpiece"):
+        assert measure(TokenizerTrainer(kind, 0 if kind != "wordpiece" else 60)([text]), [text]).coverage == 1, kind  # type: ignore[arg-type]
+    made = TokenizerTrainer("sentencepiece", 290)(["ﾊﾟ fox パ" * 5])
+    assert measure(made, ["ﾊﾟ fox"]).coverage == 1
+    assert 0 < measure(made, ["中 fox"]).coverage < 1

@@ -194,3 +194,21 @@ def test_no_text_at_all() -> None:
                 TokenizerTrainer(kind, 300)([])
         else:
             assert TokenizerTrainer(kind, 300)([]).vocab_size <= 258
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "sentencepiece"])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_marks_are_never_learned_from_text(kind: Kind, reference: bool, model: str) -> None:
+    text = "<unk>\n<|endoftext|>\n<0x41>\n<s>\n</s>\n" * 20 + "ab ac ad"
+    made = TokenizerTrainer(kind, 330, model=model, reference=reference, normalization="identity")([text])  # type: ignore[arg-type]
+    for name in ("<unk>", "<|endoftext|>", "<0x41>", "<s>", "</s>"):
+        ids = made.encode(f"x{name} y")
+        assert made.special_ids.isdisjoint(ids) and made.decode(ids) == f"x{name} y"
+
+
+def test_a_long_line_is_not_lost() -> None:
+    made = TokenizerTrainer("sentencepiece", 290)(["qq ww " * 200_000, "xyz xyz\n" * 5])
+    assert {"q", "w"} <= set("".join(made.backend.get_vocab()))
+    with pytest.raises(InputError, match="lone surrogate"):
+        TokenizerTrainer("byte-bpe", 300)(["a\ud800"])

@@ -21,7 +21,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     shared = Path(__file__).resolve().parents[2] / "../shared/data"
     if not shared.is_dir():
         pytest.skip("real data is absent: no ../shared/data beside the checkout")
-    made = extend(shared / "tokenizer/llama2", shared / "tokenizer/chinese/chinese_sp.model")
+    made = extend(shared / "tokenizer/llama2/tokenizer.model", shared / "tokenizer/chinese/chinese_sp.model")
     assert (made.merged, made.tokenizer.vocab_size) == (17_953, 49_953)
     folder = tmp_path_factory.mktemp("merged")
     made.tokenizer.save(folder)
@@ -58,7 +58,7 @@ def test_real_text_is_cut_as_sentencepiece_cuts_it(merged: Tokenizer, shared: Pa
 
 
 def test_one_more_mark_makes_it_chinese_alpacas(shared: Path) -> None:
-    base, extra = shared / "tokenizer/llama2", shared / "tokenizer/chinese/chinese_sp.model"
+    base, extra = shared / "tokenizer/llama2/tokenizer.model", shared / "tokenizer/chinese/chinese_sp.model"
     made = extend(base, extra, special=["[PAD]"]).tokenizer
     assert made.vocab_size == 49_954 and made.backend.token_to_id("[PAD]") == 49_953 in made.special_ids
     with pytest.raises(InputError, match=r"already\n.*\n  found: <s>"):
@@ -98,7 +98,7 @@ def test_byte_level_vocabularies(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_together(tmp_path: Path, shared: Path) -> None:
-    llama2, chinese = shared / "tokenizer/llama2", shared / "tokenizer/chinese/chinese_sp.model"
+    llama2, chinese = shared / "tokenizer/llama2/tokenizer.model", shared / "tokenizer/chinese/chinese_sp.model"
     TokenizerTrainer("byte-bpe", 300)(ENGLISH).save(tmp_path / "bytes")
     TokenizerTrainer("byte-bpe", 300, pattern="llama-3")(ENGLISH).save(tmp_path / "other")
     with pytest.raises(InputError, match="different kinds"):
@@ -107,7 +107,7 @@ def test_what_does_not_fit_together(tmp_path: Path, shared: Path) -> None:
         extend(tmp_path / "bytes", tmp_path / "other")
     with pytest.raises(InputError, match=r"BPE model alone[\s\S]*unigram"):
         extend(chinese, llama2)
-    with pytest.raises(InputError, match="SentencePiece model alone"):
+    with pytest.raises(InputError, match="no SentencePiece model another one"):
         extend(tmp_path / "bytes", characters=3, texts=["中"])
     with pytest.raises(InputError, match="cannot read the tokenizer"):
         extend(tmp_path / "nothing", chinese)
@@ -116,3 +116,22 @@ def test_what_does_not_fit_together(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "marked.model").write_bytes(proto.SerializeToString())
     with pytest.raises(InputError, match=r"special tokens do not match[\s\S]*\[MASK\]"):
         extend(llama2, tmp_path / "marked.model")
+
+
+def test_ids_that_would_move_are_refused(tmp_path: Path, shared: Path) -> None:
+    folder = tmp_path / "added"
+    made = Tokenizer.load(shared / "tokenizer/llama2/tokenizer.model")
+    made.backend.add_special_tokens(["<pad>"])
+    made.save(folder)
+    with pytest.raises(InputError, match=r"tokenizer\.model lacks[\s\S]*found: <pad>"):
+        extend(folder, special=["[PAD]"])
+    assert extend(folder / "tokenizer.model", special=["[PAD]"]).tokenizer.vocab_size == 32_001
+    with pytest.raises(InputError, match="nothing to append"):
+        extend(folder / "tokenizer.model")
+
+
+def test_a_chat_template_stays(tmp_path: Path) -> None:
+    TokenizerTrainer("byte-bpe", 320)(ENGLISH).save(tmp_path / "a")
+    (tmp_path / "a/chat_template.jinja").write_text("{{ messages }}")
+    TokenizerTrainer("byte-bpe", 330)(CHINESE).save(tmp_path / "b")
+    assert extend(tmp_path / "a", tmp_path / "b").tokenizer.chat_template == "{{ messages }}"

@@ -16,6 +16,7 @@ from minillama.errors import InputError
 from minillama.tokenizer import TokenizerTrainer
 from minillama.tokenizer.merge import extend
 from minillama.training.config import RunConfig, Stage, load_run_config, to_table
+from minillama.training.optim import change_settings, make_optimizers
 from minillama.training.report import Report
 from minillama.training.run import train
 from minillama.training.stages import trained
@@ -182,3 +183,40 @@ def test_the_command_line_reaches_every_stage(tiny_config: Make, tmp_path: Path)
     assert load_run_config(str(saved)) == config
     again = load_run_config(str(saved), ["--optim.beta1", "0.5"])
     assert [again.optim_at(step).beta1 for step in (0, 5)] == [0.5, 0.5] and again.optim_at(0).lr == 5e-3
+
+
+def test_a_stages_settings_reach_the_optimizers(tiny_config: Make, tmp_path: Path) -> None:
+    tiny_config()
+    path = tmp_path / "fixture.toml"
+    table = "weight_decay = 0.0, beta2 = 0.5, eps = 1e-3, muon_lr = 0.005"
+    path.write_text(
+        path.read_text() + f"\n[[stages]]\nuntil_step = 6\n[[stages]]\nuntil_step = 12\noptim = {{{table}}}\n"
+    )
+    config = load_run_config(str(path), ["--optim.muon_lr", "0.02"])
+    optimizers = make_optimizers(Decoder(config.model), config.optim)
+    change_settings(optimizers, config.optim_at(7))
+    adamw, muon = (optimizer.param_groups for optimizer in optimizers)
+    assert all((g["weight_decay"], g["betas"], g["eps"]) == (0.0, (0.9, 0.5), 1e-3) for g in adamw)
+    assert muon[0]["weight_decay"] == 0 and muon[0]["lr_scale"] == 0.005 / 1e-2
+    with pytest.raises(InputError, match=r"stages\.1\.optim\.muon_lr"):
+        load_run_config(str(path))
+
+
+def test_a_run_goes_on_without_the_model_that_it_started_from(base: Path, tmp_path: Path) -> None:
+    config = grown_config(base, tmp_path, "--train.steps", "8", "--train.context", "32")
+    train(config, str(tmp_path / "run"), report=Lines())
+    base.rename(tmp_path / "elsewhere")
+    (tmp_path / "grown").rename(tmp_path / "gone")
+    again = load_run_config(str(tmp_path / "run/config.toml"), ["--train.steps", "10"])
+    train(again, str(tmp_path / "run"), resume=True, report=Lines())
+    rows = Tokenizer.load(tmp_path / "gone").vocab_size
+    assert Decoder.from_pretrained(tmp_path / "run/model").config.vocab_size == rows
+
+
+def test_a_stage_that_trains_nothing(tiny_config: Make, tmp_path: Path) -> None:
+    tiny_config()
+    path = tmp_path / "fixture.toml"
+    path.write_text(path.read_text() + '\n[[stages]]\nuntil_step = 6\ntrainable = ["lm_head.*"]\n')
+    config = load_run_config(str(path), ["--model.tie_embeddings", "true"])
+    with pytest.raises(InputError, match="this stage trains nothing"):
+        train(config, str(tmp_path / "run"), report=Lines())
