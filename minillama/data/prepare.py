@@ -37,7 +37,8 @@ VERIFIED = 2**30  # bytes of shards whose checksums are looked at on every start
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share of it that is done, 0 to 1."""
 
-# Between two words with one blank in between: there all pre-tokenizers cut, whatever stands further off.
+# Between two words with one blank in between: there byte-level pre-tokenizers cut, whatever stands further off;
+# vocabularies of characters give each piece of text a blank of its own in front.
 _BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
 
 
