@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from minillama.commands.cli import main
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
+from minillama.training.config import load_run_config
+from minillama.training.objectives import make
 
 MEMBERS = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
 
@@ -140,3 +144,33 @@ def test_compiled_blocks_change_nothing(model: Decoder) -> None:
 def test_switches_that_exclude_each_other(member: str, switch: str, value: object, what: str) -> None:
     with pytest.raises(InputError, match=what):
         replace(small(member), **{switch: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m not in ("glm", "chatglm")])
+def test_two_hundred_steps_lower_the_loss(member: str, tmp_path: Path) -> None:
+    """`python train.py --model.preset NAME-tiny` on the default text, in small batches, and generation after it."""
+    script = ["--model.preset", f"{member}-tiny", "--train.steps", "200", "--train.batch_size", "2"]
+    script += [
+        "--train.context",
+        "64",
+        "--validate.tokens",
+        "4000",
+        "--validate.every",
+        "200",
+        "--train.compile",
+        "false",
+    ]
+    cache = ["--data.cache", str(tmp_path.parent / "cache"), "--checkpoint.every", "200"]
+    assert main(["train", *script, *cache, "--out", str(tmp_path / "run")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert losses[-1] < losses[0] - 1.5
+    assert main(["generate", "--model", str(tmp_path / "run/model"), "--prompt", "This", "--max-new-tokens", "8"]) == 0
+
+
+@pytest.mark.parametrize("member", ["glm", "chatglm"])
+def test_an_objective_that_is_not_there_is_named(member: str, tmp_path: Path) -> None:
+    config = load_run_config("tiny", ["--train.steps", "1"], f"{member}-tiny")
+    with pytest.raises(InputError, match="made for an objective that is not there yet"):
+        make(config, None)

@@ -85,7 +85,7 @@ def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
             "total": count,
             "embedding": table,
             "head": head,
-            "layer": (count - table - head - config.dim) // config.n_layers,
+            "layer": sum(map(math.prod, config.layer_tensors().values())),
             "non_embedding": count - table - head,
         },
         "flops_per_token": {

@@ -78,6 +78,8 @@ class TrainConfig:
     """Rows that its embedding lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
     objective: Literal["auto", "lm"] = "auto"
     """What is minimised; auto: what the model was made for."""
+    z_loss: float = field(default=0.0, metadata={"min": 0})
+    """Times log(Z)^2 is added to a token's loss, Z the sum of e^logits; PaLM has 1e-4."""
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
     """Of the embedding and both residual branches."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -92,14 +94,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, Muon, and the learning rate."""
+    """The optimizer and the learning rate."""
 
     lr: float = field(default=3e-3, metadata={"above": 0})
     """Peak learning rate."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor: PaLM's, with rates relative to the size of the weights and a decay of lr^2."""
     muon_lr: float = field(default=0.0, metadata={"min": 0})
     """Peak rate of Muon for the blocks' matrices; 0: AdamW for them too."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine to the floor; wsd: constant, then linear to the floor; constant."""
+    schedule: Literal["cosine", "wsd", "constant", "rsqrt"] = "cosine"
+    """After the warm-up: cosine to the floor; wsd: constant, then linear to the floor; constant. rsqrt: PaLM's
+    min(lr, 1 / sqrt(step)), without warm-up."""
     warmup_steps: int = field(default=50, metadata={"min": 0})
     """Linear warm-up; cut to the run's length."""
     decay_fraction: float = field(default=0.2, metadata={"above": 0, "max": 1})
@@ -194,6 +199,9 @@ class RunConfig:
                 found=self.train.context,
                 expected=f"at most model.max_seq_len = {self.model.max_seq_len}",
             )
+        if self.optim.optimizer == "adafactor" and self.optim.muon_lr:
+            what = "Adafactor moves all parameters, and Muon has none to move"
+            raise InputError(what, where="optim.muon_lr", found=self.optim.muon_lr, expected=0)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
@@ -280,6 +288,7 @@ def _check_stage(optim: OptimConfig | None, base: OptimConfig, where: str) -> No
     if optim is None:
         return
     for name, change in (
+        ("optimizer", optim.optimizer != base.optimizer),
         ("decay_embeddings", optim.decay_embeddings != base.decay_embeddings),
         ("muon_lr", (optim.muon_lr > 0) != (base.muon_lr > 0)),
     ):

@@ -1,4 +1,4 @@
-"""AdamW, and Muon where asked for, over named parameter groups, with their state kept by parameter name."""
+"""AdamW, Muon or Adafactor over named parameter groups, with their state kept by parameter name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.device import choose_dtype
+from minillama.training.adafactor import Adafactor
 from minillama.training.config import OptimConfig
 from minillama.training.muon import Muon
 
@@ -38,13 +39,16 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon.
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon; or Adafactor.
 
     With `muon_lr` the blocks' matrices are moved by Muon instead: momentum, made orthogonal by five
     Newton-Schulz steps (`muon.py`), in bfloat16 where that is fast. Each group has `lr_scale`, its peak rate
     relative to `lr`, so that one schedule serves all.
     """
     decayed, kept = parameter_groups(model, config)
+    if config.optimizer == "adafactor":
+        named = [*decayed["params"], *kept["params"]]
+        return [Adafactor([{"params": named, "lr_scale": 1.0}], config.lr, config.beta1)]
     blocks = [(n, p) for n, p in decayed["params"] if ".layers." in n] if config.muon_lr else []
     names = {name for name, _ in blocks}
     decayed["params"] = [(n, p) for n, p in decayed["params"] if n not in names]
@@ -63,6 +67,9 @@ def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimCo
         for group in optimizer.param_groups:
             if isinstance(optimizer, Muon):
                 group["lr_scale"] = config.muon_lr / config.lr
+            elif isinstance(optimizer, Adafactor):
+                group["beta1"] = config.beta1
+                continue
             else:
                 group |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
             if group.get("name") != "no_decay":

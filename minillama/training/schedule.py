@@ -18,12 +18,15 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     - `wsd`: lr, and in the last `decay_fraction` of the run a straight line to lr * f (warm-up, stable,
       decay; Hu et al. 2024, arXiv 2404.06395, §4).
     - `constant`: lr.
+    - `rsqrt`: min(lr, 1 / sqrt(step)) without warm-up or floor, PaLM's with lr = 1e-2 (arXiv 2204.02311, §5).
 
     Args:
         config: the `[optim]` section.
         step: 0..S; step 0 of a warm-up has rate 0, so the loop asks for step + 1.
         steps: S.
     """
+    if config.schedule == "rsqrt":
+        return min(config.lr, 1 / math.sqrt(max(1, step)))
     warmup = min(config.warmup_steps, steps)
     if step < warmup:
         return config.lr * step / warmup

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from minillama.config import ModelConfig
+from minillama.layers.cross_entropy import cross_entropy
 from minillama.model import Decoder
+from minillama.training.adafactor import Adafactor
 from minillama.training.config import OptimConfig
 from minillama.training.muon import Muon, orthogonalise
 from minillama.training.optim import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
@@ -112,3 +114,65 @@ def test_muons_updates_are_nearly_orthogonal() -> None:
     values = torch.linalg.svdvals(orthogonalise(torch.randn(40, 12)))
     assert values.min() > 0.6 and values.max() < 1.3
     assert torch.equal(orthogonalise(torch.zeros(3, 2)), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(("step", "rate"), [(1, 1e-2), (10_000, 1e-2), (40_000, 0.005), (250_000, 0.002)])
+def test_palms_schedule(step: int, rate: float) -> None:
+    assert learning_rate(OptimConfig(lr=1e-2, schedule="rsqrt"), step, 10**6) == pytest.approx(rate)
+
+
+def test_adafactor_is_torchs_on_vectors_without_momentum() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(40)
+    theirs, mine = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [torch.optim.Adafactor([theirs], lr=1e-2), Adafactor([mine], lr=1e-2, beta1=0.0, decay=False)]
+    for _ in range(6):
+        grad = torch.randn(40)
+        for parameter, optimizer in zip((theirs, mine), optimizers, strict=True):
+            parameter.grad = grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(mine, theirs)
+    assert not torch.equal(mine, start)
+
+
+def test_adafactors_step_by_hand() -> None:
+    """beta2 = 1 - k^-0.8: 0 at the first step, 0.8415107 at the tenth; a step of lr times the RMS, and lr^2 of the weight."""
+    weight = torch.nn.Parameter(torch.full((2, 3), 2.0))
+    optimizer = Adafactor([weight], lr=0.01, beta1=0.9)
+    weight.grad = torch.full((2, 3), 5.0)
+    optimizer.step()
+    torch.testing.assert_close(weight.data, torch.full((2, 3), 2 * (1 - 1e-4) - 0.01 * 2.0 * 0.1))
+    for _ in range(8):
+        optimizer.step()
+    before = optimizer.state[weight]["variance"].clone()
+    weight.grad = torch.zeros(2, 3)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["variance"], before * 0.8415107)
+
+
+def test_palms_recipe_trains_and_its_state_comes_back() -> None:
+    palm = replace(MODEL, norm="layer-scale", parallel_block=True, tie_embeddings=True, init="fan-in", logit_scale=0.25)
+    config = OptimConfig(optimizer="adafactor", lr=1e-2, schedule="rsqrt")
+    torch.manual_seed(0)
+    model, ids = Decoder(palm), torch.randint(0, 40, (4, 12))
+    (optimizer,) = make_optimizers(model, config)
+    losses = []
+    for _ in range(30):
+        loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:], z_loss=1e-4) / 44
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    state = optimizer_state([optimizer])
+    assert {name.rpartition("/")[2] for name in state} == {"step", "variance", "mean"}
+    (other,) = make_optimizers(model, config)
+    load_optimizer_state([other], {n: t.clone() for n, t in state.items()})
+    assert all(torch.equal(t, state[n]) for n, t in optimizer_state([other]).items())
+
+
+def test_the_z_loss_is_its_formula() -> None:
+    logits, targets, weights = torch.randn(2, 3, 7), torch.randint(0, 7, (2, 3)), torch.rand(2, 3)
+    z = logits.exp().sum(-1).log()
+    expected = (weights * (z - logits.gather(-1, targets[..., None])[..., 0] + 0.1 * z**2)).sum()
+    torch.testing.assert_close(cross_entropy(logits, targets, weights, 0.1), expected)

@@ -16,16 +16,18 @@ __all__ = ["LanguageModel"]
 
 
 class LanguageModel:
-    """loss = -sum_t log p(token_{t+1} | token_1..t).
+    """loss = -sum_t log p(token_{t+1} | token_1..t), and PaLM's z-loss where asked for.
 
     Args:
         batch_size: rows a step.
         context: T, tokens a row.
         separator: id of the token that opens a document; with it, tokens see only their own document and
             positions start anew in each. None packs documents one behind the other in full view.
+        z_loss: its weight.
     """
 
-    def __init__(self, batch_size: int, context: int, separator: int | None = None) -> None:
+    def __init__(self, batch_size: int, context: int, separator: int | None = None, z_loss: float = 0.0) -> None:
+        self.z_loss = z_loss
         self.batch_size = batch_size
         self.context = context
         self.separator = separator
@@ -45,7 +47,8 @@ class LanguageModel:
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of nats over the batch's targets, and their weight."""
         hidden = model.hidden(batch.tokens, batch.positions, batch.mask)
-        return cross_entropy(model.head(hidden), batch.targets, batch.weights), batch.weights.sum(), {}
+        loss = cross_entropy(model.head(hidden), batch.targets, batch.weights, self.z_loss)
+        return loss, batch.weights.sum(), {}
 
     def prepare(self, step: int) -> None:
         """Nothing to prepare: text is there already."""
