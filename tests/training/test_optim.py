@@ -136,7 +136,7 @@ def test_adafactor_is_torchs_on_vectors_without_momentum() -> None:
 
 
 def test_adafactors_step_by_hand() -> None:
-    """beta2 = 1 - k^-0.8: 0 at the first step, 0.8415107 at the tenth; a step of lr times the RMS, and lr^2 of the weight."""
+    """beta2 = 1 - k^-0.8 is 0 at the first step and 0.8415107 at the tenth; a step is lr times the weight's RMS."""
     weight = torch.nn.Parameter(torch.full((2, 3), 2.0))
     optimizer = Adafactor([weight], lr=0.01, beta1=0.9)
     weight.grad = torch.full((2, 3), 5.0)
