@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from minillama.data.reading import BadText
 from minillama.data.sources import documents, parse_source
 from minillama.errors import InputError
 from minillama.paths import refuse_url
@@ -34,7 +35,7 @@ class Train:
     output: str
     """The folder to write; nothing may be there."""
     vocab_size: int = 0
-    """Tokens in all. 0: as many as there are (char, word), 257 (bytes), otherwise 4096."""
+    """Tokens in all. 0: as many as there are (char, word), 257 (bytes), otherwise at most 4096."""
     pattern: Literal["smollm", "gpt-2", "llama-3", "cl100k"] = "smollm"
     """byte-bpe: how text is cut into words first."""
     reference: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -48,7 +49,7 @@ class Train:
     normalization: Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"] = "nmt_nfkc"
     """sentencepiece: what is made of the text first; identity keeps every blank."""
     character_coverage: float = 0.9995
-    """sentencepiece: share of the text's characters that become pieces."""
+    """sentencepiece: share of the text's characters that become pieces, 0.98 to 1."""
 
     def run(self) -> int:
         """Train and save."""
@@ -92,11 +93,14 @@ class Merge:
 
         if not self.output:
             raise InputError("--output is missing", where="command line", fix="name the folder to write")
+        if self.add_characters and not self.input:
+            raise InputError("--add-characters counts the characters of --input", where="--input", found="no texts")
         _free(self.output)
         made = extend(self.base, self.extra, self.add_characters, _texts(self.input), self.special)
         if made.characters < self.add_characters:
             print(f"the texts hold {made.characters} new characters, not {self.add_characters}", file=sys.stderr)
-        print(f"added {made.merged} pieces and {made.characters} characters", file=sys.stderr)
+        parts = f"{made.merged} pieces, {made.characters} characters, {len(self.special)} special tokens"
+        print(f"added {parts}", file=sys.stderr)
         return _save(made.tokenizer, self.output)
 
 
@@ -127,7 +131,7 @@ class Decode:
     """Print the text of ids."""
 
     ids: Annotated[tuple[int, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
-    """Token ids."""
+    """Token ids, one or more."""
     model: Model
     """A tokenizer's file or folder."""
 
@@ -145,7 +149,7 @@ class Explain:
     """The text, or - for standard input."""
     model: Model
     """A tokenizer's file or folder."""
-    n_best: int = 3
+    n_best: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Cuts that are shown of a unigram model."""
 
     def run(self) -> int:
@@ -164,7 +168,7 @@ class Compare:
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Tokenizers' files or folders; NAME=PATH gives one a name."""
     input: tuple[str, ...]
-    """Text files, a line of the table each; every line of a file is a document."""
+    """Texts, a block of the table each; every line is a document."""
     plot: str | None = None
     """A picture to write (.png, .svg, .pdf)."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -174,6 +178,10 @@ class Compare:
         """Compare."""
         from minillama.tokenizer.compare import measure, plot
 
+        if not self.models:
+            raise InputError(
+                "no tokenizer is named", where="command line", fix="name one or more, by path or NAME=PATH"
+            )
         pairs = [
             (word, word) if Path(word).exists() else (word.split("=")[0], word.split("=", 1)[-1])
             for word in self.models
@@ -223,9 +231,15 @@ def run(args: Train | Merge | Encode | Decode | Explain | Compare) -> int:
 
 
 def _texts(names: tuple[str, ...]) -> Iterator[str]:
-    for name in names:
-        for document in documents(parse_source(name)):
-            yield document.text
+    try:
+        for name in names:
+            for document in documents(parse_source(name)):
+                yield document.text
+    except BadText as bad:  # its own advice is a setting of training runs
+        raise InputError(bad.what, where=bad.where, found=bad.found, expected=bad.expected, fix="mend it") from None
+    except InputError as error:
+        where = "--input" if error.where == "data.sources" else error.where
+        raise InputError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from None
 
 
 def _text(word: str) -> str:

@@ -84,12 +84,12 @@ class Library:
         spelt = (w[0] + w[1:].translate(inner) for w, count in words.items() for _ in range(count))
         backend.train_from_iterator(spelt, trainer)
         marked = [CONTINUATION + piece if ord(piece[0]) in shown else piece for piece in _by_id(backend.get_vocab())]
-        _fits(len(marked), size)
+        _fits(len(marked) + len(SPECIAL), size, 0)
         return [*SPECIAL, *(piece.translate(shown) for piece in marked)]
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
         """SentencePiece's trainer; that of the tokenizers library gives another vocabulary on every run."""
-        data = sentencepiece_training.train(texts, size + ENDS, "unigram", "identity", 1.0, byte_fallback=False)
+        data = sentencepiece_training.train(texts, size + ENDS, "unigram", "identity", 1.0, rest=258 - ENDS)
         pieces = sentencepiece.pieces_of(sentencepiece.message(data, "the trained model"), "the trained model")
         scores = list(zip(pieces.names, pieces.scores, strict=True))[ENDS:]
         return {name: score for name, score in scores if name not in MARKS}
@@ -120,6 +120,7 @@ class Readable:
 
     ties: bpe.Ties = "library"
     score: wordpiece.Score = "count"
+    rest: int = 258  # pieces that a vocabulary of characters has beside what is learned, for messages
 
     def words(self, texts: Iterable[str], size: int | None) -> list[str]:
         """By count, equals by code points."""
@@ -130,7 +131,7 @@ class Readable:
         """By count or by mutual information."""
         words = count_words(texts, "bert")
         made = wordpiece.train(words, size, self.score, SPECIAL, RARE, {char for word in words for char in word})
-        _fits(len(made), size)
+        _fits(len(made), size, 0)
         return made
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
@@ -138,6 +139,7 @@ class Readable:
         words = count_words(map(recipes.with_blanks, texts), "blanks")
         if not words:
             raise InputError("there is no text to train a tokenizer on")
+        _fits(len({char for word in words for char in word}), size, self.rest)
         model = unigram.train(words, size)
         scores = {piece: score for piece, score in model.scores.items() if piece not in MARKS}
         return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
@@ -146,7 +148,7 @@ class Readable:
         """Merges of characters."""
         words = count_words(map(recipes.with_blanks, texts), "blanks")
         alphabet = sorted({char for word in words for char in word})
-        _fits(len(alphabet), size)
+        _fits(len(alphabet), size, self.rest)
         return alphabet, _textual(bpe.train(words, size - len(alphabet), self.ties, min_count=RARE))
 
     def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
@@ -168,7 +170,8 @@ def _by_id(vocab: dict[str, int]) -> list[str]:
     return sorted(vocab, key=lambda piece: vocab[piece])
 
 
-def _fits(pieces: int, size: int) -> None:
+def _fits(pieces: int, size: int, rest: int = 258) -> None:
+    """Whether the characters fit, beside the `rest` of the vocabulary."""
     if pieces > size:
-        what = "the characters of the text alone do not fit into the vocabulary"
-        raise InputError(what, where="vocab_size", found=f"{pieces} characters, room for {size} beside the rest")
+        what, expected = "the characters of the text alone do not fit into the vocabulary", f"at least {pieces + rest}"
+        raise InputError(what, where="vocab_size", found=size + rest, expected=expected)

@@ -57,16 +57,21 @@ def extend(
         InputError: the two are of different kinds, or the second has special tokens that the first lacks, or
             a special token is there already; a base that is byte-level takes neither characters nor marks.
     """
+    special = list(special)
+    if characters < 0:
+        raise InputError(
+            "not a number of characters", where="--add-characters", found=characters, expected="at least 1"
+        )
     first, second = _model(base), _model(extra) if extra is not None else None
     if extra is not None and (first is None) != (second is None):
-        kinds = ["SentencePiece" if model is not None else "another kind" for model in (first, second)]
+        kinds = ["SentencePiece" if m is not None else _kind(path) for m, path in ((first, base), (second, extra))]
         raise InputError(
             "these tokenizers are of different kinds and cannot be merged",
             found=f"{base}: {kinds[0]}; {extra}: {kinds[1]}",
             expected="two SentencePiece models (tokenizer.model), or two byte-level BPE vocabularies",
         )
     if first is None:
-        if extra is None or characters or list(special):
+        if extra is None or characters or special:
             what = "to a vocabulary that is no SentencePiece model another one can be appended, and nothing else"
             raise InputError(what, where=base, fix="give EXTRA, without --add-characters and --special")
         old = Tokenizer.load(base)
@@ -79,7 +84,7 @@ def extend(
     if added:
         what, found = "tokenizer.json has tokens that tokenizer.model lacks, whose ids would be given away", added
         raise InputError(what, where=base, found=", ".join(sorted(found)), fix="name the tokenizer.model itself")
-    if extra is None and not characters and not list(special := list(special)):
+    if extra is None and not characters and not special:
         raise InputError("nothing to append", where=base, fix="give EXTRA, --add-characters or --special")
     merged = found_characters = 0
     if second is not None:
@@ -119,6 +124,16 @@ def _model(path: str | Path) -> Any:
     return sentencepiece.message(data, file) if sentencepiece.is_sentencepiece(data) else None
 
 
+def _kind(path: object) -> str:
+    """What a tokenizer is, for a message."""
+    tokenizer = Tokenizer.load(str(path))
+    steps = steps_of(tokenizer.backend)
+    pattern = next((name for name, known in STEPS.items() if known == steps), None)
+    return (
+        f"byte-level BPE cut as {pattern}" if pattern else f"{type(tokenizer.backend.model).__name__}, not byte-level"
+    )
+
+
 def _check_base(model: Any, base: str | Path) -> None:
     if model.trainer_spec.model_type != ModelKind.BPE:
         kind = ModelKind(model.trainer_spec.model_type).name.lower()
@@ -155,10 +170,9 @@ def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: 
     """The second's merges behind the first's, as far as the parts of each are there by then."""
     patterns = [steps_of(tokenizer.backend) for tokenizer in (first, second)]
     if None in patterns or patterns[0] != patterns[1]:
-        names = [next((name for name, steps in STEPS.items() if steps == found), "another kind") for found in patterns]
         raise InputError(
-            "these tokenizers cut words differently and cannot be merged",
-            found=f"{base}: {names[0]}; {extra}: {names[1]}",
+            "these tokenizers cannot be merged",
+            found=f"{base}: {_kind(base)}; {extra}: {_kind(extra)}",
             expected=f"two byte-level BPE vocabularies of one pattern, {', '.join(STEPS)}",
         )
     specs = [json.loads(tokenizer.backend.to_str()) for tokenizer in (first, second)]

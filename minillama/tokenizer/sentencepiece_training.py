@@ -25,7 +25,7 @@ def train(
     model: Literal["unigram", "bpe"],
     normalization: str,
     coverage: float,
-    byte_fallback: bool = True,
+    rest: int = 0,
 ) -> bytes:
     """Train with the sentencepiece library, line by line. A text that holds too little gives fewer pieces.
 
@@ -35,7 +35,7 @@ def train(
         model: how text is cut.
         normalization: of `RULES`; identity keeps every blank, the others make one of several.
         coverage: share of the text's characters that become pieces; the rest is spelt in bytes.
-        byte_fallback: whether the bytes are among the pieces.
+        rest: pieces that the caller adds to `vocab_size`, the bytes among them; without any, they are trained in.
 
     Raises:
         InputError: the package is missing, the text holds nothing, or its characters need more pieces.
@@ -55,13 +55,13 @@ def train(
             normalization_rule_name=normalization,
             remove_extra_whitespaces=normalization != "identity",
             character_coverage=coverage,
-            byte_fallback=byte_fallback,
+            byte_fallback=not rest,
             hard_vocab_limit=False,
             max_sentence_length=4 * LONGEST_LINE,  # bytes
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise _explained(str(error), vocab_size) from None
+        raise _explained(str(error), vocab_size, rest) from None
     return written.getvalue()
 
 
@@ -78,15 +78,15 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             start += len(part)
 
 
-def _explained(message: str, vocab_size: int) -> InputError:
+def _explained(message: str, vocab_size: int, rest: int) -> InputError:
     high = re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message)
     if high:
         what = "the vocabulary is larger than the text allows"
-        return InputError(what, where="vocab_size", found=vocab_size, expected=f"at most {high[1]}")
+        return InputError(what, where="vocab_size", found=vocab_size + rest, expected=f"at most {int(high[1]) + rest}")
     if small := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
         what = "the characters of the text alone do not fit into the vocabulary"
-        found = f"{small[2]} characters and marks, room for {small[1]}"
-        return InputError(what, where="vocab_size", found=found, fix="ask for more, or for less coverage")
+        needed = max(int(small[1]), int(small[2])) + rest
+        return InputError(what, where="vocab_size", found=vocab_size + rest, expected=f"at least {needed}")
     if "sentences_.empty()" in message:
         return InputError("there is no text to train a tokenizer on")
     return InputError("sentencepiece cannot train on this text", found=message)

@@ -80,11 +80,33 @@ class TokenizerTrainer:
                 raise InputError(
                     f"unknown {field} of a tokenizer", where=field, found=value, expected=", ".join(allowed)
                 )
+        if not 0.98 <= self.coverage <= 1:
+            where = "character_coverage"
+            raise InputError(
+                "not a share that SentencePiece takes", where=where, found=self.coverage, expected="0.98 to 1"
+            )
+        self._check_kind()
         reserved = {"byte-bpe": 257, "bpe": 259, "unigram": 259, "sentencepiece": 260, "wordpiece": 3, "bytes": 0}
-        least = reserved.get(self.kind, 3 if self.vocab_size else 0)
+        least = 257 if self.kind == "bytes" and self.full else reserved.get(self.kind, 3 if self.vocab_size else 0)
         if self.vocab_size < least:
             what = "this vocabulary cannot hold its special tokens and, where the kind has them, the 256 bytes"
             raise InputError(what, where="vocab_size", found=self.vocab_size, expected=f"at least {least}")
+
+    def _check_kind(self) -> None:
+        """Refuse a setting of another kind."""
+        owners: dict[str, tuple[Kind, ...]] = {
+            "pattern": ("byte-bpe",),
+            "ties": ("byte-bpe", "bpe", "sentencepiece"),
+            "score": ("wordpiece",),
+            "model": ("sentencepiece",),
+            "normalization": ("sentencepiece",),
+            "coverage": ("sentencepiece",),
+        }
+        for name, kinds in owners.items():
+            value = getattr(self, name)
+            if value != getattr(type(self), name) and self.kind not in kinds:
+                found, expected = f"{name} = {value} with {self.kind}", " or ".join(kinds)
+                raise InputError("this setting is another kind's", where=name, found=found, expected=expected)
 
     @property
     def description(self) -> str:
@@ -109,7 +131,8 @@ class TokenizerTrainer:
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         size, unknown = self.vocab_size, {"unk_token": recipes.UNKNOWN}
         readable = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
-        learn: Learner = Readable(self.ties, self.score) if readable else Library()
+        rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else 258
+        learn: Learner = Readable(self.ties, self.score, rest) if readable else Library()
         if self.kind == "sentencepiece":
             data = self._sentencepiece(texts, learn)
             return Tokenizer.of(sentencepiece.parse(data, "the trained model"))

@@ -76,7 +76,7 @@ def test_fault_01_typo_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
         ("beta2 = 1.0", "1.0", "at least 0 and less than 1"),
         ("warmup_steps = 1.5", "1.5", "a whole number"),
         ("decay_embeddings = 1", "1", "true or false"),
-        ('schedule = "cosin"', "'cosin'", "'cosine' or 'wsd' or 'constant'"),
+        ('schedule = "cosin"', "'cosin'", "'cosine' or 'wsd' or 'constant' or 'rsqrt'"),
     ],
 )
 def test_fault_02_wrong_type_or_range(tmp_path: Path, text: str, found: str, expected: str) -> None:

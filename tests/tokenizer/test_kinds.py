@@ -176,7 +176,7 @@ def test_a_vocabulary_too_small(kind: Kind) -> None:
         TokenizerTrainer(kind, 2)
     if kind in ("bpe", "wordpiece", "unigram", "sentencepiece"):
         with pytest.raises(InputError, match="vocab_size"):
-            TokenizerTrainer(kind, 265 if kind != "wordpiece" else 9, coverage=1.0)(["abcdefghijklmnopqrstuvwxyz " * 9])
+            TokenizerTrainer(kind, 265 if kind != "wordpiece" else 9)(["abcdefghijklmnopqrstuvwxyz " * 9])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,8 @@ def test_no_text_at_all() -> None:
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
 def test_marks_are_never_learned_from_text(kind: Kind, reference: bool, model: str) -> None:
     text = "<unk>\n<|endoftext|>\n<0x41>\n<s>\n</s>\n" * 20 + "ab ac ad"
-    made = TokenizerTrainer(kind, 330, model=model, reference=reference, normalization="identity")([text])  # type: ignore[arg-type]
+    own = {"model": model, "normalization": "identity"} if kind == "sentencepiece" else {}
+    made = TokenizerTrainer(kind, 330, reference=reference, **own)([text])  # type: ignore[arg-type]
     for name in ("<unk>", "<|endoftext|>", "<0x41>", "<s>", "</s>"):
         ids = made.encode(f"x{name} y")
         assert made.special_ids.isdisjoint(ids) and made.decode(ids) == f"x{name} y"
@@ -212,3 +213,31 @@ def test_a_long_line_is_not_lost() -> None:
     assert {"q", "w"} <= set("".join(made.backend.get_vocab()))
     with pytest.raises(InputError, match="lone surrogate"):
         TokenizerTrainer("byte-bpe", 300)(["a\ud800"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        ("bpe", {"pattern": "gpt-2"}),
+        ("unigram", {"ties": "first"}),
+        ("bpe", {"score": "information"}),
+        ("char", {"model": "bpe"}),
+        ("word", {"normalization": "identity"}),
+        ("unigram", {"coverage": 1.0}),
+    ],
+)
+def test_a_setting_of_another_kind_is_refused(kind: Kind, setting: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="another kind's"):
+        TokenizerTrainer(kind, 500, **setting)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"0\.98 to 1"):
+        TokenizerTrainer("sentencepiece", 500, coverage=0.5)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "sentencepiece", "wordpiece"])
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_least_size_that_is_named_is_enough(kind: Kind, reference: bool) -> None:
+    text = "abcdefghijklmnopqrstuvwxyz ABCDEFG hig kl " * 9
+    with pytest.raises(InputError, match="expected: at least") as caught:
+        TokenizerTrainer(kind, 262 if kind != "wordpiece" else 10, reference=reference)([text])
+    least = int(str(caught.value.expected).removeprefix("at least "))
+    assert TokenizerTrainer(kind, least, reference=reference)([text]).vocab_size <= least
