@@ -36,8 +36,8 @@ class Train:
     """The folder to write; nothing may be there."""
     vocab_size: int = 0
     """Tokens in all. 0: as many as there are (char, word), 257 (bytes), otherwise at most 4096."""
-    pattern: Literal["smollm", "gpt-2", "llama-3", "cl100k"] = "smollm"
-    """byte-bpe: how text is cut into words first."""
+    pattern: Literal["gpt-2", "llama-3", "cl100k", "smollm"] | None = None
+    """byte-bpe: how text is cut into words first; gpt-2 unless given."""
     reference: tyro.conf.FlagCreatePairsOff[bool] = False
     """Learn with the readable code of minillama/tokenizer/reference."""
     ties: Ties = "library"
@@ -57,7 +57,7 @@ class Train:
         trainer = TokenizerTrainer(
             self.kind,
             self.vocab_size or (0 if self.kind in free else 4096),
-            self.pattern,
+            self.pattern or ("gpt-2" if self.kind == "byte-bpe" else TokenizerTrainer.pattern),
             self.ties,
             self.score,
             self.model_type,

@@ -102,3 +102,31 @@ def test_one_clear_error(
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and what in said.err and not said.out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_third_partys_merges(shared: Path, tmp_path: Path) -> None:
+    """As a person types it, to the last merge."""
+    folder = shared / "tokenizer/bpe_train"
+    words = ["--vocab-size", 500, "--ties", "greatest", "--input", folder / "corpus.en"]
+    assert run("train", "--kind", "byte-bpe", *words, "--output", tmp_path / "out") == 0
+    merges = json.loads((tmp_path / "out/tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    lines = (folder / "train-bpe-reference-merges.txt").read_text(encoding="utf-8").splitlines()
+    assert [" ".join(pair) for pair in merges] == lines
+
+
+def test_settings_of_another_kind_and_nothing_to_do(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shared: Path
+) -> None:
+    llama2 = shared / "tokenizer/llama2/tokenizer.model"
+    for words, what in [
+        (
+            ["train", "--kind", "bpe", "--pattern", "gpt-2", "--input", text, "--output", tmp_path / "a"],
+            "another kind's",
+        ),
+        (["merge", llama2, "--add-characters", 9, "--output", tmp_path / "a"], "counts the characters of --input"),
+        (["merge", llama2, "--output", tmp_path / "a"], "nothing to append"),
+        (["compare", "--input", text], "no tokenizer is named"),
+    ]:
+        assert run(*words) == 1
+        assert what in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
