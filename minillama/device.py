@@ -28,8 +28,12 @@ PEAK_FLOPS = {
 }
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", where: str = "train.device") -> torch.device:
     """`auto` is the first of CUDA, MPS and CPU that is there.
+
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps.
+        where: the setting that an error names.
 
     Raises:
         InputError: a device that this machine or this torch lacks.
@@ -39,7 +43,7 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device(next(kind for kind, there in available.items() if there))
     if not available.get(name.partition(":")[0], False):
         there = [kind for kind, yes in available.items() if yes]
-        raise InputError("no such device", where="train.device", found=name, expected=f"auto or one of {there}")
+        raise InputError("no such device", where=where, found=name, expected=f"auto or one of {there}")
     return torch.device(name)
 
 

@@ -55,7 +55,7 @@ def run(args: Args) -> int:
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-    opened, device = open_model(args.model), choose_device(args.device)
+    opened, device = open_model(args.model), choose_device(args.device, "--device")
     stored = opened.default_dtype(device)
     dtype = decoding_dtype(stored, device) if args.dtype == "auto" else getattr(torch, args.dtype)
     model = Decoder.from_pretrained(opened, dtype, device).fuse()

@@ -1,7 +1,7 @@
 """Train a model from a configuration: python train.py [CONFIG] [--section.field VALUE ...].
 
 CONFIG is the name of a file in configs/train or a path; it comes first, and is `tiny` unless given. Every field
-below can stand in the file, as field = value under [section], or on the command line.
+below can stand in the file, as field = value under [section], or on the command line; the defaults shown are tiny's.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _print_help() -> None:
 --out DIR: the run's folder, runs/NAME unless given. --resume: go on from the newest checkpoint in --out.
 --overwrite: replace the run in --out. --model.preset NAME: take the shape from configs/model."""
     config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
-    default = replace(RunConfig(), model=replace(RunConfig().model, rope_scaling=RopeScaling()))
+    tiny = load_run_config("tiny")
+    default = replace(tiny, model=replace(tiny.model, rope_scaling=RopeScaling()))
     description = (__doc__ or "") + options
     tyro.cli(
         RunConfig,

@@ -7,12 +7,14 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from minillama import __version__
+from minillama import Decoder, ModelConfig, __version__
 from minillama.commands import cli
 from minillama.errors import InputError
+from minillama.tokenizer import byte_tokenizer
 
 
 @dataclass
@@ -124,3 +126,17 @@ def test_a_closed_pipe_is_quiet() -> None:
     process.stdin.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141
+
+
+def test_trains_help_shows_the_defaults_of_the_default_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "Optimizer steps. (default: 360)" in capsys.readouterr().out
+
+
+def test_generates_device_is_named_as_it_was_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=48, vocab_size=257, max_seq_len=64)
+    Decoder(config).save_pretrained(tmp_path)
+    byte_tokenizer().save(tmp_path)
+    assert cli.main(["generate", "--model", str(tmp_path), "--device", "quantum", "--prompt", "x"]) == 1
+    assert "where: --device\n  found: quantum" in capsys.readouterr().err
