@@ -89,7 +89,9 @@ class Library:
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
         """SentencePiece's trainer; that of the tokenizers library gives another vocabulary on every run."""
-        data = sentencepiece_training.train(texts, size + ENDS, "unigram", "identity", 1.0, rest=258 - ENDS)
+        data = sentencepiece_training.train(
+            texts, size + ENDS, "unigram", "identity", 1.0, rest=recipes.RESERVED - ENDS
+        )
         pieces = sentencepiece.pieces_of(sentencepiece.message(data, "the trained model"), "the trained model")
         scores = list(zip(pieces.names, pieces.scores, strict=True))[ENDS:]
         return {name: score for name, score in scores if name not in MARKS}
@@ -120,7 +122,7 @@ class Readable:
 
     ties: bpe.Ties = "library"
     score: wordpiece.Score = "count"
-    rest: int = 258  # pieces that a vocabulary of characters has beside what is learned, for messages
+    rest: int = recipes.RESERVED  # tokens beside what is learned, for messages
 
     def words(self, texts: Iterable[str], size: int | None) -> list[str]:
         """By count, equals by code points."""
@@ -170,7 +172,7 @@ def _by_id(vocab: dict[str, int]) -> list[str]:
     return sorted(vocab, key=lambda piece: vocab[piece])
 
 
-def _fits(pieces: int, size: int, rest: int = 258) -> None:
+def _fits(pieces: int, size: int, rest: int = recipes.RESERVED) -> None:
     """Whether the characters fit, beside the `rest` of the vocabulary."""
     if pieces > size:
         what, expected = "the characters of the text alone do not fit into the vocabulary", f"at least {pieces + rest}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def extend(
     special = list(special)
     if characters < 0:
         raise InputError(
-            "not a number of characters", where="--add-characters", found=characters, expected="at least 1"
+            "not a number of characters", where="--add-characters", found=characters, expected="at least 0"
         )
     first, second = _model(base), _model(extra) if extra is not None else None
     if extra is not None and (first is None) != (second is None):
@@ -77,6 +77,19 @@ def extend(
         old = Tokenizer.load(base)
         made = _merge_byte_level(old, Tokenizer.load(extra), base, extra)
         return Extended(made, made.vocab_size - old.vocab_size)
+    return _extend_model(first, second, base, extra, characters, texts, special)
+
+
+def _extend_model(
+    first: Any,
+    second: Any,
+    base: str | Path,
+    extra: str | Path | None,
+    characters: int,
+    texts: Iterable[str],
+    special: Sequence[str],
+) -> Extended:
+    """`extend` for SentencePiece."""
     _check_base(first, base)
     old = Tokenizer.load(base)
     names = old.backend.get_vocab(with_added_tokens=True)

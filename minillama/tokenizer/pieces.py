@@ -19,12 +19,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
+from minillama.tokenizer.reference.byte_fallback import BYTE
 
 __all__ = ["BYTE", "BYTES", "MARKS", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
 
 LONGEST = 1000
 SPACE = "▁"  # U+2581, a blank inside pieces
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte fallback: an unknown character becomes these
 MARKS = frozenset([*BYTES, "<unk>", "<s>", "</s>", "<|endoftext|>"])  # what no vocabulary may learn from text
 
@@ -100,14 +100,14 @@ class Pieces:
 
     def backend(self) -> Backend:
         """The `tokenizers` object that gives SentencePiece's ids, if `is_exact`."""
-        byte_fallback, names = PieceType.BYTE in self.types, list(self.names)
+        byte_fallback = PieceType.BYTE in self.types
         if self.kind == ModelKind.UNIGRAM:
             model: Any = models.Unigram(self._scored(), unk_id=self.unknown, byte_fallback=byte_fallback)
         else:
             model = models.BPE(
-                vocab={name: i for i, name in enumerate(names)},
+                vocab={name: i for i, name in enumerate(self.names)},
                 merges=self._merges(),
-                unk_token=None if self.unknown is None else names[self.unknown],
+                unk_token=None if self.unknown is None else self.names[self.unknown],
                 fuse_unk=True,
                 byte_fallback=byte_fallback,
             )

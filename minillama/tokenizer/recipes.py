@@ -5,7 +5,6 @@ Whether the library or the readable code learned it makes no difference from her
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS
 from minillama.tokenizer.reference.wordpiece import CONTINUATION
 
 __all__ = [
+    "RESERVED",
     "UNKNOWN",
     "WORDPIECE_UNKNOWN",
     "blanks",
@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 UNKNOWN, WORDPIECE_UNKNOWN = "<unk>", "[UNK]"
+RESERVED = 2 + len(BYTES)  # what a vocabulary of characters has beside what is learned
 
 
 def splitter(pattern: str) -> Any:
@@ -46,10 +47,7 @@ def splitter(pattern: str) -> Any:
 
 def byte_words(pattern: str) -> Any:
     """The pre-tokenizer of byte-level BPE: words of a pattern, as printable bytes."""
-    steps = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step for step in STEPS[pattern]]
-    spec = json.loads(Backend(models.BPE()).to_str())
-    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    return Backend.from_str(json.dumps(spec)).pre_tokenizer
+    return byte_level_bpe([], [], STEPS[pattern], []).pre_tokenizer
 
 
 def blanks() -> Any:
@@ -117,4 +115,4 @@ def unigram(scores: Mapping[str, float]) -> Pieces:
     """Pieces with log probabilities; a character outside of them becomes its bytes."""
     names = [UNKNOWN, END_OF_TEXT, *BYTES, *scores]
     types = [PieceType.UNKNOWN, PieceType.CONTROL, *[PieceType.BYTE] * 256, *[PieceType.NORMAL] * len(scores)]
-    return Pieces(names, [0.0] * 258 + list(scores.values()), types, ModelKind.UNIGRAM)
+    return Pieces(names, [0.0] * RESERVED + list(scores.values()), types, ModelKind.UNIGRAM)

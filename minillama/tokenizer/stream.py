@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from tokenizers import decoders
 
 from minillama.tokenizer.bytelevel import piece_bytes
+from minillama.tokenizer.reference.byte_fallback import BYTE
 
 if TYPE_CHECKING:
     from minillama.tokenizer.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ class StreamDecoder:
         return text
 
     def _is_byte(self, token: int) -> bool:
-        return re.fullmatch(r"<0x[0-9A-F]{2}>", self._backend.id_to_token(token) or "") is not None
+        return BYTE.fullmatch(self._backend.id_to_token(token) or "") is not None
 
     def _take(self) -> str:
         before = self._decode(self._context)

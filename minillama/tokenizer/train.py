@@ -131,7 +131,7 @@ class TokenizerTrainer:
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         size, unknown = self.vocab_size, {"unk_token": recipes.UNKNOWN}
         readable = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
-        rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else 258
+        rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else recipes.RESERVED
         learn: Learner = Readable(self.ties, self.score, rest) if readable else Library()
         if self.kind == "sentencepiece":
             data = self._sentencepiece(texts, learn)
@@ -146,10 +146,10 @@ class TokenizerTrainer:
             backend = recipes.wordpiece(learn.wordpiece(texts, size))
             return Tokenizer(backend, config={"unk_token": recipes.WORDPIECE_UNKNOWN})
         if self.kind == "unigram":
-            backend = recipes.unigram(learn.unigram(texts, size - 258)).backend()
+            backend = recipes.unigram(learn.unigram(texts, size - recipes.RESERVED)).backend()
             return Tokenizer(backend, config=unknown)
         if self.kind == "bpe":
-            return Tokenizer(recipes.bpe(*learn.bpe(texts, size - 258)), config=unknown)
+            return Tokenizer(recipes.bpe(*learn.bpe(texts, size - recipes.RESERVED)), config=unknown)
         return Tokenizer(recipes.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
 
     def _sentencepiece(self, texts: Iterable[str], learn: Learner) -> bytes:

@@ -245,7 +245,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     staged: Located = origin
     table = overrides(words, RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line, changes = CommandLine(), table.pop("model", {})
-    start = (values.get("train", {}) | table.get("train", {})).get("init_from", "")
+    sections = [section for section in (values.get("train"), table.get("train")) if isinstance(section, Mapping)]
+    start = next((s["init_from"] for s in reversed(sections) if isinstance(s.get("init_from"), str)), "")
     if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",

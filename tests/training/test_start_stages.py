@@ -220,3 +220,11 @@ def test_a_stage_that_trains_nothing(tiny_config: Make, tmp_path: Path) -> None:
     config = load_run_config(str(path), ["--model.tie_embeddings", "true"])
     with pytest.raises(InputError, match="this stage trains nothing"):
         train(config, str(tmp_path / "run"), report=Lines())
+
+
+@pytest.mark.parametrize("line", ["train = 5", "[train]\ninit_from = 5"])
+def test_a_start_of_a_wrong_type_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError, match=r"wrong\.toml:\d, train"):
+        load_run_config(str(path))

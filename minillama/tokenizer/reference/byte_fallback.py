@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable
 
-__all__ = ["decode", "spell"]
+__all__ = ["BYTE", "decode", "spell"]
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def spell(pieces: Iterable[str], known: Container[str]) -> list[str]:
@@ -25,7 +25,7 @@ def decode(pieces: Iterable[str]) -> str:
     """Join the pieces. A run of bytes becomes its characters, or U+FFFD for each byte where it is no UTF-8."""
     text, run = "", b""
     for piece in [*pieces, ""]:
-        if byte := _BYTE.fullmatch(piece):
+        if byte := BYTE.fullmatch(piece):
             run += bytes([int(byte[1], 16)])
             continue
         try:
