@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
+from minillama.blanks import Blanks, Layout
 from minillama.errors import InputError
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -61,7 +63,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def decode(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | Layout],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     use_state: bool = True,
@@ -72,31 +74,39 @@ def decode(
 
     Args:
         model: the decoder.
-        prompts: token ids, one sequence a row, each at least one token long.
+        prompts: token ids, one sequence a row, each at least one token long; or for all rows texts with
+            blanks, of which the last is filled.
         max_new_tokens: steps at most. A row also ends when the model's context is full.
         sampling: how tokens are chosen.
         use_state: keep keys and values between steps. Without, each step reads everything again; the
             tokens are the same, and a test holds the two against each other.
     """
     context = model.config.max_seq_len
-    texts = [list(prompt) for prompt in prompts]
+    layouts = [prompt for prompt in prompts if isinstance(prompt, Layout)]
+    texts = [list(prompt.tokens if isinstance(prompt, Layout) else prompt) for prompt in prompts]
     rows = list(range(len(texts)))
     sampler = Sampler(sampling, texts, model.config.vocab_size)
     state = model.state(len(rows), min(context, max(map(len, texts)) + max_new_tokens)) if use_state else None
-    unread = texts
+    places = [list(layout.places) for layout in layouts]
+    unread, where = texts, places
     for _ in range(max_new_tokens):
         with evaluating(model):
             counts = torch.tensor([len(ids) for ids in unread])
-            tokens = torch.zeros(len(unread), int(counts.max()), dtype=torch.long)
-            for i, ids in enumerate(unread):
-                tokens[i, : len(ids)] = torch.tensor(ids)
-            mask = Mask(lengths=counts) if int(counts.min()) < int(counts.max()) else None
-            hidden = model.hidden(tokens.to(model.device), mask=mask, state=state)
+            tokens = _padded(unread).to(model.device)
+            positions = _padded(where).mT.to(model.device) if where else None
+            is_ragged = int(counts.min()) < int(counts.max())
+            mask = Mask(lengths=counts if is_ragged else None)
+            if where and (unread is texts or not use_state):  # one more token sees all that is there anyway
+                mask = replace(mask, prefix=torch.tensor([layouts[row].prefix for row in rows]))
+            hidden = model.hidden(tokens, positions, mask, state)
             last = hidden[torch.arange(len(rows)), counts - 1]
             chosen = sampler(model.head(last)).tolist()
         ended = (yield list(zip(rows, chosen, strict=True))) or set()
         for row, token in zip(rows, chosen, strict=True):
             texts[row].append(token)
+            if places:
+                place, within = places[row][-1]
+                places[row].append((place, within + 1))
         keep = [i for i, row in enumerate(rows) if row not in ended and len(texts[row]) < context]
         if len(keep) < len(rows):
             rows = [rows[i] for i in keep]
@@ -105,7 +115,14 @@ def decode(
                 state.select(keep)
         if not rows:
             return
-        unread = [texts[row][-1:] if use_state else texts[row] for row in rows]
+        new = slice(-1, None) if use_state else slice(None)
+        unread = [texts[row][new] for row in rows]
+        where = [places[row][new] for row in rows] if places else []
+
+
+def _padded(rows: Sequence[Sequence[Any]]) -> torch.Tensor:
+    """Rows of unequal length as one tensor with zeros on the right, (B, T) or for pairs (B, T, 2)."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 class StopText:
@@ -145,8 +162,12 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
+    """The marks by which a model that fills blanks continues a text; None for one that reads from left to right."""
+    return Blanks.of(tokenizer) if model.config.objective == "glm" else None
+
+
 def _encode(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    context = model.config.max_seq_len
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             "the tokenizer is larger than the model's vocabulary",
@@ -160,15 +181,19 @@ def _encode(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str]) -> lis
             if tokenizer.bos_id is None:
                 raise InputError("an empty prompt", where=f"prompt {i + 1}", fix="give at least one character")
             ids.append(tokenizer.bos_id)
-        if len(ids) >= context:
+    return encoded
+
+
+def _check_room(lengths: Sequence[int], context: int) -> None:
+    for i, length in enumerate(lengths):
+        if length >= context:
             raise InputError(
                 "the prompt fills the model's context and leaves no room for an answer",
                 where=f"prompt {i + 1}",
-                found=f"{len(ids)} tokens",
+                found=f"{length} tokens",
                 expected=f"fewer than {context}",
                 fix="shorten the prompt",
             )
-    return encoded
 
 
 def pieces(
@@ -198,11 +223,15 @@ def pieces(
     """
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
-    texts = _encode(model, tokenizer, prompts)
-    lengths = [len(ids) for ids in texts]
+    texts, blanks = _encode(model, tokenizer, prompts), blanks_of(model, tokenizer)
+    read = [blanks.continuation(ids) for ids in texts] if blanks else texts
+    stop_ids = {tokenizer.eos_id, *model.stop_ids} | ({blanks.end} if blanks else set())
+    starts = [len(layout.tokens) if isinstance(layout, Layout) else len(layout) for layout in read]
+    _check_room(starts, model.config.max_seq_len)
+    lengths = list(starts)
     decoders = [tokenizer.stream(after=ids) for ids in texts]
     filters = [StopText(stop) for _ in texts]
-    steps = decode(model, texts, max_new_tokens, sampling or Sampling(), use_state)
+    steps = decode(model, read, max_new_tokens, sampling or Sampling(), use_state)
     ended: set[int] | None = None
     while True:
         try:
@@ -213,11 +242,11 @@ def pieces(
         for row, token in step:
             lengths[row] += 1
             reason: Reason | None = None
-            if (token == tokenizer.eos_id or token in model.stop_ids) and not ignore_eos:
+            if token in stop_ids and not ignore_eos:
                 text, reason = decoders[row].flush(), "eos"
             else:
                 text = decoders[row].push(token)
-            last_step = lengths[row] - len(texts[row]) >= max_new_tokens
+            last_step = lengths[row] - starts[row] >= max_new_tokens
             full = lengths[row] >= model.config.max_seq_len
             if reason is None and (last_step or full):
                 text += decoders[row].flush()

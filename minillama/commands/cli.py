@@ -16,6 +16,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train a model: a folder with config, metrics, checkpoints and the final model",
     "generate": "continue a prompt with a trained model",
+    "infill": "fill the blanks of a text with a model that was trained to",
+    "classify": "answer a cloze question about texts with a model that fills blanks",
     "convert": "a model into another format: Hugging Face, Meta, GGUF",
     "inspect": "what a model's file or folder holds, without loading it",
     "tokenizer": "train, merge, encode, decode, explain, compare tokenizers",

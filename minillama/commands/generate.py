@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from minillama.errors import InputError
+from minillama.commands.loading import DType, load_for_decoding, read_texts
 from minillama.sampling import Sampling
 from minillama.settings import check
 
@@ -37,7 +36,7 @@ class Args:
     """Strings that end the text; they are not written."""
     ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on after the end-of-text token."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     """Of the weights; auto: as they are stored, quantised ones and what the CPU does not multiply as float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
@@ -46,20 +45,10 @@ class Args:
 def run(args: Args) -> int:
     """Stream one completion, or write several as JSONL, one line a prompt in order."""
     check(args)
-    prompts = _prompts(args)
-    import torch
-
-    from minillama.device import choose_device, decoding_dtype
-    from minillama.formats.opening import open_model
+    prompts = read_texts(args.prompt, args.prompts, "prompt")
     from minillama.generation import generate, stream
-    from minillama.model import Decoder
-    from minillama.tokenizer import Tokenizer
 
-    opened, device = open_model(args.model), choose_device(args.device, "--device")
-    stored = opened.default_dtype(device)
-    dtype = decoding_dtype(stored, device) if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = Decoder.from_pretrained(opened, dtype, device).fuse()
-    tokenizer = Tokenizer.load(args.tokenizer or opened.tokenizer_path())
+    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": args.sampling,
@@ -84,32 +73,3 @@ def run(args: Args) -> int:
 def _explain(reason: str | None, row: int, context: int) -> None:
     if reason == "context":
         print(f"prompt {row + 1}: stopped, the model's context of {context} tokens is full", file=sys.stderr)
-
-
-def _prompts(args: Args) -> Sequence[str]:
-    if bool(args.prompt) == (args.prompts is not None):
-        raise InputError("give either --prompt or --prompts", where="command line")
-    if args.prompts is None:
-        return args.prompt
-    try:
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("the prompts cannot be read", where=args.prompts, found=error) from error
-    jsonl = args.prompts.suffix == ".jsonl"
-    prompts = [_prompt(line, f"{args.prompts}:{n}", jsonl) for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise InputError("the file holds no prompt", where=args.prompts)
-    return prompts
-
-
-def _prompt(line: str, where: str, jsonl: bool) -> str:
-    if not jsonl:
-        return line
-    try:
-        value = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError) as error:
-        found = line[:80]
-        raise InputError("not a JSON object with a prompt", where=where, found=found) from error
-    if not isinstance(value, str):
-        raise InputError("the prompt is no text", where=f"{where}, prompt", found=repr(value))
-    return value

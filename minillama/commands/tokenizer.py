@@ -50,6 +50,8 @@ class Train:
     """sentencepiece: what is made of the text first; identity keeps every blank."""
     character_coverage: float = 0.9995
     """sentencepiece: share of the text's characters that become pieces, 0.98 to 1."""
+    special: tuple[str, ...] = ()
+    """Further special tokens, such as [PAD]; they are among the --vocab-size."""
 
     def run(self) -> int:
         """Train and save."""
@@ -65,6 +67,7 @@ class Train:
             self.character_coverage,
             self.reference,
             full=bool(self.vocab_size),
+            special=self.special,
         )
         _free(self.output)
         return _save(trainer(_texts(self.input)), self.output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,6 +186,19 @@ class Corpus:
             ):
                 out[row] = split.read(start, length + 1)
         return out
+
+    def held_out(self, length: int, limit: int = 0) -> Iterator[tuple[Split, Iterator[NDArray[np.int64]]]]:
+        """Each source's held-out text as `Split.val_windows(length)`.
+
+        Args:
+            length: T.
+            limit: about so many tokens in all, in windows spread over all of the text; 0: all of it.
+        """
+        total = sum(split.tokens for split in self.val)
+        every = max(1, total // limit) if limit else 1
+        for split in self.val:
+            if split.tokens > 1:
+                yield split, islice(split.val_windows(length), 0, None, every)
 
     def check(self, length: int, rows: int) -> None:
         """Whether there is a batch of training windows in every source, and held-out text.

@@ -7,16 +7,28 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from minillama.errors import InputError
 
-__all__ = ["BadText", "Document", "Skipped", "clean", "from_record", "need_extra", "read_file"]
+__all__ = [
+    "BadText",
+    "Document",
+    "Record",
+    "Skipped",
+    "clean",
+    "from_record",
+    "is_jsonl",
+    "need_extra",
+    "read_file",
+    "read_records",
+]
 
 _PLACES = 5
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,19 @@ class Document:
     """
 
     text: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A value of a JSONL file.
+
+    Args:
+        value: what the line holds; an object, if all is well.
+        where: file and line.
+    """
+
+    value: Any
     where: str
 
 
@@ -93,13 +118,28 @@ def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
     Raises:
         InputError: the file cannot be opened, or needs a package that is not installed.
     """
-    inner = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+    if is_jsonl(path):
+        for item in read_records(path):
+            yield item if isinstance(item, BadText) else from_record(item.value, key, item.where)
+        return
+    yield from _guarded(path, lambda stream: [_text(stream.read(), str(path))])
+
+
+def read_records(path: Path) -> Iterator[Record | BadText]:
+    """The objects of a JSONL file, .gz and .zst unpacked; see `read_file`."""
+    yield from _guarded(path, lambda stream: _json_lines(stream, path))
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether a file's name says that it holds a JSON object a line."""
+    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix == ".jsonl"
+
+
+def _guarded(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
+    """What `read` gives of an open file, and an error in the place of what a damaged archive withholds."""
     try:
         with _open(path) as stream:
-            if inner.suffix == ".jsonl":
-                yield from _json_lines(stream, path, key)
-            else:
-                yield _text(stream.read(), str(path))
+            yield from read(stream)
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
         yield BadText("damaged archive", "this compressed file is damaged or cut short", where=path, found=error)
     except OSError as error:
@@ -138,7 +178,7 @@ def _text(data: bytes, path: str) -> Document | BadText:
     return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), path)
 
 
-def _json_lines(stream: Iterable[bytes], path: Path, key: str) -> Iterator[Document | BadText]:
+def _json_lines(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadText]:
     for number, raw in enumerate(stream, 1):
         where = f"{path}:{number}"
         line = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, str(path), number)
@@ -146,11 +186,11 @@ def _json_lines(stream: Iterable[bytes], path: Path, key: str) -> Iterator[Docum
             yield line
         elif line := line.strip():
             try:
-                record: Any = json.loads(line)
+                record = Record(json.loads(line), where)
             except (ValueError, RecursionError) as error:
                 yield BadText("malformed JSON", "this line is not JSON", where=where, found=f"{error}: {line[:60]!r}")
             else:
-                yield from_record(record, key, where)
+                yield record
 
 
 def _decode(data: bytes, path: str, line: int | None) -> str | BadText:

@@ -16,10 +16,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minillama.data.builtin import BUILTIN, builtin_documents
-from minillama.data.reading import BadText, Document, Skipped, from_record, need_extra, read_file
+from minillama.data.reading import (
+    BadText,
+    Document,
+    Record,
+    Skipped,
+    from_record,
+    is_jsonl,
+    need_extra,
+    read_file,
+    read_records,
+)
 from minillama.errors import InputError
 
-__all__ = ["Document", "OnError", "Skipped", "Source", "documents", "identity", "parse_source"]
+__all__ = ["Document", "OnError", "Record", "Skipped", "Source", "documents", "identity", "parse_source", "records"]
 
 OnError = Literal["stop", "skip"]
 
@@ -81,6 +91,30 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
             raise item
         elif report is not None:
             report.add(item)
+
+
+def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
+    """The JSON objects of a source's .jsonl files, in the order of the files. The arguments are those of `documents`.
+
+    Raises:
+        InputError: as `documents`; a source that holds text and not records.
+    """
+    if source.name in BUILTIN or source.name.startswith(_HF):
+        what = "this source gives texts, not records"
+        raise InputError(what, where="data.sources", found=source.name, expected=".jsonl files")
+    for path in _files(source.label):
+        if not is_jsonl(path):
+            raise InputError("this file holds no records", where=path, expected="a .jsonl file, perhaps .gz or .zst")
+        for item in read_records(path):
+            if isinstance(item, Record) and not isinstance(item.value, dict):
+                found = type(item.value).__name__
+                item = BadText("malformed JSON", "this line is not a JSON object", where=item.where, found=found)
+            if isinstance(item, Record):
+                yield item
+            elif on_error == "stop":
+                raise item
+            elif report is not None:
+                report.add(item)
 
 
 def identity(source: Source) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minillama.blanks import Blanks, Layout
 from minillama.generation import evaluating
 from minillama.layers.cross_entropy import cross_entropy
+from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
 __all__ = ["Score", "score"]
@@ -42,6 +44,14 @@ class Score:
         """Comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
+    def __add__(self, other: Score) -> Score:
+        """The score of both texts."""
+        return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    def measures(self) -> dict[str, float]:
+        """The names that these have in a run's metrics."""
+        return {"val_loss": self.nats_per_token, "val_bits_per_byte": self.bits_per_byte}
+
     @property
     def perplexity(self) -> float:
         """Exp of the loss."""
@@ -53,22 +63,36 @@ def score(
     windows: Iterable[NDArray[np.int64]],
     bytes_per_token: float,
     batch_size: int = 16,
+    blanks: Blanks | None = None,
 ) -> Score:
-    """Predict each token of each window but the first.
+    """Predict each token of each window but the first, from those before it.
 
     Args:
         model: the decoder; dropout is off meanwhile.
         windows: arrays of at most max_seq_len + 1 ids, as `Split.val_windows` yields.
         bytes_per_token: of the text, for bits a byte.
         batch_size: windows of equal length that are read together.
+        blanks: the marks of a model that fills blanks. It reads all but the first token as one blank, which
+            takes two slots more than the window.
     """
     nats, count = 0.0, 0
     with evaluating(model):
         for rows in _batches(windows, batch_size):
             ids = torch.from_numpy(rows).to(model.device)
-            nats += cross_entropy(model(ids[:, :-1]), ids[:, 1:]).item()
+            logits = model(ids[:, :-1]) if blanks is None else _as_blank(model, ids, blanks)
+            nats += cross_entropy(logits, ids[:, 1:]).item()
             count += ids[:, 1:].numel()
     return Score(nats, count, count * bytes_per_token)
+
+
+def _as_blank(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:
+    """Logits of ids[:, 1:], each from what stands before it."""
+    layout = Layout.of([0, blanks.document]).fill(1, [blanks.start] * (ids.shape[1] - 1))
+    tokens = torch.tensor(layout.tokens, device=ids.device).repeat(len(ids), 1)
+    tokens[:, 0], tokens[:, 3:] = ids[:, 0], ids[:, 1:-1]
+    positions = torch.tensor(layout.places, device=ids.device).T.expand(len(ids), -1, -1)
+    mask = Mask(prefix=torch.full((len(ids),), 2))
+    return model.head(model.hidden(tokens, positions, mask)[:, 2:])
 
 
 def _batches(windows: Iterable[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
@@ -137,6 +138,27 @@ class Tokenizer:
             (folder / "tokenizer.model").write_bytes(self._model)
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+
+    def with_special(self, names: Sequence[str]) -> Tokenizer:
+        """A tokenizer with further special tokens, those that it lacks, behind its highest id.
+
+        Raises:
+            InputError: there are ids below the highest that no token has: the new ones would fill them.
+        """
+        backend = Backend.from_str(self.backend.to_str())
+        if backend.get_vocab_size(with_added_tokens=True) < self.vocab_size:
+            found = f"{backend.get_vocab_size(with_added_tokens=True)} tokens, highest id {self.vocab_size - 1}"
+            raise InputError("a vocabulary with holes in its ids takes no further tokens", found=found)
+        backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+        return Tokenizer(
+            backend,
+            eos=self.eos_token,
+            bos=self.bos_token,
+            add_bos=self.add_bos,
+            config=self._config,
+            model=self._model,
+            encoder=self._encoder,
+        )
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.

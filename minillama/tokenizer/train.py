@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from minillama.errors import InputError
@@ -49,6 +49,7 @@ class TokenizerTrainer:
             the readable code.
         reference: learn with the readable code of `tokenizer/reference`, not with a library.
         full: fewer tokens than `vocab_size` are an error.
+        special: further special tokens, the last of the `vocab_size`, as GLM's marks of blanks.
 
     Raises:
         InputError: an unknown kind, pattern or rule, a vocabulary too small for what it must hold; with
@@ -65,6 +66,7 @@ class TokenizerTrainer:
     coverage: float = 0.9995
     reference: bool = False
     full: bool = False
+    special: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         choices = {
@@ -86,8 +88,11 @@ class TokenizerTrainer:
                 "not a share that SentencePiece takes", where=where, found=self.coverage, expected="0.98 to 1"
             )
         self._check_kind()
+        if len(set(self.special)) < len(self.special) or "" in self.special:
+            raise InputError("special tokens need names of their own", where="special", found=", ".join(self.special))
         reserved = {"byte-bpe": 257, "bpe": 259, "unigram": 259, "sentencepiece": 260, "wordpiece": 3, "bytes": 0}
         least = 257 if self.kind == "bytes" and self.full else reserved.get(self.kind, 3 if self.vocab_size else 0)
+        least += len(self.special) if least else 0
         if self.vocab_size < least:
             what = "this vocabulary cannot hold its special tokens and, where the kind has them, the 256 bytes"
             raise InputError(what, where="vocab_size", found=self.vocab_size, expected=f"at least {least}")
@@ -112,12 +117,15 @@ class TokenizerTrainer:
     def description(self) -> str:
         """One line that is equal for trainers that make the same file from the same texts."""
         if self.kind == "bytes":
-            return "bytes"
+            return " ".join(("bytes", *self.special))
         return " ".join(f"{key}={value}" for key, value in asdict(self).items())
 
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the texts, which are read once (and not at all for bytes)."""
-        made = self._train(map(_checked, texts))
+        plain = replace(self, vocab_size=max(0, self.vocab_size - len(self.special)), special=())
+        made = plain._train(map(_checked, texts))
+        if self.special:
+            made = made.with_special(self.special)
         if self.full and made.vocab_size < self.vocab_size:
             raise InputError(
                 "the vocabulary is larger than the text allows",

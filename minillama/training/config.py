@@ -15,13 +15,16 @@ from minillama.command_line import CommandLine, overrides
 from minillama.config import ModelConfig
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
+from minillama.question import Question
 from minillama.settings import Located, build, config_path, read_toml, to_dict
 from minillama.tokenizer.kinds import Kind
 
 __all__ = [
+    "BlankConfig",
     "CheckpointConfig",
     "DataConfig",
     "OptimConfig",
+    "Question",
     "RunConfig",
     "SampleConfig",
     "Stage",
@@ -76,8 +79,8 @@ class TrainConfig:
     """A model to start from: its shape replaces [model], its tokenizer is taken unless tokenizer.path is given."""
     init_embeddings: Literal["normal", "mean"] = "normal"
     """Rows that its embedding lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
-    objective: Literal["auto", "lm"] = "auto"
-    """What is minimised; auto: what the model was made for."""
+    objective: Literal["auto", "lm", "glm", "cloze"] = "auto"
+    """What is minimised; auto: what the model was made for, lm or GLM's blank infilling. cloze: see [cloze]."""
     z_loss: float = field(default=0.0, metadata={"min": 0})
     """Times log(Z)^2 is added to a token's loss, Z the sum of e^logits; PaLM has 1e-4."""
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
@@ -123,6 +126,30 @@ class OptimConfig:
     """Decay the embedding too."""
     grad_clip: float = field(default=1.0, metadata={"min": 0})
     """Largest norm of the whole gradient; 0: no clipping."""
+
+
+@dataclass(frozen=True)
+class BlankConfig:
+    """GLM's blanks: what kinds there are in the rows of a batch, and how large."""
+
+    tokens: float = field(default=0.5, metadata={"min": 0})
+    """Share of the rows with short spans, [MASK], relative to the other kinds."""
+    sentences: float = field(default=0.3, metadata={"min": 0})
+    """Of those with whole sentences, [sMASK]."""
+    document: float = field(default=0.2, metadata={"min": 0})
+    """Of those with one long stretch, [gMASK]."""
+    share: float = field(default=0.15, metadata={"above": 0, "max": 0.5})
+    """Share of the text that short spans and sentences cover."""
+    mean_length: float = field(default=3.0, metadata={"above": 0, "max": 20})
+    """Lambda of the Poisson distribution of the lengths of short spans, in tokens."""
+    document_least: float = field(default=0.5, metadata={"min": 0, "max": 1})
+    """The shortest long stretch, as a share of the document."""
+    document_suffix: float = field(default=0.5, metadata={"min": 0, "max": 1})
+    """Probability that it reaches to the document's end."""
+
+    def __post_init__(self) -> None:
+        if not self.tokens + self.sentences + self.document > 0:
+            raise InputError("one kind of blank needs a share", where="tokens", found=0, expected="more than 0")
 
 
 @dataclass(frozen=True)
@@ -185,6 +212,8 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    blanks: BlankConfig = field(default_factory=BlankConfig)
+    cloze: Question = field(default_factory=Question)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -199,12 +228,33 @@ class RunConfig:
                 found=self.train.context,
                 expected=f"at most model.max_seq_len = {self.model.max_seq_len}",
             )
+        self._check_objective()
         if self.optim.optimizer == "adafactor" and self.optim.muon_lr:
             what = "Adafactor moves all parameters, and Muon has none to move"
             raise InputError(what, where="optim.muon_lr", found=self.optim.muon_lr, expected=0)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
+
+    def _check_objective(self) -> None:
+        needed = "glm" if self.train.objective == "cloze" else self.train.objective
+        if needed not in ("auto", self.model.objective):
+            raise InputError(
+                "the model is made for another objective",
+                where="train.objective",
+                found=self.train.objective,
+                expected=f"auto or {self.model.objective}, by its {self.model.position} positions",
+                fix="leave it out",
+            )
+        if self.objective != "lm" and self.data.mask_documents:
+            what = "a text with blanks is read as a whole"
+            expected = f"false with objective {self.objective}"
+            raise InputError(what, where="data.mask_documents", found="true", expected=expected)
+
+    @property
+    def objective(self) -> str:
+        """What is minimised: lm, glm or cloze."""
+        return self.model.objective if self.train.objective == "auto" else self.train.objective
 
     @property
     def context(self) -> int:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
 
 from minillama.config import ModelConfig
-from minillama.data.corpus import Corpus
-from minillama.data.prepare import prepare
 from minillama.errors import InputError
-from minillama.tokenizer import Tokenizer, TokenizerTrainer
+from minillama.tokenizer import Tokenizer
 from minillama.training.checkpoint import Checkpoint, newest_checkpoint
 from minillama.training.config import RunConfig, to_table
+from minillama.training.data import load_data
 from minillama.training.plot import sparkline, write_png
 from minillama.training.report import Report, make_report
 from minillama.training.run_folder import RunFolder, choose_folder
 from minillama.training.start import build_model, with_grown_vocabulary
 from minillama.training.trainer import Interrupted, Trainer
 
-__all__ = ["load_data", "train"]
+__all__ = ["train"]
 
 
 def train(
@@ -117,60 +114,6 @@ def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
         )
 
 
-def load_data(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
-    """Tokenise the sources, or find them tokenised, and check that all of it fits the model.
-
-    Raises:
-        InputError: a source that cannot be read, a tokenizer larger than the model's vocabulary, or too
-            little text for one batch.
-    """
-    began = time.perf_counter()
-    wanted = config.tokenizer
-    tokenizer: Tokenizer | TokenizerTrainer
-    if wanted.path:
-        tokenizer = Tokenizer.load(wanted.path)
-        _check_vocabulary(tokenizer, config.model)
-    else:
-        tokenizer = TokenizerTrainer(wanted.kind, 0 if wanted.kind in ("char", "bytes") else config.model.vocab_size)
-    corpus, trained = prepare(
-        config.data.sources,
-        tokenizer,
-        cache=_cache_folder(config),
-        val_fraction=config.data.val_fraction,
-        on_error=config.data.on_error,
-        progress=lambda what, share: report.say(f"{what} ...") if share == 0 else None,
-    )
-    _check_vocabulary(trained, config.model)
-    corpus.check(config.context, config.train.batch_size)
-    trained.add_bos = corpus.has_separators
-    if corpus.skipped.total:
-        report.say(str(corpus.skipped))
-    tokens = sum(split.tokens for split in corpus.train)
-    held_out = sum(split.tokens for split in corpus.val)
-    report.say(
-        f"data: {', '.join(s.name or s.path for s in config.data.sources)}: {tokens:,} tokens, "
-        f"{held_out:,} held out, vocabulary {trained.vocab_size} ({time.perf_counter() - began:.1f} s)"
-    )
-    return corpus, trained
-
-
-def _check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    if tokenizer.vocab_size > model.vocab_size:
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary",
-            where="model.vocab_size",
-            found=f"a tokenizer of {tokenizer.vocab_size} tokens, a model of {model.vocab_size}",
-            fix=f"add --model.vocab_size {tokenizer.vocab_size}",
-        )
-
-
-def _cache_folder(config: RunConfig) -> Path:
-    if config.data.cache:
-        return Path(config.data.cache)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "minillama"
-
-
 def _command(script: str, *words: object) -> str:
     return shlex.join(["python", script, *map(str, words)])
 
@@ -180,7 +123,7 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     prompt = config.sample.prompts[0] if config.sample.prompts else "The"
     words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
     tokenizer = Tokenizer.load(model)
-    if tokenizer.pieces is None and tokenizer.pre is None:  # GGUF has no such tokenizer
+    if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # GGUF has no such thing
         words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "transformers opens the other as well"
     commands = {
         "generate": _command("generate.py", "--model", model, "--prompt", prompt),

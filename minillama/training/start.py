@@ -7,14 +7,33 @@ from pathlib import Path
 
 import torch
 
+from minillama.blanks import BLANK_TOKENS
 from minillama.device import choose_device
 from minillama.errors import InputError
 from minillama.formats.opening import open_model
 from minillama.model import Decoder
-from minillama.tokenizer import Tokenizer
+from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.training.config import RunConfig
 
-__all__ = ["build_model", "with_grown_vocabulary"]
+__all__ = ["build_model", "choose_tokenizer", "with_grown_vocabulary"]
+
+
+def choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
+    """The tokenizer of tokenizer.path, or what trains one; with the marks that the objective needs."""
+    if config.tokenizer.path:
+        return _load_tokenizer(config)
+    kind = config.tokenizer.kind
+    size = 0 if kind in ("char", "bytes") else config.model.vocab_size
+    return TokenizerTrainer(kind, size, special=_marks(config))
+
+
+def _load_tokenizer(config: RunConfig) -> Tokenizer:
+    tokenizer, marks = Tokenizer.load(config.tokenizer.path), _marks(config)
+    return tokenizer.with_special(marks) if marks else tokenizer
+
+
+def _marks(config: RunConfig) -> tuple[str, ...]:
+    return BLANK_TOKENS if config.objective != "lm" else ()
 
 
 def build_model(config: RunConfig, is_resumed: bool = False) -> Decoder:
@@ -45,7 +64,7 @@ def with_grown_vocabulary(config: RunConfig) -> RunConfig:
     """
     if not config.train.init_from:
         return config
-    tokenizer = Tokenizer.load(config.tokenizer.path)
+    tokenizer = _load_tokenizer(config)
     own = open_model(config.train.init_from).tokenizer
     if own is not None and Path(own) != Path(config.tokenizer.path):
         _check_ids(Tokenizer.load(own), tokenizer, config.tokenizer.path)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +16,9 @@ import torch
 
 from minillama.atomic import replace_folder
 from minillama.data.corpus import Corpus
+from minillama.data.records import Records
 from minillama.device import choose_dtype, peak_flops
 from minillama.errors import InputError
-from minillama.evaluate.perplexity import Score, score
 from minillama.formats.hf import write_token_ids
 from minillama.generation import generate
 from minillama.model import Decoder
@@ -63,7 +62,7 @@ class Trainer:
         config: the run.
         model: the decoder, on its device.
         tokenizer: saved beside every model.
-        corpus: the tokenised data.
+        data: what the objective reads.
         folder: where everything is written.
         report: where everything is said.
         checkpoint: where to go on from; None starts at step 0.
@@ -77,16 +76,16 @@ class Trainer:
         config: RunConfig,
         model: Decoder,
         tokenizer: Tokenizer,
-        corpus: Corpus,
+        data: Corpus | Records,
         folder: RunFolder,
         report: Report,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.corpus = config, model, tokenizer, corpus
+        self.config, self.model, self.tokenizer, self.data = config, model, tokenizer, data
         self.folder, self.report = folder, report
         self.dtype = choose_dtype(config.train.dtype, model.device)
         self.peak = peak_flops(model.device, self.dtype)
-        self.objective = make(config, corpus.separator)
+        self.objective = make(config, tokenizer, data.separator)
         self.optimizers = make_optimizers(model, config.optim)
         self.progress = Progress()
         self.signal: int | None = None
@@ -137,7 +136,7 @@ class Trainer:
                 group["lr"] = rate * group["lr_scale"]
         if config.train.dropout:
             torch.manual_seed(config.seed * 1_000_003 + step)  # the same masks after a resume
-        batch = self.objective.batch(self.corpus, config.seed, step)
+        batch = self.objective.batch(self.data, config.seed, step)
         loss, metrics = self._accumulate(batch)
         limit = optim.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
@@ -200,35 +199,19 @@ class Trainer:
         }
 
     def validate(self, record: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Score held-out text and print a sample; the result goes into the step's line of metrics.jsonl."""
+        """Score held-out data and print a sample; the result goes into the step's line of metrics.jsonl."""
         began = time.perf_counter()
-        parts = self.score()
-        whole = Score(sum(s.nats for s in parts), sum(s.tokens for s in parts), sum(s.bytes for s in parts))
-        nats, bits = whole.nats_per_token, whole.bits_per_byte
+        limit, rows = self.config.validate.tokens, self.config.micro_batch_size
+        found = self.objective.validate(self.working.model, self.data, limit, rows)
         self.progress.seconds += time.perf_counter() - began
-        measured = {"val_loss": nats, "val_bits_per_byte": bits, "seconds": self.progress.seconds}
+        measured = found | {"seconds": self.progress.seconds}
         base = record or {"step": self.progress.step, "tokens": self.progress.tokens}
         self.folder.append_metrics(base | measured)
-        loss = f"loss {record['loss']:.4f}, " if record else ""
-        self.report.say(f"step {self.progress.step}: {loss}val_loss {nats:.4f} nats/token, {bits:.4f} bits/byte")
+        shown = ({"loss": record["loss"]} if record else {}) | found
+        text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        self.report.say(f"step {self.progress.step}: {text}")
         self._sample()
         return measured
-
-    def score(self) -> list[Score]:
-        """The held-out loss of each source, at the training context."""
-        context, limit = self.config.context, self.config.validate.tokens
-        total = sum(split.tokens for split in self.corpus.val)
-        every = max(1, total // limit) if limit else 1  # windows spread over all of the text
-        return [
-            score(
-                self.working.model,
-                islice(split.val_windows(context), 0, None, every),
-                split.bytes / split.tokens,
-                self.config.micro_batch_size,
-            )
-            for split in self.corpus.val
-            if split.tokens > 1
-        ]
 
     def _sample(self) -> None:
         wanted = self.config.sample
@@ -247,7 +230,7 @@ class Trainer:
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "seconds": self.progress.seconds,
-            "data": self.corpus.fingerprint,
+            "data": self.data.fingerprint,
             "finished": self.progress.step >= self.config.train.steps,
         }
         save_checkpoint(self.folder.checkpoints, self._write_model, tensors, run)
@@ -264,11 +247,11 @@ class Trainer:
         write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.run["data"] != self.corpus.fingerprint:
+        if checkpoint.run["data"] != self.data.fingerprint:
             raise InputError(
                 "the data is not what the checkpoint was trained on",
                 where=checkpoint.path,
-                found=f"fingerprint {self.corpus.fingerprint[:16]}",
+                found=f"fingerprint {self.data.fingerprint[:16]}",
                 expected=checkpoint.run["data"][:16],
                 fix="bring the data back, or start a new run",
             )

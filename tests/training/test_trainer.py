@@ -72,7 +72,7 @@ def test_a_run_writes_what_the_design_says(tiny_config: Make, tmp_path: Path) ->
     assert load_run_config(str(out / "config.toml")) == tiny_config("--train.steps", "60", "--validate.every", "30")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     text = "\n".join(lines)
-    assert "bits/byte" in text and "  | " in text
+    assert "val_bits_per_byte" in text and "  | " in text
     for word in ("generate", "resume", "export", "plan"):
         assert any(line.strip().startswith(word) for line in lines)
 

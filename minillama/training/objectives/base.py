@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minillama.data.corpus import Corpus
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
-__all__ = ["Batch", "Objective"]
+__all__ = ["Batch", "Objective", "Stateless"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Batch:
     Args:
         tokens: (B, T) ids that the model reads.
         targets: (B, T) ids that it should predict.
-        weights: (B, T) float weights of the targets; 0 leaves one out.
+        weights: (B, T) float weights of the targets; 0 leaves one out. (B,) where a row is judged as a whole.
         mask: who sees whom.
         positions: (B, T) position ids, where they are not 0..T-1.
         extras: further (B, ...) tensors that an objective needs.
@@ -63,11 +62,14 @@ class Objective(Protocol):
     weight of the whole batch, so that accumulation changes nothing.
     """
 
-    def batch(self, data: Corpus, seed: int, step: int) -> Batch:
-        """The batch of a step: a pure function of (seed, step)."""
+    def batch(self, data: Any, seed: int, step: int) -> Batch:
+        """The batch of a step: a pure function of (seed, step). The data is what `load_data` chose for it."""
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Weighted sum of losses, sum of weights, and summed metrics."""
+
+    def validate(self, model: Decoder, data: Any, limit: int, rows: int) -> dict[str, float]:
+        """Measures on held-out data, `val_loss` among them, of about `limit` tokens (0: all), `rows` at a time."""
 
     def prepare(self, step: int) -> None:
         """Called before a step's batch is made; what needs rollouts makes them here."""
@@ -77,3 +79,17 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take it back."""
+
+
+class Stateless:
+    """The part of an objective whose batches follow from (seed, step) alone."""
+
+    def prepare(self, step: int) -> None:
+        """Nothing to prepare: the data is there already."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to take back."""

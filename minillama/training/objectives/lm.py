@@ -7,15 +7,16 @@ from torch import Tensor
 
 from minillama.data.corpus import Corpus
 from minillama.data.packing import document_ids, document_positions
+from minillama.evaluate.perplexity import Score, score
 from minillama.layers.cross_entropy import cross_entropy
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.training.objectives.base import Batch
+from minillama.training.objectives.base import Batch, Stateless
 
 __all__ = ["LanguageModel"]
 
 
-class LanguageModel:
+class LanguageModel(Stateless):
     """loss = -sum_t log p(token_{t+1} | token_1..t), and PaLM's z-loss where asked for.
 
     Args:
@@ -50,12 +51,9 @@ class LanguageModel:
         loss = cross_entropy(model.head(hidden), batch.targets, batch.weights, self.z_loss)
         return loss, batch.weights.sum(), {}
 
-    def prepare(self, step: int) -> None:
-        """Nothing to prepare: text is there already."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing to keep: batches follow from (seed, step)."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take back."""
+    def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:
+        """Nats a token and bits a byte of held-out text, at the training context."""
+        whole = Score(0.0, 0, 0.0)
+        for split, windows in data.held_out(self.context, limit):
+            whole += score(model, windows, split.bytes / split.tokens, rows)
+        return whole.measures()

@@ -1,0 +1,78 @@
+"""Classify texts by a cloze question: a JSON line each, in order; accuracy on standard error where labels are known."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from minillama.commands.loading import DType, load_for_decoding
+from minillama.errors import InputError
+from minillama.question import Question, label_of
+from minillama.settings import check
+
+__all__ = ["Args", "run"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """What the command line said."""
+
+    model: str
+    """The folder of a model whose objective is blank infilling, best after --train.objective cloze."""
+    question: Annotated[Question, tyro.conf.arg(name="")]
+    text: tuple[str, ...] = ()
+    """One or more texts, each the field `text` of a record."""
+    records: Path | None = None
+    """A .jsonl file of records."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder, if it does not lie with the model."""
+    batch_size: int = field(default=16, metadata={"min": 1})
+    """Records that are read together."""
+    dtype: DType = "auto"
+    """Of the weights; auto: as they are stored, and what the CPU does not multiply as float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def run(args: Args) -> int:
+    """Write label and probabilities of each record."""
+    check(args)
+    records = _records(args)
+    from minillama.cloze import Cloze
+
+    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
+    cloze, labels = Cloze(args.question, tokenizer, model.config.max_seq_len), args.question.labels
+    known: Counter[str] = Counter()
+    right = 0
+    for record, scores in zip(records, cloze.log_probabilities(model, records, args.batch_size), strict=True):
+        label = labels[scores.index(max(scores))]
+        shares = {name: round(math.exp(score), 6) for name, score in zip(labels, scores, strict=True)}
+        print(json.dumps({"label": label, "probabilities": shares}, ensure_ascii=False), flush=True)
+        if args.question.label in record:
+            truth = label_of(record[args.question.label])
+            known[truth] += 1
+            right += label == truth
+    if count := known.total():
+        majority, most = known.most_common(1)[0]
+        print(
+            f"accuracy {right / count:.4f} of {count} records with a label; always {majority!r}: {most / count:.4f}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _records(args: Args) -> list[dict[str, Any]]:
+    if bool(args.text) == (args.records is not None):
+        raise InputError("give either --text or --records", where="command line")
+    if args.records is None:
+        return [{"text": text} for text in args.text]
+    from minillama.data.sources import Source, records
+
+    return [record.value for record in records(Source(path=str(args.records)))]

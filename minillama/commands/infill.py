@@ -1,0 +1,56 @@
+"""Fill the blanks of a text: the whole text goes to standard output. Several, or a file: a JSON line each, in order."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minillama.commands.loading import DType, load_for_decoding, read_texts
+from minillama.sampling import Sampling
+from minillama.settings import check
+
+__all__ = ["Args", "run"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """What the command line said."""
+
+    model: str
+    """The folder of a model whose objective is blank infilling, as glm-tiny's."""
+    text: tuple[str, ...] = ()
+    """One or more texts; each holds [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (a long text)."""
+    texts: Path | None = None
+    """A file of texts: JSONL with a field `text`, or plain text with one a line."""
+    tokenizer: str | None = None
+    """A tokenizer.json or its folder, if it does not lie with the model."""
+    max_new_tokens: int = field(default=64, metadata={"min": 1})
+    """Tokens a blank at most."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=lambda: Sampling(temperature=0))
+    dtype: DType = "auto"
+    """Of the weights; auto: as they are stored, and what the CPU does not multiply as float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+
+def run(args: Args) -> int:
+    """Write one filled text, or several as JSONL, one line a text in order."""
+    check(args)
+    texts = read_texts(args.text, args.texts, "text")
+    from minillama.infilling import infill
+
+    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
+    for i, filled in enumerate(infill(model, tokenizer, texts, args.max_new_tokens, args.sampling)):
+        if len(texts) == 1 and args.texts is None:
+            print(filled.text)
+        else:
+            line = {"text": texts[i], "filled": filled.text, "blanks": filled.blanks, "finish_reasons": filled.reasons}
+            print(json.dumps(line, ensure_ascii=False))
+        if "context" in filled.reasons:
+            print(f"text {i + 1}: stopped, the model's context is full", file=sys.stderr)
+    return 0

@@ -1,0 +1,79 @@
+"""What the commands that run a model share: its weights ready to decode, and the texts that they are given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from minillama.errors import InputError
+
+if TYPE_CHECKING:
+    from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
+
+__all__ = ["DType", "load_for_decoding", "read_texts"]
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+def load_for_decoding(path: str, tokenizer: str | None, dtype: DType, device: str) -> tuple[Decoder, Tokenizer]:
+    """A model with fused products, and its tokenizer.
+
+    Args:
+        path: what `open_model` takes.
+        tokenizer: its place, if it does not lie with the model.
+        dtype: of the weights; auto: as `decoding_dtype` chooses.
+        device: as `choose_device` takes it.
+    """
+    import torch
+
+    from minillama.device import choose_device, decoding_dtype
+    from minillama.formats.opening import open_model
+    from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
+
+    opened, place = open_model(path), choose_device(device, "--device")
+    stored = opened.default_dtype(place)
+    kind = decoding_dtype(stored, place) if dtype == "auto" else getattr(torch, dtype)
+    model = Decoder.from_pretrained(opened, kind, place).fuse()
+    return model, Tokenizer.load(tokenizer or opened.tokenizer_path())
+
+
+def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[str]:
+    """The texts of the command line, or those of a file.
+
+    Args:
+        given: of the option --FIELD.
+        file: of the option --FIELDs: JSONL with that field, or plain text with one a line.
+        field: what the texts are called.
+
+    Raises:
+        InputError: both or neither is given, or the file does not hold what it should.
+    """
+    if bool(given) == (file is not None):
+        raise InputError(f"give either --{field} or --{field}s", where="command line")
+    if file is None:
+        return given
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the {field}s cannot be read", where=file, found=error) from error
+    jsonl = file.suffix == ".jsonl"
+    texts = [_text(line, f"{file}:{n}", field, jsonl) for n, line in enumerate(lines, 1) if line.strip()]
+    if not texts:
+        raise InputError(f"the file holds no {field}", where=file)
+    return texts
+
+
+def _text(line: str, where: str, field: str, jsonl: bool) -> str:
+    if not jsonl:
+        return line
+    try:
+        value = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"not a JSON object with a {field}", where=where, found=line[:80]) from error
+    if not isinstance(value, str):
+        raise InputError(f"the {field} is no text", where=f"{where}, {field}", found=repr(value))
+    return value

@@ -1,0 +1,77 @@
+"""Records of JSONL files, split into those to train on and those held out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import numpy as np
+
+from minillama.data.permutation import derive_keys, permute
+from minillama.data.reading import Record, Skipped
+from minillama.data.sources import OnError, Source, records
+from minillama.data.split import hash_fraction
+from minillama.errors import InputError
+
+__all__ = ["Records"]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What fine-tuning reads.
+
+    Args:
+        train: to learn from.
+        val: held out.
+        fingerprint: SHA-256 of all of them and of the split.
+        skipped: lines that were left out.
+    """
+
+    train: Sequence[Record]
+    val: Sequence[Record]
+    fingerprint: str = ""
+    skipped: Skipped = field(default_factory=Skipped)
+    separator: int | None = None
+    """No token parts records: each is read on its own."""
+
+    @classmethod
+    def load(cls, sources: Sequence[Source], val_fraction: float, on_error: OnError = "stop") -> Records:
+        """Read all sources. A record is held out when a hash of its JSON falls below `val_fraction`.
+
+        Args:
+            sources: .jsonl files, each read once, whatever its weight.
+            val_fraction: share that is held out.
+            on_error: stop at a line that is no JSON object, or count it and go on.
+
+        Raises:
+            InputError: no records to train on, or none to hold out.
+        """
+        skipped = Skipped()
+        split: dict[bool, list[Record]] = {True: [], False: []}
+        digest = sha256(str(val_fraction).encode())
+        for source in sources:
+            for record in records(source, on_error, skipped):
+                text = json.dumps(record.value, sort_keys=True)
+                digest.update(text.encode() + b"\n")
+                split[hash_fraction(text, "held out") < val_fraction].append(record)
+        if not (split[True] and split[False]):
+            raise InputError(
+                "too few records",
+                where="data.sources",
+                found=f"{len(split[False])} to train on, {len(split[True])} held out",
+                expected="at least one of each",
+                fix="give more records, or another data.val_fraction",
+            )
+        return cls(split[False], split[True], digest.hexdigest(), skipped)
+
+    def batch(self, seed: int, step: int, rows: int) -> list[Record]:
+        """The records of a step, each once in every epoch: a pure function of the arguments."""
+        count = len(self.train)
+        chosen = []
+        for sample in range(step * rows, (step + 1) * rows):
+            epoch, place = divmod(sample, count)
+            keys = derive_keys("records", seed, epoch)
+            chosen.append(self.train[int(permute(np.array([place], np.uint64), count, keys)[0])])
+        return chosen

@@ -1,0 +1,90 @@
+"""What a run reads: tokenised text, or records for what is fine-tuned."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from minillama.data.corpus import Corpus
+from minillama.data.prepare import prepare
+from minillama.data.records import Records
+from minillama.errors import InputError
+from minillama.tokenizer import Tokenizer
+from minillama.training.config import RunConfig
+from minillama.training.report import Report
+from minillama.training.start import choose_tokenizer
+
+__all__ = ["load_data"]
+
+
+def load_data(config: RunConfig, report: Report) -> tuple[Corpus | Records, Tokenizer]:
+    """The data that the objective reads, and the tokenizer.
+
+    Raises:
+        InputError: a source that cannot be read, a tokenizer larger than the model's vocabulary, or too
+            little text for one batch.
+    """
+    return _load_records(config, report) if config.objective == "cloze" else _load_text(config, report)
+
+
+def _load_records(config: RunConfig, report: Report) -> tuple[Records, Tokenizer]:
+    tokenizer = choose_tokenizer(config)
+    if not isinstance(tokenizer, Tokenizer):
+        fix = "give the model that is fine-tuned as train.init_from"
+        raise InputError("records train no tokenizer", where="tokenizer.path", found="none", fix=fix)
+    _check_vocabulary(tokenizer, config)
+    data = Records.load(config.data.sources, config.data.val_fraction, config.data.on_error)
+    if data.skipped.total:
+        report.say(str(data.skipped))
+    report.say(f"data: {_names(config)}: {len(data.train):,} records, {len(data.val):,} held out")
+    return data, tokenizer
+
+
+def _load_text(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
+    """Tokenise the sources, or find them tokenised, and check that all of it fits the model."""
+    began = time.perf_counter()
+    tokenizer = choose_tokenizer(config)
+    if isinstance(tokenizer, Tokenizer):
+        _check_vocabulary(tokenizer, config)
+    corpus, trained = prepare(
+        config.data.sources,
+        tokenizer,
+        cache=_cache_folder(config),
+        val_fraction=config.data.val_fraction,
+        on_error=config.data.on_error,
+        progress=lambda what, share: report.say(f"{what} ...") if share == 0 else None,
+    )
+    _check_vocabulary(trained, config)
+    corpus.check(config.context, config.train.batch_size)
+    trained.add_bos = corpus.has_separators
+    if corpus.skipped.total:
+        report.say(str(corpus.skipped))
+    tokens = sum(split.tokens for split in corpus.train)
+    held_out = sum(split.tokens for split in corpus.val)
+    report.say(
+        f"data: {_names(config)}: {tokens:,} tokens, "
+        f"{held_out:,} held out, vocabulary {trained.vocab_size} ({time.perf_counter() - began:.1f} s)"
+    )
+    return corpus, trained
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            "the tokenizer is larger than the model's vocabulary",
+            where="model.vocab_size",
+            found=f"a tokenizer of {tokenizer.vocab_size} tokens, a model of {config.model.vocab_size}",
+            fix=f"add --model.vocab_size {tokenizer.vocab_size}",
+        )
+
+
+def _cache_folder(config: RunConfig) -> Path:
+    if config.data.cache:
+        return Path(config.data.cache)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "minillama"
+
+
+def _names(config: RunConfig) -> str:
+    return ", ".join(source.label for source in config.data.sources)

@@ -1,0 +1,66 @@
+"""Fine-tuning for classification by cloze questions."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minillama.cloze import Answers, Cloze
+from minillama.data.records import Records
+from minillama.generation import evaluating
+from minillama.layers.mask import Mask
+from minillama.model import Decoder
+from minillama.training.objectives.base import Batch, Stateless
+
+__all__ = ["ClozeQuestions"]
+
+
+class ClozeQuestions(Stateless):
+    """loss = -log p(label | record), p = p(words of the label | text) / sum over the labels.
+
+    Du et al. 2022, arXiv 2103.10360, §2.4. All answers of a record are read, each in a row of its own.
+
+    Args:
+        batch_size: records a step.
+        cloze: the question.
+    """
+
+    def __init__(self, batch_size: int, cloze: Cloze) -> None:
+        self.batch_size, self.cloze = batch_size, cloze
+
+    def batch(self, data: Records, seed: int, step: int) -> Batch:
+        """Records with all their answers; tokens are (B, L, T)."""
+        records = data.batch(seed, step, self.batch_size)
+        answers = self.cloze.collate([self.cloze.layouts(record.value, record.where) for record in records])
+        labels = torch.tensor([self.cloze.label(record.value, record.where) for record in records])
+        extras = {"answer": answers.answer, "label": labels}
+        weights = torch.ones(len(records))
+        return Batch(answers.tokens, answers.targets, weights, Mask(prefix=answers.prefix), answers.positions, extras)
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of nats over the records, and how many are answered rightly."""
+        positions, prefix, label = batch.positions, batch.mask.prefix, batch.extras["label"]
+        assert positions is not None and prefix is not None
+        scores = Answers(batch.tokens, batch.targets, batch.extras["answer"], positions, prefix).scores(model)
+        right = (scores.argmax(-1) == label).sum()
+        return F.cross_entropy(scores, label, reduction="sum"), batch.weights.sum(), {"accuracy": right}
+
+    def validate(self, model: Decoder, data: Records, limit: int, rows: int) -> dict[str, float]:
+        """Nats a record and accuracy on the held-out ones, beside that of the commonest label of the training ones."""
+        labels = [self.cloze.label(record.value, record.where) for record in data.val]
+        common = Counter(self.cloze.label(record.value, record.where) for record in data.train).most_common(1)[0][0]
+        nats, right = 0.0, 0
+        with evaluating(model):
+            found = self.cloze.log_probabilities(model, [record.value for record in data.val], rows)
+            for label, scores in zip(labels, found, strict=True):
+                nats -= scores[label]
+                right += scores.index(max(scores)) == label
+        count = len(labels)
+        return {
+            "val_loss": nats / count,
+            "val_accuracy": right / count,
+            "val_majority": labels.count(common) / count,
+        }

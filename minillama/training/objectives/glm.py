@@ -1,0 +1,152 @@
+"""GLM's autoregressive blank infilling, over windows of packed text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minillama.blanks import Blanks, Layout
+from minillama.data.corpus import Corpus
+from minillama.evaluate.perplexity import Score
+from minillama.generation import evaluating
+from minillama.layers.cross_entropy import cross_entropy
+from minillama.layers.mask import Mask
+from minillama.model import Decoder
+from minillama.training.config import BlankConfig
+from minillama.training.objectives.base import Batch, Stateless
+from minillama.training.spans import Span, long_span, sentence_spans, short_spans, span_lengths
+
+__all__ = ["BlankInfilling", "Example"]
+
+HELD_OUT = 0x61E1D  # the seed of the blanks in held-out text: the same in every run
+
+
+class Example:
+    """One text with its blanks: what is read, what is predicted, and where.
+
+    Part A is the text with each span replaced by one mask; it is followed by the spans in the order given, each
+    read behind a start token and predicted with an end token. Du et al. 2022, arXiv 2103.10360, §2.1.
+
+    Args:
+        text: (N,) token ids.
+        spans: what is cut out, in the order in which it is predicted.
+        mask: the id that stands for each.
+        blanks: ids of the start and the end token.
+    """
+
+    def __init__(self, text: NDArray[np.int64], spans: list[Span], mask: int, blanks: Blanks) -> None:
+        ids = text.tolist()
+        part_a: list[int] = []
+        places: dict[Span, int] = {}
+        at = 0
+        for start, stop in sorted(spans):
+            part_a += ids[at:start]
+            places[start, stop] = len(part_a)
+            part_a.append(mask)
+            at = stop
+        self.layout = Layout.of(part_a + ids[at:])
+        self.targets = [0] * self.layout.prefix
+        for start, stop in spans:
+            self.layout = self.layout.fill(places[start, stop], [blanks.start, *ids[start:stop]])
+            self.targets += [*ids[start:stop], blanks.end]
+
+
+class BlankInfilling(Stateless):
+    """loss = -sum over blanks, in a random order, of log p(blank | text around the blanks, blanks before it).
+
+    A row is a window of text in which one kind of blank is chosen by the configured shares: short spans
+    ([MASK]), whole sentences ([sMASK]) or one long stretch ([gMASK]). Rows are padded to the context.
+
+    Args:
+        batch_size: rows a step.
+        context: T, slots a row.
+        blanks: ids of the marks.
+        ends: (V,) which tokens end a sentence.
+        separator: id of the token that opens a document, None where there is none.
+        config: kinds and sizes of blanks.
+        z_loss: weight of PaLM's z-loss.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        context: int,
+        blanks: Blanks,
+        ends: NDArray[np.bool_],
+        separator: int | None,
+        config: BlankConfig,
+        z_loss: float = 0.0,
+    ) -> None:
+        self.batch_size, self.context, self.blanks, self.ends = batch_size, context, blanks, ends
+        self.separator, self.config, self.z_loss = separator, config, z_loss
+        lengths = span_lengths(config.mean_length)
+        mean = float(lengths @ np.arange(1, len(lengths) + 1))
+        # A blank takes two slots more than the text it covers. Room for a quarter more blanks than expected.
+        self.window = min(int(context / (1 + 2.5 * config.share / mean)), context - 2)
+
+    def batch(self, data: Corpus, seed: int, step: int) -> Batch:
+        """Rows of blanked windows."""
+        windows = data.batch(seed, step, self.batch_size, self.window)[:, :-1]
+        return self.collate(
+            self.example(window, np.random.default_rng([seed, step, row])) for row, window in enumerate(windows)
+        )
+
+    def example(self, text: NDArray[np.int64], rng: np.random.Generator) -> Example:
+        """A window with blanks of one kind."""
+        config, blanks = self.config, self.blanks
+        shares = np.array([config.tokens, config.sentences, config.document])
+        kind = int(rng.choice(3, p=shares / shares.sum()))
+        separators = text == self.separator if self.separator is not None else np.zeros(len(text), bool)
+        if kind == 0:
+            spans = short_spans(separators, config.share, config.mean_length, rng)
+        elif kind == 1:
+            spans = sentence_spans(self.ends[text], separators, config.share, rng)
+        else:
+            spans = long_span(separators, config.document_least, config.document_suffix, rng)
+        if not spans:  # no whole sentence, or too short a text
+            at = int(rng.integers(len(text)))
+            kind, spans = 0, [(at, at + 1)]
+        order = rng.permutation(len(spans))[: (self.context - len(text)) // 2]
+        return Example(text, [spans[i] for i in order.tolist()], blanks.masks[kind], blanks)
+
+    def collate(self, examples: Iterable[Example]) -> Batch:
+        """Examples padded to the context; padding has weight 0."""
+        made = list(examples)
+        shape = len(made), self.context
+        tokens, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        positions, weights = torch.zeros(len(made), 2, self.context, dtype=torch.long), torch.zeros(shape)
+        for row, example in enumerate(made):
+            layout, size = example.layout, len(example.targets)
+            tokens[row, :size] = torch.tensor(layout.tokens)
+            targets[row, :size] = torch.tensor(example.targets)
+            positions[row, :, :size] = torch.tensor(layout.places).T
+            weights[row, layout.prefix : size] = 1
+        prefix = torch.tensor([example.layout.prefix for example in made])
+        return Batch(tokens, targets, weights, Mask(prefix=prefix), positions)
+
+    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of nats over the tokens of part B and the ends of blanks."""
+        chosen = batch.weights > 0  # the head is the dearest product, and most slots predict nothing
+        hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
+        z_loss = self.z_loss if model.training else 0.0
+        loss = cross_entropy(model.head(hidden), batch.targets[chosen], batch.weights[chosen], z_loss)
+        return loss, batch.weights.sum(), {}
+
+    def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:
+        """The objective itself on held-out text with the same blanks every time; bits a byte of what they cover."""
+        whole = Score(0.0, 0, 0.0)
+        with evaluating(model):
+            for split, windows in data.held_out(self.window, limit):
+                texts = [window[: self.window] for window in windows]
+                examples = [self.example(text, np.random.default_rng([HELD_OUT, i])) for i, text in enumerate(texts)]
+                for start in range(0, len(examples), rows):
+                    part = examples[start : start + rows]
+                    batch = self.collate(part).to(model.device)
+                    nats, weight, _ = self.loss(model, batch)
+                    covered = int(weight) - sum(e.layout.tokens.count(self.blanks.start) for e in part)
+                    whole += Score(nats.item(), int(weight), covered * split.bytes / split.tokens)
+        return whole.measures()
