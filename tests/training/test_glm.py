@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,7 @@ def test_short_spans_cover_their_share_with_a_token_between() -> None:
     separators[[100, 101, 300]] = True
     for seed in range(50):
         spans = short_spans(separators, 0.15, 3, np.random.default_rng(seed))
-        assert all(left[1] < right[0] for left, right in zip(spans[:-1], spans[1:], strict=True))
+        assert all(left[1] < right[0] for left, right in pairwise(spans))
         for start, stop in documents(separators):
             covered = sum(b - a for a, b in spans if start <= a < stop)
             assert int(0.15 * (stop - start)) <= covered < int(0.15 * (stop - start)) + 39
@@ -161,7 +161,7 @@ def test_a_batch_fits_and_gives_the_text_back(corpus: Corpus, kind: str) -> None
             else:
                 fills[-1].append(token)
         filled = {place: ids for place, ids in zip(places, fills, strict=True)}
-        whole = [part for i, token in enumerate(part_a) for part in (filled[i] if i in filled else [token])]
+        whole = [part for i, token in enumerate(part_a) for part in (filled.get(i, [token]))]
         assert whole == text.tolist()
         assert {part_a[i] for i in filled} <= set(BLANKS.masks)
 
