@@ -13,7 +13,7 @@ from minillama.errors import InputError
 __all__ = ["replace_file", "replace_folder"]
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
+def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
     """Have `write` make a file beside `path`, put it on the disk, and rename it into place.
 
     Raises:
@@ -30,7 +30,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def replace_folder(path: Path, write: Callable[[Path], None]) -> Path:
+def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
     """Have `write` fill a folder beside `path`, put it on the disk, and rename it into place.
 
     What was at `path` stays until the new folder is complete.

@@ -76,7 +76,7 @@ class Blanks:
                 where="tokenizer",
                 found=f"no {', '.join(missing)}",
                 expected=", ".join(BLANK_TOKENS),
-                fix="`minillama tokenizer merge` appends them with --special",
+                fix="give the model's own tokenizer; `minillama tokenizer train --special` makes new ones",
             )
         return cls(*ids.values())
 

@@ -5,19 +5,20 @@ Schick and Schuetze 2021, arXiv 2001.07676; Du et al. 2022, arXiv 2103.10360, §
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minillama.blanks import Blanks, Layout
+from minillama.data.reading import BadText, Record, clean
 from minillama.errors import InputError
 from minillama.generation import evaluating
-from minillama.infilling import Cut
+from minillama.infilling import lay_out, need_blanks
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.question import Question, label_of
+from minillama.question import MASK, Question, label_of
 from minillama.tokenizer import Tokenizer
 
 __all__ = ["Answers", "Cloze"]
@@ -58,64 +59,77 @@ class Cloze:
     """Asks the question about records.
 
     Args:
-        config: the question.
+        question: the pattern and the words.
         tokenizer: the model's, with the marks of blanks.
         context: slots at most.
 
     Raises:
-        InputError: the question or the tokenizer lacks something.
+        InputError: there is no question, the tokenizer lacks the marks, or cannot tell two answers apart.
     """
 
-    def __init__(self, config: Question, tokenizer: Tokenizer, context: int) -> None:
-        if not config.pattern:
-            fix = 'give cloze.pattern and cloze.verbalisers, as "{text} It was [MASK]." and positive=good negative=bad'
-            raise InputError("there is no question", where="cloze.pattern", fix=fix)
-        self.config, self.tokenizer, self.context = config, tokenizer, context
+    def __init__(self, question: Question, tokenizer: Tokenizer, context: int) -> None:
+        if not question.pattern:
+            expected = 'a pattern and verbalisers, as "{text} It was [MASK]." and positive=good negative=bad'
+            raise InputError("there is no question", where="pattern", expected=expected)
+        self.question, self.tokenizer, self.context = question, tokenizer, context
         self.blanks = Blanks.of(tokenizer)
-        space = config.pattern.partition("[MASK]")[0][-1:] == " "  # it belongs to the word, as in any text
-        self.words = [tokenizer.encode(" " * space + word.lstrip(" ")) for word in config.words]
+        # A space in front of the mask belongs to the word, as in any text.
+        space = question.pattern.partition(MASK)[0][-1:] == " "
+        self.words = [tokenizer.encode_inside(" " * space + word) for word in question.words]
+        known: dict[tuple[int, ...], str] = {(): "nothing"}
+        for entry, ids in zip(question.verbalisers, self.words, strict=True):
+            if tuple(ids) in known:
+                found = f"{entry} and {known[tuple(ids)]} are the same tokens: {' '.join(map(str, ids)) or 'none'}"
+                raise InputError("this tokenizer cannot tell two answers apart", where="verbalisers", found=found)
+            known[tuple(ids)] = entry
 
-    def label(self, record: Mapping[str, Any], where: str) -> int:
+    def label(self, record: Record) -> int:
         """The number of a record's label.
 
         Raises:
-            InputError: it has none, or one without a verbaliser.
+            BadText: it has none, or one without a verbaliser.
         """
-        name = self.config.label
-        if name not in record:
-            raise InputError("the record has no label", where=f"{where}, {name}", found=", ".join(record))
-        value = label_of(record[name])
-        if value not in self.config.labels:
-            expected = ", ".join(self.config.labels)
-            raise InputError("a label without a verbaliser", where=f"{where}, {name}", found=value, expected=expected)
-        return self.config.labels.index(value)
+        name, labels = self.question.label, self.question.labels
+        if name not in record.value:
+            raise _bad("the record has no label", record, name, f"fields {', '.join(record.value) or 'none'}")
+        value = label_of(record.value[name])
+        if value not in labels:
+            raise _bad("a label without a verbaliser", record, name, value, ", ".join(labels))
+        return labels.index(value)
 
-    def layouts(self, record: Mapping[str, Any], where: str) -> list[Layout]:
+    def layouts(self, record: Record) -> list[Layout]:
         """The text with each answer in its blank. Where it is too long, the end of its longest field is left out.
 
         Raises:
-            InputError: a field is missing or no text; the pattern alone is too long.
+            BadText: a field is missing or no text; the pattern alone is too long.
         """
-        fields = {}
-        for name in self.config.fields:
-            value = record.get(name)
-            if not isinstance(value, str):
-                what = "is no text" if name in record else "is missing"
-                raise InputError(f"a field of the pattern {what}", where=f"{where}, {name}", found=repr(value)[:80])
-            fields[name] = value
+        fields = self._fields(record)
         room = self.context - 1 - max(map(len, self.words))
         while True:
-            cut = Cut(self.config.pattern.format(**_without_marks(fields)), self.tokenizer, where)
-            excess = len(cut.layout.tokens) - room
+            before, after = self.question.around(fields)
+            part_a, places = lay_out([before.removesuffix(" "), after], [self.blanks.token], self.tokenizer)
+            excess = len(part_a.tokens) - room
             if excess <= 0:
-                break
+                return [part_a.fill(places[0], [self.blanks.start, *words]) for words in self.words]
             longest = max(fields, key=lambda name: len(fields[name]))
             if not fields[longest]:
-                found, expected = f"{len(cut.layout.tokens)} tokens", f"at most {room}"
-                raise InputError("the pattern does not fit the context", where=where, found=found, expected=expected)
-            share = excess / len(cut.layout.tokens)
+                found, expected = f"{len(part_a.tokens)} tokens", f"at most {room}"
+                raise _bad("the pattern alone does not fit the context", record, "pattern", found, expected)
+            share = excess / len(part_a.tokens)
             fields[longest] = fields[longest][: -max(1, int(share * len(fields[longest])))]
-        return [cut.layout.fill(cut.places[0], [self.blanks.start, *words]) for words in self.words]
+
+    def _fields(self, record: Record) -> dict[str, str]:
+        fields = {}
+        for name in self.question.fields:
+            value = record.value.get(name)
+            if not isinstance(value, str):
+                what = "is no text" if name in record.value else "is missing"
+                raise _bad(f"a field of the pattern {what}", record, name, repr(value)[:80])
+            text = clean(value, f"{record.where}, {name}")
+            if isinstance(text, BadText):
+                raise text
+            fields[name] = text.text
+        return fields
 
     def collate(self, records: Sequence[list[Layout]]) -> Answers:
         """Records of equally many layouts, padded on the right."""
@@ -134,17 +148,21 @@ class Cloze:
         return Answers(tokens, targets, answer, positions, prefix)
 
     def log_probabilities(
-        self, model: Decoder, records: Sequence[Mapping[str, Any]], batch_size: int = 16
+        self, model: Decoder, records: Sequence[Record], batch_size: int = 16
     ) -> Iterator[list[float]]:
-        """Ln p(label | record), p = p(words | text) / sum over the labels, of one record after the other."""
-        with evaluating(model):
-            for start in range(0, len(records), batch_size):
-                part = records[start : start + batch_size]
-                answers = self.collate([self.layouts(r, f"record {start + i + 1}") for i, r in enumerate(part)])
+        """Ln p(label | record), p = p(words | text) / sum over the labels, of one record after the other.
+
+        Raises:
+            InputError: the model does not fill blanks, or a record does not fit the question.
+        """
+        need_blanks(model, self.tokenizer)
+        for start in range(0, len(records), batch_size):
+            answers = self.collate([self.layouts(record) for record in records[start : start + batch_size]])
+            with evaluating(model):
                 moved = Answers(*(tensor.to(model.device) for tensor in answers))
-                yield from moved.scores(model).log_softmax(-1).tolist()
+                scores = moved.scores(model).log_softmax(-1).tolist()
+            yield from scores
 
 
-def _without_marks(fields: Mapping[str, str]) -> dict[str, str]:
-    """Fields whose text cannot be taken for the pattern's blank."""
-    return {name: value.replace("MASK]", "MASK ]") for name, value in fields.items()}
+def _bad(what: str, record: Record, name: str, found: object, expected: object = None) -> BadText:
+    return BadText("does not fit the question", what, where=f"{record.where}, {name}", found=found, expected=expected)

@@ -21,7 +21,7 @@ from minillama.model import Decoder
 from minillama.sampling import Sampler, Sampling
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["Completion", "Piece", "decode", "evaluating", "generate", "stream"]
+__all__ = ["GREEDY", "Completion", "Piece", "Reason", "blanks_of", "decode", "evaluating", "generate", "stream"]
 
 Reason = Literal["eos", "stop", "length", "context"]
 GREEDY = Sampling(temperature=0)
@@ -67,6 +67,7 @@ def decode(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     use_state: bool = True,
+    seeds: Sequence[int] | None = None,
 ) -> Generator[list[tuple[int, int]], set[int] | None, None]:
     """Yield, step by step, (row, token) for every row that is still going.
 
@@ -80,12 +81,13 @@ def decode(
         sampling: how tokens are chosen.
         use_state: keep keys and values between steps. Without, each step reads everything again; the
             tokens are the same, and a test holds the two against each other.
+        seeds: of each row's random choices; `sampling.seed` + i for row i unless given.
     """
     context = model.config.max_seq_len
     layouts = [prompt for prompt in prompts if isinstance(prompt, Layout)]
     texts = [list(prompt.tokens if isinstance(prompt, Layout) else prompt) for prompt in prompts]
     rows = list(range(len(texts)))
-    sampler = Sampler(sampling, texts, model.config.vocab_size)
+    sampler = Sampler(sampling, texts, model.config.vocab_size, seeds)
     state = model.state(len(rows), min(context, max(map(len, texts)) + max_new_tokens)) if use_state else None
     places = [list(layout.places) for layout in layouts]
     unread, where = texts, places
@@ -163,11 +165,17 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
-    """The marks by which a model that fills blanks continues a text; None for one that reads from left to right."""
+    """The marks by which a model that fills blanks continues a text; None for one that reads from left to right.
+
+    Raises:
+        InputError: the tokenizer is not the model's.
+    """
+    check_vocabulary(model, tokenizer)
     return Blanks.of(tokenizer) if model.config.objective == "glm" else None
 
 
-def _encode(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose ids the model does not have."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             "the tokenizer is larger than the model's vocabulary",
@@ -175,6 +183,9 @@ def _encode(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str]) -> lis
             expected=f"at most {model.config.vocab_size}",
             fix="give the tokenizer that the model was trained with",
         )
+
+
+def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     encoded = [tokenizer.encode(prompt, bos=tokenizer.add_bos) for prompt in prompts]
     for i, ids in enumerate(encoded):
         if not ids:
@@ -223,7 +234,8 @@ def pieces(
     """
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
-    texts, blanks = _encode(model, tokenizer, prompts), blanks_of(model, tokenizer)
+    blanks = blanks_of(model, tokenizer)
+    texts = _encode(tokenizer, prompts)
     read = [blanks.continuation(ids) for ids in texts] if blanks else texts
     stop_ids = {tokenizer.eos_id, *model.stop_ids} | ({blanks.end} if blanks else set())
     starts = [len(layout.tokens) if isinstance(layout, Layout) else len(layout) for layout in read]

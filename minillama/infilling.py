@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from minillama.blanks import BLANK_TOKENS, Layout
+from minillama.blanks import BLANK_TOKENS, Blanks, Layout
 from minillama.errors import InputError
 from minillama.generation import GREEDY, Reason, blanks_of, decode
 from minillama.model import Decoder
 from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["Cut", "Filled", "infill"]
+__all__ = ["Cut", "Filled", "infill", "lay_out", "need_blanks"]
 
 # A blank space in front of a mask belongs to what is filled in, as it belongs to a word.
 _MASK = re.compile("( ?)(" + "|".join(map(re.escape, BLANK_TOKENS[:3])) + ")")
+
+
+_STRIDE = 1_000_003  # between the seeds of a text's blanks: more texts than that are in no batch
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,18 @@ class Filled:
     text: str
     blanks: tuple[str, ...]
     reasons: tuple[Reason, ...]
+
+
+def lay_out(texts: Sequence[str], masks: Sequence[int], tokenizer: Tokenizer) -> tuple[Layout, list[int]]:
+    """Part A of texts with a mask between each two, and the masks' places. A text opens as the model's texts do."""
+    ids = [tokenizer.bos_id] if tokenizer.add_bos else []
+    places = []
+    for i, text in enumerate(texts):
+        if i:
+            places.append(len(ids))
+            ids.append(masks[i - 1])
+        ids += tokenizer.encode_inside(text) if i else tokenizer.encode(text)
+    return Layout.of(ids), places
 
 
 class Cut:
@@ -52,16 +67,8 @@ class Cut:
         if not self.spaces:
             what = "there is no blank to fill"
             raise InputError(what, where=where, found=text[:80], expected="[MASK], [sMASK] or [gMASK] in it")
-        ids = [tokenizer.bos_id] if tokenizer.add_bos else []
-        self.places: list[int] = []
-        # Vocabularies of SentencePiece's make put a space in front of a text themselves.
-        adds_space = tokenizer.normalized("a") != "a" and not tokenizer.normalized("a")[0].isalpha()
-        for i, part in enumerate(self.texts):
-            ids += tokenizer.encode(part.removeprefix(" ") if adds_space and i else part) if part else []
-            if i < len(self.spaces):
-                self.places.append(len(ids))
-                ids.append(tokenizer.encode(parts[3 * i + 2], special=True)[-1])
-        self.layout = Layout.of(ids)
+        ids = dict(zip(BLANK_TOKENS, Blanks.of(tokenizer).masks, strict=False))
+        self.layout, self.places = lay_out(self.texts, [ids[mask] for mask in parts[2::3]], tokenizer)
 
     def join(self, blanks: Sequence[str]) -> str:
         """The text with its blanks filled."""
@@ -90,26 +97,22 @@ def infill(
     Raises:
         InputError: a model of another objective, a text without a blank, or one that fills the context.
     """
-    blanks = blanks_of(model, tokenizer)
-    if blanks is None:
-        raise InputError(
-            "this model was not trained to fill blanks",
-            where="objective",
-            found=model.config.objective,
-            expected="glm",
-            fix="train one: python train.py --model.preset glm-tiny",
-        )
+    blanks = need_blanks(model, tokenizer)
     cuts = [Cut(text, tokenizer, f"text {i + 1}") for i, text in enumerate(texts)]
     layouts = [cut.layout for cut in cuts]
+    _check_room(layouts, model.config.max_seq_len)
     written: list[list[str]] = [[] for _ in cuts]
     reasons: list[list[Reason]] = [[] for _ in cuts]
+    ends = {tokenizer.eos_id, blanks.end, *model.stop_ids}
     for k in range(max((len(cut.places) for cut in cuts), default=0)):
         rows = [i for i, cut in enumerate(cuts) if k < len(cut.places)]
-        opened = [layouts[i].fill(cuts[i].places[k], [blanks.start]) for i in rows]
-        _check_room(opened, rows, model.config.max_seq_len)
-        seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + k)
-        filled = _fill(model, opened, {tokenizer.eos_id, blanks.end}, max_new_tokens, seeded)
-        for i, (ids, reason) in zip(rows, filled, strict=True):
+        opened = {i: layouts[i].fill(cuts[i].places[k], [blanks.start]) for i in rows}
+        fits = [i for i in rows if len(opened[i].tokens) < model.config.max_seq_len]
+        seeds = [sampling.seed + i + k * _STRIDE for i in fits]
+        filled = _fill(model, [opened[i] for i in fits], ends, max_new_tokens, sampling, seeds) if fits else []
+        found: dict[int, tuple[list[int], Reason]] = dict(zip(fits, filled, strict=True))
+        for i in rows:
+            ids, reason = found.get(i, ([], "context"))
             layouts[i] = layouts[i].fill(cuts[i].places[k], [blanks.start, *ids])
             written[i].append(tokenizer.decode(ids))
             reasons[i].append(reason)
@@ -119,13 +122,36 @@ def infill(
     ]
 
 
+def need_blanks(model: Decoder, tokenizer: Tokenizer) -> Blanks:
+    """The marks of a model that fills blanks.
+
+    Raises:
+        InputError: it does not, or the tokenizer is not its own.
+    """
+    blanks = blanks_of(model, tokenizer)
+    if blanks is None:
+        raise InputError(
+            "this model was not trained to fill blanks",
+            where="objective",
+            found=model.config.objective,
+            expected="glm",
+            fix="train one: python train.py --model.preset glm-tiny",
+        )
+    return blanks
+
+
 def _fill(
-    model: Decoder, layouts: Sequence[Layout], ends: set[int], max_new_tokens: int, sampling: Sampling
+    model: Decoder,
+    layouts: Sequence[Layout],
+    ends: set[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
 ) -> list[tuple[list[int], Reason]]:
     """The tokens of each layout's last blank, and why it ended."""
     tokens: list[list[int]] = [[] for _ in layouts]
     reasons: list[Reason] = ["context"] * len(layouts)
-    steps = decode(model, layouts, max_new_tokens, sampling)
+    steps = decode(model, layouts, max_new_tokens, sampling, seeds=seeds)
     ended: set[int] | None = None
     while True:
         try:
@@ -142,13 +168,13 @@ def _fill(
                 reasons[row] = "length"
 
 
-def _check_room(layouts: Sequence[Layout], rows: Sequence[int], context: int) -> None:
-    for row, layout in zip(rows, layouts, strict=True):
-        if len(layout.tokens) >= context:
+def _check_room(layouts: Sequence[Layout], context: int) -> None:
+    for i, layout in enumerate(layouts):
+        if len(layout.tokens) + 1 >= context:
             raise InputError(
-                "the text and what was filled in leave no room in the model's context",
-                where=f"text {row + 1}",
+                "the text fills the model's context and leaves no room for its blanks",
+                where=f"text {i + 1}",
                 found=f"{len(layout.tokens)} tokens",
-                expected=f"fewer than {context}",
-                fix="shorten the text, or lower --max-new-tokens",
+                expected=f"fewer than {context - 1}",
+                fix="shorten the text",
             )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from minillama.errors import InputError
 
-__all__ = ["Question", "label_of"]
+__all__ = ["MASK", "Question", "label_of"]
+
+MASK = "[MASK]"
 
 
 @dataclass(frozen=True)
@@ -27,23 +30,30 @@ class Question:
         if not self.pattern and not self.verbalisers:
             return
         pairs = [entry.partition("=") for entry in self.verbalisers]
-        if len(pairs) < 2 or not all(label and words for label, _, words in pairs):
+        if len(pairs) < 2 or not all(label and words.strip() for label, _, words in pairs):
             found = ", ".join(self.verbalisers) or "none"
             raise InputError("a question needs two answers", where="verbalisers", found=found, expected="LABEL=WORDS")
-        for name, values in (("label", [pair[0] for pair in pairs]), ("words", [pair[2] for pair in pairs])):
+        for name, values in (("label", [pair[0] for pair in pairs]), ("words", [pair[2].strip() for pair in pairs])):
             if len(set(values)) < len(values):
                 found = ", ".join(self.verbalisers)
                 raise InputError(f"two verbalisers have the same {name}", where="verbalisers", found=found)
-        if self.pattern.count("[MASK]") != 1:
-            expected = 'one [MASK], as in "{text} It was [MASK]."'
-            raise InputError("the pattern has no place for one answer", where="pattern", expected=expected)
+        if self.pattern.count(MASK) != 1 or "[sMASK]" in self.pattern or "[gMASK]" in self.pattern:
+            found, expected = self.pattern or "none", f'one {MASK} and no other mask, as in "{{text}} It was {MASK}."'
+            raise InputError("the pattern has no place for one answer", where="pattern", found=found, expected=expected)
+        self._check_fields()
+
+    def _check_fields(self) -> None:
+        expected = "{NAME} for one field of the records or more, and {{ for a brace"
         try:
-            names = self.fields
+            parts = [part for half in self.pattern.split(MASK) for part in string.Formatter().parse(half)]
         except ValueError as error:
             raise InputError("the pattern's braces do not match", where="pattern", found=error) from None
-        if not names or not all(names):
-            expected = "{field} for at least one field of the records"
-            raise InputError("the pattern names no field", where="pattern", found=self.pattern, expected=expected)
+        names = [name for _, name, _, _ in parts if name is not None]
+        odd = [name for _, name, spec, conversion in parts if name is not None and (spec or conversion)]
+        odd += [name for name in names if not name or any(char in name for char in ".[]{}!:")]
+        if odd or not names:
+            found = self.pattern
+            raise InputError("the pattern names no plain field", where="pattern", found=found, expected=expected)
 
     @property
     def fields(self) -> list[str]:
@@ -58,7 +68,15 @@ class Question:
     @property
     def words(self) -> list[str]:
         """What fills the blank for each."""
-        return [entry.partition("=")[2] for entry in self.verbalisers]
+        return [entry.partition("=")[2].strip() for entry in self.verbalisers]
+
+    def around(self, fields: Mapping[str, str]) -> tuple[str, str]:
+        """The record's text before and behind the blank. A mask in a field is text."""
+        before, after = (
+            "".join(text + (fields[name] if name is not None else "") for text, name, _, _ in parts)
+            for parts in map(string.Formatter().parse, self.pattern.split(MASK))
+        )
+        return before, after
 
 
 def label_of(value: Any) -> str:

@@ -6,7 +6,7 @@ that a row's text does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -69,9 +69,9 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), OUT)
 
 
-def row_generators(seed: int, rows: int) -> list[torch.Generator]:
-    """One generator a row, seeded with seed + row: row i alone draws what it draws in a batch."""
-    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+def row_generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One generator a row, so that a row alone draws what it draws in a batch."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,18 @@ class Sampler:
         settings: the chain.
         prompts: token ids of each row's prompt, for the repetition penalty.
         vocab_size: V.
+        seeds: one a row; seed + i for row i unless given.
     """
 
-    def __init__(self, settings: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    def __init__(
+        self,
+        settings: Sampling,
+        prompts: Sequence[Sequence[int]],
+        vocab_size: int,
+        seeds: Sequence[int] | None = None,
+    ) -> None:
         self.settings = settings
-        self.generators = row_generators(settings.seed, len(prompts))
+        self.generators = row_generators(seeds or [settings.seed + row for row in range(len(prompts))])
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1.0:
             self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)

@@ -13,9 +13,11 @@ from minillama.blanks import BLANK_TOKENS, Blanks
 from minillama.cloze import Cloze
 from minillama.commands.cli import main
 from minillama.config import ModelConfig
+from minillama.data.reading import Record
 from minillama.data.records import Records
 from minillama.data.sources import Source
 from minillama.errors import InputError
+from minillama.infilling import Cut
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.question import Question
@@ -74,10 +76,10 @@ def write(path: Path, records: list[dict[str, object]]) -> str:
 
 def test_a_score_is_the_likelihood_of_the_whole_answer(model: Decoder, tokenizer: Tokenizer) -> None:
     cloze, blanks = Cloze(QUESTION, tokenizer, 64), Blanks.of(tokenizer)
-    records = [{"text": "The soup was cold today."}, {"text": "A walk."}]
-    scores = cloze.collate([cloze.layouts(record, "") for record in records]).scores(model)
+    records = [Record({"text": "The soup was cold today."}, "1"), Record({"text": "A walk."}, "2")]
+    scores = cloze.collate([cloze.layouts(record) for record in records]).scores(model).detach()
     for i, record in enumerate(records):
-        before, after = tokenizer.encode(record["text"] + " It was"), tokenizer.encode(".")
+        before, after = tokenizer.encode(record.value["text"] + " It was"), tokenizer.encode(".")
         part_a, place = [*before, blanks.token, *after], len(before)
         for j, words in enumerate([" good", " quite bad"]):
             expected = 0.0
@@ -86,7 +88,7 @@ def test_a_score_is_the_likelihood_of_the_whole_answer(model: Decoder, tokenizer
                 places = [(k, 0) for k in range(len(part_a))] + [(place, k + 1) for k in range(len(read))]
                 mask = Mask(prefix=torch.tensor([len(part_a)]))
                 logits = model(torch.tensor([part_a + read]), torch.tensor([places]).mT, mask)[0, -1]
-                expected += float(logits.log_softmax(-1)[token])
+                expected += logits.log_softmax(-1)[token].item()
                 read.append(token)
             assert float(scores[i, j]) == pytest.approx(expected, rel=1e-4)
     rows = list(cloze.log_probabilities(model, records))
@@ -97,16 +99,16 @@ def test_a_long_record_loses_the_end_of_its_longest_field(tokenizer: Tokenizer) 
     question = Question("{passage} So: {ask}? [MASK]", ("true=Yes", "false=No"))
     cloze = Cloze(question, tokenizer, 40)
     record = {"passage": "The soup was cold today. " * 20, "ask": "was the soup cold"}
-    layouts = cloze.layouts(record, "")
+    layouts = cloze.layouts(Record(record, ""))
     text = tokenizer.decode(layouts[0].tokens)
     assert text.startswith("The soup was cold") and "So: was the soup cold?" in text
     assert 30 < max(len(layout.tokens) for layout in layouts) < 40
-    assert cloze.label({"label": True}, "") == 0 and cloze.label({"label": False}, "") == 1
+    assert [cloze.label(Record({"label": value}, "")) for value in (True, False)] == [0, 1]
 
 
 def test_a_mark_in_a_record_is_text(tokenizer: Tokenizer) -> None:
     cloze = Cloze(QUESTION, tokenizer, 64)
-    tokens = cloze.layouts({"text": "a [MASK] b {text} [gMASK]"}, "")[0].tokens
+    tokens = cloze.layouts(Record({"text": "a [MASK] b {text} [gMASK]"}, ""))[0].tokens
     assert sum(token in Blanks.of(tokenizer).masks for token in tokens) == 1
     assert "{text}" in tokenizer.decode(tokens)
 
@@ -169,7 +171,14 @@ def test_records_are_read_once_an_epoch_and_held_out_by_their_content(tmp_path: 
     [
         ("{text}", ("a=b", "c=d"), "no place for one answer"),
         ("{text} [MASK] [MASK]", ("a=b", "c=d"), "no place for one answer"),
-        ("It was [MASK]", ("a=b", "c=d"), "names no field"),
+        ("It was [MASK]", ("a=b", "c=d"), "names no plain field"),
+        ("{a.b} [MASK]", ("a=b", "c=d"), "names no plain field"),
+        ("{} [MASK]", ("a=b", "c=d"), "names no plain field"),
+        ("{text!r} [MASK]", ("a=b", "c=d"), "names no plain field"),
+        ("{text:d} [MASK]", ("a=b", "c=d"), "names no plain field"),
+        ("[gMASK] {text} [MASK]", ("a=b", "c=d"), "no place for one answer"),
+        ("{text} [MASK]", ("a= ", "c=d"), "needs two answers"),
+        ("{text} [MASK]", ("a=b", "c= b"), "the same words"),
         ("{text [MASK]", ("a=b", "c=d"), "braces do not match"),
         ("{text} [MASK]", ("a=b",), "needs two answers"),
         ("{text} [MASK]", ("a=b", "c"), "needs two answers"),
@@ -183,23 +192,29 @@ def test_questions_that_are_none(pattern: str, verbalisers: tuple[str, ...], wha
 
 
 @pytest.mark.parametrize(
-    ("record", "what"),
+    ("record", "what", "reason"),
     [
-        ({"label": "positive"}, "a field of the pattern is missing"),
-        ({"text": 3, "label": "positive"}, "a field of the pattern is no text"),
-        ({"text": "a"}, "the record has no label"),
-        ({"text": "a", "label": "so-so"}, "a label without a verbaliser"),
+        ({"label": "positive"}, "a field of the pattern is missing", "does not fit the question"),
+        ({"text": 3, "label": "positive"}, "a field of the pattern is no text", "does not fit the question"),
+        ({"text": "a"}, "the record has no label", "does not fit the question"),
+        ({"text": "a", "label": "so-so"}, "a label without a verbaliser", "does not fit the question"),
+        ({"text": "a\ud800", "label": "positive"}, "not valid Unicode", "invalid Unicode"),
     ],
 )
 def test_records_that_do_not_fit_the_question(
-    record: dict[str, object], what: str, tokenizer: Tokenizer, tmp_path: Path
+    record: dict[str, object], what: str, reason: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     cloze = Cloze(QUESTION, tokenizer, 64)
-    data = Records.load([Source(path=write(tmp_path / "r.jsonl", [record, *reviews()]))], 0.2)  # type: ignore[list-item]
-    one = next(r for r in [*data.train, *data.val] if r.where.endswith(":1"))
+
+    def check(one: Record) -> None:
+        cloze.layouts(one), cloze.label(one)
+
+    source = Source(path=write(tmp_path / "r.jsonl", [record, *reviews()]))  # type: ignore[list-item]
     with pytest.raises(InputError, match=what) as caught:
-        cloze.layouts(one.value, one.where), cloze.label(one.value, one.where)
+        Records.load([source], 0.2, "stop", check)
     assert "r.jsonl:1" in str(caught.value)
+    data = Records.load([source], 0.2, "skip", check)
+    assert data.skipped.counts == {reason: 1} and len(data.train) + len(data.val) == 126
 
 
 @pytest.mark.parametrize(
@@ -221,3 +236,64 @@ def test_fine_tuning_without_a_model_or_a_question_is_refused(tmp_path: Path) ->
     source = write(tmp_path / "r.jsonl", reviews())  # type: ignore[arg-type]
     words = ["--model.preset", "glm-tiny", "--data.sources", source, "--train.objective", "cloze"]
     assert main(["train", *words, *WORDS, "--out", str(tmp_path / "run")]) == 1
+
+
+def test_a_bad_record_is_found_before_step_0(
+    model: Decoder, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    source = write(tmp_path / "r.jsonl", [*reviews(), {"label": "positive"}])  # type: ignore[list-item]
+    words = ["train", "--data.sources", source, "--train.objective", "cloze", "--train.init_from"]
+    words += [str(tmp_path / "base"), *WORDS, "--train.steps", "1", "--sample.max_new_tokens", "0"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr()
+    assert "r.jsonl:127, text" in said.err and "step 0" not in said.out
+    assert main([*words, "--data.on_error", "skip", "--out", str(tmp_path / "run")]) == 0
+    assert "1 documents left out: 1 does not fit the question" in capsys.readouterr().out
+
+
+def test_answers_that_are_the_same_tokens_are_refused() -> None:
+    words = TokenizerTrainer("word", 0, special=BLANK_TOKENS)(["the soup was good"])
+    with pytest.raises(InputError, match="cannot tell two answers apart"):
+        Cloze(Question("{text} It was [MASK].", ("a=splendid", "b=horrid")), words, 64)
+
+
+@pytest.mark.parametrize("kind", ["byte-bpe", "bpe", "unigram", "sentencepiece", "char", "bytes"])
+def test_text_around_a_blank_is_cut_as_the_whole_text_is(kind: str) -> None:
+    texts = [record["text"] + " It was good. It was quite bad, unreadable." for record in reviews()]
+    made = TokenizerTrainer(kind, 330, special=BLANK_TOKENS)(texts)  # type: ignore[arg-type]
+    made.add_bos = False
+    cloze, blanks = Cloze(Question("{text} It was [MASK] today.", ("a=good", "b=bad")), made, 200), Blanks.of(made)
+    layout = cloze.layouts(Record({"text": "The soup."}, ""))[0]
+    place = layout.tokens.index(blanks.token)
+    filled = [*layout.tokens[:place], *layout.tokens[layout.prefix + 1 :], *layout.tokens[place + 1 : layout.prefix]]
+    assert filled == made.encode("The soup. It was good today.")
+    cut = Cut("un[MASK]able", made)
+    inside = made.encode_inside("able")
+    assert cut.layout.tokens[-len(inside) :] == inside and made.decode([*made.encode("un"), *inside]) == "unable"
+
+
+def test_classify_and_infill_name_what_is_wrong(
+    model: Decoder, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=tokenizer.vocab_size, max_seq_len=32)
+    Decoder(shape).save_pretrained(tmp_path / "llama")
+    tokenizer.save(tmp_path / "llama")
+    ask = ["--pattern", QUESTION.pattern, "--verbalisers", *QUESTION.verbalisers]
+    assert main(["classify", "--model", str(tmp_path / "llama"), *ask, "--text", "a"]) == 1
+    assert "not trained to fill blanks" in capsys.readouterr().err
+    assert main(["classify", "--model", str(tmp_path / "llama"), "--text", "a"]) == 1
+    assert "--pattern" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "glm")
+    tokenizer.with_special(["<extra>"]).save(tmp_path / "glm")
+    for words in (["classify", *ask, "--text", "a"], ["infill", "--text", "a [MASK]"]):
+        assert main([*words, "--model", str(tmp_path / "glm")]) == 1
+        assert "larger than the model's vocabulary" in capsys.readouterr().err
+    tokenizer.save(tmp_path / "glm")
+    (tmp_path / "r.jsonl").write_text('{"text": "a"}\n{"test": "b"}\n')
+    assert main(["classify", "--model", str(tmp_path / "glm"), *ask, "--records", str(tmp_path / "r.jsonl")]) == 1
+    assert "r.jsonl:2, text" in capsys.readouterr().err
+    (tmp_path / "r.jsonl").write_text("\n")
+    assert main(["classify", "--model", str(tmp_path / "glm"), *ask, "--records", str(tmp_path / "r.jsonl")]) == 1
+    assert "holds no record" in capsys.readouterr().err

@@ -89,7 +89,8 @@ def test_a_batch_equals_one_by_one(model: Decoder, tokenizer: Tokenizer) -> None
     texts = ["the [MASK] heron [MASK]", "[sMASK]", TEXT + " [gMASK] and [MASK] then [MASK]"]
     sampling = Sampling(temperature=1, seed=5)
     together = infill(model, tokenizer, texts, 6, sampling)
-    assert together[0] == infill(model, tokenizer, texts[:1], 6, sampling)[0]
+    for i, text in enumerate(texts):
+        assert together[i] == infill(model, tokenizer, [text], 6, Sampling(temperature=1, seed=5 + i))[0]
 
 
 def test_decoding_with_and_without_a_state_agree(model: Decoder, tokenizer: Tokenizer) -> None:
@@ -153,11 +154,18 @@ def test_sentencepiece_puts_no_second_space_behind_a_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "what"), [("no blank", "no blank to fill"), (TEXT * 9 + " [MASK]", "leave no room"), ("", "no blank")]
+    ("text", "what"), [("no blank", "no blank to fill"), (TEXT * 9 + " [MASK]", "leaves no room"), ("", "no blank")]
 )
 def test_texts_that_cannot_be_filled(model: Decoder, tokenizer: Tokenizer, text: str, what: str) -> None:
     with pytest.raises(InputError, match=what):
         infill(model, tokenizer, [text])
+
+
+def test_a_blank_without_room_is_left_empty_and_the_rest_is_kept(model: Decoder, tokenizer: Tokenizer) -> None:
+    text = TEXT + " [MASK] and [MASK] then [MASK]"
+    filled = infill(model, tokenizer, ["the [MASK]", text + " x" * 20], 90)
+    assert filled[0] == infill(model, tokenizer, ["the [MASK]"], 90)[0]
+    assert "context" in filled[1].reasons and filled[1].reasons[-1] == "context" and filled[1].blanks[-1] == ""
 
 
 def test_a_model_of_another_objective_is_refused(tokenizer: Tokenizer) -> None:

@@ -8,11 +8,13 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from minillama.commands.loading import DType, load_for_decoding
+from minillama.data.reading import Record
+from minillama.data.sources import Source, records
 from minillama.errors import InputError
 from minillama.question import Question, label_of
 from minillama.settings import check
@@ -44,19 +46,21 @@ class Args:
 def run(args: Args) -> int:
     """Write label and probabilities of each record."""
     check(args)
-    records = _records(args)
+    if not args.question.pattern:
+        raise InputError("there is no question", where="--pattern", fix="give --pattern and --verbalisers; see --help")
+    asked = _records(args)
     from minillama.cloze import Cloze
 
     model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
     cloze, labels = Cloze(args.question, tokenizer, model.config.max_seq_len), args.question.labels
     known: Counter[str] = Counter()
     right = 0
-    for record, scores in zip(records, cloze.log_probabilities(model, records, args.batch_size), strict=True):
+    for record, scores in zip(asked, cloze.log_probabilities(model, asked, args.batch_size), strict=True):
         label = labels[scores.index(max(scores))]
         shares = {name: round(math.exp(score), 6) for name, score in zip(labels, scores, strict=True)}
         print(json.dumps({"label": label, "probabilities": shares}, ensure_ascii=False), flush=True)
-        if args.question.label in record:
-            truth = label_of(record[args.question.label])
+        if args.question.label in record.value:
+            truth = label_of(record.value[args.question.label])
             known[truth] += 1
             right += label == truth
     if count := known.total():
@@ -68,11 +72,12 @@ def run(args: Args) -> int:
     return 0
 
 
-def _records(args: Args) -> list[dict[str, Any]]:
+def _records(args: Args) -> list[Record]:
     if bool(args.text) == (args.records is not None):
         raise InputError("give either --text or --records", where="command line")
     if args.records is None:
-        return [{"text": text} for text in args.text]
-    from minillama.data.sources import Source, records
-
-    return [record.value for record in records(Source(path=str(args.records)))]
+        return [Record({"text": text}, f"text {i}") for i, text in enumerate(args.text, 1)]
+    found = list(records(Source(path=str(args.records))))
+    if not found:
+        raise InputError("the file holds no record", where=args.records)
+    return found

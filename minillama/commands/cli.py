@@ -18,6 +18,8 @@ COMMANDS = {
     "generate": "continue a prompt with a trained model",
     "infill": "fill the blanks of a text with a model that was trained to",
     "classify": "answer a cloze question about texts with a model that fills blanks",
+    "show": "what a run's folder records: state, origin, configuration, loss curve",
+    "compare": "runs beside each other: configuration, figures, curves",
     "convert": "a model into another format: Hugging Face, Meta, GGUF",
     "inspect": "what a model's file or folder holds, without loading it",
     "tokenizer": "train, merge, encode, decode, explain, compare tokenizers",

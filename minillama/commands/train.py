@@ -31,6 +31,8 @@ class Args:
     """Go on from the newest checkpoint in --out."""
     overwrite: bool = False
     """Replace the run in --out."""
+    verify: bool = True
+    """Hold a checkpoint's files against their SHA-256 before going on from it; --no-verify does not."""
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -44,6 +46,8 @@ def parse(argv: Sequence[str]) -> Args:
         _print_help()
         raise SystemExit(0)
     resume, overwrite = take_flag(words, "resume"), take_flag(words, "overwrite")
+    verify = not take_flag(words, "no-verify")
+    words += ["--train.deterministic", "true"] if take_flag(words, "deterministic") else []
     out, preset = take_option(words, "out"), take_option(words, "model.preset")
     if resume and overwrite:
         raise InputError("--resume and --overwrite exclude each other", where="command line")
@@ -53,7 +57,7 @@ def parse(argv: Sequence[str]) -> Args:
     saved = Path(out) / "config.toml" if out is not None else None
     if given is None and resume and saved is not None and saved.is_file():
         given = str(saved)
-    return Args(load_run_config(given or "tiny", words, preset), out, resume, overwrite)
+    return Args(load_run_config(given or "tiny", words, preset), out, resume, overwrite, verify)
 
 
 def _print_help() -> None:
@@ -77,7 +81,8 @@ def _print_help() -> None:
     options = """
 
 --out DIR: the run's folder, runs/NAME unless given. --resume: go on from the newest checkpoint in --out.
---overwrite: replace the run in --out. --model.preset NAME: take the shape from configs/model."""
+--overwrite: replace the run in --out. --model.preset NAME: take the shape from configs/model. --no-verify: do not read
+a checkpoint's files twice to hold them against their SHA-256. --deterministic: as --train.deterministic true."""
     config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     tiny = load_run_config("tiny")
     default = replace(tiny, model=replace(tiny.model, rope_scaling=RopeScaling()))
@@ -97,4 +102,4 @@ def run(args: Args) -> int:
     """Train; print what to do next."""
     from minillama.training.run import train
 
-    return train(args.run, args.out, args.resume, args.overwrite)
+    return train(args.run, args.out, args.resume, args.overwrite, args.verify)

@@ -101,6 +101,14 @@ class Split:
             out[chosen] = order * length + keys[-1] % (slack + 1)
         return out
 
+    def document(self, place: int, separator: int) -> int:
+        """The number of the document that token `place` belongs to, from 0. Reads all that stands before it."""
+        before = 0
+        for shard, end in zip(self.shards, self._ends.tolist(), strict=True):
+            part = shard.tokens[: max(0, place + 1 - (end - len(shard.tokens)))]
+            before += int(np.count_nonzero(part == separator))
+        return max(0, before - 1)
+
     def _too_large(self, shard: Shard, first: int, ids: NDArray[np.int64]) -> InputError:
         place = int(np.argmax(ids >= self.vocab_size))
         return InputError(
@@ -176,16 +184,30 @@ class Corpus:
         """
         total = total_rows or rows
         self._check_train(length, total)
-        samples = step * total + first_row + np.arange(rows, dtype=np.int64)
-        sources, indices = self._sources(samples, seed)
         out = np.empty((rows, length + 1), np.int64)
-        for source in np.unique(sources).tolist():
-            split, mine = self.train[source], np.flatnonzero(sources == source)
-            for row, start in zip(
-                mine.tolist(), split.starts(indices[mine], length, seed, source).tolist(), strict=True
-            ):
-                out[row] = split.read(start, length + 1)
+        for row, (split, start) in enumerate(self._windows(seed, step * total + first_row, rows, length)):
+            out[row] = split.read(start, length + 1)
         return out
+
+    def where(self, seed: int, step: int, rows: int, length: int) -> list[str]:
+        """Where each row of a step's batch stands, as `python-docs (train), document 12, tokens 34560..34816`.
+
+        Documents are counted from 0 within the split; tokens too, over all shards.
+        """
+        places = []
+        for split, start in self._windows(seed, step * rows, rows, length):
+            text = "" if self.separator is None else f", document {split.document(start, self.separator)}"
+            places.append(f"{split.name}{text}, tokens {start}..{start + length}")
+        return places
+
+    def _windows(self, seed: int, first: int, rows: int, length: int) -> list[tuple[Split, int]]:
+        """The split and the start of the windows of `rows` samples from number `first` on."""
+        sources, indices = self._sources(first + np.arange(rows, dtype=np.int64), seed)
+        starts = np.empty(rows, np.int64)
+        for source in np.unique(sources).tolist():
+            mine = np.flatnonzero(sources == source)
+            starts[mine] = self.train[source].starts(indices[mine], length, seed, source)
+        return [(self.train[source], start) for source, start in zip(sources.tolist(), starts.tolist(), strict=True)]
 
     def held_out(self, length: int, limit: int = 0) -> Iterator[tuple[Split, Iterator[NDArray[np.int64]]]]:
         """Each source's held-out text as `Split.val_windows(length)`.

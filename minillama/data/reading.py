@@ -46,14 +46,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Record:
-    """A value of a JSONL file.
+    """An object of a JSONL file.
 
     Args:
-        value: what the line holds; an object, if all is well.
+        value: the object that the line holds.
         where: file and line.
     """
 
-    value: Any
+    value: dict[str, Any]
     where: str
 
 
@@ -162,14 +162,18 @@ def clean(text: str, where: str) -> Document | BadText:
 def from_record(record: object, key: str, where: str) -> Document | BadText:
     """The document of a JSON object or a row of a data set: its member `key`."""
     if not isinstance(record, dict):
-        found = type(record).__name__
-        return BadText("malformed JSON", "this line is not a JSON object", where=where, found=found)
+        return _no_object(record, where)
     value = record.get(key)
     if isinstance(value, str):
         return clean(value, where)
     what = f"field {key!r} is not a string" if key in record else f"there is no field {key!r}"
     found = repr(value)[:80] if key in record else f"fields {', '.join(map(repr, record)) or 'none'}"
     return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r} (source field)")
+
+
+def _no_object(value: object, where: str) -> BadText:
+    what, found = "this line is not a JSON object", type(value).__name__
+    return BadText("malformed JSON", what, where=where, found=found)
 
 
 def _text(data: bytes, path: str) -> Document | BadText:
@@ -186,11 +190,11 @@ def _json_lines(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadTex
             yield line
         elif line := line.strip():
             try:
-                record = Record(json.loads(line), where)
+                value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 yield BadText("malformed JSON", "this line is not JSON", where=where, found=f"{error}: {line[:60]!r}")
             else:
-                yield record
+                yield Record(value, where) if isinstance(value, dict) else _no_object(value, where)
 
 
 def _decode(data: bytes, path: str, line: int | None) -> str | BadText:

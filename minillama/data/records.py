@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 import numpy as np
 
 from minillama.data.permutation import derive_keys, permute
-from minillama.data.reading import Record, Skipped
+from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.sources import OnError, Source, records
 from minillama.data.split import hash_fraction
 from minillama.errors import InputError
@@ -37,13 +37,20 @@ class Records:
     """No token parts records: each is read on its own."""
 
     @classmethod
-    def load(cls, sources: Sequence[Source], val_fraction: float, on_error: OnError = "stop") -> Records:
+    def load(
+        cls,
+        sources: Sequence[Source],
+        val_fraction: float,
+        on_error: OnError = "stop",
+        check: Callable[[Record], object] = lambda record: None,
+    ) -> Records:
         """Read all sources. A record is held out when a hash of its JSON falls below `val_fraction`.
 
         Args:
             sources: .jsonl files, each read once, whatever its weight.
             val_fraction: share that is held out.
-            on_error: stop at a line that is no JSON object, or count it and go on.
+            on_error: stop at a line that is no JSON object or fails the check, or count it and go on.
+            check: raises BadText for a record that cannot be used.
 
         Raises:
             InputError: no records to train on, or none to hold out.
@@ -53,6 +60,13 @@ class Records:
         digest = sha256(str(val_fraction).encode())
         for source in sources:
             for record in records(source, on_error, skipped):
+                try:
+                    check(record)
+                except BadText as bad:
+                    if on_error == "stop":
+                        raise
+                    skipped.add(bad)
+                    continue
                 text = json.dumps(record.value, sort_keys=True)
                 digest.update(text.encode() + b"\n")
                 split[hash_fraction(text, "held out") < val_fraction].append(record)
@@ -65,6 +79,10 @@ class Records:
                 fix="give more records, or another data.val_fraction",
             )
         return cls(split[False], split[True], digest.hexdigest(), skipped)
+
+    def where(self, seed: int, step: int, rows: int) -> list[str]:
+        """File and line of each record of a step."""
+        return [record.where for record in self.batch(seed, step, rows)]
 
     def batch(self, seed: int, step: int, rows: int) -> list[Record]:
         """The records of a step, each once in every epoch: a pure function of the arguments."""

@@ -106,9 +106,6 @@ def records(source: Source, on_error: OnError = "stop", report: Skipped | None =
         if not is_jsonl(path):
             raise InputError("this file holds no records", where=path, expected="a .jsonl file, perhaps .gz or .zst")
         for item in read_records(path):
-            if isinstance(item, Record) and not isinstance(item.value, dict):
-                found = type(item.value).__name__
-                item = BadText("malformed JSON", "this line is not a JSON object", where=item.where, found=found)
             if isinstance(item, Record):
                 yield item
             elif on_error == "stop":

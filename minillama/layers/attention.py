@@ -55,6 +55,13 @@ class Attention(nn.Module):
             state: this layer's keys and values so far; None outside decoding.
             span: the slots of these tokens in the state.
         """
+        q, k, v = self.heads(x, rope)
+        if state is not None and span is not None:
+            k, v = cast(KVCache, state).append(k, v, span)
+        return self.o_proj(rearrange(attend(q, k, v, mask), "b h t e -> b t (h e)"))
+
+    def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, E), keys and values (B, K, T, E) of (B, T, D), turned to their positions."""
         parts = (
             self.qkv_proj(x).split(self.widths, dim=-1)
             if self.fused
@@ -63,9 +70,7 @@ class Attention(nn.Module):
         q, k, v = (rearrange(part, "b t (h e) -> b h t e", e=self.head_dim) for part in parts)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if state is not None and span is not None:
-            k, v = cast(KVCache, state).append(k, v, span)
-        return self.o_proj(rearrange(attend(q, k, v, mask), "b h t e -> b t (h e)"))
+        return q, k, v
 
     @property
     def fused(self) -> bool:

@@ -143,8 +143,16 @@ class Tokenizer:
         """A tokenizer with further special tokens, those that it lacks, behind its highest id.
 
         Raises:
-            InputError: there are ids below the highest that no token has: the new ones would fill them.
+            InputError: one of them is a piece of text already; or there are ids below the highest that no token
+                has, which the new ones would fill.
         """
+        known = {name: i for name in names if (i := self.backend.token_to_id(name)) is not None}
+        pieces = [name for name, i in known.items() if i not in self.special_ids]
+        if pieces:
+            what = "a special token is a piece of the vocabulary already, and texts would lose it"
+            raise InputError(what, found=", ".join(pieces), fix="give it another name")
+        if len(known) == len(names):
+            return self
         backend = Backend.from_str(self.backend.to_str())
         if backend.get_vocab_size(with_added_tokens=True) < self.vocab_size:
             found = f"{backend.get_vocab_size(with_added_tokens=True)} tokens, highest id {self.vocab_size - 1}"
@@ -181,6 +189,17 @@ class Tokenizer:
         for part in re.split("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")", text):
             ids += [names[part]] if part in names else self.encode_batch([part])[0] if part else []
         return ids
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text that stands behind other text.
+
+        They are `encode`'s but for vocabularies that put a space in front of every text.
+        """
+        for before in ("\n", "|", "~"):
+            start, ids = self.encode_batch([before, before + text])
+            if start and ids[: len(start)] == start:  # nothing of the text became part of a piece before it
+                return ids[len(start) :]
+        return self.encode(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""

@@ -88,7 +88,8 @@ class TokenizerTrainer:
                 "not a share that SentencePiece takes", where=where, found=self.coverage, expected="0.98 to 1"
             )
         self._check_kind()
-        if len(set(self.special)) < len(self.special) or "" in self.special:
+        own = {"", END_OF_TEXT, recipes.UNKNOWN, recipes.WORDPIECE_UNKNOWN, "<s>", "</s>"}
+        if len(set(self.special)) < len(self.special) or own & set(self.special):
             raise InputError("special tokens need names of their own", where="special", found=", ".join(self.special))
         reserved = {"byte-bpe": 257, "bpe": 259, "unigram": 259, "sentencepiece": 260, "wordpiece": 3, "bytes": 0}
         least = 257 if self.kind == "bytes" and self.full else reserved.get(self.kind, 3 if self.vocab_size else 0)

@@ -1,8 +1,9 @@
 """Checkpoints that are complete or absent.
 
 `checkpoints/step-N/` is a model folder with three files more: optimizer.safetensors (tensors named
-PARAMETER/NAME), run.json (step, tokens, seconds, data fingerprint) and manifest.json, the SHA-256 of every
-other file. A checkpoint is written beside its place and renamed into it when all of it is on the disk.
+PARAMETER/NAME), run.json (step, tokens, seconds, data fingerprint and so on) and manifest.json, the size and
+SHA-256 of every other file. A checkpoint is written beside its place and renamed into it when all of it is
+on the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from minillama.atomic import replace_folder
 from minillama.errors import InputError
 
-__all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint"]
+__all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint", "steps"]
 
 MANIFEST = "manifest.json"
 
@@ -29,22 +30,19 @@ MANIFEST = "manifest.json"
 class Checkpoint:
     """A complete checkpoint on disk.
 
+    Args:
+        path: its folder.
+        verify: read every file and hold its SHA-256 against the manifest's; else sizes alone.
+
     Raises:
         InputError: a file is missing or is not what the manifest says.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = True) -> None:
         self.path = path
-        for name, digest in json.loads((path / MANIFEST).read_text(encoding="utf-8")).items():
-            file = path / name
-            if not file.is_file() or _digest(file) != digest:
-                raise InputError(
-                    "a file of the checkpoint is missing or has changed since it was written",
-                    where=file,
-                    expected=f"SHA-256 {digest}",
-                    fix=f"remove {path} to go on from the checkpoint before it",
-                )
-        self.run: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        for name, known in _read_json(path / MANIFEST).items():
+            _check(path / name, known, verify)
+        self.run = _read_json(path / "run.json")
 
     @property
     def step(self) -> int:
@@ -69,6 +67,9 @@ def save_checkpoint(
         write_model: writes the model folder's files into the path that it is given.
         optimizer_tensors: by name.
         run: JSON values, `step` among them.
+
+    Raises:
+        InputError: the system refuses, for instance because the disk is full; nothing half is left.
     """
 
     def write(path: Path) -> None:
@@ -76,32 +77,83 @@ def save_checkpoint(
         tensors = {name: tensor.detach().contiguous() for name, tensor in optimizer_tensors.items()}
         save_file(tensors, path / "optimizer.safetensors")
         (path / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        digests = {file.name: _digest(file) for file in sorted(path.iterdir())}
-        (path / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+        known = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(path.iterdir())}
+        (path / MANIFEST).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
     return replace_folder(folder / f"step-{run['step']}", write)
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The complete checkpoint with the most steps, verified; None when there is none."""
-    numbered = _by_step(folder)
-    return Checkpoint(numbered[-1]) if numbered else None
+def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The complete checkpoint with the most steps, and what there is to say about those that were passed over.
+
+    Args:
+        folder: of all checkpoints.
+        verify: as for `Checkpoint`.
+
+    Raises:
+        InputError: there are checkpoints, and all of them are damaged.
+    """
+    passed: list[InputError] = []
+    for step in reversed(steps(folder)):
+        try:
+            return Checkpoint(folder / f"step-{step}", verify), [_passed(error) for error in passed]
+        except InputError as error:
+            passed.append(error)
+    if passed:
+        raise InputError(
+            "every checkpoint of this run is damaged",
+            where=folder,
+            found="; ".join(map(_passed, passed)),
+            fix="bring one back from a copy, or start a new run",
+        )
+    unfinished = [path.name for path in folder.glob(".step-*.tmp")]
+    return None, [f"{name}: the process that wrote it was stopped before it was whole" for name in unfinished]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints."""
-    for path in _by_step(folder)[:-keep]:
-        shutil.rmtree(path)
+def steps(folder: Path) -> list[int]:
+    """The steps of all checkpoints that were written to the end, in order."""
+    names = (path.name for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
 
 
-def _by_step(folder: Path) -> list[Path]:
-    paths = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MANIFEST).is_file()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the `keep` newest checkpoints and that of step `best`, and what killed processes left."""
+    for step in steps(folder)[:-keep]:
+        if step != best:  # renamed first: a process that is killed leaves no half of one under its name
+            (folder / f"step-{step}").rename(folder / f".step-{step}.old")
+    for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _passed(error: InputError) -> str:
+    return f"{error.where}: {error.what}"
+
+
+def _check(file: Path, known: Any, verify: bool) -> None:
+    """Hold a file against its entry in the manifest."""
+    if not isinstance(known, dict) or "bytes" not in known or "sha256" not in known:
+        raise InputError("the manifest of this checkpoint is of another form", where=file.parent / MANIFEST)
+    if not file.is_file():
+        raise InputError("a file of the checkpoint is missing", where=file)
+    size = file.stat().st_size
+    if size != known["bytes"]:
+        what = "a file of the checkpoint has another size than when it was written"
+        raise InputError(what, where=file, found=f"{size} bytes", expected=known["bytes"])
+    if verify and (found := _digest(file)) != known["sha256"]:
+        what = "a file of the checkpoint has changed since it was written"
+        raise InputError(what, where=file, found=f"SHA-256 {found}", expected=known["sha256"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError("a file of the checkpoint cannot be read", where=path, found=error) from error
+    if not isinstance(value, dict):
+        raise InputError("a file of the checkpoint cannot be read", where=path, found=type(value).__name__)
+    return value
 
 
 def _digest(path: Path) -> str:
-    digest = sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()

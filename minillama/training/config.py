@@ -23,6 +23,8 @@ __all__ = [
     "BlankConfig",
     "CheckpointConfig",
     "DataConfig",
+    "GuardConfig",
+    "MetricsConfig",
     "OptimConfig",
     "Question",
     "RunConfig",
@@ -91,6 +93,8 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:N or mps."""
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile the blocks; auto: once it has been seen that this pays back within the run."""
+    deterministic: bool = False
+    """torch.use_deterministic_algorithms, and no compilation whose moment depends on the clock (--deterministic)."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -179,9 +183,29 @@ class CheckpointConfig:
     """What is kept to go on from."""
 
     every: int = field(default=500, metadata={"min": 1})
-    """Steps between checkpoints; there is one at the end as well."""
+    """Steps between checkpoints; there is one before every validation and at the end as well."""
     keep: int = field(default=2, metadata={"min": 1})
-    """How many of the newest stay."""
+    """How many of the newest stay, beside the one with the least val_loss."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Steps that are skipped instead of taken."""
+
+    max_in_a_row: int = field(default=10, metadata={"min": 1})
+    """So many skipped steps in a row end the run."""
+    spike_sigma: float = field(default=0.0, metadata={"min": 0})
+    """Skip a step whose loss is more than so many standard deviations above the mean of the last ones; 0: never."""
+    window: int = field(default=100, metadata={"min": 10})
+    """How many losses that mean is of."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What else metrics.jsonl records."""
+
+    every: int = field(default=0, metadata={"min": 0})
+    """Steps between records of update_ratio and attention_logit_max, which cost about a step; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +242,8 @@ class RunConfig:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
@@ -237,15 +263,21 @@ class RunConfig:
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
 
     def _check_objective(self) -> None:
-        needed = "glm" if self.train.objective == "cloze" else self.train.objective
+        cloze = self.train.objective == "cloze"
+        needed = "glm" if cloze else self.train.objective
         if needed not in ("auto", self.model.objective):
             raise InputError(
                 "the model is made for another objective",
                 where="train.objective",
                 found=self.train.objective,
                 expected=f"auto or {self.model.objective}, by its {self.model.position} positions",
-                fix="leave it out",
+                fix="start from a model that fills blanks with train.init_from" if cloze else "leave it out",
             )
+        if self.cloze.pattern and not cloze:
+            what, expected = "a question is asked by another objective", "train.objective = cloze, or no cloze.pattern"
+            raise InputError(what, where="cloze.pattern", found=f"objective {self.objective}", expected=expected)
+        if self.objective == "glm" and self.context < 8:
+            raise InputError("no blank fits", where="train.context", found=self.context, expected="at least 8 slots")
         if self.objective != "lm" and self.data.mask_documents:
             what = "a text with blanks is read as a whole"
             expected = f"false with objective {self.objective}"

@@ -6,8 +6,10 @@ import os
 import time
 from pathlib import Path
 
+from minillama.cloze import Cloze
 from minillama.data.corpus import Corpus
 from minillama.data.prepare import prepare
+from minillama.data.reading import Record
 from minillama.data.records import Records
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
@@ -34,7 +36,13 @@ def _load_records(config: RunConfig, report: Report) -> tuple[Records, Tokenizer
         fix = "give the model that is fine-tuned as train.init_from"
         raise InputError("records train no tokenizer", where="tokenizer.path", found="none", fix=fix)
     _check_vocabulary(tokenizer, config)
-    data = Records.load(config.data.sources, config.data.val_fraction, config.data.on_error)
+    cloze = Cloze(config.cloze, tokenizer, config.context)
+
+    def check(record: Record) -> None:
+        cloze.label(record)
+        cloze.layouts(record)
+
+    data = Records.load(config.data.sources, config.data.val_fraction, config.data.on_error, check)
     if data.skipped.total:
         report.say(str(data.skipped))
     report.say(f"data: {_names(config)}: {len(data.train):,} records, {len(data.val):,} held out")

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["sparkline", "write_png"]
+__all__ = ["chart", "sparkline", "write_png"]
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -25,6 +25,34 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+def chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int = 64, height: int = 12) -> str:
+    """Curves of (step, value) on a grid of characters, each drawn with the first letter of its name.
+
+    Args:
+        curves: by name; values that are no numbers are left out.
+        width: columns of the grid.
+        height: rows of the grid.
+    """
+    points = {name: [(x, y) for x, y in curve if math.isfinite(y)] for name, curve in curves.items()}
+    every = [point for curve in points.values() for point in curve]
+    if not every:
+        return "no values yet"
+    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*every, strict=True))
+    grid = [[" "] * width for _ in range(height)]
+    for name, curve in points.items():
+        for x, y in curve:
+            column = round((x - left) / ((right - left) or 1) * (width - 1))
+            row = round((high - y) / ((high - low) or 1) * (height - 1))
+            grid[row][column] = name[0]
+    edge = max(len(f"{value:.4g}") for value in (low, high))
+    labels = {0: f"{high:.4g}", height - 1: f"{low:.4g}"}
+    lines = [f"{labels.get(i, ''):>{edge}} |{''.join(row).rstrip()}" for i, row in enumerate(grid)]
+    axis = f"{'':>{edge}} +{'-' * width}"
+    steps = f"{'':>{edge}}  {left}{right:>{max(1, width - len(str(left)))}}"
+    legend = ", ".join(f"{name[0]} {name}" for name in points)
+    return "\n".join([*lines, axis, f"{steps}  step; {legend}"])
 
 
 def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:

@@ -32,7 +32,8 @@ class Report(Protocol):
 
 def describe(record: Record) -> str:
     """`loss 3.1416, lr 1.0e-03, 51.2k tok/s, mfu 34%`."""
-    parts = [f"loss {record['loss']:.4f}", f"lr {record['lr']:.1e}"]
+    loss = "skipped" if "skipped" in record else f"loss {record['loss']:.4f}"
+    parts = [loss, f"lr {record['lr']:.1e}"]
     parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
     if record.get("mfu") is not None:
         parts.append(f"mfu {record['mfu']:.0%}")

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
+import torch
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
+from minillama.training.changes import check_resumed
 from minillama.training.checkpoint import Checkpoint, newest_checkpoint
-from minillama.training.config import RunConfig, to_table
+from minillama.training.config import RunConfig, load_run_config, to_table
 from minillama.training.data import load_data
+from minillama.training.memory import check_disk, warn_of_memory
 from minillama.training.plot import sparkline, write_png
+from minillama.training.provenance import provenance
 from minillama.training.report import Report, make_report
 from minillama.training.run_folder import RunFolder, choose_folder
+from minillama.training.signals import Interrupted
 from minillama.training.start import build_model, with_grown_vocabulary
-from minillama.training.trainer import Interrupted, Trainer
+from minillama.training.trainer import Trainer
 
 __all__ = ["train"]
 
@@ -28,6 +36,7 @@ def train(
     out: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    verify: bool = True,
     report: Report | None = None,
 ) -> int:
     """Train from the configuration to the final model folder.
@@ -37,6 +46,7 @@ def train(
         out: its folder; runs/NAME unless given.
         resume: go on from the newest checkpoint there.
         overwrite: replace the run there.
+        verify: hold the checkpoint's files against their SHA-256 before going on from it.
         report: where to say what happens; standard output unless given.
 
     Returns:
@@ -48,32 +58,56 @@ def train(
     report = report or make_report()
     folder = RunFolder(choose_folder(config.name, out), resume, overwrite)
     try:
-        return _train(config, folder, resume, report)
+        with _determinism(config.train.deterministic):
+            return _train(config, folder, resume, verify, report)
     finally:
         folder.close()
 
 
-def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -> int:
-    checkpoint = newest_checkpoint(folder.checkpoints) if resume else None
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Kernels that add in a fixed order, while the block runs."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report) -> int:
+    checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, [])
+    for line in passed:
+        report.say(f"passing over {line}")
     config = with_grown_vocabulary(config) if checkpoint is None else _as_saved(config, checkpoint)
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
         folder.rewind_metrics(-1)
     if checkpoint is not None:
         _check_shape(checkpoint, config.model)
+        saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
+        for line in check_resumed(saved, config, folder.config):
+            report.say(f"resuming with {line}")
     if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report)
         return 0
-    corpus, tokenizer = load_data(config, report)
-    trainer = Trainer(
-        config, build_model(config, checkpoint is not None), tokenizer, corpus, folder, report, checkpoint
+    check_disk(config, folder.path)
+    data, tokenizer = load_data(config, report)
+    model = build_model(config, checkpoint is not None)
+    trainer = Trainer(config, model, tokenizer, data, folder, report, checkpoint)
+    step = trainer.progress.step
+    folder.start(
+        tomli_w.dumps(to_table(config)),
+        provenance(config, step, data.fingerprint, tokenizer.fingerprint, model.device),
     )
-    folder.config.write_text(tomli_w.dumps(to_table(config)), encoding="utf-8")
+    warn_of_memory(config, trainer.dtype, model.device, report)
     report.say(
         f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
-        f"{config.train.batch_size * config.context} tokens a step, in {folder.path}"
+        f"{config.train.batch_size} x {config.context} tokens a step, in {folder.path}"
     )
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
@@ -84,7 +118,11 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, report: Report) -
         report.say(f"  {_command('train.py', '--out', folder.path, '--resume')}")
         return 128 + stopped.number
     records = folder.read_metrics()
-    report.say(f"loss {sparkline([r['loss'] for r in records if 'loss' in r])}")
+    report.say(f"loss {sparkline([r['loss'] for r in records if r.get('loss') is not None])}")
+    if trainer.guard.skipped:
+        report.say(f"{trainer.guard.skipped} steps were skipped; metrics.jsonl names them")
+    best = trainer.progress
+    report.say(f"best val_loss {best.best_loss:.4f} at step {best.best_step}, in {folder.checkpoints}")
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
     report.say(f"finished in {trainer.progress.seconds:.0f} s. Next:")
@@ -124,7 +162,7 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
     tokenizer = Tokenizer.load(model)
     if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # GGUF has no such thing
-        words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "transformers opens the other as well"
+        words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
     commands = {
         "generate": _command("generate.py", "--model", model, "--prompt", prompt),
         "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),

@@ -1,6 +1,6 @@
 """The folder of a run: where it is, whose it is, what lies in it.
 
-OUT/config.toml, OUT/metrics.jsonl, OUT/checkpoints/step-N/, OUT/model/.
+OUT/config.toml, OUT/metrics.jsonl, OUT/provenance.jsonl, OUT/checkpoints/step-N/, OUT/model/.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from minillama.atomic import replace_file
 from minillama.errors import InputError
 
-__all__ = ["RunFolder", "choose_folder"]
+__all__ = ["RunFolder", "choose_folder", "read_lines"]
 
-CONTENTS = ("config.toml", "metrics.jsonl", "loss.png", "checkpoints", "model")
+CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
 
 
 def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path:
@@ -30,6 +31,17 @@ def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path
     return path
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file that a run writes; none where it is not there."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
+            records.append(json.loads(line))
+    return records
+
+
 class RunFolder:
     """An output folder that was made, found writable and locked for this process.
 
@@ -39,12 +51,19 @@ class RunFolder:
         overwrite: it may hold a run, which is removed.
 
     Raises:
-        InputError: it holds a run and neither was asked for; it cannot be written; another process
-            trains in it.
+        InputError: it holds a run and neither was asked for, or none and one is to be resumed; it cannot be
+            written; another process trains in it.
     """
 
     def __init__(self, path: Path, resume: bool = False, overwrite: bool = False) -> None:
-        self.path = path
+        self.path, self._was_there = path, path.exists()
+        if resume and not self.holds_run():
+            raise InputError(
+                "there is no run to resume",
+                where=path,
+                found="an empty folder" if path.exists() else "no such folder",
+                fix="look at --out, or leave --resume out to start a run there",
+            )
         if self.holds_run() and not (resume or overwrite):
             raise InputError(
                 "the output folder holds a run already",
@@ -91,25 +110,41 @@ class RunFolder:
         """Whether a run has written here."""
         return any((self.path / name).exists() for name in CONTENTS)
 
+    @property
+    def starts(self) -> Path:
+        """One JSON object a start of the run: see `provenance.py`."""
+        return self.path / "provenance.jsonl"
+
+    def start(self, config: str, provenance: Mapping[str, Any]) -> None:
+        """Record the configuration, and where this start came from."""
+        replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
+        self._append(self.starts, provenance)
+
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a line to metrics.jsonl.
+
+        Raises:
+            InputError: the system refuses, for instance because the disk is full.
+        """
+        self._append(self.metrics, record)
+
+    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            fix = "make room, then go on with --resume"
+            raise InputError("cannot write", where=path, found=error.strerror or error, fix=fix) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl."""
-        if not self.metrics.exists():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
-                records.append(json.loads(line))
-        return records
+        return read_lines(self.metrics)
 
     def rewind_metrics(self, step: int) -> None:
         """Drop what was recorded after `step`, for a run that goes on from there."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        self.metrics.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _take_lock(self) -> IO[str] | None:
         """An flock that ends with the process, however it ends. Without flock (Windows) there is none."""
@@ -136,10 +171,14 @@ class RunFolder:
         return file
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Give the lock back. A folder that was made for a run that never began goes, too."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if not self._was_there and not self.holds_run():
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink(missing_ok=True)
+                self.path.rmdir()
 
     def _clear(self) -> None:
         for name in CONTENTS:

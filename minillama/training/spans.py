@@ -19,6 +19,7 @@ __all__ = [
     "Span",
     "documents",
     "long_span",
+    "one_token",
     "sentence_ends",
     "sentence_spans",
     "short_spans",
@@ -84,6 +85,13 @@ def short_spans(separators: Flags, share: float, mean: float, rng: np.random.Gen
             spans.append((start + gap + done, start + gap + done + length))
             done += length
     return spans
+
+
+def one_token(separators: Flags, rng: np.random.Generator) -> list[Span]:
+    """A span of one token, for a text too short for more. A window of separators alone gives one of these."""
+    places = np.flatnonzero(~separators)
+    at = int(rng.choice(places)) if len(places) else 0
+    return [(at, at + 1)]
 
 
 def sentence_spans(ends: Flags, separators: Flags, share: float, rng: np.random.Generator) -> list[Span]:

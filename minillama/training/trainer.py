@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minillama.atomic import replace_folder
 from minillama.data.corpus import Corpus
 from minillama.data.records import Records
 from minillama.device import choose_dtype, peak_flops
 from minillama.errors import InputError
-from minillama.formats.hf import write_token_ids
+from minillama.formats import hf
 from minillama.generation import generate
 from minillama.model import Decoder
 from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer
-from minillama.training import stages
-from minillama.training.checkpoint import Checkpoint, prune, save_checkpoint
+from minillama.training import memory, stages
+from minillama.training.checkpoint import Checkpoint
 from minillama.training.compiling import Compiler
 from minillama.training.config import RunConfig, Stage
+from minillama.training.guard import Guard
 from minillama.training.objectives import Batch, make
 from minillama.training.optim import change_settings, load_optimizer_state, make_optimizers, optimizer_state
 from minillama.training.precision import WorkingCopy
+from minillama.training.probes import Probes
 from minillama.training.report import Report
 from minillama.training.run_folder import RunFolder
+from minillama.training.saving import CheckpointWriter, Snapshot
 from minillama.training.schedule import learning_rate
+from minillama.training.signals import Interrupted, Signals
 
-__all__ = ["Interrupted", "Trainer"]
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came; the run was saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
+__all__ = ["Trainer"]
 
 
 @dataclass
@@ -53,6 +47,9 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float = math.inf
+    """The least val_loss of a step that there is a checkpoint of."""
 
 
 class Trainer:
@@ -87,41 +84,69 @@ class Trainer:
         self.peak = peak_flops(model.device, self.dtype)
         self.objective = make(config, tokenizer, data.separator)
         self.optimizers = make_optimizers(model, config.optim)
-        self.progress = Progress()
-        self.signal: int | None = None
+        self.progress, self.guard, self.signals = Progress(), Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
+        self.doing = "training"
         stages.check(config)
         model.checkpointing = config.train.checkpointing
+        self.writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep, self._write_model, report)
+        self._unrecorded: dict[str, Any] | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
         self.working = WorkingCopy(model, self.dtype)
-        self.compiler = Compiler(config.train.compile, self.working.model, report)
+        self.probes = Probes(model, config.metrics.every)
+        mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
+        self.compiler = Compiler(mode, self.working.model, report)
 
     def train(self) -> None:
         """Run from the current step to the last.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, when the step was finished and a checkpoint written.
-            InputError: the loss is no number any more.
+            InputError: too many steps were skipped in a row, memory ran out, or a checkpoint was not written.
         """
-        steps, every = self.config.train.steps, self.config.validate.every
+        try:
+            with self.signals.handled():
+                self._run()
+                self.writer.finish()
+                self.save_model(self.folder.model)
+        except Interrupted:
+            self.writer.finish()
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            self.writer.finish()
+            raise memory.explain(error, self.config, self.dtype, self.model.device, self.doing) from error
+        finally:
+            self.report.stop()
+
+    def _run(self) -> None:
+        steps = self.config.train.steps
         self.working.model.train()
-        with self._signals():
-            if self.progress.step == 0:
-                self.validate()
-            self.report.start(self.progress.step, steps)
-            while self.progress.step < steps:
-                record = self.step()
-                at = self.progress.step
-                if at % every == 0 or at == steps:
-                    record |= self.validate(record)
-                else:
-                    self.folder.append_metrics(record)
-                if at % self.config.checkpoint.every == 0 or at == steps or self.signal is not None:
-                    self.save()
-                if self.signal is not None:
-                    raise Interrupted(self.signal)
-        self.save_model(self.folder.model)
+        if self.progress.step == 0:
+            self.validate()
+        elif self._unrecorded is not None:  # the run was stopped after the checkpoint, before its line was written
+            self._finish_step(self._unrecorded)
+        self.report.start(self.progress.step, steps)
+        while self.progress.step < steps:
+            record = self.step()
+            at = self.progress.step
+            if self._validates(at) or at % self.config.checkpoint.every == 0 or self.signals.number is not None:
+                self.save(record)
+            self.guard.check(at)
+            self.signals.check()
+            self._finish_step(record)
+
+    def _validates(self, step: int) -> bool:
+        return step % self.config.validate.every == 0 or step == self.config.train.steps
+
+    def _finish_step(self, record: dict[str, Any]) -> None:
+        """Validate if it is time, and write the step's line."""
+        if self._validates(self.progress.step):
+            self.validate(record)
+        else:
+            self.folder.append_metrics(record)
 
     def step(self) -> dict[str, Any]:
         """One optimizer step; its line for metrics.jsonl."""
@@ -140,22 +165,41 @@ class Trainer:
         loss, metrics = self._accumulate(batch)
         limit = optim.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
-                f"the loss or its gradient is no number at step {step + 1}",
-                found=f"loss {loss}, gradient norm {norm}",
-                fix="lower optim.lr, or go on from the last checkpoint with --resume and another seed",
-            )
+        reason = self.guard.judge(loss, norm)
+        if reason is None:
+            with self.probes.around(step + 1):
+                self._update()
+        else:
+            self._skip(batch, reason)
+        seconds = time.perf_counter() - began
+        self._count(batch.tokens.numel(), seconds)
+        record = self._record(loss, rate, norm, batch.tokens.numel() / seconds) | metrics
+        record |= {"skipped": reason} if reason else self.probes.measures(self.objective, batch)
+        self.report.step(record)
+        self.compiler.after_step(seconds, config.train.steps - self.progress.step)
+        return record
+
+    def _update(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.working.refresh()
-        seconds = time.perf_counter() - began
-        self._count(batch.tokens.numel(), seconds)
-        record = self._record(loss, rate, norm, batch.tokens.numel() / seconds) | metrics
-        self.report.step(record)
-        self.compiler.after_step(seconds, config.train.steps - self.progress.step)
-        return record
+
+    def _skip(self, batch: Batch, reason: str) -> None:
+        """Leave the weights as they are, and say which text it was."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        places = self.objective.where(self.data, self.config.seed, self.progress.step)
+        bad = [row for row in range(len(places)) if not self._is_finite(batch.rows(row, row + 1))]
+        shown = [f"row {row}: {places[row]}" for row in bad or range(len(places))]
+        more = f"; and {len(shown) - 8} rows more" if len(shown) > 8 else ""
+        which = "the rows whose loss is no number" if bad else "all rows"
+        self.report.say(f"step {self.progress.step + 1} skipped: {reason}; {which}: {'; '.join(shown[:8])}{more}")
+
+    @torch.no_grad()
+    def _is_finite(self, row: Batch) -> bool:
+        loss, _, _ = self.objective.loss(self.working.model, row.to(self.model.device))
+        return math.isfinite(loss.item())
 
     def _accumulate(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Gradients of the whole batch, one micro-batch at a time; the loss a unit of weight."""
@@ -189,29 +233,42 @@ class Trainer:
         flops = self.config.model.flops_per_token(self.config.context)
         return {
             "step": self.progress.step,
-            "loss": loss,
+            "loss": _number(loss),
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": _number(norm),
             "tokens": self.progress.tokens,
             "tokens_per_second": speed,
             "mfu": flops * speed / self.peak,
             "seconds": self.progress.seconds,
         }
 
-    def validate(self, record: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Score held-out data and print a sample; the result goes into the step's line of metrics.jsonl."""
+    def validate(self, record: dict[str, Any] | None = None) -> None:
+        """Score held-out data and print a sample; the result goes into the step's line of metrics.jsonl.
+
+        Raises:
+            Interrupted: a signal came. Nothing is lost: the checkpoint was written before.
+        """
         began = time.perf_counter()
         limit, rows = self.config.validate.tokens, self.config.micro_batch_size
-        found = self.objective.validate(self.working.model, self.data, limit, rows)
+        self.doing = "evaluating"
+        with self.signals.leaving_at_once():
+            found = self.objective.validate(self.working.model, self.data, limit, rows)
         self.progress.seconds += time.perf_counter() - began
-        measured = found | {"seconds": self.progress.seconds}
         base = record or {"step": self.progress.step, "tokens": self.progress.tokens}
-        self.folder.append_metrics(base | measured)
-        shown = ({"loss": record["loss"]} if record else {}) | found
+        measured = {name: _number(value) for name, value in found.items()}
+        self.folder.append_metrics(base | measured | {"seconds": self.progress.seconds})
+        self._note_best(found["val_loss"])
+        shown = ({"loss": record["loss"]} if record and record["loss"] is not None else {}) | found
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.progress.step}: {text}")
-        self._sample()
-        return measured
+        with self.signals.leaving_at_once():
+            self._sample()
+        self.doing = "training"
+
+    def _note_best(self, loss: float) -> None:
+        if self.progress.step and loss < self.progress.best_loss:
+            self.progress.best_step, self.progress.best_loss = self.progress.step, loss
+            self.writer.best = self.progress.step
 
     def _sample(self) -> None:
         wanted = self.config.sample
@@ -222,37 +279,37 @@ class Trainer:
             completion = generate(self.working.model, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
 
-    def save(self) -> None:
-        """Write a checkpoint and drop the oldest ones."""
+    def save(self, record: Mapping[str, Any]) -> None:
+        """Have a checkpoint written; `record` is the line of the step that was taken last."""
         tensors = optimizer_state(self.optimizers)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
-        run = {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "seconds": self.progress.seconds,
+        progress = asdict(self.progress) | {"best_loss": _number(self.progress.best_loss)}
+        run = progress | {
             "data": self.data.fingerprint,
+            "guard": self.guard.state(),
+            "record": dict(record),
             "finished": self.progress.step >= self.config.train.steps,
         }
-        save_checkpoint(self.folder.checkpoints, self._write_model, tensors, run)
-        prune(self.folder.checkpoints, self.config.checkpoint.keep)
+        self.writer.submit(Snapshot.of(self.model.state_dict(), tensors, run))
 
     def save_model(self, path: Path) -> None:
         """Write a model folder that is complete or absent."""
-        replace_folder(path, self._write_model)
+        replace_folder(path, lambda folder: self._write_model(folder, self.model.state_dict()))
 
-    def _write_model(self, path: Path) -> None:
-        self.model.save_pretrained(path)
+    def _write_model(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        hf.write(path, self.model.config, tensors)
         self.tokenizer.save(path)
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
+        hf.write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.run["data"] != self.data.fingerprint:
+        run = checkpoint.run
+        if run["data"] != self.data.fingerprint:
             raise InputError(
                 "the data is not what the checkpoint was trained on",
                 where=checkpoint.path,
                 found=f"fingerprint {self.data.fingerprint[:16]}",
-                expected=checkpoint.run["data"][:16],
+                expected=run["data"][:16],
                 fix="bring the data back, or start a new run",
             )
         saved = Decoder.from_pretrained(checkpoint.path, torch.float32, self.model.device)
@@ -262,28 +319,24 @@ class Trainer:
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         self.objective.load_state_dict(own)
         load_optimizer_state(self.optimizers, {n: t for n, t in tensors.items() if not n.startswith(prefix)})
-        run = checkpoint.run
-        self.progress = Progress(run["step"], run["tokens"], run["seconds"])
+        best = math.inf if run["best_loss"] is None else run["best_loss"]
+        self.progress = Progress(run["step"], run["tokens"], run["seconds"], run["best_step"], best)
+        self.guard.restore(run["guard"])
+        self._take_up(run["record"])
+
+    def _take_up(self, record: dict[str, Any]) -> None:
+        """Bring metrics.jsonl, and what was the best so far, to where the checkpoint is."""
         self.folder.rewind_metrics(self.progress.step)
+        lines = [line for line in self.folder.read_metrics() if line["step"] == self.progress.step]
+        validated = bool(lines) and lines[-1].get("val_loss") is not None
+        if not lines or (self._validates(self.progress.step) and not validated):
+            self.folder.rewind_metrics(self.progress.step - 1)
+            self._unrecorded = record
+        elif validated:
+            self._note_best(lines[-1]["val_loss"])
+        self.writer.best = self.progress.best_step
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM let the step finish and a checkpoint be written; a second one stops at once."""
 
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-            self.report.say("stopping after this step; once more stops at once")
-
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread, which alone may handle signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            self.report.stop()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def _number(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None

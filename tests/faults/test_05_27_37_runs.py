@@ -12,28 +12,6 @@ import pytest
 from minillama.commands.cli import main
 from minillama.tokenizer import train_byte_bpe
 
-SMALL = {
-    "model.dim": 16,
-    "model.n_layers": 1,
-    "model.n_heads": 2,
-    "model.n_kv_heads": 1,
-    "model.hidden_dim": 24,
-    "model.vocab_size": 300,
-    "model.max_seq_len": 16,
-    "train.steps": 2,
-    "train.batch_size": 2,
-    "train.compile": "false",
-    "sample.max_new_tokens": 0,
-}
-
-
-@pytest.fixture
-def words(tmp_path: Path) -> list[str]:
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Line {i} of {i * i % 91}, the tide is in." for i in range(400)), encoding="utf-8")
-    small = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
-    return ["train", *small, "--data.sources", str(text), "--data.cache", str(tmp_path / "cache")]
-
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -103,8 +81,14 @@ def test_fault_38_two_runs_in_one_folder(words: list[str], tmp_path: Path, capsy
 
     held = RunFolder(tmp_path / "run")
     try:
-        assert main([*words, "--out", str(tmp_path / "run"), "--resume"]) == 1
+        assert main([*words, "--out", str(tmp_path / "run")]) == 1
         assert f"process {os.getpid()}" in capsys.readouterr().err
+    finally:
+        held.close()
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    held = RunFolder(tmp_path / "run", resume=True)
+    try:
+        assert main([*words, "--out", str(tmp_path / "run"), "--resume"]) == 1
     finally:
         held.close()
     assert main([*words, "--out", str(tmp_path / "run"), "--resume"]) == 0
@@ -115,3 +99,15 @@ def test_default_folders_are_numbered(words: list[str], tmp_path: Path, monkeypa
     for _ in range(2):
         assert main(words) == 0
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["tiny", "tiny-2"]
+
+
+def test_a_run_that_never_began_leaves_no_folder(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Too short.", encoding="utf-8")
+    assert main([*words, "--out", str(tmp_path / "run")]) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistyped_folder_is_not_resumed(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--out", str(tmp_path / "rum"), "--resume"]) == 1
+    assert "there is no run to resume" in capsys.readouterr().err
+    assert not (tmp_path / "rum").exists()

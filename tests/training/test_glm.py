@@ -144,7 +144,7 @@ def test_the_ends_of_sentences_are_read_from_the_vocabulary() -> None:
 @pytest.mark.parametrize("kind", ["tokens", "sentences", "document"])
 def test_a_batch_fits_and_gives_the_text_back(corpus: Corpus, kind: str) -> None:
     made = objective(**{"tokens": 0.0, "sentences": 0.0, "document": 0.0, kind: 1.0})
-    windows = corpus.batch(3, 7, 6, made.window)[:, :-1]
+    windows = corpus.batch(3, 7, 6, made.window)[:, : made.window if kind == "document" else made.short]
     batch = made.batch(corpus, 3, 7)
     assert batch.tokens.shape == batch.targets.shape == (6, 64)
     for row, text in enumerate(windows):
@@ -164,6 +164,22 @@ def test_a_batch_fits_and_gives_the_text_back(corpus: Corpus, kind: str) -> None
         whole = [part for i, token in enumerate(part_a) for part in (filled.get(i, [token]))]
         assert whole == text.tolist()
         assert {part_a[i] for i in filled} <= set(BLANKS.masks)
+
+
+def test_windows_reach_to_the_context(corpus: Corpus) -> None:
+    made = objective(document=1.0, tokens=0.0, sentences=0.0)
+    batches = [made.batch(corpus, 1, step) for step in range(20)]
+    assert max(int(b.positions[:, 1].max()) for b in batches if b.positions is not None) > 55
+    short = objective()
+    assert short.short < 62 == short.window
+    assert all((short.batch(corpus, 1, step).weights.sum(1) > 0).all() for step in range(20))
+
+
+def test_text_without_sentences_gets_short_spans(corpus: Corpus) -> None:
+    made = BlankInfilling(6, 64, BLANKS, np.zeros(97, bool), 0, BlankConfig(tokens=0, document=0))
+    batches = [made.batch(corpus, 1, step) for step in range(10)]
+    assert sum(float(b.weights.sum()) for b in batches) / 60 > 8
+    assert all(not ((b.targets == 0) & (b.weights > 0)).any() for b in batches)  # no separator is predicted
 
 
 def test_a_batch_is_a_function_of_seed_and_step(corpus: Corpus) -> None:
@@ -232,6 +248,8 @@ def test_held_out_blanks_are_the_same_every_time(corpus: Corpus) -> None:
         ("glm-tiny", ["--train.objective", "lm"], "made for another objective"),
         ("llama-tiny", ["--train.objective", "glm"], "made for another objective"),
         ("llama-tiny", ["--train.objective", "cloze"], "made for another objective"),
+        ("glm-tiny", ["--train.context", "4"], "no blank fits"),
+        ("glm-tiny", ["--cloze.pattern", "{a} [MASK]", "--cloze.verbalisers", "a=b", "c=d"], "by another objective"),
         ("glm-tiny", ["--data.mask_documents", "true"], "is read as a whole"),
         ("glm-tiny", ["--blanks.tokens", "0", "--blanks.sentences", "0", "--blanks.document", "0"], "needs a share"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,8 @@ def test_characters_and_bytes(tiny_config: Make, tmp_path: Path) -> None:
 def test_resume_without_a_checkpoint_starts_anew_and_a_finished_run_is_left_alone(
     tiny_config: Make, tmp_path: Path
 ) -> None:
+    run(tiny_config("--train.steps", "3", "--validate.every", "9"), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     lines = run(tiny_config(), tmp_path / "run", resume=True)
     assert any("starting at step 0" in line for line in lines)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}

@@ -65,6 +65,9 @@ class Objective(Protocol):
     def batch(self, data: Any, seed: int, step: int) -> Batch:
         """The batch of a step: a pure function of (seed, step). The data is what `load_data` chose for it."""
 
+    def where(self, data: Any, seed: int, step: int) -> list[str]:
+        """Where each row of a step's batch stands in the data, for a message."""
+
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Weighted sum of losses, sum of weights, and summed metrics."""
 

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from minillama.cloze import Answers, Cloze
 from minillama.data.records import Records
-from minillama.generation import evaluating
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, Stateless
@@ -34,11 +33,15 @@ class ClozeQuestions(Stateless):
     def batch(self, data: Records, seed: int, step: int) -> Batch:
         """Records with all their answers; tokens are (B, L, T)."""
         records = data.batch(seed, step, self.batch_size)
-        answers = self.cloze.collate([self.cloze.layouts(record.value, record.where) for record in records])
-        labels = torch.tensor([self.cloze.label(record.value, record.where) for record in records])
+        answers = self.cloze.collate([self.cloze.layouts(record) for record in records])
+        labels = torch.tensor([self.cloze.label(record) for record in records])
         extras = {"answer": answers.answer, "label": labels}
         weights = torch.ones(len(records))
         return Batch(answers.tokens, answers.targets, weights, Mask(prefix=answers.prefix), answers.positions, extras)
+
+    def where(self, data: Records, seed: int, step: int) -> list[str]:
+        """File and line of each record."""
+        return data.where(seed, step, self.batch_size)
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of nats over the records, and how many are answered rightly."""
@@ -49,15 +52,16 @@ class ClozeQuestions(Stateless):
         return F.cross_entropy(scores, label, reduction="sum"), batch.weights.sum(), {"accuracy": right}
 
     def validate(self, model: Decoder, data: Records, limit: int, rows: int) -> dict[str, float]:
-        """Nats a record and accuracy on the held-out ones, beside that of the commonest label of the training ones."""
-        labels = [self.cloze.label(record.value, record.where) for record in data.val]
-        common = Counter(self.cloze.label(record.value, record.where) for record in data.train).most_common(1)[0][0]
+        """Nats a record and accuracy on the held-out ones, beside that of the commonest label of the training ones.
+
+        All held-out records are scored, whatever the limit, so that accuracies compare.
+        """
+        labels = [self.cloze.label(record) for record in data.val]
+        common = Counter(map(self.cloze.label, data.train)).most_common(1)[0][0]
         nats, right = 0.0, 0
-        with evaluating(model):
-            found = self.cloze.log_probabilities(model, [record.value for record in data.val], rows)
-            for label, scores in zip(labels, found, strict=True):
-                nats -= scores[label]
-                right += scores.index(max(scores)) == label
+        for label, scores in zip(labels, self.cloze.log_probabilities(model, data.val, rows), strict=True):
+            nats -= scores[label]
+            right += scores.index(max(scores)) == label
         count = len(labels)
         return {
             "val_loss": nats / count,

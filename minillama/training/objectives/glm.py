@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.config import BlankConfig
 from minillama.training.objectives.base import Batch, Stateless
-from minillama.training.spans import Span, long_span, sentence_spans, short_spans, span_lengths
+from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
 
 __all__ = ["BlankInfilling", "Example"]
 
@@ -39,6 +40,7 @@ class Example:
     """
 
     def __init__(self, text: NDArray[np.int64], spans: list[Span], mask: int, blanks: Blanks) -> None:
+        self.count = len(spans)
         ids = text.tolist()
         part_a: list[int] = []
         places: dict[Span, int] = {}
@@ -85,8 +87,10 @@ class BlankInfilling(Stateless):
         self.separator, self.config, self.z_loss = separator, config, z_loss
         lengths = span_lengths(config.mean_length)
         mean = float(lengths @ np.arange(1, len(lengths) + 1))
-        # A blank takes two slots more than the text it covers. Room for a quarter more blanks than expected.
-        self.window = min(int(context / (1 + 2.5 * config.share / mean)), context - 2)
+        # A blank takes two slots more than the text it covers: one long one fits into a window of context - 2;
+        # for many short ones there is room for a quarter more of them than are expected.
+        self.window = context - 2
+        self.short = min(int(context / (1 + 2.5 * config.share / mean)), self.window)
 
     def batch(self, data: Corpus, seed: int, step: int) -> Batch:
         """Rows of blanked windows."""
@@ -100,6 +104,8 @@ class BlankInfilling(Stateless):
         config, blanks = self.config, self.blanks
         shares = np.array([config.tokens, config.sentences, config.document])
         kind = int(rng.choice(3, p=shares / shares.sum()))
+        if kind != 2:
+            text = text[: self.short]
         separators = text == self.separator if self.separator is not None else np.zeros(len(text), bool)
         if kind == 0:
             spans = short_spans(separators, config.share, config.mean_length, rng)
@@ -107,9 +113,9 @@ class BlankInfilling(Stateless):
             spans = sentence_spans(self.ends[text], separators, config.share, rng)
         else:
             spans = long_span(separators, config.document_least, config.document_suffix, rng)
-        if not spans:  # no whole sentence, or too short a text
-            at = int(rng.integers(len(text)))
-            kind, spans = 0, [(at, at + 1)]
+        if not spans:  # no whole sentence, or too short a document
+            kind, text, separators = 0, text[: self.short], separators[: self.short]
+            spans = short_spans(separators, config.share, config.mean_length, rng) or one_token(separators, rng)
         order = rng.permutation(len(spans))[: (self.context - len(text)) // 2]
         return Example(text, [spans[i] for i in order.tolist()], blanks.masks[kind], blanks)
 
@@ -128,6 +134,10 @@ class BlankInfilling(Stateless):
         prefix = torch.tensor([example.layout.prefix for example in made])
         return Batch(tokens, targets, weights, Mask(prefix=prefix), positions)
 
+    def where(self, data: Corpus, seed: int, step: int) -> list[str]:
+        """Source, document and tokens of each row."""
+        return data.where(seed, step, self.batch_size, self.window)
+
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of nats over the tokens of part B and the ends of blanks."""
         chosen = batch.weights > 0  # the head is the dearest product, and most slots predict nothing
@@ -141,12 +151,12 @@ class BlankInfilling(Stateless):
         whole = Score(0.0, 0, 0.0)
         with evaluating(model):
             for split, windows in data.held_out(self.window, limit):
-                texts = [window[: self.window] for window in windows]
-                examples = [self.example(text, np.random.default_rng([HELD_OUT, i])) for i, text in enumerate(texts)]
-                for start in range(0, len(examples), rows):
-                    part = examples[start : start + rows]
-                    batch = self.collate(part).to(model.device)
-                    nats, weight, _ = self.loss(model, batch)
-                    covered = int(weight) - sum(e.layout.tokens.count(self.blanks.start) for e in part)
+                numbered = enumerate(windows)
+                while part := [
+                    self.example(text[: self.window], np.random.default_rng([HELD_OUT, i]))
+                    for i, text in islice(numbered, rows)
+                ]:
+                    nats, weight, _ = self.loss(model, self.collate(part).to(model.device))
+                    covered = int(weight) - sum(example.count for example in part)  # the ends stand for no text
                     whole += Score(nats.item(), int(weight), covered * split.bytes / split.tokens)
         return whole.measures()

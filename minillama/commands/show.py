@@ -1,0 +1,59 @@
+"""What a run's folder records: its state, where it came from, its configuration, its loss curve."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+__all__ = ["Args", "run"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """What the command line said."""
+
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The folder of a run, as runs/tiny; it may still be going on."""
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object with all of it but the curve."""
+
+
+def run(args: Args) -> int:
+    """Print it."""
+    from minillama.training.changes import flat
+    from minillama.training.plot import chart
+    from minillama.training.recorded import RecordedRun
+
+    found = RecordedRun.open(args.path)
+    if args.json:
+        print(json.dumps({"summary": found.summary(), "starts": found.starts, "config": found.config}))
+        return 0
+    _print_pairs(found.summary())
+    for number, start in enumerate(found.starts, 1):
+        print(f"\nstart {number} of {len(found.starts)}")
+        _print_pairs({key: _plain(value) for key, value in flat(start).items()})
+    print("\nconfiguration")
+    _print_pairs({key: _plain(value) for key, value in flat(found.config).items()})
+    for line in found.skipped[:10]:
+        print(f"\nstep {line['step']} was skipped: {line['skipped']}")
+    print()
+    print(chart({"loss": found.curve("loss"), "val_loss": found.curve("val_loss")}))
+    return 0
+
+
+def _print_pairs(pairs: dict[str, Any]) -> None:
+    width = max(map(len, pairs), default=0)
+    for key, value in pairs.items():
+        print(f"  {key:{width}}  {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    if value is None:
+        return "none"
+    return f"{value:.4f}" if isinstance(value, float) and abs(value) >= 0.01 else str(value)

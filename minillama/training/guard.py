@@ -1,0 +1,83 @@
+"""Steps that must not be taken: a loss or gradient that is no number, and losses far above the usual."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from minillama.errors import InputError
+from minillama.training.config import GuardConfig
+
+__all__ = ["Guard"]
+
+
+@dataclass
+class Guard:
+    """Judges each step before the optimizer takes it.
+
+    Args:
+        config: the limits.
+        recent: losses of the last steps that were taken, at most `config.window`.
+        in_a_row: steps skipped since the last one that was taken.
+        skipped: all that were skipped.
+    """
+
+    config: GuardConfig
+    recent: list[float] = field(default_factory=list)
+    in_a_row: int = 0
+    skipped: int = 0
+
+    def judge(self, loss: float, norm: float) -> str | None:
+        """Why the step is skipped, None where it is taken.
+
+        A loss is a spike when it is more than `sigma` standard deviations above the mean of the last
+        `window` ones, of which there must be at least 10.
+        """
+        reason = self._reason(loss, norm)
+        if reason is None:
+            self.in_a_row = 0
+            self.recent = [*self.recent, loss][-self.config.window :]
+        else:
+            self.in_a_row += 1
+            self.skipped += 1
+        return reason
+
+    def _reason(self, loss: float, norm: float) -> str | None:
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                return f"{name} {value}"
+        if not self.config.spike_sigma or len(self.recent) < 10:
+            return None
+        mean = math.fsum(self.recent) / len(self.recent)
+        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self.recent) / len(self.recent))
+        limit = mean + self.config.spike_sigma * deviation
+        return (
+            f"loss {loss:.4f} above {mean:.4f} + {self.config.spike_sigma:g} x {deviation:.4f}"
+            if loss > limit
+            else None
+        )
+
+    def check(self, step: int) -> None:
+        """Stop a run that takes no step any more.
+
+        Raises:
+            InputError: as many steps in a row were skipped as the configuration allows.
+        """
+        if self.in_a_row >= self.config.max_in_a_row:
+            raise InputError(
+                f"{self.in_a_row} steps in a row were skipped, the last one step {step}",
+                where="guard.max_in_a_row",
+                found=f"{self.skipped} skipped in all; metrics.jsonl and the lines above name them and their batches",
+                fix="lower optim.lr and go on from a checkpoint with --resume, or look at the text that is named",
+            )
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that `restore` takes."""
+        return {key: value for key, value in asdict(self).items() if key != "config"}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from them. A run that stopped for its skips may try as many again."""
+        self.recent, self.in_a_row, self.skipped = list(state["recent"]), state["in_a_row"], state["skipped"]
+        if self.in_a_row >= self.config.max_in_a_row:
+            self.in_a_row = 0

@@ -1,0 +1,98 @@
+"""Two measures of a run's health that cost about a step: how far weights move, and how large attention scores get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minillama.generation import evaluating
+from minillama.layers.attention import Attention
+from minillama.model import Decoder
+from minillama.training.objectives import Batch, Objective
+
+__all__ = ["Probes", "attention_logit_max", "update_ratio"]
+
+
+def update_ratio(before: list[Tensor], after: list[Tensor]) -> float:
+    """||after - before|| / ||before|| over all of the tensors together; about 1e-3 in a healthy run."""
+    moved = [(new - old).double().square().sum() for old, new in zip(before, after, strict=True)]
+    size = [old.double().square().sum() for old in before]
+    return float((torch.stack(moved).sum() / torch.stack(size).sum()).sqrt())
+
+
+def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> float | None:
+    """The largest q k^T / sqrt(E) that a query may see, over all heads and layers; None without attention.
+
+    It grows without bound in runs that are about to diverge (Dehghani et al. 2023, arXiv 2302.05442, §2.1).
+
+    Args:
+        model: not compiled.
+        objective: how the batch is read.
+        batch: rows to read.
+    """
+    found: list[float] = []
+
+    def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(layer, Attention)
+        x, rope, mask = inputs[:3]
+        q, k, _ = layer.heads(x, rope)
+        scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT) / q.shape[-1] ** 0.5
+        if mask.is_causal:
+            unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(unseen, -torch.inf)
+        elif mask.allowed is not None:
+            is_bias = mask.allowed.is_floating_point()
+            scores = scores + mask.allowed if is_bias else scores.masked_fill(~mask.allowed, -torch.inf)
+        found.append(scores.max().item())
+
+    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
+    try:
+        with evaluating(model):
+            objective.loss(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(found, default=None)
+
+
+class Probes:
+    """Measures every so many steps.
+
+    Args:
+        model: the float32 weights.
+        every: steps between measures; 0 measures nothing.
+    """
+
+    def __init__(self, model: Decoder, every: int) -> None:
+        self.model, self.every = model, every
+        self.ratio: float | None = None
+        self._twin: Decoder | None = None
+        if every:  # blocks that are compiled call no hooks: a second module over the same tensors
+            with torch.device("meta"):
+                self._twin = Decoder(model.config)
+            self._twin.load_state_dict(model.state_dict(), assign=True)
+            with torch.device(model.device):
+                self._twin.model.place(model.config)
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """The update of a step, which is measured if it is time."""
+        self.ratio = None
+        if not (self.every and step % self.every == 0):
+            yield
+            return
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        before = [p.detach().clone() for p in matrices]
+        yield
+        self.ratio = update_ratio(before, [p.detach() for p in matrices])
+
+    def measures(self, objective: Objective, batch: Batch) -> dict[str, float]:
+        """What was measured in this step, by name; nothing in most."""
+        if self.ratio is None or self._twin is None:
+            return {}
+        largest = attention_logit_max(self._twin, objective, batch.rows(0, 1).to(self.model.device))
+        return {"update_ratio": self.ratio} | ({} if largest is None else {"attention_logit_max": largest})

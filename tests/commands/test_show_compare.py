@@ -1,0 +1,81 @@
+"""`minillama show RUN` and `minillama compare RUN RUN` of runs that were really trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minillama.commands.cli import main
+from minillama.training.plot import chart
+
+Two = Callable[[], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text("\n".join(f"Line {i} of {i * i % 91}, the tide is in." for i in range(400)))
+    words = ["train", "--model.dim", "16", "--model.n_layers", "1", "--model.n_heads", "2", "--model.n_kv_heads", "1"]
+    words += ["--model.hidden_dim", "24", "--model.vocab_size", "300", "--model.max_seq_len", "16"]
+    words += ["--train.steps", "6", "--train.batch_size", "2", "--validate.every", "2", "--train.compile", "false"]
+    words += ["--data.sources", str(folder / "text.txt"), "--data.cache", str(folder / "cache")]
+    words += ["--sample.max_new_tokens", "0"]
+    assert main([*words, "--out", str(folder / "a")]) == 0
+    assert main([*words, "--out", str(folder / "b"), "--optim.lr", "0.5", "--seed", "7"]) == 0
+    assert main([*words, "--out", str(folder / "a"), "--resume", "--train.steps", "8"]) == 0
+    return folder / "a", folder / "b"
+
+
+def test_show_prints_origin_configuration_and_curve(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(runs[0])]) == 0
+    said = capsys.readouterr().out
+    for word in ("finished", "8 of 8", "start 1 of 2", "start 2 of 2", "versions.torch", "git.commit", "optim.lr"):
+        assert word in said, word
+    assert said.rstrip().endswith("step; l loss, v val_loss")
+
+
+def test_show_as_json_records_what_a_run_depends_on(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(runs[0]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [start["step"] for start in found["starts"]] == [0, 6]
+    for start in found["starts"]:
+        assert start["seed"] == 1 and len(start["data"]) == len(start["tokenizer"]) == 64
+        assert {"minillama", "python", "torch", "numpy"} <= set(start["versions"])
+    assert found["starts"][0]["data"] == found["starts"][1]["data"]
+    assert found["config"]["train"]["steps"] == 8
+    summary = found["summary"]
+    assert summary["best_step"] in summary["checkpoints"] and summary["skipped_steps"] == 0
+    losses = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    assert summary["best_val_loss"] == min(line["val_loss"] for line in losses[1:] if "val_loss" in line)
+
+
+def test_compare_names_the_differences(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *map(str, runs), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["differences"] == {"seed": [1, 7], "train.steps": [8, 6], "optim.lr": [0.006, 0.5]}
+    assert [point[0] for point in found["val_loss"][1]] == [0, 2, 4, 6]
+    assert main(["compare", *map(str, runs)]) == 0
+    said = capsys.readouterr().out
+    assert "optim.lr" in said and "0.5000" in said and "val_loss at step" in said
+    assert "train.batch_size" not in said
+
+
+def test_what_is_no_run(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(tmp_path)]) == 1 and "not the folder of a run" in capsys.readouterr().err
+    assert main(["compare", str(runs[0])]) == 1 and "nothing to compare with" in capsys.readouterr().err
+    assert main(["compare", str(runs[0]), str(tmp_path / "x")]) == 1 and "no such folder" in capsys.readouterr().err
+
+
+def test_a_chart_puts_each_value_in_its_place() -> None:
+    text = chart({"loss": [(0, 4.0), (10, 2.0)], "val": [(5, 3.0), (6, float("nan"))]}, width=11, height=5)
+    rows = text.splitlines()
+    assert rows[0] == "4 |l" and rows[2] == "  |     v" and rows[4] == "2 |          l"
+    assert rows[5] == "  +-----------" and rows[6].endswith("10  step; l loss, v val")
+    assert chart({"loss": []}) == "no values yet"
