@@ -113,8 +113,9 @@ def test_fault_31_sigterm_during_a_save(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_fault_32_a_second_signal_stops_at_once(number: int, start: Start, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ["--train.steps", "1000000", "--checkpoint.every", "5", "--train.batch_size", "6000"]
-    options += ["--train.context", "4", "--validate.every", "1000000"]  # steps of some seconds
+    (tmp_path / "text.txt").write_text("\n".join(f"Line {i} of {i * i % 997}." for i in range(20_000)))
+    options = ["--train.steps", "1000000", "--checkpoint.every", "2", "--train.batch_size", "4096"]
+    options += ["--validate.every", "1000000", "--validate.tokens", "200"]  # a step takes a second
     process = start(*options)
     wait_for(lambda: steps(out / "checkpoints"), process)
     process.send_signal(number)
