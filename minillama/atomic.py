@@ -48,7 +48,12 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     return path

@@ -91,7 +91,7 @@ class Cloze:
         """
         name, labels = self.question.label, self.question.labels
         if name not in record.value:
-            raise _bad("the record has no label", record, name, f"fields {', '.join(record.value) or 'none'}")
+            raise _bad("the record has no label", record, name, _fields_of(record))
         value = label_of(record.value[name])
         if value not in labels:
             raise _bad("a label without a verbaliser", record, name, value, ", ".join(labels))
@@ -123,8 +123,9 @@ class Cloze:
         for name in self.question.fields:
             value = record.value.get(name)
             if not isinstance(value, str):
-                what = "is no text" if name in record.value else "is missing"
-                raise _bad(f"a field of the pattern {what}", record, name, repr(value)[:80])
+                if name in record.value:
+                    raise _bad("a field of the pattern is no text", record, name, repr(value)[:80])
+                raise _bad("a field of the pattern is missing", record, name, _fields_of(record))
             text = clean(value, f"{record.where}, {name}")
             if isinstance(text, BadText):
                 raise text
@@ -162,6 +163,10 @@ class Cloze:
                 moved = Answers(*(tensor.to(model.device) for tensor in answers))
                 scores = moved.scores(model).log_softmax(-1).tolist()
             yield from scores
+
+
+def _fields_of(record: Record) -> str:
+    return f"fields {', '.join(record.value) or 'none'}"
 
 
 def _bad(what: str, record: Record, name: str, found: object, expected: object = None) -> BadText:

@@ -30,9 +30,13 @@ class Question:
         if not self.pattern and not self.verbalisers:
             return
         pairs = [entry.partition("=") for entry in self.verbalisers]
-        if len(pairs) < 2 or not all(label and words.strip() for label, _, words in pairs):
-            found = ", ".join(self.verbalisers) or "none"
-            raise InputError("a question needs two answers", where="verbalisers", found=found, expected="LABEL=WORDS")
+        for entry, (label, _, words) in zip(self.verbalisers, pairs, strict=True):
+            if not (label and words.strip()):
+                what, expected = "a verbaliser without a label or without words", "LABEL=WORDS"
+                raise InputError(what, where="verbalisers", found=entry, expected=expected)
+        if len(pairs) < 2:
+            found, expected = ", ".join(self.verbalisers) or "none", "LABEL=WORDS twice or more"
+            raise InputError("a question needs two answers", where="verbalisers", found=found, expected=expected)
         for name, values in (("label", [pair[0] for pair in pairs]), ("words", [pair[2].strip() for pair in pairs])):
             if len(set(values)) < len(values):
                 found = ", ".join(self.verbalisers)

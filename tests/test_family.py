@@ -135,6 +135,7 @@ def test_compiled_blocks_change_nothing(model: Decoder) -> None:
         ("palm", "residual", "norm", "residual and parallel_block exclude each other"),
         ("llama", "objective", "glm", "objective and position exclude each other"),
         ("chatglm2", "rotary_dim", 3, "this width is odd"),
+        ("bloom", "rotary_dim", 4, "position and rotary_dim exclude each other"),
         ("chatglm2", "rotary_dim", 128, "cannot turn more than a head"),
         ("chatglm", "head_dim", 6, "turn two halves of pairs"),
     ],

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from minillama.commands.loading import DType, load_for_decoding
-from minillama.data.reading import Record
+from minillama.data.reading import BadText, Record
 from minillama.data.sources import Source, records
 from minillama.errors import InputError
 from minillama.question import Question, label_of
@@ -55,6 +55,13 @@ def run(args: Args) -> int:
     cloze, labels = Cloze(args.question, tokenizer, model.config.max_seq_len), args.question.labels
     known: Counter[str] = Counter()
     right = 0
+    try:
+        for record in asked:
+            cloze.layouts(record)
+            if args.question.label in record.value:
+                cloze.label(record)
+    except BadText as error:  # whose advice is that of a training run
+        raise InputError(error.what, where=error.where, found=error.found, expected=error.expected) from None
     for record, scores in zip(asked, cloze.log_probabilities(model, asked, args.batch_size), strict=True):
         label = labels[scores.index(max(scores))]
         shares = {name: round(math.exp(score), 6) for name, score in zip(labels, scores, strict=True)}
@@ -69,6 +76,8 @@ def run(args: Args) -> int:
             f"accuracy {right / count:.4f} of {count} records with a label; always {majority!r}: {most / count:.4f}",
             file=sys.stderr,
         )
+    elif args.records is not None:
+        print(f"no record has a field {args.question.label!r}, so there is no accuracy; see --label", file=sys.stderr)
     return 0
 
 

@@ -13,7 +13,17 @@ from minillama.errors import InputError
 
 __all__ = ["Args", "run"]
 
-FIGURES = ("steps", "tokens", "seconds", "tokens_per_second", "loss", "val_loss", "best_val_loss", "skipped_steps")
+FIGURES = (
+    "state",
+    "steps",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "loss",
+    "val_loss",
+    "best_val_loss",
+    "skipped_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ def _last(starts: list[dict[str, Any]], key: str) -> str | None:
 
 
 def _plain(value: Any) -> str:
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) and abs(value) >= 0.01 else str(value)
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _show(title: str, names: list[str], rows: list[tuple[str, ...]]) -> None:
@@ -77,7 +87,7 @@ def _show(title: str, names: list[str], rows: list[tuple[str, ...]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title)
+    table.add_column(title, no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:

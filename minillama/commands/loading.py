@@ -73,7 +73,8 @@ def _text(line: str, where: str, field: str, jsonl: bool) -> str:
     try:
         value = json.loads(line)[field]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"not a JSON object with a {field}", where=where, found=line[:80]) from error
+        what, expected = f"not a JSON object with a {field}", f'{{"{field}": "..."}}'
+        raise InputError(what, where=where, found=line[:80], expected=expected) from error
     if not isinstance(value, str):
         raise InputError(f"the {field} is no text", where=f"{where}, {field}", found=repr(value))
     return value

@@ -56,4 +56,4 @@ def _plain(value: Any) -> str:
         return " ".join(map(str, value)) or "none"
     if value is None:
         return "none"
-    return f"{value:.4f}" if isinstance(value, float) and abs(value) >= 0.01 else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -189,13 +189,14 @@ class Corpus:
             out[row] = split.read(start, length + 1)
         return out
 
-    def where(self, seed: int, step: int, rows: int, length: int) -> list[str]:
-        """Where each row of a step's batch stands, as `python-docs (train), document 12, tokens 34560..34816`.
+    def where(self, seed: int, step: int, rows: int, length: int, chosen: Sequence[int]) -> list[str]:
+        """Where the chosen rows of a step's batch stand, as `python-docs (train), document 12, tokens 34560..34816`.
 
-        Documents are counted from 0 within the split; tokens too, over all shards.
+        Documents are counted from 0 within the split, by reading what stands before; tokens too, over all shards.
         """
         places = []
-        for split, start in self._windows(seed, step * rows, rows, length):
+        windows = self._windows(seed, step * rows, rows, length)
+        for split, start in (windows[row] for row in chosen):
             text = "" if self.separator is None else f", document {split.document(start, self.separator)}"
             places.append(f"{split.name}{text}, tokens {start}..{start + length}")
         return places

@@ -74,15 +74,17 @@ class Records:
             raise InputError(
                 "too few records",
                 where="data.sources",
-                found=f"{len(split[False])} to train on, {len(split[True])} held out",
+                found=f"{len(split[False])} to train on, {len(split[True])} held out"
+                + (f"; {skipped}" if skipped.total else ""),
                 expected="at least one of each",
                 fix="give more records, or another data.val_fraction",
             )
         return cls(split[False], split[True], digest.hexdigest(), skipped)
 
-    def where(self, seed: int, step: int, rows: int) -> list[str]:
-        """File and line of each record of a step."""
-        return [record.where for record in self.batch(seed, step, rows)]
+    def where(self, seed: int, step: int, rows: int, chosen: Sequence[int]) -> list[str]:
+        """File and line of the chosen records of a step."""
+        records = self.batch(seed, step, rows)
+        return [records[row].where for row in chosen]
 
     def batch(self, seed: int, step: int, rows: int) -> list[Record]:
         """The records of a step, each once in every epoch: a pure function of the arguments."""

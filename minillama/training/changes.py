@@ -64,6 +64,9 @@ def check_resumed(saved: RunConfig, wanted: RunConfig, where: object) -> list[st
     changed = differences(to_table(saved), to_table(wanted))
     lines = [f"{key} = {after}, was {before}" for key, (before, after) in changed.items()]
     harmful = [line for key, line in zip(changed, lines, strict=True) if not _is_harmless(key)]
+    before, after = changed.get("optim.muon_lr", (0, 0))
+    if (before > 0) != (after > 0):  # parameters would go to another optimizer
+        harmful.append(f"optim.muon_lr = {after}, was {before}")
     if harmful:
         raise InputError(
             "a run cannot be resumed with these changes",

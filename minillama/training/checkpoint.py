@@ -11,20 +11,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minillama.atomic import replace_folder
 from minillama.errors import InputError
 
-__all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint", "steps"]
+__all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint", "set_aside", "steps"]
 
 MANIFEST = "manifest.json"
+NEEDED = ("config.json", "optimizer.safetensors", "run.json")
+RUN = ("step", "tokens", "seconds", "data", "tokenizer", "guard", "record")
 
 
 class Checkpoint:
@@ -40,9 +43,19 @@ class Checkpoint:
 
     def __init__(self, path: Path, verify: bool = True) -> None:
         self.path = path
-        for name, known in _read_json(path / MANIFEST).items():
+        manifest = _read_json(path / MANIFEST)
+        missing = [name for name in NEEDED if name not in manifest]
+        odd = [name for name in manifest if Path(name).name != name]
+        if missing or odd:
+            found = ", ".join(odd) or f"no entry for {', '.join(missing)}"
+            raise InputError("the manifest of this checkpoint is of another form", where=path / MANIFEST, found=found)
+        for name, known in manifest.items():
             _check(path / name, known, verify)
         self.run = _read_json(path / "run.json")
+        if any(key not in self.run for key in RUN):
+            found, expected = ", ".join(self.run), ", ".join(RUN)
+            what = "this checkpoint was written by another version"
+            raise InputError(what, where=path / "run.json", found=found, expected=expected)
 
     @property
     def step(self) -> int:
@@ -50,8 +63,16 @@ class Checkpoint:
         return int(self.run["step"])
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """What `optimizer_state` gave."""
-        return load_file(self.path / "optimizer.safetensors")
+        """What `optimizer_state` gave.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self.path / "optimizer.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise InputError("a file of the checkpoint is damaged", where=path, found=error) from error
 
 
 def save_checkpoint(
@@ -83,8 +104,8 @@ def save_checkpoint(
     return replace_folder(folder / f"step-{run['step']}", write)
 
 
-def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, list[str]]:
-    """The complete checkpoint with the most steps, and what there is to say about those that were passed over.
+def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The complete checkpoint with the most steps, and those that are passed over with the reason.
 
     Args:
         folder: of all checkpoints.
@@ -93,21 +114,40 @@ def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | N
     Raises:
         InputError: there are checkpoints, and all of them are damaged.
     """
-    passed: list[InputError] = []
+    passed = {path: f"{path}: not written to its end" for path in sorted(folder.glob(".step-*.tmp"))}
+    whole = {folder / f"step-{step}" for step in steps(folder)}
+    passed |= {path: f"{path}: there is no {MANIFEST}" for path in sorted({*folder.glob("step-*")} - whole)}
+    damaged: dict[Path, str] = {}
     for step in reversed(steps(folder)):
+        path = folder / f"step-{step}"
         try:
-            return Checkpoint(folder / f"step-{step}", verify), [_passed(error) for error in passed]
+            return Checkpoint(path, verify), damaged | passed
         except InputError as error:
-            passed.append(error)
-    if passed:
+            damaged[path] = f"{error.where}: {error.what}"
+    if damaged:
         raise InputError(
             "every checkpoint of this run is damaged",
             where=folder,
-            found="; ".join(map(_passed, passed)),
+            found="; ".join(damaged.values()),
             fix="bring one back from a copy, or start a new run",
         )
-    unfinished = [path.name for path in folder.glob(".step-*.tmp")]
-    return None, [f"{name}: the process that wrote it was stopped before it was whole" for name in unfinished]
+    return None, passed
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Rename checkpoints that were passed over, so that they neither count among the newest nor are removed."""
+    for path in paths:
+        if path.name.startswith("step-"):
+            path.rename(free_name(path.with_name(f"damaged-{path.name}")))
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with the first number behind it that nothing has yet."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def steps(folder: Path) -> list[int]:
@@ -123,10 +163,6 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
             (folder / f"step-{step}").rename(folder / f".step-{step}.old")
     for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _passed(error: InputError) -> str:
-    return f"{error.where}: {error.what}"
 
 
 def _check(file: Path, known: Any, verify: bool) -> None:

@@ -58,19 +58,19 @@ class Guard:
             else None
         )
 
-    def check(self, step: int) -> None:
-        """Stop a run that takes no step any more.
+    @property
+    def is_over(self) -> bool:
+        """Whether as many steps in a row were skipped as the configuration allows."""
+        return self.in_a_row >= self.config.max_in_a_row
 
-        Raises:
-            InputError: as many steps in a row were skipped as the configuration allows.
-        """
-        if self.in_a_row >= self.config.max_in_a_row:
-            raise InputError(
-                f"{self.in_a_row} steps in a row were skipped, the last one step {step}",
-                where="guard.max_in_a_row",
-                found=f"{self.skipped} skipped in all; metrics.jsonl and the lines above name them and their batches",
-                fix="lower optim.lr and go on from a checkpoint with --resume, or look at the text that is named",
-            )
+    def error(self, step: int) -> InputError:
+        """Why the run ends."""
+        return InputError(
+            f"{self.in_a_row} steps in a row were skipped, the last one step {step}",
+            where="guard.max_in_a_row",
+            found=f"{self.skipped} skipped in all; metrics.jsonl says why, and which rows they read",
+            fix="lower optim.lr and go on with --resume, or look at the text that is named",
+        )
 
     def state(self) -> dict[str, Any]:
         """JSON values that `restore` takes."""
@@ -79,5 +79,5 @@ class Guard:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from them. A run that stopped for its skips may try as many again."""
         self.recent, self.in_a_row, self.skipped = list(state["recent"]), state["in_a_row"], state["skipped"]
-        if self.in_a_row >= self.config.max_in_a_row:
+        if self.is_over:
             self.in_a_row = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import shutil
 from pathlib import Path
 
@@ -37,17 +39,22 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        found.append(1024 * _entry(Path("/proc/meminfo"), "MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        used -= _entry(group / "memory.stat", "inactive_file")  # pages of files, which give way
+        found.append(int((group / "memory.max").read_text(encoding="ascii")) - used)
     except (OSError, StopIteration, ValueError):
         pass
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
-        found.append(limit - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):
-        pass
     return min(found, default=None)
+
+
+def _entry(path: Path, name: str) -> int:
+    """The number behind a name in a file of the kernel's."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return int(next(line[1] for line in lines if line[0] == name))
 
 
 def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, below: int) -> int | None:
@@ -61,22 +68,34 @@ def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, b
 
 
 def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, report: Report) -> None:
-    """Say before the start that memory will not do, and what would: Linux ends such a process without a word."""
-    need, there = needed_memory(config, dtype, config.micro_batch_size).total, available_memory(device)
-    if there is None or need <= there:
+    """Say before anything is built that memory will not do, and what would. Linux ends such a process wordlessly."""
+    there = available_memory(device)
+    if there is None:
         return
-    fits = largest_micro_batch(config, dtype, there, config.micro_batch_size)
-    advice = (
-        f"--train.micro_batch_size {fits} fits" if fits else "not even one row fits; take a smaller model or context"
-    )
-    report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {there / GIB:.2f} are free: {advice}")
+    if device.type == "cpu":
+        there -= _state_bytes(config)  # a checkpoint is a copy in memory while it is written
+    need = needed_memory(config, dtype, config.micro_batch_size).total
+    if need > there:
+        fits = largest_micro_batch(config, dtype, there, config.micro_batch_size)
+        advice = (
+            f"--train.micro_batch_size {fits} fits" if fits else "not one row fits; take a smaller model or context"
+        )
+        report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {there / GIB:.2f} are free: {advice}")
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint: the weights and the optimizer's moments in float32, two a weight, with Muon one."""
+    shapes = config.model.tensors()
+    muon = sum(math.prod(s) for n, s in shapes.items() if len(s) > 1 and ".layers." in n) if config.optim.muon_lr else 0
+    return 4 * (3 * config.model.num_params() - muon)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is what torch raises when there is no memory left, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "not enough memory", "out of memory")  # Linux, Windows, MPS
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def explain(
@@ -96,7 +115,8 @@ def explain(
     parts = "weights", "gradients", "optimizer", "casts", "activations", "logits"
     sizes = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
     if rows > 1:
-        half = rows // 2
+        there = available_memory(device)
+        half = (largest_micro_batch(config, dtype, there, rows // 2) if there is not None else None) or rows // 2
         less, parts_now = needed_memory(config, dtype, half).total / GIB, -(-config.train.batch_size // half)
         fix = (
             f"add --train.micro_batch_size {half}: {less:.2f} GiB, and the same batch of {config.train.batch_size} "
@@ -117,23 +137,23 @@ def explain(
 def check_disk(config: RunConfig, folder: Path) -> None:
     """Whether the checkpoints and the model that the run will write fit on the disk.
 
-    A checkpoint holds the weights and two moments in float32. There are as many as are kept, the best, and
-    the one that is being written, and the final model.
+    There are as many checkpoints as are kept, the best, and the one that is being written; fewer in a short
+    run. What lies in the folder counts as free: it is replaced, or is there already.
 
     Raises:
         InputError: they do not.
     """
-    weights = 4 * config.model.num_params()
-    count = config.checkpoint.keep + 2
-    needed = 3 * weights * count + weights
+    steps, every = config.train.steps, min(config.checkpoint.every, config.validate.every)
+    count = min(config.checkpoint.keep + 2, steps // every + 2)
+    one, model = _state_bytes(config), 4 * config.model.num_params()
     there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
-    if needed > free + there:
+    if count * one + model > free + there:
         raise InputError(
             "the disk is too small for this run",
             where=folder,
             found=f"{free / GIB:.2f} GiB free",
-            expected=f"{needed / GIB:.2f} GiB: {count} checkpoints of {3 * weights / GIB:.2f} and a model of "
-            f"{weights / GIB:.2f}",
+            expected=f"{(count * one + model) / GIB:.2f} GiB: {count} checkpoints of {one / GIB:.2f} and a model of "
+            f"{model / GIB:.2f}",
             fix="make room, choose another --out, or lower --checkpoint.keep",
         )

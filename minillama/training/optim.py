@@ -100,6 +100,8 @@ def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: d
         state.setdefault(name, {})[part] = value
     for optimizer, name, parameter in _named(optimizers):
         if name in state:
+            # A step count stays on the CPU unless the fused kernel reads it.
+            moved = {part for part, value in state[name].items() if value.dim() or optimizer.defaults.get("fused")}
             optimizer.state[parameter] = {
-                part: value.to(parameter.device) if value.dim() else value for part, value in state[name].items()
+                part: value.to(parameter.device) if part in moved else value for part, value in state[name].items()
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +15,16 @@ from minillama.layers.attention import Attention
 from minillama.model import Decoder
 from minillama.training.objectives import Batch, Objective
 
+QUERIES = 256  # whose scores exist at once
+
 __all__ = ["Probes", "attention_logit_max", "update_ratio"]
 
 
 def update_ratio(before: list[Tensor], after: list[Tensor]) -> float:
     """||after - before|| / ||before|| over all of the tensors together; about 1e-3 in a healthy run."""
-    moved = [(new - old).double().square().sum() for old, new in zip(before, after, strict=True)]
-    size = [old.double().square().sum() for old in before]
-    return float((torch.stack(moved).sum() / torch.stack(size).sum()).sqrt())
+    moved = [torch.linalg.vector_norm(new - old) for old, new in zip(before, after, strict=True)]
+    size = [torch.linalg.vector_norm(old) for old in before]
+    return float(torch.stack(moved).norm() / torch.stack(size).norm())
 
 
 def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> float | None:
@@ -32,7 +35,7 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
     Args:
         model: not compiled.
         objective: how the batch is read.
-        batch: rows to read.
+        batch: rows to read; of a step the first ones, a micro-batch.
     """
     found: list[float] = []
 
@@ -40,14 +43,18 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
         assert isinstance(layer, Attention)
         x, rope, mask = inputs[:3]
         q, k, _ = layer.heads(x, rope)
-        scores = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT) / q.shape[-1] ** 0.5
-        if mask.is_causal:
-            unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(unseen, -torch.inf)
-        elif mask.allowed is not None:
-            is_bias = mask.allowed.is_floating_point()
-            scores = scores + mask.allowed if is_bias else scores.masked_fill(~mask.allowed, -torch.inf)
-        found.append(scores.max().item())
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        for start in range(0, q.shape[2], QUERIES):
+            part = slice(start, start + QUERIES)
+            scores = (q[:, :, part] @ k.mT) / q.shape[-1] ** 0.5
+            if mask.is_causal:
+                unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1 + start)
+                scores.masked_fill_(unseen, -torch.inf)
+            elif mask.allowed is not None and mask.allowed.is_floating_point():
+                scores += mask.allowed[..., part, :]
+            elif mask.allowed is not None:
+                scores.masked_fill_(~mask.allowed[..., part, :], -torch.inf)
+            found.append(scores.max().item())
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
     try:
@@ -65,10 +72,11 @@ class Probes:
     Args:
         model: the float32 weights.
         every: steps between measures; 0 measures nothing.
+        rows: of a batch, how many the attention scores are looked at of.
     """
 
-    def __init__(self, model: Decoder, every: int) -> None:
-        self.model, self.every = model, every
+    def __init__(self, model: Decoder, every: int, rows: int) -> None:
+        self.model, self.every, self.rows = model, every, rows
         self.ratio: float | None = None
         self._twin: Decoder | None = None
         if every:  # blocks that are compiled call no hooks: a second module over the same tensors
@@ -94,5 +102,6 @@ class Probes:
         """What was measured in this step, by name; nothing in most."""
         if self.ratio is None or self._twin is None:
             return {}
-        largest = attention_logit_max(self._twin, objective, batch.rows(0, 1).to(self.model.device))
-        return {"update_ratio": self.ratio} | ({} if largest is None else {"attention_logit_max": largest})
+        largest = attention_logit_max(self._twin, objective, batch.rows(0, self.rows).to(self.model.device))
+        found = {"update_ratio": self.ratio} | ({} if largest is None else {"attention_logit_max": largest})
+        return {name: value for name, value in found.items() if math.isfinite(value)}

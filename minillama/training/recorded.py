@@ -9,7 +9,7 @@ from typing import Any
 from minillama.errors import InputError
 from minillama.settings import read_toml
 from minillama.training.checkpoint import steps
-from minillama.training.run_folder import read_lines
+from minillama.training.run_folder import lock_owner, read_lines
 
 __all__ = ["RecordedRun"]
 
@@ -63,6 +63,17 @@ class RecordedRun:
         return self.step >= int(self.config["train"]["steps"]) and (self.path / "model").is_dir()
 
     @property
+    def state(self) -> str:
+        """Running, finished, or stopped and where it would go on."""
+        owner = lock_owner(self.path)
+        if owner is not None:
+            return f"running (process {owner})"
+        if self.is_finished:
+            return "finished"
+        behind = f"at step {self.checkpoints[-1]}" if self.checkpoints else "at step 0"
+        return f"stopped after step {self.step}; --resume goes on {behind}"
+
+    @property
     def best(self) -> tuple[int, float] | None:
         """Step and value of the least val_loss behind step 0."""
         return min((point for point in self.curve("val_loss") if point[0]), key=lambda point: point[1], default=None)
@@ -78,7 +89,7 @@ class RecordedRun:
         speeds = sorted(value for _, value in self.curve("tokens_per_second"))
         return {
             "run": str(self.path),
-            "state": "finished" if self.is_finished else f"stopped at or running behind step {self.step}",
+            "state": self.state,
             "steps": f"{self.step} of {self.config['train']['steps']}",
             "tokens": last.get("tokens", 0),
             "seconds": round(last.get("seconds", 0.0), 1),

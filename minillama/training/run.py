@@ -13,10 +13,12 @@ import tomli_w
 import torch
 
 from minillama.config import ModelConfig
+from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
+from minillama.settings import to_dict
 from minillama.tokenizer import Tokenizer
-from minillama.training.changes import check_resumed
-from minillama.training.checkpoint import Checkpoint, newest_checkpoint
+from minillama.training.changes import check_resumed, differences
+from minillama.training.checkpoint import Checkpoint, newest_checkpoint, set_aside
 from minillama.training.config import RunConfig, load_run_config, to_table
 from minillama.training.data import load_data
 from minillama.training.memory import check_disk, warn_of_memory
@@ -78,32 +80,39 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report) -> int:
-    checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, [])
-    for line in passed:
+    checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, {})
+    for line in passed.values():
         report.say(f"passing over {line}")
     config = with_grown_vocabulary(config) if checkpoint is None else _as_saved(config, checkpoint)
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
-        folder.rewind_metrics(-1)
+    changes: list[str] = []
     if checkpoint is not None:
         _check_shape(checkpoint, config.model)
         saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
-        for line in check_resumed(saved, config, folder.config):
+        changes = check_resumed(saved, config, folder.config)
+        for line in changes:
             report.say(f"resuming with {line}")
+        if config.train.steps < checkpoint.step:
+            what, fix = "the run is past these steps", f"give more than {checkpoint.step}, or start a new run"
+            raise InputError(what, where="train.steps", found=config.train.steps, expected=checkpoint.step, fix=fix)
     if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report)
         return 0
     check_disk(config, folder.path)
+    device = choose_device(config.train.device)
+    warn_of_memory(config, choose_dtype(config.train.dtype, device), device, report)
     data, tokenizer = load_data(config, report)
     model = build_model(config, checkpoint is not None)
     trainer = Trainer(config, model, tokenizer, data, folder, report, checkpoint)
-    step = trainer.progress.step
-    folder.start(
-        tomli_w.dumps(to_table(config)),
-        provenance(config, step, data.fingerprint, tokenizer.fingerprint, model.device),
-    )
-    warn_of_memory(config, trainer.dtype, model.device, report)
+    if any(line.startswith("validate.tokens") for line in changes):
+        trainer.writer.losses.clear()  # losses of other text do not compare
+    step, prints = trainer.progress.step, (data.fingerprint, tokenizer.fingerprint)
+    folder.start(tomli_w.dumps(to_table(config)), provenance(config, step, *prints, device))
+    set_aside(passed)
+    if checkpoint is None:
+        folder.rewind_metrics(-1)
     report.say(
         f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
@@ -114,15 +123,17 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     try:
         trainer.train()
     except Interrupted as stopped:
-        report.say(f"stopped by {stopped}; saved at step {trainer.progress.step}. To go on:")
+        state = f"saved at step {trainer.progress.step}" if trainer.progress.step else "no step was taken"
+        report.say(f"stopped by {stopped}; {state}. To go on:")
         report.say(f"  {_command('train.py', '--out', folder.path, '--resume')}")
         return 128 + stopped.number
     records = folder.read_metrics()
     report.say(f"loss {sparkline([r['loss'] for r in records if r.get('loss') is not None])}")
     if trainer.guard.skipped:
         report.say(f"{trainer.guard.skipped} steps were skipped; metrics.jsonl names them")
-    best = trainer.progress
-    report.say(f"best val_loss {best.best_loss:.4f} at step {best.best_step}, in {folder.checkpoints}")
+    best = trainer.writer.best
+    if best is not None:
+        report.say(f"best val_loss {trainer.writer.losses[best]:.4f}: {folder.checkpoints / f'step-{best}'}")
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
     report.say(f"finished in {trainer.progress.seconds:.0f} s. Next:")
@@ -140,14 +151,14 @@ def _as_saved(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
 
 
 def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
-    saved, asked = ModelConfig.load(checkpoint.path).to_hf(), wanted.to_hf()
-    changed = [key for key in asked if saved.get(key) != asked[key]]
-    if changed:
+    saved = ModelConfig.load(checkpoint.path)
+    if saved.to_hf() != wanted.to_hf():
+        changed = differences({"model": to_dict(saved)}, {"model": to_dict(wanted)})
+        changed.pop("model.preset", None)
         raise InputError(
             "the checkpoint's model has another shape",
             where=checkpoint.path,
-            found=", ".join(f"{key} = {saved.get(key)}" for key in changed),
-            expected=", ".join(f"{key} = {asked[key]}" for key in changed),
+            found="; ".join(f"{key} = {after}, was {before}" for key, (before, after) in changed.items()),
             fix="leave the model's settings as they were, or start a new run",
         )
 
@@ -163,8 +174,13 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     tokenizer = Tokenizer.load(model)
     if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # GGUF has no such thing
         words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
-    commands = {
-        "generate": _command("generate.py", "--model", model, "--prompt", prompt),
+    commands = {"generate": _command("generate.py", "--model", model, "--prompt", prompt)}
+    if config.objective == "glm":
+        commands["infill"] = shlex.join(["minillama", "infill", "--model", str(model), "--text", f"{prompt} [MASK]."])
+    if config.objective == "cloze":
+        ask = ["--pattern", config.cloze.pattern, "--verbalisers", *config.cloze.verbalisers]
+        commands = {"classify": shlex.join(["minillama", "classify", "--model", str(model), *ask, "--text", "..."])}
+    commands |= {
         "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),
         "export": f"{shlex.join(['minillama', 'convert', str(model), *words])}  # {remark}",
         "plan": shlex.join(["minillama", "plan", str(model)]),

@@ -16,7 +16,7 @@ from typing import IO, Any
 from minillama.atomic import replace_file
 from minillama.errors import InputError
 
-__all__ = ["RunFolder", "choose_folder", "read_lines"]
+__all__ = ["RunFolder", "choose_folder", "lock_owner", "read_lines"]
 
 CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
 
@@ -24,6 +24,8 @@ CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "che
 def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path:
     """`out`, or the first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that is not there yet."""
     if out is not None:
+        if not out.strip():
+            raise InputError("the output folder has no name", where="--out", found=repr(out), fix="name one")
         return Path(out)
     number = 1
     while (path := runs / (name if number == 1 else f"{name}-{number}")).exists():
@@ -40,6 +42,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
             records.append(json.loads(line))
     return records
+
+
+def lock_owner(path: Path) -> str | None:
+    """The number of the process that trains in a folder, None where nobody does (or the system has no flock)."""
+    try:
+        import fcntl
+
+        with (path / ".lock").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "unknown"
+    except (ImportError, OSError):
+        pass
+    return None
 
 
 class RunFolder:
@@ -83,8 +100,7 @@ class RunFolder:
                 found=error.strerror or error,
                 fix="choose another with --out",
             ) from error
-        if overwrite and not resume:
-            self._clear()
+        self._replaces = overwrite and not resume
 
     @property
     def config(self) -> Path:
@@ -116,7 +132,14 @@ class RunFolder:
         return self.path / "provenance.jsonl"
 
     def start(self, config: str, provenance: Mapping[str, Any]) -> None:
-        """Record the configuration, and where this start came from."""
+        """Record the configuration, and where this start came from; what is replaced goes now.
+
+        A model that is there stands for fewer steps than the run will have.
+        """
+        if self._replaces:
+            self._clear()
+        elif self.model.exists():
+            shutil.rmtree(self.model)
         replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
         self._append(self.starts, provenance)
 
@@ -130,8 +153,11 @@ class RunFolder:
 
     def _append(self, path: Path, record: Mapping[str, Any]) -> None:
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with path.open("a+b") as file:
+                file.seek(0, os.SEEK_END)
+                if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                    file.write(b"\n")  # behind a line that a killed process left unfinished
+                file.write(json.dumps(record).encode() + b"\n")
         except OSError as error:
             fix = "make room, then go on with --resume"
             raise InputError("cannot write", where=path, found=error.strerror or error, fix=fix) from error
@@ -172,13 +198,13 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the lock back. A folder that was made for a run that never began goes, too."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
         if not self._was_there and not self.holds_run():
             with contextlib.suppress(OSError):
                 (self.path / ".lock").unlink(missing_ok=True)
                 self.path.rmdir()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _clear(self) -> None:
         for name in CONTENTS:

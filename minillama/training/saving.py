@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minillama.errors import InputError
-from minillama.training.checkpoint import prune, save_checkpoint
+from minillama.training.checkpoint import prune, save_checkpoint, steps
 from minillama.training.report import Report
 
 __all__ = ["CheckpointWriter", "Snapshot"]
@@ -67,14 +67,21 @@ class CheckpointWriter:
         self, folder: Path, keep: int, write_model: Callable[[Path, Mapping[str, Tensor]], None], report: Report
     ) -> None:
         self.folder, self.keep, self.write_model, self.report = folder, keep, write_model, report
-        self.best: int | None = None
-        """The step whose checkpoint stays however many newer ones there are."""
+        self.losses: dict[int, float] = {}
+        """val_loss by step; of the checkpoints that there are, the one with the least stays."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def submit(self, snapshot: Snapshot) -> None:
-        """Write it, after the one before. A failure of that one is said here."""
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the least val_loss, of those that are on the disk."""
+        there = [step for step in steps(self.folder) if step in self.losses]
+        return min(there, key=lambda step: self.losses[step], default=None)
+
+    def submit(self, take: Callable[[], Snapshot]) -> None:
+        """Take a snapshot and write it, after the one before. A failure of that one is said here."""
         self._join()
+        snapshot = take()  # not before: two of them at once would cost the memory of two
         # A daemon, so that a second Ctrl-C need not wait for the disk: what is half written stays invisible.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -88,7 +95,17 @@ class CheckpointWriter:
         self._join(say=False)
         if self._failure is not None:
             raise self._failure
-        prune(self.folder, self.keep, self.best)
+        self._prune()
+
+    def wait(self) -> None:
+        """Wait for the last one; if it could not be written, say so and no more."""
+        self._join()
+
+    def _prune(self) -> None:
+        try:
+            prune(self.folder, self.keep, self.best)
+        except OSError as error:
+            self.report.say(f"warning: old checkpoints cannot be removed: {error}")
 
     def _join(self, say: bool = True) -> None:
         if self._thread is not None:
@@ -103,6 +120,6 @@ class CheckpointWriter:
             snapshot.check()
             write = lambda path: self.write_model(path, snapshot.model)  # noqa: E731
             save_checkpoint(self.folder, write, snapshot.optimizer, snapshot.run)
-            prune(self.folder, self.keep, self.best)
+            self._prune()
         except BaseException as error:  # raised again by finish, or said by submit
-            self._failure = error
+            self._failure = error.with_traceback(None)  # whose frames would keep the tensors

@@ -12,8 +12,8 @@ from minillama.training.report import Report
 __all__ = ["Interrupted", "Signals"]
 
 
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM came; the run was saved."""
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM came; the run was saved. As KeyboardInterrupt, it is no Exception that a library may catch."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -74,6 +74,6 @@ class Signals:
             raise KeyboardInterrupt
         self.number = number
         if self._stops_at_once:
-            self.report.say("stopping; the run was saved before")
+            self.report.say("stopping")
             raise Interrupted(number)
         self.report.say("stopping after this step; once more stops at once")

@@ -39,6 +39,8 @@ from minillama.training.signals import Interrupted, Signals
 
 __all__ = ["Trainer"]
 
+NAMED = 8  # rows of a skipped batch whose places are looked up and said
+
 
 @dataclass
 class Progress:
@@ -47,9 +49,6 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    best_step: int | None = None
-    best_loss: float = math.inf
-    """The least val_loss of a step that there is a checkpoint of."""
 
 
 class Trainer:
@@ -94,7 +93,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         self.working = WorkingCopy(model, self.dtype)
-        self.probes = Probes(model, config.metrics.every)
+        self.probes = Probes(model, config.metrics.every, config.micro_batch_size)
         mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
         self.compiler = Compiler(mode, self.working.model, report)
 
@@ -105,21 +104,22 @@ class Trainer:
             Interrupted: after Ctrl-C or SIGTERM, when the step was finished and a checkpoint written.
             InputError: too many steps were skipped in a row, memory ran out, or a checkpoint was not written.
         """
-        try:
-            with self.signals.handled():
+        with self.signals.handled():
+            try:
                 self._run()
                 self.writer.finish()
                 self.save_model(self.folder.model)
-        except Interrupted:
-            self.writer.finish()
-            raise
-        except (RuntimeError, MemoryError) as error:
-            if not memory.is_out_of_memory(error):
+                self.signals.check()
+            except Interrupted:
+                self.writer.finish()
                 raise
-            self.writer.finish()
-            raise memory.explain(error, self.config, self.dtype, self.model.device, self.doing) from error
-        finally:
-            self.report.stop()
+            except Exception as error:
+                self.writer.wait()  # whatever it was, the checkpoint that is being written is whole
+                if not memory.is_out_of_memory(error):
+                    raise
+                raise memory.explain(error, self.config, self.dtype, self.model.device, self.doing) from error
+            finally:
+                self.report.stop()
 
     def _run(self) -> None:
         steps = self.config.train.steps
@@ -132,10 +132,15 @@ class Trainer:
         while self.progress.step < steps:
             record = self.step()
             at = self.progress.step
-            if self._validates(at) or at % self.config.checkpoint.every == 0 or self.signals.number is not None:
+            is_stopping = self.signals.number is not None  # asked once: what is stopped for is saved for
+            is_due = self._validates(at) or at % self.config.checkpoint.every == 0
+            if is_due or is_stopping or self.guard.is_over:
                 self.save(record)
-            self.guard.check(at)
-            self.signals.check()
+            if self.guard.is_over:
+                self.folder.append_metrics(record)
+                raise self.guard.error(at)
+            if is_stopping:
+                self.signals.check()
             self._finish_step(record)
 
     def _validates(self, step: int) -> bool:
@@ -170,11 +175,11 @@ class Trainer:
             with self.probes.around(step + 1):
                 self._update()
         else:
-            self._skip(batch, reason)
+            places = self._skip(batch, reason, math.isfinite(loss))
         seconds = time.perf_counter() - began
         self._count(batch.tokens.numel(), seconds)
         record = self._record(loss, rate, norm, batch.tokens.numel() / seconds) | metrics
-        record |= {"skipped": reason} if reason else self.probes.measures(self.objective, batch)
+        record |= {"skipped": reason, "rows": places} if reason else self.probes.measures(self.objective, batch)
         self.report.step(record)
         self.compiler.after_step(seconds, config.train.steps - self.progress.step)
         return record
@@ -185,23 +190,26 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.working.refresh()
 
-    def _skip(self, batch: Batch, reason: str) -> None:
-        """Leave the weights as they are, and say which text it was."""
+    def _skip(self, batch: Batch, reason: str, is_finite: bool) -> list[str]:
+        """Leave the weights as they are, and say which text it was: the rows whose loss is no number, or all."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        places = self.objective.where(self.data, self.config.seed, self.progress.step)
-        bad = [row for row in range(len(places)) if not self._is_finite(batch.rows(row, row + 1))]
-        shown = [f"row {row}: {places[row]}" for row in bad or range(len(places))]
-        more = f"; and {len(shown) - 8} rows more" if len(shown) > 8 else ""
+        everything = range(len(batch.tokens))
+        bad = [] if is_finite else [row for row in everything if not self._is_finite(batch.rows(row, row + 1))]
+        rows = list(bad or everything)
+        shown = self.objective.where(self.data, self.config.seed, self.progress.step, rows[:NAMED])
+        places = [f"row {row}: {place}" for row, place in zip(rows[:NAMED], shown, strict=True)]
+        places += [f"and {len(rows) - NAMED} rows more"] if len(rows) > NAMED else []
         which = "the rows whose loss is no number" if bad else "all rows"
-        self.report.say(f"step {self.progress.step + 1} skipped: {reason}; {which}: {'; '.join(shown[:8])}{more}")
+        self.report.say(f"step {self.progress.step + 1} skipped: {reason}; {which}: {'; '.join(places)}")
+        return places
 
     @torch.no_grad()
     def _is_finite(self, row: Batch) -> bool:
         loss, _, _ = self.objective.loss(self.working.model, row.to(self.model.device))
         return math.isfinite(loss.item())
 
-    def _accumulate(self, batch: Batch) -> tuple[float, dict[str, float]]:
+    def _accumulate(self, batch: Batch) -> tuple[float, dict[str, float | None]]:
         """Gradients of the whole batch, one micro-batch at a time; the loss a unit of weight."""
         size, rows = self.config.micro_batch_size, len(batch.tokens)
         weight = batch.weights.sum().item()
@@ -215,10 +223,12 @@ class Trainer:
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
-        return total / weight, {name: value / weight for name, value in sums.items()}
+        return total / weight, {name: _number(value / weight) for name, value in sums.items()}
 
     def _enter_stage(self, step: int) -> None:
         if self.config.stages and self.config.stage(step) is not self.stage:
+            if self.stage is not None:
+                self.guard.recent.clear()  # losses of the stage before say nothing of this one's
             self.stage = self.config.stage(step)
             stages.enter(self.stage, (self.model, self.working.model), self.optimizers)
             change_settings(self.optimizers, self.config.optim_at(step))
@@ -257,7 +267,8 @@ class Trainer:
         base = record or {"step": self.progress.step, "tokens": self.progress.tokens}
         measured = {name: _number(value) for name, value in found.items()}
         self.folder.append_metrics(base | measured | {"seconds": self.progress.seconds})
-        self._note_best(found["val_loss"])
+        if self.progress.step and math.isfinite(found["val_loss"]):
+            self.writer.losses[self.progress.step] = found["val_loss"]
         shown = ({"loss": record["loss"]} if record and record["loss"] is not None else {}) | found
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.progress.step}: {text}")
@@ -265,14 +276,9 @@ class Trainer:
             self._sample()
         self.doing = "training"
 
-    def _note_best(self, loss: float) -> None:
-        if self.progress.step and loss < self.progress.best_loss:
-            self.progress.best_step, self.progress.best_loss = self.progress.step, loss
-            self.writer.best = self.progress.step
-
     def _sample(self) -> None:
         wanted = self.config.sample
-        if not (wanted.max_new_tokens and wanted.prompts):
+        if not (wanted.max_new_tokens and wanted.prompts and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
         for prompt in wanted.prompts:
@@ -283,14 +289,13 @@ class Trainer:
         """Have a checkpoint written; `record` is the line of the step that was taken last."""
         tensors = optimizer_state(self.optimizers)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
-        progress = asdict(self.progress) | {"best_loss": _number(self.progress.best_loss)}
-        run = progress | {
+        run = asdict(self.progress) | {
             "data": self.data.fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
             "guard": self.guard.state(),
             "record": dict(record),
-            "finished": self.progress.step >= self.config.train.steps,
         }
-        self.writer.submit(Snapshot.of(self.model.state_dict(), tensors, run))
+        self.writer.submit(lambda: Snapshot.of(self.model.state_dict(), tensors, run))
 
     def save_model(self, path: Path) -> None:
         """Write a model folder that is complete or absent."""
@@ -304,14 +309,15 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         run = checkpoint.run
-        if run["data"] != self.data.fingerprint:
-            raise InputError(
-                "the data is not what the checkpoint was trained on",
-                where=checkpoint.path,
-                found=f"fingerprint {self.data.fingerprint[:16]}",
-                expected=run["data"][:16],
-                fix="bring the data back, or start a new run",
-            )
+        for name, found in (("data", self.data.fingerprint), ("tokenizer", self.tokenizer.fingerprint)):
+            if run[name] != found:
+                raise InputError(
+                    f"the {name} is not what the checkpoint was trained on",
+                    where=checkpoint.path,
+                    found=f"fingerprint {found[:16]}",
+                    expected=run[name][:16],
+                    fix=f"bring the {name} back, or start a new run",
+                )
         saved = Decoder.from_pretrained(checkpoint.path, torch.float32, self.model.device)
         self.model.load_state_dict(saved.state_dict())
         tensors = checkpoint.optimizer_tensors()
@@ -319,22 +325,23 @@ class Trainer:
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         self.objective.load_state_dict(own)
         load_optimizer_state(self.optimizers, {n: t for n, t in tensors.items() if not n.startswith(prefix)})
-        best = math.inf if run["best_loss"] is None else run["best_loss"]
-        self.progress = Progress(run["step"], run["tokens"], run["seconds"], run["best_step"], best)
+        self.progress = Progress(run["step"], run["tokens"], run["seconds"])
         self.guard.restore(run["guard"])
         self._take_up(run["record"])
 
     def _take_up(self, record: dict[str, Any]) -> None:
         """Bring metrics.jsonl, and what was the best so far, to where the checkpoint is."""
-        self.folder.rewind_metrics(self.progress.step)
-        lines = [line for line in self.folder.read_metrics() if line["step"] == self.progress.step]
-        validated = bool(lines) and lines[-1].get("val_loss") is not None
-        if not lines or (self._validates(self.progress.step) and not validated):
-            self.folder.rewind_metrics(self.progress.step - 1)
+        step = self.progress.step
+        lines = [line for line in self.folder.read_metrics() if line["step"] <= step]
+        self.writer.losses = {
+            line["step"]: line["val_loss"] for line in lines if line["step"] and line.get("val_loss") is not None
+        }
+        is_complete = bool(lines) and lines[-1]["step"] == step
+        if not is_complete or (self._validates(step) and step not in self.writer.losses):
+            self.folder.rewind_metrics(step - 1)
             self._unrecorded = record
-        elif validated:
-            self._note_best(lines[-1]["val_loss"])
-        self.writer.best = self.progress.best_step
+        else:
+            self.folder.rewind_metrics(step)
 
 
 def _number(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,8 +64,21 @@ def test_compare_names_the_differences(runs: tuple[Path, Path], capsys: pytest.C
     assert [point[0] for point in found["val_loss"][1]] == [0, 2, 4, 6]
     assert main(["compare", *map(str, runs)]) == 0
     said = capsys.readouterr().out
-    assert "optim.lr" in said and "0.5000" in said and "val_loss at step" in said
+    assert "optim.lr" in said and "0.5" in said and "val_loss at step" in said
     assert "train.batch_size" not in said
+
+
+def test_show_tells_a_run_that_is_going_on(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    from minillama.training.run_folder import RunFolder
+
+    held = RunFolder(runs[1], resume=True)
+    try:
+        assert main(["show", str(runs[1])]) == 0
+        assert f"running (process {os.getpid()})" in capsys.readouterr().out
+    finally:
+        held.close()
+    assert main(["show", str(runs[1])]) == 0
+    assert "finished" in capsys.readouterr().out
 
 
 def test_what_is_no_run(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

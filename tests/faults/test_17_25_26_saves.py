@@ -103,7 +103,7 @@ KILLER = """
             path = str(arguments[0])
             if event == "open" and arguments[1] in ("r", "rb"):
                 return
-            if event in EVENTS and "/checkpoints" in path and (count or "step-2" in path):
+            if event in EVENTS and "/runs/" in path and (count or "step-2" in path):
                 count += 1
                 if count == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -141,11 +141,16 @@ def test_fault_25_kill_9_at_every_write_of_a_save(words: list[str], tmp_path: Pa
     assert int(done.stdout.split()[-1]) > 25  # writes at which a run was killed
     folders = sorted((tmp_path / "runs").iterdir(), key=lambda path: int(path.name))
     whole = load_file(folders[-1] / "model" / "model.safetensors")
+    lines = [json.loads(line) for line in (folders[-1] / "metrics.jsonl").read_text().splitlines()]
+    losses = [line.get("val_loss") for line in lines]
     for folder in folders:
         weights = load_file(folder / "model" / "model.safetensors")
         assert all(torch.equal(whole[key], weights[key]) for key in whole), folder.name
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
         assert newest_checkpoint(folder / "checkpoints")[0] is not None
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 1, 2], folder.name
+        assert [line.get("val_loss") for line in lines] == losses, folder.name
 
 
 def in_mount(script: str, place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -169,7 +174,7 @@ def test_fault_26_the_disk_fills_up_during_a_run(words: list[str], tmp_path: Pat
         place=$0; mount -t tmpfs -o size=40m none "$place"; run=$place/run
         "$@" --out $run --train.steps 100000 --checkpoint.every 5 --validate.every 100000 > $place.log 2> $place.err &
         pid=$!
-        while ! ls $run/checkpoints/step-* > /dev/null 2>&1; do sleep 0.05; done
+        while ! ls $run/checkpoints/step-* > /dev/null 2>&1; do kill -0 $pid; sleep 0.05; done
         dd if=/dev/zero of=$place/ballast bs=4k > /dev/null 2>&1 || true
         status=0; wait $pid || status=$?
         rm $place/ballast
@@ -214,3 +219,47 @@ def test_the_best_and_the_newest_checkpoints_stay(words: list[str], tmp_path: Pa
     losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line and line["step"]}
     best = min(losses, key=lambda step: losses[step])
     assert best < 10 and steps(out / "checkpoints") == [best, 10, 12]
+
+
+def test_a_best_step_without_a_checkpoint_evicts_nothing(words: list[str], tmp_path: Path) -> None:
+    from minillama.training.report import make_report
+    from minillama.training.saving import CheckpointWriter, Snapshot
+
+    def write(path: Path, tensors: object) -> None:
+        if len(steps(tmp_path)) == 2:
+            raise OSError(28, "No space left on device")
+        for name in ("config.json", "model.safetensors"):
+            (path / name).write_text("x")
+
+    said: list[str] = []
+    report = make_report()
+    report.say = said.append  # type: ignore[method-assign, assignment]
+    writer = CheckpointWriter(tmp_path, 1, write, report)
+    for step, loss in ((2, 3.0), (4, 5.0), (6, 1.0)):
+        writer.submit(lambda step=step: Snapshot.of({}, {"a": torch.ones(1)}, {"step": step}))  # type: ignore[misc]
+        writer.wait()
+        writer.losses[step] = loss
+    assert steps(tmp_path) == [2, 4] and writer.best == 2
+    assert "No space left" in said[0] and "the run goes on" in said[0]
+    with pytest.raises(InputError, match="cannot write"):
+        writer.finish()
+
+
+def test_fault_17_what_is_damaged_does_not_count_among_the_newest(words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(saving(words, out, 3)) == 0
+    flip(out / "checkpoints" / "step-3" / "model.safetensors")
+    assert main([*saving(words, out, 4), "--resume", "--checkpoint.keep", "1"]) == 0
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert "damaged-step-3" in names and "step-4" in names
+
+
+def test_a_manifest_is_not_trusted(words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(saving(words, out, 1)) == 0
+    folder = out / "checkpoints" / "step-1"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for odd in ({}, manifest | {"../../secret": {"bytes": 1, "sha256": ""}}, [1]):
+        (folder / "manifest.json").write_text(json.dumps(odd))
+        with pytest.raises(InputError, match=r"another form|cannot be read"):
+            Checkpoint(folder)

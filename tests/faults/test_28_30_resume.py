@@ -19,7 +19,7 @@ from minillama.training.config import RunConfig, load_run_config
 from minillama.training.run import train
 
 MEMBERS = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
-KEPT = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "skipped")
+TIMED = ("tokens_per_second", "mfu", "seconds")
 
 
 class Quiet:
@@ -68,7 +68,7 @@ def text(tmp_path: Path) -> Path:
 
 def lines(out: Path) -> list[dict]:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: record.get(key) for key in KEPT} for record in records]
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in records]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -167,7 +167,13 @@ def test_fault_30_harmless_changes_are_shown_and_harmful_ones_refused(
     assert main([*words, "--train.steps", "6"]) == 0
     before = (tmp_path / "run" / "config.toml").read_bytes()
     capsys.readouterr()
-    for option in (["--seed", "5"], ["--train.batch_size", "2"], ["--train.context", "16"], ["--optim.beta2", "0.9"]):
+    for option in (
+        ["--seed", "5"],
+        ["--optim.muon_lr", "0.0"],
+        ["--train.batch_size", "2"],
+        ["--train.context", "16"],
+        ["--optim.beta2", "0.9"],
+    ):
         assert main([*words, "--resume", *option]) == 1
         error = capsys.readouterr().err
         key, value = option[0].removeprefix("--"), option[1]
@@ -185,3 +191,74 @@ def test_fault_10_data_replaced_before_a_resume(text: Path, tmp_path: Path, caps
     Tokenizer.load(tmp_path / "run" / "model")
     assert main([*words, "--resume"]) == 1
     assert "the data is not what the checkpoint was trained on" in capsys.readouterr().err
+
+
+def test_a_finished_run_that_goes_on_has_no_old_model(text: Path, tmp_path: Path) -> None:
+    """Stopped at its last step it is not finished: the model that was there is of fewer steps."""
+    words = [*shape("llama"), *settings(text, tmp_path)]
+    out = tmp_path / "run"
+    config = [load_run_config("tiny", [*words, "--train.steps", steps], "llama-tiny") for steps in ("6", "8")]
+    assert train(config[0], str(out), report=Quiet()) == 0
+    assert train(config[1], str(out), resume=True, report=Quiet(8)) == 143
+    assert not (out / "model").exists()
+    assert train(config[1], str(out), resume=True, report=Quiet()) == 0
+    last = load_file(out / "checkpoints" / "step-8" / "model.safetensors")
+    model = load_file(out / "model" / "model.safetensors")
+    assert all(torch.equal(last[name], model[name]) for name in last)
+    assert lines(out)[-1]["step"] == 8 and "val_loss" in lines(out)[-1]
+
+
+def test_a_signal_between_the_step_and_its_save_loses_nothing(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minillama.training.guard import Guard
+
+    config = load_run_config("tiny", [*shape("llama"), *settings(text, tmp_path)], "llama-tiny")
+    asked = []
+
+    def is_over(guard: Guard) -> bool:
+        asked.append(1)
+        if len(asked) == 7:  # behind the question whether a signal came, in step 7 or before
+            signal.raise_signal(signal.SIGTERM)
+        return False
+
+    monkeypatch.setattr(Guard, "is_over", property(is_over))
+    assert train(config, str(tmp_path / "run"), report=Quiet()) == 143
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert train(config, str(tmp_path / "run"), resume=True, report=Quiet()) == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(21)) and kept
+
+
+def test_another_error_does_not_lose_the_checkpoint_that_is_being_written(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    from minillama.errors import InputError
+    from minillama.training.checkpoint import newest_checkpoint
+    from minillama.training.saving import Snapshot
+
+    config = load_run_config("tiny", [*shape("llama"), *settings(text, tmp_path)], "llama-tiny")
+    monkeypatch.setattr(Snapshot, "check", lambda snapshot: time.sleep(1))
+
+    class Failing(Quiet):
+        def step(self, record: dict) -> None:
+            if record["step"] == 5:
+                raise InputError("something else")
+
+    with pytest.raises(InputError, match="something else"):
+        train(config, str(tmp_path / "run"), report=Failing())
+    found, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None and found.step == 4
+
+
+def test_nothing_is_replaced_before_all_is_checked(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", *shape("llama"), *settings(text, tmp_path), "--out", str(tmp_path / "run")]
+    assert main([*words, "--train.steps", "2"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert main([*words, "--overwrite", "--data.sources", str(tmp_path / "nothing.txt")]) == 1
+    text.write_text("too short")
+    assert main([*words, "--overwrite"]) == 1
+    assert before == {path: path.read_bytes() for path in before}

@@ -59,8 +59,9 @@ def test_fault_33_the_step_is_skipped_and_its_text_is_named(
     skipped = [line for line in lines(out) if "skipped" in line]
     assert skipped and all(line["loss"] is None or line["grad_norm"] is None for line in skipped)
     tokens = (tmp_path / "text.txt").read_text()
-    for found in re.findall(r"skipped: .* the rows whose loss is no number: row \d: .*, tokens (\d+)\.\.(\d+)", said):
-        assert "#" in tokens[int(found[0]) : int(found[1]) + 1]
+    places = re.findall(r"skipped: .* the rows whose loss is no number: row \d: .*, tokens (\d+)\.\.(\d+)", said)
+    assert places and all("#" in tokens[int(start) : int(stop) + 1] for start, stop in places)
+    assert all(f"tokens {start}..{stop}" in str(skipped) for start, stop in places)
     assert said.count("skipped: ") == len(skipped) and f"{len(skipped)} steps were skipped" in said
     final = load_file(out / "model" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in final.values())
@@ -77,7 +78,9 @@ def test_fault_33_after_some_in_a_row_the_run_ends(
     assert main([*words, *options, "--out", str(out)]) == 1
     said = capsys.readouterr()
     assert "4 steps in a row were skipped" in said.err and "lower optim.lr" in said.err
-    assert len([line for line in lines(out) if "skipped" in line]) >= 3
+    skipped = [line for line in lines(out) if "skipped" in line]
+    assert len(skipped) == 4 and all(line["rows"] for line in skipped)
+    assert steps(out / "checkpoints")[-1] == lines(out)[-1]["step"] or "no numbers" in said.out + said.err
     for step in steps(out / "checkpoints"):
         saved = load_file(out / "checkpoints" / f"step-{step}" / "model.safetensors")
         assert all(tensor.isfinite().all() for tensor in saved.values()), step

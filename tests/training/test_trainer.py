@@ -220,5 +220,5 @@ def test_resume_with_another_shape_is_refused_with_both(tiny_config: Make, tmp_p
     """A run that is finished too: the setting would be dropped without a word."""
     run(tiny_config(), tmp_path / "run")
     for words in ([], ["--train.steps", "18"]):
-        with pytest.raises(InputError, match=r"another shape(?s:.*)num_hidden_layers = (?s:.*)num_hidden_layers = 3"):
+        with pytest.raises(InputError, match=r"another shape(?s:.*)model.n_layers = 3, was 2"):
             run(tiny_config(*words, "--model.n_layers", "3"), tmp_path / "run", resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -62,11 +63,14 @@ class Objective(Protocol):
     weight of the whole batch, so that accumulation changes nothing.
     """
 
+    writes_text: bool
+    """Whether a sample of the model's text shows what it learns."""
+
     def batch(self, data: Any, seed: int, step: int) -> Batch:
         """The batch of a step: a pure function of (seed, step). The data is what `load_data` chose for it."""
 
-    def where(self, data: Any, seed: int, step: int) -> list[str]:
-        """Where each row of a step's batch stands in the data, for a message."""
+    def where(self, data: Any, seed: int, step: int, rows: Sequence[int]) -> list[str]:
+        """Where these rows of a step's batch stand in the data, for a message."""
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Weighted sum of losses, sum of weights, and summed metrics."""
@@ -86,6 +90,8 @@ class Objective(Protocol):
 
 class Stateless:
     """The part of an objective whose batches follow from (seed, step) alone."""
+
+    writes_text = True
 
     def prepare(self, step: int) -> None:
         """Nothing to prepare: the data is there already."""

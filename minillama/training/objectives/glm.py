@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -134,9 +134,9 @@ class BlankInfilling(Stateless):
         prefix = torch.tensor([example.layout.prefix for example in made])
         return Batch(tokens, targets, weights, Mask(prefix=prefix), positions)
 
-    def where(self, data: Corpus, seed: int, step: int) -> list[str]:
-        """Source, document and tokens of each row."""
-        return data.where(seed, step, self.batch_size, self.window)
+    def where(self, data: Corpus, seed: int, step: int, rows: Sequence[int]) -> list[str]:
+        """Source, document and tokens of these rows."""
+        return data.where(seed, step, self.batch_size, self.window, rows)
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of nats over the tokens of part B and the ends of blanks."""

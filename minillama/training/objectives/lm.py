@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,9 +47,9 @@ class LanguageModel(Stateless):
         positions = document_positions(window[:, :-1], self.separator)
         return Batch(tokens, targets, weights, Mask(documents=torch.from_numpy(ids)), torch.from_numpy(positions))
 
-    def where(self, data: Corpus, seed: int, step: int) -> list[str]:
-        """Source, document and tokens of each row."""
-        return data.where(seed, step, self.batch_size, self.context)
+    def where(self, data: Corpus, seed: int, step: int, rows: Sequence[int]) -> list[str]:
+        """Source, document and tokens of these rows."""
+        return data.where(seed, step, self.batch_size, self.context, rows)
 
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of nats over the batch's targets, and their weight."""
