@@ -10,7 +10,11 @@ from dataclasses import dataclass
 
 from minillama.config import ModelConfig
 
-__all__ = ["InferenceMemory", "TrainingMemory", "inference_memory", "training_days", "training_memory"]
+__all__ = ["LOGITS", "InferenceMemory", "TrainingMemory", "inference_memory", "training_days", "training_memory"]
+
+
+LOGITS = 2**22
+"""Logits of the loss that exist at once: 16 MiB in float32, a core's share of the last cache."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class TrainingMemory:
     activations: int
     """What autograd keeps between the forward and the backward pass, the logits aside."""
     logits: int
-    """Log-probabilities of the whole vocabulary, their gradient and that of the logits."""
+    """A chunk of logits with its temporaries, and the gradients of the head that are made beside them."""
 
     @property
     def total(self) -> int:
@@ -74,8 +78,8 @@ def training_memory(
     - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
     - gate F, up F, silu(gate) F, their product F
 
-    Around the blocks: token ids, the final norm with its output, and in float32 V log-probabilities and two
-    gradients of that size. With checkpointing the inputs of all blocks stay, and one block at a time in
+    Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the
+    gradients of that output and of the head's matrix, in float32, and three chunks of logits in float32. With checkpointing the inputs of all blocks stay, and one block at a time in
     full. CUDA's fused norm does not keep the normalised input, and compiled blocks recompute more. Rotary
     tables, attention masks, the allocator's waste, and the attention weights that the CPU's bfloat16 kernel
     keeps (`layers/kernel.py`, HT to 2HT bytes a token and block) are left out.
@@ -96,14 +100,16 @@ def training_memory(
     block = _block_bytes(config, weight_bytes, activation_bytes)
     inputs = weight_bytes * config.dim  # the residual stream, which no product casts
     kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
-    ends = 8 + (2 * weight_bytes + activation_bytes) * config.dim + 4
+    ends = 8 + 2 * weight_bytes * config.dim + 4
     return TrainingMemory(
         weights=count * weight_bytes,
         gradients=count * grad_bytes,
         optimizer=count * optimizer_bytes,
         casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
         activations=tokens * (kept + ends),
-        logits=tokens * 3 * 4 * config.vocab_size,
+        logits=3 * 4 * max(config.vocab_size, min(tokens * config.vocab_size, LOGITS))
+        + tokens * activation_bytes * config.dim
+        + 4 * config.vocab_size * config.dim,
     )
 
 

@@ -25,6 +25,7 @@ from minillama.initialisation import initialise
 from minillama.layers.alibi import Alibi
 from minillama.layers.attention import Attention
 from minillama.layers.block_positions import BlockPositions
+from minillama.layers.cross_entropy import linear_cross_entropy
 from minillama.layers.gelu import Gelu
 from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import SwiGLU
@@ -214,6 +215,19 @@ class Decoder(nn.Module):
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
         return F.linear(hidden, self.output_weight) if self.lm_head is None else self.lm_head(hidden)
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        """Sum of nats of the head's predictions, as `cross_entropy` of `head(hidden)`, in little memory.
+
+        Args:
+            hidden: (..., D) what `hidden` gave.
+            targets: (...) ids.
+            weights: (...); 1 unless given.
+            z_loss: weight of PaLM's z-loss.
+        """
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
+        return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss)
 
     def state(self, batch_size: int, max_len: int | None = None) -> State:
         """An empty decode state for `batch_size` rows of at most `max_len` tokens."""

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from minillama.blanks import Blanks, Layout
 from minillama.generation import evaluating
-from minillama.layers.cross_entropy import cross_entropy
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
@@ -79,20 +78,20 @@ def score(
     with evaluating(model):
         for rows in _batches(windows, batch_size):
             ids = torch.from_numpy(rows).to(model.device)
-            logits = model(ids[:, :-1]) if blanks is None else _as_blank(model, ids, blanks)
-            nats += cross_entropy(logits, ids[:, 1:]).item()
+            hidden = model.hidden(ids[:, :-1]) if blanks is None else _as_blank(model, ids, blanks)
+            nats += model.loss(hidden, ids[:, 1:]).item()
             count += ids[:, 1:].numel()
     return Score(nats, count, count * bytes_per_token)
 
 
 def _as_blank(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:
-    """Logits of ids[:, 1:], each from what stands before it."""
+    """(B, T, D) from which ids[:, 1:] are predicted, each by what stands before it."""
     layout = Layout.of([0, blanks.document]).fill(1, [blanks.start] * (ids.shape[1] - 1))
     tokens = torch.tensor(layout.tokens, device=ids.device).repeat(len(ids), 1)
     tokens[:, 0], tokens[:, 3:] = ids[:, 0], ids[:, 1:-1]
     positions = torch.tensor(layout.places, device=ids.device).T.expand(len(ids), -1, -1)
     mask = Mask(prefix=torch.full((len(ids),), 2))
-    return model.head(model.hidden(tokens, positions, mask)[:, 2:])
+    return model.hidden(tokens, positions, mask)[:, 2:]
 
 
 def _batches(windows: Iterable[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

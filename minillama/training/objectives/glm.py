@@ -14,7 +14,6 @@ from minillama.blanks import Blanks, Layout
 from minillama.data.corpus import Corpus
 from minillama.evaluate.perplexity import Score
 from minillama.generation import evaluating
-from minillama.layers.cross_entropy import cross_entropy
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.config import BlankConfig
@@ -143,7 +142,7 @@ class BlankInfilling(Stateless):
         chosen = batch.weights > 0  # the head is the dearest product, and most slots predict nothing
         hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
         z_loss = self.z_loss if model.training else 0.0
-        loss = cross_entropy(model.head(hidden), batch.targets[chosen], batch.weights[chosen], z_loss)
+        loss = model.loss(hidden, batch.targets[chosen], batch.weights[chosen], z_loss)
         return loss, batch.weights.sum(), {}
 
     def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:

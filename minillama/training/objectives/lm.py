@@ -10,7 +10,6 @@ from torch import Tensor
 from minillama.data.corpus import Corpus
 from minillama.data.packing import document_ids, document_positions
 from minillama.evaluate.perplexity import Score, score
-from minillama.layers.cross_entropy import cross_entropy
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, Stateless
@@ -54,7 +53,7 @@ class LanguageModel(Stateless):
     def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of nats over the batch's targets, and their weight."""
         hidden = model.hidden(batch.tokens, batch.positions, batch.mask)
-        loss = cross_entropy(model.head(hidden), batch.targets, batch.weights, self.z_loss)
+        loss = model.loss(hidden, batch.targets, batch.weights, self.z_loss)
         return loss, batch.weights.sum(), {}
 
     def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:
