@@ -214,7 +214,8 @@ def main() -> None:
         return
     results: dict[str, dict[str, Any]] = {}
     print(
-        "| shape | contender | type | tokens/s | spread | GFLOP/s | of peak | memory, GB |\n|---|---|---|---|---|---|---|---|"
+        "| shape | contender | type | tokens/s | spread | GFLOP/s | of peak | memory, GB |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for shape in args.shapes:
         contenders = [pair for peer in args.peers for pair in CONTENDERS[peer]]

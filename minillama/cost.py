@@ -78,11 +78,12 @@ def training_memory(
     - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
     - gate F, up F, silu(gate) F, their product F
 
-    Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the
-    gradients of that output and of the head's matrix, in float32, and three chunks of logits in float32. With checkpointing the inputs of all blocks stay, and one block at a time in
-    full. CUDA's fused norm does not keep the normalised input, and compiled blocks recompute more. Rotary
-    tables, attention masks, the allocator's waste, and the attention weights that the CPU's bfloat16 kernel
-    keeps (`layers/kernel.py`, HT to 2HT bytes a token and block) are left out.
+    Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
+    input and of the head's matrix, in float32, and three chunks of logits in float32. With checkpointing the
+    inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalised
+    input, and compiled blocks recompute more. Rotary tables, attention masks, the allocator's waste, and the
+    attention weights that the CPU's bfloat16 kernel keeps (`layers/kernel.py`, HT to 2HT bytes a token and block)
+    are left out.
 
     Args:
         config: the shape.
