@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["BLANK_TOKENS", "Blanks", "Layout"]
+__all__ = ["BLANK_TOKENS", "Blanks", "Layout", "Rows", "collate"]
 
 BLANK_TOKENS = ("[MASK]", "[sMASK]", "[gMASK]", "<sop>", "<eop>")
 
@@ -40,6 +43,44 @@ class Layout(NamedTuple):
         """One more blank of part B: its mask's place, and what is read there, the start token first."""
         within = [(place, step) for step in range(1, len(ids) + 1)]
         return Layout([*self.tokens, *ids], [*self.places, *within], self.prefix)
+
+
+class Rows(NamedTuple):
+    """Layouts padded on the right to one length T, and what they predict.
+
+    Args:
+        tokens: (N, T) ids.
+        targets: (N, T) ids.
+        weights: (N, T) 1 in part B, 0 in part A and in padding.
+        positions: (N, 2, T).
+        prefix: (N,) |A|.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    weights: Tensor
+    positions: Tensor
+    prefix: Tensor
+
+
+def collate(layouts: Sequence[Layout], targets: Sequence[Sequence[int]], length: int) -> Rows:
+    """Rows of layouts.
+
+    Args:
+        layouts: N of them.
+        targets: for each what is predicted in part B, slot by slot.
+        length: T.
+    """
+    shape = len(layouts), length
+    tokens, wanted = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    positions, weights = torch.zeros(len(layouts), 2, length, dtype=torch.long), torch.zeros(shape)
+    for row, (layout, ids) in enumerate(zip(layouts, targets, strict=True)):
+        size = len(layout.tokens)
+        tokens[row, :size] = torch.tensor(layout.tokens)
+        positions[row, :, :size] = torch.tensor(layout.places).T
+        wanted[row, layout.prefix : size] = torch.tensor(ids)
+        weights[row, layout.prefix : size] = 1
+    return Rows(tokens, wanted, weights, positions, torch.tensor([layout.prefix for layout in layouts]))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillama.blanks import Blanks, Layout
+from minillama.blanks import Blanks, Layout, collate
 from minillama.data.reading import BadText, Record, clean
 from minillama.errors import InputError
 from minillama.generation import evaluating
@@ -135,30 +135,27 @@ class Cloze:
     def collate(self, records: Sequence[list[Layout]]) -> Answers:
         """Records of equally many layouts, padded on the right."""
         longest = max(len(layout.tokens) for layouts in records for layout in layouts)
-        shape = len(records), len(self.words), min(self.context, -(-longest // STEP) * STEP)
-        tokens, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        answer, positions = torch.zeros(shape), torch.zeros(*shape[:2], 2, shape[2], dtype=torch.long)
-        prefix = torch.tensor([[layout.prefix for layout in layouts] for layouts in records])
-        for i, layouts in enumerate(records):
-            for j, (layout, words) in enumerate(zip(layouts, self.words, strict=True)):
-                size = len(layout.tokens)
-                tokens[i, j, :size] = torch.tensor(layout.tokens)
-                positions[i, j, :, :size] = torch.tensor(layout.places).T
-                targets[i, j, layout.prefix : size] = torch.tensor([*words, self.blanks.end])
-                answer[i, j, layout.prefix : size] = 1
-        return Answers(tokens, targets, answer, positions, prefix)
+        length = min(self.context, -(-longest // STEP) * STEP)
+        answers = [[*words, self.blanks.end] for words in self.words] * len(records)
+        rows = collate([layout for layouts in records for layout in layouts], answers, length)
+        return Answers(*(tensor.unflatten(0, (len(records), len(self.words))) for tensor in rows))
 
     def log_probabilities(
-        self, model: Decoder, records: Sequence[Record], batch_size: int = 16
+        self, model: Decoder, records: Sequence[list[Layout]], batch_size: int = 16
     ) -> Iterator[list[float]]:
         """Ln p(label | record), p = p(words | text) / sum over the labels, of one record after the other.
 
+        Args:
+            model: the decoder.
+            records: what `layouts` gives for each.
+            batch_size: records that are read together.
+
         Raises:
-            InputError: the model does not fill blanks, or a record does not fit the question.
+            InputError: the model does not fill blanks.
         """
         need_blanks(model, self.tokenizer)
         for start in range(0, len(records), batch_size):
-            answers = self.collate([self.layouts(record) for record in records[start : start + batch_size]])
+            answers = self.collate(records[start : start + batch_size])
             with evaluating(model):
                 moved = Answers(*(tensor.to(model.device) for tensor in answers))
                 scores = moved.scores(model).log_softmax(-1).tolist()

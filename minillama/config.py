@@ -172,7 +172,7 @@ class ModelConfig:
             ("residual", "norm", "parallel_block", (False,)),
             ("objective", "glm", "position", ("rope-2d", "learned-2d")),
             ("init", "rwkv", "mixer", ("wkv",)),
-            *((("position", p, "rotary_dim", (0,))) for p in ("none", "alibi", "learned-2d", "rope-2d")),
+            *(("position", other, "rotary_dim", (0,)) for other in ("none", "alibi", "learned-2d", "rope-2d")),
         ]
         for switch, value, other, allowed in excluded:
             found = getattr(self, other)

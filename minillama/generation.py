@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -97,9 +97,10 @@ def decode(
             tokens = _padded(unread).to(model.device)
             positions = _padded(where).mT.to(model.device) if where else None
             is_ragged = int(counts.min()) < int(counts.max())
-            mask = Mask(lengths=counts if is_ragged else None)
+            prefix = None
             if where and (unread is texts or not use_state):  # one more token sees all that is there anyway
-                mask = replace(mask, prefix=torch.tensor([layouts[row].prefix for row in rows]))
+                prefix = torch.tensor([layouts[row].prefix for row in rows])
+            mask = Mask(lengths=counts if is_ragged else None, prefix=prefix)
             hidden = model.hidden(tokens, positions, mask, state)
             last = hidden[torch.arange(len(rows)), counts - 1]
             chosen = sampler(model.head(last)).tolist()
@@ -195,15 +196,16 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     return encoded
 
 
-def _check_room(lengths: Sequence[int], context: int) -> None:
+def check_room(lengths: Sequence[int], context: int, name: str) -> None:
+    """Refuse what fills the context; `name` is what it is called, a prompt or a text."""
     for i, length in enumerate(lengths):
         if length >= context:
             raise InputError(
-                "the prompt fills the model's context and leaves no room for an answer",
-                where=f"prompt {i + 1}",
+                f"the {name} fills the model's context and leaves no room for an answer",
+                where=f"{name} {i + 1}",
                 found=f"{length} tokens",
                 expected=f"fewer than {context}",
-                fix="shorten the prompt",
+                fix=f"shorten the {name}",
             )
 
 
@@ -239,7 +241,7 @@ def pieces(
     read = [blanks.continuation(ids) for ids in texts] if blanks else texts
     stop_ids = {tokenizer.eos_id, *model.stop_ids} | ({blanks.end} if blanks else set())
     starts = [len(layout.tokens) if isinstance(layout, Layout) else len(layout) for layout in read]
-    _check_room(starts, model.config.max_seq_len)
+    check_room(starts, model.config.max_seq_len, "prompt")
     lengths = list(starts)
     decoders = [tokenizer.stream(after=ids) for ids in texts]
     filters = [StopText(stop) for _ in texts]

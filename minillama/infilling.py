@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from minillama.blanks import BLANK_TOKENS, Blanks, Layout
 from minillama.errors import InputError
-from minillama.generation import GREEDY, Reason, blanks_of, decode
+from minillama.generation import GREEDY, Reason, blanks_of, check_room, decode
 from minillama.model import Decoder
 from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer
@@ -17,8 +17,6 @@ __all__ = ["Cut", "Filled", "infill", "lay_out", "need_blanks"]
 
 # A blank space in front of a mask belongs to what is filled in, as it belongs to a word.
 _MASK = re.compile("( ?)(" + "|".join(map(re.escape, BLANK_TOKENS[:3])) + ")")
-
-
 _STRIDE = 1_000_003  # between the seeds of a text's blanks: more texts than that are in no batch
 
 
@@ -100,7 +98,7 @@ def infill(
     blanks = need_blanks(model, tokenizer)
     cuts = [Cut(text, tokenizer, f"text {i + 1}") for i, text in enumerate(texts)]
     layouts = [cut.layout for cut in cuts]
-    _check_room(layouts, model.config.max_seq_len)
+    check_room([len(layout.tokens) + 1 for layout in layouts], model.config.max_seq_len, "text")
     written: list[list[str]] = [[] for _ in cuts]
     reasons: list[list[Reason]] = [[] for _ in cuts]
     ends = {tokenizer.eos_id, blanks.end, *model.stop_ids}
@@ -166,15 +164,3 @@ def _fill(
             tokens[row].append(token)
             if len(tokens[row]) == max_new_tokens:
                 reasons[row] = "length"
-
-
-def _check_room(layouts: Sequence[Layout], context: int) -> None:
-    for i, layout in enumerate(layouts):
-        if len(layout.tokens) + 1 >= context:
-            raise InputError(
-                "the text fills the model's context and leaves no room for its blanks",
-                where=f"text {i + 1}",
-                found=f"{len(layout.tokens)} tokens",
-                expected=f"fewer than {context - 1}",
-                fix="shorten the text",
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -52,18 +53,17 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> Decoder:
-    config = ModelConfig(
+    config = replace(
+        ModelConfig.load("glm-tiny"),
         dim=32,
         n_layers=2,
         n_heads=4,
+        n_kv_heads=4,
+        head_dim=8,
         hidden_dim=64,
         vocab_size=tokenizer.vocab_size,
         max_seq_len=64,
-        norm="layer",
-        position="learned-2d",
-        mlp="gelu",
-        bias="all",
-        objective="glm",
+        tie_embeddings=False,
     )
     torch.manual_seed(1)
     return Decoder(config).eval()
@@ -91,7 +91,7 @@ def test_a_score_is_the_likelihood_of_the_whole_answer(model: Decoder, tokenizer
                 expected += logits.log_softmax(-1)[token].item()
                 read.append(token)
             assert float(scores[i, j]) == pytest.approx(expected, rel=1e-4)
-    rows = list(cloze.log_probabilities(model, records))
+    rows = list(cloze.log_probabilities(model, [cloze.layouts(record) for record in records]))
     torch.testing.assert_close(torch.tensor(rows), scores.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
@@ -232,10 +232,18 @@ def test_files_that_hold_no_records(name: str, text: str, what: str, tmp_path: P
         Records.load([Source(path=str(tmp_path / name))], 0.2)
 
 
-def test_fine_tuning_without_a_model_or_a_question_is_refused(tmp_path: Path) -> None:
+def test_fine_tuning_without_a_model_or_a_question_is_refused(
+    model: Decoder, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write(tmp_path / "r.jsonl", reviews())  # type: ignore[arg-type]
     words = ["--model.preset", "glm-tiny", "--data.sources", source, "--train.objective", "cloze"]
     assert main(["train", *words, *WORDS, "--out", str(tmp_path / "run")]) == 1
+    assert "records train no tokenizer" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    words = ["--train.init_from", str(tmp_path / "base"), *words[2:]]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 1
+    assert "there is no question" in capsys.readouterr().err
 
 
 def test_a_bad_record_is_found_before_step_0(

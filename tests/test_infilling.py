@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,18 +33,18 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(params=["learned-2d", "rope-2d"])
 def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Decoder:
     """Weights large enough that a wrong place shows."""
-    config = ModelConfig(
+    config = replace(
+        ModelConfig.load("glm-tiny"),
         dim=48,
         n_layers=2,
         n_heads=6,
+        n_kv_heads=6,
+        head_dim=8,
         hidden_dim=80,
         vocab_size=tokenizer.vocab_size,
         max_seq_len=96,
-        norm="layer",
+        tie_embeddings=False,
         position=request.param,
-        mlp="gelu",
-        bias="all",
-        objective="glm",
     )
     torch.manual_seed(2)
     decoder = Decoder(config).eval()

@@ -16,7 +16,7 @@ from minillama.commands.loading import DType, load_for_decoding
 from minillama.data.reading import BadText, Record
 from minillama.data.sources import Source, records
 from minillama.errors import InputError
-from minillama.question import Question, label_of
+from minillama.question import Question
 from minillama.settings import check
 
 __all__ = ["Args", "run"]
@@ -56,18 +56,15 @@ def run(args: Args) -> int:
     known: Counter[str] = Counter()
     right = 0
     try:
-        for record in asked:
-            cloze.layouts(record)
-            if args.question.label in record.value:
-                cloze.label(record)
+        layouts = [cloze.layouts(record) for record in asked]
+        truths = [labels[cloze.label(r)] if args.question.label in r.value else None for r in asked]
     except BadText as error:  # whose advice is that of a training run
         raise InputError(error.what, where=error.where, found=error.found, expected=error.expected) from None
-    for record, scores in zip(asked, cloze.log_probabilities(model, asked, args.batch_size), strict=True):
+    for truth, scores in zip(truths, cloze.log_probabilities(model, layouts, args.batch_size), strict=True):
         label = labels[scores.index(max(scores))]
         shares = {name: round(math.exp(score), 6) for name, score in zip(labels, scores, strict=True)}
         print(json.dumps({"label": label, "probabilities": shares}, ensure_ascii=False), flush=True)
-        if args.question.label in record.value:
-            truth = label_of(record.value[args.question.label])
+        if truth is not None:
             known[truth] += 1
             right += label == truth
     if count := known.total():

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, get_args
 from uuid import uuid4
@@ -24,6 +24,7 @@ from minillama.data.shards import Shard, ShardWriter, token_dtype
 from minillama.data.sources import OnError, Source, identity
 from minillama.data.split import Part, SplitName, SplitSource
 from minillama.errors import InputError
+from minillama.paths import digest
 from minillama.tokenizer import Tokenizer
 
 __all__ = ["Progress", "Trainer", "load_corpus", "prepare"]
@@ -235,18 +236,13 @@ def _key(parts: dict[str, Any]) -> str:
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
-
-
 def _listed(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
 
 
 def _open_shard(path: Path, expected: str | None) -> Shard:
     shard = Shard.open(path)
-    if expected is not None and (found := _digest(path)) != expected:
+    if expected is not None and (found := digest(path)) != expected:
         raise InputError(
             "the checksum of a data shard does not match: it was damaged or replaced",
             where=path,

@@ -124,9 +124,7 @@ class TokenizerTrainer:
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the texts, which are read once (and not at all for bytes)."""
         plain = replace(self, vocab_size=max(0, self.vocab_size - len(self.special)), special=())
-        made = plain._train(map(_checked, texts))
-        if self.special:
-            made = made.with_special(self.special)
+        made = plain._train(map(_checked, texts)).with_special(self.special)
         if self.full and made.vocab_size < self.vocab_size:
             raise InputError(
                 "the vocabulary is larger than the text allows",

@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from minillama.atomic import replace_folder
 from minillama.errors import InputError
+from minillama.paths import digest, free_name
 
 __all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint", "set_aside", "steps"]
 
@@ -98,7 +98,7 @@ def save_checkpoint(
         tensors = {name: tensor.detach().contiguous() for name, tensor in optimizer_tensors.items()}
         save_file(tensors, path / "optimizer.safetensors")
         (path / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        known = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in sorted(path.iterdir())}
+        known = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(path.iterdir())}
         (path / MANIFEST).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
     return replace_folder(folder / f"step-{run['step']}", write)
@@ -141,15 +141,6 @@ def set_aside(paths: Iterable[Path]) -> None:
             path.rename(free_name(path.with_name(f"damaged-{path.name}")))
 
 
-def free_name(path: Path) -> Path:
-    """The path, or with the first number behind it that nothing has yet."""
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
-
-
 def steps(folder: Path) -> list[int]:
     """The steps of all checkpoints that were written to the end, in order."""
     names = (path.name for path in folder.glob("step-*") if (path / MANIFEST).is_file())
@@ -175,7 +166,7 @@ def _check(file: Path, known: Any, verify: bool) -> None:
     if size != known["bytes"]:
         what = "a file of the checkpoint has another size than when it was written"
         raise InputError(what, where=file, found=f"{size} bytes", expected=known["bytes"])
-    if verify and (found := _digest(file)) != known["sha256"]:
+    if verify and (found := digest(file)) != known["sha256"]:
         what = "a file of the checkpoint has changed since it was written"
         raise InputError(what, where=file, found=f"SHA-256 {found}", expected=known["sha256"])
 
@@ -188,8 +179,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError("a file of the checkpoint cannot be read", where=path, found=type(value).__name__)
     return value
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from minillama.atomic import replace_file
 from minillama.errors import InputError
+from minillama.paths import free_name
 
 __all__ = ["RunFolder", "choose_folder", "lock_owner", "read_lines"]
 
@@ -27,10 +28,7 @@ def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path
         if not out.strip():
             raise InputError("the output folder has no name", where="--out", found=repr(out), fix="name one")
         return Path(out)
-    number = 1
-    while (path := runs / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+    return free_name(runs / name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -154,10 +152,10 @@ class RunFolder:
     def _append(self, path: Path, record: Mapping[str, Any]) -> None:
         try:
             with path.open("a+b") as file:
-                file.seek(0, os.SEEK_END)
-                if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                    file.write(b"\n")  # behind a line that a killed process left unfinished
-                file.write(json.dumps(record).encode() + b"\n")
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                # behind a line that a killed process left unfinished a new one begins
+                file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
         except OSError as error:
             fix = "make room, then go on with --resume"
             raise InputError("cannot write", where=path, found=error.strerror or error, fix=fix) from error

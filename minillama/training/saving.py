@@ -115,10 +115,12 @@ class CheckpointWriter:
                 self.report.say(f"warning: {self._failure}\n  the run goes on; the checkpoints before are as they were")
 
     def _write(self, snapshot: Snapshot) -> None:
+        def write(path: Path) -> None:
+            self.write_model(path, snapshot.model)
+
         self._failure = None
         try:
             snapshot.check()
-            write = lambda path: self.write_model(path, snapshot.model)  # noqa: E731
             save_checkpoint(self.folder, write, snapshot.optimizer, snapshot.run)
             self._prune()
         except BaseException as error:  # raised again by finish, or said by submit

@@ -28,8 +28,7 @@ def choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
 
 
 def _load_tokenizer(config: RunConfig) -> Tokenizer:
-    tokenizer, marks = Tokenizer.load(config.tokenizer.path), _marks(config)
-    return tokenizer.with_special(marks) if marks else tokenizer
+    return Tokenizer.load(config.tokenizer.path).with_special(_marks(config))
 
 
 def _marks(config: RunConfig) -> tuple[str, ...]:

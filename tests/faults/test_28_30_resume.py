@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,18 +124,17 @@ def test_fault_28_cloze_questions(tmp_path: Path) -> None:
     from minillama.blanks import BLANK_TOKENS
 
     tokenizer = TokenizerTrainer("byte-bpe", 280, special=BLANK_TOKENS)([record["text"] for record in records])
-    base = ModelConfig(
+    base = replace(
+        ModelConfig.load("glm-tiny"),
         dim=32,
         n_layers=2,
         n_heads=4,
+        n_kv_heads=4,
+        head_dim=8,
         hidden_dim=48,
         vocab_size=tokenizer.vocab_size,
         max_seq_len=32,
-        norm="layer",
-        position="learned-2d",
-        mlp="gelu",
-        bias="all",
-        objective="glm",
+        tie_embeddings=False,
     )
     Decoder(base).save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
@@ -228,8 +228,11 @@ def test_a_signal_between_the_step_and_its_save_loses_nothing(
         return False
 
     monkeypatch.setattr(Guard, "is_over", property(is_over))
-    assert train(config, str(tmp_path / "run"), report=Quiet()) == 143
+    report = Quiet()
+    assert train(config, str(tmp_path / "run"), report=report) == 143
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    said = next(line for line in report.lines if line.startswith("stopped by"))
+    assert said.split("saved at step ")[1].split(".")[0] in [name.removeprefix("step-") for name in kept]
     assert train(config, str(tmp_path / "run"), resume=True, report=Quiet()) == 0
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(21)) and kept
 

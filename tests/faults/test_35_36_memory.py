@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,18 @@ def test_fault_36_out_of_memory_while_evaluating(tmp_path: Path) -> None:
     source = tmp_path / "records.jsonl"
     source.write_text("".join(json.dumps(record) + "\n" for record in kept))
     tokenizer = TokenizerTrainer("char", 0, special=BLANK_TOKENS)([long + "0123456789 in out."])
-    shape = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "max_seq_len": 2400, "norm": "layer"}
-    config = ModelConfig(
-        **shape, vocab_size=tokenizer.vocab_size, position="learned-2d", mlp="gelu", bias="all", objective="glm"
-    )  # type: ignore[arg-type]
+    config = replace(
+        ModelConfig.load("glm-tiny"),
+        dim=32,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        head_dim=16,
+        hidden_dim=32,
+        vocab_size=tokenizer.vocab_size,
+        max_seq_len=2400,
+        tie_embeddings=False,
+    )
     Decoder(config).save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
     out = tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -25,18 +26,17 @@ from minillama.training.objectives.glm import BlankInfilling, Example
 from minillama.training.spans import documents, long_span, sentence_ends, sentence_spans, short_spans, span_lengths
 
 BLANKS = Blanks(token=90, sentence=91, document=92, start=93, end=94)
-MODEL = ModelConfig(
+MODEL = replace(
+    ModelConfig.load("glm-tiny"),
     dim=32,
     n_layers=2,
     n_heads=4,
+    n_kv_heads=4,
+    head_dim=8,
     hidden_dim=48,
     vocab_size=97,
     max_seq_len=64,
-    norm="layer",
-    position="learned-2d",
-    mlp="gelu",
-    bias="all",
-    objective="glm",
+    tie_embeddings=False,
 )
 
 

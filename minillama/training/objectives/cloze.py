@@ -60,8 +60,9 @@ class ClozeQuestions(Stateless):
         All held-out records are scored, whatever the limit, so that accuracies compare.
         """
         labels = [self.cloze.label(record) for record in data.val]
+        asked = [self.cloze.layouts(record) for record in data.val]
         nats, right = 0.0, 0
-        for label, scores in zip(labels, self.cloze.log_probabilities(model, data.val, rows), strict=True):
+        for label, scores in zip(labels, self.cloze.log_probabilities(model, asked, rows), strict=True):
             nats -= scores[label]
             right += scores.index(max(scores)) == label
         count = len(labels)

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minillama.blanks import Blanks, Layout
+from minillama.blanks import Blanks, Layout, collate
 from minillama.data.corpus import Corpus
 from minillama.evaluate.perplexity import Score
 from minillama.generation import evaluating
@@ -121,17 +120,9 @@ class BlankInfilling(Stateless):
     def collate(self, examples: Iterable[Example]) -> Batch:
         """Examples padded to the context; padding has weight 0."""
         made = list(examples)
-        shape = len(made), self.context
-        tokens, targets = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        positions, weights = torch.zeros(len(made), 2, self.context, dtype=torch.long), torch.zeros(shape)
-        for row, example in enumerate(made):
-            layout, size = example.layout, len(example.targets)
-            tokens[row, :size] = torch.tensor(layout.tokens)
-            targets[row, :size] = torch.tensor(example.targets)
-            positions[row, :, :size] = torch.tensor(layout.places).T
-            weights[row, layout.prefix : size] = 1
-        prefix = torch.tensor([example.layout.prefix for example in made])
-        return Batch(tokens, targets, weights, Mask(prefix=prefix), positions)
+        targets = [example.targets[example.layout.prefix :] for example in made]
+        rows = collate([example.layout for example in made], targets, self.context)
+        return Batch(rows.tokens, rows.targets, rows.weights, Mask(prefix=rows.prefix), rows.positions)
 
     def where(self, data: Corpus, seed: int, step: int, rows: Sequence[int]) -> list[str]:
         """Source, document and tokens of these rows."""
