@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from minillama.config import ModelConfig
-from minillama.device import choose_dtype, peak_flops
+from minillama.device import choose_dtype, keep_freed_pages, peak_flops
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
     from minillama.training.optim import make_optimizers
     from minillama.training.precision import WorkingCopy
 
+    keep_freed_pages()  # as train.py does
     dtype = choose_dtype("auto", torch.device("cpu"))
     model = Decoder(shape.config())
     working = WorkingCopy(model, dtype)

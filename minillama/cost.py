@@ -10,11 +10,23 @@ from dataclasses import dataclass
 
 from minillama.config import ModelConfig
 
-__all__ = ["LOGITS", "InferenceMemory", "TrainingMemory", "inference_memory", "training_days", "training_memory"]
+__all__ = [
+    "InferenceMemory",
+    "TrainingMemory",
+    "inference_memory",
+    "loss_rows",
+    "training_days",
+    "training_memory",
+]
 
 
-LOGITS = 2**22
-"""Logits of the loss that exist at once: 16 MiB in float32, a core's share of the last cache."""
+def loss_rows(vocab_size: int) -> int:
+    """Tokens whose logits exist at once in the loss.
+
+    Every chunk reads and writes the gradient of the head, (V, D): with fewer than some hundred tokens that takes
+    longer than the products. Small vocabularies take more tokens, up to a million logits.
+    """
+    return max(512, 2**20 // vocab_size)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ def training_memory(
     - gate F, up F, silu(gate) F, their product F
 
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
-    input and of the head's matrix, in float32, and three chunks of logits in float32. With checkpointing the
+    input and of the head's matrix, in float32, and a chunk of logits in float32. With checkpointing the
     inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalised
     input, and compiled blocks recompute more. Rotary tables, attention masks, the allocator's waste, and the
     attention weights that the CPU's bfloat16 kernel keeps (`layers/kernel.py`, HT to 2HT bytes a token and block)
@@ -108,7 +120,7 @@ def training_memory(
         optimizer=count * optimizer_bytes,
         casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
         activations=tokens * (kept + ends),
-        logits=3 * 4 * max(config.vocab_size, min(tokens * config.vocab_size, LOGITS))
+        logits=(4 + (activation_bytes if cast else 0)) * config.vocab_size * min(tokens, loss_rows(config.vocab_size))
         + tokens * activation_bytes * config.dim
         + 4 * config.vocab_size * config.dim,
     )

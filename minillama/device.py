@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import shutil
+import sys
 import time
 from typing import Literal
 
@@ -11,7 +13,14 @@ import torch
 
 from minillama.errors import InputError
 
-__all__ = ["choose_device", "choose_dtype", "compiler_missing", "decoding_dtype", "peak_flops"]
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "compiler_missing",
+    "decoding_dtype",
+    "keep_freed_pages",
+    "peak_flops",
+]
 
 # dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the makers' data sheets
 PEAK_FLOPS = {
@@ -94,3 +103,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ b)[0, 0].item()  # reading a value waits for an asynchronous device
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def keep_freed_pages() -> bool:
+    """Have glibc keep what is freed for the next allocation, in this whole process; whether it does.
+
+    By default it gives every block over 32 MiB back to the system, and the next step faults its pages in again one
+    by one: an eighth of a step where activations are that large (benchmarks/README.md). For commands, which own
+    their process; elsewhere than on Linux with glibc nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))

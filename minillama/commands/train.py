@@ -100,6 +100,8 @@ a checkpoint's files twice to hold them against their SHA-256. --deterministic: 
 
 def run(args: Args) -> int:
     """Train; print what to do next."""
+    from minillama.device import keep_freed_pages
     from minillama.training.run import train
 
+    keep_freed_pages()
     return train(args.run, args.out, args.resume, args.overwrite, args.verify)

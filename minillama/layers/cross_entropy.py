@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillama.cost import LOGITS
+from minillama.cost import loss_rows
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
@@ -69,26 +69,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if trains_hidden else None
         grad_matrix = torch.zeros(matrix.shape, device=matrix.device) if trains_matrix else None
         total = torch.zeros((), device=hidden.device)
-        rows = max(1, LOGITS // len(matrix))
+        rows = min(len(hidden), loss_rows(len(matrix)))
+        # the same memory for every chunk: fresh pages of this size would cost a fault each
+        scores = hidden.new_empty(rows, len(matrix))
+        wide = scores if scores.dtype == torch.float32 else torch.empty_like(scores, dtype=torch.float32)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             h, ids, share = hidden[part], targets[part, None], weights[part, None]
-            logits = (h @ matrix.T).float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            losses = log_z - logits.gather(-1, ids) + z_loss * log_z.square()
-            total += (losses * share).sum()
+            products = torch.mm(h, matrix.T, out=scores[: len(h)])
+            logits = products if wide is scores else wide[: len(h)].copy_(products)
+            chosen, peak = logits.gather(-1, ids), logits.amax(-1, keepdim=True)
+            powers = logits.sub_(peak).exp_()
+            z = powers.sum(-1, keepdim=True)
+            log_z = peak + z.log()
+            total += ((log_z - chosen + z_loss * log_z.square()) * share).sum()
             if grad_hidden is None and grad_matrix is None:
                 continue
-            grad = logits.sub_(log_z).exp_().mul_(share * (1 + 2 * z_loss * log_z)).scatter_add_(-1, ids, -share)
-            grad = grad.to(hidden.dtype)
+            if z_loss:
+                powers.mul_(1 + 2 * z_loss * log_z)
+            powers.scatter_add_(-1, ids, -z)
+            # d loss / d logits = powers * share / z; the factor goes to the narrower side of each product
+            grad = powers if wide is scores else products.copy_(powers)
+            factor = (share / z).to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, matrix, out=grad_hidden[part])
+                torch.mm(grad, matrix, out=grad_hidden[part]).mul_(factor)
             if grad_matrix is None:
                 continue
             if grad.dtype == grad_matrix.dtype:
-                grad_matrix.addmm_(grad.T, h)
+                grad_matrix.addmm_(grad.T, h * factor)
             else:
-                grad_matrix += grad.T @ h
+                grad_matrix += grad.T @ (h * factor)
         ctx.save_for_backward(grad_hidden, grad_matrix)
         ctx.dtype = matrix.dtype
         return total

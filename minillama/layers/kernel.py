@@ -6,12 +6,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minillama.layers.mask import KernelMask
 
 __all__ = ["attend", "blocked_causal"]
 
 BLOCK = 256
+LONG = 1024
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
@@ -35,19 +37,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped)
 
 
-def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:
+def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK, long: int = LONG) -> Tensor:
     """Causal attention one block of queries at a time, each against the keys up to its end.
 
-    The query heads of a group are laid one behind the other along time, so that keys are not repeated.
+    Up to `long` tokens autograd keeps the weights of every block, (H T^2 / 2). Beyond, blocks are computed again in
+    the backward pass, so that memory grows with T and not with its square.
     """
-    groups = q.shape[1] // k.shape[1]
     q = q * q.shape[-1] ** -0.5
     out = []
     for start in range(0, q.shape[2], block):
-        queries = rearrange(q[:, :, start : start + block], "b (k g) t e -> b k (g t) e", g=groups)
-        count = queries.shape[2] // groups
-        keys, values = k[:, :, : start + count], v[:, :, : start + count]
-        ahead = torch.full((count, start + count), float("-inf"), dtype=q.dtype, device=q.device).triu(start + 1)
-        weights = torch.softmax(queries @ keys.transpose(-1, -2) + ahead.repeat(groups, 1), dim=-1)
-        out.append(rearrange(weights @ values, "b k (g t) e -> b (k g) t e", g=groups))
+        stop = min(start + block, q.shape[2])
+        parts = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
+        if q.shape[2] > long and torch.is_grad_enabled():
+            out.append(checkpoint(_last_queries, *parts, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(_last_queries(*parts))
     return torch.cat(out, dim=2)
+
+
+def _last_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of scaled queries that belong to the last of the keys.
+
+    The query heads of a group are laid one behind the other along time, so that keys are not repeated.
+    """
+    groups, count, end = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    queries = rearrange(q, "b (k g) t e -> b k (g t) e", g=groups)
+    ahead = torch.full((count, end), float("-inf"), dtype=q.dtype, device=q.device).triu(end - count + 1)
+    weights = torch.softmax(queries @ k.transpose(-1, -2) + ahead.repeat(groups, 1), dim=-1)
+    return rearrange(weights @ v, "b k (g t) e -> b (k g) t e", g=groups)
