@@ -17,7 +17,7 @@ def touch():
     torch.ones(16, 2**20)  # 64 MiB: over the largest block that glibc keeps by default
 touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(40):
     touch()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -29,4 +29,4 @@ def test_freed_pages_are_kept() -> None:
         command = [sys.executable, "-c", PROGRAM, mode]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert faults("keep") * 10 < faults("default")
+    assert faults("keep") * 2 < faults("default")
