@@ -13,8 +13,8 @@ from torch import Tensor
 
 from minillama.blanks import Blanks, Layout, collate
 from minillama.data.reading import BadText, Record, clean
+from minillama.decoding import evaluating
 from minillama.errors import InputError
-from minillama.generation import evaluating
 from minillama.infilling import lay_out, need_blanks
 from minillama.layers.mask import Mask
 from minillama.model import Decoder

@@ -1,30 +1,21 @@
-"""The decode loop: prompts of unequal length in one batch, stop strings, streaming.
-
-`decode` works on token ids; `generate` and `stream` put text around it.
-"""
+"""Text around the decode loop: prompts in, completions out, stop strings, streaming."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
+from typing import Literal
 
 from minillama.blanks import Blanks, Layout
+from minillama.decoding import Decoding, decode
 from minillama.errors import InputError
-from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.sampling import Sampler, Sampling
+from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["GREEDY", "Completion", "Piece", "Reason", "blanks_of", "decode", "evaluating", "generate", "stream"]
+__all__ = ["Completion", "Piece", "Reason", "StopText", "blanks_of", "check_room", "generate", "pieces", "stream"]
 
 Reason = Literal["eos", "stop", "length", "context"]
-GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)
@@ -47,85 +38,6 @@ class Completion:
     text: str
     tokens: tuple[int, ...]
     reason: Reason
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients, and as before afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
-
-
-def decode(
-    model: Decoder,
-    prompts: Sequence[Sequence[int] | Layout],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    use_state: bool = True,
-    seeds: Sequence[int] | None = None,
-) -> Generator[list[tuple[int, int]], set[int] | None, None]:
-    """Yield, step by step, (row, token) for every row that is still going.
-
-    Send a set of rows into the generator to end them; they are dropped from the batch.
-
-    Args:
-        model: the decoder.
-        prompts: token ids, one sequence a row, each at least one token long; or for all rows texts with
-            blanks, of which the last is filled.
-        max_new_tokens: steps at most. A row also ends when the model's context is full.
-        sampling: how tokens are chosen.
-        use_state: keep keys and values between steps. Without, each step reads everything again; the
-            tokens are the same, and a test holds the two against each other.
-        seeds: of each row's random choices; `sampling.seed` + i for row i unless given.
-    """
-    context = model.config.max_seq_len
-    layouts = [prompt for prompt in prompts if isinstance(prompt, Layout)]
-    texts = [list(prompt.tokens if isinstance(prompt, Layout) else prompt) for prompt in prompts]
-    rows = list(range(len(texts)))
-    sampler = Sampler(sampling, texts, model.config.vocab_size, seeds)
-    state = model.state(len(rows), min(context, max(map(len, texts)) + max_new_tokens)) if use_state else None
-    places = [list(layout.places) for layout in layouts]
-    unread, where = texts, places
-    for _ in range(max_new_tokens):
-        with evaluating(model):
-            counts = torch.tensor([len(ids) for ids in unread])
-            tokens = _padded(unread).to(model.device)
-            positions = _padded(where).mT.to(model.device) if where else None
-            is_ragged = int(counts.min()) < int(counts.max())
-            prefix = None
-            if where and (unread is texts or not use_state):  # one more token sees all that is there anyway
-                prefix = torch.tensor([layouts[row].prefix for row in rows])
-            mask = Mask(lengths=counts if is_ragged else None, prefix=prefix)
-            hidden = model.hidden(tokens, positions, mask, state)
-            last = hidden[torch.arange(len(rows)), counts - 1]
-            chosen = sampler(model.head(last)).tolist()
-        ended = (yield list(zip(rows, chosen, strict=True))) or set()
-        for row, token in zip(rows, chosen, strict=True):
-            texts[row].append(token)
-            if places:
-                place, within = places[row][-1]
-                places[row].append((place, within + 1))
-        keep = [i for i, row in enumerate(rows) if row not in ended and len(texts[row]) < context]
-        if len(keep) < len(rows):
-            rows = [rows[i] for i in keep]
-            sampler.select(keep)
-            if state is not None and rows:
-                state.select(keep)
-        if not rows:
-            return
-        new = slice(-1, None) if use_state else slice(None)
-        unread = [texts[row][new] for row in rows]
-        where = [places[row][new] for row in rows] if places else []
-
-
-def _padded(rows: Sequence[Sequence[Any]]) -> torch.Tensor:
-    """Rows of unequal length as one tensor with zeros on the right, (B, T) or for pairs (B, T, 2)."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 class StopText:
@@ -217,7 +129,7 @@ def pieces(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
-    use_state: bool = True,
+    decoding: Decoding = decode,
 ) -> Iterator[tuple[Piece, int]]:
     """Continue prompts together; yield (piece, token id) as text becomes certain.
 
@@ -229,7 +141,7 @@ def pieces(
         sampling: how tokens are chosen; `Sampling()` unless given.
         stop: strings that end a row; they are not part of the text.
         ignore_eos: go on after the end-of-text token.
-        use_state: see `decode`.
+        decoding: what makes the tokens; `functools.partial` gives `decode` its own options.
 
     Raises:
         InputError: a prompt that does not fit the context, an empty stop string, a foreign tokenizer.
@@ -245,7 +157,7 @@ def pieces(
     lengths = list(starts)
     decoders = [tokenizer.stream(after=ids) for ids in texts]
     filters = [StopText(stop) for _ in texts]
-    steps = decode(model, read, max_new_tokens, sampling or Sampling(), use_state)
+    steps = decoding(model, read, max_new_tokens, sampling or Sampling())
     ended: set[int] | None = None
     while True:
         try:
@@ -283,7 +195,7 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
-    use_state: bool = True,
+    decoding: Decoding = decode,
 ) -> list[Completion]:
     """Continue several prompts in one batch. The arguments are those of `pieces`.
 
@@ -293,7 +205,7 @@ def generate(
     text = ["" for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     reasons: list[Reason] = ["length" for _ in prompts]
-    for piece, token in pieces(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, use_state):
+    for piece, token in pieces(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, decoding):
         text[piece.row] += piece.text
         tokens[piece.row].append(token)
         reasons[piece.row] = piece.reason or reasons[piece.row]
@@ -308,8 +220,9 @@ def stream(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    decoding: Decoding = decode,
 ) -> Iterator[Piece]:
     """Continue one prompt and yield its text piece by piece, never half a character or part of a stop string."""
-    for piece, _ in pieces(model, tokenizer, [prompt], max_new_tokens, sampling, stop, ignore_eos):
+    for piece, _ in pieces(model, tokenizer, [prompt], max_new_tokens, sampling, stop, ignore_eos, decoding):
         if piece.text or piece.reason:
             yield piece

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minillama.blanks import BLANK_TOKENS, Blanks, Layout
+from minillama.decoding import GREEDY, decode
 from minillama.errors import InputError
-from minillama.generation import GREEDY, Reason, blanks_of, check_room, decode
+from minillama.generation import Reason, blanks_of, check_room
 from minillama.model import Decoder
 from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer

@@ -229,9 +229,9 @@ class Decoder(nn.Module):
             hidden = hidden * self.config.logit_scale
         return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss)
 
-    def state(self, batch_size: int, max_len: int | None = None) -> State:
-        """An empty decode state for `batch_size` rows of at most `max_len` tokens."""
-        return State(self.config, batch_size, max_len, self.dtype, self.device)
+    def state(self, batch_size: int, max_len: int | None = None, cache_dtype: torch.dtype | None = None) -> State:
+        """An empty decode state for `batch_size` rows of at most `max_len` tokens; see `State`."""
+        return State(self.config, batch_size, max_len, self.dtype, self.device, cache_dtype)
 
     @torch.no_grad()
     def resize_embeddings(

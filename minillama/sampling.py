@@ -7,6 +7,7 @@ that a row's text does not depend on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -123,30 +124,60 @@ class Sampler:
         Raises:
             InputError: logits that are no numbers, which a broken model gives.
         """
+        tokens = self.draw(self.probabilities(logits))
+        self.take(tokens)
+        return tokens
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits (B, V) -> what tokens are drawn from after the whole chain, (B, V) on the CPU; greedy: 1 for one.
+
+        Raises:
+            InputError: logits that are no numbers, which a broken model gives.
+        """
         logits = logits.float().cpu()
         if logits.isnan().any():
             raise InputError("the model's logits are not numbers", fix="check its weights: they hold NaN or infinity")
         s = self.settings
         if self.seen is not None:
             logits = repetition_penalty(logits, self.seen, s.repetition_penalty)
-        tokens = logits.argmax(-1) if s.temperature == 0 else self._draw(temperature(logits, s.temperature))
-        if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
-
-    def _draw(self, logits: Tensor) -> Tensor:
-        s = self.settings
+        if s.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+        logits = temperature(logits, s.temperature)
         if s.top_k:
             logits = top_k(logits, s.top_k)
         if s.top_p < 1:
             logits = top_p(logits, s.top_p)
         if s.min_p:
             logits = min_p(logits, s.min_p)
+        return logits.softmax(-1)
+
+    def draw(self, probabilities: Tensor) -> Tensor:
+        """One token a row, (B,), from (B, V)."""
+        if self.settings.temperature == 0:
+            return probabilities.argmax(-1)
         rows = [
             torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(logits.softmax(-1), self.generators, strict=True)
+            for row, generator in zip(probabilities, self.generators, strict=True)
         ]
         return torch.cat(rows)
+
+    def take(self, tokens: Tensor) -> None:
+        """Count tokens (B,) as seen."""
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+
+    def fork(self) -> Sampler:
+        """The same chain and random generators with a history of its own, for tokens that may be taken back."""
+        other = copy(self)
+        other.seen = None if self.seen is None else self.seen.clone()
+        return other
+
+    def replace(self, rows: Sequence[int], other: Sampler) -> None:
+        """Put the rows of another sampler in place of these, which have ended."""
+        for row, generator in zip(rows, other.generators, strict=True):
+            self.generators[row] = generator
+        if self.seen is not None and other.seen is not None:
+            self.seen[list(rows)] = other.seen
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""

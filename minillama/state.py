@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
+from minillama.errors import InputError
 from minillama.layers.wkv import Sums
 
 __all__ = ["KVCache", "LayerState", "Snapshot", "Span", "State", "WKVState"]
@@ -51,6 +52,9 @@ class LayerState(Protocol):
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be named twice."""
 
+    def replace(self, rows: Tensor, other: Any, length: int) -> None:
+        """Put all rows of `other`, a memory of the same kind of which `length` slots are in use, in place of these."""
+
     def snapshot(self) -> object:
         """What `restore` needs to come back to this point."""
 
@@ -58,28 +62,102 @@ class LayerState(Protocol):
         """Come back to the point of the snapshot."""
 
 
-class KVCache:
-    """Keys and values of one layer in buffers of fixed size, written in place."""
+class Slots:
+    """One tensor (B, K, S, E) of fixed size, written in place."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (B, K, S, E)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.stored = torch.zeros(tuple(shape), dtype=dtype, device=device)
 
-    def append(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Write (B, K, T, E) keys and values at the span's slots; return views of all slots in use."""
+    def write(self, x: Tensor, span: Span) -> None:
+        """Put (B, K, T, E) at the span's slots."""
         if span.start is not None:
-            self.keys[:, :, span.start : span.end] = keys
-            self.values[:, :, span.start : span.end] = values
+            self.stored[:, :, span.start : span.end] = x
         else:
-            slots = span.slots(keys.device)
-            rows = torch.arange(len(slots), device=keys.device)[:, None]
-            self.keys[rows, :, slots] = keys.transpose(1, 2).to(self.keys.dtype)
-            self.values[rows, :, slots] = values.transpose(1, 2).to(self.values.dtype)
-        return self.keys[:, :, : span.end], self.values[:, :, : span.end]
+            slots = span.slots(x.device)
+            rows = torch.arange(len(slots), device=x.device)[:, None]
+            self.stored[rows, :, slots] = x.transpose(1, 2).to(self.stored.dtype)
+
+    def read(self, end: int, dtype: torch.dtype) -> Tensor:
+        """The slots up to `end`: a view where they lie in that type."""
+        return self.stored[:, :, :end].to(dtype)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.stored = self.stored[rows]
+
+    def replace(self, rows: Tensor, other: Slots, length: int) -> None:
+        """Overwrite these rows with those of another."""
+        self.stored[rows, :, :length] = other.stored[:, :, :length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory."""
+        return self.stored.nbytes
+
+
+class Int8Slots(Slots):
+    """Whole numbers of one byte with a scale for each head of each token, s = max |x| / 127."""
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        super().__init__(shape, torch.int8, device)
+        self.scale = Slots((*shape[:-1], 1), torch.float32, device)
+
+    def write(self, x: Tensor, span: Span) -> None:
+        """See `Slots.write`."""
+        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        super().write((x.float() / scale).round(), span)
+        self.scale.write(scale, span)
+
+    def read(self, end: int, dtype: torch.dtype) -> Tensor:
+        """The slots up to `end`, multiplied out."""
+        return (super().read(end, torch.float32) * self.scale.read(end, torch.float32)).to(dtype)
+
+    def select(self, rows: Tensor) -> None:
+        """See `Slots.select`."""
+        super().select(rows)
+        self.scale.select(rows)
+
+    def replace(self, rows: Tensor, other: Slots, length: int) -> None:
+        """See `Slots.replace`."""
+        super().replace(rows, other, length)
+        self.scale.replace(rows, cast(Int8Slots, other).scale, length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory, scales included."""
+        return super().nbytes + self.scale.nbytes
+
+
+class KVCache:
+    """Keys and values of one layer.
+
+    Args:
+        shape: (B, K, S, E).
+        dtype: of the memory; int8 is `Int8Slots`.
+        device: where it lies.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        def slots() -> Slots:
+            return Int8Slots(shape, device) if dtype == torch.int8 else Slots(shape, dtype, device)
+
+        self.keys, self.values = slots(), slots()
+
+    def append(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Write (B, K, T, E) keys and values at the span's slots; return all slots in use, in their type."""
+        self.keys.write(keys, span)
+        self.values.write(values, span)
+        return self.keys.read(span.end, keys.dtype), self.values.read(span.end, values.dtype)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.keys.select(rows)
+        self.values.select(rows)
+
+    def replace(self, rows: Tensor, other: KVCache, length: int) -> None:
+        """Overwrite these rows with those of another cache."""
+        self.keys.replace(rows, other.keys, length)
+        self.values.replace(rows, other.values, length)
 
     def snapshot(self) -> None:
         """Nothing: slots past the restored length are written again before they are seen."""
@@ -107,6 +185,12 @@ class WKVState:
         self.mixed, self.channel = self.mixed[rows], self.channel[rows]
         self.sums = Sums(*(part[rows] for part in self.sums))
 
+    def replace(self, rows: Tensor, other: WKVState, length: int) -> None:
+        """Take these rows from another memory."""
+        self.mixed = self.mixed.index_copy(0, rows, other.mixed)
+        self.channel = self.channel.index_copy(0, rows, other.channel)
+        self.sums = Sums(*(a.index_copy(0, rows, b) for a, b in zip(self.sums, other.sums, strict=True)))
+
     def snapshot(self) -> object:
         """The vectors, which are replaced and never written to."""
         return self.mixed, self.channel, self.sums
@@ -131,8 +215,9 @@ class State:
         config: the model's shape.
         batch_size: B.
         max_len: slots a row; the model's context unless given.
-        dtype: of keys and values.
-        device: where they lie.
+        dtype: that the model computes in.
+        device: where the memory lies.
+        cache_dtype: that keys and values are kept in: `dtype` unless given, a shorter float, or int8.
     """
 
     def __init__(
@@ -142,15 +227,16 @@ class State:
         max_len: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.max_len = max_len or config.max_seq_len
         shape = (batch_size, config.n_kv_heads, self.max_len, config.head_dim)
-        device = torch.device(device)
+        self.device = torch.device(device)
 
         def memory() -> LayerState:
             if config.mixer == "wkv":
-                return WKVState(batch_size, config.dim, dtype, device)
-            return KVCache(shape, dtype, device)
+                return WKVState(batch_size, config.dim, dtype, self.device)
+            return KVCache(shape, cache_dtype or dtype, self.device)
 
         self.layers: list[LayerState] = [memory() for _ in range(config.n_layers)]
         self.lengths: list[int] = [0] * batch_size
@@ -178,6 +264,14 @@ class State:
         for layer in self.layers:
             layer.select(torch.tensor(rows))
 
+    def replace(self, rows: Sequence[int], other: State) -> None:
+        """Put the rows of another state in place of these, which have ended."""
+        for row, length in zip(rows, other.lengths, strict=True):
+            self.lengths[row] = length
+        places = torch.tensor(rows, device=self.device)
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            layer.replace(places, new, max(other.lengths))
+
     def snapshot(self) -> Snapshot:
         """A point to come back to, after a draft that was rejected or to continue one prompt twice."""
         return Snapshot(tuple(self.lengths), tuple(layer.snapshot() for layer in self.layers))
@@ -187,3 +281,16 @@ class State:
         self.lengths = list(snapshot.lengths)
         for layer, saved in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(saved)
+
+    def truncate(self, length: int) -> None:
+        """Forget what each row read after its first `length` tokens; of keys and values only the count goes back.
+
+        Raises:
+            InputError: a recurrent layer, whose past tokens cannot be taken apart.
+        """
+        if any(isinstance(layer, WKVState) for layer in self.layers):
+            raise InputError(
+                "a recurrent state cannot forget its last tokens; speculation needs a model with keys and values",
+                fix="decode this model without speculation",
+            )
+        self.lengths = [min(read, length) for read in self.lengths]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minillama.config import ModelConfig
+from minillama.decoding import decode
 from minillama.device import decoding_dtype
 from minillama.errors import InputError
 from minillama.generation import StopText, generate, stream
@@ -41,7 +44,7 @@ def test_batch_equals_single_and_cached_equals_uncached(
     model: Decoder, tokenizer: Tokenizer, sampling: Sampling
 ) -> None:
     together = generate(model, tokenizer, PROMPTS, 20, sampling)
-    uncached = generate(model, tokenizer, PROMPTS, 20, sampling, use_state=False)
+    uncached = generate(model, tokenizer, PROMPTS, 20, sampling, decoding=partial(decode, use_state=False))
     assert together == uncached
     for row, prompt in enumerate(PROMPTS):
         own = Sampling(**{**sampling.__dict__, "seed": sampling.seed + row})

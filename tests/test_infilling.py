@@ -12,8 +12,9 @@ import torch
 from minillama.blanks import BLANK_TOKENS, Blanks, Layout
 from minillama.commands.cli import main
 from minillama.config import ModelConfig
+from minillama.decoding import decode
 from minillama.errors import InputError
-from minillama.generation import decode, generate
+from minillama.generation import generate
 from minillama.infilling import Cut, infill
 from minillama.layers.mask import Mask
 from minillama.model import Decoder

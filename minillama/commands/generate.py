@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from minillama.commands.loading import DType, load_for_decoding, read_texts
+from minillama.errors import InputError
 from minillama.sampling import Sampling
 from minillama.settings import check
+
+if TYPE_CHECKING:
+    from minillama.decoding import Decoding
+    from minillama.speculation import Speculation
 
 __all__ = ["Args", "run"]
 
@@ -40,20 +46,41 @@ class Args:
     """Of the weights; auto: as they are stored, quantised ones and what the CPU does not multiply as float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    speculate: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One prompt: guess tokens from what followed the same words before, and check them in one pass."""
+    draft: str | None = None
+    """One prompt: let this smaller model of the same vocabulary guess the tokens."""
+    draft_tokens: int = field(default=8, metadata={"min": 1})
+    """Tokens to guess before each check at most."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Weights of one byte (a scale a channel) or half a byte (a scale and an offset for 32 inputs)."""
+    batch_size: int = field(default=16, metadata={"min": 1})
+    """Prompts at once; the next one enters when one has ended."""
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Of keys and values; auto: that of the products."""
 
 
 def run(args: Args) -> int:
     """Stream one completion, or write several as JSONL, one line a prompt in order."""
     check(args)
     prompts = read_texts(args.prompt, args.prompts, "prompt")
+    speculates = args.speculate or args.draft is not None
+    if speculates and len(prompts) > 1:
+        raise InputError(
+            "speculation takes one prompt",
+            where="command line",
+            found=f"{len(prompts)} prompts",
+            fix="leave out --speculate and --draft, or give the prompts one by one",
+        )
     from minillama.generation import generate, stream
 
-    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
+    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device, args.quantize)
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": args.sampling,
         "stop": args.stop,
         "ignore_eos": args.ignore_eos,
+        "decoding": _speculation(args) if speculates else _batches(args),
     }
     if len(prompts) == 1 and args.prompts is None:
         for piece in stream(model, tokenizer, prompts[0], **options):
@@ -62,12 +89,33 @@ def run(args: Args) -> int:
             _explain(piece.reason, 0, model.config.max_seq_len)
         if sys.stdout.isatty():
             sys.stdout.write("\n")  # for the prompt that follows; a file gets the completion alone
-        return 0
-    for i, completion in enumerate(generate(model, tokenizer, prompts, **options)):
-        line = {"prompt": prompts[i], "completion": completion.text, "finish_reason": completion.reason}
-        print(json.dumps(line, ensure_ascii=False))
-        _explain(completion.reason, i, model.config.max_seq_len)
+            sys.stdout.flush()
+    else:
+        for i, completion in enumerate(generate(model, tokenizer, prompts, **options)):
+            line = {"prompt": prompts[i], "completion": completion.text, "finish_reason": completion.reason}
+            print(json.dumps(line, ensure_ascii=False))
+            _explain(completion.reason, i, model.config.max_seq_len)
+    if speculates:
+        print(f"speculation: {options['decoding'].acceptance}", file=sys.stderr)
     return 0
+
+
+def _batches(args: Args) -> Decoding:
+    import torch
+
+    from minillama.decoding import decode
+
+    cache_dtype = None if args.cache_dtype == "auto" else getattr(torch, args.cache_dtype)
+    return partial(decode, batch_size=args.batch_size, cache_dtype=cache_dtype)
+
+
+def _speculation(args: Args) -> Speculation:
+    from minillama.speculation import Speculation
+
+    if args.draft is None:
+        return Speculation(None, args.draft_tokens)
+    draft, _ = load_for_decoding(args.draft, args.tokenizer, args.dtype, args.device)
+    return Speculation(draft, args.draft_tokens)
 
 
 def _explain(reason: str | None, row: int, context: int) -> None:

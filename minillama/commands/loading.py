@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from minillama.errors import InputError
 
 if TYPE_CHECKING:
+    from minillama.layers.quantised import Quantisation
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
@@ -18,7 +19,9 @@ __all__ = ["DType", "load_for_decoding", "read_texts"]
 DType = Literal["auto", "float32", "bfloat16"]
 
 
-def load_for_decoding(path: str, tokenizer: str | None, dtype: DType, device: str) -> tuple[Decoder, Tokenizer]:
+def load_for_decoding(
+    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantisation = "none"
+) -> tuple[Decoder, Tokenizer]:
     """A model with fused products, and its tokenizer.
 
     Args:
@@ -26,18 +29,20 @@ def load_for_decoding(path: str, tokenizer: str | None, dtype: DType, device: st
         tokenizer: its place, if it does not lie with the model.
         dtype: of the weights; auto: as `decoding_dtype` chooses.
         device: as `choose_device` takes it.
+        quantize: make the products' weights int8 or int4, see `quantise`.
     """
     import torch
 
     from minillama.device import choose_device, decoding_dtype
     from minillama.formats.opening import open_model
     from minillama.model import Decoder
+    from minillama.quantisation import quantise
     from minillama.tokenizer import Tokenizer
 
     opened, place = open_model(path), choose_device(device, "--device")
     stored = opened.default_dtype(place)
     kind = decoding_dtype(stored, place) if dtype == "auto" else getattr(torch, dtype)
-    model = Decoder.from_pretrained(opened, kind, place).fuse()
+    model = quantise(Decoder.from_pretrained(opened, kind, place).fuse(), quantize)
     return model, Tokenizer.load(tokenizer or opened.tokenizer_path())
 
 

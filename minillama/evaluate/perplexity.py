@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from minillama.blanks import Blanks, Layout
-from minillama.generation import evaluating
+from minillama.decoding import evaluating
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 

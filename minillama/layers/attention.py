@@ -58,18 +58,27 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, rope)
         if state is not None and span is not None:
             k, v = cast(KVCache, state).append(k, v, span)
-        return self.o_proj(rearrange(attend(q, k, v, mask), "b h t e -> b t (h e)"))
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, K, T, E) of (B, T, D), turned to their positions."""
-        parts = (
-            self.qkv_proj(x).split(self.widths, dim=-1)
-            if self.fused
-            else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        )
+        if self.fused:
+            return self._fused_heads(x, rope)
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (rearrange(part, "b t (h e) -> b h t e", e=self.head_dim) for part in parts)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        return q, k, v
+
+    def _fused_heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from one product, queries and keys turned together: a decode step is short of operations."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        count = [width // self.head_dim for width in self.widths]
+        if rope is None:
+            q, k, v = heads.split(count, dim=1)
+            return q, k, v
+        turned, v = heads.split([count[0] + count[1], count[2]], dim=1)
+        q, k = rotate(turned, *rope).split(count[:2], dim=1)
         return q, k, v
 
     @property

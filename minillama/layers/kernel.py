@@ -34,7 +34,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     if mask.is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return blocked_causal(q, k, v)
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.shape[2] == 1:
+        return _one_query(q, k, v, mask.allowed)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """One query a head, the heads of a group laid along time: torch would repeat the keys and values for them."""
+    rows, heads, _, width = q.shape
+    grouped = q.reshape(rows, k.shape[1], -1, width)
+    if allowed is not None and allowed.shape[1] == heads:
+        allowed = allowed.reshape(len(allowed), k.shape[1], -1, allowed.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=allowed).reshape(q.shape)
 
 
 def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK, long: int = LONG) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from minillama.blanks import Blanks, Layout, collate
 from minillama.data.corpus import Corpus
+from minillama.decoding import evaluating
 from minillama.evaluate.perplexity import Score
-from minillama.generation import evaluating
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.config import BlankConfig

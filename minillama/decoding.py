@@ -1,0 +1,169 @@
+"""The decode loop on token ids: prompts of unequal length in one batch, waiting ones entering where others ended."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from minillama.blanks import Layout
+from minillama.layers.mask import Mask
+from minillama.model import Decoder
+from minillama.sampling import Sampler, Sampling
+from minillama.state import State
+
+__all__ = ["GREEDY", "Decoding", "Steps", "decode", "evaluating"]
+
+Steps = Generator[list[tuple[int, int]], set[int] | None, None]
+GREEDY = Sampling(temperature=0)
+
+
+class Decoding(Protocol):
+    """What makes the tokens: the yields and sends of `decode`. `speculation.Speculation` is one."""
+
+    def __call__(
+        self, model: Decoder, prompts: Sequence[Sequence[int] | Layout], max_new_tokens: int, sampling: Sampling
+    ) -> Steps:
+        """The steps of these prompts."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients, and as before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+class Text:
+    """One prompt on its way: ids so far, their places in a text with blanks, and what has not been read yet."""
+
+    def __init__(self, prompt: Sequence[int] | Layout, limit: int) -> None:
+        self.layout = prompt if isinstance(prompt, Layout) else None
+        self.ids = list(prompt.tokens if isinstance(prompt, Layout) else prompt)
+        self.places = list(prompt.places) if isinstance(prompt, Layout) else []
+        self.limit = limit
+        self.read = 0
+
+    def append(self, token: int) -> None:
+        """Take a new token."""
+        self.ids.append(token)
+        if self.places:
+            place, within = self.places[-1]
+            self.places.append((place, within + 1))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more tokens may come."""
+        return len(self.ids) >= self.limit
+
+
+def decode(
+    model: Decoder,
+    prompts: Sequence[Sequence[int] | Layout],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    use_state: bool = True,
+    seeds: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> Steps:
+    """Yield, step by step, (row, token) for rows that are still going.
+
+    Send a set of rows into the generator to end them. A prompt that waits takes the place of a row that has ended:
+    it is read in a pass of its own, and from then on shares the batch (Orca, Yu et al. 2022, iteration-level
+    scheduling). What a row says does not depend on its neighbours.
+
+    Args:
+        model: the decoder.
+        prompts: token ids, one sequence a row, each at least one token long; or for all rows texts with
+            blanks, of which the last is filled.
+        max_new_tokens: tokens a row at most. A row also ends when the model's context is full.
+        sampling: how tokens are chosen.
+        use_state: keep keys and values between steps. Without, each step reads everything again; the
+            tokens are the same, and a test holds the two against each other.
+        seeds: of each row's random choices; `sampling.seed` + i for row i unless given.
+        batch_size: rows at once; all unless given.
+        cache_dtype: of keys and values: the model's type unless given, a shorter float, or int8.
+    """
+    context = model.config.max_seq_len
+    lengths = [len(prompt.tokens if isinstance(prompt, Layout) else prompt) for prompt in prompts]
+    limits = [min(context, length + max_new_tokens) for length in lengths]
+    texts = [Text(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
+    slots = max(limits, default=0)
+
+    def enter(rows: Sequence[int]) -> tuple[State | None, Sampler, list[int]]:
+        state = model.state(len(rows), slots, cache_dtype) if use_state else None
+        ids = [texts[row].ids for row in rows]
+        sampler = Sampler(sampling, ids, model.config.vocab_size, [seeds[row] for row in rows])
+        return state, sampler, _step(model, [texts[row] for row in rows], state, sampler)
+
+    waiting = deque(row for row in range(len(prompts)) if max_new_tokens > 0)
+    running = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
+    if not running:
+        return
+    state, sampler, chosen = enter(running)
+    while True:
+        ended = (yield list(zip(running, chosen, strict=True))) or set()
+        free = [i for i, row in enumerate(running) if row in ended or texts[row].is_full]
+        while free and waiting:
+            places = free[: len(waiting)]
+            entering = [waiting.popleft() for _ in places]
+            new_state, new_sampler, first = enter(entering)
+            ended = (yield list(zip(entering, first, strict=True))) or set()
+            sampler.replace(places, new_sampler)
+            if state is not None and new_state is not None:
+                state.replace(places, new_state)
+            for place, row in zip(places, entering, strict=True):
+                running[place] = row
+            done = {place for place in places if running[place] in ended or texts[running[place]].is_full}
+            free = [place for place in free if place in done or place not in places]
+        if free:
+            keep = [i for i in range(len(running)) if i not in free]
+            running = [running[i] for i in keep]
+            if not running:
+                return
+            sampler.select(keep)
+            if state is not None:
+                state.select(keep)
+        chosen = _step(model, [texts[row] for row in running], state, sampler)
+
+
+def _step(model: Decoder, texts: Sequence[Text], state: State | None, sampler: Sampler) -> list[int]:
+    """Read what is unread of each text, choose a token a text and append it."""
+    with evaluating(model):
+        since = [text.read if state is not None else 0 for text in texts]
+        unread = [text.ids[start:] for text, start in zip(texts, since, strict=True)]
+        counts = [len(ids) for ids in unread]
+        positions = prefix = None
+        if texts[0].places:
+            positions = _padded([text.places[start:] for text, start in zip(texts, since, strict=True)]).mT
+            positions = positions.to(model.device)
+            if state is None or not texts[0].read:  # one more token sees all that is there anyway
+                prefix = torch.tensor([text.layout.prefix for text in texts if text.layout is not None])
+        lengths = torch.tensor(counts) if min(counts) < max(counts) else None
+        mask = Mask(lengths=lengths, prefix=prefix)
+        hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
+        last = hidden[:, -1] if lengths is None else hidden[torch.arange(len(texts)), lengths - 1]
+        chosen: list[int] = sampler(model.head(last)).tolist()
+    for text, token in zip(texts, chosen, strict=True):
+        text.read = len(text.ids)
+        text.append(token)
+    return chosen
+
+
+def _padded(rows: Sequence[Sequence[Any]]) -> Tensor:
+    """Rows of unequal length as one tensor with zeros on the right, (B, T) or for pairs (B, T, 2)."""
+    if len(rows) == 1 or len({len(row) for row in rows}) == 1:
+        return torch.tensor(rows)
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

@@ -1,0 +1,159 @@
+"""Products with weights of one byte or half a byte, as the processor's packed kernels take them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["GROUP", "Int4Linear", "Int8Linear", "Quantisation", "int4_groups", "int8_channels"]
+
+Quantisation = Literal["none", "int8", "int4"]
+GROUP = 32
+ROWS = 16  # from so many rows on unpacking the weights once and multiplying as usual is faster
+
+
+def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers q and scales s of w = q s, one scale an output channel: s_o = max_i |w_oi| / 127.
+
+    Args:
+        weight: (O, I).
+
+    Returns:
+        q (O, I) int8 and s (O,) float32.
+    """
+    wide = weight.float()
+    scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale[:, None]).round().to(torch.int8), scale
+
+
+def int4_groups(weight: Tensor, group: int = GROUP, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers q, scales s and offsets z of w = (q - 8) s + z, q in 0..15, one s and z for `group` inputs.
+
+    For a range of s a share of the group's span, s and z are tried; the pair of the least squared error is taken,
+    sum_i importance_i (w_i - (q_i - 8) s - z)^2. The range contains the symmetric grid of GGUF's Q4_0, so that
+    weights which come from there stay as they are.
+
+    Args:
+        weight: (O, I), I a multiple of `group`.
+        group: inputs that share a scale.
+        importance: (I,) weight of an input's error, its mean square over some text (as in AWQ, arXiv 2306.00978,
+            the salient channels are those with large activations); all alike unless given.
+
+    Returns:
+        q (O, I) int32, s and z (O, I / group) float32.
+    """
+    wide = weight.float().unflatten(-1, (-1, group))
+    share = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    share = share.to(weight.device).unflatten(-1, (-1, group))
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    extreme = torch.where(high.abs() > low.abs(), high, low)
+    candidates = [(extreme / -8, torch.zeros_like(low))]  # Q4_0's grid
+    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+        middle = (high + low) / 2
+        scale = (high - low) * shrink / 15
+        candidates.append((scale, middle + scale / 2))
+    best = torch.full_like(low, torch.inf)
+    q, s, z = torch.zeros_like(wide), torch.zeros_like(low), torch.zeros_like(low)
+    for scale, offset in candidates:
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        steps = ((wide - offset) / scale).round().clamp(-8, 7)
+        for _ in range(2):  # least squares of the grid for these steps, and the steps of that grid
+            error = (share * (steps * scale + offset - wide).square()).sum(-1, keepdim=True)
+            better = error < best
+            best = torch.where(better, error, best)
+            q, s, z = torch.where(better, steps, q), torch.where(better, scale, s), torch.where(better, offset, z)
+            scale, offset = _least_squares(wide, steps, share)
+            steps = ((wide - offset) / scale).round().clamp(-8, 7)
+    return (q + 8).int().flatten(-2), s.squeeze(-1), z.squeeze(-1)
+
+
+def _least_squares(wide: Tensor, steps: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The s and z of least squared error for given steps: a weighted straight line through (steps, w)."""
+    total = share.sum(-1, keepdim=True)
+    mean_q = (share * steps).sum(-1, keepdim=True) / total
+    mean_w = (share * wide).sum(-1, keepdim=True) / total
+    spread = (share * (steps - mean_q).square()).sum(-1, keepdim=True)
+    slope = (share * (steps - mean_q) * (wide - mean_w)).sum(-1, keepdim=True) / spread
+    slope = torch.where((spread == 0) | (slope == 0), torch.ones_like(slope), slope)
+    return slope, mean_w - slope * mean_q
+
+
+class Int8Linear(nn.Module):
+    """y = (x q^T) s + b with the numbers of `int8_channels`.
+
+    Args:
+        linear: the product to replace; its type is that of the inputs.
+
+    Raises:
+        ValueError: the number of inputs is no multiple of 32, which torch's kernel wants.
+    """
+
+    quantised: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        if linear.in_features % 32:
+            raise ValueError(f"{linear.in_features} inputs are no multiple of 32")
+        self.out_features = linear.out_features
+        q, scale = int8_channels(linear.weight.detach())
+        self.register_buffer("quantised", q)
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I), what the product multiplies with, in the inputs' type."""
+        return self.quantised.to(self.scale.dtype) * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        flat = x.flatten(0, -2)
+        if len(flat) >= ROWS or x.device.type != "cpu":
+            return F.linear(x, self.weight, self.bias)
+        y = torch._weight_int8pack_mm(flat, self.quantised, self.scale).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+class Int4Linear(nn.Module):
+    """y = x ((q - 8) s + z)^T + b with the numbers of `int4_groups`, on a CPU.
+
+    Args:
+        linear: the product to replace; its type is that of the inputs.
+        group: inputs that share a scale: 32, 64 or 128.
+        importance: see `int4_groups`.
+
+    Raises:
+        ValueError: inputs that are no multiple of `group`, or outputs that are none of 16.
+    """
+
+    packed: Tensor
+    grid: Tensor
+
+    def __init__(self, linear: nn.Linear, group: int = GROUP, importance: Tensor | None = None) -> None:
+        super().__init__()
+        if linear.in_features % group or linear.out_features % 16:
+            raise ValueError(f"{linear.in_features} inputs, {linear.out_features} outputs: no multiples of {group}, 16")
+        self.in_features, self.out_features, self.group = linear.in_features, linear.out_features, group
+        q, scale, offset = int4_groups(linear.weight.detach(), group, importance)
+        self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(q, 1))
+        grid = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
+        self.register_buffer("grid", grid.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I), what the product multiplies with, in the inputs' type."""
+        unit = torch.eye(self.in_features, dtype=self.grid.dtype)
+        return self._product(unit).T
+
+    def _product(self, flat: Tensor) -> Tensor:
+        return torch._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, self.grid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        y = self._product(x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias

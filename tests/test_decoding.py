@@ -1,0 +1,95 @@
+"""The decode loop: rows that enter and leave, and what keys and values are kept in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from minillama.config import ModelConfig
+from minillama.decoding import GREEDY, decode
+from minillama.model import Decoder
+from minillama.sampling import Sampling
+
+PROMPTS = [[5], [7, 3, 9, 1], [2, 2], [11, 4, 8], [6, 1, 0, 12, 3, 9], [1], [10, 9]]
+
+
+def model(mixer: str = "attention", heads: int = 2) -> Decoder:
+    torch.manual_seed(0)
+    changes = (
+        {} if mixer == "attention" else {"mixer": "wkv", "position": "none", "norm": "layer", "mlp": "channel-mix"}
+    )
+    config = ModelConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=heads, hidden_dim=96, vocab_size=13, max_seq_len=24, **changes
+    )
+    return Decoder(config)
+
+
+def texts(
+    model: Decoder, prompts: Sequence[Sequence[int]], ends: int | None, sampling: Sampling, **options: object
+) -> list[list[int]]:
+    """Tokens of each prompt; a row ends after the token `ends`."""
+    out: list[list[int]] = [[] for _ in prompts]
+    steps = decode(model, prompts, 12, sampling, **options)  # type: ignore[arg-type]
+    ended: set[int] | None = None
+    while True:
+        try:
+            step = steps.send(ended)
+        except StopIteration:
+            return out
+        for row, token in step:
+            out[row].append(token)
+        ended = {row for row, token in step if token == ends}
+
+
+@pytest.mark.parametrize("mixer", ["attention", "wkv"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+@pytest.mark.parametrize("use_state", [True, False])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=1.5, repetition_penalty=1.2, seed=3)], ids=["greedy", "sampled"]
+)
+def test_waiting_rows_say_what_they_say_alone(mixer: str, batch_size: int, use_state: bool, sampling: Sampling) -> None:
+    decoder = model(mixer)
+    alone = [texts(decoder, [p], 4, sampling, seeds=[sampling.seed + i])[0] for i, p in enumerate(PROMPTS)]
+    assert len({len(text) for text in alone}) > 1 or sampling is GREEDY
+    assert texts(decoder, PROMPTS, 4, sampling, batch_size=batch_size, use_state=use_state) == alone
+
+
+def test_a_batch_is_kept_full() -> None:
+    decoder = model()
+    sampling = Sampling(temperature=1.5, seed=3)
+    steps = decode(decoder, PROMPTS, 6, sampling, batch_size=2)
+    sizes = [len(step) for step in steps]
+    assert max(sizes) == 2 and sum(sizes) == 6 * len(PROMPTS)
+
+
+@pytest.mark.parametrize(("cache", "share"), [(torch.bfloat16, 0.5), (torch.int8, 0.25 + 1 / 16)])
+def test_short_caches(cache: torch.dtype, share: float) -> None:
+    decoder = model()
+    tokens = torch.randint(0, 13, (2, 20), generator=torch.Generator().manual_seed(1))
+    full, short = decoder.state(2), decoder.state(2, cache_dtype=cache)
+    with torch.no_grad():
+        for start, end in ((0, 9), (9, 10), (10, 20)):
+            expected = decoder(tokens[:, start:end], state=full)
+            found = decoder(tokens[:, start:end], state=short)
+            assert (found - expected).norm() < 0.02 * expected.norm()
+    layer, whole = short.layers[0], full.layers[0]
+    assert layer.keys.nbytes == share * whole.keys.nbytes  # type: ignore[attr-defined]
+
+
+def test_short_caches_with_rows_that_come_and_go() -> None:
+    decoder = model()
+    alone = [texts(decoder, [p], 4, GREEDY, cache_dtype=torch.int8)[0] for p in PROMPTS]
+    assert texts(decoder, PROMPTS, 4, GREEDY, cache_dtype=torch.int8, batch_size=3) == alone
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_one_query_does_not_repeat_the_keys(heads: int) -> None:
+    decoder = model(heads=heads)
+    tokens = torch.randint(0, 13, (3, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = decoder(tokens)
+        fused, state = decoder.fuse(), decoder.state(3)
+        steps = [fused(tokens[:, i : i + 1], state=state) for i in range(12)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)

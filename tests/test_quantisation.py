@@ -1,0 +1,112 @@
+"""Weights of one byte and half a byte: the numbers, the products, the models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from minillama.config import ModelConfig
+from minillama.decoding import decode
+from minillama.errors import InputError
+from minillama.layers.quantised import ROWS, Int4Linear, Int8Linear, int4_groups, int8_channels
+from minillama.model import Decoder
+from minillama.quantisation import quantise
+
+
+def test_int8_numbers_by_hand() -> None:
+    q, scale = int8_channels(torch.tensor([[1.27, -0.5, 0.004], [0.0, 0.0, 0.0]]))
+    assert q.tolist() == [[127, -50, 0], [0, 0, 0]]
+    torch.testing.assert_close(scale[0], torch.tensor(0.01))
+
+
+def test_int4_takes_a_grid_of_q4_0_as_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(-8, 8, (48, 3, 32), generator=generator)
+    steps[..., 0] = -8  # the value that gives Q4_0 its scale
+    weight = (steps * torch.rand(48, 3, 1, generator=generator)).flatten(1)
+    q, scale, offset = int4_groups(weight)
+    exact = ((q.view(48, 3, 32) - 8) * scale[..., None] + offset[..., None]).flatten(1)
+    torch.testing.assert_close(exact, weight, atol=1e-6, rtol=1e-5)
+
+
+def test_int4_is_better_than_its_plain_grid_and_heeds_importance() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 64, generator=generator)
+    share = torch.rand(64, generator=generator) ** 4
+
+    def error(importance: torch.Tensor | None, measured: torch.Tensor) -> float:
+        q, s, z = int4_groups(weight, 32, importance)
+        found = ((q.view(64, 2, 32) - 8) * s[..., None] + z[..., None]).flatten(1)
+        return float((measured * (found - weight).square()).sum())
+
+    groups = weight.view(64, 2, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 7
+    plain = float(((groups / scale).round().clamp(-8, 7) * scale - groups).square().sum())
+    assert error(None, torch.ones(64)) < 0.85 * plain
+    assert error(share, share) < error(None, share)
+
+
+@pytest.mark.parametrize("rows", [1, 5, ROWS + 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_products_are_those_of_their_weight(kind: type[nn.Module], bias: bool, rows: int) -> None:
+    torch.manual_seed(2)
+    linear = nn.Linear(96, 48, bias=bias)
+    module, x = kind(linear), torch.randn(2, rows, 96)
+    expected = x @ module.weight.T + (linear.bias if bias else 0)
+    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+    assert (module.weight - linear.weight).norm() < (0.01 if kind is Int8Linear else 0.1) * linear.weight.norm()
+
+
+def test_shapes_that_the_kernels_do_not_take() -> None:
+    with pytest.raises(ValueError, match="20 inputs"):
+        Int8Linear(nn.Linear(20, 32))
+    with pytest.raises(ValueError, match="24 outputs"):
+        Int4Linear(nn.Linear(32, 24))
+
+
+def model(tied: bool, **changes: object) -> Decoder:
+    config = ModelConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80, max_seq_len=48, tie_embeddings=tied
+    )
+    torch.manual_seed(3)
+    return Decoder(config)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("kind", "bound"), [("int8", 0.03), ("int4", 0.3)])
+def test_a_model_is_nearly_what_it_was(tied: bool, kind: str, bound: float) -> None:
+    plain, changed = model(tied), quantise(model(tied).fuse(), kind)  # type: ignore[arg-type]
+    assert not [name for name, part in changed.named_modules() if isinstance(part, nn.Linear)]
+    tokens = torch.randint(0, 80, (2, 9), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected, found = plain(tokens), changed(tokens)
+        assert 0 < (found - expected).norm() < bound * expected.norm()
+        torch.testing.assert_close(changed.loss(changed.hidden(tokens), tokens), plain_loss(changed, tokens))
+    one_by_one = [token for step in decode(changed, [tokens[0].tolist()], 12) for _, token in step]
+    again = [token for step in decode(changed, [tokens[0].tolist()], 12, use_state=False) for _, token in step]
+    assert one_by_one == again
+
+
+def plain_loss(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    logits = model(tokens)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum")
+
+
+def test_weights_of_a_q4_0_file_stay_as_they_are() -> None:
+    quants = pytest.importorskip("gguf.quants", reason="the gguf package")
+    from gguf import GGMLQuantizationType
+
+    weight = torch.randn(32, 96, generator=torch.Generator().manual_seed(6)).numpy()
+    stored = quants.dequantize(quants.quantize(weight, GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0)
+    linear = nn.Linear(96, 32, bias=False)
+    linear.weight = nn.Parameter(torch.from_numpy(stored.copy()), requires_grad=False)
+    torch.testing.assert_close(Int4Linear(linear).weight, linear.weight.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_int4_elsewhere_than_on_a_cpu() -> None:
+    with torch.device("meta"):
+        elsewhere = Decoder(model(False).config)
+    with pytest.raises(InputError, match="int4 products run on a CPU alone"):
+        quantise(elsewhere, "int4")
