@@ -81,7 +81,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(
     for prompt in PROMPTS:
         for count in (0, 2, 40):  # 40 fills the context of the longest; the strange draft's is full before
             expected = plain(model, prompt, count, sampling)
-            for draft_tokens in (1, 3, 8):
+            for draft_tokens in (1, 5):
                 stats = Acceptance()
                 tokens = run(speculate(model, prompt, count, sampling, drafts[name], draft_tokens, stats))
                 assert tokens == expected
@@ -208,7 +208,7 @@ def probabilities(model: Decoder, prompt: list[int], count: int, sampling: Sampl
 @pytest.mark.parametrize("kind", ["lookup", "model"])
 @pytest.mark.parametrize("sampling", [replace(CHAINS[3], top_k=6), CHAINS[2]])
 def test_the_first_tokens_have_the_distribution_of_plain_decoding(kind: str, sampling: Sampling) -> None:
-    model, prompt, count, draws = sharp(EIGHT, 5, 15), [1, 2, 3, 1, 2], 3, 800
+    model, prompt, count, draws = sharp(EIGHT, 5, 15), [1, 2, 3, 1, 2], 3, 500
     draft = near(model, 0.5) if kind == "model" else None
     expected = probabilities(model, prompt, count, sampling)
     assert abs(expected.sum() - 1) < 1e-4
@@ -219,7 +219,7 @@ def test_the_first_tokens_have_the_distribution_of_plain_decoding(kind: str, sam
     counts = torch.tensor([seen[i] for i in range(512)])
     statistic, cells = chi_square(counts, expected * draws)
     assert cells > 5 and statistic < bound(cells - 1)
-    assert 0.05 < stats.rate < 0.95  # both sides of the rule were taken
+    assert 50 < stats.accepted < stats.drafted - 50  # both sides of the rule were taken
 
 
 class Bigram(Decoder):
@@ -242,7 +242,7 @@ class Bigram(Decoder):
 def test_a_long_text_has_the_distribution_of_plain_decoding(kind: str, sampling: Sampling) -> None:
     model, draft = Bigram(1), Bigram(2) if kind == "model" else None
     prompt, stats = [*range(8)], Acceptance()  # with every token seen, the repetition penalty stays the same
-    text = prompt[-1:] + run(speculate(model, prompt, 3000, sampling, draft, 4, stats))
+    text = prompt[-1:] + run(speculate(model, prompt, 2000, sampling, draft, 4, stats))
     pairs = torch.zeros(8, 8)
     for pair in pairwise(text):
         pairs[pair] += 1
@@ -252,7 +252,7 @@ def test_a_long_text_has_the_distribution_of_plain_decoding(kind: str, sampling:
         part, cells = chi_square(row, expected * row.sum())
         statistic, freedom = statistic + part, freedom + max(cells - 1, 0)
     assert freedom >= 10 and statistic < bound(freedom)
-    assert 0.05 < stats.rate < 0.95
+    assert 50 < stats.accepted < stats.drafted - 50
 
 
 def test_a_seed_decides_and_without_drafts_draws_are_those_of_plain_decoding(model: Decoder) -> None:

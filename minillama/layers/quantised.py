@@ -12,6 +12,7 @@ __all__ = ["GROUP", "Int4Linear", "Int8Linear", "Quantisation", "int4_groups", "
 
 Quantisation = Literal["none", "int8", "int4"]
 GROUP = 32
+CHUNK = 2**17  # weights whose grids are searched at once, so that they stay in the cache
 ROWS = 16  # from so many rows on unpacking the weights once and multiplying as usual is faster
 
 
@@ -45,13 +46,20 @@ def int4_groups(weight: Tensor, group: int = GROUP, importance: Tensor | None = 
     Returns:
         q (O, I) int32, s and z (O, I / group) float32.
     """
-    wide = weight.float().unflatten(-1, (-1, group))
     share = torch.ones(weight.shape[1]) if importance is None else importance.float()
     share = share.to(weight.device).unflatten(-1, (-1, group))
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = [_groups(part.float().unflatten(-1, (-1, group)), share) for part in weight.split(rows)]
+    q, s, z = (torch.cat(found) for found in zip(*parts, strict=True))
+    return (q + 8).int().flatten(-2), s.squeeze(-1), z.squeeze(-1)
+
+
+def _groups(wide: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`int4_groups` of (rows, groups, group)."""
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     extreme = torch.where(high.abs() > low.abs(), high, low)
     candidates = [(extreme / -8, torch.zeros_like(low))]  # Q4_0's grid
-    for shrink in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+    for shrink in (1.0, 0.9, 0.8):
         middle = (high + low) / 2
         scale = (high - low) * shrink / 15
         candidates.append((scale, middle + scale / 2))
@@ -67,7 +75,7 @@ def int4_groups(weight: Tensor, group: int = GROUP, importance: Tensor | None = 
             q, s, z = torch.where(better, steps, q), torch.where(better, scale, s), torch.where(better, offset, z)
             scale, offset = _least_squares(wide, steps, share)
             steps = ((wide - offset) / scale).round().clamp(-8, 7)
-    return (q + 8).int().flatten(-2), s.squeeze(-1), z.squeeze(-1)
+    return q, s, z
 
 
 def _least_squares(wide: Tensor, steps: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,6 +129,9 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """y = x ((q - 8) s + z)^T + b with the numbers of `int4_groups`, on a CPU.
 
+    With AVX-512 torch's packed kernel multiplies; elsewhere it is slower than multiplying the weights out each time,
+    which is what happens then: the memory is saved, the time is not (benchmarks/README.md).
+
     Args:
         linear: the product to replace; its type is that of the inputs.
         group: inputs that share a scale: 32, 64 or 128.
@@ -139,7 +150,9 @@ class Int4Linear(nn.Module):
             raise ValueError(f"{linear.in_features} inputs, {linear.out_features} outputs: no multiples of {group}, 16")
         self.in_features, self.out_features, self.group = linear.in_features, linear.out_features, group
         q, scale, offset = int4_groups(linear.weight.detach(), group, importance)
-        self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(q, 1))
+        self.has_kernel = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        packed = torch._convert_weight_to_int4pack_for_cpu(q, 1) if self.has_kernel else _two_a_byte(q)
+        self.register_buffer("packed", packed)
         grid = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
         self.register_buffer("grid", grid.to(linear.weight.dtype))
         self.bias = linear.bias
@@ -147,13 +160,22 @@ class Int4Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(O, I), what the product multiplies with, in the inputs' type."""
-        unit = torch.eye(self.in_features, dtype=self.grid.dtype)
-        return self._product(unit).T
+        if self.has_kernel:
+            return self._product(torch.eye(self.in_features, dtype=self.grid.dtype)).T
+        steps = torch.stack((self.packed & 15, self.packed >> 4), dim=-1).view(self.out_features, -1, self.group)
+        scale, offset = self.grid.transpose(0, 1).unsqueeze(-2).unbind(-1)
+        return (steps.to(scale.dtype).sub_(8).mul_(scale).add_(offset)).flatten(1)
 
     def _product(self, flat: Tensor) -> Tensor:
         return torch._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if not self.has_kernel:
+            return F.linear(x, self.weight, self.bias)
         y = self._product(x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def _two_a_byte(q: Tensor) -> Tensor:
+    return (q[:, 0::2] | q[:, 1::2] << 4).to(torch.uint8)
