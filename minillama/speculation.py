@@ -99,12 +99,13 @@ class DraftModel:
     Args:
         model: the decoder. Where the text outgrows its context, it drafts nothing.
         max_len: tokens that the text can have.
+        cache_dtype: of keys and values; the model's unless given.
     """
 
-    def __init__(self, model: Decoder, max_len: int) -> None:
+    def __init__(self, model: Decoder, max_len: int, cache_dtype: torch.dtype | None = None) -> None:
         self.model = model
         self.context = model.config.max_seq_len
-        self.state = _state(model, max_len)
+        self.state = _state(model, max_len, cache_dtype)
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
         """See `Drafter`."""
@@ -152,6 +153,7 @@ def speculate(
     draft: Decoder | None = None,
     draft_tokens: int = 8,
     stats: Acceptance | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Steps:
     """Yield [(0, token)], token by token, as `decode` does for one prompt; send {0} to end.
 
@@ -167,6 +169,7 @@ def speculate(
         draft: a model that drafts; prompt lookup unless given.
         draft_tokens: drafted before each pass at most.
         stats: is added to.
+        cache_dtype: of keys and values, both models'; their own unless given.
 
     Raises:
         InputError: a draft of another vocabulary or of no token, a model that fills blanks or is recurrent.
@@ -181,12 +184,12 @@ def speculate(
             expected=f"{vocab_size}, the model's",
             fix="give a draft model that was trained with the same tokenizer",
         )
-    drafter = PromptLookup(vocab_size) if draft is None else DraftModel(draft, end)
-    sampler = Sampler(sampling, [prompt], vocab_size)
-    return _steps(model, _state(model, end), list(prompt), end, sampler, drafter, draft_tokens, stats or Acceptance())
+    drafter = PromptLookup(vocab_size) if draft is None else DraftModel(draft, end, cache_dtype)
+    sampler, state = Sampler(sampling, [prompt], vocab_size), _state(model, end, cache_dtype)
+    return _steps(model, state, list(prompt), end, sampler, drafter, draft_tokens, stats or Acceptance())
 
 
-def _state(model: Decoder, max_len: int) -> State:
+def _state(model: Decoder, max_len: int, cache_dtype: torch.dtype | None) -> State:
     """An empty decode state for one row that can go back.
 
     Raises:
@@ -196,7 +199,7 @@ def _state(model: Decoder, max_len: int) -> State:
         raise InputError(
             "speculation reads from left to right, and this model fills blanks", fix="decode it without speculation"
         )
-    state = model.state(1, min(model.config.max_seq_len, max_len))
+    state = model.state(1, min(model.config.max_seq_len, max_len), cache_dtype)
     state.truncate(0)  # a recurrent state refuses at once
     return state
 
@@ -256,11 +259,13 @@ class Speculation:
         draft: a model that drafts; prompt lookup unless given.
         draft_tokens: drafted before each pass at most.
         acceptance: counts all that is decoded with this.
+        cache_dtype: of keys and values, both models'; their own unless given.
     """
 
     draft: Decoder | None = None
     draft_tokens: int = 8
     acceptance: Acceptance = field(default_factory=Acceptance)
+    cache_dtype: torch.dtype | None = None
 
     def __call__(
         self, model: Decoder, prompts: Sequence[Sequence[int] | Layout], max_new_tokens: int, sampling: Sampling
@@ -273,4 +278,5 @@ class Speculation:
         if len(prompts) != 1:
             raise InputError("speculation takes one prompt", found=f"{len(prompts)} prompts")
         prompt = cast(Sequence[int], prompts[0])  # models with layouts are refused
-        return speculate(model, prompt, max_new_tokens, sampling, self.draft, self.draft_tokens, self.acceptance)
+        options = (self.draft, self.draft_tokens, self.acceptance, self.cache_dtype)
+        return speculate(model, prompt, max_new_tokens, sampling, *options)

@@ -102,6 +102,12 @@ def test_other_layers_take_their_state_back() -> None:
         assert run(speculate(model, [1, 2], 30, draft=near(model, 0.1))) == plain(model, [1, 2], 30)
 
 
+def test_keys_and_values_of_one_byte_go_back_too(model: Decoder) -> None:
+    expected = run(decode(model, [PROMPTS[2]], 30, cache_dtype=torch.int8))
+    for draft in (None, near(model, 0.05)):
+        assert run(speculate(model, PROMPTS[2], 30, draft=draft, cache_dtype=torch.int8)) == expected
+
+
 def test_a_repeating_text_is_looked_up() -> None:
     class Repeating(Decoder):
         def head(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from minillama.sampling import Sampling
 from minillama.settings import check
 
 if TYPE_CHECKING:
+    import torch
+
     from minillama.decoding import Decoding
     from minillama.speculation import Speculation
 
@@ -101,21 +103,24 @@ def run(args: Args) -> int:
 
 
 def _batches(args: Args) -> Decoding:
-    import torch
-
     from minillama.decoding import decode
 
-    cache_dtype = None if args.cache_dtype == "auto" else getattr(torch, args.cache_dtype)
-    return partial(decode, batch_size=args.batch_size, cache_dtype=cache_dtype)
+    return partial(decode, batch_size=args.batch_size, cache_dtype=_cache_dtype(args))
 
 
 def _speculation(args: Args) -> Speculation:
     from minillama.speculation import Speculation
 
-    if args.draft is None:
-        return Speculation(None, args.draft_tokens)
-    draft, _ = load_for_decoding(args.draft, args.tokenizer, args.dtype, args.device)
-    return Speculation(draft, args.draft_tokens)
+    draft = None
+    if args.draft is not None:
+        draft, _ = load_for_decoding(args.draft, args.tokenizer, args.dtype, args.device, args.quantize)
+    return Speculation(draft, args.draft_tokens, cache_dtype=_cache_dtype(args))
+
+
+def _cache_dtype(args: Args) -> torch.dtype | None:
+    import torch
+
+    return None if args.cache_dtype == "auto" else getattr(torch, args.cache_dtype)
 
 
 def _explain(reason: str | None, row: int, context: int) -> None:

@@ -1,4 +1,8 @@
-"""Products with weights of one byte or half a byte, as the processor's packed kernels take them."""
+"""Products with weights of one byte or half a byte, as torch's packed kernels take them.
+
+The kernels are vectorised for bfloat16 inputs alone: float32 ones are cast before and the result after, since the
+float32 kernel is ten times slower (benchmarks/README.md). Scales of int8 stay in float32, outside of the kernel.
+"""
 
 from __future__ import annotations
 
@@ -101,6 +105,7 @@ class Int8Linear(nn.Module):
 
     quantised: Tensor
     scale: Tensor
+    unit: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -110,6 +115,7 @@ class Int8Linear(nn.Module):
         q, scale = int8_channels(linear.weight.detach())
         self.register_buffer("quantised", q)
         self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.register_buffer("unit", torch.ones(len(q), dtype=torch.bfloat16, device=q.device))
         self.bias = linear.bias
 
     @property
@@ -122,15 +128,13 @@ class Int8Linear(nn.Module):
         flat = x.flatten(0, -2)
         if len(flat) >= ROWS or x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
-        y = torch._weight_int8pack_mm(flat, self.quantised, self.scale).view(*x.shape[:-1], self.out_features)
+        steps = torch._weight_int8pack_mm(flat.bfloat16(), self.quantised, self.unit)
+        y = (steps.to(x.dtype) * self.scale).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
 class Int4Linear(nn.Module):
     """y = x ((q - 8) s + z)^T + b with the numbers of `int4_groups`, on a CPU.
-
-    With AVX-512 torch's packed kernel multiplies; elsewhere it is slower than multiplying the weights out each time,
-    which is what happens then: the memory is saved, the time is not (benchmarks/README.md).
 
     Args:
         linear: the product to replace; its type is that of the inputs.
@@ -150,32 +154,20 @@ class Int4Linear(nn.Module):
             raise ValueError(f"{linear.in_features} inputs, {linear.out_features} outputs: no multiples of {group}, 16")
         self.in_features, self.out_features, self.group = linear.in_features, linear.out_features, group
         q, scale, offset = int4_groups(linear.weight.detach(), group, importance)
-        self.has_kernel = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        packed = torch._convert_weight_to_int4pack_for_cpu(q, 1) if self.has_kernel else _two_a_byte(q)
-        self.register_buffer("packed", packed)
+        self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(q, 1))
         grid = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
-        self.register_buffer("grid", grid.to(linear.weight.dtype))
+        self.register_buffer("grid", grid.bfloat16())
         self.bias = linear.bias
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), what the product multiplies with, in the inputs' type."""
-        if self.has_kernel:
-            return self._product(torch.eye(self.in_features, dtype=self.grid.dtype)).T
-        steps = torch.stack((self.packed & 15, self.packed >> 4), dim=-1).view(self.out_features, -1, self.group)
-        scale, offset = self.grid.transpose(0, 1).unsqueeze(-2).unbind(-1)
-        return (steps.to(scale.dtype).sub_(8).mul_(scale).add_(offset)).flatten(1)
+        """(O, I), what the product multiplies with, in bfloat16."""
+        return self._product(torch.eye(self.in_features, dtype=torch.bfloat16)).T
 
     def _product(self, flat: Tensor) -> Tensor:
         return torch._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, self.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        if not self.has_kernel:
-            return F.linear(x, self.weight, self.bias)
-        y = self._product(x.flatten(0, -2)).view(*x.shape[:-1], self.out_features)
+        y = self._product(x.flatten(0, -2).bfloat16()).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
-
-
-def _two_a_byte(q: Tensor) -> Tensor:
-    return (q[:, 0::2] | q[:, 1::2] << 4).to(torch.uint8)
