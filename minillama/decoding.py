@@ -81,7 +81,7 @@ def decode(
 
     Send a set of rows into the generator to end them. A prompt that waits takes the place of a row that has ended:
     it is read in a pass of its own, and from then on shares the batch (Orca, Yu et al. 2022, iteration-level
-    scheduling). What a row says does not depend on its neighbours.
+    scheduling). What a row says does not depend on its neighbours, but for rounding.
 
     Args:
         model: the decoder.
@@ -100,9 +100,8 @@ def decode(
     limits = [min(context, length + max_new_tokens) for length in lengths]
     texts = [Text(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
-    slots = max(limits, default=0)
 
-    def enter(rows: Sequence[int]) -> tuple[State | None, Sampler, list[int]]:
+    def enter(rows: Sequence[int], slots: int) -> tuple[State | None, Sampler, list[int]]:
         state = model.state(len(rows), slots, cache_dtype) if use_state else None
         ids = [texts[row].ids for row in rows]
         sampler = Sampler(sampling, ids, model.config.vocab_size, [seeds[row] for row in rows])
@@ -112,22 +111,22 @@ def decode(
     running = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
     if not running:
         return
-    state, sampler, chosen = enter(running)
+    state, sampler, chosen = enter(running, max(limits))
     while True:
         ended = (yield list(zip(running, chosen, strict=True))) or set()
         free = [i for i, row in enumerate(running) if row in ended or texts[row].is_full]
         while free and waiting:
             places = free[: len(waiting)]
             entering = [waiting.popleft() for _ in places]
-            new_state, new_sampler, first = enter(entering)
+            new_state, new_sampler, first = enter(entering, max(lengths[row] for row in entering))
             ended = (yield list(zip(entering, first, strict=True))) or set()
             sampler.replace(places, new_sampler)
             if state is not None and new_state is not None:
                 state.replace(places, new_state)
             for place, row in zip(places, entering, strict=True):
                 running[place] = row
-            done = {place for place in places if running[place] in ended or texts[running[place]].is_full}
-            free = [place for place in free if place in done or place not in places]
+            over = {i for i, row in enumerate(running) if row in ended or texts[row].is_full}
+            free = sorted(set(free) - set(places) | over)
         if free:
             keep = [i for i in range(len(running)) if i not in free]
             running = [running[i] for i in keep]

@@ -118,4 +118,4 @@ def keep_freed_pages() -> bool:
     if mallopt is None:
         return False
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))

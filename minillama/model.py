@@ -31,6 +31,7 @@ from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import SwiGLU
 from minillama.layers.norm import make_norm
 from minillama.layers.parallel_block import ParallelBlock
+from minillama.layers.quantised import Int4Linear, Int8Linear
 from minillama.layers.rope import Rope, Rope2D
 from minillama.layers.rwkv import RecurrentBlock
 from minillama.layers.scaled_block import ScaledBlock
@@ -280,7 +281,12 @@ class Decoder(nn.Module):
             layer.compile(dynamic=False)
 
     def fuse(self) -> Decoder:
-        """Merge products of one input for decoding. There is no way back; a fused model is not saved."""
+        """Merge products of one input for decoding. There is no way back; a fused model is not saved.
+
+        Raises:
+            InputError: after `quantise`.
+        """
+        self._refuse_quantised("fused")
         for module in self._fusible():
             module.fuse()
         return self
@@ -288,6 +294,10 @@ class Decoder(nn.Module):
     def _fusible(self) -> list[Any]:
         parts = (part for layer in self.blocks for part in layer.children())
         return [part for part in parts if isinstance(part, Attention | SwiGLU)]
+
+    def _refuse_quantised(self, verb: str) -> None:
+        if any(isinstance(part, Int8Linear | Int4Linear) for part in self.modules()):
+            raise InputError(f"a quantised model cannot be {verb}", fix="do it before quantise()")
 
     def _positions(self, span: Span, device: torch.device) -> Tensor:
         """The places of a text that is read from left to right."""
@@ -340,8 +350,9 @@ class Decoder(nn.Module):
             max_shard_size: of one file, in bytes or as "500MB".
 
         Raises:
-            InputError: after `fuse`, when the tensors no longer have their names; a size that is none.
+            InputError: after `fuse` or `quantise`, when the tensors no longer have their names; a size that is none.
         """
+        self._refuse_quantised("saved")
         if any(part.fused for part in self._fusible()):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
         hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))

@@ -58,10 +58,13 @@ def test_waiting_rows_say_what_they_say_alone(mixer: str, batch_size: int, use_s
 
 def test_a_batch_is_kept_full() -> None:
     decoder = model()
-    sampling = Sampling(temperature=1.5, seed=3)
-    steps = decode(decoder, PROMPTS, 6, sampling, batch_size=2)
-    sizes = [len(step) for step in steps]
-    assert max(sizes) == 2 and sum(sizes) == 6 * len(PROMPTS)
+    steps = decode(decoder, PROMPTS[:4], 4, GREEDY, batch_size=2)
+    assert [row for row, _ in next(steps)] == [0, 1]
+    assert [row for row, _ in steps.send({0})] == [2]  # reads its prompt while 1 is still going
+    assert [row for row, _ in steps.send(set())] == [2, 1]
+    assert [row for row, _ in steps.send({1})] == [3]
+    assert [row for row, _ in steps.send({2})] == [3]  # 2 is ended while 3 enters
+    assert [row for step in steps for row, _ in step] == [3, 3]
 
 
 @pytest.mark.parametrize(("cache", "share"), [(torch.bfloat16, 0.5), (torch.int8, 0.25 + 1 / 16)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -84,8 +86,10 @@ def test_a_model_is_nearly_what_it_was(tied: bool, kind: str, bound: float) -> N
         expected, found = plain(tokens), changed(tokens)
         assert 0 < (found - expected).norm() < bound * expected.norm()
         torch.testing.assert_close(changed.loss(changed.hidden(tokens), tokens), plain_loss(changed, tokens))
-    one_by_one = [token for step in decode(changed, [tokens[0].tolist()], 12) for _, token in step]
-    again = [token for step in decode(changed, [tokens[0].tolist()], 12, use_state=False) for _, token in step]
+
+    few = [tokens[0, :3].tolist()]
+    one_by_one = [token for step in decode(changed, few, 12) for _, token in step]
+    again = [token for step in decode(changed, few, 12, use_state=False) for _, token in step]
     assert one_by_one == again
 
 
@@ -111,3 +115,51 @@ def test_int4_elsewhere_than_on_a_cpu() -> None:
         elsewhere = Decoder(model(False).config)
     with pytest.raises(InputError, match="int4 products run on a CPU alone"):
         quantise(elsewhere, "int4")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_batch_in_bfloat16(kind: str) -> None:
+    changed = quantise(model(True).bfloat16().fuse(), kind)  # type: ignore[arg-type]
+    out = [token for step in decode(changed, [[3, 1, 2], [4, 5, 6]], 3) for _, token in step]
+    assert len(out) == 6
+
+
+def test_a_recurrent_model_and_widths_that_no_kernel_takes() -> None:
+    config = ModelConfig(dim=48, n_layers=1, n_heads=4, hidden_dim=96, vocab_size=31, max_seq_len=16)
+    torch.manual_seed(0)
+    changed = quantise(Decoder(config), "int4")
+    kinds = {name: type(part) for name, part in changed.model.layers[0].named_modules()}
+    assert kinds["self_attn.q_proj"] is nn.Linear and kinds["mlp.down_proj"] is Int4Linear
+    assert changed(torch.tensor([[1, 2, 30]])).shape == (1, 3, 31)
+    recurrent = ModelConfig(
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=96,
+        vocab_size=80,
+        max_seq_len=16,
+        mixer="wkv",
+        mlp="channel-mix",
+        position="none",
+        norm="layer",
+    )
+    plain = Decoder(recurrent)
+    tokens = torch.randint(0, 80, (1, 9))
+    with torch.no_grad():
+        expected = plain(tokens)
+        assert (quantise(plain, "int8")(tokens) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_broken_weight_is_not_hidden() -> None:
+    linear = nn.Linear(32, 16, bias=False)
+    with torch.no_grad():
+        linear.weight[3, 5] = torch.nan
+    assert Int4Linear(linear)(torch.ones(1, 32)).isnan().any()
+
+
+def test_what_was_quantised_is_not_saved_or_fused(tmp_path: Path) -> None:
+    changed = quantise(model(False), "int8")
+    for refused in (lambda: changed.save_pretrained(tmp_path / "m"), changed.fuse):
+        with pytest.raises(InputError, match="quantised"):
+            refused()
+    assert not (tmp_path / "m").exists()

@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if trains_hidden else None
         grad_matrix = torch.zeros(matrix.shape, device=matrix.device) if trains_matrix else None
         total = torch.zeros((), device=hidden.device)
-        rows = min(len(hidden), loss_rows(len(matrix)))
+        rows = max(1, min(len(hidden), loss_rows(len(matrix))))
         # the same memory for every chunk: fresh pages of this size would cost a fault each
         scores = hidden.new_empty(rows, len(matrix))
         wide = scores if scores.dtype == torch.float32 else torch.empty_like(scores, dtype=torch.float32)

@@ -39,7 +39,7 @@ def int4_groups(weight: Tensor, group: int = GROUP, importance: Tensor | None = 
 
     For a range of s a share of the group's span, s and z are tried; the pair of the least squared error is taken,
     sum_i importance_i (w_i - (q_i - 8) s - z)^2. The range contains the symmetric grid of GGUF's Q4_0, so that
-    weights which come from there stay as they are.
+    weights which come from there keep their steps.
 
     Args:
         weight: (O, I), I a multiple of `group`.
@@ -68,7 +68,7 @@ def _groups(wide: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = (high - low) * shrink / 15
         candidates.append((scale, middle + scale / 2))
     best = torch.full_like(low, torch.inf)
-    q, s, z = torch.zeros_like(wide), torch.zeros_like(low), torch.zeros_like(low)
+    q, s, z = torch.zeros_like(wide), torch.zeros_like(low), torch.full_like(low, torch.nan)
     for scale, offset in candidates:
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         steps = ((wide - offset) / scale).round().clamp(-8, 7)
@@ -114,22 +114,23 @@ class Int8Linear(nn.Module):
         self.out_features = linear.out_features
         q, scale = int8_channels(linear.weight.detach())
         self.register_buffer("quantised", q)
-        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.register_buffer("scale", scale)
+        self.dtype = linear.weight.dtype
         self.register_buffer("unit", torch.ones(len(q), dtype=torch.bfloat16, device=q.device))
         self.bias = linear.bias
 
     @property
     def weight(self) -> Tensor:
         """(O, I), what the product multiplies with, in the inputs' type."""
-        return self.quantised.to(self.scale.dtype) * self.scale[:, None]
+        return (self.quantised * self.scale[:, None]).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         flat = x.flatten(0, -2)
         if len(flat) >= ROWS or x.device.type != "cpu":
             return F.linear(x, self.weight, self.bias)
-        steps = torch._weight_int8pack_mm(flat.bfloat16(), self.quantised, self.unit)
-        y = (steps.to(x.dtype) * self.scale).view(*x.shape[:-1], self.out_features)
+        steps = torch._weight_int8pack_mm(flat.bfloat16().contiguous(), self.quantised, self.unit)
+        y = (steps * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
@@ -169,5 +170,5 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        y = self._product(x.flatten(0, -2).bfloat16()).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y = self._product(x.flatten(0, -2).bfloat16().contiguous()).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
