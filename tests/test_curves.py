@@ -72,4 +72,4 @@ def test_curves_agree(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("minillama.layers.attention.attend", kernel)
     found = curve(plain_loss=change == "plain loss")
     assert expected[-1] < expected[0] - 1
-    assert found == pytest.approx(expected, rel=0.03)  # two seeds differ by more
+    assert found == pytest.approx(expected, abs=0.015)  # nats; rounding alone moves a mean by 0.01

@@ -330,5 +330,10 @@ def test_the_command_says_what_was_accepted(tmp_path: Path, capsys: pytest.Captu
         out, err = capsys.readouterr()
         assert out == expected and err.startswith("speculation: ") and err.count("\n") == 1
     assert err == "speculation: 16 of 16 drafted tokens accepted (100%), 5.0 tokens a pass\n"
+    sharp(BYTES, 1).save_pretrained(tmp_path / "draft")  # a draft needs no tokenizer
+    assert cli.main([*command, "--prompt", "ab ab", "--draft", str(tmp_path / "draft")]) == 0
+    assert capsys.readouterr().out == expected
+    assert cli.main([*command, "--prompt", "ab ab", "--speculate", "--draft", path]) == 1
+    assert "give either --speculate or --draft" in capsys.readouterr().err
     assert cli.main([*command, "--prompt", "a", "b", "--speculate"]) == 1
     assert "speculation takes one prompt" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minillama.commands.loading import DType, load_for_decoding, read_texts
+from minillama.commands.loading import DType, load_for_decoding, load_model, read_texts
 from minillama.errors import InputError
 from minillama.sampling import Sampling
 from minillama.settings import check
@@ -67,6 +67,8 @@ def run(args: Args) -> int:
     check(args)
     prompts = read_texts(args.prompt, args.prompts, "prompt")
     speculates = args.speculate or args.draft is not None
+    if args.speculate and args.draft is not None:
+        raise InputError("give either --speculate or --draft: they guess in two ways", where="command line")
     if speculates and len(prompts) > 1:
         raise InputError(
             "speculation takes one prompt",
@@ -109,11 +111,12 @@ def _batches(args: Args) -> Decoding:
 
 
 def _speculation(args: Args) -> Speculation:
+    from minillama.formats.opening import open_model
     from minillama.speculation import Speculation
 
     draft = None
     if args.draft is not None:
-        draft, _ = load_for_decoding(args.draft, args.tokenizer, args.dtype, args.device, args.quantize)
+        draft = load_model(open_model(args.draft), args.dtype, args.device, args.quantize)
     return Speculation(draft, args.draft_tokens, cache_dtype=_cache_dtype(args))
 
 

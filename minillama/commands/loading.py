@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from minillama.errors import InputError
 
 if TYPE_CHECKING:
+    from minillama.formats.model_file import ModelFile
     from minillama.layers.quantised import Quantisation
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-__all__ = ["DType", "load_for_decoding", "read_texts"]
+__all__ = ["DType", "load_for_decoding", "load_model", "read_texts"]
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -22,11 +23,27 @@ DType = Literal["auto", "float32", "bfloat16"]
 def load_for_decoding(
     path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantisation = "none"
 ) -> tuple[Decoder, Tokenizer]:
-    """A model with fused products, and its tokenizer.
+    """A model as `load_model` gives it, and its tokenizer.
 
     Args:
         path: what `open_model` takes.
         tokenizer: its place, if it does not lie with the model.
+        dtype: of the weights.
+        device: to decode on.
+        quantize: of the weights.
+    """
+    from minillama.formats.opening import open_model
+    from minillama.tokenizer import Tokenizer
+
+    opened = open_model(path)
+    return load_model(opened, dtype, device, quantize), Tokenizer.load(tokenizer or opened.tokenizer_path())
+
+
+def load_model(opened: ModelFile, dtype: DType, device: str, quantize: Quantisation = "none") -> Decoder:
+    """A model ready to decode, its products fused.
+
+    Args:
+        opened: the model's file or folder.
         dtype: of the weights; auto: as `decoding_dtype` chooses.
         device: as `choose_device` takes it.
         quantize: make the products' weights int8 or int4, see `quantise`.
@@ -34,16 +51,13 @@ def load_for_decoding(
     import torch
 
     from minillama.device import choose_device, decoding_dtype
-    from minillama.formats.opening import open_model
     from minillama.model import Decoder
     from minillama.quantisation import quantise
-    from minillama.tokenizer import Tokenizer
 
-    opened, place = open_model(path), choose_device(device, "--device")
+    place = choose_device(device, "--device")
     stored = opened.default_dtype(place)
     kind = decoding_dtype(stored, place) if dtype == "auto" else getattr(torch, dtype)
-    model = quantise(Decoder.from_pretrained(opened, kind, place).fuse(), quantize)
-    return model, Tokenizer.load(tokenizer or opened.tokenizer_path())
+    return quantise(Decoder.from_pretrained(opened, kind, place).fuse(), quantize)
 
 
 def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[str]:

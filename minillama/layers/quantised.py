@@ -34,31 +34,27 @@ def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale[:, None]).round().to(torch.int8), scale
 
 
-def int4_groups(weight: Tensor, group: int = GROUP, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def int4_groups(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
     """Whole numbers q, scales s and offsets z of w = (q - 8) s + z, q in 0..15, one s and z for `group` inputs.
 
     For a range of s a share of the group's span, s and z are tried; the pair of the least squared error is taken,
-    sum_i importance_i (w_i - (q_i - 8) s - z)^2. The range contains the symmetric grid of GGUF's Q4_0, so that
+    sum_i (w_i - (q_i - 8) s - z)^2. The range contains the symmetric grid of GGUF's Q4_0, so that
     weights which come from there keep their steps.
 
     Args:
         weight: (O, I), I a multiple of `group`.
         group: inputs that share a scale.
-        importance: (I,) weight of an input's error, its mean square over some text (as in AWQ, arXiv 2306.00978,
-            the salient channels are those with large activations); all alike unless given.
 
     Returns:
         q (O, I) int32, s and z (O, I / group) float32.
     """
-    share = torch.ones(weight.shape[1]) if importance is None else importance.float()
-    share = share.to(weight.device).unflatten(-1, (-1, group))
     rows = max(1, CHUNK // weight.shape[1])
-    parts = [_groups(part.float().unflatten(-1, (-1, group)), share) for part in weight.split(rows)]
+    parts = [_groups(part.float().unflatten(-1, (-1, group))) for part in weight.split(rows)]
     q, s, z = (torch.cat(found) for found in zip(*parts, strict=True))
     return (q + 8).int().flatten(-2), s.squeeze(-1), z.squeeze(-1)
 
 
-def _groups(wide: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _groups(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`int4_groups` of (rows, groups, group)."""
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     extreme = torch.where(high.abs() > low.abs(), high, low)
@@ -73,22 +69,20 @@ def _groups(wide: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         steps = ((wide - offset) / scale).round().clamp(-8, 7)
         for _ in range(2):  # least squares of the grid for these steps, and the steps of that grid
-            error = (share * (steps * scale + offset - wide).square()).sum(-1, keepdim=True)
+            error = (steps * scale + offset - wide).square().sum(-1, keepdim=True)
             better = error < best
             best = torch.where(better, error, best)
             q, s, z = torch.where(better, steps, q), torch.where(better, scale, s), torch.where(better, offset, z)
-            scale, offset = _least_squares(wide, steps, share)
+            scale, offset = _least_squares(wide, steps)
             steps = ((wide - offset) / scale).round().clamp(-8, 7)
     return q, s, z
 
 
-def _least_squares(wide: Tensor, steps: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The s and z of least squared error for given steps: a weighted straight line through (steps, w)."""
-    total = share.sum(-1, keepdim=True)
-    mean_q = (share * steps).sum(-1, keepdim=True) / total
-    mean_w = (share * wide).sum(-1, keepdim=True) / total
-    spread = (share * (steps - mean_q).square()).sum(-1, keepdim=True)
-    slope = (share * (steps - mean_q) * (wide - mean_w)).sum(-1, keepdim=True) / spread
+def _least_squares(wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """The s and z of least squared error for given steps: a straight line through (steps, w)."""
+    mean_q, mean_w = steps.mean(-1, keepdim=True), wide.mean(-1, keepdim=True)
+    spread = (steps - mean_q).square().sum(-1, keepdim=True)
+    slope = ((steps - mean_q) * (wide - mean_w)).sum(-1, keepdim=True) / spread
     slope = torch.where((spread == 0) | (slope == 0), torch.ones_like(slope), slope)
     return slope, mean_w - slope * mean_q
 
@@ -140,7 +134,6 @@ class Int4Linear(nn.Module):
     Args:
         linear: the product to replace; its type is that of the inputs.
         group: inputs that share a scale: 32, 64 or 128.
-        importance: see `int4_groups`.
 
     Raises:
         ValueError: inputs that are no multiple of `group`, or outputs that are none of 16.
@@ -149,12 +142,12 @@ class Int4Linear(nn.Module):
     packed: Tensor
     grid: Tensor
 
-    def __init__(self, linear: nn.Linear, group: int = GROUP, importance: Tensor | None = None) -> None:
+    def __init__(self, linear: nn.Linear, group: int = GROUP) -> None:
         super().__init__()
         if linear.in_features % group or linear.out_features % 16:
             raise ValueError(f"{linear.in_features} inputs, {linear.out_features} outputs: no multiples of {group}, 16")
         self.in_features, self.out_features, self.group = linear.in_features, linear.out_features, group
-        q, scale, offset = int4_groups(linear.weight.detach(), group, importance)
+        q, scale, offset = int4_groups(linear.weight.detach(), group)
         self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(q, 1))
         grid = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
         self.register_buffer("grid", grid.bfloat16())
