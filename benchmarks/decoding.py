@@ -36,7 +36,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 # Neither torch nor minillama is imported up here: memory is to be that of a contender alone, and Linux gives a child
 # what its parent holds as a first peak.
@@ -69,8 +69,7 @@ def ours(models: Path, dtype: str, quantize: str) -> Engine:
     from minillama.decoding import decode
 
     torch.set_num_threads(THREADS)
-    load: Any = load_for_decoding
-    model, _ = load(str(models / "hf"), None, dtype, "cpu", quantize)
+    model, _ = load_for_decoding(str(models / "hf"), None, cast(Any, dtype), "cpu", cast(Any, quantize))
 
     def run(prompts: Prompts, tokens: int, stop: int) -> Times:
         steps = decode(model, prompts, tokens)

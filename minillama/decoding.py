@@ -107,9 +107,9 @@ def decode(
         sampler = Sampler(sampling, ids, model.config.vocab_size, [seeds[row] for row in rows])
         return state, sampler, _step(model, [texts[row] for row in rows], state, sampler)
 
-    waiting = deque(row for row in range(len(prompts)) if max_new_tokens > 0)
+    waiting = deque(range(len(prompts)))
     running = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
-    if not running:
+    if not running or max_new_tokens < 1:
         return
     state, sampler, chosen = enter(running, max(limits))
     while True:
@@ -163,6 +163,6 @@ def _step(model: Decoder, texts: Sequence[Text], state: State | None, sampler: S
 
 def _padded(rows: Sequence[Sequence[Any]]) -> Tensor:
     """Rows of unequal length as one tensor with zeros on the right, (B, T) or for pairs (B, T, 2)."""
-    if len(rows) == 1 or len({len(row) for row in rows}) == 1:
+    if len({len(row) for row in rows}) == 1:
         return torch.tensor(rows)
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

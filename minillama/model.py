@@ -195,8 +195,10 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)
-            else:
-                x = layer(x, rope, kernel_mask, state.layers[i] if state is not None else None, span)
+            elif state is None:
+                x = layer(x, rope, kernel_mask, None, span)
+            else:  # not through compiled code, which would be made anew for every length of the state
+                x = layer.forward(x, rope, kernel_mask, state.layers[i], span)
         if state is not None:
             state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
         return self.model.norm(x)

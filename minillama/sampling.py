@@ -124,7 +124,8 @@ class Sampler:
         Raises:
             InputError: logits that are no numbers, which a broken model gives.
         """
-        tokens = self.draw(self.probabilities(logits))
+        logits = self._penalised(logits)
+        tokens = logits.argmax(-1) if self.settings.temperature == 0 else self.draw(self._chain(logits))
         self.take(tokens)
         return tokens
 
@@ -134,14 +135,21 @@ class Sampler:
         Raises:
             InputError: logits that are no numbers, which a broken model gives.
         """
+        logits = self._penalised(logits)
+        if self.settings.temperature == 0:
+            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+        return self._chain(logits)
+
+    def _penalised(self, logits: Tensor) -> Tensor:
         logits = logits.float().cpu()
         if logits.isnan().any():
             raise InputError("the model's logits are not numbers", fix="check its weights: they hold NaN or infinity")
+        if self.seen is None:
+            return logits
+        return repetition_penalty(logits, self.seen, self.settings.repetition_penalty)
+
+    def _chain(self, logits: Tensor) -> Tensor:
         s = self.settings
-        if self.seen is not None:
-            logits = repetition_penalty(logits, self.seen, s.repetition_penalty)
-        if s.temperature == 0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
         logits = temperature(logits, s.temperature)
         if s.top_k:
             logits = top_k(logits, s.top_k)

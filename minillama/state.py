@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.layers.quantised import int8_rows
 from minillama.layers.wkv import Sums
 
 __all__ = ["KVCache", "LayerState", "Snapshot", "Span", "State", "WKVState"]
@@ -104,8 +105,8 @@ class Int8Slots(Slots):
 
     def write(self, x: Tensor, span: Span) -> None:
         """See `Slots.write`."""
-        scale = x.float().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        super().write((x.float() / scale).round(), span)
+        q, scale = int8_rows(x)
+        super().write(q, span)
         self.scale.write(scale, span)
 
     def read(self, end: int, dtype: torch.dtype) -> Tensor:

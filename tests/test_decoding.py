@@ -96,3 +96,17 @@ def test_one_query_does_not_repeat_the_keys(heads: int) -> None:
         fused, state = decoder.fuse(), decoder.state(3)
         steps = [fused(tokens[:, i : i + 1], state=state) for i in range(12)]
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_model_decodes_without_compiling() -> None:
+    decoder = model()
+    expected = texts(decoder, PROMPTS, None, GREEDY)
+
+    def compiled(*args: object, **kwargs: object) -> torch.Tensor:
+        raise AssertionError("compiled code was called")
+
+    for layer in decoder.blocks:
+        layer._compiled_call_impl = compiled  # what nn.Module.compile sets
+    assert texts(decoder, PROMPTS, None, GREEDY) == expected
+    with pytest.raises(AssertionError, match="compiled code was called"):
+        decoder(torch.tensor([[1, 2]]))

@@ -12,26 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GROUP", "Int4Linear", "Int8Linear", "Quantisation", "int4_groups", "int8_channels"]
+__all__ = ["GROUP", "Int4Linear", "Int8Linear", "Quantisation", "int4_groups", "int8_rows"]
 
 Quantisation = Literal["none", "int8", "int4"]
 GROUP = 32
 CHUNK = 2**17  # weights whose grids are searched at once, so that they stay in the cache
-ROWS = 16  # from so many rows on unpacking the weights once and multiplying as usual is faster
+ROWS = 32  # from so many rows on unpacking the weights once and multiplying as usual is faster
 
 
-def int8_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers q and scales s of w = q s, one scale an output channel: s_o = max_i |w_oi| / 127.
+def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers q and scales s of x = q s, one scale a row, s = max |x| / 127 over the last dimension.
 
     Args:
-        weight: (O, I).
+        x: (..., I); of a weight (O, I) a row is an output channel.
 
     Returns:
-        q (O, I) int8 and s (O,) float32.
+        q (..., I) int8 and s (..., 1) float32.
     """
-    wide = weight.float()
-    scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (wide / scale[:, None]).round().to(torch.int8), scale
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    return (wide / scale).round().to(torch.int8), scale
 
 
 def int4_groups(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ def _least_squares(wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """y = (x q^T) s + b with the numbers of `int8_channels`.
+    """y = (x q^T) s + b with the numbers of `int8_rows`.
 
     Args:
         linear: the product to replace; its type is that of the inputs.
@@ -106,9 +106,9 @@ class Int8Linear(nn.Module):
         if linear.in_features % 32:
             raise ValueError(f"{linear.in_features} inputs are no multiple of 32")
         self.out_features = linear.out_features
-        q, scale = int8_channels(linear.weight.detach())
+        q, scale = int8_rows(linear.weight.detach())
         self.register_buffer("quantised", q)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale.squeeze(-1))
         self.dtype = linear.weight.dtype
         self.register_buffer("unit", torch.ones(len(q), dtype=torch.bfloat16, device=q.device))
         self.bias = linear.bias
