@@ -20,13 +20,17 @@ __all__ = [
 ]
 
 
-def loss_rows(vocab_size: int) -> int:
-    """Tokens whose logits exist at once in the loss.
+def loss_rows(vocab_size: int, number_bytes: int) -> int:
+    """Tokens whose logits exist at once in the loss, as many as 128 MiB hold.
 
-    Every chunk reads and writes the gradient of the head, (V, D): with fewer than some hundred tokens that takes
-    longer than the products. Small vocabularies take more tokens, up to a million logits.
+    Every chunk reads the head and writes its gradient, (V, D): with fewer than some hundred tokens that takes longer
+    than the products.
+
+    Args:
+        vocab_size: V.
+        number_bytes: of a logit.
     """
-    return max(512, 2**20 // vocab_size)
+    return max(512, 2**27 // (vocab_size * number_bytes))
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class TrainingMemory:
     activations: int
     """What autograd keeps between the forward and the backward pass, the logits aside."""
     logits: int
-    """A chunk of logits with its temporaries, and the gradients of the head that are made beside them."""
+    """A chunk of logits, and the gradients of the head that are made beside it."""
 
     @property
     def total(self) -> int:
@@ -91,7 +95,7 @@ def training_memory(
     - gate F, up F, silu(gate) F, their product F
 
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
-    input and of the head's matrix, in float32, and a chunk of logits in float32. With checkpointing the
+    input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
     inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalised
     input, and compiled blocks recompute more. Rotary tables, attention masks, the allocator's waste, and the
     attention weights that the CPU's bfloat16 kernel keeps (`layers/kernel.py`, HT to 2HT bytes a token and block, up
@@ -120,7 +124,7 @@ def training_memory(
         optimizer=count * optimizer_bytes,
         casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
         activations=tokens * (kept + ends),
-        logits=(4 + (activation_bytes if cast else 0)) * config.vocab_size * min(tokens, loss_rows(config.vocab_size))
+        logits=activation_bytes * config.vocab_size * min(tokens, loss_rows(config.vocab_size, activation_bytes))
         + tokens * activation_bytes * config.dim
         + 4 * config.vocab_size * config.dim,
     )

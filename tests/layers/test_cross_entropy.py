@@ -21,7 +21,7 @@ def parts(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_value_and_gradients(rows: int, z_loss: float, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "loss_rows", lambda vocab_size: rows)
+    monkeypatch.setattr(module, "loss_rows", lambda *sizes: rows)
     hidden, matrix, targets, weights = parts(torch.float32)
     shares = weights if weighted else None
     plain = cross_entropy(hidden @ matrix.T, targets, shares, z_loss)
@@ -34,7 +34,7 @@ def test_value_and_gradients(rows: int, z_loss: float, weighted: bool, monkeypat
 
 
 def test_bfloat16_to_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "loss_rows", lambda vocab_size: 4)
+    monkeypatch.setattr(module, "loss_rows", lambda *sizes: 4)
     hidden, matrix, targets, weights = parts(torch.bfloat16)
     loss = linear_cross_entropy(hidden, matrix, targets, weights)
     found = torch.autograd.grad(loss, (hidden, matrix))
@@ -73,4 +73,4 @@ def test_the_logits_are_never_there_as_a_whole() -> None:
 
     with Watch():
         linear_cross_entropy(hidden, matrix, torch.zeros(4096, dtype=torch.long)).backward()
-    assert max(sizes) <= 512 * 20_000
+    assert max(sizes) <= 4096 * 20_000 / 3 + 20_000
