@@ -88,7 +88,6 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
         hidden = working.model.hidden(ids[:, :-1])
         loss = working.model.loss(hidden, ids[:, 1:])
         (loss / ids[:, 1:].numel()).backward()
-        working.collect()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

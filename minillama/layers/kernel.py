@@ -6,7 +6,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from minillama.layers.mask import KernelMask
 
@@ -19,8 +18,9 @@ LONG = 1024
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     """softmax(q k^T / sqrt(E) + mask) v, each key/value head serving H/K consecutive query heads.
 
-    torch's fused kernel, but for one case: causal attention in bfloat16 on a CPU, where products of whole
-    blocks are 1.5 to 4 times as fast (benchmarks/README.md).
+    torch's fused kernel, but for one case: causal attention of short texts in bfloat16 on a CPU, where products of
+    whole blocks are 1.5 to 4 times as fast (benchmarks/README.md). They keep the attention weights for the backward
+    pass, H T^2 / 2 of them; from `LONG` tokens on that is too much, and the fused kernel's memory grows with T alone.
 
     Args:
         q: (B, H, T, E).
@@ -31,7 +31,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     Returns:
         (B, H, T, E).
     """
-    if mask.is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if mask.is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < LONG:
         return blocked_causal(q, k, v)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.shape[2] == 1:
@@ -48,22 +48,13 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tenso
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=allowed).reshape(q.shape)
 
 
-def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK, long: int = LONG) -> Tensor:
-    """Causal attention one block of queries at a time, each against the keys up to its end.
-
-    Up to `long` tokens autograd keeps the weights of every block, (H T^2 / 2). Beyond, blocks are computed again in
-    the backward pass, so that memory grows with T and not with its square.
-    """
+def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:
+    """Causal attention one block of queries at a time, each against the keys up to its end."""
     q = q * q.shape[-1] ** -0.5
-    out = []
-    for start in range(0, q.shape[2], block):
-        stop = min(start + block, q.shape[2])
-        parts = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
-        if q.shape[2] > long and torch.is_grad_enabled():
-            out.append(checkpoint(_last_queries, *parts, use_reentrant=False, preserve_rng_state=False))
-        else:
-            out.append(_last_queries(*parts))
-    return torch.cat(out, dim=2)
+    starts = range(0, q.shape[2], block)
+    return torch.cat(
+        [_last_queries(q[:, :, s : s + block], k[:, :, : s + block], v[:, :, : s + block]) for s in starts], dim=2
+    )
 
 
 def _last_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from minillama.model import Decoder
 
@@ -28,6 +30,8 @@ class WorkingCopy:
         self.master = master
         self.model = master if dtype == master.dtype else copy.deepcopy(master).to(dtype)
         self._pairs = list(zip(self.model.parameters(), master.parameters(), strict=True))
+        for working, parameter in () if self.is_master else self._pairs:
+            working.register_post_accumulate_grad_hook(partial(_hand_over, parameter))
 
     @property
     def is_master(self) -> bool:
@@ -42,16 +46,13 @@ class WorkingCopy:
         for working, master in self._pairs:
             working.copy_(master)
 
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Add the gradients of one backward pass to the master's and clear them."""
-        if self.is_master:
-            return
-        for working, master in self._pairs:
-            if working.grad is None:
-                continue
-            if master.grad is None:
-                master.grad = working.grad.to(master.dtype)
-            else:
-                master.grad += working.grad
-            working.grad = None
+
+@torch.no_grad()
+def _hand_over(master: Tensor, working: Tensor) -> None:
+    """Add a gradient to the master's as soon as it is there, so that there is never one of each parameter."""
+    assert working.grad is not None
+    if master.grad is None:
+        master.grad = working.grad.to(master.dtype)
+    else:
+        master.grad += working.grad
+    working.grad = None

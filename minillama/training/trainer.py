@@ -219,7 +219,6 @@ class Trainer:
             part = batch.rows(start, start + size).to(self.model.device)
             loss, _, metrics = self.objective.loss(self.working.model, part)
             (loss / weight).backward()
-            self.working.collect()
             total += loss.item()
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
