@@ -313,7 +313,7 @@ class ModelConfig:
         """Bytes that one token takes in the decode state: 2 LKE values, none in a recurrence."""
         if self.mixer == "wkv":
             return 0
-        return int(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
+        return round(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
 
     def state_bytes(self, seq_len: int, bytes_per_value: float = 2) -> int:
         """Bytes of a sequence's decode state: keys and values, or RWKV's five float32 vectors a layer."""

@@ -76,6 +76,8 @@ def decode(
     seeds: Sequence[int] | None = None,
     batch_size: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    window: int | None = None,
+    sinks: int = 0,
 ) -> Steps:
     """Yield, step by step, (row, token) for rows that are still going.
 
@@ -94,6 +96,9 @@ def decode(
         seeds: of each row's random choices; `sampling.seed` + i for row i unless given.
         batch_size: rows at once; all unless given.
         cache_dtype: of keys and values: the model's type unless given, a shorter float, or int8.
+        window: a token sees the last `window` tokens, its own included; all unless given.
+        sinks: and the first `sinks` ones, which a model leans on whatever they say (Xiao et al. 2023, arXiv
+            2309.17453).
     """
     context = model.config.max_seq_len
     lengths = [len(prompt.tokens if isinstance(prompt, Layout) else prompt) for prompt in prompts]
@@ -105,7 +110,7 @@ def decode(
         state = model.state(len(rows), slots, cache_dtype) if use_state else None
         ids = [texts[row].ids for row in rows]
         sampler = Sampler(sampling, ids, model.config.vocab_size, [seeds[row] for row in rows])
-        return state, sampler, _step(model, [texts[row] for row in rows], state, sampler)
+        return state, sampler, _step(model, [texts[row] for row in rows], state, sampler, window, sinks)
 
     waiting = deque(range(len(prompts)))
     running = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
@@ -135,10 +140,12 @@ def decode(
             sampler.select(keep)
             if state is not None:
                 state.select(keep)
-        chosen = _step(model, [texts[row] for row in running], state, sampler)
+        chosen = _step(model, [texts[row] for row in running], state, sampler, window, sinks)
 
 
-def _step(model: Decoder, texts: Sequence[Text], state: State | None, sampler: Sampler) -> list[int]:
+def _step(
+    model: Decoder, texts: Sequence[Text], state: State | None, sampler: Sampler, window: int | None, sinks: int
+) -> list[int]:
     """Read what is unread of each text, choose a token a text and append it."""
     with evaluating(model):
         since = [text.read if state is not None else 0 for text in texts]
@@ -151,10 +158,15 @@ def _step(model: Decoder, texts: Sequence[Text], state: State | None, sampler: S
             if state is None or not texts[0].read:  # one more token sees all that is there anyway
                 prefix = torch.tensor([text.layout.prefix for text in texts if text.layout is not None])
         lengths = torch.tensor(counts) if min(counts) < max(counts) else None
-        mask = Mask(lengths=lengths, prefix=prefix)
-        hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
-        last = hidden[:, -1] if lengths is None else hidden[torch.arange(len(texts)), lengths - 1]
-        chosen: list[int] = sampler(model.head(last)).tolist()
+        mask = Mask(lengths=lengths, prefix=prefix, window=window, sinks=sinks)
+        logits = None
+        if model.step is not None and state is not None and positions is None and max(counts) == 1:
+            logits = model.step([ids[0] for ids in unread], state, mask)
+        if logits is None:
+            hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
+            last = hidden[:, -1] if lengths is None else hidden[torch.arange(len(texts)), lengths - 1]
+            logits = model.head(last)
+        chosen: list[int] = sampler(logits).tolist()
     for text, token in zip(texts, chosen, strict=True):
         text.read = len(text.ids)
         text.append(token)

@@ -7,6 +7,7 @@ F feed-forward width. Parameters carry Hugging Face's names for LLaMA, so that s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +120,8 @@ class Decoder(nn.Module):
     Attributes:
         stop_ids: tokens that end a text besides the tokenizer's own, as the model's folder says.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        step: reads one more token a row into a state and returns logits (B, V), or None where it cannot; a faster
+            way than the layers, see `native`. There is none unless one is set.
 
     A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
     """
@@ -129,6 +132,7 @@ class Decoder(nn.Module):
         self.dropout = dropout
         self.checkpointing = False
         self.stop_ids: frozenset[int] = frozenset()
+        self.step: Callable[[Sequence[int], State, Mask], Tensor | None] | None = None
         self.model = Backbone(config, dropout)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()

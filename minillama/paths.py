@@ -9,7 +9,13 @@ from pathlib import Path
 
 from minillama.errors import InputError
 
-__all__ = ["digest", "free_name", "refuse_url"]
+__all__ = ["cache_folder", "digest", "free_name", "refuse_url"]
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/minillama, or ~/.cache/minillama."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "minillama"
 
 
 def refuse_url(path: str | os.PathLike[str]) -> None:

@@ -58,8 +58,14 @@ class Args:
     """Weights of one byte (a scale a channel) or half a byte (a scale and an offset for 32 inputs)."""
     batch_size: int = field(default=16, metadata={"min": 1})
     """Prompts at once; the next one enters when one has ended."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = True
+    """Decode by the step in C++ where a compiler is there; it is compiled once, in some seconds."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Of keys and values; auto: that of the products."""
+    window: int = field(default=0, metadata={"min": 0})
+    """See only the last N tokens; 0 sees all."""
+    sinks: int = field(default=4, metadata={"min": 0})
+    """With --window: the first N tokens are seen as well."""
 
 
 def run(args: Args) -> int:
@@ -76,9 +82,13 @@ def run(args: Args) -> int:
             found=f"{len(prompts)} prompts",
             fix="leave out --speculate and --draft, or give the prompts one by one",
         )
+    if speculates and args.window:
+        raise InputError("speculation sees the whole text", where="--window", fix="leave out one of the two")
     from minillama.generation import generate, stream
 
-    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device, args.quantize)
+    model, tokenizer = load_for_decoding(
+        args.model, args.tokenizer, args.dtype, args.device, args.quantize, args.compile
+    )
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,
         "sampling": args.sampling,
@@ -107,7 +117,8 @@ def run(args: Args) -> int:
 def _batches(args: Args) -> Decoding:
     from minillama.decoding import decode
 
-    return partial(decode, batch_size=args.batch_size, cache_dtype=_cache_dtype(args))
+    window = {"window": args.window, "sinks": args.sinks} if args.window else {}
+    return partial(decode, batch_size=args.batch_size, cache_dtype=_cache_dtype(args), **window)
 
 
 def _speculation(args: Args) -> Speculation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +22,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 
 def load_for_decoding(
-    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantisation = "none"
+    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = True
 ) -> tuple[Decoder, Tokenizer]:
     """A model as `load_model` gives it, and its tokenizer.
 
@@ -31,15 +32,19 @@ def load_for_decoding(
         dtype: of the weights.
         device: to decode on.
         quantize: of the weights.
+        compiles: see `load_model`.
     """
     from minillama.formats.opening import open_model
     from minillama.tokenizer import Tokenizer
 
     opened = open_model(path)
-    return load_model(opened, dtype, device, quantize), Tokenizer.load(tokenizer or opened.tokenizer_path())
+    model = load_model(opened, dtype, device, quantize, compiles)
+    return model, Tokenizer.load(tokenizer or opened.tokenizer_path())
 
 
-def load_model(opened: ModelFile, dtype: DType, device: str, quantize: Quantisation = "none") -> Decoder:
+def load_model(
+    opened: ModelFile, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = True
+) -> Decoder:
     """A model ready to decode, its products fused.
 
     Args:
@@ -47,6 +52,7 @@ def load_model(opened: ModelFile, dtype: DType, device: str, quantize: Quantisat
         dtype: of the weights; auto: as `decoding_dtype` chooses.
         device: as `choose_device` takes it.
         quantize: make the products' weights int8 or int4, see `quantise`.
+        compiles: take the step in C++ where it takes the model and a compiler is there; it is compiled once.
     """
     import torch
 
@@ -57,7 +63,24 @@ def load_model(opened: ModelFile, dtype: DType, device: str, quantize: Quantisat
     place = choose_device(device, "--device")
     stored = opened.default_dtype(place)
     kind = decoding_dtype(stored, place) if dtype == "auto" else getattr(torch, dtype)
-    return quantise(Decoder.from_pretrained(opened, kind, place).fuse(), quantize)
+    model = quantise(Decoder.from_pretrained(opened, kind, place).fuse(), quantize)
+    if compiles:
+        _hasten(model)
+    return model
+
+
+def _hasten(model: Decoder) -> None:
+    from minillama.native.building import CannotBuild, can_build, is_built
+    from minillama.native.step import NativeStep, unsupported
+
+    if unsupported(model) or not can_build():
+        return
+    if not is_built():
+        print("compiling the decode step, once for this machine; it takes some seconds", file=sys.stderr)
+    try:
+        model.step = NativeStep(model)
+    except CannotBuild as error:
+        print(f"the decode step was not compiled, decoding goes on without it: {error}", file=sys.stderr)
 
 
 def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[str]:

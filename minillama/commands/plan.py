@@ -74,6 +74,7 @@ def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
         for name, checkpointing in (("plain", False), ("checkpointing", True))
     }
     weights = {name: inference_memory(config, 1, 1, size).weights for name, size in WEIGHT_BYTES.items()}
+    int8_width = 1 + 4 / config.head_dim  # a byte, and a float32 scale a head
     tokens = args.tokens or 20 * count
     return {
         "model": args.model,
@@ -97,6 +98,7 @@ def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
             "weights": weights,
             "state_per_token": config.kv_bytes_per_token(width),
             "state": inference_memory(config, args.batch_size, seq_len, kv_bytes=width).state,
+            "state_int8": inference_memory(config, args.batch_size, seq_len, kv_bytes=int8_width).state,
         },
         "training": {
             "tokens": tokens,
@@ -132,6 +134,7 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
                 *((f"weights, {name}", _bytes(number)) for name, number in inference["weights"].items()),
                 (f"KV cache, {args.dtype}, a token", _bytes(inference["state_per_token"])),
                 (f"KV cache, {args.dtype}, {size}", _bytes(inference["state"])),
+                (f"KV cache, int8, {size}", _bytes(inference["state_int8"])),
             ],
         ),
         _table(

@@ -6,6 +6,7 @@ float32 kernel is ten times slower (benchmarks/README.md). Scales of int8 stay i
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -139,7 +140,7 @@ class Int4Linear(nn.Module):
         ValueError: inputs that are no multiple of `group`, or outputs that are none of 16.
     """
 
-    packed: Tensor
+    nibbles: Tensor
     grid: Tensor
 
     def __init__(self, linear: nn.Linear, group: int = GROUP) -> None:
@@ -148,20 +149,34 @@ class Int4Linear(nn.Module):
             raise ValueError(f"{linear.in_features} inputs, {linear.out_features} outputs: no multiples of {group}, 16")
         self.in_features, self.out_features, self.group = linear.in_features, linear.out_features, group
         q, scale, offset = int4_groups(linear.weight.detach(), group)
-        self.register_buffer("packed", torch._convert_weight_to_int4pack_for_cpu(q, 1))
+        low, high = q.to(torch.uint8).unflatten(-1, (-1, 2, 16)).unbind(-2)
+        self.register_buffer("nibbles", (low | high << 4).flatten(-2))  # (O, I / 2), in the order of GGUF's Q4_0
         grid = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
         self.register_buffer("grid", grid.bfloat16())
         self.bias = linear.bias
+        self.dtype = linear.weight.dtype
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), what the product multiplies with, in bfloat16."""
-        return self._product(torch.eye(self.in_features, dtype=torch.bfloat16)).T
+        """(O, I), what the product multiplies with, in the inputs' type."""
+        scale, offset = self.grid.transpose(0, 1).unsqueeze(-1).float().unbind(-2)  # (O, I / group, 1)
+        steps = self._steps().view(self.out_features, -1, self.group).float() - 8
+        return torch.addcmul(offset, steps, scale).flatten(-2).to(self.dtype)
 
-    def _product(self, flat: Tensor) -> Tensor:
-        return torch._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, self.grid)
+    @cached_property
+    def packed(self) -> Tensor:
+        """The same numbers in the order of torch's kernel, made when a few rows want it."""
+        return torch._convert_weight_to_int4pack_for_cpu(self._steps().int(), 1)
+
+    def _steps(self) -> Tensor:
+        pairs = self.nibbles.unflatten(-1, (-1, 16))
+        return torch.stack((pairs & 15, pairs >> 4), dim=-2).flatten(-3)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        y = self._product(x.flatten(0, -2).bfloat16().contiguous()).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        flat = x.flatten(0, -2)
+        if len(flat) >= ROWS:
+            return F.linear(x, self.weight, self.bias)
+        y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16().contiguous(), self.packed, self.group, self.grid)
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

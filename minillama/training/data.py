@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from minillama.data.prepare import prepare
 from minillama.data.reading import Record
 from minillama.data.records import Records
 from minillama.errors import InputError
+from minillama.paths import cache_folder
 from minillama.tokenizer import Tokenizer
 from minillama.training.config import RunConfig
 from minillama.training.report import Report
@@ -90,8 +90,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
 def _cache_folder(config: RunConfig) -> Path:
     if config.data.cache:
         return Path(config.data.cache)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "minillama"
+    return cache_folder()
 
 
 def _names(config: RunConfig) -> str:

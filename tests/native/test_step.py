@@ -1,0 +1,162 @@
+"""The step in C++ against the layers in float32: every kind of weight, rows of unequal length, windows."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.config import ModelConfig, RopeScaling
+from minillama.decoding import decode
+from minillama.layers.mask import Mask
+from minillama.layers.quantised import Quantisation
+from minillama.model import Decoder
+from minillama.native import building
+from minillama.native.building import CannotBuild, load_library
+from minillama.native.step import NativeStep, unsupported
+from minillama.quantisation import quantise
+from minillama.sampling import Sampling
+
+pytestmark = pytest.mark.skipif(not building.can_build(), reason="no C++ compiler, or not Linux")
+
+# 6 query heads on 2 key/value heads of another width than D / H; hidden width and vocabulary no multiples of 4 rows
+CONFIG = ModelConfig(
+    dim=64,
+    n_layers=3,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=16,
+    hidden_dim=160,
+    vocab_size=83,
+    max_seq_len=64,
+    rope_theta=500.0,
+)
+
+
+def model(dtype: torch.dtype = torch.float32, kind: Quantisation = "none", **changes: object) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig(**{**vars_of(CONFIG), **changes}))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in decoder.parameters():  # norms that are no ones, biases that are no zeros
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return quantise(decoder.to(dtype).fuse(), kind)
+
+
+def vars_of(config: ModelConfig) -> dict[str, object]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def exact(found: Decoder) -> Decoder:
+    """The same weights, multiplied out, with the layers in float32."""
+    twin = Decoder(found.config).fuse()
+    with torch.no_grad():
+        for name, part in twin.named_modules():
+            other = found.get_submodule(name) if name else found
+            if isinstance(part, torch.nn.Linear) and part is not twin.lm_head:
+                part.weight.copy_(other.weight)
+                if part.bias is not None:
+                    part.bias.copy_(other.bias)
+            elif hasattr(part, "weight") and part is not twin.lm_head:
+                part.weight.copy_(other.weight)
+    head = found.lm_head if found.lm_head is not None else found.model.embed_tokens
+    twin.lm_head = torch.nn.Linear(found.config.dim, found.config.vocab_size, bias=False)
+    twin.lm_head.weight = torch.nn.Parameter(head.weight.detach().float())
+    return twin
+
+
+VARIANTS = [
+    (torch.float32, "none", {}, 1e-5),
+    (torch.float32, "none", {"tie_embeddings": True, "bias": "qkv"}, 1e-5),
+    (torch.float32, "none", {"n_kv_heads": 6, "rope_scaling": RopeScaling("linear", 4.0)}, 1e-5),
+    (torch.bfloat16, "none", {}, 1e-2),  # keys and values are kept in bfloat16
+    (torch.float32, "int8", {"tie_embeddings": True}, 1e-5),
+    (torch.float32, "int4", {}, 1e-5),
+    (torch.bfloat16, "int4", {"bias": "qkv"}, 3e-2),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS)
+@torch.no_grad()
+def test_logits_are_those_of_the_layers(
+    dtype: torch.dtype, kind: Quantisation, changes: dict[str, object], bound: float, rows: int
+) -> None:
+    native = model(dtype, kind, **changes)
+    plain = exact(native)
+    step = NativeStep(native)
+    lengths = torch.tensor([9 - row for row in range(rows)])  # every row of another length
+    prompts = torch.randint(0, 83, (rows, 9), generator=torch.Generator().manual_seed(1))
+    states = native.state(rows, 20), plain.state(rows, 20)
+    for state in states:  # the same past, which quantised products would round otherwise
+        plain.hidden(prompts, mask=Mask(lengths=lengths), state=state)
+    for token in range(6):
+        tokens = [(13 * row + 7 * token) % 83 for row in range(rows)]
+        found = step(tokens, states[0], Mask())
+        expected = plain(torch.tensor(tokens)[:, None], state=states[1])[:, -1]
+        assert found is not None
+        assert (found - expected).norm() < bound * expected.norm()
+        assert states[0].lengths == states[1].lengths
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (5, 9), (40, 4)])
+def test_a_window_with_sinks(window: int, sinks: int) -> None:
+    plain, native = model(), model()
+    native.step = NativeStep(native)
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [1, 2]]
+    sees = partial(decode, window=window, sinks=sinks)
+    expected = [list(sees(plain, prompts, 20, use_state=use_state)) for use_state in (True, False)]
+    assert expected[0] == expected[1]
+    assert list(sees(native, prompts, 20)) == expected[0]
+    everything = list(decode(plain, prompts, 20))
+    assert (everything == expected[0]) == (window == 40)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_p=0.9, seed=3)])
+def test_batches_that_stay_full_say_the_same(kind: Quantisation, sampling: Sampling) -> None:
+    native = model(kind=kind)
+    plain = exact(native)
+    native.step = NativeStep(native)
+    prompts = [[5, 6, 7], [1], [8, 9, 10, 11, 12], [3, 4], [80, 2, 2]]
+    steps = [{}, {}]
+    for said, decoder in zip(steps, (native, plain), strict=True):
+        for found in decode(decoder, prompts, 12, sampling, batch_size=2):
+            for row, token in found:
+                said.setdefault(row, []).append(token)
+    assert steps[0] == steps[1]
+
+
+def test_what_it_does_not_take() -> None:
+    assert unsupported(Decoder(CONFIG)) is not None  # not fused
+    assert unsupported(model()) is None
+    for changes in ({"head_dim": 8}, {"logit_scale": 0.5}, {"parallel_block": True}, {"norm": "layer"}):
+        assert unsupported(model(**changes)) is not None
+    native = model()
+    step = NativeStep(native)
+    assert step([1], native.state(1, 8, torch.int8), Mask()) is None
+    assert step([1], native.state(1, 8), Mask(prefix=torch.tensor([1]))) is None
+    full = native.state(1, 1)
+    step([1], full, Mask())
+    with pytest.raises(ValueError, match="do not fit"):
+        step([1], full, Mask())
+
+
+def test_it_is_compiled_once_and_a_failure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not building.is_built()
+    load_library()
+    assert building.is_built()
+    assert [path.suffix for path in (tmp_path / "minillama" / "native").iterdir()] == [".so"]
+    monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
+    load_library()
+    monkeypatch.undo()
+    broken = tmp_path / "step.cpp"
+    shutil.copy(building.SOURCE, broken)
+    broken.write_text(broken.read_text() + "int;;;oops\n")
+    monkeypatch.setattr(building, "SOURCE", broken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    with pytest.raises(CannotBuild, match="oops"):
+        load_library()
