@@ -36,12 +36,14 @@ class Decoding(Protocol):
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradients, and as before afterwards."""
     training = model.training
-    model.eval()
+    if training:  # to tell every module takes longer than a token of a small model
+        model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 class Text:

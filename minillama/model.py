@@ -326,7 +326,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Decoder:
-        """Read a model: a Hugging Face or Meta folder, a GGUF file or a llama2.c binary.
+        """Read a model, in evaluation mode: a Hugging Face or Meta folder, a GGUF file or a llama2.c binary.
 
         Args:
             path: the folder or file, or what `open_model` gave for it.
@@ -346,7 +346,7 @@ class Decoder(nn.Module):
         model.model.place(source.config)
         model.to(device)
         model.stop_ids = source.stop_ids
-        return model
+        return model.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights into a folder, which is made if need be.

@@ -142,7 +142,7 @@ class Sampler:
 
     def _penalised(self, logits: Tensor) -> Tensor:
         logits = logits.float().cpu()
-        if logits.isnan().any():
+        if logits.amax().isnan():  # which is NaN if anything is
             raise InputError("the model's logits are not numbers", fix="check its weights: they hold NaN or infinity")
         if self.seen is None:
             return logits

@@ -54,7 +54,7 @@ def curve(plain_loss: bool = False) -> list[float]:
 
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
-    return blocked_causal(q, k, v, block=16, long=16)
+    return blocked_causal(q, k, v, block=16)
 
 
 def weights_in_full(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:

@@ -117,8 +117,8 @@ def run(args: Args) -> int:
 def _batches(args: Args) -> Decoding:
     from minillama.decoding import decode
 
-    window = {"window": args.window, "sinks": args.sinks} if args.window else {}
-    return partial(decode, batch_size=args.batch_size, cache_dtype=_cache_dtype(args), **window)
+    seen = args.window or None
+    return partial(decode, batch_size=args.batch_size, cache_dtype=_cache_dtype(args), window=seen, sinks=args.sinks)
 
 
 def _speculation(args: Args) -> Speculation:

@@ -123,8 +123,9 @@ class Int8Linear(nn.Module):
         """(..., I) -> (..., O)."""
         flat = x.flatten(0, -2)
         if len(flat) >= ROWS or x.device.type != "cpu":
-            return F.linear(x, self.weight, self.bias)
-        steps = torch._weight_int8pack_mm(flat.bfloat16().contiguous(), self.quantised, self.unit)
+            steps = F.linear(flat, self.quantised.to(x.dtype))
+        else:
+            steps = torch._weight_int8pack_mm(flat.bfloat16().contiguous(), self.quantised, self.unit)
         y = (steps * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

@@ -69,7 +69,12 @@ def _command() -> list[str]:
 
 def _place(command: list[str]) -> Path:
     """Where the library of this source, command and processor lies: a home folder may serve several machines."""
-    parts = (SOURCE.read_text(encoding="utf-8"), command, torch.__version__, sorted(torch.cpu.get_capabilities().items()))
+    parts = (
+        SOURCE.read_text(encoding="utf-8"),
+        command,
+        torch.__version__,
+        sorted(torch.cpu.get_capabilities().items()),
+    )
     return cache_folder() / "native" / f"step-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
 
 

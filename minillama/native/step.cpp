@@ -10,6 +10,9 @@
 #include <cstdint>
 #include <cstring>
 #include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -17,6 +20,7 @@ constexpr int WIDTH = 16;  // floats of a vector; the compiler splits it where t
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
 typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 typedef uint8_t Nibbles __attribute__((vector_size(WIDTH)));
 
@@ -29,10 +33,11 @@ inline T load(const void* from) {
 
 inline void store(float* to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
 
-inline float sum(Vector vector) {
-    float total = 0;
-    for (int i = 0; i < WIDTH; i++) total += vector[i];
-    return total;
+inline float sum(Vector v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
 }
 
 inline float widened(uint16_t bits) {  // bfloat16 is the upper half of a float32
@@ -45,7 +50,17 @@ inline uint16_t shortened(float value) {  // to the nearest bfloat16, ties to ev
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-inline Vector widened(Halves halves) { return (Vector)(__builtin_convertvector(halves, Ints) << 16); }
+#ifdef __AVX512F__  // one instruction each, which GCC does not find by itself
+inline Ints whole(Halves x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)x); }
+inline Ints whole(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+inline Ints whole(Nibbles x) { return (Ints)_mm512_cvtepu8_epi32((__m128i)x); }
+#else
+inline Ints whole(Halves x) { return __builtin_convertvector(x, Ints); }
+template <class T>  // by way of 16 bits: GCC takes the whole way number by number
+inline Ints whole(T x) { return __builtin_convertvector(__builtin_convertvector(x, Shorts), Ints); }
+#endif
+
+inline Vector widened(Halves x) { return (Vector)(whole(x) << 16); }
 
 }  // namespace
 
@@ -92,7 +107,14 @@ inline Vector weights_at(const Matrix& m, size_t at) {
     if constexpr (kind == FLOAT32) return load<Vector>((const float*)m.weights + at);
     if constexpr (kind == BFLOAT16) return widened(load<Halves>((const uint16_t*)m.weights + at));
     if constexpr (kind == INT8)
-        return __builtin_convertvector(__builtin_convertvector(load<Bytes>((const int8_t*)m.weights + at), Ints), Vector);
+        return __builtin_convertvector(whole(load<Bytes>((const int8_t*)m.weights + at)), Vector);
+}
+
+// Have weights come that are wanted a few rows later: rows are short, and the processor guesses no further than one.
+template <Kind kind>
+inline void ahead(const Matrix& m, size_t at) {
+    constexpr int bytes = kind == FLOAT32 ? 4 : kind == BFLOAT16 ? 2 : 1;
+    __builtin_prefetch((const char*)m.weights + at * bytes);
 }
 
 // out[b][row + r] = sum_i w[row + r, i] x[b][i] for R rows and B inputs.
@@ -103,6 +125,7 @@ inline void tile(const Matrix& m, int row, const float* const* x, float* const* 
         Vector in[B];
         for (int b = 0; b < B; b++) in[b] = load<Vector>(x[b] + i);
         for (int r = 0; r < R; r++) {
+            ahead<kind>(m, size_t(row + r + R) * m.columns + i);
             Vector w = weights_at<kind>(m, size_t(row + r) * m.columns + i);
             for (int b = 0; b < B; b++) total[r][b] += w * in[b];
         }
@@ -124,7 +147,8 @@ inline void tile_int4(const Matrix& m, int row, const float* const* x, const flo
     for (int g = 0; g < groups; g++)
         for (int r = 0; r < R; r++) {
             size_t at = size_t(row + r) * groups + g;
-            Ints pairs = __builtin_convertvector(load<Nibbles>((const uint8_t*)m.weights + 16 * at), Ints);
+            __builtin_prefetch((const char*)m.weights + 16 * (at + R * groups));
+            Ints pairs = whole(load<Nibbles>((const uint8_t*)m.weights + 16 * at));
             Vector low = __builtin_convertvector(pairs & 15, Vector), high = __builtin_convertvector(pairs >> 4, Vector);
             float s = widened(m.grid[2 * at]), z = widened(m.grid[2 * at + 1]) - 8 * s;
             for (int b = 0; b < B; b++) {
@@ -140,36 +164,69 @@ inline void tile_int4(const Matrix& m, int row, const float* const* x, const flo
         }
 }
 
-template <Kind kind, int B>
+template <Kind kind, int R, int B>
 void some_inputs(const Matrix& m, int begin, int end, const float* const* x, const float* const* sums, float* const* out) {
     int row = begin;
     if constexpr (kind == INT4) {
-        for (; row + 4 <= end; row += 4) tile_int4<4, B>(m, row, x, sums, out);
+        for (; row + R <= end; row += R) tile_int4<R, B>(m, row, x, sums, out);
         for (; row < end; row++) tile_int4<1, B>(m, row, x, sums, out);
     } else {
-        for (; row + 4 <= end; row += 4) tile<kind, 4, B>(m, row, x, out);
+        for (; row + R <= end; row += R) tile<kind, R, B>(m, row, x, out);
         for (; row < end; row++) tile<kind, 1, B>(m, row, x, out);
     }
 }
 
-// A few rows of weights after the other, so that they come from the cache for all but the first inputs.
-template <Kind kind>
-void product(const Matrix& m, int begin, int end, int rows, const float* const* x, const float* const* sums, float* const* out) {
-    constexpr int BLOCK = 16;
-    for (int row = begin; row < end; row += BLOCK) {
-        int stop = std::min(end, row + BLOCK), b = 0;
-        for (; b + 4 <= rows; b += 4) some_inputs<kind, 4>(m, row, stop, x + b, sums + b, out + b);
-        for (; b < rows; b++) some_inputs<kind, 1>(m, row, stop, x + b, sums + b, out + b);
+// A row of INT4 in float32.
+void expand(const Matrix& m, int row, float* to) {
+    for (int g = 0; g < m.columns / 32; g++) {
+        size_t at = size_t(row) * (m.columns / 32) + g;
+        Ints pairs = whole(load<Nibbles>((const uint8_t*)m.weights + 16 * at));
+        float s = widened(m.grid[2 * at]), z = widened(m.grid[2 * at + 1]) - 8 * s;
+        store(to + 32 * g, __builtin_convertvector(pairs & 15, Vector) * s + z);
+        store(to + 32 * g + WIDTH, __builtin_convertvector(pairs >> 4, Vector) * s + z);
     }
 }
 
-// Rows `begin` to `end` of y = W x for every input.
-void multiply(const Matrix& m, int begin, int end, int rows, const float* const* x, const float* const* sums, float* const* out) {
+template <Kind kind>
+void rows_of(const Matrix& m, int begin, int end, int inputs, const float* const* x, const float* const* sums, float* const* out) {
+    int b = 0;
+    for (; b + 8 <= inputs; b += 8) some_inputs<kind, 2, 8>(m, begin, end, x + b, sums + b, out + b);
+    for (; b + 4 <= inputs; b += 4) some_inputs<kind, 4, 4>(m, begin, end, x + b, sums + b, out + b);
+    for (; b < inputs; b++) some_inputs<kind, 4, 1>(m, begin, end, x + b, sums + b, out + b);
+}
+
+constexpr int BLOCK = 8;  // rows of weights at once, which stay in the nearest cache for all inputs
+
+template <Kind kind>
+void product(const Matrix& m, int begin, int end, int inputs, const float* const* x, const float* const* sums, float* const* out,
+             float* expanded) {
+    if (inputs == 1) return some_inputs<kind, 4, 1>(m, begin, end, x, sums, out);
+    float* shifted[inputs];
+    for (int row = begin; row < end; row += BLOCK) {
+        int count = std::min(BLOCK, end - row);
+        if (kind != INT4 || inputs < 4) {
+            rows_of<kind>(m, row, row + count, inputs, x, sums, out);
+            continue;
+        }
+        for (int r = 0; r < count; r++) {  // nibbles cost more to take apart than to read again
+            for (int g = 0; g < m.columns / 128; g++)
+                __builtin_prefetch((const char*)m.weights + size_t(row + r + BLOCK) * m.columns / 2 + 64 * g);
+            expand(m, row + r, expanded + size_t(r) * m.columns);
+        }
+        Matrix block = {FLOAT32, count, m.columns, expanded, nullptr, nullptr, m.bias ? m.bias + row : nullptr};
+        for (int i = 0; i < inputs; i++) shifted[i] = out[i] + row;
+        rows_of<FLOAT32>(block, 0, count, inputs, x, sums, shifted);
+    }
+}
+
+// Rows `begin` to `end` of y = W x for every input. `expanded` has room for BLOCK rows.
+void multiply(const Matrix& m, int begin, int end, int rows, const float* const* x, const float* const* sums, float* const* out,
+              float* expanded) {
     switch (m.kind) {
-        case FLOAT32: return product<FLOAT32>(m, begin, end, rows, x, sums, out);
-        case BFLOAT16: return product<BFLOAT16>(m, begin, end, rows, x, sums, out);
-        case INT8: return product<INT8>(m, begin, end, rows, x, sums, out);
-        case INT4: return product<INT4>(m, begin, end, rows, x, sums, out);
+        case FLOAT32: return product<FLOAT32>(m, begin, end, rows, x, sums, out, expanded);
+        case BFLOAT16: return product<BFLOAT16>(m, begin, end, rows, x, sums, out, expanded);
+        case INT8: return product<INT8>(m, begin, end, rows, x, sums, out, expanded);
+        case INT4: return product<INT4>(m, begin, end, rows, x, sums, out, expanded);
     }
 }
 
@@ -262,7 +319,7 @@ struct Memory {
         hidden = heads + rows * q;
         turns = hidden + rows * m.hidden;
         of_thread = turns + rows * m.head_dim;
-        thread_floats = rows * (m.dim + widest / 32 + std::max(m.dim, 2 * m.hidden)) + slots;
+        thread_floats = rows * (m.dim + widest / 32 + std::max(m.dim, 2 * m.hidden)) + slots + BLOCK * widest;
     }
     size_t floats(const Model& m) const { return size_t(of_thread - m.memory) + m.threads * thread_floats; }
 };
@@ -278,6 +335,7 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
         float* sums = normed + size_t(m.max_rows) * D;
         float* made = sums + size_t(m.max_rows) * (memory.widest / 32);
         float* scores = made + size_t(m.max_rows) * std::max(D, 2 * F);
+        float* expanded = scores + slots;
         const float *in[m.max_rows], *in_sums[m.max_rows];
         float* out[m.max_rows];
 
@@ -300,7 +358,7 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
             Share share(D, 4);
             between(from, width, made, D);
             summed(matrix);
-            multiply(matrix, share.begin, share.end, rows, in, in_sums, out);
+            multiply(matrix, share.begin, share.end, rows, in, in_sums, out, expanded);
             for (int b = 0; b < rows; b++)
                 for (int i = share.begin; i < share.end; i++) memory.x[size_t(b) * D + i] += out[b][i];
         };
@@ -327,7 +385,7 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
             between(normed, D, memory.qkv, all);
             summed(layer.qkv);
             Share part(all, 4);
-            multiply(layer.qkv, part.begin, part.end, rows, in, in_sums, out);
+            multiply(layer.qkv, part.begin, part.end, rows, in, in_sums, out, expanded);
 #pragma omp barrier
 #pragma omp for
             for (int n = 0; n < rows * m.kv_heads; n++) {
@@ -355,8 +413,8 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
             between(normed, D, made, 2 * F);
             summed(layer.gate_up);
             Share units(F, 4);
-            multiply(layer.gate_up, units.begin, units.end, rows, in, in_sums, out);
-            multiply(layer.gate_up, F + units.begin, F + units.end, rows, in, in_sums, out);
+            multiply(layer.gate_up, units.begin, units.end, rows, in, in_sums, out, expanded);
+            multiply(layer.gate_up, F + units.begin, F + units.end, rows, in, in_sums, out, expanded);
             for (int b = 0; b < rows; b++)
                 for (int i = units.begin; i < units.end; i++) {
                     float gate = out[b][i];
@@ -370,7 +428,7 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
         between(normed, D, logits, m.vocab);
         summed(m.head);
         Share words(m.vocab, 4);
-        multiply(m.head, words.begin, words.end, rows, in, in_sums, out);
+        multiply(m.head, words.begin, words.end, rows, in, in_sums, out, expanded);
     }
 }
 

@@ -134,7 +134,7 @@ class NativeStep:
             return None
         state.span(1)  # refuses what does not fit
         self._make_room(len(tokens), state.max_len)
-        caches = (_Cache * len(layers))(*((x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
+        caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
         ids, positions = torch.tensor(tokens), torch.tensor(state.lengths)
         logits = torch.empty(len(tokens), self.native.vocab)
         self.library.minillama_step(
