@@ -145,7 +145,8 @@ def test_fault_28_cloze_questions(tmp_path: Path) -> None:
 
 
 def test_fault_28_other_micro_batches_read_the_same_data(text: Path, tmp_path: Path) -> None:
-    words = [*shape("glm"), *settings(text, tmp_path)]
+    # in bfloat16 the gradients of two halves are rounded otherwise than those of the whole
+    words = [*shape("glm"), *settings(text, tmp_path), "--train.dtype", "float32"]
     plain = load_run_config("tiny", words, "glm-tiny")
     cut = load_run_config("tiny", [*words, "--train.micro_batch_size", "1"], "glm-tiny")
     assert train(plain, str(tmp_path / "plain"), report=Quiet()) == 0
