@@ -34,9 +34,11 @@ def load_for_decoding(
         quantize: of the weights.
         compiles: see `load_model`.
     """
+    from minillama.device import keep_freed_pages
     from minillama.formats.opening import open_model
     from minillama.tokenizer import Tokenizer
 
+    keep_freed_pages()
     opened = open_model(path)
     model = load_model(opened, dtype, device, quantize, compiles)
     return model, Tokenizer.load(tokenizer or opened.tokenizer_path())

@@ -18,9 +18,10 @@ LONG = 1024
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     """softmax(q k^T / sqrt(E) + mask) v, each key/value head serving H/K consecutive query heads.
 
-    torch's fused kernel, but for one case: causal attention of short texts in bfloat16 on a CPU, where products of
-    whole blocks are 1.5 to 4 times as fast (benchmarks/README.md). They keep the attention weights for the backward
-    pass, H T^2 / 2 of them; beyond `LONG` tokens that is too much, and the fused kernel's memory grows with T alone.
+    torch's fused kernel, but for one case: training on short texts in bfloat16 on a CPU, where products of whole
+    blocks are 1.2 to 4 times as fast, most in the backward pass (benchmarks/README.md). They keep the attention
+    weights for it, H T^2 / 2 of them; from `LONG` tokens on that is too much, and the fused kernel's memory grows
+    with T alone.
 
     Args:
         q: (B, H, T, E).
@@ -31,7 +32,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     Returns:
         (B, H, T, E).
     """
-    if mask.is_causal and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONG:
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if mask.is_causal and on_cpu and q.shape[2] < LONG and torch.is_grad_enabled():
         return blocked_causal(q, k, v)
     grouped = q.shape[1] != k.shape[1]
     if grouped and q.shape[2] == 1:

@@ -160,18 +160,19 @@ class Int4Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(O, I), what the product multiplies with, in the inputs' type."""
-        scale, offset = self.grid.transpose(0, 1).unsqueeze(-1).float().unbind(-2)  # (O, I / group, 1)
-        steps = self._steps().view(self.out_features, -1, self.group).float() - 8
-        return torch.addcmul(offset, steps, scale).flatten(-2).to(self.dtype)
+        made = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
+        grids = self.grid.transpose(0, 1).float().unsqueeze(-1)
+        rows = max(1, CHUNK // self.in_features)
+        for part, nibbles, grid in zip(made.split(rows), self.nibbles.split(rows), grids.split(rows), strict=True):
+            scale, offset = grid.unbind(-2)  # (rows, I / group, 1)
+            steps = _steps(nibbles).view(len(nibbles), -1, self.group).float().sub_(8)
+            part.copy_(torch.addcmul(offset, steps, scale).flatten(-2))
+        return made
 
     @cached_property
     def packed(self) -> Tensor:
         """The same numbers in the order of torch's kernel, made when a few rows want it."""
-        return torch._convert_weight_to_int4pack_for_cpu(self._steps().int(), 1)
-
-    def _steps(self) -> Tensor:
-        pairs = self.nibbles.unflatten(-1, (-1, 16))
-        return torch.stack((pairs & 15, pairs >> 4), dim=-2).flatten(-3)
+        return torch._convert_weight_to_int4pack_for_cpu(_steps(self.nibbles).int(), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -181,3 +182,9 @@ class Int4Linear(nn.Module):
         y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16().contiguous(), self.packed, self.group, self.grid)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def _steps(nibbles: Tensor) -> Tensor:
+    """(O, I / 2) -> q (O, I), uint8."""
+    pairs = nibbles.unflatten(-1, (-1, 16))
+    return torch.stack((pairs & 15, pairs >> 4), dim=-2).flatten(-3)

@@ -19,6 +19,7 @@ from minillama.native.building import CannotBuild, load_library
 from minillama.native.step import NativeStep, unsupported
 from minillama.quantisation import quantise
 from minillama.sampling import Sampling
+from minillama.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not building.can_build(), reason="no C++ compiler, or not Linux")
 
@@ -160,3 +161,52 @@ def test_it_is_compiled_once_and_a_failure_is_said(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     with pytest.raises(CannotBuild, match="oops"):
         load_library()
+
+
+PROMPTS = [  # of over 32 tokens each, so that quantised weights are multiplied out to read them
+    "The lighthouse keeper had written the same line in his log every evening for eleven years, and on the first night "
+    "that the lamp did not burn he wrote it again, and then he sat down and",
+    "def merge(left, right):\n    # Merge two sorted lists into one sorted list, without changing either of them.\n"
+    "    result = []\n    i = j = 0\n    while i < len(left) and j < len(right):\n",
+    "Bread needs four things: flour, water, salt and time. Of these the last is the one that most people leave out, "
+    "and it is the one that cannot be bought. To make a good loaf at home, first",
+    "Question: A train leaves the station at nine o'clock and travels at sixty kilometres an hour. A second train "
+    "leaves an hour later at ninety. When does the second one overtake the first? Answer:",
+    "Rivers carry sand and gravel from the mountains to the sea. Where the water slows down it drops the heaviest "
+    "stones first, then the gravel, then the sand, and at last the finest mud, which",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, "none"), (torch.float32, "int8"), (torch.float32, "int4"), (torch.bfloat16, "none")],
+)
+def test_greedy_tokens_of_a_real_model(smollm2: Path, dtype: torch.dtype, kind: Quantisation) -> None:
+    """256 tokens of five prompts: equal in float32; in bfloat16 they part where two tokens are as good as equal."""
+    tokenizer = Tokenizer.load(smollm2)
+    native = quantise(Decoder.from_pretrained(smollm2, dtype).fuse(), kind)
+    plain = exact(native)
+    native.step = NativeStep(native)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert min(map(len, prompts)) >= 32
+    said: list[list[list[int]]] = []
+    for decoder in (native, plain):
+        rows: list[list[int]] = [[] for _ in prompts]
+        for found in decode(decoder, prompts, 256):
+            for row, token in found:
+                rows[row].append(token)
+        said.append(rows)
+    parted = [
+        (prompt, a, next(i for i in range(256) if a[i] != b[i]))
+        for prompt, a, b in zip(prompts, *said, strict=True)
+        if a != b
+    ]
+    if dtype == torch.float32:
+        assert not parted
+    for prompt, tokens, at in parted:
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + tokens[:at]]))[0, -1]
+        gap = (logits.max() - logits[tokens[at]]).item()
+        print(f"{dtype}: the first other token after {at}, whose logit is {gap:.3f} below the best")
+        assert gap < 0.3
