@@ -69,7 +69,7 @@ def ours(models: Path, dtype: str, quantize: str) -> Engine:
     from minillama.decoding import decode
 
     torch.set_num_threads(THREADS)
-    model, _ = load_for_decoding(str(models / "hf"), None, cast(Any, dtype), "cpu", cast(Any, quantize))
+    model, _ = load_for_decoding(str(models / "hf"), None, cast(Any, dtype), "cpu", cast(Any, quantize), True)
 
     def run(prompts: Prompts, tokens: int, stop: int) -> Times:
         steps = decode(model, prompts, tokens)

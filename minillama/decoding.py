@@ -157,7 +157,7 @@ def _step(
         if texts[0].places:
             positions = _padded([text.places[start:] for text, start in zip(texts, since, strict=True)]).mT
             positions = positions.to(model.device)
-            if state is None or not texts[0].read:  # one more token sees all that is there anyway
+            if state is None or not texts[0].read or window is not None:  # else one more token sees all there is
                 prefix = torch.tensor([text.layout.prefix for text in texts if text.layout is not None])
         lengths = torch.tensor(counts) if min(counts) < max(counts) else None
         mask = Mask(lengths=lengths, prefix=prefix, window=window, sinks=sinks)

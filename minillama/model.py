@@ -280,6 +280,7 @@ class Decoder(nn.Module):
         if self.lm_head is not None:
             self.lm_head.out_features = vocab_size
         self.config = replace(self.config, vocab_size=vocab_size)
+        self.step = None  # it has the old rows
 
     def compile_blocks(self) -> None:
         """Compile each block in place: names stay, and all blocks share one piece of compiled code."""

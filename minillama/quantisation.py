@@ -34,6 +34,7 @@ def quantise(model: Decoder, kind: Quantisation, group: int = GROUP) -> Decoder:
         return model
     if kind == "int4" and model.device.type != "cpu":
         raise InputError("int4 products run on a CPU alone", where="--quantize", found="int4", fix="take int8")
+    model.step = None  # it has the old weights
     for block in model.blocks:
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):

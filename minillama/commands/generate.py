@@ -87,7 +87,7 @@ def run(args: Args) -> int:
     from minillama.generation import generate, stream
 
     model, tokenizer = load_for_decoding(
-        args.model, args.tokenizer, args.dtype, args.device, args.quantize, args.compile
+        args.model, args.tokenizer, args.dtype, args.device, args.quantize, args.compile and not speculates
     )
     options: dict[str, Any] = {
         "max_new_tokens": args.max_new_tokens,

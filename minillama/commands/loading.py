@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +23,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 
 
 def load_for_decoding(
-    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = True
+    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = False
 ) -> tuple[Decoder, Tokenizer]:
     """A model as `load_model` gives it, and its tokenizer.
 
@@ -45,7 +46,7 @@ def load_for_decoding(
 
 
 def load_model(
-    opened: ModelFile, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = True
+    opened: ModelFile, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = False
 ) -> Decoder:
     """A model ready to decode, its products fused.
 
@@ -72,15 +73,13 @@ def load_model(
 
 
 def _hasten(model: Decoder) -> None:
-    from minillama.native.building import CannotBuild, can_build, is_built
+    from minillama.native.building import CannotBuild, can_build
     from minillama.native.step import NativeStep, unsupported
 
     if unsupported(model) or not can_build():
         return
-    if not is_built():
-        print("compiling the decode step, once for this machine; it takes some seconds", file=sys.stderr)
     try:
-        model.step = NativeStep(model)
+        model.step = NativeStep(model, say=partial(print, file=sys.stderr))
     except CannotBuild as error:
         print(f"the decode step was not compiled, decoding goes on without it: {error}", file=sys.stderr)
 

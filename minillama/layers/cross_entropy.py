@@ -82,6 +82,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = torch.mm(h, matrix.T, out=scores[: len(h)])
             loss, z = _to_gradients(grad, targets[part, None], share, z_loss)
             total += loss
+            if grad_hidden is None and grad_matrix is None:
+                continue
             factor = (share / z).to(hidden.dtype)  # it goes to the narrower side of each product
             if grad_hidden is not None:
                 torch.mm(grad, matrix, out=grad_hidden[part]).mul_(factor)
@@ -113,7 +115,7 @@ def _to_gradients(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: floa
     Returns:
         The sum of the losses, and Z = sum exp(logits - their maximum), (rows, 1).
     """
-    step = max(1, CACHED // scores.shape[1])
+    step = max(1, CACHED // scores.shape[1] if scores.device.type == "cpu" else len(scores))
     wide = torch.empty(step, scores.shape[1], device=scores.device)
     losses, sums = [], []
     for logits, ids, share in zip(scores.split(step), targets.split(step), weights.split(step), strict=True):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from minillama.device import compiler_missing
 from minillama.paths import cache_folder
 
-__all__ = ["CannotBuild", "can_build", "is_built", "load_library"]
+__all__ = ["CannotBuild", "can_build", "load_library"]
 
 SOURCE = Path(__file__).with_name("step.cpp")
 # Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
@@ -31,19 +32,26 @@ class CannotBuild(Exception):
     """Why there is no compiled step on this machine."""
 
 
-def load_library() -> ctypes.CDLL:
+def load_library(say: Callable[[str], None] = lambda text: None) -> ctypes.CDLL:
     """The compiled step, from the cache folder or compiled now, in some seconds.
 
+    Args:
+        say: told before it is compiled.
+
     Raises:
-        CannotBuild: no compiler, or it failed.
+        CannotBuild: no compiler, or it failed; a cache folder that cannot be used, or that others may write to.
     """
     command = _command()
-    path = _place(command)
-    if not path.exists():
-        _compile(command, path)
     try:
+        path = _place(command)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _refuse_foreign(path.parent)
+        if not path.exists():
+            say("compiling the decode step, once for this machine; it takes some seconds")
+            _compile(command, path)
+        _refuse_foreign(path)
         return ctypes.CDLL(str(path))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no home folder is a RuntimeError
         raise CannotBuild(str(error)) from error
 
 
@@ -52,9 +60,11 @@ def can_build() -> bool:
     return sys.platform.startswith("linux") and compiler_missing(torch.device("cpu")) is None
 
 
-def is_built() -> bool:
-    """Whether `load_library` need not compile."""
-    return _place(_command()).exists()
+def _refuse_foreign(path: Path) -> None:
+    """A library is run: nobody else may have written it."""
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise CannotBuild(f"others may write to {path}; set XDG_CACHE_HOME to a folder of your own")
 
 
 def _command() -> list[str]:
@@ -79,13 +89,10 @@ def _place(command: list[str]) -> Path:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder, path.name)
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise CannotBuild(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
-            os.replace(made, path)  # whole or absent, whoever else compiles it now
-    except OSError as error:
-        raise CannotBuild(str(error)) from error
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CannotBuild(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+        made.chmod(0o700)
+        os.replace(made, path)  # whole or absent, whoever else compiles it now

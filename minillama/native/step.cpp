@@ -47,6 +47,7 @@ inline float widened(uint16_t bits) {  // bfloat16 is the upper half of a float3
 
 inline uint16_t shortened(float value) {  // to the nearest bfloat16, ties to even
     uint32_t bits = load<uint32_t>(&value);
+    if (value != value) return 0x7fc0;
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_size_t, c_void_p
+from threading import Lock
 from typing import Any, ClassVar, cast
 
 import torch
@@ -85,14 +86,16 @@ class NativeStep:
     give in float32 arithmetic; keys and values are kept in the state's type.
 
     Args:
-        model: a fused decoder that `unsupported` has nothing against. Its weights are not copied, and must stay.
+        model: a fused decoder that `unsupported` has nothing against. Its matrices are shared, its norms, biases and
+            int4 grids are copied: make the step anew when weights change.
+        say: told before anything is compiled.
 
     Raises:
         CannotBuild: no compiler, or it failed.
     """
 
-    def __init__(self, model: Decoder) -> None:
-        self.library = load_library()
+    def __init__(self, model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
+        self.library = load_library(say)
         self.library.minillama_floats.restype = c_size_t
         self.kept: list[object] = []  # what the pointers below point to
         config, backbone = model.config, model.model
@@ -107,7 +110,6 @@ class NativeStep:
             head_dim=config.head_dim,
             hidden=config.hidden_dim,
             vocab=config.vocab_size,
-            threads=torch.get_num_threads(),
             eps=config.norm_eps,
             frequencies=self._floats(backbone.rope.frequencies),
             norm=self._floats(cast(RMSNorm, backbone.norm).weight),
@@ -117,6 +119,7 @@ class NativeStep:
         )
         self.memory = torch.empty(0)
         self.slots = 0
+        self.lock = Lock()
 
     def __call__(self, tokens: Sequence[int], state: State, mask: Mask) -> Tensor | None:
         """Logits (B, V) of one more token a row, float32; None for what only the layers themselves know.
@@ -125,38 +128,53 @@ class NativeStep:
             tokens: (B,), none of which is padding.
             state: takes them in.
             mask: causal, with a window or without.
+
+        Raises:
+            ValueError: no slot is left, or the state is another model's or of another number of rows.
+            IndexError: a token that the vocabulary does not have.
         """
-        if not mask.causal or mask.prefix is not None or mask.documents is not None or mask.lengths is not None:
+        described = (mask.prefix, mask.documents, mask.lengths)
+        if not mask.causal or described != (None, None, None) or mask.window == 0:
             return None
         layers = [layer for layer in state.layers if isinstance(layer, KVCache)]
-        kinds = {slots.stored.dtype for layer in layers for slots in (layer.keys, layer.values)}
+        stored = [slots.stored for layer in layers for slots in (layer.keys, layer.values)]
+        kinds = {part.dtype for part in stored}
         if len(kinds) != 1 or not kinds <= set(FLOATS):
             return None
         state.span(1)  # refuses what does not fit
-        self._make_room(len(tokens), state.max_len)
+        native = self.native
+        shape = (len(tokens), native.kv_heads, state.max_len, native.head_dim)
+        if len(layers) != native.layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
+            raise ValueError(f"the decode state is not one of {len(tokens)} rows of this model")
+        if not all(0 <= token < native.vocab for token in tokens):
+            raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(tokens)} to {max(tokens)}")
         caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
-        ids, positions = torch.tensor(tokens), torch.tensor(state.lengths)
-        logits = torch.empty(len(tokens), self.native.vocab)
-        self.library.minillama_step(
-            ctypes.byref(self.native),
-            c_int32(len(tokens)),
-            *(c_void_p(tensor.data_ptr()) for tensor in (ids, positions)),
-            caches,
-            c_int32(state.max_len),
-            c_int32(kinds == {torch.bfloat16}),
-            *map(c_int32, (mask.window or 0, mask.sinks)),
-            c_void_p(logits.data_ptr()),
-        )
+        ids, positions = (torch.tensor(numbers, device="cpu") for numbers in (tokens, state.lengths))
+        logits = torch.empty(len(tokens), native.vocab, dtype=torch.float32, device="cpu")
+        with self.lock:  # ctypes lets other threads run, and the work memory is one
+            self._make_room(len(tokens), state.max_len)
+            self.library.minillama_step(
+                ctypes.byref(native),
+                c_int32(len(tokens)),
+                *(c_void_p(tensor.data_ptr()) for tensor in (ids, positions)),
+                caches,
+                c_int32(state.max_len),
+                c_int32(kinds == {torch.bfloat16}),
+                *map(c_int32, (mask.window or 0, mask.sinks)),
+                c_void_p(logits.data_ptr()),
+            )
         state.advance([1] * len(tokens))
         return logits
 
     def _make_room(self, rows: int, slots: int) -> None:
-        if rows <= self.native.max_rows and slots <= self.slots:
+        native, threads = self.native, torch.get_num_threads()
+        if rows <= native.max_rows and slots <= self.slots and threads == native.threads:
             return
-        self.native.max_rows, self.slots = max(rows, self.native.max_rows), max(slots, self.slots)
-        count = self.library.minillama_floats(ctypes.byref(self.native), c_int32(self.slots))
-        self.memory = torch.empty(count)
-        self.native.memory = self.memory.data_ptr()
+        self.slots = max(slots, self.slots)
+        native.max_rows, native.threads = max(rows, native.max_rows), threads
+        count = self.library.minillama_floats(ctypes.byref(native), c_int32(self.slots))
+        self.memory = torch.empty(count, dtype=torch.float32, device="cpu")
+        native.memory = self.memory.data_ptr()
 
     def _layer(self, block: Block) -> _Layer:
         attention, mlp = block.self_attn, cast(Any, block.mlp)

@@ -31,7 +31,9 @@ class WorkingCopy:
         self.model = master if dtype == master.dtype else copy.deepcopy(master).to(dtype)
         self._pairs = list(zip(self.model.parameters(), master.parameters(), strict=True))
         for working, parameter in () if self.is_master else self._pairs:
-            working.register_post_accumulate_grad_hook(partial(_hand_over, parameter))
+            trains = working.requires_grad
+            working.requires_grad_().register_post_accumulate_grad_hook(partial(_hand_over, parameter))
+            working.requires_grad_(trains)  # a later stage may train what is frozen now
 
     @property
     def is_master(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize("rows", [1, 3, 4, 13])
 @pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS)
 @torch.no_grad()
 def test_logits_are_those_of_the_layers(
@@ -88,7 +89,7 @@ def test_logits_are_those_of_the_layers(
     native = model(dtype, kind, **changes)
     plain = exact(native)
     step = NativeStep(native)
-    lengths = torch.tensor([9 - row for row in range(rows)])  # every row of another length
+    lengths = torch.tensor([9 - row % 8 for row in range(rows)])  # every row of another length
     prompts = torch.randint(0, 83, (rows, 9), generator=torch.Generator().manual_seed(1))
     states = native.state(rows, 20), plain.state(rows, 20)
     for state in states:  # the same past, which quantised products would round otherwise
@@ -143,16 +144,29 @@ def test_what_it_does_not_take() -> None:
     step([1], full, Mask())
     with pytest.raises(ValueError, match="do not fit"):
         step([1], full, Mask())
+    with pytest.raises(ValueError, match="2 rows"):
+        step([1, 2], native.state(1, 8), Mask())
+    for token in (-1, CONFIG.vocab_size):
+        with pytest.raises(IndexError, match="token id"):
+            step([token], native.state(1, 8), Mask())
 
 
 def test_it_is_compiled_once_and_a_failure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not building.is_built()
-    load_library()
-    assert building.is_built()
+    said: list[str] = []
+    load_library(said.append)
+    assert len(said) == 1
     assert [path.suffix for path in (tmp_path / "minillama" / "native").iterdir()] == [".so"]
     monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
     load_library()
+    getuid = os.getuid
+    monkeypatch.setattr(building.os, "getuid", lambda: -1)
+    with pytest.raises(CannotBuild, match="others may write"):
+        load_library()
+    monkeypatch.setattr(building.os, "getuid", getuid)
+    (tmp_path / "minillama/native").chmod(0o777)
+    with pytest.raises(CannotBuild, match="others may write"):
+        load_library()
     monkeypatch.undo()
     broken = tmp_path / "step.cpp"
     shutil.copy(building.SOURCE, broken)
