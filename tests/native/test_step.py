@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from minillama.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not building.can_build(), reason="no C++ compiler, or not Linux")
 
-# 6 query heads on 2 key/value heads of another width than D / H; hidden width and vocabulary no multiples of 4 rows
+# 6 query heads on 2 key/value heads of another width than D / H; a vocabulary that is no multiple of 4 rows
 CONFIG = ModelConfig(
     dim=64,
     n_layers=3,
@@ -40,15 +41,11 @@ CONFIG = ModelConfig(
 
 def model(dtype: torch.dtype = torch.float32, kind: Quantisation = "none", **changes: object) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(ModelConfig(**{**vars_of(CONFIG), **changes}))  # type: ignore[arg-type]
+    decoder = Decoder(replace(CONFIG, **changes))  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in decoder.parameters():  # norms that are no ones, biases that are no zeros
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     return quantise(decoder.to(dtype).fuse(), kind)
-
-
-def vars_of(config: ModelConfig) -> dict[str, object]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 def exact(found: Decoder) -> Decoder:
