@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from einops import rearrange
@@ -22,10 +23,14 @@ class Attention(nn.Module):
 
     K = H is multi-head attention (Vaswani et al. 2017, arXiv 1706.03762, §3.2), K = 1 multi-query
     (Shazeer 2019, arXiv 1911.02150), between them grouped-query (Ainslie et al. 2023, arXiv 2305.13245).
+
+    Attributes:
+        kernel: what computes softmax(q k^T / sqrt(E) + mask) v, with the arguments of `attend`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.kernel: Callable[[Tensor, Tensor, Tensor, KernelMask], Tensor] = attend
         self.head_dim = config.head_dim
         self.widths = (
             config.n_heads * config.head_dim,
@@ -58,7 +63,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, rope)
         if state is not None and span is not None:
             k, v = cast(KVCache, state).append(k, v, span)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.o_proj(self.kernel(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, K, T, E) of (B, T, D), turned to their positions."""

@@ -1,4 +1,4 @@
-"""Compiling the step once for a machine, and finding it again."""
+"""Compiling a C++ file of this folder once for a machine, and finding it again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,38 +21,45 @@ from minillama.paths import cache_folder
 
 __all__ = ["CannotBuild", "can_build", "load_library"]
 
-SOURCE = Path(__file__).with_name("step.cpp")
-# Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
-FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
-    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
-)
+FOLDER = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
 class CannotBuild(Exception):
-    """Why there is no compiled step on this machine."""
+    """Why there is no compiled code on this machine."""
 
 
-def load_library(say: Callable[[str], None] = lambda text: None) -> ctypes.CDLL:
-    """The compiled step, from the cache folder or compiled now, in some seconds.
+def load_library(source: str, say: Callable[[str], None] = lambda text: None, flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library of a source file, from the cache folder or compiled now, in some seconds.
+
+    Where a compiler fails the next one is tried. What the last one said is kept too, so that no start after that tries
+    again; a library that cannot be loaded is made anew.
 
     Args:
+        source: a name in this folder.
         say: told before it is compiled.
+        flags: for the compiler, beyond `FLAGS`.
 
     Raises:
         CannotBuild: no compiler, or it failed; a cache folder that cannot be used, or that others may write to.
     """
-    command = _command()
+    compilers = _compilers()
+    command = [*FLAGS, *flags, _for_this_processor(), str(FOLDER / source), *_threads()]
     try:
-        path = _place(command)
+        path = _place(source, [*compilers, *command])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(path.parent)
-        if not path.exists():
-            say("compiling the decode step, once for this machine; it takes some seconds")
-            _compile(command, path)
-        _refuse_foreign(path)
+        if path.exists():
+            _refuse_foreign(path)
+            with suppress(OSError):
+                return ctypes.CDLL(str(path))
+        failure = path.with_suffix(".failed")
+        if failure.exists():
+            raise CannotBuild(f"{failure.read_text(encoding='utf-8')}; remove {failure} to try again")
+        say(f"compiling {source}, once for this machine; it takes some seconds")
+        _compile(compilers, command, path)
         return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError) as error:  # no home folder is a RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:  # no home folder is a RuntimeError
         raise CannotBuild(str(error)) from error
 
 
@@ -67,32 +75,46 @@ def _refuse_foreign(path: Path) -> None:
         raise CannotBuild(f"others may write to {path}; set XDG_CACHE_HOME to a folder of your own")
 
 
-def _command() -> list[str]:
-    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    if compiler is None or not can_build():
+def _compilers() -> list[str]:
+    found = [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
+    if not found or not can_build():
         raise CannotBuild("it takes g++ or clang++ on Linux")
-    machine = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-    # torch's own threads, where it brings them: a second pool would fight with the first for the processor
-    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    return [compiler, *FLAGS, machine, str(SOURCE), *map(str, threads[:1])]
+    return found
 
 
-def _place(command: list[str]) -> Path:
-    """Where the library of this source, command and processor lies: a home folder may serve several machines."""
+def _for_this_processor() -> str:
+    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+
+
+def _threads() -> list[str]:
+    """The threads that torch brings, where it does: a second pool would fight with the first for the processor."""
+    return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]]
+
+
+def _place(source: str, command: Sequence[str]) -> Path:
+    """Where the library of these sources, commands and processor lies: a home folder may serve several machines."""
     parts = (
-        SOURCE.read_text(encoding="utf-8"),
+        [path.read_text(encoding="utf-8") for path in (FOLDER / source, *sorted(FOLDER.glob("*.h")))],
         command,
         torch.__version__,
         sorted(torch.cpu.get_capabilities().items()),
     )
-    return cache_folder() / "native" / f"step-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
+    name = f"{Path(source).stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
+    return cache_folder() / "native" / name
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _compile(compilers: Sequence[str], command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, path.name)
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CannotBuild(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
-        made.chmod(0o700)
-        os.replace(made, path)  # whole or absent, whoever else compiles it now
+        for compiler in compilers:
+            full = [compiler, *command, "-o", str(made)]
+            done = subprocess.run(full, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                made.chmod(0o700)
+                os.replace(made, path)  # whole or absent, whoever else compiles it now
+                return
+        said = f"{compilers[-1]} failed: {done.stderr.strip()[-500:]}"
+        if done.returncode > 0:  # a signal is no verdict
+            made.write_text(said, encoding="utf-8")
+            os.replace(made, path.with_suffix(".failed"))
+        raise CannotBuild(said)

@@ -27,6 +27,8 @@ FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 WIDTH = 16  # floats of a vector of step.cpp
 GROUP = 32  # columns that share a scale there
+# Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
+REORDERED = ("-fassociative-math", "-fno-signed-zeros")
 
 
 class _Matrix(ctypes.Structure):
@@ -95,7 +97,7 @@ class NativeStep:
     """
 
     def __init__(self, model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
-        self.library = load_library(say)
+        self.library = load_library("step.cpp", say, REORDERED)
         self.library.minillama_floats.restype = c_size_t
         self.kept: list[object] = []  # what the pointers below point to
         config, backbone = model.config, model.model

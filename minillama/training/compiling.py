@@ -1,17 +1,22 @@
-"""When to compile: never at the start, and only where it pays back within the run."""
+"""What of a run is compiled: its blocks where that pays back within the run, attention once for a machine."""
 
 from __future__ import annotations
 
+import torch
+
 from minillama.device import compiler_missing
 from minillama.model import Decoder
+from minillama.native import attention
+from minillama.native.building import CannotBuild, can_build
 from minillama.training.report import Report
 
-__all__ = ["Compiler"]
+__all__ = ["Compiler", "take_native_attention"]
 
 # seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
 # CPU they are the careful end of what was measured (benchmarks/README.md); for the others they are estimates.
 COST = 12.0
 SAVING = {"cpu": 0.04, "cuda": 0.2, "mps": 0.1}
+SAVING_BFLOAT16 = {"cpu": 0.15}
 WATCHED = 10
 
 
@@ -39,8 +44,9 @@ class Compiler:
         if len(self.seconds) < WATCHED:
             return
         self.waiting = False
-        typical = sorted(self.seconds)[len(self.seconds) // 2]
-        if typical * steps_left * SAVING[self.model.device.type] > COST:
+        typical, place = sorted(self.seconds)[len(self.seconds) // 2], self.model.device.type
+        saving = SAVING_BFLOAT16.get(place, SAVING[place]) if self.model.dtype == torch.bfloat16 else SAVING[place]
+        if typical * steps_left * saving > COST:
             self._compile()
 
     def _compile(self) -> None:
@@ -50,3 +56,18 @@ class Compiler:
             return
         self.report.say("compiling the blocks; the next step takes longer")
         self.model.compile_blocks()
+
+
+def take_native_attention(model: Decoder, report: Report) -> None:
+    """Have attention in bfloat16 on a CPU run in C++, where the processor multiplies bfloat16 and a compiler is there.
+
+    Args:
+        model: what the passes run on.
+        report: told when it is compiled, or why it cannot be.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or attention.unsupported() or not can_build():
+        return
+    try:
+        attention.use(model, report.say)
+    except CannotBuild as error:
+        report.say(f"attention was not compiled, the run goes on without: {error}")

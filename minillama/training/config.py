@@ -92,7 +92,8 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     compile: Literal["auto", "true", "false"] = "auto"
-    """torch.compile the blocks; auto: once it has been seen that this pays back within the run."""
+    """torch.compile the blocks; auto: once it has been seen that this pays back within the run. Unless this is false,
+    attention in bfloat16 on a CPU is C++, compiled once for a machine."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms, and no compilation whose moment depends on the clock (--deterministic)."""
     checkpointing: bool = False

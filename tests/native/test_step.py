@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,6 @@ from minillama.layers.mask import Mask
 from minillama.layers.quantised import Quantisation
 from minillama.model import Decoder
 from minillama.native import building
-from minillama.native.building import CannotBuild, load_library
 from minillama.native.step import NativeStep, unsupported
 from minillama.quantisation import quantise
 from minillama.sampling import Sampling
@@ -146,32 +143,6 @@ def test_what_it_does_not_take() -> None:
     for token in (-1, CONFIG.vocab_size):
         with pytest.raises(IndexError, match="token id"):
             step([token], native.state(1, 8), Mask())
-
-
-def test_it_is_compiled_once_and_a_failure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    said: list[str] = []
-    load_library(said.append)
-    assert len(said) == 1
-    assert [path.suffix for path in (tmp_path / "minillama" / "native").iterdir()] == [".so"]
-    monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("compiled again"))
-    load_library()
-    getuid = os.getuid
-    monkeypatch.setattr(building.os, "getuid", lambda: -1)
-    with pytest.raises(CannotBuild, match="others may write"):
-        load_library()
-    monkeypatch.setattr(building.os, "getuid", getuid)
-    (tmp_path / "minillama/native").chmod(0o777)
-    with pytest.raises(CannotBuild, match="others may write"):
-        load_library()
-    monkeypatch.undo()
-    broken = tmp_path / "step.cpp"
-    shutil.copy(building.SOURCE, broken)
-    broken.write_text(broken.read_text() + "int;;;oops\n")
-    monkeypatch.setattr(building, "SOURCE", broken)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    with pytest.raises(CannotBuild, match="oops"):
-        load_library()
 
 
 PROMPTS = [  # of over 32 tokens each, so that quantised weights are multiplied out to read them

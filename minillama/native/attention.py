@@ -1,0 +1,152 @@
+"""Causal attention in bfloat16 by `attention.cpp`, as an operator that autograd and torch.compile know."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from minillama.layers.attention import Attention
+from minillama.layers.kernel import attend
+from minillama.layers.mask import KernelMask
+from minillama.model import Decoder
+from minillama.native.building import CannotBuild, load_library
+
+__all__ = ["causal_attention", "native_attend", "unsupported", "use"]
+
+SOURCE = "attention.cpp"
+SIDE, WIDEST = 16, 256  # what a head's width is a multiple of, and its limit
+
+
+class _Tensor(ctypes.Structure):
+    _fields_: ClassVar = [("first", c_void_p), *((name, c_int64) for name in ("batch", "head", "token"))]
+
+
+def unsupported() -> str | None:
+    """Why this processor does not run the kernel, or None: it takes one that multiplies bfloat16."""
+    there = torch.cpu.get_capabilities()
+    return None if there.get("avx512_bf16") else "the processor has no AVX-512 BF16"
+
+
+def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
+    """Have a model's attention run on `native_attend` from now on.
+
+    Args:
+        model: it is changed; what the kernel does not take goes to torch's as before.
+        say: told before anything is compiled, which happens once for a machine.
+
+    Raises:
+        CannotBuild: no compiler, or it failed.
+    """
+    parts = [part for part in model.modules() if isinstance(part, Attention)]
+    if not parts:
+        return
+    missing = unsupported()
+    if missing:
+        raise CannotBuild(missing)
+    load_library(SOURCE, say)
+    _library()  # before anything is changed: it may fail
+    for part in parts:
+        part.kernel = native_attend
+
+
+def native_attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
+    """`attend`, by `causal_attention` where that takes it: bfloat16 on the CPU, causal, as many keys as queries."""
+    width = q.shape[-1]
+    taken = mask.is_causal and q.shape[2] == k.shape[2] and width % SIDE == 0 and width <= WIDEST
+    if not taken or q.device.type != "cpu" or {q.dtype, k.dtype, v.dtype} != {torch.bfloat16}:
+        return attend(q, k, v, mask)
+    out: Tensor = causal_attention(q, k, v)[0]
+    return out
+
+
+@torch.library.custom_op("minillama::causal_attention", mutates_args=(), device_types="cpu")
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(E)) v, each query seeing the keys up to its own place, and what its gradient needs.
+
+    Sums and the softmax are in float32; its weights are rounded to bfloat16 before they multiply v. Memory grows with T
+    alone (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
+
+    Args:
+        q: (B, H, T, E) bfloat16, E a multiple of 16, at most 256.
+        k: (B, K, T, E) bfloat16, H a multiple of K; each head serves H/K consecutive ones of q.
+        v: (B, K, T, E) bfloat16.
+
+    Returns:
+        (B, H, T, E) bfloat16, and log2 of the softmax's denominators (B, H, T) float32.
+    """
+    q, k, v = map(_in_rows, (q, k, v))
+    out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    _library().minillama_attention(*_sizes(q, k), *map(_described, (q, k, v, out)), c_void_p(log_sums.data_ptr()))
+    return out, log_sums
+
+
+@torch.library.custom_op("minillama::causal_attention_backward", mutates_args=(), device_types="cpu")
+def causal_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of `causal_attention`'s result (FlashAttention-2, arXiv 2307.08691, §3.1)."""
+    q, k, v, out, grad = map(_in_rows, (q, k, v, out, grad))
+    grads = tuple(_heads_like(x) for x in (q, k, v))
+    log_sums = log_sums.contiguous()
+    _library().minillama_attention_backward(
+        *_sizes(q, k),
+        *map(_described, (q, k, v, out)),
+        c_void_p(log_sums.data_ptr()),
+        *map(_described, (grad, *grads)),
+    )
+    return cast(tuple[Tensor, Tensor, Tensor], grads)
+
+
+@causal_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@causal_attention_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    return tuple(_heads_like(x) for x in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return causal_attention_backward(*ctx.saved_tensors, grad)
+
+
+causal_attention.register_autograd(_gradients, setup_context=_keep)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = load_library(SOURCE)
+    if not library.minillama_attention_ready():
+        raise CannotBuild("Linux does not grant the processor's tile registers")
+    return library
+
+
+def _heads_like(x: Tensor) -> Tensor:
+    """Room for (B, H, T, E) in memory as (B, T, H, E), which is how the products around attention have it."""
+    rows, heads, tokens, width = x.shape
+    return x.new_empty(rows, tokens, heads, width).transpose(1, 2)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sizes(q: Tensor, k: Tensor) -> list[c_int32]:
+    rows, heads, tokens, width = q.shape
+    return [c_int32(n) for n in (rows, heads, k.shape[1], tokens, width, torch.get_num_threads())]
+
+
+def _described(x: Tensor) -> Any:
+    return ctypes.byref(_Tensor(x.data_ptr(), *x.stride()[:3]))
