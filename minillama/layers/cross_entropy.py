@@ -14,6 +14,7 @@ from minillama.cost import loss_rows
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
 CACHED = 2**19  # logits in float32 that a processor's second cache holds
+ADDED = 32  # rows of the head's gradient that are cast at once
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
@@ -92,7 +93,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad.dtype == grad_matrix.dtype:
                 grad_matrix.addmm_((h * factor).T, grad)
             else:
-                grad_matrix += (h * factor).T.contiguous() @ grad
+                product = (h * factor).T.contiguous() @ grad
+                for to, rows_made in zip(grad_matrix.split(ADDED), product.split(ADDED), strict=True):
+                    to += rows_made  # torch casts all that it is given before it adds
         ctx.save_for_backward(grad_hidden, grad_matrix)
         ctx.dtype = matrix.dtype
         return total
@@ -100,13 +103,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_matrix = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_matrix is None else (grad_matrix * grad).to(ctx.dtype).T,
-            None,
-            None,
-            None,
-        )
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
+        if grad_matrix is not None:  # never a second time in float32
+            grad_matrix = torch.mul(grad_matrix, grad, out=torch.empty_like(grad_matrix, dtype=ctx.dtype)).T
+        return grad_hidden, grad_matrix, None, None, None
 
 
 def _to_gradients(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
