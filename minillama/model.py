@@ -184,18 +184,9 @@ class Decoder(nn.Module):
             state: the decode state, which takes the tokens in. Rows are padded on the right and
                 `mask.lengths` says how much of each is real.
         """
-        mask = mask or Mask()
         span = state.span(tokens.shape[1]) if state is not None else Span(0, tokens.shape[1], tokens.shape[1])
-        if positions is None:
-            positions = self._positions(span, tokens.device)
-        kind = self._product_dtype()
-        rope = self.model.rope(positions, kind) if self.model.rope is not None else None
-        kernel_mask = mask.for_kernel(span, tokens.device)
-        if self.model.alibi is not None:
-            kernel_mask = self.model.alibi(kernel_mask, span, kind)
-        x = self.model.embed(tokens, positions)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
+        mask = mask or Mask()
+        x, rope, kernel_mask = self.enter(tokens, span, positions, mask)
         for i, layer in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)
@@ -206,6 +197,27 @@ class Decoder(nn.Module):
         if state is not None:
             state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
         return self.model.norm(x)
+
+    def enter(
+        self, tokens: Tensor, span: Span, positions: Tensor | None = None, mask: Mask | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, KernelMask]:
+        """What the first block reads: embedded tokens (B, T, D), rotations and the mask, both for all blocks.
+
+        Args:
+            tokens: (B, T) ids.
+            span: their slots.
+            positions: see `hidden`.
+            mask: see `hidden`.
+        """
+        if positions is None:
+            positions = self._positions(span, tokens.device)
+        kind = self._product_dtype()
+        rope = self.model.rope(positions, kind) if self.model.rope is not None else None
+        kernel_mask = (mask or Mask()).for_kernel(span, tokens.device)
+        if self.model.alibi is not None:
+            kernel_mask = self.model.alibi(kernel_mask, span, kind)
+        x = self.model.embed(tokens, positions)
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x, rope, kernel_mask
 
     def forward(
         self,
@@ -341,13 +353,23 @@ class Decoder(nn.Module):
         source = path if isinstance(path, ModelFile) else open_model(path)
         with torch.device("meta"):
             model = cls(source.config)
-        dtype = dtype or source.default_dtype(device)
-        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in source.tensors.items()}
-        model.load_state_dict(weights, assign=True)
-        model.model.place(source.config)
-        model.to(device)
-        model.stop_ids = source.stop_ids
-        return model.eval()
+        return model.fill(source, dtype or source.default_dtype(device), device)
+
+    def fill(self, source: ModelFile, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+        """Read the parameters that are still on the meta device, and be ready to decode.
+
+        Args:
+            source: an opened model of this shape.
+            dtype: of the parameters.
+            device: where to put them.
+        """
+        missing = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+        weights = {name: source.tensors[name].to(device=device, dtype=dtype) for name in missing}
+        self.load_state_dict(weights, strict=False, assign=True)
+        self.model.place(source.config)
+        self.to(device)
+        self.stop_ids = source.stop_ids
+        return self.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights into a folder, which is made if need be.

@@ -73,7 +73,7 @@ def test_the_same_greedy_tokens(kind: str, tied: bool, scaling: dict | None, tmp
     assert tokens == mine
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0", "q4_1"])
 def test_stories260k_in_every_type(dtype: str, shared: Path, tmp_path: Path) -> None:
     """A trained model with SentencePiece's vocabulary: the beginning of its story, in the words of our own reading."""
     vocabulary = shared / "tokenizer/stories260K/tok512.bin"
