@@ -1,6 +1,7 @@
 """What int8 and int4 weights cost in perplexity, plain and calibrated.
 
     python benchmarks/quantisation.py --model MODEL --text TEXT --calibrate TEXT [TEXT ...] [--tokens 4096]
+        [--weights stored rescaled]
 
 MODEL is whatever minillama opens, LLaMA's layers alone. Every kind of weights predicts the first TOKENS of --text in
 windows of 513; int4 is made from the weights alone, and by the beginning of each text of --calibrate, which should be
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="+", default=[], help="texts to choose int4 numbers by")
     parser.add_argument("--tokens", type=int, default=4096, help="of --text")
     parser.add_argument("--calibration-tokens", type=int, default=32768, help="of each text of --calibrate")
+    parser.add_argument("--weights", nargs="+", choices=["stored", "rescaled"], default=["stored", "rescaled"])
     parser.add_argument("--json", type=Path, default=Path("quantisation.json"))
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.model)
@@ -104,7 +106,7 @@ def main() -> None:
     calibration = {Path(name).name: ids(name, args.calibration_tokens)[:, :-1] for name in args.calibrate}
     results = {}
     print("| weights | kind | perplexity | loss | seconds |\n|---|---|---|---|---|")
-    for name in ("as stored", "rescaled"):
+    for name in args.weights:
         results[name] = measure(lambda name=name: load(name == "rescaled"), text, calibration)
         args.json.write_text(json.dumps(results, indent=2) + "\n")
         for kind, row in results[name].items():

@@ -24,7 +24,7 @@ HELD_OUT = 8  # windows, or a fifth of a short text's
 
 
 def calibrated(opened: ModelFile, tokenizer: Tokenizer, source: str, say: Callable[[str], None]) -> Decoder:
-    """An int4 model whose numbers are chosen by the beginning of a text, see `calibrate`.
+    """An int4 model whose numbers are chosen by the beginning of a text, see `importances`.
 
     The last windows of the text are held out; the loss on them before and after is told.
 

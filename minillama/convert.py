@@ -64,13 +64,7 @@ def convert(
     if target.exists():
         raise InputError("there is something at the destination", where=target, fix="choose another, or remove it")
     opened = open_model(source)
-    place = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    vocab = Tokenizer.load(place) if place is not None else None
-    if vocab is not None and vocab.vocab_size > opened.config.vocab_size:
-        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary", where=place, found=found, expected=expected
-        )
+    place, vocab = _tokenizer(opened, tokenizer)
     stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
     total = len(opened.config.tensors())
 
@@ -128,6 +122,20 @@ def _check(to: str, dtype: str | None, calibrate: object) -> None:
     if calibrate is not None and dtype != "q4_1":
         what, fix = "a text to calibrate by is for one type alone", "add --dtype q4_1, or leave out --calibrate"
         raise InputError(what, where="--dtype", found=dtype, expected="q4_1", fix=fix)
+
+
+def _tokenizer(opened: ModelFile, given: str | os.PathLike[str] | None) -> tuple[Path, Tokenizer] | tuple[None, None]:
+    """Where a model's tokenizer lies, and what is there."""
+    place = Path(given) if given is not None else opened.tokenizer
+    if place is None:
+        return None, None
+    vocab = Tokenizer.load(place)
+    if vocab.vocab_size > opened.config.vocab_size:
+        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
+        raise InputError(
+            "the tokenizer is larger than the model's vocabulary", where=place, found=found, expected=expected
+        )
+    return place, vocab
 
 
 def _keys(opened: ModelFile, vocab: Tokenizer | None) -> Mapping[str, object]:

@@ -184,9 +184,18 @@ class Decoder(nn.Module):
             state: the decode state, which takes the tokens in. Rows are padded on the right and
                 `mask.lengths` says how much of each is real.
         """
-        span = state.span(tokens.shape[1]) if state is not None else Span(0, tokens.shape[1], tokens.shape[1])
         mask = mask or Mask()
-        x, rope, kernel_mask = self.enter(tokens, span, positions, mask)
+        span = state.span(tokens.shape[1]) if state is not None else Span(0, tokens.shape[1], tokens.shape[1])
+        if positions is None:
+            positions = self._positions(span, tokens.device)
+        kind = self._product_dtype()
+        rope = self.model.rope(positions, kind) if self.model.rope is not None else None
+        kernel_mask = mask.for_kernel(span, tokens.device)
+        if self.model.alibi is not None:
+            kernel_mask = self.model.alibi(kernel_mask, span, kind)
+        x = self.model.embed(tokens, positions)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         for i, layer in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)
@@ -197,27 +206,6 @@ class Decoder(nn.Module):
         if state is not None:
             state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
         return self.model.norm(x)
-
-    def enter(
-        self, tokens: Tensor, span: Span, positions: Tensor | None = None, mask: Mask | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, KernelMask]:
-        """What the first block reads: embedded tokens (B, T, D), rotations and the mask, both for all blocks.
-
-        Args:
-            tokens: (B, T) ids.
-            span: their slots.
-            positions: see `hidden`.
-            mask: see `hidden`.
-        """
-        if positions is None:
-            positions = self._positions(span, tokens.device)
-        kind = self._product_dtype()
-        rope = self.model.rope(positions, kind) if self.model.rope is not None else None
-        kernel_mask = (mask or Mask()).for_kernel(span, tokens.device)
-        if self.model.alibi is not None:
-            kernel_mask = self.model.alibi(kernel_mask, span, kind)
-        x = self.model.embed(tokens, positions)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x, rope, kernel_mask
 
     def forward(
         self,

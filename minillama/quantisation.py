@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from minillama.calibration import calibrate
+from minillama.calibration import importances
 from minillama.errors import InputError
 from minillama.formats.model_file import ModelFile
 from minillama.layers.int4 import GROUP, Int4
@@ -30,8 +30,8 @@ def quantise(model: Decoder, kind: Quantisation, group: int = GROUP, calibration
         model: a decoder, best after `fuse`.
         kind: int8, one scale an output channel, or int4, one scale and offset a group of inputs.
         group: of int4: 32, 64 or 128.
-        calibration: of int4: (N, T) ids of a text, by which `calibrate` chooses the numbers; without them they are
-            found from the weights alone.
+        calibration: of int4: (N, T) ids of a text, which says by `importances` what the numbers are to be good at;
+            without them they are found from the weights alone.
 
     Raises:
         InputError: int4 elsewhere than on a CPU, or calibration of another kind.
@@ -42,11 +42,10 @@ def quantise(model: Decoder, kind: Quantisation, group: int = GROUP, calibration
         return model
     _check(kind, model.device)
     model.step = None  # it has the old weights
-    if calibration is not None:
-        calibrate(model, calibration, group)
+    counts = {} if calibration is None else importances(model, calibration)
     for product in products(model):
         if isinstance(product.module, nn.Linear):
-            product.replace(_quantised(product.module, kind, group))
+            product.replace(_quantised(product.module, kind, group, counts.get(product.module)))
     return _with_head(model)
 
 
@@ -100,10 +99,10 @@ def _bias(opened: ModelFile, product: Product, dtype: torch.dtype) -> nn.Paramet
 def stored_kind(opened: ModelFile, device: torch.device) -> Quantisation:
     """How a file has the products of its blocks, if it is a kind that `quantised` takes on this device.
 
-    int4 for Q4_0 and Q4_1, int8 for Q8_0, both on a CPU alone.
+    int4 for Q4_0 and Q4_1, int8 for Q8_0, both on a CPU alone. Matrices whose rows fill no blocks do not matter.
     """
-    names = (name for name in opened.stored if name.startswith("blk."))
-    kinds = {opened.stored[name].dtype for name in names if len(opened.stored[name].shape) > 1}
+    blocks = (item for name, item in opened.stored.items() if name.startswith("blk.") and len(item.shape) > 1)
+    kinds = {item.dtype for item in blocks if item.shape[-1] % GROUP == 0}
     if device.type != "cpu" or not kinds:
         return "none"
     return "int4" if kinds <= {"Q4_0", "Q4_1"} else "int8" if kinds == {"Q8_0"} else "none"
@@ -114,9 +113,9 @@ def _check(kind: Quantisation, device: torch.device) -> None:
         raise InputError("int4 products run on a CPU alone", where="--quantize", found="int4", fix="take int8")
 
 
-def _quantised(linear: nn.Linear, kind: Quantisation, group: int) -> nn.Module:
+def _quantised(linear: nn.Linear, kind: Quantisation, group: int, importance: Tensor | None = None) -> nn.Module:
     if kind == "int4" and takes_int4(linear, group):
-        return Int4Linear.of(linear, group)
+        return Int4Linear.of(linear, group, importance)
     return Int8Linear(linear) if linear.in_features % 32 == 0 else linear
 
 

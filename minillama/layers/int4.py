@@ -18,6 +18,7 @@ GROUP = 32
 LOW, HIGH = -8, 7  # of a whole number
 CHUNK = 2**17  # weights that are worked on at once, so that they stay in the cache
 SHRINKS = (1.0, 0.9, 0.8)  # of a group's span, to be tried
+MORE = tuple(1.05 - 0.05 * i for i in range(12))  # where errors count unequally
 
 
 class Int4(NamedTuple):
@@ -36,7 +37,7 @@ class Int4(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, group: int = GROUP, importance: Tensor | None = None) -> Int4:
-        """The numbers that `search` finds for a matrix.
+        """The numbers that `search` finds for a matrix, with importance among more grids.
 
         Args:
             weight: (O, I), I a multiple of `group`.
@@ -47,7 +48,10 @@ class Int4(NamedTuple):
         parts = []
         for part in weight.split(rows):
             wide = part.float().unflatten(-1, (-1, group))
-            scale, offset = search(wide, None if importance is None else importance.view(-1, group))
+            if importance is None:
+                scale, offset = search(wide)
+            else:
+                scale, offset = search(wide, importance.view(-1, group), MORE, rounds=3)
             steps = ((wide - offset) / scale).round_().clamp_(LOW, HIGH)
             parts.append(cls.packed(steps.flatten(-2), scale.squeeze(-1), offset.squeeze(-1)))
         return cls.stacked(parts)

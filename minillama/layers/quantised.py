@@ -112,9 +112,9 @@ class Int4Linear(nn.Module):
         self.dtype = dtype
 
     @classmethod
-    def of(cls, linear: nn.Linear, group: int = GROUP) -> Int4Linear:
-        """In the place of a product, with the numbers that a search of its weights alone finds."""
-        return cls(Int4.of(linear.weight.detach(), group), linear.bias, linear.weight.dtype)
+    def of(cls, linear: nn.Linear, group: int = GROUP, importance: Tensor | None = None) -> Int4Linear:
+        """In the place of a product, with the numbers that `Int4.of` finds."""
+        return cls(Int4.of(linear.weight.detach(), group, importance), linear.bias, linear.weight.dtype)
 
     @property
     def numbers(self) -> Int4:
