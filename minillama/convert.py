@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
 
 from minillama.atomic import replace_file, replace_folder
+from minillama.calibrating import calibrated
 from minillama.errors import InputError
 from minillama.formats import gguf, hf, meta
 from minillama.formats.model_file import ModelFile
 from minillama.formats.opening import open_model
+from minillama.model import Decoder
 from minillama.paths import refuse_url
+from minillama.products import int4_numbers, plain_tensors
 from minillama.tokenizer import Tokenizer, sentencepiece, tiktoken
 from minillama.tokenizer.gguf import vocabulary
 
-__all__ = ["Target", "convert"]
+__all__ = ["Target", "convert", "save_gguf"]
 
 Target = Literal["hf", "meta", "gguf"]
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -33,6 +36,8 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[str, int], None] = lambda name, total: None,
+    calibrate: str | os.PathLike[str] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Write a model in another format. What is written is complete or absent.
 
@@ -40,30 +45,26 @@ def convert(
         source: whatever `open_model` opens.
         destination: a folder (hf, meta) or a file (gguf) that is not there yet.
         to: the format.
-        dtype: of the tensors (norms in GGUF stay f32); q8_0 and q4_0 in GGUF alone. As the matrices are stored
+        dtype: of the tensors (norms in GGUF stay f32); q8_0, q4_0 and q4_1 in GGUF alone. As the matrices are stored
             unless given; quantised ones become f32.
         tokenizer: its file or folder, if it does not lie with the model.
         max_shard_size: of one file of a Hugging Face folder.
         progress: is told each tensor's name and their number.
+        calibrate: of q4_1: a text by which its numbers are chosen, see `calibrated`.
+        say: is told what calibration found.
 
     Raises:
         InputError: something is there already, or the format cannot express the shape, the type or the
-            tokenizer.
+            tokenizer; a text to calibrate another type by, or one that is too short.
     """
-    _check(to, dtype)
-    for path in (source, destination, tokenizer or ""):
+    _check(to, dtype, calibrate)
+    for path in (source, destination, tokenizer or "", calibrate or ""):
         refuse_url(path)
     target = Path(destination)
     if target.exists():
         raise InputError("there is something at the destination", where=target, fix="choose another, or remove it")
     opened = open_model(source)
-    place = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    vocab = Tokenizer.load(place) if place is not None else None
-    if vocab is not None and vocab.vocab_size > opened.config.vocab_size:
-        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary", where=place, found=found, expected=expected
-        )
+    place, vocab = _tokenizer(opened, tokenizer)
     stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
     total = len(opened.config.tensors())
 
@@ -71,40 +72,81 @@ def convert(
         progress(name, total)
 
     if to == "gguf":
-        return replace_file(target, lambda path: _to_gguf(path, opened, vocab, dtype or cast(gguf.DType, stored), tell))
-    kind = FLOATS[dtype or stored]
+        keys, numbers = _keys(opened, vocab), opened.int4
+        if calibrate is not None and vocab is not None:
+            numbers = int4_numbers(calibrated(opened, vocab, str(calibrate), say))
+        kind, name = dtype or cast(gguf.DType, stored), opened.path.name
+        return replace_file(
+            target, lambda path: gguf.write(path, opened.config, opened.tensors, keys, kind, name, tell, numbers)
+        )
+    floats = FLOATS[dtype or stored]
 
     def write(folder: Path) -> None:
         if to == "hf":
-            _to_hf(folder, opened, vocab, kind, hf.parse_size(max_shard_size), tell)
+            _to_hf(folder, opened, vocab, floats, hf.parse_size(max_shard_size), tell)
         else:
             _write_meta_tokenizer(folder / "tokenizer.model", vocab, place)
-            meta.write(folder, opened.config, opened.tensors, kind, progress=tell)
+            meta.write(folder, opened.config, opened.tensors, floats, progress=tell)
 
     return replace_folder(target, write)
 
 
-def _check(to: str, dtype: str | None) -> None:
+def save_gguf(
+    model: Decoder, destination: str | os.PathLike[str], tokenizer: Tokenizer, name: str = "minillama"
+) -> Path:
+    """Write a model that `quantise` made int4 as a GGUF file of type q4_1, with the numbers that it has.
+
+    Args:
+        model: the decoder, fused or not.
+        destination: the file; what is there is replaced.
+        tokenizer: goes into it.
+        name: `general.name`.
+
+    Raises:
+        InputError: the format cannot express the shape or the tokenizer.
+    """
+    keys = vocabulary(tokenizer, model.config.vocab_size)
+    tensors, numbers = plain_tensors(model), int4_numbers(model)
+    return replace_file(
+        Path(destination), lambda path: gguf.write(path, model.config, tensors, keys, "q4_1", name, int4=numbers)
+    )
+
+
+def _check(to: str, dtype: str | None, calibrate: object) -> None:
     if to not in get_args(Target):
         raise InputError("unknown format", where="--to", found=to, expected=", ".join(get_args(Target)))
     if dtype is not None and dtype not in gguf.DTYPES:
         raise InputError("unknown type", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
     if to != "gguf" and dtype is not None and dtype not in FLOATS:
         raise InputError("this format has no such type", where="--dtype", found=dtype, expected=", ".join(FLOATS))
+    if calibrate is not None and dtype != "q4_1":
+        what, fix = "a text to calibrate by is for one type alone", "add --dtype q4_1, or leave out --calibrate"
+        raise InputError(what, where="--dtype", found=dtype, expected="q4_1", fix=fix)
 
 
-def _to_gguf(
-    path: Path, opened: ModelFile, vocab: Tokenizer | None, dtype: gguf.DType, tell: Callable[[str], None]
-) -> None:
+def _tokenizer(opened: ModelFile, given: str | os.PathLike[str] | None) -> tuple[Path, Tokenizer] | tuple[None, None]:
+    """Where a model's tokenizer lies, and what is there."""
+    place = Path(given) if given is not None else opened.tokenizer
+    if place is None:
+        return None, None
+    vocab = Tokenizer.load(place)
+    if vocab.vocab_size > opened.config.vocab_size:
+        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
+        raise InputError(
+            "the tokenizer is larger than the model's vocabulary", where=place, found=found, expected=expected
+        )
+    return place, vocab
+
+
+def _keys(opened: ModelFile, vocab: Tokenizer | None) -> Mapping[str, object]:
+    """The vocabulary of a GGUF file."""
     if vocab is None:
         raise InputError(
             "a GGUF file holds its tokenizer, and none lies with the model",
             where=opened.path,
             fix="name one with --tokenizer FILE",
         )
-    rows = opened.config.vocab_size
-    keys = vocabulary(vocab, rows)
-    gguf.write(path, opened.config, opened.tensors, keys, dtype, opened.path.name, tell)
+    return vocabulary(vocab, opened.config.vocab_size)
 
 
 def _to_hf(

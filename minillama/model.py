@@ -354,13 +354,23 @@ class Decoder(nn.Module):
         source = path if isinstance(path, ModelFile) else open_model(path)
         with torch.device("meta"):
             model = cls(source.config)
-        dtype = dtype or source.default_dtype(device)
-        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in source.tensors.items()}
-        model.load_state_dict(weights, assign=True)
-        model.model.place(source.config)
-        model.to(device)
-        model.stop_ids = source.stop_ids
-        return model.eval()
+        return model.fill(source, dtype or source.default_dtype(device), device)
+
+    def fill(self, source: ModelFile, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+        """Read the parameters that are still on the meta device, and be ready to decode.
+
+        Args:
+            source: an opened model of this shape.
+            dtype: of the parameters.
+            device: where to put them.
+        """
+        missing = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+        weights = {name: source.tensors[name].to(device=device, dtype=dtype) for name in missing}
+        self.load_state_dict(weights, strict=False, assign=True)
+        self.model.place(source.config)
+        self.to(device)
+        self.stop_ids = source.stop_ids
+        return self.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights into a folder, which is made if need be.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import tyro
@@ -23,8 +24,10 @@ class Args:
     """The format of DST."""
     tokenizer: str | None = None
     """A tokenizer.json, .model or .bin, or its folder, if it does not lie with SRC."""
-    dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None = None
-    """Of the matrices; q8_0 and q4_0 for gguf alone. As stored unless given; quantised ones become f32."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"] | None = None
+    """Of the matrices; q8_0, q4_0 and q4_1 for gguf alone. As stored unless given; quantised ones become f32."""
+    calibrate: str | None = None
+    """With q4_1: a text like those that the model will read, by which its numbers are chosen."""
     max_shard_size: str = "5GB"
     """Of one file of a Hugging Face folder."""
 
@@ -43,7 +46,17 @@ def run(args: Args) -> int:
         elif done * 4 // total > (done - 1) * 4 // total:
             print(f"{done}/{total} tensors", file=sys.stderr, flush=True)
 
-    path = convert(args.source, args.destination, args.to, args.dtype, args.tokenizer, args.max_shard_size, progress)
+    path = convert(
+        args.source,
+        args.destination,
+        args.to,
+        args.dtype,
+        args.tokenizer,
+        args.max_shard_size,
+        progress,
+        args.calibrate,
+        partial(print, file=sys.stderr, flush=True),
+    )
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     end = "\r\x1b[K" if sys.stderr.isatty() else ""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minillama.commands.loading import DType, load_for_decoding, load_model, read_texts
+from minillama.commands.loading import DType, Quantize, load_for_decoding, load_model, read_texts
 from minillama.errors import InputError
 from minillama.sampling import Sampling
 from minillama.settings import check
@@ -54,8 +54,9 @@ class Args:
     """One prompt: let this smaller model of the same vocabulary guess the tokens."""
     draft_tokens: int = field(default=8, metadata={"min": 1})
     """Tokens to guess before each check at most."""
-    quantize: Literal["none", "int8", "int4"] = "none"
-    """Weights of one byte (a scale a channel) or half a byte (a scale and an offset for 32 inputs)."""
+    quantize: Quantize = "auto"
+    """Weights of one byte (a scale a channel) or half a byte (a scale and an offset for 32 inputs); auto, on a CPU:
+    int4 where the file has Q4_0 or Q4_1, whose numbers are kept, int8 where it has Q8_0, none otherwise."""
     batch_size: int = field(default=16, metadata={"min": 1})
     """Prompts at once; the next one enters when one has ended."""
     compile: tyro.conf.FlagCreatePairsOff[bool] = True

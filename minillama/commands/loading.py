@@ -13,17 +13,17 @@ from minillama.errors import InputError
 
 if TYPE_CHECKING:
     from minillama.formats.model_file import ModelFile
-    from minillama.layers.quantised import Quantisation
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-__all__ = ["DType", "load_for_decoding", "load_model", "read_texts"]
+__all__ = ["DType", "Quantize", "load_for_decoding", "load_model", "read_texts"]
 
 DType = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["auto", "none", "int8", "int4"]
 
 
 def load_for_decoding(
-    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = False
+    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
 ) -> tuple[Decoder, Tokenizer]:
     """A model as `load_model` gives it, and its tokenizer.
 
@@ -32,7 +32,7 @@ def load_for_decoding(
         tokenizer: its place, if it does not lie with the model.
         dtype: of the weights.
         device: to decode on.
-        quantize: of the weights.
+        quantize: see `load_model`.
         compiles: see `load_model`.
     """
     from minillama.device import keep_freed_pages
@@ -46,7 +46,7 @@ def load_for_decoding(
 
 
 def load_model(
-    opened: ModelFile, dtype: DType, device: str, quantize: Quantisation = "none", compiles: bool = False
+    opened: ModelFile, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
 ) -> Decoder:
     """A model ready to decode, its products fused.
 
@@ -54,19 +54,24 @@ def load_model(
         opened: the model's file or folder.
         dtype: of the weights; auto: as `decoding_dtype` chooses.
         device: as `choose_device` takes it.
-        quantize: make the products' weights int8 or int4, see `quantise`.
+        quantize: make the products' weights int8 or int4, see `quantised`; auto: as they are stored, if
+            `stored_kind` says so.
         compiles: take the step in C++ where it takes the model and a compiler is there; it is compiled once.
     """
     import torch
 
     from minillama.device import choose_device, decoding_dtype
     from minillama.model import Decoder
-    from minillama.quantisation import quantise
+    from minillama.quantisation import quantised, stored_kind
 
     place = choose_device(device, "--device")
     stored = opened.default_dtype(place)
     kind = decoding_dtype(stored, place) if dtype == "auto" else getattr(torch, dtype)
-    model = quantise(Decoder.from_pretrained(opened, kind, place).fuse(), quantize)
+    weights = stored_kind(opened, place) if quantize == "auto" else quantize
+    if weights == "none":
+        model = Decoder.from_pretrained(opened, kind, place).fuse()
+    else:
+        model = quantised(opened, weights, kind, place)
     if compiles:
         _hasten(model)
     return model

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
+from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
 from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
 from minillama.formats.layouts import refuse_relatives
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.rows import rotary_heads, to_half_split, to_interleaved
+from minillama.layers.int4 import Int4
 from minillama.layers.rope import inverse_frequencies
 
 __all__ = ["DTYPES", "read", "write"]
@@ -52,8 +54,8 @@ KEYS = {
 }
 REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len", "norm_eps")
 ROPE_FREQS = "rope_freqs.weight"
-DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
-DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}  # -> general.file_type
+DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
+DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3}  # -> general.file_type
 _PLAIN = {"F32": (np.float32, torch.float32), "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16)}
 
 
@@ -84,12 +86,19 @@ def read(path: Path) -> ModelFile:
             for ours, theirs in names.items()
         }
     )
+    int4 = LazyTensors(
+        {
+            ours: partial(_int4, path, header.tensors[theirs], rotary_heads(config, ours))
+            for ours, theirs in names.items()
+            if header.tensors[theirs].dtype in INT4
+        }
+    )
     stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
     ids = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     stops = frozenset(i for i in ids if isinstance(i, int))
     name = f"GGUF version {header.version}"
-    return ModelFile(path, name, config, tensors, stored, tokenizer, header.metadata, stops)
+    return ModelFile(path, name, config, tensors, stored, tokenizer, header.metadata, stops, int4)
 
 
 def _config(header: GGUFHeader, path: Path) -> ModelConfig:
@@ -167,6 +176,11 @@ def _tensor(path: Path, info: TensorInfo, heads: int | None) -> Tensor:
     return to_half_split(tensor, heads) if heads else tensor
 
 
+def _int4(path: Path, info: TensorInfo, heads: int | None) -> Int4:
+    numbers = read_int4(path, info)
+    return Int4(*(to_half_split(tensor, heads) for tensor in numbers)) if heads else numbers
+
+
 def _package() -> Any:
     try:
         import gguf
@@ -184,10 +198,12 @@ def write(
     dtype: DType = "f16",
     name: str = "minillama",
     progress: Callable[[str], None] = lambda name: None,
+    int4: Mapping[str, Int4] | None = None,
 ) -> None:
     """Write one file, one tensor in memory at a time.
 
-    Norms stay in float32. A matrix whose rows are no multiple of 32 is not quantised but kept in float16.
+    Norms stay in float32. A matrix whose rows are no multiple of 32 is not quantised but kept in float16. With q4_1
+    the embedding and the head are Q8_0.
 
     Args:
         path: of the file.
@@ -197,12 +213,13 @@ def write(
         dtype: of the matrices.
         name: `general.name`.
         progress: is told each name.
+        int4: numbers for q4_1 by Hugging Face name; of other matrices those that `Int4.of` finds are written.
     """
     refuse_relatives(config, "GGUF, as it is written here,")
     gguf = _package()
     writer = gguf.GGUFWriter(path, "llama")
     _write_metadata(writer, config, vocabulary, dtype, name)
-    kinds = {ours: _kind(gguf, shape, dtype) for ours, shape in config.tensors().items()}
+    kinds = {ours: _kind(gguf, ours, shape, dtype) for ours, shape in config.tensors().items()}
     divisors = rope_divisors(config)
     if divisors is not None:
         writer.add_tensor_info(ROPE_FREQS, divisors.shape, np.dtype(np.float32), divisors.nbytes)
@@ -216,21 +233,32 @@ def write(
     if divisors is not None:
         writer.write_tensor_data(divisors.numpy())
     for ours, kind in kinds.items():
-        tensor = tensors[ours].detach().cpu()
-        count = rotary_heads(config, ours)
-        if kind == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
-            found = f"{tensor.abs().max().item():g}"
-            raise InputError("a value is too large for float16", where=ours, found=found, fix="choose bf16 or f32")
-        tensor = to_interleaved(tensor, count) if count else tensor
-        writer.write_tensor_data(gguf.quants.quantize(tensor.float().contiguous().numpy(), kind))
+        heads = rotary_heads(config, ours)
+        if kind == gguf.GGMLQuantizationType.Q4_1:
+            numbers = (int4 or {}).get(ours) or Int4.of(tensors[ours].detach().cpu())
+            writer.write_tensor_data(q4_1_bytes(_interleaved(numbers, heads)))
+        else:
+            writer.write_tensor_data(_data(gguf, ours, tensors[ours].detach().cpu(), kind, heads))
         progress(ours)
     writer.close()
+
+
+def _interleaved(numbers: Int4, heads: int | None) -> Int4:
+    return Int4(*(to_interleaved(tensor, heads) for tensor in numbers)) if heads else numbers
+
+
+def _data(gguf: Any, ours: str, tensor: Tensor, kind: Any, heads: int | None) -> Any:
+    if kind == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
+        found = f"{tensor.abs().max().item():g}"
+        raise InputError("a value is too large for float16", where=ours, found=found, fix="choose bf16 or f32")
+    tensor = to_interleaved(tensor, heads) if heads else tensor
+    return gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
 
 
 def _write_metadata(writer: Any, config: ModelConfig, vocabulary: Mapping[str, Any], dtype: DType, name: str) -> None:
     writer.add_name(name)
     writer.add_file_type(DTYPES[dtype])
-    if dtype in ("q8_0", "q4_0"):
+    if dtype.startswith("q"):
         writer.add_quantization_version(_package().GGML_QUANT_VERSION)
     theta = config.rope_theta
     if config.rope_scaling is not None and config.rope_scaling.kind == "ntk":
@@ -245,11 +273,11 @@ def _write_metadata(writer: Any, config: ModelConfig, vocabulary: Mapping[str, A
         _add(writer, key, value)
 
 
-def _kind(gguf: Any, shape: tuple[int, ...], dtype: DType) -> Any:
+def _kind(gguf: Any, ours: str, shape: tuple[int, ...], dtype: DType) -> Any:
     kinds = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return kinds.F32
-    kind = kinds[dtype.upper()]
+    kind = kinds.Q8_0 if dtype == "q4_1" and ours in TOP else kinds[dtype.upper()]
     return kinds.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 

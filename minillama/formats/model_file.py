@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.layers.int4 import Int4
 
 __all__ = ["LazyTensors", "ModelFile", "Stored", "check_tensors", "optional"]
 
@@ -36,17 +37,20 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Hugging Face name -> tensor, read from the disk when it is asked for and not kept.
+T = TypeVar("T")
+
+
+class LazyTensors(Mapping[str, T]):
+    """Hugging Face name -> tensor or its numbers, read from the disk when it is asked for and not kept.
 
     Args:
         readers: a function a name.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]) -> None:
+    def __init__(self, readers: Mapping[str, Callable[[], T]]) -> None:
         self._readers = readers
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> T:
         return self._readers[name]()
 
     def __iter__(self) -> Iterator[str]:
@@ -68,6 +72,7 @@ class ModelFile:
         tokenizer: the file or folder for `Tokenizer.load`, None where nothing lies there.
         metadata: what else the file says, for `inspect`.
         stop_ids: tokens that end a text besides the tokenizer's own.
+        int4: the numbers of the matrices that the file has as Q4_0 or Q4_1, a part of `tensors`; where they are.
     """
 
     path: Path
@@ -78,6 +83,7 @@ class ModelFile:
     tokenizer: Path | None
     metadata: Mapping[str, object]
     stop_ids: frozenset[int] = frozenset()
+    int4: Mapping[str, Int4] = field(default_factory=dict)
 
     def tokenizer_path(self) -> Path:
         """The file or folder for `Tokenizer.load`.

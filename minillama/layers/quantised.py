@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GROUP", "Int4Linear", "Int8Linear", "Quantisation", "int4_groups", "int8_rows"]
+from minillama.layers.int4 import GROUP, Int4
+
+__all__ = ["Int4Linear", "Int8Linear", "Quantisation", "int8_rows", "takes_int4"]
 
 Quantisation = Literal["none", "int8", "int4"]
-GROUP = 32
-CHUNK = 2**17  # weights whose grids are searched at once, so that they stay in the cache
 ROWS = 32  # from so many rows on unpacking the weights once and multiplying as usual is faster
 
 
@@ -35,57 +35,9 @@ def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).round().to(torch.int8), scale
 
 
-def int4_groups(weight: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole numbers q, scales s and offsets z of w = (q - 8) s + z, q in 0..15, one s and z for `group` inputs.
-
-    For a range of s a share of the group's span, s and z are tried; the pair of the least squared error is taken,
-    sum_i (w_i - (q_i - 8) s - z)^2. The range contains the symmetric grid of GGUF's Q4_0, so that
-    weights which come from there keep their steps.
-
-    Args:
-        weight: (O, I), I a multiple of `group`.
-        group: inputs that share a scale.
-
-    Returns:
-        q (O, I) int32, s and z (O, I / group) float32.
-    """
-    rows = max(1, CHUNK // weight.shape[1])
-    parts = [_groups(part.float().unflatten(-1, (-1, group))) for part in weight.split(rows)]
-    q, s, z = (torch.cat(found) for found in zip(*parts, strict=True))
-    return (q + 8).int().flatten(-2), s.squeeze(-1), z.squeeze(-1)
-
-
-def _groups(wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`int4_groups` of (rows, groups, group)."""
-    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-    extreme = torch.where(high.abs() > low.abs(), high, low)
-    candidates = [(extreme / -8, torch.zeros_like(low))]  # Q4_0's grid
-    for shrink in (1.0, 0.9, 0.8):
-        middle = (high + low) / 2
-        scale = (high - low) * shrink / 15
-        candidates.append((scale, middle + scale / 2))
-    best = torch.full_like(low, torch.inf)
-    q, s, z = torch.zeros_like(wide), torch.zeros_like(low), torch.full_like(low, torch.nan)
-    for scale, offset in candidates:
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        steps = ((wide - offset) / scale).round().clamp(-8, 7)
-        for _ in range(2):  # least squares of the grid for these steps, and the steps of that grid
-            error = (steps * scale + offset - wide).square().sum(-1, keepdim=True)
-            better = error < best
-            best = torch.where(better, error, best)
-            q, s, z = torch.where(better, steps, q), torch.where(better, scale, s), torch.where(better, offset, z)
-            scale, offset = _least_squares(wide, steps)
-            steps = ((wide - offset) / scale).round().clamp(-8, 7)
-    return q, s, z
-
-
-def _least_squares(wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """The s and z of least squared error for given steps: a straight line through (steps, w)."""
-    mean_q, mean_w = steps.mean(-1, keepdim=True), wide.mean(-1, keepdim=True)
-    spread = (steps - mean_q).square().sum(-1, keepdim=True)
-    slope = ((steps - mean_q) * (wide - mean_w)).sum(-1, keepdim=True) / spread
-    slope = torch.where((spread == 0) | (slope == 0), torch.ones_like(slope), slope)
-    return slope, mean_w - slope * mean_q
+def takes_int4(linear: nn.Linear, group: int = GROUP) -> bool:
+    """Whether a product has a shape that `Int4Linear` takes."""
+    return linear.in_features % group == 0 and linear.out_features % 16 == 0
 
 
 class Int8Linear(nn.Module):
@@ -133,48 +85,52 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """y = x ((q - 8) s + z)^T + b with the numbers of `int4_groups`, on a CPU.
+    """y = x (q s + z)^T + b with the numbers of `Int4`, on a CPU. The grid is kept in bfloat16.
 
     Args:
-        linear: the product to replace; its type is that of the inputs.
-        group: inputs that share a scale: 32, 64 or 128.
+        numbers: of the matrix (O, I), in groups of 32, 64 or 128.
+        bias: (O,), or None.
+        dtype: of the inputs.
 
     Raises:
-        ValueError: inputs that are no multiple of `group`, or outputs that are none of 16.
+        ValueError: outputs that are no multiple of 16, which torch's kernel wants.
     """
 
     nibbles: Tensor
     grid: Tensor
 
-    def __init__(self, linear: nn.Linear, group: int = GROUP) -> None:
+    def __init__(self, numbers: Int4, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if linear.in_features % group or linear.out_features % 16:
-            raise ValueError(f"{linear.in_features} inputs, {linear.out_features} outputs: no multiples of {group}, 16")
-        self.in_features, self.out_features, self.group = linear.in_features, linear.out_features, group
-        q, scale, offset = int4_groups(linear.weight.detach(), group)
-        low, high = q.to(torch.uint8).unflatten(-1, (-1, 2, 16)).unbind(-2)
-        self.register_buffer("nibbles", (low | high << 4).flatten(-2))  # (O, I / 2), in the order of GGUF's Q4_0
-        grid = torch.stack((scale, offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
+        self.out_features, self.in_features = len(numbers.nibbles), numbers.nibbles.shape[1] * 2
+        if self.out_features % 16:
+            raise ValueError(f"{self.out_features} outputs are no multiple of 16")
+        self.group = numbers.group
+        self.register_buffer("nibbles", numbers.nibbles.contiguous())
+        grid = torch.stack((numbers.scale, numbers.offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
         self.register_buffer("grid", grid.bfloat16())
-        self.bias = linear.bias
-        self.dtype = linear.weight.dtype
+        self.bias = bias
+        self.dtype = dtype
+
+    @classmethod
+    def of(cls, linear: nn.Linear, group: int = GROUP, importance: Tensor | None = None) -> Int4Linear:
+        """In the place of a product, with the numbers that `Int4.of` finds."""
+        return cls(Int4.of(linear.weight.detach(), group, importance), linear.bias, linear.weight.dtype)
+
+    @property
+    def numbers(self) -> Int4:
+        """What the product multiplies with."""
+        scale, offset = self.grid.float().transpose(0, 1).unbind(-1)
+        return Int4(self.nibbles, scale, offset)
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), what the product multiplies with, in the inputs' type."""
-        made = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
-        grids = self.grid.transpose(0, 1).float().unsqueeze(-1)
-        rows = max(1, CHUNK // self.in_features)
-        for part, nibbles, grid in zip(made.split(rows), self.nibbles.split(rows), grids.split(rows), strict=True):
-            scale, offset = grid.unbind(-2)  # (rows, I / group, 1)
-            steps = _steps(nibbles).view(len(nibbles), -1, self.group).float().sub_(8)
-            part.copy_(torch.addcmul(offset, steps, scale).flatten(-2))
-        return made
+        """(O, I), the numbers multiplied out, in the inputs' type."""
+        return self.numbers.weight(self.dtype)
 
     @cached_property
     def packed(self) -> Tensor:
         """The same numbers in the order of torch's kernel, made when a few rows want it."""
-        return torch._convert_weight_to_int4pack_for_cpu(_steps(self.nibbles).int(), 1)
+        return torch._convert_weight_to_int4pack_for_cpu(self.numbers.unsigned.int(), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -184,9 +140,3 @@ class Int4Linear(nn.Module):
         y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16().contiguous(), self.packed, self.group, self.grid)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
-
-
-def _steps(nibbles: Tensor) -> Tensor:
-    """(O, I / 2) -> q (O, I), uint8."""
-    pairs = nibbles.unflatten(-1, (-1, 16))
-    return torch.stack((pairs & 15, pairs >> 4), dim=-2).flatten(-3)

@@ -52,6 +52,22 @@ def test_what_a_format_has_not_is_refused(words: list[str], folder: Path, tmp_pa
     assert not (tmp_path / "x").exists()
 
 
+def test_calibrated_by_a_text(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The miller kept two donkeys and a clock. " * 20)
+    words = ["convert", str(folder), str(tmp_path / "a.gguf"), "--to", "gguf", "--calibrate", str(text)]
+    assert main([*words, "--dtype", "q8_0"]) == 1
+    assert "leave out --calibrate" in capsys.readouterr().err
+    assert main([*words, "--dtype", "q4_1"]) == 0
+    said = capsys.readouterr().err
+    assert "held-out tokens" in said and "perplexity" in said
+    assert main(["generate", "--model", str(tmp_path / "a.gguf"), "--prompt", "The", "--max-new-tokens", "2"]) == 0
+    text.write_text("Too short.")
+    assert main([*words[:2], str(tmp_path / "b.gguf"), *words[3:], "--dtype", "q4_1"]) == 1
+    assert "too short to calibrate by" in capsys.readouterr().err
+    assert not (tmp_path / "b.gguf").exists()
+
+
 def test_inspect(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(folder), str(tmp_path / "a.gguf"), "--to", "gguf", "--dtype", "q4_0"]) == 0
     capsys.readouterr()

@@ -103,18 +103,42 @@ def test_every_type_is_read_as_the_gguf_package_reads_it(make: Make, kind: str, 
                 [want[h * 32 + 2 * i + two] for h in range(heads) for two in range(2) for i in range(16)]
             )
         assert torch.equal(tensor.float(), want), ours
+        assert (ours in opened.int4) == (kind in ("Q4_0", "Q4_1") and want.dim() > 1)
+        if ours in opened.int4:
+            torch.testing.assert_close(opened.int4[ours].weight(), want, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("f16", 1e-3), ("bf16", 5e-3), ("q8_0", 7e-3), ("q4_0", 9e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("f16", 1e-3), ("bf16", 5e-3), ("q8_0", 7e-3), ("q4_0", 9e-2), ("q4_1", 8e-2)]
+)
 def test_shorter_types_are_near(make: Make, dtype: str, error: float, bpe: Tokenizer, tmp_path: Path) -> None:
     model = saved(make, tmp_path / "hf", bpe)
     convert(tmp_path / "hf", tmp_path / "a.gguf", "gguf", dtype)  # type: ignore[arg-type]
     kinds = {info.dtype for name, info in read_header(tmp_path / "a.gguf").tensors.items() if "norm" not in name}
-    assert kinds == {dtype.upper()}
+    assert kinds == ({"Q4_1", "Q8_0"} if dtype == "q4_1" else {dtype.upper()})
     back = Decoder.from_pretrained(tmp_path / "a.gguf", dtype=torch.float32)
     for (name, mine), theirs in zip(model.state_dict().items(), back.state_dict().values(), strict=True):
         assert (mine - theirs).norm() <= error * mine.norm(), name
         assert ("norm" in name) == torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["q4_0", "q4_1"])
+def test_numbers_of_four_bits_are_handed_on_as_they_are(make: Make, dtype: str, bpe: Tokenizer, tmp_path: Path) -> None:
+    """The same blocks from Q4_1 to Q4_1; from Q4_0 the same weights."""
+    saved(make, tmp_path / "hf", bpe)
+    convert(tmp_path / "hf", tmp_path / "a.gguf", "gguf", dtype)  # type: ignore[arg-type]
+    convert(tmp_path / "a.gguf", tmp_path / "b.gguf", "gguf", "q4_1")
+    a, b = (read_header(tmp_path / f"{name}.gguf") for name in "ab")
+    for name, info in b.tensors.items():
+        if name.startswith("blk.") and len(info.shape) > 1:
+            kinds = (gguf.GGMLQuantizationType[header.tensors[name].dtype] for header in (a, b))
+            raw = [
+                np.memmap(header.path, np.uint8, "r", start.start, (start.shape[0], start.size // start.shape[0]))
+                for header, start in ((a, a.tensors[name]), (b, info))
+            ]
+            weights = [quants.dequantize(data, kind) for data, kind in zip(raw, kinds, strict=True)]
+            assert np.allclose(*weights, rtol=1e-6, atol=1e-7), name
+            assert info.dtype == "Q4_1" and (dtype == "q4_0" or np.array_equal(*raw)), name
 
 
 def test_rows_that_fit_no_block_stay_in_float16(make: Make, bpe: Tokenizer, tmp_path: Path) -> None:

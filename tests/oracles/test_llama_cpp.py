@@ -9,6 +9,8 @@ import torch
 
 from minillama import Decoder, ModelConfig, Tokenizer, generate
 from minillama.convert import convert
+from minillama.formats.opening import open_model
+from minillama.quantisation import quantised
 from minillama.sampling import Sampling
 from minillama.tokenizer import byte_tokenizer, train_byte_bpe
 
@@ -73,7 +75,7 @@ def test_the_same_greedy_tokens(kind: str, tied: bool, scaling: dict | None, tmp
     assert tokens == mine
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0", "q4_1"])
 def test_stories260k_in_every_type(dtype: str, shared: Path, tmp_path: Path) -> None:
     """A trained model with SentencePiece's vocabulary: the beginning of its story, in the words of our own reading."""
     vocabulary = shared / "tokenizer/stories260K/tok512.bin"
@@ -87,8 +89,19 @@ def test_stories260k_in_every_type(dtype: str, shared: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_smollm2_through_our_hands(smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_1"])
+def test_smollm2_through_our_hands(smollm2: Path, dtype: str, tmp_path: Path) -> None:
     """Its GGUF, read and written again: the capital of France."""
-    convert(smollm2, tmp_path / "again.gguf", "gguf", "q8_0")
+    convert(smollm2, tmp_path / "again.gguf", "gguf", dtype)  # type: ignore[arg-type]
     text, _ = theirs(tmp_path / "again.gguf", "The capital of France is", 8)
     assert text.startswith(" Paris")
+
+
+@pytest.mark.slow
+def test_smollm2_in_four_bits_says_the_same(smollm2: Path) -> None:
+    """The numbers of its own Q4_1, inputs in bfloat16 here and in eight bits there: the same greedy tokens."""
+    model, tokenizer = quantised(open_model(smollm2), "int4"), Tokenizer.load(smollm2)
+    prompt = "Once upon a time, there was a little"
+    mine = generate(model, tokenizer, [prompt], 8, Sampling(temperature=0))[0]
+    text, _ = theirs(smollm2, prompt, 8)
+    assert text == mine.text

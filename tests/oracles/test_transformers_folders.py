@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from minillama import Decoder, ModelConfig, Tokenizer
+from minillama.convert import save_gguf
 from minillama.evaluate.perplexity import score
+from minillama.quantisation import quantise
 from minillama.tokenizer import train_byte_bpe
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -53,6 +55,21 @@ def test_what_we_save_transformers_loads(tied: bool, shard: str, scaling: dict |
         torch.testing.assert_close(theirs(TOKENS).logits, mine(TOKENS), atol=1e-5, rtol=1e-5)
     text = "two clocks, 17 donkeys"
     assert vocabulary(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+
+
+def test_transformers_loads_int4_that_we_calibrated(tmp_path: Path) -> None:
+    """Every number of the Q4_1 file means the same there."""
+    tokenizer = train_byte_bpe(["two donkeys and a clock " * 9], 260)
+    config = ModelConfig(dim=64, n_layers=3, n_heads=8, n_kv_heads=2, hidden_dim=96, vocab_size=260, max_seq_len=64)
+    mine = quantise(Decoder(config).eval().fuse(), "int4", calibration=TOKENS)
+    save_gguf(mine, tmp_path / "a.gguf", tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="a.gguf", dtype=torch.float32, local_files_only=True
+    )
+    with torch.inference_mode():
+        expected = Decoder.from_pretrained(tmp_path / "a.gguf")(TOKENS)
+        torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
+        assert (mine(TOKENS) - expected).norm() < 0.02 * expected.norm()  # bfloat16 inputs; the head is Q8_0 there
 
 
 @pytest.fixture(scope="module")
