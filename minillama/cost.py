@@ -98,8 +98,8 @@ def training_memory(
     input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
     inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalised
     input, and compiled blocks recompute more. Rotary tables, attention masks, the allocator's waste, and the
-    attention weights that the CPU's bfloat16 kernel keeps (`layers/kernel.py`, HT to 2HT bytes a token and block,
-    below a context of 1024) are left out.
+    attention weights that bfloat16 keeps on a CPU where attention is not C++ (`layers/kernel.py`, HT to 2HT bytes a
+    token and block, below a context of 1024) are left out.
 
     Args:
         config: the shape.

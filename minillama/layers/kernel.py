@@ -21,7 +21,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     torch's fused kernel, but for one case: training on short texts in bfloat16 on a CPU, where products of whole
     blocks are 1.2 to 4 times as fast, most in the backward pass (benchmarks/README.md). They keep the attention
     weights for it, H T^2 / 2 of them; from `LONG` tokens on that is too much, and the fused kernel's memory grows
-    with T alone.
+    with T alone. `native/attention.py` is faster than both where it can be compiled.
 
     Args:
         q: (B, H, T, E).

@@ -13,7 +13,7 @@ from minillama.config import ModelConfig
 from minillama.layers.kernel import attend
 from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
-from minillama.native import building
+from minillama.native import attention, building
 from minillama.native.attention import causal_attention, native_attend, unsupported, use
 
 pytestmark = pytest.mark.skipif(
@@ -64,6 +64,15 @@ def test_values_and_gradients(rows: int, count: int, shared: int, tokens: int, w
         size, error = expected.norm(), (found.float() - expected).norm()
         assert error <= 1.2 * (theirs.float() - expected).norm() + 1e-5 * size, i
         assert error <= 0.006 * size + 1e-6, i  # bfloat16 has steps of 0.0078
+
+
+def test_without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = building.load_library(attention.SOURCE, flags=[f"-mno-amx-{part}" for part in ("bf16", "int8", "tile")])
+    tensors = [heads(2, count, 161, 80, seed=i) for i, count in enumerate((6, 2, 2, 6))]
+    expected = results(*tensors, torch.bfloat16, native=True)
+    monkeypatch.setattr(attention, "_library", lambda: vectors)
+    for one, two in zip(expected, results(*tensors, torch.bfloat16, native=True), strict=True):
+        assert (one - two).norm() < 1e-3 * one.norm()
 
 
 def test_other_layouts_in_memory() -> None:
