@@ -61,6 +61,7 @@ struct TileUnit {  // set up for this thread while it lives, then left as it was
 // c(m, n) = or += sum over `depth` tiles of a(m, .) b(n, .) for M x N tiles.
 template <int M, int N>
 inline void multiply(bool fresh, float* c, size_t c_row, const Half* a, size_t a_row, const Half* b, size_t b_row, int depth) {
+    asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
     if (fresh) {
         _tile_zero(0);
         if (N > 1) _tile_zero(1);
