@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from dataclasses import replace
@@ -146,6 +147,14 @@ def test_what_it_does_not_take() -> None:
     for token in (-1, CONFIG.vocab_size):
         with pytest.raises(IndexError, match="token id"):
             step([token], native.state(1, 8), Mask())
+
+
+def test_a_copy_of_the_model_has_no_step() -> None:
+    native = model()
+    native.step = NativeStep(native)
+    twin = copy.deepcopy(native)
+    assert twin.step is None
+    assert list(decode(twin, [[5, 6, 7]], 5)) == list(decode(native, [[5, 6, 7]], 5))
 
 
 def test_it_is_compiled_once_and_a_failure_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
