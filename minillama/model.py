@@ -103,7 +103,8 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        # `init_weights` draws it; what nn.Embedding draws would import torch's compiler on meta, a second
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.embed_positions = BlockPositions(config) if config.position == "learned-2d" else None
         self.embed_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nn.ModuleList(make_block(config, dropout) for _ in range(config.n_layers))
@@ -112,8 +113,12 @@ class Backbone(nn.Module):
 
     def place(self, config: ModelConfig) -> None:
         """Make the position tables that hold no parameter, on the device of the surrounding context."""
-        self.rope = {"rope": Rope, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
-        self.alibi = Alibi(config.n_heads) if config.position == "alibi" else None
+        with torch.device("cpu"):  # arithmetic on meta would import torch's compiler, a second
+            self.rope = {"rope": Rope, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
+            self.alibi = Alibi(config.n_heads) if config.position == "alibi" else None
+        for table in (self.rope, self.alibi):
+            if table is not None:
+                table.to(torch.get_default_device())
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens (B, T) -> (B, T, D), with learned positions and a norm where the model has them."""

@@ -18,13 +18,11 @@
 #include <immintrin.h>
 #include <memory>
 #include <omp.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+
+#include "tiles.h"
 
 namespace {
 
-constexpr int SIDE = 16;              // rows of a tile, and its columns in float32
-constexpr int DEPTH = 32;             // what a product of two tiles sums over
 constexpr int HALVES = SIDE * DEPTH;  // numbers of a tile in bfloat16
 constexpr int FLOATS = SIDE * SIDE;
 constexpr int BLOCK = 4;  // keys and queries taken at once, in units of DEPTH: what they make stays in the second cache
@@ -43,20 +41,6 @@ typedef Grid<Half> Tiles;
 typedef Grid<float> Sums;
 
 #ifdef __AMX_BF16__
-
-struct TileUnit {  // set up for this thread while it lives, then left as it was found
-    alignas(64) char before[64];
-    TileUnit() {
-        alignas(64) char full[64] = {1};  // palette 1; then bytes a row and rows of tiles 0 to 7
-        for (int tile = 0; tile < 8; tile++) {
-            full[16 + 2 * tile] = 64;
-            full[48 + tile] = SIDE;
-        }
-        _tile_storeconfig(before);
-        _tile_loadconfig(full);
-    }
-    ~TileUnit() { _tile_loadconfig(before); }
-};
 
 // c(m, n) = or += sum over `depth` tiles of a(m, .) b(n, .) for M x N tiles.
 template <int M, int N>
@@ -483,8 +467,7 @@ extern "C" {
 // Ask Linux for the tile registers, once a process. Returns whether the kernels can run.
 int32_t minillama_attention_ready() {
 #ifdef __AMX_BF16__
-    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return has_tiles();
 #else
     return 1;
 #endif

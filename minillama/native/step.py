@@ -168,6 +168,9 @@ class NativeStep:
         state.advance([1] * len(tokens))
         return logits
 
+    def __deepcopy__(self, memo: object) -> None:
+        """None: it reads the weights of its model, and a copy of the model would go on with those."""
+
     def _make_room(self, rows: int, slots: int) -> None:
         native, threads = self.native, torch.get_num_threads()
         if rows <= native.max_rows and slots <= self.slots and threads == native.threads:

@@ -1,0 +1,76 @@
+// Vectors of 16 numbers in the compilers' own notation, and what the products and the step do with them.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int WIDTH = 16;  // floats of a vector; the compiler splits it where the processor's are shorter
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
+typedef uint8_t Nibbles __attribute__((vector_size(WIDTH)));
+
+template <class T>
+inline T load(const void* from) {
+    T vector;
+    std::memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+template <class T>
+inline void store(void* to, T vector) {
+    std::memcpy(to, &vector, sizeof vector);
+}
+
+inline float sum(Vector v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
+}
+
+inline float widened(uint16_t bits) {  // bfloat16 is the upper half of a float32
+    uint32_t whole = uint32_t(bits) << 16;
+    return load<float>(&whole);
+}
+
+inline uint16_t shortened(float value) {  // to the nearest bfloat16, ties to even
+    uint32_t bits = load<uint32_t>(&value);
+    if (value != value) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#ifdef __AVX512F__  // one instruction each, which GCC does not find by itself
+inline Ints whole(Halves x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)x); }
+inline Ints whole(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+inline Ints whole(Nibbles x) { return (Ints)_mm512_cvtepu8_epi32((__m128i)x); }
+#else
+inline Ints whole(Halves x) { return __builtin_convertvector(x, Ints); }
+template <class T>  // by way of 16 bits: GCC takes the whole way number by number
+inline Ints whole(T x) { return __builtin_convertvector(__builtin_convertvector(x, Shorts), Ints); }
+#endif
+
+inline Vector widened(Halves x) { return (Vector)(whole(x) << 16); }
+
+// e^x to 2e-7 of it: 2^n (1 + r + r^2 / 2 + ... + r^6 / 720) with n = round(x / ln 2). What leaves the range of float32
+// stops at its ends.
+inline Vector exponential(Vector x) {
+    const Vector top = Vector{} + 88, bottom = Vector{} - 87;
+    x = x > top ? top : x;
+    x = x < bottom ? bottom : x;
+    Ints n = __builtin_convertvector(x * 1.44269504f + 127.5f, Ints);  // with the exponent's offset it is never negative
+    Vector r = x - __builtin_convertvector(n - 127, Vector) * 0.69314718f;
+    Vector series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+    return series * (Vector)(n << 23);
+}
+
+}  // namespace
