@@ -162,8 +162,8 @@ def _step(
         lengths = torch.tensor(counts) if min(counts) < max(counts) else None
         mask = Mask(lengths=lengths, prefix=prefix, window=window, sinks=sinks)
         logits = None
-        if model.step is not None and state is not None and positions is None and max(counts) == 1:
-            logits = model.step([ids[0] for ids in unread], state, mask)
+        if model.step is not None and state is not None and positions is None:
+            logits = model.step(unread, state, Mask(window=window, sinks=sinks))
         if logits is None:
             hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
             last = hidden[:, -1] if lengths is None else hidden[torch.arange(len(texts)), lengths - 1]

@@ -138,8 +138,8 @@ class Decoder(nn.Module):
     Attributes:
         stop_ids: tokens that end a text besides the tokenizer's own, as the model's folder says.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        step: reads one more token a row into a state and returns logits (B, V), or None where it cannot; a faster
-            way than the layers, see `native`. There is none unless one is set.
+        step: reads more tokens a row into a state and returns logits (B, V) behind the last, or None where it
+            cannot; a faster way than the layers, see `native`. There is none unless one is set.
 
     A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
     """
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         self.dropout = dropout
         self.checkpointing = False
         self.stop_ids: frozenset[int] = frozenset()
-        self.step: Callable[[Sequence[int], State, Mask], Tensor | None] | None = None
+        self.step: Callable[[Sequence[Sequence[int]], State, Mask], Tensor | None] | None = None
         self.model = Backbone(config, dropout)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()

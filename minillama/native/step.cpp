@@ -1,7 +1,9 @@
-// One decode step of a LLaMA: a token a row in, logits out. Compiled by building.py, called by step.py.
+// A step of a LLaMA: some tokens in, logits out. Compiled by building.py, called by step.py.
 //
-// Every weight is read once, by products.h. Sums are taken in float32 whatever the weights' type, and the residual
-// stream stays in it. All threads go through the whole step together and meet at a barrier where one needs what others have made.
+// A row is a token: of a text of its own, or one of several that a text goes on with, since all keys of a layer are
+// written before any query looks at those up to its own. Every weight is read once, by products.h. Sums are taken in
+// float32 whatever the weights' type, and the residual stream stays in it. All threads go through the whole step
+// together and meet at a barrier where one needs what others have made.
 //
 // B rows, D model width, V vocabulary, H query heads, K key/value heads, E head width, F feed-forward width, S slots.
 
@@ -27,9 +29,13 @@ struct Model {
     float* memory;  // as much as minillama_floats says
 };
 
-// Keys and values of a layer, (B, K, S, E), float32 or bfloat16.
+// Keys and values of a layer, (texts, K, S, E), float32 or bfloat16.
 struct Cache {
     void *keys, *values;
+};
+
+struct Token {
+    int64_t id, text, position;
 };
 }
 
@@ -163,8 +169,8 @@ struct Own {
 };
 
 template <class T>
-void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positions, const Cache* caches, int slots,
-          int window, int sinks, float* logits) {
+void step(const Model& m, int rows, const Token* tokens, const Cache* caches, int slots, int window, int sinks,
+          float* logits) {
     const int D = m.dim, E = m.head_dim, Q = m.heads * E, KV = m.kv_heads * E, all = Q + 2 * KV, F = m.hidden;
 #pragma omp parallel num_threads(m.threads)
     {
@@ -175,7 +181,8 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
         Tiles tiles(rows);
 
         auto normalised = [&](const float* weight) {  // by each thread for itself: sooner than to wait for the others
-            for (int b = 0; b < rows; b++) rms_norm(shared.x + size_t(b) * D, weight, D, m.eps, own.normed + size_t(b) * D);
+            for (int b = 0; b < rows; b++)
+                rms_norm(shared.x + size_t(b) * D, weight, D, m.eps, own.normed + size_t(b) * D);
         };
         auto prepared = [&](const Matrix& matrix, const float* from, int width) {
             return prepare(matrix, from, width, rows, own.room);
@@ -190,13 +197,13 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
 #pragma omp for
         for (int b = 0; b < rows; b++) {
             float* x = shared.x + size_t(b) * D;
-            size_t at = size_t(tokens[b]) * D;
+            size_t at = size_t(tokens[b].id) * D;
             for (int i = 0; i < D; i++)
                 x[i] = m.embedding.kind == FLOAT32 ? ((const float*)m.embedding.weights)[at + i]
                                                    : widened(((const uint16_t*)m.embedding.weights)[at + i]);
             float *cosine = shared.turns + size_t(b) * E, *sine = cosine + E / 2;
             for (int i = 0; i < E / 2; i++) {
-                float angle = float(positions[b]) * m.frequencies[i];
+                float angle = float(tokens[b].position) * m.frequencies[i];
                 cosine[i] = std::cos(angle);
                 sine[i] = std::sin(angle);
             }
@@ -207,7 +214,8 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
 
             normalised(layer.attention_norm);
             Share part(all);
-            multiply(layer.qkv, part.begin, part.end, prepared(layer.qkv, own.normed, D), {shared.qkv, size_t(all)}, own.room);
+            Inputs normed = prepared(layer.qkv, own.normed, D);
+            multiply(layer.qkv, part.begin, part.end, normed, {shared.qkv, size_t(all)}, own.room);
 #pragma omp barrier
 #pragma omp for
             for (int n = 0; n < rows * m.kv_heads; n++) {
@@ -215,7 +223,7 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
                 float* key = shared.qkv + size_t(b) * all + Q + k * E;
                 const float* cosine = shared.turns + size_t(b) * E;
                 rotate(key, E, cosine, cosine + E / 2);
-                size_t at = (size_t(n) * slots + positions[b]) * E;
+                size_t at = ((tokens[b].text * m.kv_heads + k) * slots + tokens[b].position) * E;
                 remember(keys + at, key, E);
                 remember(values + at, key + KV, E);
             }
@@ -225,8 +233,8 @@ void step(const Model& m, int rows, const int64_t* tokens, const int64_t* positi
                 float* q = shared.qkv + size_t(b) * all + h * E;
                 const float* cosine = shared.turns + size_t(b) * E;
                 rotate(q, E, cosine, cosine + E / 2);
-                size_t at = size_t(b * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
-                Seen seen(positions[b] + 1, window, sinks);
+                size_t at = (tokens[b].text * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
+                Seen seen(int(tokens[b].position) + 1, window, sinks);
                 attend(q, keys + at, values + at, seen, E, own.scores, shared.heads + size_t(b) * Q + h * E);
             }
             add_product(layer.output, shared.heads, Q);
@@ -260,11 +268,20 @@ size_t minillama_floats(const Model* model, int32_t slots) {
     return pieces.used;
 }
 
-// Read a token a row at its position, keep its keys and values, and write logits (rows, V). `short_caches`: of
-// bfloat16. `window`: 0 sees everything.
-void minillama_step(const Model* model, int32_t rows, const int64_t* tokens, const int64_t* positions, const Cache* caches,
-                    int32_t slots, int32_t short_caches, int32_t window, int32_t sinks, float* logits) {
+// How many rows are read together faster than torch's operations read them.
+int32_t minillama_at_once() {
+#ifdef __AVX512F__
+    return 31;
+#else
+    return 1;
+#endif
+}
+
+// Read tokens, of a text in the order of their positions, keep their keys and values, and write logits (rows, V).
+// `short_caches`: of bfloat16. `window`: 0 sees everything.
+void minillama_step(const Model* model, int32_t rows, const Token* tokens, const Cache* caches, int32_t slots,
+                    int32_t short_caches, int32_t window, int32_t sinks, float* logits) {
     auto run = short_caches ? step<uint16_t> : step<float>;
-    run(*model, rows, tokens, positions, caches, slots, window, sinks, logits);
+    run(*model, rows, tokens, caches, slots, window, sinks, logits);
 }
 }

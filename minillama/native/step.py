@@ -1,10 +1,10 @@
-"""One token a row through `step.cpp`: what it takes, and a model's weights as it reads them."""
+"""Some tokens through `step.cpp`: what it takes, and a model's weights as it reads them."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int32, c_size_t, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_size_t, c_void_p
 from threading import Lock
 from typing import Any, ClassVar, cast
 
@@ -61,6 +61,10 @@ class _Cache(ctypes.Structure):
     _fields_: ClassVar = [("keys", c_void_p), ("values", c_void_p)]
 
 
+class _Token(ctypes.Structure):
+    _fields_: ClassVar = [(name, c_int64) for name in ("id", "text", "position")]
+
+
 def unsupported(model: Decoder) -> str | None:
     """Why `NativeStep` does not take a model, or None: it takes LLaMA's layers on a CPU, after `fuse`."""
     config = model.config
@@ -82,7 +86,7 @@ def unsupported(model: Decoder) -> str | None:
 
 
 class NativeStep:
-    """Reads a token a row and returns logits, for `Decoder.step`.
+    """Reads a token a row, or the few of short prompts, and returns logits, for `Decoder.step`.
 
     Sums and the residual stream are in float32 whatever the weights' type, so that bfloat16 weights give what they
     give in float32 arithmetic; keys and values are kept in the state's type.
@@ -99,6 +103,7 @@ class NativeStep:
     def __init__(self, model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
         self.library = load_library("step.cpp", say, REORDERED)
         self.library.minillama_floats.restype = c_size_t
+        self.at_once: int = self.library.minillama_at_once()
         self.kept: list[object] = []  # what the pointers below point to
         config, backbone = model.config, model.model
         layers = [self._layer(cast(Any, block)) for block in model.blocks]
@@ -123,18 +128,21 @@ class NativeStep:
         self.slots = 0
         self.lock = Lock()
 
-    def __call__(self, tokens: Sequence[int], state: State, mask: Mask) -> Tensor | None:
-        """Logits (B, V) of one more token a row, float32; None for what only the layers themselves know.
+    def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
+        """Logits (B, V) behind each row's new tokens, float32; None for what the layers know alone, or do faster.
 
         Args:
-            tokens: (B,), none of which is padding.
+            tokens: of B rows, at least one each.
             state: takes them in.
             mask: causal, with a window or without.
 
         Raises:
-            ValueError: no slot is left, or the state is another model's or of another number of rows.
+            ValueError: no slot is left, or the state is another model's or of another number of rows; a row of none.
             IndexError: a token that the vocabulary does not have.
         """
+        counts = [len(row) for row in tokens]
+        if sum(counts) > max(len(counts), self.at_once):
+            return None
         described = (mask.prefix, mask.documents, mask.lengths)
         if not mask.causal or described != (None, None, None) or mask.window == 0:
             return None
@@ -143,30 +151,35 @@ class NativeStep:
         kinds = {part.dtype for part in stored}
         if len(kinds) != 1 or not kinds <= set(FLOATS):
             return None
-        state.span(1)  # refuses what does not fit
+        state.span(max(counts))  # refuses what does not fit
         native = self.native
         shape = (len(tokens), native.kv_heads, state.max_len, native.head_dim)
         if len(layers) != native.layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
             raise ValueError(f"the decode state is not one of {len(tokens)} rows of this model")
-        if not all(0 <= token < native.vocab for token in tokens):
-            raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(tokens)} to {max(tokens)}")
+        if min(counts) == 0:
+            raise ValueError("a row without a token")
+        ids = [token for row in tokens for token in row]
+        if not all(0 <= token < native.vocab for token in ids):
+            raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(ids)} to {max(ids)}")
         caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
-        ids, positions = (torch.tensor(numbers, device="cpu") for numbers in (tokens, state.lengths))
-        logits = torch.empty(len(tokens), native.vocab, dtype=torch.float32, device="cpu")
+        starts = zip(tokens, state.lengths, strict=True)
+        places = [(i, start + t) for i, (row, start) in enumerate(starts) for t in range(len(row))]
+        read = (_Token * len(ids))(*((token, *place) for token, place in zip(ids, places, strict=True)))
+        logits = torch.empty(len(ids), native.vocab, dtype=torch.float32, device="cpu")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
-            self._make_room(len(tokens), state.max_len)
+            self._make_room(len(ids), state.max_len)
             self.library.minillama_step(
                 ctypes.byref(native),
-                c_int32(len(tokens)),
-                *(c_void_p(tensor.data_ptr()) for tensor in (ids, positions)),
+                c_int32(len(ids)),
+                read,
                 caches,
                 c_int32(state.max_len),
                 c_int32(kinds == {torch.bfloat16}),
                 *map(c_int32, (mask.window or 0, mask.sinks)),
                 c_void_p(logits.data_ptr()),
             )
-        state.advance([1] * len(tokens))
-        return logits
+        state.advance(counts)
+        return logits if len(ids) == len(counts) else logits[torch.tensor(counts).cumsum(0) - 1]
 
     def __deepcopy__(self, memo: object) -> None:
         """None: it reads the weights of its model, and a copy of the model would go on with those."""

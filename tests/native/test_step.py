@@ -91,11 +91,31 @@ def test_logits_are_those_of_the_layers(
         plain.hidden(prompts, mask=Mask(lengths=lengths), state=state)
     for token in range(6):
         tokens = [(13 * row + 7 * token) % 83 for row in range(rows)]
-        found = step(tokens, states[0], Mask())
+        found = step([[token] for token in tokens], states[0], Mask())
         expected = plain(torch.tensor(tokens)[:, None], state=states[1])[:, -1]
         assert found is not None
         assert ((found - expected).norm(dim=-1) < bound * expected.norm(dim=-1)).all()
         assert states[0].lengths == states[1].lengths
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+@torch.no_grad()
+def test_several_tokens_a_row(kind: Quantisation) -> None:
+    native = model(kind=kind)
+    plain = exact(native)
+    step = NativeStep(native)
+    step.at_once = 31  # whatever pays on this processor
+    states = native.state(3, 40), plain.state(3, 40)
+    for counts in ([5, 1, 3], [1, 7, 2], [2, 20, 9]):
+        tokens = [[(7 * row + 5 * t + 3) % 83 for t in range(count)] for row, count in enumerate(counts)]
+        found = step(tokens, states[0], Mask(window=6, sinks=1))
+        padded = torch.tensor([row + [0] * (max(counts) - len(row)) for row in tokens])
+        mask = Mask(lengths=torch.tensor(counts), window=6, sinks=1)
+        expected = plain(padded, mask=mask, state=states[1])[torch.arange(3), torch.tensor(counts) - 1]
+        assert found is not None
+        assert ((found - expected).norm(dim=-1) < 1e-5 * expected.norm(dim=-1)).all()
+        assert states[0].lengths == states[1].lengths
+    assert step([[1] * 12] * 3, states[0], Mask()) is None  # the layers are faster
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (5, 9), (40, 4)])
@@ -133,17 +153,17 @@ def test_what_it_does_not_take() -> None:
         assert unsupported(model(**changes)) is not None
     native = model()
     step = NativeStep(native)
-    assert step([1], native.state(1, 8, torch.int8), Mask()) is None
-    assert step([1], native.state(1, 8), Mask(prefix=torch.tensor([1]))) is None
+    assert step([[1]], native.state(1, 8, torch.int8), Mask()) is None
+    assert step([[1]], native.state(1, 8), Mask(prefix=torch.tensor([1]))) is None
     full = native.state(1, 1)
-    step([1], full, Mask())
+    step([[1]], full, Mask())
     with pytest.raises(ValueError, match="do not fit"):
-        step([1], full, Mask())
+        step([[1]], full, Mask())
     with pytest.raises(ValueError, match="2 rows"):
-        step([1, 2], native.state(1, 8), Mask())
+        step([[1], [2]], native.state(1, 8), Mask())
     for token in (-1, CONFIG.vocab_size):
         with pytest.raises(IndexError, match="token id"):
-            step([token], native.state(1, 8), Mask())
+            step([[token]], native.state(1, 8), Mask())
 
 
 def test_a_copy_of_the_model_has_no_step() -> None:
