@@ -164,7 +164,7 @@ class NativeStep:
         caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
         starts = zip(tokens, state.lengths, strict=True)
         places = [(i, start + t) for i, (row, start) in enumerate(starts) for t in range(len(row))]
-        read = (_Token * len(ids))(*((token, *place) for token, place in zip(ids, places, strict=True)))
+        read = (_Token * len(ids))(*(_Token(token, *place) for token, place in zip(ids, places, strict=True)))
         logits = torch.empty(len(ids), native.vocab, dtype=torch.float32, device="cpu")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
             self._make_room(len(ids), state.max_len)
