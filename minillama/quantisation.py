@@ -41,8 +41,10 @@ def quantise(model: Decoder, kind: Quantisation, group: int = GROUP, calibration
     if kind == "none":
         return model
     _check(kind, model.device)
-    model.step = None  # it has the old weights
+    if calibration is not None and not calibration.numel():
+        raise InputError("no text to calibrate by", where="calibration", found=tuple(calibration.shape))
     counts = {} if calibration is None else importances(model, calibration)
+    model.step = None  # it has the old weights
     for product in products(model):
         if isinstance(product.module, nn.Linear):
             product.replace(_quantised(product.module, kind, group, counts.get(product.module)))

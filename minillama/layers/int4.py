@@ -17,6 +17,7 @@ __all__ = ["GROUP", "LOW", "Int4", "search", "storable"]
 GROUP = 32
 LOW, HIGH = -8, 7  # of a whole number
 CHUNK = 2**17  # weights that are worked on at once, so that they stay in the cache
+LEAST = 2.0**-24  # float16's least number above 0
 SHRINKS = (1.0, 0.9, 0.8)  # of a group's span, to be tried
 MORE = tuple(1.05 - 0.05 * i for i in range(12))  # where errors count unequally
 
@@ -145,8 +146,7 @@ def search(
 
 def _nearest(wide: Tensor, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The grid as it can be stored, and q."""
-    scale, offset = storable(scale, offset)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scale, offset = storable(torch.where(scale.half() == 0, LEAST, scale), offset)
     return scale, offset, ((wide - offset) / scale).round_().clamp_(LOW, HIGH)
 
 

@@ -2,8 +2,8 @@
 //
 // A float32 is the sum of three numbers of 8 bits each, which bfloat16 holds: x = x0 + x1 + x2, cut off one after the
 // other. The unit multiplies such numbers exactly and adds up in float32. Weights of 8 bits are one part, so that three
-// products are w x; INT4's, multiplied out, are three, of whose nine products the six that float32 would notice are taken. (Henry, Tang and
-// Heinecke 2019, arXiv 1904.06376, have the idea.)
+// products are w x; INT4's, multiplied out, are three, of whose nine products the six that float32 would notice are
+// taken. (Henry, Tang and Heinecke 2019, arXiv 1904.06376, have the idea.)
 //
 // A tile is 16 rows of 64 bytes. One of weights holds 16 rows x 32 columns; one of inputs 16 pairs of columns x 16
 // inputs, of each the two numbers side by side; the unit adds their product to a tile of 16 rows x 16 inputs in float32.
@@ -124,6 +124,7 @@ inline void multiply_tiles(const Matrix& m, int row, const uint32_t* parts, uint
     _tile_zero(2);
     _tile_zero(3);
     for (int k = 0; k < m.columns; k += DEPTH, parts += PARTS * TILE) {
+        asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
         for (int r = 0; r < SIDE * R; r++) ahead<kind>(m, size_t(row + r + SIDE * R) * m.columns + k);
         _tile_loadd(4, parts, side);
         _tile_loadd(5, parts + TILE, side);

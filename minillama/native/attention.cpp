@@ -25,11 +25,14 @@ struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
 
-// Work memory of a thread, handed out in order.
+// Work memory of all threads, or null where there is none: asked for before they start, since none of them can say so.
+std::unique_ptr<char, Free> for_threads(int threads, size_t bytes) {
+    return std::unique_ptr<char, Free>((char*)std::aligned_alloc(64, threads * bytes));
+}
+
+// A thread's, handed out in order.
 struct Memory {
-    std::unique_ptr<char, Free> whole;
     char* next;
-    explicit Memory(size_t bytes) : whole((char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64)), next(whole.get()) {}
     template <class T>
     Grid<T> take(int down, int across) {
         Grid<T> grid = {(T*)next, across};
@@ -106,8 +109,12 @@ struct Forward {
     Tiles keys, values, query, weights;
     Sums scores, out;
 
-    explicit Forward(const Sizes& n)
-        : n(n), memory(size_t(1024) * (n.t * n.wide + n.e * n.s + 2 * n.wide + 2 * BLOCK + 4 * BLOCK + 2 * n.e)),
+    static size_t bytes(const Sizes& n) {
+        return size_t(1024) * (n.t * n.wide + n.e * n.s + 2 * n.wide + 2 * BLOCK + 4 * BLOCK + 2 * n.e);
+    }
+
+    Forward(const Sizes& n, char* all)
+        : n(n), memory{all + omp_get_thread_num() * bytes(n)},
           keys(memory.take<Half>(n.t, n.wide)), values(memory.take<Half>(n.e, n.s)), query(memory.take<Half>(2, n.wide)),
           weights(memory.take<Half>(2, BLOCK)), scores(memory.take<float>(2 * BLOCK, 2)), out(memory.take<float>(n.e, 2)) {}
 
@@ -183,8 +190,12 @@ struct Backward {
     Sums score, error, key_sums, value_sums, query_sums;
     float *log_sums, *shares;
 
-    explicit Backward(const Sizes& n)
-        : n(n), memory(size_t(1024) * (4 * n.t * n.wide + 3 * n.e * n.s + 6 * BLOCK * BLOCK + 8 + 3 * n.t * n.e) + 128 * n.t),
+    static size_t bytes(const Sizes& n) {
+        return size_t(1024) * (4 * n.t * n.wide + 3 * n.e * n.s + 6 * BLOCK * BLOCK + 8 + 3 * n.t * n.e) + 128 * n.t;
+    }
+
+    Backward(const Sizes& n, char* all)
+        : n(n), memory{all + omp_get_thread_num() * bytes(n)},
           key_rows(memory.take<Half>(n.t, n.wide)), keys_turned(memory.take<Half>(n.e, n.s)),
           value_rows(memory.take<Half>(n.t, n.wide)), queries(memory.take<Half>(n.t, n.wide)),
           query_pairs(memory.take<Half>(n.e, n.s)), grads(memory.take<Half>(n.t, n.wide)),
@@ -283,15 +294,18 @@ int32_t minillama_attention_ready() {
 #endif
 }
 
-// O = softmax(Q K^T / sqrt(E)) V, causal, and log2 of the softmax's denominators in `log_sums` (B, H, T).
-void minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width, int32_t threads,
+// O = softmax(Q K^T / sqrt(E)) V, causal, and log2 of the softmax's denominators in `log_sums` (B, H, T). Returns whether
+// there was memory to work in.
+int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width, int32_t threads,
                          const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o, float* log_sums) {
     Sizes n(tokens, width);
     int group = heads / kv_heads;
+    auto memory = for_threads(threads, Forward::bytes(n));
+    if (!memory) return 0;
 #pragma omp parallel num_threads(threads)
     {
         TileUnit unit;
-        Forward pass(n);
+        Forward pass(n, memory.get());
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < batch * kv_heads; i++) {
             int b = i / kv_heads, shared = i % kv_heads;
@@ -300,18 +314,21 @@ void minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t
                 pass.run(head_of(*q, b, h, n), *o, log_sums + (size_t(b) * heads + h) * tokens, b, h);
         }
     }
+    return 1;
 }
 
-// Gradients of the same with respect to Q, K and V, of `grad`, that with respect to O.
-void minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width, int32_t threads,
+// Gradients of the same with respect to Q, K and V, of `grad`, that with respect to O. Returns the same.
+int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width, int32_t threads,
                                   const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o, const float* log_sums,
                                   const Tensor* grad, const Tensor* grad_q, const Tensor* grad_k, const Tensor* grad_v) {
     Sizes n(tokens, width);
     int group = heads / kv_heads;
+    auto memory = for_threads(threads, Backward::bytes(n));
+    if (!memory) return 0;
 #pragma omp parallel num_threads(threads)
     {
         TileUnit unit;
-        Backward pass(n);
+        Backward pass(n, memory.get());
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < batch * kv_heads; i++) {
             int b = i / kv_heads, shared = i % kv_heads;
@@ -328,5 +345,6 @@ void minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads
             }
         }
     }
+    return 1;
 }
 }

@@ -50,26 +50,32 @@ def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
     if missing:
         raise CannotBuild(missing)
     load_library(SOURCE, say)
-    _library()  # before anything is changed: it may fail
+    _library()  # before anything is changed, and after what may be said: it is looked up once a process
     for part in parts:
         part.kernel = native_attend
 
 
 def native_attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     """`attend`, by `causal_attention` where that takes it: bfloat16 on the CPU, causal, as many keys as queries."""
-    width = q.shape[-1]
-    taken = mask.is_causal and q.shape[2] == k.shape[2] and width % SIDE == 0 and width <= WIDEST
-    if not taken or q.device.type != "cpu" or {q.dtype, k.dtype, v.dtype} != {torch.bfloat16}:
+    if not mask.is_causal or not _takes(q, k, v):
         return attend(q, k, v, mask)
     out: Tensor = causal_attention(q, k, v)[0]
     return out
+
+
+def _takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    width = q.shape[-1]
+    shapes = q.ndim == 4 and k.shape == v.shape == (len(q), k.shape[1], *q.shape[2:]) and q.shape[1] % k.shape[1] == 0
+    kinds = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
+    return shapes and kinds and width % SIDE == 0 and width <= WIDEST
 
 
 @torch.library.custom_op("minillama::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(E)) v, each query seeing the keys up to its own place, and what its gradient needs.
 
-    Sums and the softmax are in float32; its weights are rounded to bfloat16 before they multiply v. Memory grows with T
+    Heads of keys are shared out among the threads: fewer of them in a batch than threads leave some idle. Sums and the
+    softmax are in float32; its weights are rounded to bfloat16 before they multiply v. Memory grows with T
     alone (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
 
     Args:
@@ -79,10 +85,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         (B, H, T, E) bfloat16, and log2 of the softmax's denominators (B, H, T) float32.
+
+    Raises:
+        ValueError: other types or shapes.
+        MemoryError: no memory for the work of the threads.
     """
+    if not _takes(q, k, v):
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"not the queries, keys and values of causal attention in bfloat16 on a CPU: {shapes}")
     q, k, v = map(_in_rows, (q, k, v))
     out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    _library().minillama_attention(*_sizes(q, k), *map(_described, (q, k, v, out)), c_void_p(log_sums.data_ptr()))
+    described = map(_described, (q, k, v, out))
+    _check(_library().minillama_attention(*_sizes(q, k), *described, c_void_p(log_sums.data_ptr())))
     return out, log_sums
 
 
@@ -94,12 +108,13 @@ def causal_attention_backward(
     q, k, v, out, grad = map(_in_rows, (q, k, v, out, grad))
     grads = tuple(_heads_like(x) for x in (q, k, v))
     log_sums = log_sums.contiguous()
-    _library().minillama_attention_backward(
+    done = _library().minillama_attention_backward(
         *_sizes(q, k),
         *map(_described, (q, k, v, out)),
         c_void_p(log_sums.data_ptr()),
         *map(_described, (grad, *grads)),
     )
+    _check(done)
     return cast(tuple[Tensor, Tensor, Tensor], grads)
 
 
@@ -131,6 +146,11 @@ def _library() -> ctypes.CDLL:
     if not library.minillama_attention_ready():
         raise CannotBuild("Linux does not grant the processor's tile registers")
     return library
+
+
+def _check(done: int) -> None:
+    if not done:
+        raise MemoryError("no memory for what attention works in")
 
 
 def _heads_like(x: Tensor) -> Tensor:

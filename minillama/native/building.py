@@ -106,6 +106,7 @@ def _place(source: str, command: Sequence[str]) -> Path:
 def _compile(compilers: Sequence[str], command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, path.name)
+        said = []
         for compiler in compilers:
             full = [compiler, *command, "-o", str(made)]
             done = subprocess.run(full, capture_output=True, text=True, check=False)
@@ -113,8 +114,9 @@ def _compile(compilers: Sequence[str], command: Sequence[str], path: Path) -> No
                 made.chmod(0o700)
                 os.replace(made, path)  # whole or absent, whoever else compiles it now
                 return
-        said = f"{compilers[-1]} failed: {done.stderr.strip()[-500:]}"
-        if done.returncode > 0:  # a signal is no verdict
-            made.write_text(said, encoding="utf-8")
+            said.append(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        # a compiler that was stopped, or found no memory or disk, ends with a fatal error or says nothing of the source
+        if all(": error: " in text and "fatal error" not in text for text in said):
+            made.write_text(said[0], encoding="utf-8")
             os.replace(made, path.with_suffix(".failed"))
-        raise CannotBuild(said)
+        raise CannotBuild(said[0])

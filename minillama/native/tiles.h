@@ -38,9 +38,11 @@ struct TileUnit {
             whole[48 + tile] = SIDE;
         }
         _tile_storeconfig(before);
+        asm volatile("" ::"r"(whole) : "memory");  // GCC takes the first bytes alone for read
         _tile_loadconfig(whole);
     }
     ~TileUnit() {
+        asm volatile("" ::"r"(before) : "memory");
         if (used) _tile_loadconfig(before);
     }
 };
