@@ -2,11 +2,11 @@
 //
 // A float32 is the sum of three numbers of 8 bits each, which bfloat16 holds: x = x0 + x1 + x2, cut off one after the
 // other. The unit multiplies such numbers exactly and adds up in float32. Weights of 8 bits are one part, so that three
-// products are w x; INT4's, multiplied out, are three, of whose nine products the six that float32 would notice are taken. (Henry, Tang and
-// Heinecke 2019, arXiv 1904.06376, have the idea.)
+// products are w x; INT4's, multiplied out, are three, of whose nine products the six that float32 would notice are
+// taken. (Henry, Tang and Heinecke 2019, arXiv 1904.06376, have the idea.)
 //
 // A tile is 16 rows of 64 bytes. One of weights holds 16 rows x 32 columns; one of inputs 16 pairs of columns x 16
-// inputs, of each the two numbers side by side; the unit adds their product to a tile of 16 rows x 16 inputs in float32.
+// inputs, of each the two numbers side by side; the unit adds their product to a tile of 16 rows x 16 inputs.
 
 #pragma once
 
@@ -38,7 +38,9 @@ inline bool takes_tiles(const Matrix& m, int inputs) {
 }
 
 // Words of the parts of so many inputs.
-inline size_t parts_size(int inputs, int columns) { return size_t(inputs + SIDE - 1) / SIDE * SIDE * columns * PARTS / 2; }
+inline size_t parts_size(int inputs, int columns) {
+    return size_t(inputs + SIDE - 1) / SIDE * SIDE * columns * PARTS / 2;
+}
 
 // The registers of this thread as whole tiles, while it lives. Other libraries lay them out in other ways.
 struct Tiles {
@@ -224,6 +226,7 @@ namespace {
 struct Tiles {
     explicit Tiles(int) {}
 };
+inline bool has_tiles() { return false; }
 inline bool takes_tiles(const Matrix&, int) { return false; }
 inline size_t parts_size(int, int) { return 0; }
 inline void lay_out(const Inputs&, int, uint32_t*) {}
