@@ -35,6 +35,14 @@ def test_torch_waits_until_it_is_needed(statement: str) -> None:
     assert "torch" not in loaded
 
 
+def test_a_model_without_numbers_needs_no_compiler() -> None:
+    """On meta torch does much of its arithmetic in Python, which imports torch._dynamo and sympy: a second."""
+    made = "torch.set_default_device('meta'); Decoder(ModelConfig.load('llama-tiny'))"
+    loaded = loaded_after(f"import torch; from minillama import Decoder, ModelConfig; {made}")
+    assert "minillama.model" in loaded
+    assert "torch._dynamo" not in loaded
+
+
 def test_import_time_is_shown() -> None:
     command = [sys.executable, "-X", "importtime", "-c", "import minillama"]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr

@@ -6,7 +6,7 @@
 // taken. (Henry, Tang and Heinecke 2019, arXiv 1904.06376, have the idea.)
 //
 // A tile is 16 rows of 64 bytes. One of weights holds 16 rows x 32 columns; one of inputs 16 pairs of columns x 16
-// inputs, of each the two numbers side by side; the unit adds their product to a tile of 16 rows x 16 inputs in float32.
+// inputs, of each the two numbers side by side; the unit adds their product to a tile of 16 rows x 16 inputs.
 
 #pragma once
 
@@ -28,7 +28,9 @@ inline bool takes_tiles(const Matrix& m, int inputs) {
 }
 
 // Words of the parts of so many inputs.
-inline size_t parts_size(int inputs, int columns) { return size_t(inputs + SIDE - 1) / SIDE * SIDE * columns * PARTS / 2; }
+inline size_t parts_size(int inputs, int columns) {
+    return size_t(inputs + SIDE - 1) / SIDE * SIDE * columns * PARTS / 2;
+}
 
 // The unit for a step of so many inputs.
 struct Tiles : TileUnit {
@@ -203,6 +205,7 @@ namespace {
 struct Tiles {
     explicit Tiles(int) {}
 };
+inline bool has_tiles() { return false; }
 inline bool takes_tiles(const Matrix&, int) { return false; }
 inline size_t parts_size(int, int) { return 0; }
 inline void lay_out(const Inputs&, int, uint32_t*) {}

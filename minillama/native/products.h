@@ -108,12 +108,14 @@ struct Room {
 };
 
 // `count` inputs of a matrix, `width` apart, and what its kind of product wants of them besides.
-Inputs prepare(const Matrix& m, const float* x, size_t width, int count, const Room& room) {
-    Inputs in = {x, width, count, room.sums, nullptr};
+Inputs prepare(const Matrix& m, const float* from, size_t width, int count, const Room& room) {
+    Inputs in = {from, width, count, room.sums, nullptr};
     if (m.kind == INT4 && count < MANY)
         for (int b = 0; b < count; b++)
-            for (int i = 0; i < m.columns; i += GROUP)
-                room.sums[(b * m.columns + i) / GROUP] = sum(load<Vector>(in.row(b) + i) + load<Vector>(in.row(b) + i + WIDTH));
+            for (int i = 0; i < m.columns; i += GROUP) {
+                const float* x = in.row(b) + i;
+                room.sums[(b * m.columns + i) / GROUP] = sum(load<Vector>(x) + load<Vector>(x + WIDTH));
+            }
     if (takes_tiles(m, count)) {
         lay_out(in, m.columns, room.parts);
         in.parts = room.parts;

@@ -35,7 +35,7 @@ struct Cache {
 };
 
 struct Token {
-    int64_t id, text, position;
+    int64_t id, text, position, last;  // last: of its text, the one behind which logits are wanted
 };
 }
 
@@ -190,8 +190,10 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
         auto add_product = [&](const Matrix& matrix, const float* from, int width) {
             Share share(D);
             multiply(matrix, share.begin, share.end, prepared(matrix, from, width), {own.made, size_t(D)}, own.room);
-            for (int b = 0; b < rows; b++)
-                for (int i = share.begin; i < share.end; i++) shared.x[size_t(b) * D + i] += own.made[size_t(b) * D + i];
+            for (int b = 0; b < rows; b++) {
+                float *x = shared.x + size_t(b) * D, *y = own.made + size_t(b) * D;
+                for (int i = share.begin; i < share.end; i++) x[i] += y[i];
+            }
         };
 
 #pragma omp for
@@ -250,9 +252,12 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
             add_product(layer.down, shared.hidden, F);
 #pragma omp barrier
         }
-        normalised(m.norm);
+        int texts = 0;
+        for (int b = 0; b < rows; b++)
+            if (tokens[b].last) rms_norm(shared.x + size_t(b) * D, m.norm, D, m.eps, own.normed + size_t(texts++) * D);
         Share words(m.vocab);
-        multiply(m.head, words.begin, words.end, prepared(m.head, own.normed, D), {logits, size_t(m.vocab)}, own.room);
+        Inputs said = prepare(m.head, own.normed, D, texts, own.room);
+        multiply(m.head, words.begin, words.end, said, {logits, size_t(m.vocab)}, own.room);
     }
 }
 
@@ -271,13 +276,13 @@ size_t minillama_floats(const Model* model, int32_t slots) {
 // How many rows are read together faster than torch's operations read them.
 int32_t minillama_at_once() {
 #ifdef __AVX512F__
-    return 31;
+    return has_tiles() ? 96 : 31;
 #else
     return 1;
 #endif
 }
 
-// Read tokens, of a text in the order of their positions, keep their keys and values, and write logits (rows, V).
+// Read tokens, of a text in the order of their positions, keep their keys and values, and write logits (texts, V).
 // `short_caches`: of bfloat16. `window`: 0 sees everything.
 void minillama_step(const Model* model, int32_t rows, const Token* tokens, const Cache* caches, int32_t slots,
                     int32_t short_caches, int32_t window, int32_t sinks, float* logits) {

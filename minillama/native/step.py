@@ -62,7 +62,7 @@ class _Cache(ctypes.Structure):
 
 
 class _Token(ctypes.Structure):
-    _fields_: ClassVar = [(name, c_int64) for name in ("id", "text", "position")]
+    _fields_: ClassVar = [(name, c_int64) for name in ("id", "text", "position", "last")]
 
 
 def unsupported(model: Decoder) -> str | None:
@@ -163,15 +163,18 @@ class NativeStep:
             raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(ids)} to {max(ids)}")
         caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
         starts = zip(tokens, state.lengths, strict=True)
-        places = [(i, start + t) for i, (row, start) in enumerate(starts) for t in range(len(row))]
-        read = (_Token * len(ids))(*(_Token(token, *place) for token, place in zip(ids, places, strict=True)))
-        logits = torch.empty(len(ids), native.vocab, dtype=torch.float32, device="cpu")
+        read = [
+            _Token(token, text, start + i, i == len(row) - 1)
+            for text, (row, start) in enumerate(starts)
+            for i, token in enumerate(row)
+        ]
+        logits = torch.empty(len(counts), native.vocab, dtype=torch.float32, device="cpu")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
             self._make_room(len(ids), state.max_len)
             self.library.minillama_step(
                 ctypes.byref(native),
                 c_int32(len(ids)),
-                read,
+                (_Token * len(read))(*read),
                 caches,
                 c_int32(state.max_len),
                 c_int32(kinds == {torch.bfloat16}),
@@ -179,7 +182,7 @@ class NativeStep:
                 c_void_p(logits.data_ptr()),
             )
         state.advance(counts)
-        return logits if len(ids) == len(counts) else logits[torch.tensor(counts).cumsum(0) - 1]
+        return logits
 
     def __deepcopy__(self, memo: object) -> None:
         """None: it reads the weights of its model, and a copy of the model would go on with those."""

@@ -67,7 +67,8 @@ inline Vector exponential(Vector x) {
     const Vector top = Vector{} + 88, bottom = Vector{} - 87;
     x = x > top ? top : x;
     x = x < bottom ? bottom : x;
-    Ints n = __builtin_convertvector(x * 1.44269504f + 127.5f, Ints);  // with the exponent's offset it is never negative
+    // with the exponent's offset n is never negative, so that cutting off rounds down
+    Ints n = __builtin_convertvector(x * 1.44269504f + 127.5f, Ints);
     Vector r = x - __builtin_convertvector(n - 127, Vector) * 0.69314718f;
     Vector series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
     return series * (Vector)(n << 23);

@@ -115,7 +115,7 @@ def test_several_tokens_a_row(kind: Quantisation) -> None:
         assert found is not None
         assert ((found - expected).norm(dim=-1) < 1e-5 * expected.norm(dim=-1)).all()
         assert states[0].lengths == states[1].lengths
-    assert step([[1] * 12] * 3, states[0], Mask()) is None  # the layers are faster
+    assert step([[1] * 12] * 3, states[0], Mask()) is None  # so many the layers read faster
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (5, 9), (40, 4)])
@@ -136,7 +136,8 @@ def test_a_window_with_sinks(window: int, sinks: int) -> None:
 def test_batches_that_stay_full_say_the_same(kind: Quantisation, sampling: Sampling) -> None:
     native = model(kind=kind)
     plain = exact(native)
-    native.step = NativeStep(native)
+    native.step = step = NativeStep(native)
+    step.at_once = 31  # also where torch would read prompts, whose quantised kernels round
     prompts = [[5, 6, 7], [1], [8, 9, 10, 11, 12], [3, 4], [80, 2, 2]]
     steps = [{}, {}]
     for said, decoder in zip(steps, (native, plain), strict=True):
