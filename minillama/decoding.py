@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +70,36 @@ class Text:
         return len(self.ids) >= self.limit
 
 
+@dataclass
+class Batch:
+    """Rows that share every pass.
+
+    Args:
+        rows: which prompts they are.
+        state: what of them has been read, None where each step reads all of it.
+        sampler: how their tokens are chosen.
+    """
+
+    rows: list[int]
+    state: State | None
+    sampler: Sampler
+
+    def select(self, places: Sequence[int]) -> None:
+        """Keep the rows at some places, in their order."""
+        self.rows = [self.rows[place] for place in places]
+        self.sampler.select(places)
+        if self.state is not None:
+            self.state.select(places)
+
+    def replace(self, places: Sequence[int], other: Batch) -> None:
+        """Put the rows of another batch at these places."""
+        self.sampler.replace(places, other.sampler)
+        if self.state is not None and other.state is not None:
+            self.state.replace(places, other.state)
+        for place, row in zip(places, other.rows, strict=True):
+            self.rows[place] = row
+
+
 def decode(
     model: Decoder,
     prompts: Sequence[Sequence[int] | Layout],
@@ -108,71 +139,77 @@ def decode(
     texts = [Text(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
 
-    def enter(rows: Sequence[int], slots: int) -> tuple[State | None, Sampler, list[int]]:
+    def enter(rows: list[int], slots: int) -> tuple[Batch, list[int]]:
         state = model.state(len(rows), slots, cache_dtype) if use_state else None
-        ids = [texts[row].ids for row in rows]
-        sampler = Sampler(sampling, ids, model.config.vocab_size, [seeds[row] for row in rows])
-        return state, sampler, _step(model, [texts[row] for row in rows], state, sampler, window, sinks)
+        sampler = Sampler(sampling, [texts[i].ids for i in rows], model.config.vocab_size, [seeds[i] for i in rows])
+        entering = Batch(rows, state, sampler)
+        return entering, step(entering)
+
+    def step(batch: Batch) -> list[int]:
+        return _step(model, [texts[row] for row in batch.rows], batch, window, sinks)
 
     waiting = deque(range(len(prompts)))
-    running = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
-    if not running or max_new_tokens < 1:
+    first = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
+    if not first or max_new_tokens < 1:
         return
-    state, sampler, chosen = enter(running, max(limits))
+    running, chosen = enter(first, max(limits))
     while True:
-        ended = (yield list(zip(running, chosen, strict=True))) or set()
-        free = [i for i, row in enumerate(running) if row in ended or texts[row].is_full]
+        ended = (yield list(zip(running.rows, chosen, strict=True))) or set()
+        free = [i for i, row in enumerate(running.rows) if row in ended or texts[row].is_full]
         while free and waiting:
             places = free[: len(waiting)]
-            entering = [waiting.popleft() for _ in places]
-            new_state, new_sampler, first = enter(entering, max(lengths[row] for row in entering))
-            ended = (yield list(zip(entering, first, strict=True))) or set()
-            sampler.replace(places, new_sampler)
-            if state is not None and new_state is not None:
-                state.replace(places, new_state)
-            for place, row in zip(places, entering, strict=True):
-                running[place] = row
-            over = {i for i, row in enumerate(running) if row in ended or texts[row].is_full}
+            rows = [waiting.popleft() for _ in places]
+            entering, chosen = enter(rows, max(lengths[row] for row in rows))
+            ended = (yield list(zip(rows, chosen, strict=True))) or set()
+            running.replace(places, entering)
+            over = {i for i, row in enumerate(running.rows) if row in ended or texts[row].is_full}
             free = sorted(set(free) - set(places) | over)
         if free:
-            keep = [i for i in range(len(running)) if i not in free]
-            running = [running[i] for i in keep]
-            if not running:
+            keep = [i for i in range(len(running.rows)) if i not in free]
+            if not keep:
                 return
-            sampler.select(keep)
-            if state is not None:
-                state.select(keep)
-        chosen = _step(model, [texts[row] for row in running], state, sampler, window, sinks)
+            running.select(keep)
+        chosen = step(running)
 
 
-def _step(
-    model: Decoder, texts: Sequence[Text], state: State | None, sampler: Sampler, window: int | None, sinks: int
-) -> list[int]:
+def _step(model: Decoder, texts: Sequence[Text], batch: Batch, window: int | None, sinks: int) -> list[int]:
     """Read what is unread of each text, choose a token a text and append it."""
     with evaluating(model):
-        since = [text.read if state is not None else 0 for text in texts]
+        since = [text.read if batch.state is not None else 0 for text in texts]
         unread = [text.ids[start:] for text, start in zip(texts, since, strict=True)]
-        counts = [len(ids) for ids in unread]
-        positions = prefix = None
-        if texts[0].places:
-            positions = _padded([text.places[start:] for text, start in zip(texts, since, strict=True)]).mT
-            positions = positions.to(model.device)
-            if state is None or not texts[0].read or window is not None:  # else one more token sees all there is
-                prefix = torch.tensor([text.layout.prefix for text in texts if text.layout is not None])
-        lengths = torch.tensor(counts) if min(counts) < max(counts) else None
-        mask = Mask(lengths=lengths, prefix=prefix, window=window, sinks=sinks)
         logits = None
-        if model.step is not None and state is not None and positions is None:
-            logits = model.step(unread, state, Mask(window=window, sinks=sinks))
+        if model.step is not None and batch.state is not None and not texts[0].places:
+            logits = model.step(unread, batch.state, Mask(window=window, sinks=sinks))
         if logits is None:
-            hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
-            last = hidden[:, -1] if lengths is None else hidden[torch.arange(len(texts)), lengths - 1]
-            logits = model.head(last)
-        chosen: list[int] = sampler(logits).tolist()
+            logits = _by_layers(model, texts, since, unread, batch.state, window, sinks)
+        chosen: list[int] = batch.sampler(logits).tolist()
     for text, token in zip(texts, chosen, strict=True):
         text.read = len(text.ids)
         text.append(token)
     return chosen
+
+
+def _by_layers(
+    model: Decoder,
+    texts: Sequence[Text],
+    since: Sequence[int],
+    unread: Sequence[Sequence[int]],
+    state: State | None,
+    window: int | None,
+    sinks: int,
+) -> Tensor:
+    """Logits (B, V) behind each text, of which `unread` begins at `since`."""
+    counts = [len(ids) for ids in unread]
+    positions = prefix = None
+    if texts[0].places:
+        positions = _padded([text.places[start:] for text, start in zip(texts, since, strict=True)]).mT
+        positions = positions.to(model.device)
+        if state is None or not texts[0].read or window is not None:  # else one more token sees all there is
+            prefix = torch.tensor([text.layout.prefix for text in texts if text.layout is not None])
+    lengths = torch.tensor(counts) if min(counts) < max(counts) else None
+    mask = Mask(lengths=lengths, prefix=prefix, window=window, sinks=sinks)
+    hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
+    return model.head(hidden[:, -1] if lengths is None else hidden[torch.arange(len(texts)), lengths - 1])
 
 
 def _padded(rows: Sequence[Sequence[Any]]) -> Tensor:

@@ -71,7 +71,7 @@ class Block(nn.Module):
 def _compile_frugally(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Inductor, with what costs next to nothing computed again in the backward pass instead of kept: SwiGLU's product.
 
-    A tenth less memory at the 42M shape in the same time; from 0.6 on attention would be computed twice
+    A tenth less memory at the 42M shape in the same time; with 0.6 or less attention would be computed twice
     (benchmarks/README.md).
     """
     from torch._functorch import config

@@ -13,15 +13,17 @@
 #include "matrix.h"
 #include "tiles.h"
 
-#ifdef __AMX_BF16__
-#include <utility>
+namespace {
 
+constexpr int FEWEST = 8;  // inputs; for fewer the sums of products.h are as fast
+
+}  // namespace
+
+#ifdef __AMX_BF16__
 namespace {
 
 constexpr int TILE = SIDE * WIDTH;  // words of a tile
 constexpr int PARTS = 3;
-constexpr int FEWEST = 8;  // inputs; for fewer the sums of products.h are as fast
-
 // Not for FLOAT32: to take its weights apart costs more than to multiply them.
 inline bool takes_tiles(const Matrix& m, int inputs) {
     return m.kind != FLOAT32 && inputs >= FEWEST && m.columns % DEPTH == 0 && has_tiles();
@@ -31,11 +33,6 @@ inline bool takes_tiles(const Matrix& m, int inputs) {
 inline size_t parts_size(int inputs, int columns) {
     return size_t(inputs + SIDE - 1) / SIDE * SIDE * columns * PARTS / 2;
 }
-
-// The unit for a step of so many inputs.
-struct Tiles : TileUnit {
-    explicit Tiles(int inputs) : TileUnit(inputs >= FEWEST && has_tiles()) {}
-};
 
 // Two bfloat16 of neighbouring columns in a word, for 32 columns; each a float32 whose lower half is to be dropped.
 inline Words pairs(Vector low, Vector high) {
@@ -51,26 +48,6 @@ inline void split(Vector low, Vector high, Words* parts) {
         low -= (Vector)((Words)low & 0xffff0000);
         high -= (Vector)((Words)high & 0xffff0000);
     }
-}
-
-template <class T, int S, int... J>
-inline void swap_blocks(T* rows, std::integer_sequence<int, J...>) {
-    for (int i = 0; i < SIDE; i++)
-        if (!(i & S)) {
-            T a = rows[i], b = rows[i + S];
-            rows[i] = __builtin_shufflevector(a, b, (J & S ? 16 + (J ^ S) : J)...);
-            rows[i + S] = __builtin_shufflevector(a, b, (J & S ? 16 + J : J ^ S)...);
-        }
-}
-
-// Rows become columns: blocks of 8 x 8 change places, then those of 4 x 4 within, and so on.
-template <class T>
-inline void transpose(T* rows) {
-    std::make_integer_sequence<int, SIDE> places;
-    swap_blocks<T, 8>(rows, places);
-    swap_blocks<T, 4>(rows, places);
-    swap_blocks<T, 2>(rows, places);
-    swap_blocks<T, 1>(rows, places);
 }
 
 // Tiles of inputs: for each 16 of them, each 32 columns and each part one, in this order; absent inputs are 0.
@@ -202,10 +179,6 @@ int multiply_with_tiles(const Matrix& m, int begin, int end, const Inputs& in, c
 #else
 namespace {
 
-struct Tiles {
-    explicit Tiles(int) {}
-};
-inline bool has_tiles() { return false; }
 inline bool takes_tiles(const Matrix&, int) { return false; }
 inline size_t parts_size(int, int) { return 0; }
 inline void lay_out(const Inputs&, int, uint32_t*) {}

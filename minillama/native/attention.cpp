@@ -25,12 +25,7 @@ struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
 
-// Work memory of all threads, or null where there is none: asked for before they start, since none of them can say so.
-std::unique_ptr<char, Free> for_threads(int threads, size_t bytes) {
-    return std::unique_ptr<char, Free>((char*)std::aligned_alloc(64, threads * bytes));
-}
-
-// A thread's, handed out in order.
+// Work memory of a thread, handed out in order.
 struct Memory {
     char* next;
     template <class T>
@@ -83,12 +78,12 @@ Head head_of(const Tensor& x, int b, int h, const Sizes& n) {
 void write_turned(Sums from, int column, __m512 factors, const Tensor& x, int b, int h, int t, const Sizes& n) {
     Half* to = x.first + b * x.batch + h * x.head;
     for (int e = 0; e < n.e; e++) {
-        __m512i rows[SIDE];
+        Row rows[SIDE];
         for (int r = 0; r < SIDE; r++)
-            rows[r] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(from(e, column) + r * SIDE), factors));
+            rows[r] = (Row)_mm512_mul_ps(_mm512_load_ps(from(e, column) + r * SIDE), factors);
         transpose(rows);
         for (int r = 0; r < SIDE && t * SIDE + r < n.tokens; r++)
-            _mm256_storeu_si256((__m256i*)(to + (t * SIDE + r) * x.token + e * SIDE), shortened(_mm512_castsi512_ps(rows[r])));
+            _mm256_storeu_si256((__m256i*)(to + (t * SIDE + r) * x.token + e * SIDE), shortened((__m512)rows[r]));
     }
 }
 
@@ -281,6 +276,22 @@ struct Backward {
     }
 };
 
+// `each(pass, b, k)` for every head of keys and values of a batch, by threads that have a `Pass` each. Returns whether
+// there was memory for them, which is asked for before they start, since none of them could say that there is none.
+template <class Pass, class Each>
+int32_t over_heads(int batch, int kv_heads, int threads, const Sizes& n, const Each& each) {
+    std::unique_ptr<char, Free> memory((char*)std::aligned_alloc(64, threads * Pass::bytes(n)));
+    if (!memory) return 0;
+#pragma omp parallel num_threads(threads)
+    {
+        TileUnit unit;
+        Pass pass(n, memory.get());
+#pragma omp for schedule(dynamic)
+        for (int i = 0; i < batch * kv_heads; i++) each(pass, i / kv_heads, i % kv_heads);
+    }
+    return 1;
+}
+
 }  // namespace
 
 extern "C" {
@@ -296,55 +307,38 @@ int32_t minillama_attention_ready() {
 
 // O = softmax(Q K^T / sqrt(E)) V, causal, and log2 of the softmax's denominators in `log_sums` (B, H, T). Returns whether
 // there was memory to work in.
-int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width, int32_t threads,
-                         const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o, float* log_sums) {
+int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
+                            int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o,
+                            float* log_sums) {
     Sizes n(tokens, width);
     int group = heads / kv_heads;
-    auto memory = for_threads(threads, Forward::bytes(n));
-    if (!memory) return 0;
-#pragma omp parallel num_threads(threads)
-    {
-        TileUnit unit;
-        Forward pass(n, memory.get());
-#pragma omp for schedule(dynamic)
-        for (int i = 0; i < batch * kv_heads; i++) {
-            int b = i / kv_heads, shared = i % kv_heads;
-            pass.load(head_of(*k, b, shared, n), head_of(*v, b, shared, n));
-            for (int h = shared * group; h < (shared + 1) * group; h++)
-                pass.run(head_of(*q, b, h, n), *o, log_sums + (size_t(b) * heads + h) * tokens, b, h);
-        }
-    }
-    return 1;
+    return over_heads<Forward>(batch, kv_heads, threads, n, [&](Forward& pass, int b, int shared) {
+        pass.load(head_of(*k, b, shared, n), head_of(*v, b, shared, n));
+        for (int h = shared * group; h < (shared + 1) * group; h++)
+            pass.run(head_of(*q, b, h, n), *o, log_sums + (size_t(b) * heads + h) * tokens, b, h);
+    });
 }
 
 // Gradients of the same with respect to Q, K and V, of `grad`, that with respect to O. Returns the same.
-int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width, int32_t threads,
-                                  const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o, const float* log_sums,
-                                  const Tensor* grad, const Tensor* grad_q, const Tensor* grad_k, const Tensor* grad_v) {
+int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
+                                     int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v,
+                                     const Tensor* o, const float* log_sums, const Tensor* grad, const Tensor* grad_q,
+                                     const Tensor* grad_k, const Tensor* grad_v) {
     Sizes n(tokens, width);
     int group = heads / kv_heads;
-    auto memory = for_threads(threads, Backward::bytes(n));
-    if (!memory) return 0;
-#pragma omp parallel num_threads(threads)
-    {
-        TileUnit unit;
-        Backward pass(n, memory.get());
-#pragma omp for schedule(dynamic)
-        for (int i = 0; i < batch * kv_heads; i++) {
-            int b = i / kv_heads, shared = i % kv_heads;
-            pass.load(head_of(*k, b, shared, n), head_of(*v, b, shared, n));
-            for (int h = shared * group; h < (shared + 1) * group; h++) {
-                const float* logs = log_sums + (size_t(b) * heads + h) * tokens;
-                pass.load_queries(head_of(*q, b, h, n), head_of(*o, b, h, n), head_of(*grad, b, h, n), logs);
-                pass.run();
-                for (int t = 0; t < n.t; t++) write_turned(pass.query_sums, t, _mm512_set1_ps(n.scale), *grad_q, b, h, t, n);
-            }
-            for (int t = 0; t < n.t; t++) {
-                write_rows(pass.key_sums, t, n.scale, *grad_k, b, shared, n);
-                write_rows(pass.value_sums, t, 1, *grad_v, b, shared, n);
-            }
+    return over_heads<Backward>(batch, kv_heads, threads, n, [&](Backward& pass, int b, int shared) {
+        pass.load(head_of(*k, b, shared, n), head_of(*v, b, shared, n));
+        for (int h = shared * group; h < (shared + 1) * group; h++) {
+            const float* logs = log_sums + (size_t(b) * heads + h) * tokens;
+            pass.load_queries(head_of(*q, b, h, n), head_of(*o, b, h, n), head_of(*grad, b, h, n), logs);
+            pass.run();
+            for (int t = 0; t < n.t; t++)
+                write_turned(pass.query_sums, t, _mm512_set1_ps(n.scale), *grad_q, b, h, t, n);
         }
-    }
-    return 1;
+        for (int t = 0; t < n.t; t++) {
+            write_rows(pass.key_sums, t, n.scale, *grad_k, b, shared, n);
+            write_rows(pass.value_sums, t, 1, *grad_v, b, shared, n);
+        }
+    });
 }
 }

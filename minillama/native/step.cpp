@@ -178,7 +178,7 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
         Shared shared(m, pieces);
         Own own(m, slots, pieces);
         for (int t = 0; t < omp_get_thread_num(); t++) own = Own(m, slots, pieces);
-        Tiles tiles(rows);
+        TileUnit unit(rows >= FEWEST && has_tiles());
 
         auto normalised = [&](const float* weight) {  // by each thread for itself: sooner than to wait for the others
             for (int b = 0; b < rows; b++)

@@ -17,6 +17,7 @@ constexpr int HALVES = SIDE * DEPTH;  // numbers of a tile in bfloat16
 constexpr int FLOATS = SIDE * SIDE;
 
 typedef uint16_t Half;
+typedef int32_t Row __attribute__((vector_size(64)));  // of a tile, pairs of numbers in bfloat16 or one in float32
 
 // Tiles in two dimensions. Of both operands the second index is the one that is summed over.
 template <class T>
@@ -68,8 +69,6 @@ inline void multiply(bool fresh, float* c, size_t c_row, const Half* a, size_t a
 
 #else
 
-struct TileUnit {};
-
 template <int M, int N>
 inline void multiply(bool fresh, float* c, size_t c_row, const Half* a, size_t a_row, const Half* b, size_t b_row, int depth) {
     for (int m = 0; m < M; m++)
@@ -114,11 +113,12 @@ inline __m512 widened(__m256i halves) {
 
 inline __m256i shortened(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// Two rows of a right operand's pair: low halves of `even`, high halves of `odd`.
-inline __m512i paired(__m512 even, __m512 odd) {
-    __m512i low = _mm512_cvtepu16_epi32(shortened(even)), high = _mm512_cvtepu16_epi32(shortened(odd));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+// Two rows of a right operand side by side, number by number.
+inline __m512i paired(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
+
+inline __m512i paired(__m512 even, __m512 odd) { return paired(shortened(even), shortened(odd)); }
 
 // 2^x within 3e-6 of it, 0 below 2^-126: on [-1/2, 1/2] the polynomial of least relative error; the whole part, which
 // adding 3 * 2^22 leaves in the lowest bits, goes into the exponent.
@@ -131,29 +131,6 @@ inline __m512 power_of_two(__m512 x) {
     __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);  // and NaN
     __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
     return _mm512_castsi512_ps(_mm512_maskz_add_epi32(seen, _mm512_castps_si512(y), exponent));
-}
-
-// 16 x 16 numbers of 32 bits, rows for columns: in stage `bit` this bit of row and column change places.
-template <int bit>
-inline void exchange(__m512i* rows) {
-    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __mmask16 upper = bit == 1 ? 0xaaaa : bit == 2 ? 0xcccc : bit == 4 ? 0xf0f0 : 0xff00;  // lanes with the bit
-    // numbers from 16 on are those of the second of two rows
-    const __m512i first = _mm512_mask_add_epi32(lanes, upper, lanes, _mm512_set1_epi32(SIDE - bit));
-    const __m512i second = _mm512_mask_add_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(bit)), upper, lanes, _mm512_set1_epi32(SIDE));
-    for (int r = 0; r < SIDE; r++) {
-        if (r & bit) continue;
-        __m512i a = rows[r], b = rows[r + bit];
-        rows[r] = _mm512_permutex2var_epi32(a, first, b);
-        rows[r + bit] = _mm512_permutex2var_epi32(a, second, b);
-    }
-}
-
-inline void transpose(__m512i* rows) {
-    exchange<1>(rows);
-    exchange<2>(rows);
-    exchange<4>(rows);
-    exchange<8>(rows);
 }
 
 // One head of a tensor (T, E), rows `stride` apart.
@@ -170,15 +147,15 @@ struct Head {
     }
 };
 
-void store(Half* tile, const __m512i* rows) {
-    for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, rows[r]);
+void store(Half* tile, const Row* rows) {
+    for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, (__m512i)rows[r]);
 }
 
 // Row `row` of tiles (t, e) gets 16 tokens of X, a left operand that is summed over the width; or of X^T, a right one.
 void pack_rows(const Head& x, int t, Tiles to, int row, bool turned) {
     for (int e = 0; e < to.across; e++) {
-        __m512i rows[SIDE];
-        for (int r = 0; r < SIDE; r++) rows[r] = x.load(t * SIDE + r, e * DEPTH);
+        Row rows[SIDE];
+        for (int r = 0; r < SIDE; r++) rows[r] = (Row)x.load(t * SIDE + r, e * DEPTH);
         if (turned) transpose(rows);
         store(to(row, e), rows);
     }
@@ -187,11 +164,10 @@ void pack_rows(const Head& x, int t, Tiles to, int row, bool turned) {
 // Column s of tiles (e, s) gets 32 tokens of X, a right operand that is summed over tokens; or of X^T, a left one.
 void pack_pairs(const Head& x, int s, Tiles to, bool turned) {
     for (int e = 0; e * SIDE < x.width; e++) {
-        __m512i rows[SIDE];
+        Row rows[SIDE];
         for (int p = 0; p < SIDE; p++) {
             __m512i even = x.load(s * DEPTH + 2 * p, e * SIDE), odd = x.load(s * DEPTH + 2 * p + 1, e * SIDE);
-            __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(even));
-            rows[p] = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd)), 16));
+            rows[p] = (Row)paired(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd));
         }
         if (turned) transpose(rows);
         store(to(e, s), rows);
