@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,15 +189,20 @@ def test_resume_without_a_checkpoint_starts_anew_and_a_finished_run_is_left_alon
 
 
 def test_a_second_signal_stops_at_once(tiny_config: Make, tmp_path: Path) -> None:
+    written = tmp_path / "run" / "checkpoints" / "step-6"
+
     class Twice(Quiet):
         def step(self, record: dict) -> None:
             if record["step"] == 7:
+                until = time.monotonic() + 60
+                while not written.exists() and time.monotonic() < until:  # by another thread
+                    time.sleep(0.01)
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train(tiny_config(), str(tmp_path / "run"), report=Twice())
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-6"]
+    assert list(written.parent.iterdir()) == [written]
 
 
 def test_a_missing_compiler_is_said_once_and_the_run_goes_on(
