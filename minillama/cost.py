@@ -13,6 +13,7 @@ from minillama.config import ModelConfig
 __all__ = [
     "InferenceMemory",
     "TrainingMemory",
+    "cache_slots",
     "inference_memory",
     "loss_rows",
     "training_days",
@@ -154,6 +155,21 @@ def inference_memory(
         weights=int(config.num_params() * weight_bytes),
         state=batch * config.state_bytes(seq_len, kv_bytes),
     )
+
+
+def cache_slots(config: ModelConfig, seq_len: int, window: int = 0, sinks: int = 0) -> int:
+    """Tokens of a sequence whose keys and values are kept at once.
+
+    With a window those of the sinks and twice the window, whose older half is dropped when no slot is left; where
+    positions are not turned into the keys, all.
+
+    Args:
+        config: the shape.
+        seq_len: tokens, prompt included.
+        window: a token sees so many at most, its own included; 0: all.
+        sinks: and so many of the first.
+    """
+    return min(seq_len, sinks + 2 * window) if window and config.position == "rope" else seq_len
 
 
 def training_days(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minillama.blanks import Layout
+from minillama.cost import cache_slots
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.sampling import Sampler, Sampling
@@ -138,15 +139,17 @@ def decode(
     limits = [min(context, length + max_new_tokens) for length in lengths]
     texts = [Text(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
+    seen = Mask(window=window, sinks=sinks)
 
     def enter(rows: list[int], slots: int) -> tuple[Batch, list[int]]:
+        slots = cache_slots(model.config, slots, window or 0, sinks)
         state = model.state(len(rows), slots, cache_dtype) if use_state else None
         sampler = Sampler(sampling, [texts[i].ids for i in rows], model.config.vocab_size, [seeds[i] for i in rows])
         entering = Batch(rows, state, sampler)
         return entering, step(entering)
 
     def step(batch: Batch) -> list[int]:
-        return _step(model, [texts[row] for row in batch.rows], batch, window, sinks)
+        return _step(model, [texts[row] for row in batch.rows], batch, seen)
 
     waiting = deque(range(len(prompts)))
     first = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
@@ -172,16 +175,13 @@ def decode(
         chosen = step(running)
 
 
-def _step(model: Decoder, texts: Sequence[Text], batch: Batch, window: int | None, sinks: int) -> list[int]:
+def _step(model: Decoder, texts: Sequence[Text], batch: Batch, seen: Mask) -> list[int]:
     """Read what is unread of each text, choose a token a text and append it."""
     with evaluating(model):
-        since = [text.read if batch.state is not None else 0 for text in texts]
-        unread = [text.ids[start:] for text, start in zip(texts, since, strict=True)]
-        logits = None
-        if model.step is not None and batch.state is not None and not texts[0].places:
-            logits = model.step(unread, batch.state, Mask(window=window, sinks=sinks))
-        if logits is None:
-            logits = _by_layers(model, texts, since, unread, batch.state, window, sinks)
+        if batch.state is None:
+            logits = _read(model, texts, [0] * len(texts), [text.ids for text in texts], None, seen)
+        else:
+            logits = _read_on(model, texts, batch.state, seen)
         chosen: list[int] = batch.sampler(logits).tolist()
     for text, token in zip(texts, chosen, strict=True):
         text.read = len(text.ids)
@@ -189,25 +189,48 @@ def _step(model: Decoder, texts: Sequence[Text], batch: Batch, window: int | Non
     return chosen
 
 
-def _by_layers(
+def _read_on(model: Decoder, texts: Sequence[Text], state: State, seen: Mask) -> Tensor:
+    """Logits (B, V) behind each text, the unread of which is taken in by pieces for which there is room."""
+    unread = [text.ids[text.read :] for text in texts]
+    counts = [len(ids) for ids in unread]
+    size = max(counts)
+    if seen.window is not None and max(state.lengths) + size > state.max_len:
+        size = min(size, state.max_len - seen.sinks - seen.window + 1)
+    logits = None
+    for start in range(0, max(counts), size):
+        since = [min(text.read + start, len(text.ids)) for text in texts]
+        piece = [ids[start : start + size] for ids in unread]
+        if seen.window is not None:
+            state.make_room(max(map(len, piece)), seen.window, seen.sinks)
+        found = _read(model, texts, since, piece, state, seen)
+        reached = torch.tensor([count > start for count in counts], device=found.device)
+        logits = found if logits is None else torch.where(reached[:, None], found, logits)
+    assert logits is not None
+    return logits
+
+
+def _read(
     model: Decoder,
     texts: Sequence[Text],
     since: Sequence[int],
     unread: Sequence[Sequence[int]],
     state: State | None,
-    window: int | None,
-    sinks: int,
+    seen: Mask,
 ) -> Tensor:
-    """Logits (B, V) behind each text, of which `unread` begins at `since`."""
+    """Logits (B, V) behind `unread`, some tokens of each text from `since` on; of no use for a text of none."""
     counts = [len(ids) for ids in unread]
     positions = prefix = None
     if texts[0].places:
-        positions = _padded([text.places[start:] for text, start in zip(texts, since, strict=True)]).mT
-        positions = positions.to(model.device)
-        if state is None or not texts[0].read or window is not None:  # else one more token sees all there is
+        places = [text.places[start : start + n] for text, start, n in zip(texts, since, counts, strict=True)]
+        positions = _padded(places).mT.to(model.device)
+        if state is None or not texts[0].read or seen.window is not None:  # else one more token sees all there is
             prefix = torch.tensor([text.layout.prefix for text in texts if text.layout is not None])
+    elif model.step is not None and state is not None and min(counts):
+        logits = model.step(unread, state, seen)
+        if logits is not None:
+            return logits
     lengths = torch.tensor(counts) if min(counts) < max(counts) else None
-    mask = Mask(lengths=lengths, prefix=prefix, window=window, sinks=sinks)
+    mask = replace(seen, lengths=lengths, prefix=prefix)
     hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
     return model.head(hidden[:, -1] if lengths is None else hidden[torch.arange(len(texts)), lengths - 1])
 
@@ -216,4 +239,4 @@ def _padded(rows: Sequence[Sequence[Any]]) -> Tensor:
     """Rows of unequal length as one tensor with zeros on the right, (B, T) or for pairs (B, T, 2)."""
     if len({len(row) for row in rows}) == 1:
         return torch.tensor(rows)
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)

@@ -326,10 +326,10 @@ class Decoder(nn.Module):
 
     def _positions(self, span: Span, device: torch.device) -> Tensor:
         """The places of a text that is read from left to right."""
-        slots = span.slots(device)
+        positions = span.positions(device)
         if self.config.position in ("rope-2d", "learned-2d"):
-            return torch.stack((slots, torch.zeros_like(slots)), dim=-2)
-        return slots
+            return torch.stack((positions, torch.zeros_like(positions)), dim=-2)
+        return positions
 
     def _product_dtype(self) -> torch.dtype:
         """The type that queries and keys will have."""

@@ -3,7 +3,8 @@
 A `State` belongs to one batch of sequences. It has one object a layer (here keys and values) and counts,
 once for all layers, how many tokens each row has read. Rows are left-aligned: row b's tokens lie in slots
 0..lengths[b]-1, whatever the lengths of its neighbours, so that prompts of unequal length share a batch
-without padding in front.
+without padding in front. Where tokens see a window alone, the oldest ones can be dropped to make room: a row's
+later tokens move up, and `dropped[b]` is what a slot lacks to a position.
 """
 
 from __future__ import annotations
@@ -32,19 +33,26 @@ class Span:
         count: T, the number of tokens a row.
         end: the number of slots in use after this pass, over all rows.
         starts: the first slot of each row, when they differ.
+        dropped: how many tokens of each row were dropped before; empty where none was.
     """
 
     start: int | None
     count: int
     end: int
     starts: tuple[int, ...] = ()
+    dropped: tuple[int, ...] = ()
 
     def slots(self, device: torch.device) -> Tensor:
-        """Slot of each token, (T,), or (B, T) where rows differ. It is also its position."""
+        """Slot of each token, (T,), or (B, T) where rows differ."""
         steps = torch.arange(self.count, device=device)
         if self.start is not None:
             return steps + self.start
         return torch.tensor(self.starts, device=device)[:, None] + steps
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Place of each token in its text, (T,), or (B, T) where tokens were dropped or rows differ."""
+        slots = self.slots(device)
+        return slots + torch.tensor(self.dropped, device=device)[:, None] if self.dropped else slots
 
 
 class LayerState(Protocol):
@@ -55,6 +63,9 @@ class LayerState(Protocol):
 
     def replace(self, rows: Tensor, other: Any, length: int) -> None:
         """Put all rows of `other`, a memory of the same kind of which `length` slots are in use, in place of these."""
+
+    def drop(self, row: int, start: int, end: int, used: int) -> None:
+        """Forget a row's slots `start` to `end`; those up to `used` move into their place."""
 
     def snapshot(self) -> object:
         """What `restore` needs to come back to this point."""
@@ -90,6 +101,10 @@ class Slots:
         """Overwrite these rows with those of another."""
         self.stored[rows, :, :length] = other.stored[:, :, :length]
 
+    def drop(self, row: int, start: int, end: int, used: int) -> None:
+        """See `LayerState.drop`."""
+        self.stored[row, :, start : start + used - end] = self.stored[row, :, end:used].clone()
+
     @property
     def nbytes(self) -> int:
         """Bytes of the memory."""
@@ -122,6 +137,11 @@ class Int8Slots(Slots):
         """See `Slots.replace`."""
         super().replace(rows, other, length)
         self.scale.replace(rows, cast(Int8Slots, other).scale, length)
+
+    def drop(self, row: int, start: int, end: int, used: int) -> None:
+        """See `Slots.drop`."""
+        super().drop(row, start, end, used)
+        self.scale.drop(row, start, end, used)
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +180,11 @@ class KVCache:
         self.keys.replace(rows, other.keys, length)
         self.values.replace(rows, other.values, length)
 
+    def drop(self, row: int, start: int, end: int, used: int) -> None:
+        """See `LayerState.drop`."""
+        self.keys.drop(row, start, end, used)
+        self.values.drop(row, start, end, used)
+
     def snapshot(self) -> None:
         """Nothing: slots past the restored length are written again before they are seen."""
 
@@ -191,6 +216,9 @@ class WKVState:
         self.mixed = self.mixed.index_copy(0, rows, other.mixed)
         self.channel = self.channel.index_copy(0, rows, other.channel)
         self.sums = Sums(*(a.index_copy(0, rows, b) for a, b in zip(self.sums, other.sums, strict=True)))
+
+    def drop(self, row: int, start: int, end: int, used: int) -> None:
+        """Nothing: there are no slots."""
 
     def snapshot(self) -> object:
         """The vectors, which are replaced and never written to."""
@@ -241,6 +269,7 @@ class State:
 
         self.layers: list[LayerState] = [memory() for _ in range(config.n_layers)]
         self.lengths: list[int] = [0] * batch_size
+        self.dropped: list[int] = [0] * batch_size
 
     def span(self, count: int) -> Span:
         """The slots that `count` more tokens a row would take.
@@ -251,9 +280,24 @@ class State:
         end = max(self.lengths) + count
         if end > self.max_len:
             raise ValueError(f"{end} tokens do not fit a decode state of {self.max_len} slots")
+        dropped = tuple(self.dropped) if any(self.dropped) else ()
         if min(self.lengths) == max(self.lengths):
-            return Span(self.lengths[0], count, end)
-        return Span(None, count, end, tuple(self.lengths))
+            return Span(self.lengths[0], count, end, dropped=dropped)
+        return Span(None, count, end, tuple(self.lengths), dropped)
+
+    def make_room(self, count: int, window: int, sinks: int) -> None:
+        """Drop, of rows that have no room for `count` more tokens, what these do not see.
+
+        The first `sinks` tokens stay, and the last `window` - 1. Keys stay turned to the positions that they had.
+        """
+        for row, used in enumerate(self.lengths):
+            gone = used - sinks - window + 1
+            if used + count <= self.max_len or gone <= 0:
+                continue
+            for layer in self.layers:
+                layer.drop(row, sinks, sinks + gone, used)
+            self.lengths[row] -= gone
+            self.dropped[row] += gone
 
     def advance(self, counts: Sequence[int]) -> None:
         """Count `counts[b]` more tokens of row b as read."""
@@ -262,13 +306,14 @@ class State:
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; a row named twice is copied."""
         self.lengths = [self.lengths[row] for row in rows]
+        self.dropped = [self.dropped[row] for row in rows]
         for layer in self.layers:
             layer.select(torch.tensor(rows))
 
     def replace(self, rows: Sequence[int], other: State) -> None:
         """Put the rows of another state in place of these, which have ended."""
-        for row, length in zip(rows, other.lengths, strict=True):
-            self.lengths[row] = length
+        for row, length, dropped in zip(rows, other.lengths, other.dropped, strict=True):
+            self.lengths[row], self.dropped[row] = length, dropped
         places = torch.tensor(rows, device=self.device)
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(places, new, max(other.lengths))

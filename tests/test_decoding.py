@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from minillama.sampling import Sampling
 PROMPTS = [[5], [7, 3, 9, 1], [2, 2], [11, 4, 8], [6, 1, 0, 12, 3, 9], [1], [10, 9]]
 
 
-def model(mixer: str = "attention", heads: int = 2) -> Decoder:
+def model(mixer: str = "attention", heads: int = 2, context: int = 24) -> Decoder:
     torch.manual_seed(0)
     changes = (
         {} if mixer == "attention" else {"mixer": "wkv", "position": "none", "norm": "layer", "mlp": "channel-mix"}
     )
     config = ModelConfig(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=heads, hidden_dim=96, vocab_size=13, max_seq_len=24, **changes
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=heads, hidden_dim=96, vocab_size=13, max_seq_len=context, **changes
     )
     return Decoder(config)
 
@@ -85,6 +86,29 @@ def test_short_caches_with_rows_that_come_and_go() -> None:
     decoder = model()
     alone = [texts(decoder, [p], 4, GREEDY, cache_dtype=torch.int8)[0] for p in PROMPTS]
     assert texts(decoder, PROMPTS, 4, GREEDY, cache_dtype=torch.int8, batch_size=3) == alone
+
+
+@pytest.mark.parametrize("cache", [None, torch.int8])
+@pytest.mark.parametrize(("window", "sinks"), [(3, 0), (4, 2), (7, 9), (1, 1)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_window_drops_what_it_no_longer_sees(
+    cache: torch.dtype | None, window: int, sinks: int, batch_size: int
+) -> None:
+    """Prompts longer than the slots, rows that come and go; and the layers without a state, which keep nothing."""
+    decoder = model(context=60)
+    prompts = [*PROMPTS[:3], [(7 * i + i * i) % 13 for i in range(37)], [3] * 15]
+    options = {"window": window, "sinks": sinks}
+    slots = []
+    make = decoder.state
+    decoder.state = lambda *args: slots.append(made := make(*args)) or made  # type: ignore[method-assign,assignment,func-returns-value]
+    found = texts(decoder, prompts, 4, GREEDY, batch_size=batch_size, cache_dtype=cache, **options)
+    assert max(state.max_len for state in slots) == sinks + 2 * window
+    assert any(any(state.dropped) for state in slots)
+    if cache is None:
+        assert found == texts(decoder, prompts, 4, GREEDY, use_state=False, **options)
+    else:
+        decoder.config = replace(decoder.config, position="none")  # what `cache_slots` asks: all are kept
+        assert found == texts(decoder, prompts, 4, GREEDY, cache_dtype=cache, **options)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

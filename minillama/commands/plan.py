@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minillama.config import ModelConfig
-from minillama.cost import inference_memory, training_days, training_memory
+from minillama.cost import cache_slots, inference_memory, training_days, training_memory
 from minillama.errors import InputError
 from minillama.settings import check, to_dict
 
@@ -34,6 +34,10 @@ class Args:
     """Sequences in memory at once."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products while training (weights and optimizer are float32), and of the KV cache."""
+    window: int = field(default=0, metadata={"min": 0})
+    """Of `generate --window`, which keeps the keys and values of twice as many tokens; 0 keeps all."""
+    sinks: int = field(default=4, metadata={"min": 0})
+    """Of `generate --sinks`, whose keys and values are kept as well."""
     tokens: float = field(default=0, metadata={"min": 0})
     """Training tokens; 0: 20 a parameter (Chinchilla)."""
     tflops: float = field(default=400.0, metadata={"above": 0})
@@ -75,6 +79,7 @@ def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
     }
     weights = {name: inference_memory(config, 1, 1, size).weights for name, size in WEIGHT_BYTES.items()}
     int8_width = 1 + 4 / config.head_dim  # a byte, and a float32 scale a head
+    slots = cache_slots(config, seq_len, args.window, args.sinks)
     tokens = args.tokens or 20 * count
     return {
         "model": args.model,
@@ -96,9 +101,10 @@ def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
         "training_bytes": {name: asdict(part) | {"total": part.total} for name, part in training.items()},
         "inference_bytes": {
             "weights": weights,
+            "state_tokens": slots,
             "state_per_token": config.kv_bytes_per_token(width),
-            "state": inference_memory(config, args.batch_size, seq_len, kv_bytes=width).state,
-            "state_int8": inference_memory(config, args.batch_size, seq_len, kv_bytes=int8_width).state,
+            "state": inference_memory(config, args.batch_size, slots, kv_bytes=width).state,
+            "state_int8": inference_memory(config, args.batch_size, slots, kv_bytes=int8_width).state,
         },
         "training": {
             "tokens": tokens,
@@ -115,7 +121,7 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
 
     count, flops, training = table["parameters"], table["flops_per_token"], table["training"]
     memory, inference = table["training_bytes"], table["inference_bytes"]
-    size = f"{args.batch_size} x {table['seq_len']} tokens"
+    size, kept = (f"{args.batch_size} x {n} tokens" for n in (table["seq_len"], inference["state_tokens"]))
     parts = ("total", "embedding", "head", "layer", "non_embedding")
     names = {"layer": f"one of {config.n_layers} layers", "non_embedding": "without embedding and head"}
     tables = [
@@ -133,8 +139,8 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
             rows=[
                 *((f"weights, {name}", _bytes(number)) for name, number in inference["weights"].items()),
                 (f"KV cache, {args.dtype}, a token", _bytes(inference["state_per_token"])),
-                (f"KV cache, {args.dtype}, {size}", _bytes(inference["state"])),
-                (f"KV cache, int8, {size}", _bytes(inference["state_int8"])),
+                (f"KV cache, {args.dtype}, {kept}", _bytes(inference["state"])),
+                (f"KV cache, int8, {kept}", _bytes(inference["state_int8"])),
             ],
         ),
         _table(

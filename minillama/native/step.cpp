@@ -35,7 +35,7 @@ struct Cache {
 };
 
 struct Token {
-    int64_t id, text, position, last;  // last: of its text, the one behind which logits are wanted
+    int64_t id, text, slot, position, last;  // last: of its text, the one behind which logits are wanted
 };
 }
 
@@ -225,7 +225,7 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 float* key = shared.qkv + size_t(b) * all + Q + k * E;
                 const float* cosine = shared.turns + size_t(b) * E;
                 rotate(key, E, cosine, cosine + E / 2);
-                size_t at = ((tokens[b].text * m.kv_heads + k) * slots + tokens[b].position) * E;
+                size_t at = ((tokens[b].text * m.kv_heads + k) * slots + tokens[b].slot) * E;
                 remember(keys + at, key, E);
                 remember(values + at, key + KV, E);
             }
@@ -236,7 +236,7 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 const float* cosine = shared.turns + size_t(b) * E;
                 rotate(q, E, cosine, cosine + E / 2);
                 size_t at = (tokens[b].text * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
-                Seen seen(int(tokens[b].position) + 1, window, sinks);
+                Seen seen(int(tokens[b].slot) + 1, window, sinks);
                 attend(q, keys + at, values + at, seen, E, own.scores, shared.heads + size_t(b) * Q + h * E);
             }
             add_product(layer.output, shared.heads, Q);

@@ -62,7 +62,7 @@ class _Cache(ctypes.Structure):
 
 
 class _Token(ctypes.Structure):
-    _fields_: ClassVar = [(name, c_int64) for name in ("id", "text", "position", "last")]
+    _fields_: ClassVar = [(name, c_int64) for name in ("id", "text", "slot", "position", "last")]
 
 
 def unsupported(model: Decoder) -> str | None:
@@ -162,11 +162,11 @@ class NativeStep:
         if not all(0 <= token < native.vocab for token in ids):
             raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(ids)} to {max(ids)}")
         caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
-        starts = zip(tokens, state.lengths, strict=True)
+        starts = zip(tokens, state.lengths, state.dropped, strict=True)
         read = [
-            _Token(token, text, start + i, i == len(row) - 1)
-            for text, (row, start) in enumerate(starts)
-            for i, token in enumerate(row)
+            _Token(token, text, slot, slot + dropped, slot == start + len(row) - 1)
+            for text, (row, start, dropped) in enumerate(starts)
+            for slot, token in enumerate(row, start)
         ]
         logits = torch.empty(len(counts), native.vocab, dtype=torch.float32, device="cpu")
         with self.lock:  # ctypes lets other threads run, and the work memory is one

@@ -72,6 +72,24 @@ def test_options_reach_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> Non
     assert table["training"]["days"] == pytest.approx(flops / (5 * 2e12) / 86400)
 
 
+@pytest.mark.parametrize(("name", "kept"), [("stories15m", 38), ("bloom-tiny", 64)])
+def test_a_window_takes_what_was_planned(name: str, kept: int, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    from minillama.decoding import decode
+    from minillama.model import Decoder
+    from minillama.state import KVCache
+
+    size = ["--seq-len", "64", "--batch-size", "2", "--dtype", "float32"]
+    planned = plan_json(capsys, name, *size, "--window", "16", "--sinks", "6")["inference_bytes"]
+    assert planned["state_tokens"] == kept
+    model = Decoder(ModelConfig.load(name))
+    states, make = [], model.state
+    model.state = lambda *args: states.append(made := make(*args)) or made  # type: ignore[method-assign,assignment,func-returns-value]
+    next(decode(model, [[5] * 60] * 2, 4, window=16, sinks=6))
+    layers = [layer for layer in states[0].layers if isinstance(layer, KVCache)]
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == planned["state"]
+
+
 @pytest.mark.parametrize("name", ["llama-2-70b", "llama-3.2-1b", "llama-tiny"])
 def test_tables_are_plain_and_narrow(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", name]) == 0

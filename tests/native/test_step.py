@@ -122,7 +122,7 @@ def test_several_tokens_a_row(kind: Quantisation) -> None:
 def test_a_window_with_sinks(window: int, sinks: int) -> None:
     plain, native = model(), model()
     native.step = NativeStep(native)
-    prompts = [[5, 6, 7, 8, 9, 10, 11], [1, 2]]
+    prompts = [[5, 6, 7, 8, 9, 10, 11] * (1 + sinks // 2), [1, 2]]
     sees = partial(decode, window=window, sinks=sinks)
     expected = [list(sees(plain, prompts, 20, use_state=use_state)) for use_state in (True, False)]
     assert expected[0] == expected[1]
