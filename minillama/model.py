@@ -27,6 +27,7 @@ from minillama.layers.alibi import Alibi
 from minillama.layers.attention import Attention
 from minillama.layers.block_positions import BlockPositions
 from minillama.layers.cross_entropy import linear_cross_entropy
+from minillama.layers.dropout import dropout
 from minillama.layers.gelu import Gelu
 from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import SwiGLU
@@ -65,7 +66,7 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return dropout(x, self.dropout, self.training)
 
 
 def _compile_frugally(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -212,8 +213,7 @@ class Decoder(nn.Module):
         if self.model.alibi is not None:
             kernel_mask = self.model.alibi(kernel_mask, span, kind)
         x = self.model.embed(tokens, positions)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
+        x = dropout(x, self.dropout, self.training)
         for i, layer in enumerate(self.blocks):
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 from minillama.state import LayerState, Span
 
@@ -30,4 +30,4 @@ class ParallelBlock(nn.Module):
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
         normal = self.input_layernorm(x)
         change = self.self_attn(normal, rope, mask, state, span) + self.mlp(normal)
-        return x + F.dropout(change, self.dropout, self.training)
+        return x + dropout(change, self.dropout, self.training)

@@ -9,9 +9,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minillama.config import ModelConfig
+from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 from minillama.layers.norm import make_norm
 from minillama.layers.wkv import Sums, wkv_scan, wkv_step
@@ -110,11 +110,11 @@ class RecurrentBlock(nn.Module):
         normal = self.input_layernorm(x)
         change, memory.sums = self.self_attn(normal, _earlier(normal, memory.mixed), memory.sums, real)
         memory.mixed = _last(normal, real)
-        x = x + F.dropout(change, self.dropout, self.training)
+        x = x + dropout(change, self.dropout, self.training)
         normal = self.post_attention_layernorm(x)
         change = self.mlp(normal, _earlier(normal, memory.channel))
         memory.channel = _last(normal, real)
-        return x + F.dropout(change, self.dropout, self.training)
+        return x + dropout(change, self.dropout, self.training)
 
 
 def _earlier(x: Tensor, last: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 from minillama.state import LayerState, Span
 
@@ -42,6 +42,6 @@ class ScaledBlock(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
         x = self.input_layernorm(x)
-        x = x * self.scale + F.dropout(self.self_attn(x, rope, mask, state, span), self.dropout, self.training)
+        x = x * self.scale + dropout(self.self_attn(x, rope, mask, state, span), self.dropout, self.training)
         x = self.post_attention_layernorm(x)
-        return x * self.scale + F.dropout(self.mlp(x), self.dropout, self.training)
+        return x * self.scale + dropout(self.mlp(x), self.dropout, self.training)

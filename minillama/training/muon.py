@@ -11,8 +11,8 @@ hundred times slower than float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = ["Muon", "orthogonalise"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+BATCH = 2**22  # numbers
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,35 +51,46 @@ class Muon(torch.optim.Optimizer):
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for parameter in group["params"]:
-                grad = parameter.grad
-                if grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(grad)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(grad, 1 - momentum)
-                update = orthogonalise(grad.lerp(buffer, momentum), self.dtype)
-                rows, columns = parameter.shape
-                parameter.mul_(1 - lr * group["weight_decay"])
-                parameter.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+            for parameters in _batches(p for p in group["params"] if p.grad is not None):
+                updates = orthogonalise(torch.stack([self._update(p, momentum) for p in parameters]), self.dtype)
+                rows, columns = parameters[0].shape
+                torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+    def _update(self, parameter: Tensor, momentum: float) -> Tensor:
+        state, grad = self.state[parameter], cast(Tensor, parameter.grad)
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(grad, 1 - momentum)
+        return grad.lerp(buffer, momentum)
+
+
+def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape, several where they are small: their products take half the time in one call."""
+    alike: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault(parameter.shape, []).append(parameter)
+    for same in alike.values():
+        size = max(1, BATCH // same[0].numel())
+        yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
 def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32, eps: float = 1e-7) -> Tensor:
-    """(R, C) -> U S' V^T of its singular value decomposition U S V^T, with S' between about 0.7 and 1.2.
+    """(..., R, C) -> U S' V^T of its singular value decomposition U S V^T, with S' between about 0.7 and 1.2.
 
     Args:
-        matrix: the update.
+        matrix: the update, or a batch (N, R, C).
         dtype: of the products and the result.
         eps: least norm that is divided by.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(dtype)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=eps)  # no singular value is above 1
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.to(dtype).reshape(-1, *matrix.shape[-2:])
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)  # no singular value is above 1
     for _ in range(STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrix.shape)

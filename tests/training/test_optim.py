@@ -116,6 +116,22 @@ def test_muons_updates_are_nearly_orthogonal() -> None:
     assert torch.equal(orthogonalise(torch.zeros(3, 2)), torch.zeros(3, 2))
 
 
+def test_muon_of_many_matrices_is_muon_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillama.training.muon.BATCH", 250)
+    torch.manual_seed(4)
+    shapes = [(12, 7), (9, 9), (12, 7), (7, 12), (12, 7), (12, 7)]
+    together = [torch.randn(shape) for shape in shapes]
+    alone = [matrix.clone() for matrix in together]
+    optimizers = [Muon(together), *(Muon([matrix]) for matrix in alone)]
+    for _ in range(3):
+        for one, other in zip(together, alone, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(together, alone)
+
+
 @pytest.mark.parametrize(("step", "rate"), [(1, 1e-2), (10_000, 1e-2), (40_000, 0.005), (250_000, 0.002)])
 def test_palms_schedule(step: int, rate: float) -> None:
     assert learning_rate(OptimConfig(lr=1e-2, schedule="rsqrt"), step, 10**6) == pytest.approx(rate)
