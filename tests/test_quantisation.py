@@ -266,6 +266,15 @@ def test_a_broken_weight_is_not_hidden() -> None:
     assert Int4Linear.of(linear)(torch.ones(1, 32)).isnan().any()
 
 
+def test_weights_beyond_the_grids_are_refused() -> None:
+    weight = torch.randn(3, 64)
+    weight[2, 40] = 60000  # float16 holds it
+    assert Int4.of(weight).weight().isfinite().all()
+    weight[1, 7] = -3e6
+    with pytest.raises(InputError, match=r"too large for int4(?s:.*)3e\+06(?s:.*)int8"):
+        Int4.of(weight)
+
+
 def test_what_was_quantised_is_not_saved_or_fused(tmp_path: Path) -> None:
     changed = quantise(model(False), "int8")
     for refused in (lambda: changed.save_pretrained(tmp_path / "m"), changed.fuse):

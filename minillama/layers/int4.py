@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minillama.errors import InputError
+
 __all__ = ["GROUP", "LOW", "Int4", "search", "storable"]
 
 GROUP = 32
@@ -44,6 +46,9 @@ class Int4(NamedTuple):
             weight: (O, I), I a multiple of `group`.
             group: inputs that share a grid, a multiple of 32.
             importance: (I,) weights of the squared errors; 1 unless given.
+
+        Raises:
+            InputError: finite weights whose grid is beyond float16.
         """
         rows = max(1, CHUNK // weight.shape[1])
         parts = []
@@ -53,6 +58,14 @@ class Int4(NamedTuple):
                 scale, offset = search(wide)
             else:
                 scale, offset = search(wide, importance.view(-1, group), MORE, rounds=3)
+            lost = offset.isnan() & wide.isfinite().all(-1, keepdim=True)
+            if lost.any():
+                raise InputError(
+                    "weights too large for int4, whose grids are float16",
+                    found=f"{wide[lost.squeeze(-1)].abs().max():g}",
+                    expected="at most 65504 in size",
+                    fix="take int8",
+                )
             steps = ((wide - offset) / scale).round_().clamp_(LOW, HIGH)
             parts.append(cls.packed(steps.flatten(-2), scale.squeeze(-1), offset.squeeze(-1)))
         return cls.stacked(parts)
