@@ -20,6 +20,8 @@ __all__ = [
     "training_memory",
 ]
 
+SPARE = 256  # least slots beside a window's: a prompt is read in pieces of as many
+
 
 def loss_rows(vocab_size: int, number_bytes: int) -> int:
     """Tokens whose logits exist at once in the loss, as many as 96 MiB hold.
@@ -160,8 +162,8 @@ def inference_memory(
 def cache_slots(config: ModelConfig, seq_len: int, window: int = 0, sinks: int = 0) -> int:
     """Tokens of a sequence whose keys and values are kept at once.
 
-    With a window those of the sinks and twice the window, whose older half is dropped when no slot is left; where
-    positions are not turned into the keys, all.
+    With a window those of the sinks and twice the window, at least 256 more than it: when no slot is left, what no
+    window sees any more is dropped. Only with LLaMA's positions: ALiBi counts slots, and GLM sees its prefix whole.
 
     Args:
         config: the shape.
@@ -169,7 +171,9 @@ def cache_slots(config: ModelConfig, seq_len: int, window: int = 0, sinks: int =
         window: a token sees so many at most, its own included; 0: all.
         sinks: and so many of the first.
     """
-    return min(seq_len, sinks + 2 * window) if window and config.position == "rope" else seq_len
+    if not window or config.position != "rope":
+        return seq_len
+    return min(seq_len, sinks + window + max(window, SPARE))
 
 
 def training_days(

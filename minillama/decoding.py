@@ -133,9 +133,14 @@ def decode(
         window: a token sees the last `window` tokens, its own included; all unless given.
         sinks: and the first `sinks` ones, which a model leans on whatever they say (Xiao et al. 2023, arXiv
             2309.17453).
+
+    Raises:
+        ValueError: a prompt longer than the context.
     """
     context = model.config.max_seq_len
     lengths = [len(prompt.tokens if isinstance(prompt, Layout) else prompt) for prompt in prompts]
+    if max(lengths, default=0) > context:
+        raise ValueError(f"a prompt of {max(lengths)} tokens is longer than the model's context of {context}")
     limits = [min(context, length + max_new_tokens) for length in lengths]
     texts = [Text(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
@@ -198,13 +203,15 @@ def _read_on(model: Decoder, texts: Sequence[Text], state: State, seen: Mask) ->
         size = min(size, state.max_len - seen.sinks - seen.window + 1)
     logits = None
     for start in range(0, max(counts), size):
-        since = [min(text.read + start, len(text.ids)) for text in texts]
+        since = [text.read + start for text in texts]
         piece = [ids[start : start + size] for ids in unread]
         if seen.window is not None:
             state.make_room(max(map(len, piece)), seen.window, seen.sinks)
         found = _read(model, texts, since, piece, state, seen)
-        reached = torch.tensor([count > start for count in counts], device=found.device)
-        logits = found if logits is None else torch.where(reached[:, None], found, logits)
+        if logits is not None:  # a text that ended in an earlier piece has its own
+            reached = torch.tensor([count > start for count in counts], device=found.device)
+            found = torch.where(reached[:, None], found, logits)
+        logits = found
     assert logits is not None
     return logits
 

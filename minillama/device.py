@@ -89,7 +89,7 @@ def compiler_missing(device: torch.device) -> str | None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device's matrix products: from the data sheet, or measured in some tenths of a second."""
+    """FLOP/s of the device's matrix products: from the data sheet, or the best of some products."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)

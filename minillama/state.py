@@ -1,7 +1,7 @@
 """What a layer remembers between forward passes while decoding.
 
 A `State` belongs to one batch of sequences. It has one object a layer (here keys and values) and counts,
-once for all layers, how many tokens each row has read. Rows are left-aligned: row b's tokens lie in slots
+once for all layers, how many slots each row has in use. Rows are left-aligned: row b's tokens lie in slots
 0..lengths[b]-1, whatever the lengths of its neighbours, so that prompts of unequal length share a batch
 without padding in front. Where tokens see a window alone, the oldest ones can be dropped to make room: a row's
 later tokens move up, and `dropped[b]` is what a slot lacks to a position.
@@ -234,6 +234,7 @@ class Snapshot:
     """A point that a State can return to."""
 
     lengths: tuple[int, ...]
+    dropped: tuple[int, ...]
     layers: tuple[object, ...]
 
 
@@ -268,7 +269,7 @@ class State:
             return KVCache(shape, cache_dtype or dtype, self.device)
 
         self.layers: list[LayerState] = [memory() for _ in range(config.n_layers)]
-        self.lengths: list[int] = [0] * batch_size
+        self.lengths: list[int] = [0] * batch_size  # slots in use
         self.dropped: list[int] = [0] * batch_size
 
     def span(self, count: int) -> Span:
@@ -320,10 +321,17 @@ class State:
 
     def snapshot(self) -> Snapshot:
         """A point to come back to, after a draft that was rejected or to continue one prompt twice."""
-        return Snapshot(tuple(self.lengths), tuple(layer.snapshot() for layer in self.layers))
+        kept = tuple(layer.snapshot() for layer in self.layers)
+        return Snapshot(tuple(self.lengths), tuple(self.dropped), kept)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Forget what was read after the snapshot."""
+        """Forget what was read after the snapshot.
+
+        Raises:
+            ValueError: `make_room` has dropped tokens meanwhile, which moved the others.
+        """
+        if tuple(self.dropped) != snapshot.dropped:
+            raise ValueError("tokens that the snapshot had were dropped: there is no way back to it")
         self.lengths = list(snapshot.lengths)
         for layer, saved in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(saved)
@@ -333,10 +341,13 @@ class State:
 
         Raises:
             InputError: a recurrent layer, whose past tokens cannot be taken apart.
+            ValueError: `make_room` has dropped tokens.
         """
         if any(isinstance(layer, WKVState) for layer in self.layers):
             raise InputError(
                 "a recurrent state cannot forget its last tokens; speculation needs a model with keys and values",
                 fix="decode this model without speculation",
             )
+        if any(self.dropped):
+            raise ValueError("tokens were dropped: slots are no longer places in the text")
         self.lengths = [min(read, length) for read in self.lengths]

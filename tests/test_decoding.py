@@ -92,9 +92,10 @@ def test_short_caches_with_rows_that_come_and_go() -> None:
 @pytest.mark.parametrize(("window", "sinks"), [(3, 0), (4, 2), (7, 9), (1, 1)])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_window_drops_what_it_no_longer_sees(
-    cache: torch.dtype | None, window: int, sinks: int, batch_size: int
+    cache: torch.dtype | None, window: int, sinks: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts longer than the slots, rows that come and go; and the layers without a state, which keep nothing."""
+    monkeypatch.setattr("minillama.cost.SPARE", 1)
     decoder = model(context=60)
     prompts = [*PROMPTS[:3], [(7 * i + i * i) % 13 for i in range(37)], [3] * 15]
     options = {"window": window, "sinks": sinks}
@@ -109,6 +110,27 @@ def test_a_window_drops_what_it_no_longer_sees(
     else:
         decoder.config = replace(decoder.config, position="none")  # what `cache_slots` asks: all are kept
         assert found == texts(decoder, prompts, 4, GREEDY, cache_dtype=cache, **options)
+
+
+def test_there_is_no_way_back_to_tokens_that_were_dropped() -> None:
+    decoder = model()
+    state = decoder.state(1, 8)
+    with torch.no_grad():
+        decoder(torch.tensor([[1, 2, 3, 4, 5, 6, 7]]), state=state)
+        snapshot = state.snapshot()
+        state.make_room(1, 3, 1)
+        assert (state.lengths, state.dropped) == ([7], [0])  # one more fits
+        state.make_room(2, 3, 1)
+        assert (state.lengths, state.dropped) == ([3], [4])
+    with pytest.raises(ValueError, match="no way back"):
+        state.restore(snapshot)
+    with pytest.raises(ValueError, match="no longer places"):
+        state.truncate(2)
+
+
+def test_a_prompt_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="30 tokens is longer than the model's context of 24"):
+        next(decode(model(), [[1], [5] * 30], 4, window=21, sinks=4))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])

@@ -35,7 +35,7 @@ class Args:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products while training (weights and optimizer are float32), and of the KV cache."""
     window: int = field(default=0, metadata={"min": 0})
-    """Of `generate --window`, which keeps the keys and values of twice as many tokens; 0 keeps all."""
+    """Of `generate --window`, which keeps the keys and values of twice as many tokens, or of 256 more; 0 keeps all."""
     sinks: int = field(default=4, metadata={"min": 0})
     """Of `generate --sinks`, whose keys and values are kept as well."""
     tokens: float = field(default=0, metadata={"min": 0})

@@ -29,12 +29,12 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or p >= 1:
         return F.dropout(x, p)
-    return x * _factors(x.detach(), round(p * LEVELS))
+    return x * _factors(x.detach(), min(round(p * LEVELS), LEVELS - 1))
 
 
 @torch.library.custom_op("minillama::dropout_factors", mutates_args=(), tags=TAGS)
 def _factors(x: Tensor, dropped: int) -> Tensor:
-    """As x: 0 at about `dropped` of 2**16 places, elsewhere what the sum then lacks."""
+    """As x: 0 at about `dropped` of 2**16 places, elsewhere 1 / (1 - p)."""
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = words.view(torch.int16)[: x.numel()] >= dropped - LEVELS // 2
     return kept.view(x.shape).to(x.dtype).mul_(LEVELS / (LEVELS - dropped))

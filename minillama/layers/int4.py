@@ -58,8 +58,8 @@ class Int4(NamedTuple):
                 scale, offset = search(wide)
             else:
                 scale, offset = search(wide, importance.view(-1, group), MORE, rounds=3)
-            lost = offset.isnan() & wide.isfinite().all(-1, keepdim=True)
-            if lost.any():
+            lost = offset.isnan()
+            if lost.any() and (lost := lost & wide.isfinite().all(-1, keepdim=True)).any():
                 raise InputError(
                     "weights too large for int4, whose grids are float16",
                     found=f"{wide[lost.squeeze(-1)].abs().max():g}",

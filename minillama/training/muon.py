@@ -54,8 +54,8 @@ class Muon(torch.optim.Optimizer):
             for parameters in _batches(p for p in group["params"] if p.grad is not None):
                 updates = orthogonalise(torch.stack([self._update(p, momentum) for p in parameters]), self.dtype)
                 rows, columns = parameters[0].shape
-                torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
                 for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.mul_(1 - lr * group["weight_decay"])
                     parameter.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def _update(self, parameter: Tensor, momentum: float) -> Tensor:
@@ -69,9 +69,9 @@ class Muon(torch.optim.Optimizer):
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Matrices of one shape, several where they are small: their products take half the time in one call."""
-    alike: dict[torch.Size, list[Tensor]] = {}
+    alike: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
-        alike.setdefault(parameter.shape, []).append(parameter)
+        alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
     for same in alike.values():
         size = max(1, BATCH // same[0].numel())
         yield from (same[start : start + size] for start in range(0, len(same), size))

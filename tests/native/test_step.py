@@ -119,7 +119,8 @@ def test_several_tokens_a_row(kind: Quantisation) -> None:
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (5, 9), (40, 4)])
-def test_a_window_with_sinks(window: int, sinks: int) -> None:
+def test_a_window_with_sinks(window: int, sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillama.cost.SPARE", 1)
     plain, native = model(), model()
     native.step = NativeStep(native)
     prompts = [[5, 6, 7, 8, 9, 10, 11] * (1 + sinks // 2), [1, 2]]
