@@ -49,13 +49,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Text:
-    """One prompt on its way: ids so far, their places in a text with blanks, and what has not been read yet."""
+    """One prompt on its way: ids so far, their places in a text with blanks, and what has not been read yet.
 
-    def __init__(self, prompt: Sequence[int] | Layout, limit: int) -> None:
+    Raises:
+        ValueError: a prompt longer than the context.
+    """
+
+    def __init__(self, prompt: Sequence[int] | Layout, max_new_tokens: int, context: int) -> None:
         self.layout = prompt if isinstance(prompt, Layout) else None
         self.ids = list(prompt.tokens if isinstance(prompt, Layout) else prompt)
         self.places = list(prompt.places) if isinstance(prompt, Layout) else []
-        self.limit = limit
+        if len(self.ids) > context:
+            raise ValueError(f"a prompt of {len(self.ids)} tokens is longer than the model's context of {context}")
+        self.limit = min(context, len(self.ids) + max_new_tokens)
         self.read = 0
 
     def append(self, token: int) -> None:
@@ -137,12 +143,7 @@ def decode(
     Raises:
         ValueError: a prompt longer than the context.
     """
-    context = model.config.max_seq_len
-    lengths = [len(prompt.tokens if isinstance(prompt, Layout) else prompt) for prompt in prompts]
-    if max(lengths, default=0) > context:
-        raise ValueError(f"a prompt of {max(lengths)} tokens is longer than the model's context of {context}")
-    limits = [min(context, length + max_new_tokens) for length in lengths]
-    texts = [Text(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    texts = [Text(prompt, max_new_tokens, model.config.max_seq_len) for prompt in prompts]
     seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
     seen = Mask(window=window, sinks=sinks)
 
@@ -160,14 +161,14 @@ def decode(
     first = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
     if not first or max_new_tokens < 1:
         return
-    running, chosen = enter(first, max(limits))
+    running, chosen = enter(first, max(text.limit for text in texts))
     while True:
         ended = (yield list(zip(running.rows, chosen, strict=True))) or set()
         free = [i for i, row in enumerate(running.rows) if row in ended or texts[row].is_full]
         while free and waiting:
             places = free[: len(waiting)]
             rows = [waiting.popleft() for _ in places]
-            entering, chosen = enter(rows, max(lengths[row] for row in rows))
+            entering, chosen = enter(rows, max(len(texts[row].ids) for row in rows))
             ended = (yield list(zip(rows, chosen, strict=True))) or set()
             running.replace(places, entering)
             over = {i for i, row in enumerate(running.rows) if row in ended or texts[row].is_full}

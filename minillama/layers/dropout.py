@@ -14,7 +14,7 @@ TAGS = (torch.Tag.nondeterministic_seeded,)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """X with each number 0 with probability p, else divided by 1 - p; x itself outside training.
+    """Each number of x 0 with probability p, else divided by 1 - p; x itself outside training.
 
     On a CPU torch draws one number after the other by a generator that makes 64 bits at once, and compiled code
     counts with Philox one by one. Here each value takes 16 of the generator's bits, so that p is a multiple of

@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices of one shape, several where they are small: their products take half the time in one call."""
+    """Matrices of one shape, several where they are small: in one call their products take two thirds of the time."""
     alike: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
