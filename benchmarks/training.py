@@ -71,7 +71,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], str]:
     """The trainer's own step, without its data, report and files."""
     from minillama.model import Decoder
-    from minillama.native.attention import unsupported, use
+    from minillama.training.compiling import take_native_parts
     from minillama.training.config import OptimConfig
     from minillama.training.optim import make_optimizers
     from minillama.training.precision import WorkingCopy
@@ -82,8 +82,7 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
     working = WorkingCopy(model, dtype)
     optimizers = make_optimizers(model, OptimConfig(lr=1e-3))
     if setting == "compile":
-        if unsupported() is None:
-            use(working.model)
+        take_native_parts(working.model, lambda text: None)
         working.model.compile_blocks()
     working.model.train()
 

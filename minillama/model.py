@@ -26,7 +26,7 @@ from minillama.initialisation import initialise
 from minillama.layers.alibi import Alibi
 from minillama.layers.attention import Attention
 from minillama.layers.block_positions import BlockPositions
-from minillama.layers.cross_entropy import linear_cross_entropy
+from minillama.layers.cross_entropy import Errors, linear_cross_entropy
 from minillama.layers.dropout import dropout
 from minillama.layers.gelu import Gelu
 from minillama.layers.mask import KernelMask, Mask
@@ -139,6 +139,7 @@ class Decoder(nn.Module):
     Attributes:
         stop_ids: tokens that end a text besides the tokenizer's own, as the model's folder says.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        errors: what computes the loss's `softmax_errors`; that itself unless one is set, see `native`.
         step: reads more tokens a row into a state and returns logits (B, V) behind the last, or None where it
             cannot; a faster way than the layers, see `native`. There is none unless one is set.
 
@@ -152,6 +153,7 @@ class Decoder(nn.Module):
         self.checkpointing = False
         self.stop_ids: frozenset[int] = frozenset()
         self.step: Callable[[Sequence[Sequence[int]], State, Mask], Tensor | None] | None = None
+        self.errors: Errors | None = None
         self.model = Backbone(config, dropout)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()
@@ -252,7 +254,7 @@ class Decoder(nn.Module):
         """
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
-        return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss)
+        return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss, self.errors)
 
     def state(self, batch_size: int, max_len: int | None = None, cache_dtype: torch.dtype | None = None) -> State:
         """An empty decode state for `batch_size` rows of at most `max_len` tokens; see `State`."""

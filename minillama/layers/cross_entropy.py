@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 
 from minillama.cost import loss_rows
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = ["cross_entropy", "linear_cross_entropy", "softmax_errors"]
+
+# logits, targets, weights and z_loss -> what `softmax_errors` returns
+Errors = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 CACHED = 2**19  # logits in float32 that a processor's second cache holds
 ADDED = 32  # rows of the head's gradient that are cast at once
@@ -42,7 +46,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0
+    hidden: Tensor,
+    matrix: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    errors: Errors | None = None,
 ) -> Tensor:
     """`cross_entropy` of hidden @ matrix^T, without ever holding the logits of more than a few tokens.
 
@@ -55,6 +64,7 @@ def linear_cross_entropy(
         targets: (...) ids.
         weights: (...); 1 unless given.
         z_loss: c.
+        errors: what computes `softmax_errors`, which is that itself unless given.
     """
     flat = hidden.flatten(0, -2)
     shares = torch.ones(len(flat), device=flat.device) if weights is None else weights.flatten().float()
@@ -62,13 +72,17 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(kind):  # as for any product; inside, the types are what they are
         flat, matrix = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (flat, matrix))
     with torch.autocast(kind, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(flat, matrix, targets.flatten(), shares, z_loss)
+        total: Tensor = _LinearCrossEntropy.apply(
+            flat, matrix, targets.flatten(), shares, z_loss, errors or softmax_errors
+        )
     return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, z_loss: float, errors: Errors
+    ) -> Tensor:
         trains_hidden, trains_matrix = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if trains_hidden else None
         # (D, V): a product that is wide and not tall is twice as fast in bfloat16 on a CPU
@@ -81,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             h, share = hidden[part], weights[part, None]
             grad = torch.mm(h, matrix.T, out=scores[: len(h)])
-            loss, z = _to_gradients(grad, targets[part, None], share, z_loss)
+            loss, z = errors(grad, targets[part, None], share, z_loss)
             total += loss
             if grad_hidden is None and grad_matrix is None:
                 continue
@@ -107,10 +121,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_matrix is not None:  # never a second time in float32
             grad_matrix = torch.mul(grad_matrix, grad, out=torch.empty_like(grad_matrix, dtype=ctx.dtype)).T
-        return grad_hidden, grad_matrix, None, None, None
+        return grad_hidden, grad_matrix, None, None, None, None
 
 
-def _to_gradients(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def softmax_errors(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """Turn logits (rows, V) into d loss / d logits * Z / weight, in place, a few rows at a time that the cache holds.
 
     Returns:

@@ -25,22 +25,6 @@ struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
 
-// Work memory of a thread, handed out in order.
-struct Memory {
-    char* next;
-    template <class T>
-    Grid<T> take(int down, int across) {
-        Grid<T> grid = {(T*)next, across};
-        next += size_t(down) * across * 1024;
-        return grid;
-    }
-    float* floats(int count) {
-        float* taken = (float*)next;
-        next += size_t(count) * sizeof(float);
-        return taken;
-    }
-};
-
 struct Sizes {
     int tokens, width, t, s, e, wide;  // t, s: tiles of 16 and 32 tokens; e: tiles of 16, wide: of 32 numbers of a head
     float scale, base2;                // of scores, and of their powers of two
@@ -70,7 +54,7 @@ struct Tensor {
 
 namespace {
 
-Head head_of(const Tensor& x, int b, int h, const Sizes& n) {
+Rows head_of(const Tensor& x, int b, int h, const Sizes& n) {
     return {x.first + b * x.batch + h * x.head, x.token, n.tokens, n.width};
 }
 
@@ -113,7 +97,7 @@ struct Forward {
           keys(memory.take<Half>(n.t, n.wide)), values(memory.take<Half>(n.e, n.s)), query(memory.take<Half>(2, n.wide)),
           weights(memory.take<Half>(2, BLOCK)), scores(memory.take<float>(2 * BLOCK, 2)), out(memory.take<float>(n.e, 2)) {}
 
-    void load(const Head& k, const Head& v) {
+    void load(const Rows& k, const Rows& v) {
         for (int t = 0; t < n.t; t++) pack_rows(k, t, keys, t, false);
         for (int s = 0; s < n.s; s++) pack_pairs(v, s, values, true);
     }
@@ -150,7 +134,7 @@ struct Forward {
     }
 
     // O and log2 of the sum of 2^scores.
-    void run(const Head& q, const Tensor& o, float* log_sums, int b, int h) {
+    void run(const Rows& q, const Tensor& o, float* log_sums, int b, int h) {
         for (int s = 0; s < n.s; s++) {
             for (int i = 0; i < 2; i++) pack_rows(q, 2 * s + i, query, i, true);
             std::memset(out.first, 0, size_t(n.e) * 2 * 1024);
@@ -200,14 +184,14 @@ struct Backward {
           value_sums(memory.take<float>(n.t, n.e)), query_sums(memory.take<float>(n.e, n.t)),
           log_sums(memory.floats(n.t * SIDE)), shares(memory.floats(n.t * SIDE)) {}
 
-    void load(const Head& k, const Head& v) {
+    void load(const Rows& k, const Rows& v) {
         for (int t = 0; t < n.t; t++) pack_rows(k, t, key_rows, t, false), pack_rows(v, t, value_rows, t, false);
         for (int s = 0; s < n.s; s++) pack_pairs(k, s, keys_turned, true);
         std::memset(key_sums.first, 0, size_t(n.t) * n.e * 1024);
         std::memset(value_sums.first, 0, size_t(n.t) * n.e * 1024);
     }
 
-    void load_queries(const Head& q, const Head& o, const Head& grad, const float* logs) {
+    void load_queries(const Rows& q, const Rows& o, const Rows& grad, const float* logs) {
         for (int t = 0; t < n.t; t++) pack_rows(q, t, queries, t, true), pack_rows(grad, t, grads, t, true);
         for (int s = 0; s < n.s; s++) pack_pairs(q, s, query_pairs, false), pack_pairs(grad, s, grad_pairs, false);
         std::memset(query_sums.first, 0, size_t(n.t) * n.e * 1024);

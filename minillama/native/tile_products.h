@@ -1,4 +1,4 @@
-// Products of tiles in bfloat16 with sums in float32, by AMX or by AVX-512 BF16, and a head's tensor as tiles.
+// Products of tiles in bfloat16 with sums in float32, by AMX or by AVX-512 BF16, and matrices as tiles.
 //
 // A left operand has 16 rows and 32 columns, a right one 32 rows and 16 columns, whose rows lie in pairs, 2p and 2p + 1
 // interleaved, as both want them. Either is a kilobyte.
@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <immintrin.h>
 
+#include "lanes.h"
 #include "tiles.h"
 
 namespace {
@@ -16,7 +16,6 @@ namespace {
 constexpr int HALVES = SIDE * DEPTH;  // numbers of a tile in bfloat16
 constexpr int FLOATS = SIDE * SIDE;
 
-typedef uint16_t Half;
 typedef int32_t Row __attribute__((vector_size(64)));  // of a tile, pairs of numbers in bfloat16 or one in float32
 
 // Tiles in two dimensions. Of both operands the second index is the one that is summed over.
@@ -29,6 +28,22 @@ struct Grid {
 };
 typedef Grid<Half> Tiles;
 typedef Grid<float> Sums;
+
+// Work memory of a thread, handed out in order.
+struct Memory {
+    char* next;
+    template <class T>
+    Grid<T> take(int down, int across) {
+        Grid<T> grid = {(T*)next, across};
+        next += size_t(down) * across * 1024;
+        return grid;
+    }
+    float* floats(int count) {
+        float* taken = (float*)next;
+        next += size_t(count) * sizeof(float);
+        return taken;
+    }
+};
 
 #ifdef __AMX_BF16__
 
@@ -107,12 +122,6 @@ void product(bool fresh, Sums c, Range rows, Range columns, Tiles a, Tiles b, Ra
         }
 }
 
-inline __m512 widened(__m256i halves) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-inline __m256i shortened(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
 // Two rows of a right operand side by side, number by number.
 inline __m512i paired(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
@@ -120,26 +129,15 @@ inline __m512i paired(__m256i even, __m256i odd) {
 
 inline __m512i paired(__m512 even, __m512 odd) { return paired(shortened(even), shortened(odd)); }
 
-// 2^x within 3e-6 of it, 0 below 2^-126: on [-1/2, 1/2] the polynomial of least relative error; the whole part, which
-// adding 3 * 2^22 leaves in the lowest bits, goes into the exponent.
-inline __m512 power_of_two(__m512 x) {
-    const __m512 shift = _mm512_set1_ps(12582912);
-    __m512 whole = _mm512_add_ps(x, shift), f = _mm512_sub_ps(x, _mm512_sub_ps(whole, shift));
-    __m512 y = _mm512_set1_ps(9.570100592e-3f);
-    for (float c : {5.591786022e-2f, 2.402474486e-1f, 6.931218148e-1f, 9.999992614e-1f})
-        y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-    __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);  // and NaN
-    __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
-    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(seen, _mm512_castps_si512(y), exponent));
-}
-
-// One head of a tensor (T, E), rows `stride` apart.
-struct Head {
+// A matrix (T, E), rows `stride` apart.
+struct Rows {
     const Half* first;
     int64_t stride;
     int tokens, width;
 
-    // 32 numbers of a row, zeros beyond the head's end.
+    Rows from(int token) const { return {first + token * stride, stride, tokens - token, width}; }
+
+    // 32 numbers of a row, zeros beyond the matrix.
     __m512i load(int token, int from) const {
         int count = token < tokens ? std::min(DEPTH, width - from) : 0;
         return count <= 0 ? _mm512_setzero_si512()
@@ -152,7 +150,7 @@ void store(Half* tile, const Row* rows) {
 }
 
 // Row `row` of tiles (t, e) gets 16 tokens of X, a left operand that is summed over the width; or of X^T, a right one.
-void pack_rows(const Head& x, int t, Tiles to, int row, bool turned) {
+void pack_rows(const Rows& x, int t, Tiles to, int row, bool turned) {
     for (int e = 0; e < to.across; e++) {
         Row rows[SIDE];
         for (int r = 0; r < SIDE; r++) rows[r] = (Row)x.load(t * SIDE + r, e * DEPTH);
@@ -162,7 +160,7 @@ void pack_rows(const Head& x, int t, Tiles to, int row, bool turned) {
 }
 
 // Column s of tiles (e, s) gets 32 tokens of X, a right operand that is summed over tokens; or of X^T, a left one.
-void pack_pairs(const Head& x, int s, Tiles to, bool turned) {
+void pack_pairs(const Rows& x, int s, Tiles to, bool turned) {
     for (int e = 0; e * SIDE < x.width; e++) {
         Row rows[SIDE];
         for (int p = 0; p < SIDE; p++) {

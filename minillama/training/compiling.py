@@ -1,16 +1,18 @@
-"""What of a run is compiled: its blocks where that pays back within the run, attention once for a machine."""
+"""What of a run is compiled: its blocks where that pays back within the run, the parts in C++ once for a machine."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from minillama.device import compiler_missing
 from minillama.model import Decoder
-from minillama.native import attention
+from minillama.native import attention, loss, mlp
 from minillama.native.building import CannotBuild, can_build
 from minillama.training.report import Report
 
-__all__ = ["Compiler", "take_native_attention"]
+__all__ = ["Compiler", "take_native_parts"]
 
 # seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
 # CPU they are the careful end of what was measured (benchmarks/README.md); for the others they are estimates.
@@ -58,16 +60,20 @@ class Compiler:
         self.model.compile_blocks()
 
 
-def take_native_attention(model: Decoder, report: Report) -> None:
-    """Have attention in bfloat16 on a CPU run in C++, where the processor multiplies bfloat16 and a compiler is there.
+def take_native_parts(model: Decoder, say: Callable[[str], None]) -> None:
+    """Have what there is of `native` run while training in bfloat16 on a CPU, where a compiler is there.
 
     Args:
         model: what the passes run on.
-        report: told when it is compiled, or why it cannot be.
+        say: told when something is compiled, or why it cannot be.
     """
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or attention.unsupported() or not can_build():
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not can_build():
         return
-    try:
-        attention.use(model, report.say)
-    except CannotBuild as error:
-        report.say(f"attention was not compiled, the run goes on without: {error}")
+    parts = (attention, "attention"), (mlp, "the feed-forward layers"), (loss, "the loss")
+    for part, name in parts:
+        if part.unsupported() is not None:
+            continue
+        try:
+            part.use(model, say)
+        except CannotBuild as error:
+            say(f"C++ for {name} was not compiled, the run goes on without: {error}")

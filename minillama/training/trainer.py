@@ -24,7 +24,7 @@ from minillama.sampling import Sampling
 from minillama.tokenizer import Tokenizer
 from minillama.training import memory, stages
 from minillama.training.checkpoint import Checkpoint
-from minillama.training.compiling import Compiler, take_native_attention
+from minillama.training.compiling import Compiler, take_native_parts
 from minillama.training.config import RunConfig, Stage
 from minillama.training.guard import Guard
 from minillama.training.objectives import Batch, make
@@ -94,7 +94,7 @@ class Trainer:
             self._restore(checkpoint)
         self.working = WorkingCopy(model, self.dtype)
         if config.train.compile != "false":
-            take_native_attention(self.working.model, report)
+            take_native_parts(self.working.model, report.say)
         self.probes = Probes(model, config.metrics.every, config.micro_batch_size)
         mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
         self.compiler = Compiler(mode, self.working.model, report)

@@ -1,0 +1,131 @@
+"""SwiGLU in C++ against torch's in float32: values, gradients, what it leaves to torch, compiled blocks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.layers.mlp import swiglu
+from minillama.model import Decoder
+from minillama.native import building, mlp
+from minillama.native.mlp import native_swiglu, unsupported, use
+
+pytestmark = pytest.mark.skipif(
+    not building.can_build() or unsupported() is not None,
+    reason=f"no C++ compiler, or not Linux, or {unsupported()}",
+)
+
+
+def tensors(tokens: tuple[int, ...], dim: int, hidden: int, seed: int = 0) -> list[Tensor]:
+    """x, gate, up, down in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((*tokens, dim), (hidden, dim), (hidden, dim), (dim, hidden))
+    scales = (2.0, dim**-0.5, dim**-0.5, hidden**-0.5)
+    return [(torch.randn(s, generator=generator) * scale).bfloat16() for s, scale in zip(shapes, scales, strict=True)]
+
+
+def results(inputs: list[Tensor], dtype: torch.dtype, native: bool) -> list[Tensor]:
+    """The output and the gradients of x and the weights."""
+    leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    x, gate, up, down = leaves
+    y = mlp.mlp(*leaves) if native else F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    return [y.detach(), *torch.autograd.grad((y * weight.to(dtype)).sum(), leaves)]
+
+
+# one tile, parts of tiles, one block of 256 tokens, a block and more, a chunk of 512 and more; widths that fill the
+# parts of a weight's gradient, 512 by 128, or go beyond; never the same twice
+@pytest.mark.parametrize(
+    ("tokens", "dim", "hidden"),
+    [((1,), 32, 64), ((2, 33), 96, 32), ((256,), 64, 160), ((3, 100), 544, 96), ((5, 111), 32, 352)],
+)
+def test_values_and_gradients(tokens: tuple[int, ...], dim: int, hidden: int) -> None:
+    inputs = tensors(tokens, dim, hidden)
+    exact = results(inputs, torch.float32, native=False)
+    ours, theirs = (results(inputs, torch.bfloat16, native=native) for native in (True, False))
+    for i, (expected, found, other) in enumerate(zip(exact, ours, theirs, strict=True)):
+        error = (found.float() - expected).norm()
+        assert error <= 1.01 * (other.float() - expected).norm(), i
+        assert error <= 0.004 * expected.norm(), i  # bfloat16 has steps of 0.0078
+
+
+def test_large_numbers_and_numbers_that_are_none() -> None:
+    x, gate, up, down = tensors((64,), 32, 32)
+    gate *= 300  # sigmoids of plus and minus some thousand
+    expected = results([x, gate, up, down], torch.float32, native=False)
+    for one, two in zip(results([x, gate, up, down], torch.bfloat16, native=True), expected, strict=True):
+        assert (one.float() - two).norm() < 0.01 * two.norm()
+    x[5, 3] = float("nan")
+    y = mlp.mlp(x, gate, up, down)
+    assert y[5].isnan().all()
+    assert not y[6:].isnan().any() and not y[:5].isnan().any()
+
+
+def test_frozen_weights_and_a_frozen_input() -> None:
+    inputs = tensors((70,), 64, 96)
+    of_x, *of_weights = results(inputs, torch.bfloat16, native=True)[1:]
+    weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(9)).bfloat16()
+    x, *weights = inputs
+    leaf = x.clone().requires_grad_()
+    (mlp.mlp(leaf, *weights) * weight).sum().backward()
+    assert torch.equal(leaf.grad, of_x)  # type: ignore[arg-type]
+    leaves = [w.clone().requires_grad_() for w in weights]
+    (mlp.mlp(x, *leaves) * weight).sum().backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, of_weights, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", ["float32", "few tokens", "bias", "narrow"])
+def test_the_rest_is_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp, "mlp", lambda *_: pytest.fail("taken"))
+    dim = 40 if case == "narrow" else 64
+    parts = [nn.Linear(*s, bias=case == "bias") for s in ((dim, 96), (dim, 96), (96, dim))]
+    x = torch.randn(3 if case == "few tokens" else 70, dim)
+    if case != "float32":
+        x, parts = x.bfloat16(), [part.bfloat16() for part in parts]
+    assert torch.equal(native_swiglu(x, *parts), swiglu(x, *parts))
+
+
+def test_wrong_shapes_are_refused() -> None:
+    x, gate, up, down = tensors((70,), 64, 96)
+    for wrong in (
+        [x[:, :32], gate, up, down],
+        [x, gate, up[:64], down],
+        [x, gate, up, gate],
+        [x.float(), gate, up, down],
+    ):
+        with pytest.raises(ValueError, match="SwiGLU"):
+            mlp.mlp(*wrong)
+
+
+def test_the_operator_is_what_torch_expects() -> None:
+    inputs = [t.requires_grad_() for t in tensors((2, 40), 32, 64)]
+    torch.library.opcheck(mlp.mlp, tuple(inputs), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_has_the_same_loss_and_gradients(compiled: bool) -> None:
+    config = ModelConfig(dim=96, n_layers=2, n_heads=6, hidden_dim=160, vocab_size=64, max_seq_len=80)
+    plain = Decoder(config).bfloat16()
+    native = copy.deepcopy(plain)
+    use(native)
+    assert native.blocks[0].mlp.kernel is native_swiglu
+    if compiled:
+        native.compile_blocks()
+    tokens = torch.randint(0, 64, (3, 71), generator=torch.Generator().manual_seed(7))
+    losses = [model.loss(model.hidden(tokens[:, :-1]), tokens[:, 1:]) for model in (plain, native)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=0)
+    for (name, one), two in zip(plain.named_parameters(), native.parameters(), strict=True):
+        assert (two.grad - one.grad).norm() < 0.03 * one.grad.norm(), name  # type: ignore[operator,union-attr]
+
+
+def test_it_is_repeatable() -> None:
+    inputs = tensors((600,), 64, 160)
+    first, second = (results(inputs, torch.bfloat16, native=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
