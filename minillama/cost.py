@@ -24,7 +24,7 @@ SPARE = 256  # least slots beside a window's: a prompt is read in pieces of as m
 
 
 def loss_rows(vocab_size: int, number_bytes: int) -> int:
-    """Tokens whose logits exist at once in the loss, as many as 96 MiB hold.
+    """Tokens whose logits exist at once in the loss, as many as 128 MiB hold.
 
     Every chunk reads the head and writes its gradient, (V, D): with fewer than some hundred tokens that takes longer
     than the products.
@@ -33,7 +33,7 @@ def loss_rows(vocab_size: int, number_bytes: int) -> int:
         vocab_size: V.
         number_bytes: of a logit.
     """
-    return max(512, 3 * 2**25 // (vocab_size * number_bytes))
+    return max(512, 2**27 // (vocab_size * number_bytes))
 
 
 @dataclass(frozen=True)

@@ -223,9 +223,10 @@ class Decoder(nn.Module):
                 x = layer(x, rope, kernel_mask, None, span)
             else:  # not through compiled code, which would be made anew for every length of the state
                 x = layer.forward(x, rope, kernel_mask, state.layers[i], span)
-        if state is not None:
-            state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
-        return self.model.norm(x)
+        if state is None:
+            return self.model.norm(x)
+        state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
+        return self.model.norm.forward(x)
 
     def forward(
         self,
@@ -303,8 +304,8 @@ class Decoder(nn.Module):
         self.step = None  # it has the old rows
 
     def compile_blocks(self) -> None:
-        """Compile each block in place: names stay, and all blocks share one piece of compiled code."""
-        for layer in self.blocks:
+        """Compile each block and the last norm in place: names stay, and all blocks share one piece of compiled code."""
+        for layer in (*self.blocks, self.model.norm):
             layer.compile(dynamic=False, backend=_compile_frugally)
 
     def fuse(self) -> Decoder:

@@ -18,7 +18,7 @@ __all__ = ["cross_entropy", "linear_cross_entropy", "softmax_errors"]
 Errors = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 CACHED = 2**19  # logits in float32 that a processor's second cache holds
-ADDED = 32  # rows of the head's gradient that are cast at once
+ADDED = 8  # rows of the head's gradient that are cast at once
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0) -> Tensor:

@@ -4,7 +4,8 @@
 //
 // Weights become tiles first, which both operands of tile_products.h are. In the backward pass the blocks of tokens leave
 // the gradients of the hidden layer's two halves and their product behind as right operands, and x and dy turned, as
-// left ones, by which the weights' gradients are summed over tokens afterwards, a part of a matrix at a time.
+// left ones. After some hundred tokens a thread, when that still lies in the caches, they are added to the weights'
+// gradients, each thread to its own part of them.
 
 #include <cmath>
 #include <cstdint>
@@ -16,15 +17,15 @@ namespace {
 
 constexpr int BLOCK = 16;  // tiles of 16 tokens taken at once
 constexpr int CHUNK = 16;  // tiles of 32 tokens that weights' gradients are summed over at once, a multiple of BLOCK / 2
-constexpr int DOWN = 32, ACROSS = 8;  // tiles of a weight's gradient made at once
+constexpr int DOWN = 32, ACROSS = 4;  // tiles of a weight's gradient made at once
 
 struct Sizes {
     int tokens, dim, hidden, threads;
-    int t, s, chunks;           // tiles of 16 and of 32 tokens, and chunks of the latter
-    int d, wide, h, deep;       // tiles of 16 and of 32 of the model's width, and of the hidden layer's
+    int t, s, chunks;      // tiles of 16 and of 32 tokens, and chunks of the latter that are held at once
+    int d, wide, h, deep;  // tiles of 16 and of 32 of the model's width, and of the hidden layer's
     Sizes(int tokens, int dim, int hidden, int threads)
         : tokens(tokens), dim(dim), hidden(hidden), threads(threads), t((tokens + 31) / 32 * 2), s(t / 2),
-          chunks((s + CHUNK - 1) / CHUNK), d(dim / 16), wide(dim / 32), h(hidden / 16), deep(hidden / 32) {}
+          chunks(std::min(threads, (s + CHUNK - 1) / CHUNK)), d(dim / 16), wide(dim / 32), h(hidden / 16), deep(hidden / 32) {}
 };
 
 // 1 / (1 + e^-x). The power stays at 2^126 beyond it, which is 0 in bfloat16 when divided by.
@@ -47,12 +48,11 @@ void write_rows(const float* left, Half* to, int64_t stride, int count) {
 // What a block of tokens becomes on its way, of one thread.
 struct Passing {
     Tiles x, grad, first, second;  // rows of x, of dy, and of the hidden layer or of its halves' gradients
-    Sums gate, up, product, weights;
+    Sums gate, up, product;
     Passing(Memory& memory, const Sizes& n)
         : x(memory.take<Half>(BLOCK, n.wide)), grad(memory.take<Half>(BLOCK, n.wide)),
           first(memory.take<Half>(BLOCK, n.deep)), second(memory.take<Half>(BLOCK, n.deep)),
-          gate(memory.take<float>(BLOCK, 2)), up(memory.take<float>(BLOCK, 2)), product(memory.take<float>(BLOCK, 2)),
-          weights(memory.take<float>(DOWN, ACROSS)) {}
+          gate(memory.take<float>(BLOCK, 2)), up(memory.take<float>(BLOCK, 2)), product(memory.take<float>(BLOCK, 2)) {}
 
     // The block's rows from column 32 c on, which `product` holds.
     void write(Half* to, int first_tile, int count, int c, const Sizes& n) const {
@@ -100,13 +100,15 @@ struct Forward {
 struct Backward {
     Tiles gate, up, down;                        // right operands that make the hidden layer and its gradient
     Tiles gate_pairs, up_pairs;                  // and those that make dx
-    Tiles x, grad, to_gate, to_up, to_product;  // chunks one below the other
+    Tiles x, grad, to_gate, to_up, to_product;   // chunks one below the other
+    Sums sums[3];                                // gradients of the weights, (D, H)
     Backward(Memory& memory, const Sizes& n)
         : gate(memory.take<Half>(n.h, n.wide)), up(memory.take<Half>(n.h, n.wide)), down(memory.take<Half>(n.h, n.wide)),
           gate_pairs(memory.take<Half>(n.d, n.deep)), up_pairs(memory.take<Half>(n.d, n.deep)),
           x(memory.take<Half>(n.chunks * n.d, CHUNK)), grad(memory.take<Half>(n.chunks * n.d, CHUNK)),
           to_gate(memory.take<Half>(n.chunks * n.h, CHUNK)), to_up(memory.take<Half>(n.chunks * n.h, CHUNK)),
-          to_product(memory.take<Half>(n.chunks * n.h, CHUNK)) {}
+          to_product(memory.take<Half>(n.chunks * n.h, CHUNK)),
+          sums{memory.take<float>(n.d, n.h), memory.take<float>(n.d, n.h), memory.take<float>(n.d, n.h)} {}
 
     void load(const Sizes& n, const Rows& g, const Rows& u, const Rows& d) {
 #pragma omp for nowait
@@ -121,7 +123,7 @@ struct Backward {
     // right ones.
     void soften(const Sizes& n, Passing& own, int first, int count, int j) const {
         for (int t = 0; t < count; t++) {
-            const int s = (first + t) / 2, row = s / CHUNK * n.h + 2 * j;
+            const int s = (first + t) / 2, row = s / CHUNK % n.chunks * n.h + 2 * j;
             for (int i = 0; i < 2; i++)
                 for (int r = 0; r < SIDE; r += 2) {
                     __m256i gates[2], ups[2], products[2];
@@ -150,9 +152,9 @@ struct Backward {
         for (int t = 0; t < count; t++)
             pack_rows(x, first + t, own.x, t, false), pack_rows(grad, first + t, own.grad, t, false);
         for (int s = first / 2; s < (first + count) / 2; s++) {
-            const int chunk = s / CHUNK;
-            pack_pairs(x.from(chunk * CHUNK * DEPTH), s % CHUNK, {this->x(chunk * n.d, 0), CHUNK}, true);
-            pack_pairs(grad.from(chunk * CHUNK * DEPTH), s % CHUNK, {this->grad(chunk * n.d, 0), CHUNK}, true);
+            const int chunk = s / CHUNK, row = chunk % n.chunks * n.d;
+            pack_pairs(x.from(chunk * CHUNK * DEPTH), s % CHUNK, {this->x(row, 0), CHUNK}, true);
+            pack_pairs(grad.from(chunk * CHUNK * DEPTH), s % CHUNK, {this->grad(row, 0), CHUNK}, true);
         }
         for (int j = 0; j < n.deep; j++) {
             product(true, own.gate, rows, pair, own.x, {gate(2 * j, 0), n.wide}, {0, n.wide});
@@ -167,22 +169,24 @@ struct Backward {
         }
     }
 
-    // A part of left^T right, (D, H), from tile (d, h) on; `turned` writes it as (H, D).
-    void weights(const Sizes& n, Passing& own, Tiles left, Tiles right, int d, int h, Half* to, bool turned) const {
-        const Range down = {0, std::min(DOWN, n.d - d)}, across = {0, std::min(ACROSS, n.h - h)};
-        for (int chunk = 0; chunk < n.chunks; chunk++)
-            product(chunk == 0, own.weights, down, across, {left(chunk * n.d + d, 0), CHUNK},
-                    {right(chunk * n.h + h, 0), CHUNK}, {0, std::min(CHUNK, n.s - chunk * CHUNK)});
-        for (int i = 0; i < down.to; i++)
-            for (int j = 0; j < across.to; j++) {
+    // Adds what the chunks from tile `begin` of 32 tokens on say to a part of one of the weights' gradients.
+    void add(const Sizes& n, int begin, int which, int d, int h) const {
+        const Tiles left = which == 2 ? grad : x, right = which == 0 ? to_gate : which == 1 ? to_up : to_product;
+        const Range down = {d, std::min(d + DOWN, n.d)}, across = {h, std::min(h + ACROSS, n.h)};
+        for (int chunk = 0, s = begin; chunk < n.chunks && s < n.s; chunk++, s += CHUNK)
+            product(s == 0, sums[which], down, across, {left(chunk * n.d, 0), CHUNK}, {right(chunk * n.h, 0), CHUNK},
+                    {0, std::min(CHUNK, n.s - s)});
+    }
+
+    // Writes a part as (D, H), or `turned` as (H, D).
+    void write(const Sizes& n, int which, int d, int h, Half* to, bool turned) const {
+        for (int i = d; i < std::min(d + DOWN, n.d); i++)
+            for (int j = h; j < std::min(h + ACROSS, n.h); j++) {
                 Row tile[SIDE];
-                for (int r = 0; r < SIDE; r++) tile[r] = (Row)_mm512_load_ps(own.weights(i, j) + r * SIDE);
+                for (int r = 0; r < SIDE; r++) tile[r] = (Row)_mm512_load_ps(sums[which](i, j) + r * SIDE);
                 if (turned) transpose(tile);
-                for (int r = 0; r < SIDE; r++) {
-                    int64_t row = turned ? (h + j) * SIDE + r : (d + i) * SIDE + r;
-                    int64_t at = turned ? row * n.dim + (d + i) * SIDE : row * n.hidden + (h + j) * SIDE;
-                    store_half(to + at, shortened((__m512)tile[r]));
-                }
+                Half* first = turned ? to + int64_t(j) * SIDE * n.dim + i * SIDE : to + int64_t(i) * SIDE * n.hidden + j * SIDE;
+                for (int r = 0; r < SIDE; r++) store_half(first + r * (turned ? n.dim : n.hidden), shortened((__m512)tile[r]));
             }
     }
 };
@@ -240,18 +244,21 @@ void minillama_mlp_backward(int32_t tokens, int32_t dim, int32_t hidden, int32_t
                             Half* grad_gate, Half* grad_up, Half* grad_down) {
     Sizes n(tokens, dim, hidden, threads);
     const int across = (n.h + ACROSS - 1) / ACROSS, parts = across * ((n.d + DOWN - 1) / DOWN);
+    Half* const grads[3] = {grad_gate, grad_up, grad_down};
     by_threads<Backward>(n, work, [&](Backward& pass, Passing& own) {
         pass.load(n, {gate, dim, hidden, dim}, {up, dim, hidden, dim}, {down, hidden, dim, hidden});
+        for (int begin = 0; begin < n.s; begin += n.chunks * CHUNK) {
+            const int end = std::min(n.t, 2 * (begin + n.chunks * CHUNK));
 #pragma omp for schedule(dynamic)
-        for (int first = 0; first < n.t; first += BLOCK)
-            pass.block(n, own, {x, dim, tokens, dim}, {grad, dim, tokens, dim}, grad_x, first);
-        if (!grad_gate) return;
-#pragma omp for schedule(dynamic)
-        for (int part = 0; part < 3 * parts; part++) {
-            const int which = part / parts, d = part % parts / across * DOWN, h = part % across * ACROSS;
-            if (which == 0) pass.weights(n, own, pass.x, pass.to_gate, d, h, grad_gate, true);
-            if (which == 1) pass.weights(n, own, pass.x, pass.to_up, d, h, grad_up, true);
-            if (which == 2) pass.weights(n, own, pass.grad, pass.to_product, d, h, grad_down, false);
+            for (int first = 2 * begin; first < end; first += BLOCK)
+                pass.block(n, own, {x, dim, tokens, dim}, {grad, dim, tokens, dim}, grad_x, first);
+            if (!grad_gate) continue;
+#pragma omp for schedule(static)
+            for (int part = 0; part < 3 * parts; part++) {
+                const int which = part / parts, d = part % parts / across * DOWN, h = part % across * ACROSS;
+                pass.add(n, begin, which, d, h);
+                if (end == n.t) pass.write(n, which, d, h, grads[which], which != 2);
+            }
         }
     });
 }
