@@ -100,9 +100,10 @@ def training_memory(
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
     input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
     inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalised
-    input, and compiled blocks recompute more. Rotary tables, attention masks, the allocator's waste, and the
-    attention weights that bfloat16 keeps on a CPU where attention is not C++ (`layers/kernel.py`, HT to 2HT bytes a
-    token and block, below a context of 1024) are left out.
+    input, compiled blocks recompute more, and SwiGLU in C++ (`native/mlp.py`) keeps none of its four. Rotary
+    tables, attention masks, the allocator's waste, what kernels in C++ work in, and the attention weights that
+    bfloat16 keeps on a CPU where attention is not C++ (`layers/kernel.py`, HT to 2HT bytes a token and block, below
+    a context of 1024) are left out.
 
     Args:
         config: the shape.

@@ -70,10 +70,10 @@ class Block(nn.Module):
 
 
 def _compile_frugally(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Inductor, with what costs next to nothing computed again in the backward pass instead of kept: SwiGLU's product.
+    """Inductor, with what costs next to nothing computed again in the backward pass instead of kept.
 
-    A tenth less memory at the 42M shape in the same time; with 0.6 or less attention would be computed twice
-    (benchmarks/README.md).
+    That is the norms' output, and SwiGLU's product where it is torch's: a tenth less memory at the 42M shape in the
+    same time; with 0.6 or less attention would be computed twice (benchmarks/README.md).
     """
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         if state is None:
             return self.model.norm(x)
         state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
-        return self.model.norm.forward(x)
+        return self.model.norm.forward(x)  # for the same reason
 
     def forward(
         self,
@@ -304,7 +304,7 @@ class Decoder(nn.Module):
         self.step = None  # it has the old rows
 
     def compile_blocks(self) -> None:
-        """Compile each block and the last norm in place: names stay, and all blocks share one piece of compiled code."""
+        """Compile each block and the last norm in place: names stay, all blocks share one piece of compiled code."""
         for layer in (*self.blocks, self.model.norm):
             layer.compile(dynamic=False, backend=_compile_frugally)
 

@@ -14,8 +14,13 @@ from minillama.layers.cross_entropy import cross_entropy
 from minillama.layers.kernel import blocked_causal
 from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
+from minillama.native import attention, building, mlp
+from minillama.native.attention import native_attend
+from minillama.native.mlp import native_swiglu
+from minillama.training.compiling import take_native_parts
 from minillama.training.config import OptimConfig
 from minillama.training.optim import make_optimizers
+from minillama.training.precision import WorkingCopy
 
 STEPS = 500
 
@@ -29,26 +34,34 @@ def text() -> Tensor:
     return torch.tensor(list(written.encode())) - 32
 
 
-def curve(plain_loss: bool = False) -> list[float]:
+def curve(plain_loss: bool = False, dtype: torch.dtype = torch.float32, native: bool = False) -> list[float]:
     """Mean losses of each fifty steps."""
     ids = text()
     generator = torch.Generator().manual_seed(1)
-    config = ModelConfig(dim=48, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=96, max_seq_len=48)
+    config = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=96, max_seq_len=48)
     model = Decoder(config)
     model.init_weights(generator)
+    working = WorkingCopy(model, dtype)
+    if native:
+        take_native_parts(working.model, lambda said: None)
+        assert all(
+            part.kernel in (native_attend, native_swiglu) for part in working.model.modules() if hasattr(part, "kernel")
+        )
     optimizers = make_optimizers(model, OptimConfig(lr=3e-3))
     losses = []
     for _ in range(STEPS):
         starts = torch.randint(0, len(ids) - 49, (8,), generator=generator)
         rows = torch.stack([ids[start : start + 49] for start in starts.tolist()])
-        hidden, targets = model.hidden(rows[:, :-1]), rows[:, 1:]
-        total = cross_entropy(model.head(hidden), targets) if plain_loss else model.loss(hidden, targets)
+        hidden, targets = working.model.hidden(rows[:, :-1]), rows[:, 1:]
+        head, loss_of = working.model.head, working.model.loss
+        total = cross_entropy(head(hidden), targets) if plain_loss else loss_of(hidden, targets)
         loss = total / targets.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        working.refresh()
         losses.append(loss.item())
     return [statistics.mean(losses[at : at + 50]) for at in range(0, STEPS, 50)]
 
@@ -73,3 +86,15 @@ def test_curves_agree(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = curve(plain_loss=change == "plain loss")
     assert expected[-1] < expected[0] - 1
     assert found == pytest.approx(expected, abs=0.015)  # nats; rounding alone moves a mean by 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not building.can_build() or attention.unsupported() is not None or mlp.unsupported() is not None,
+    reason=f"no C++ compiler, or not Linux, or {attention.unsupported() or mlp.unsupported()}",
+)
+def test_curves_agree_in_bfloat16_and_in_cpp() -> None:
+    exact, plain = curve(), curve(dtype=torch.bfloat16)
+    found = curve(dtype=torch.bfloat16, native=True)
+    assert found == pytest.approx(plain, abs=0.02)
+    assert found == pytest.approx(exact, abs=0.03)

@@ -22,6 +22,7 @@ from minillama.paths import cache_folder
 __all__ = ["CannotBuild", "can_build", "load_library"]
 
 FOLDER = Path(__file__).parent
+KEPT = 8  # libraries of one source: of other versions, and of other machines with the same home folder
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -58,9 +59,19 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
             raise CannotBuild(f"{failure.read_text(encoding='utf-8')}; remove {failure} to try again")
         say(f"compiling {source}, once for this machine; it takes some seconds")
         _compile(compilers, command, path)
+        with suppress(OSError):  # another process may do the same
+            _forget_old(path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, ValueError) as error:  # no home folder is a RuntimeError
         raise CannotBuild(str(error)) from error
+
+
+def _forget_old(path: Path) -> None:
+    """Leave the newest libraries of a source. One that runs now goes on, wherever its file is."""
+    source = path.name.rpartition("-")[0]
+    found = sorted(path.parent.glob(f"{source}-*"), key=lambda file: file.stat().st_mtime)
+    for file in found[:-KEPT]:
+        file.unlink(missing_ok=True)
 
 
 def can_build() -> bool:

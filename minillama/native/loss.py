@@ -39,8 +39,9 @@ def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
 
 
 def native_softmax_errors(logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """`softmax_errors`, in C++ where that takes them: bfloat16 on the CPU, without a z-loss."""
-    if z_loss or logits.dtype != torch.bfloat16 or logits.device.type != "cpu" or not logits.is_contiguous():
+    """`softmax_errors`, in C++ where that takes them: bfloat16 on the CPU, one target a row, without a z-loss."""
+    kinds = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and targets.dtype == torch.int64
+    if z_loss or not kinds or not logits.is_contiguous() or targets.shape != (len(logits), 1):
         return softmax_errors(logits, targets, weights, z_loss)
     rows, width = logits.shape
     if rows and not 0 <= int(targets.min()) <= int(targets.max()) < width:

@@ -28,7 +28,7 @@ struct Sizes {
           chunks(std::min(threads, (s + CHUNK - 1) / CHUNK)), d(dim / 16), wide(dim / 32), h(hidden / 16), deep(hidden / 32) {}
 };
 
-// 1 / (1 + e^-x). The power stays at 2^126 beyond it, which is 0 in bfloat16 when divided by.
+// 1 / (1 + e^-x), no less than 2^-126: beyond it the power would have no reciprocal in float32.
 inline __m512 sigmoid(__m512 x) {
     __m512 exponent = _mm512_min_ps(_mm512_set1_ps(126), _mm512_mul_ps(x, _mm512_set1_ps(float(-M_LOG2E))));
     __m512 z = _mm512_add_ps(_mm512_set1_ps(1), power_of_two(exponent));
@@ -100,12 +100,13 @@ struct Forward {
 struct Backward {
     Tiles gate, up, down;                        // right operands that make the hidden layer and its gradient
     Tiles gate_pairs, up_pairs;                  // and those that make dx
-    Tiles x, grad, to_gate, to_up, to_product;   // chunks one below the other
+    Tiles turned, grads_turned;                  // x and dy, chunks one below the other
+    Tiles to_gate, to_up, to_product;
     Sums sums[3];                                // gradients of the weights, (D, H)
     Backward(Memory& memory, const Sizes& n)
         : gate(memory.take<Half>(n.h, n.wide)), up(memory.take<Half>(n.h, n.wide)), down(memory.take<Half>(n.h, n.wide)),
           gate_pairs(memory.take<Half>(n.d, n.deep)), up_pairs(memory.take<Half>(n.d, n.deep)),
-          x(memory.take<Half>(n.chunks * n.d, CHUNK)), grad(memory.take<Half>(n.chunks * n.d, CHUNK)),
+          turned(memory.take<Half>(n.chunks * n.d, CHUNK)), grads_turned(memory.take<Half>(n.chunks * n.d, CHUNK)),
           to_gate(memory.take<Half>(n.chunks * n.h, CHUNK)), to_up(memory.take<Half>(n.chunks * n.h, CHUNK)),
           to_product(memory.take<Half>(n.chunks * n.h, CHUNK)),
           sums{memory.take<float>(n.d, n.h), memory.take<float>(n.d, n.h), memory.take<float>(n.d, n.h)} {}
@@ -131,7 +132,7 @@ struct Backward {
                         const int at = (r + next) * SIDE, place = (r + next) * DEPTH + i * SIDE;
                         __m512 g = _mm512_load_ps(own.gate(t, i) + at), u = _mm512_load_ps(own.up(t, i) + at);
                         __m512 error = _mm512_load_ps(own.product(t, i) + at), part = sigmoid(g), silu = _mm512_mul_ps(g, part);
-                        __m512 slope = _mm512_fnmadd_ps(silu, part, _mm512_add_ps(part, silu));
+                        __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1), part), part);
                         products[next] = shortened(_mm512_mul_ps(silu, u));
                         gates[next] = shortened(_mm512_mul_ps(_mm512_mul_ps(error, u), slope));
                         ups[next] = shortened(_mm512_mul_ps(error, silu));
@@ -153,8 +154,8 @@ struct Backward {
             pack_rows(x, first + t, own.x, t, false), pack_rows(grad, first + t, own.grad, t, false);
         for (int s = first / 2; s < (first + count) / 2; s++) {
             const int chunk = s / CHUNK, row = chunk % n.chunks * n.d;
-            pack_pairs(x.from(chunk * CHUNK * DEPTH), s % CHUNK, {this->x(row, 0), CHUNK}, true);
-            pack_pairs(grad.from(chunk * CHUNK * DEPTH), s % CHUNK, {this->grad(row, 0), CHUNK}, true);
+            pack_pairs(x.from(chunk * CHUNK * DEPTH), s % CHUNK, {turned(row, 0), CHUNK}, true);
+            pack_pairs(grad.from(chunk * CHUNK * DEPTH), s % CHUNK, {grads_turned(row, 0), CHUNK}, true);
         }
         for (int j = 0; j < n.deep; j++) {
             product(true, own.gate, rows, pair, own.x, {gate(2 * j, 0), n.wide}, {0, n.wide});
@@ -171,22 +172,22 @@ struct Backward {
 
     // Adds what the chunks from tile `begin` of 32 tokens on say to a part of one of the weights' gradients.
     void add(const Sizes& n, int begin, int which, int d, int h) const {
-        const Tiles left = which == 2 ? grad : x, right = which == 0 ? to_gate : which == 1 ? to_up : to_product;
+        const Tiles left = which == 2 ? grads_turned : turned, right = which == 0 ? to_gate : which == 1 ? to_up : to_product;
         const Range down = {d, std::min(d + DOWN, n.d)}, across = {h, std::min(h + ACROSS, n.h)};
         for (int chunk = 0, s = begin; chunk < n.chunks && s < n.s; chunk++, s += CHUNK)
             product(s == 0, sums[which], down, across, {left(chunk * n.d, 0), CHUNK}, {right(chunk * n.h, 0), CHUNK},
                     {0, std::min(CHUNK, n.s - s)});
     }
 
-    // Writes a part as (D, H), or `turned` as (H, D).
-    void write(const Sizes& n, int which, int d, int h, Half* to, bool turned) const {
+    // Writes a part as (D, H), or `across` as (H, D).
+    void write(const Sizes& n, int which, int d, int h, Half* to, bool across) const {
         for (int i = d; i < std::min(d + DOWN, n.d); i++)
             for (int j = h; j < std::min(h + ACROSS, n.h); j++) {
                 Row tile[SIDE];
                 for (int r = 0; r < SIDE; r++) tile[r] = (Row)_mm512_load_ps(sums[which](i, j) + r * SIDE);
-                if (turned) transpose(tile);
-                Half* first = turned ? to + int64_t(j) * SIDE * n.dim + i * SIDE : to + int64_t(i) * SIDE * n.hidden + j * SIDE;
-                for (int r = 0; r < SIDE; r++) store_half(first + r * (turned ? n.dim : n.hidden), shortened((__m512)tile[r]));
+                if (across) transpose(tile);
+                Half* first = across ? to + int64_t(j) * SIDE * n.dim + i * SIDE : to + int64_t(i) * SIDE * n.hidden + j * SIDE;
+                for (int r = 0; r < SIDE; r++) store_half(first + r * (across ? n.dim : n.hidden), shortened((__m512)tile[r]));
             }
     }
 };

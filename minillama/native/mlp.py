@@ -18,7 +18,7 @@ from minillama.native.building import CannotBuild, load_library
 __all__ = ["mlp", "native_swiglu", "unsupported", "use"]
 
 SOURCE = "mlp.cpp"
-SIDE = 32  # what both widths are multiples of
+DEPTH = 32  # what both widths are multiples of
 FEWEST = 64  # tokens: for fewer it takes longer to turn weights into tiles than to multiply them
 
 
@@ -62,14 +62,15 @@ def native_swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) ->
 def _takes(*tensors: Tensor) -> bool:
     _, gate, up, down = tensors
     kinds = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
-    return kinds and gate.shape == up.shape == down.shape[::-1] and not any(n % SIDE for n in gate.shape)
+    return kinds and gate.shape == up.shape == down.shape[::-1] and not any(n % DEPTH for n in gate.shape)
 
 
 @torch.library.custom_op("minillama::mlp", mutates_args=(), device_types="cpu")
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """(silu(x gate^T) * (x up^T)) down^T. Nothing but x is kept for the gradients.
 
-    Sums are in float32, and so is what goes into silu; its product with the other half is rounded to bfloat16.
+    Sums are in float32, and so is what goes into silu; its product with the other half is rounded to bfloat16. The
+    backward pass works in some 22 D H bytes, and 4 D + 6 H for each of 512 tokens a thread.
 
     Args:
         x: (..., D) bfloat16, D a multiple of 32.
@@ -99,7 +100,7 @@ def mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and, where they are wanted, of the three weights from that of `mlp`'s result."""
     inputs = [t.contiguous() for t in (x, gate, up, down, grad)]
-    grads = [torch.empty_like(t) for t in inputs[:4]]
+    grads = [torch.empty_like(t) if x.numel() else torch.zeros_like(t) for t in inputs[:4]]
     sizes, work = _sizes(x, gate, backward=True)
     wanted = [_first(t) if weights else c_void_p(None) for t in grads[1:]]
     _library().minillama_mlp_backward(*sizes, *map(_first, (work, *inputs, grads[0])), *wanted)
@@ -141,7 +142,7 @@ def _library() -> ctypes.CDLL:
 def _sizes(x: Tensor, gate: Tensor, backward: bool) -> tuple[list[c_int32], Tensor]:
     """Tokens, widths and threads, and the memory to work in."""
     sizes = [c_int32(n) for n in (x.numel() // x.shape[-1], gate.shape[1], len(gate), torch.get_num_threads())]
-    return sizes, torch.empty(_library().minillama_mlp_work(*sizes, c_int32(backward)), dtype=torch.uint8)
+    return sizes, torch.empty(_library().minillama_mlp_work(*sizes, c_int32(backward)), dtype=torch.uint8, device="cpu")
 
 
 def _first(x: Tensor) -> c_void_p:

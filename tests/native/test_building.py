@@ -44,6 +44,20 @@ def test_a_changed_header_makes_another_library(source: Path) -> None:
     assert load_library(source.name).number() == 4
 
 
+def test_old_libraries_go(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "KEPT", 2)
+    other = source.with_name("other.cpp")
+    other.write_text('extern "C" int number() { return 9; }\n')
+    load_library(other.name)
+    for number in range(4, 8):
+        (source.parent / "number.h").write_text(f"#define NUMBER {number}\n")
+        assert load_library(source.name).number() == number
+    names = sorted(path.name.partition("-")[0] for path in cache(source).iterdir())
+    assert names == ["other", "three", "three"]
+    monkeypatch.setattr(building, "_compile", lambda *_: pytest.fail("the newest is gone"))
+    assert load_library(source.name).number() == 7
+
+
 def test_a_damaged_library_is_made_anew(source: Path) -> None:
     load_library(source.name)
     (made,) = cache(source).iterdir()

@@ -79,9 +79,16 @@ def test_a_target_that_is_no_id_is_refused(target: int) -> None:
 def test_the_rest_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "_library", lambda: pytest.fail("taken"))
     logits, targets, weights = scores(4, 50)
-    for given, z_loss in ((logits.float(), 0.0), (logits, 0.1), (torch.cat([logits, logits], 1)[:, :50], 0.0)):
-        found, _ = native_softmax_errors(given, targets, weights, z_loss)
-        assert found > 0
+    apart = torch.cat([logits, logits], 1)[:, :50]
+    for given, ids, z_loss in (
+        (logits.float(), targets, 0.0),
+        (logits.clone(), targets, 0.1),
+        (apart, targets, 0.0),
+        (logits.clone(), targets.int(), 0.0),
+    ):
+        assert native_softmax_errors(given, ids, weights, z_loss)[0] > 0
+    with pytest.raises(RuntimeError):  # torch says that shapes do not agree
+        native_softmax_errors(logits, targets[:2], weights, 0.0)
 
 
 def test_a_model_takes_it() -> None:

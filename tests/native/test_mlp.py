@@ -39,7 +39,7 @@ def results(inputs: list[Tensor], dtype: torch.dtype, native: bool) -> list[Tens
 
 
 # one tile, parts of tiles, one block of 256 tokens, a block and more, a chunk of 512 and more; widths that fill the
-# parts of a weight's gradient, 512 by 128, or go beyond; never the same twice
+# parts of a weight's gradient, 512 by 64, or go beyond; never the same twice
 @pytest.mark.parametrize(
     ("tokens", "dim", "hidden"),
     [((1,), 32, 64), ((2, 33), 96, 32), ((256,), 64, 160), ((3, 100), 544, 96), ((5, 111), 32, 352)],
@@ -54,9 +54,31 @@ def test_values_and_gradients(tokens: tuple[int, ...], dim: int, hidden: int) ->
         assert error <= 0.004 * expected.norm(), i  # bfloat16 has steps of 0.0078
 
 
-def test_large_numbers_and_numbers_that_are_none() -> None:
+def test_rounds_of_chunks_and_threads_make_no_difference() -> None:
+    inputs = tensors((1130,), 64, 160)  # three chunks: three rounds of one thread, one of three
+    exact = results(inputs, torch.float32, native=False)
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(results(inputs, torch.bfloat16, native=True))
+    torch.set_num_threads(threads)
+    for expected, one, *others in zip(exact, *found, strict=True):
+        assert (one.float() - expected).norm() <= 0.004 * expected.norm()
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_no_tokens() -> None:
+    x, *weights = tensors((0,), 32, 64)
+    leaves = [w.requires_grad_() for w in weights]
+    mlp.mlp(x, *leaves).sum().backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
+@pytest.mark.parametrize("scale", [300, 1e6, 1e9])
+def test_large_numbers_and_numbers_that_are_none(scale: float) -> None:
     x, gate, up, down = tensors((64,), 32, 32)
-    gate *= 300  # sigmoids of plus and minus some thousand
+    gate *= scale  # beyond what sigmoid and its slope can tell from 0 and 1
     expected = results([x, gate, up, down], torch.float32, native=False)
     for one, two in zip(results([x, gate, up, down], torch.bfloat16, native=True), expected, strict=True):
         assert (one.float() - two).norm() < 0.01 * two.norm()
@@ -104,7 +126,10 @@ def test_wrong_shapes_are_refused() -> None:
 
 def test_the_operator_is_what_torch_expects() -> None:
     inputs = [t.requires_grad_() for t in tensors((2, 40), 32, 64)]
-    torch.library.opcheck(mlp.mlp, tuple(inputs), test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(mlp.mlp, tuple(inputs), test_utils=checks)
+    inputs = [t.detach() for t in inputs]
+    torch.library.opcheck(mlp.mlp_backward, (inputs[0], *inputs, True), test_utils=checks)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
