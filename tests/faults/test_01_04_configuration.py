@@ -61,6 +61,9 @@ def test_fault_01_typo_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
         load_run_config("tiny", ["--optim.warmup_step", "3"])
     assert error.value.where == "command line"
     assert error.value.fix == "did you mean --optim.warmup_steps?"
+    with pytest.raises(InputError) as error:
+        load_run_config("tiny", ["--steps", "5"])
+    assert error.value.fix == "did you mean --train.steps?"
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", "llama-7b", "--sq-len", "3"])
     assert "--seq-len" in capsys.readouterr().err
