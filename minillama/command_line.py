@@ -121,8 +121,7 @@ def _without_none(kind: Any) -> Any:
 
 def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
     by_last = {name.rpartition(".")[2]: name for name in kinds}
-    last = key.rpartition(".")[2]
-    close = by_last.get(last) or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
+    close = by_last.get(key) or nearest(key, kinds) or by_last.get(nearest(key.rpartition(".")[2], by_last) or "")
     return InputError(
         f"unknown option --{key}",
         where="command line",

@@ -15,7 +15,7 @@ from minillama.layers.attention import Attention
 from minillama.layers.kernel import attend
 from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
-from minillama.native.building import CannotBuild, load_library
+from minillama.native.building import CannotBuild, load_library, prepare
 
 __all__ = ["causal_attention", "native_attend", "unsupported", "use"]
 
@@ -46,11 +46,7 @@ def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
     parts = [part for part in model.modules() if isinstance(part, Attention)]
     if not parts:
         return
-    missing = unsupported()
-    if missing:
-        raise CannotBuild(missing)
-    load_library(SOURCE, say)
-    _library()  # before anything is changed, and after what may be said: it is looked up once a process
+    prepare(SOURCE, unsupported(), _library, say)
     for part in parts:
         part.kernel = native_attend
 

@@ -19,7 +19,7 @@ import torch
 from minillama.device import compiler_missing
 from minillama.paths import cache_folder
 
-__all__ = ["CannotBuild", "can_build", "load_library"]
+__all__ = ["CannotBuild", "can_build", "load_library", "prepare"]
 
 FOLDER = Path(__file__).parent
 KEPT = 8  # libraries of one source: of other versions, and of other machines with the same home folder
@@ -28,6 +28,24 @@ FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno",
 
 class CannotBuild(Exception):
     """Why there is no compiled code on this machine."""
+
+
+def prepare(source: str, missing: str | None, library: Callable[[], ctypes.CDLL], say: Callable[[str], None]) -> None:
+    """Have a library ready before a model is changed that will call it.
+
+    Args:
+        source: a name in this folder.
+        missing: why this processor does not run it, or None.
+        library: what looks it up for the calls, once a process.
+        say: told before it is compiled.
+
+    Raises:
+        CannotBuild: something is missing, or `load_library` says so.
+    """
+    if missing is not None:
+        raise CannotBuild(missing)
+    load_library(source, say)
+    library()
 
 
 def load_library(source: str, say: Callable[[str], None] = lambda text: None, flags: Sequence[str] = ()) -> ctypes.CDLL:

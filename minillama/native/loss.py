@@ -13,7 +13,7 @@ from torch import Tensor
 from minillama.layers.cross_entropy import softmax_errors
 from minillama.model import Decoder
 from minillama.native.attention import unsupported
-from minillama.native.building import CannotBuild, load_library
+from minillama.native.building import load_library, prepare
 
 __all__ = ["native_softmax_errors", "unsupported", "use"]
 
@@ -30,11 +30,7 @@ def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
     Raises:
         CannotBuild: no compiler, or it failed; another processor.
     """
-    missing = unsupported()
-    if missing:
-        raise CannotBuild(missing)
-    load_library(SOURCE, say)
-    _library()  # after what may be said: it is looked up once a process
+    prepare(SOURCE, unsupported(), _library, say)
     model.errors = native_softmax_errors
 
 

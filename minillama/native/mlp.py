@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minillama.layers.mlp import SwiGLU, swiglu
 from minillama.model import Decoder
-from minillama.native.building import CannotBuild, load_library
+from minillama.native.building import CannotBuild, load_library, prepare
 
 __all__ = ["mlp", "native_swiglu", "unsupported", "use"]
 
@@ -40,11 +40,7 @@ def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
     parts = [part for part in model.modules() if isinstance(part, SwiGLU)]
     if not parts:
         return
-    missing = unsupported()
-    if missing:
-        raise CannotBuild(missing)
-    load_library(SOURCE, say)
-    _library()  # before anything is changed, and after what may be said: it is looked up once a process
+    prepare(SOURCE, unsupported(), _library, say)
     for part in parts:
         part.kernel = native_swiglu
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -131,7 +132,9 @@ def test_the_operator_is_what_torch_expects() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_model_has_the_same_loss_and_gradients(compiled: bool) -> None:
+def test_a_model_has_the_same_loss_and_gradients(
+    compiled: bool, same_training: Callable[[Decoder, Decoder], None]
+) -> None:
     config = ModelConfig(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=128, vocab_size=64, max_seq_len=80)
     plain = Decoder(config).bfloat16()
     native = copy.deepcopy(plain)
@@ -139,13 +142,7 @@ def test_a_model_has_the_same_loss_and_gradients(compiled: bool) -> None:
     assert native.blocks[0].self_attn.kernel is native_attend
     if compiled:
         native.compile_blocks()
-    tokens = torch.randint(0, 64, (3, 71), generator=torch.Generator().manual_seed(7))
-    losses = [model.loss(model.hidden(tokens[:, :-1]), tokens[:, 1:]) for model in (plain, native)]
-    for loss in losses:
-        loss.backward()
-    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=0)
-    for (name, one), two in zip(plain.named_parameters(), native.parameters(), strict=True):
-        assert (two.grad - one.grad).norm() < 0.03 * one.grad.norm(), name
+    same_training(plain, native)
 
 
 def test_it_is_repeatable() -> None:
