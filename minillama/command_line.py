@@ -14,7 +14,19 @@ from typing import Any, Literal, Union
 from minillama.errors import InputError
 from minillama.settings import nearest
 
-__all__ = ["CommandLine", "overrides", "take_flag", "take_option"]
+__all__ = ["CommandLine", "overrides", "refuse_repeated", "take_flag", "take_option"]
+
+# what other trainers call a setting
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_steps": "train.steps",
+    "max_iters": "train.steps",
+    "block_size": "train.context",
+    "seq_len": "train.context",
+    "max_seq_length": "train.context",
+    "output_dir": "out",
+    "out_dir": "out",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,22 @@ def take_option(words: list[str], name: str) -> str | None:
             value = words[i + 1]
             del words[i : i + 2]
     return value
+
+
+def refuse_repeated(words: Sequence[str]) -> None:
+    """Of an option that is given twice only the last values would count.
+
+    Raises:
+        InputError: there is one.
+    """
+    names = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"{name} is given {names.count(name)} times",
+                where="command line",
+                fix="give it once; where it takes several values, one after the other behind it",
+            )
 
 
 def overrides(
@@ -120,13 +148,12 @@ def _without_none(kind: Any) -> Any:
 
 
 def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
-    by_last = {name.rpartition(".")[2]: name for name in kinds}
-    close = by_last.get(key) or nearest(key, kinds) or by_last.get(nearest(key.rpartition(".")[2], by_last) or "")
-    return InputError(
-        f"unknown option --{key}",
-        where="command line",
-        fix=f"did you mean --{close}?" if close else "--help lists them all",
-    )
+    last, by_last = key.rpartition(".")[2], {name.rpartition(".")[2]: name for name in kinds}
+    close = by_last.get(key) or ELSEWHERE.get(last) or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
+    fix = f"did you mean --{close}?" if close else "--help lists them all"
+    if last == "config":
+        fix = "the configuration's name or file comes first, without an option: train.py CONFIG"
+    return InputError(f"unknown option --{key}", where="command line", fix=fix)
 
 
 def _parse(kind: Any, values: list[str], key: str, parsers: Mapping[type, Callable[[str], Any]]) -> Any:

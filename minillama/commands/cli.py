@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from minillama import __version__
+from minillama.command_line import refuse_repeated
 from minillama.errors import InputError
 
 __all__ = ["COMMANDS", "main"]
@@ -85,6 +86,7 @@ def _dispatch(words: list[str], prog: str | None) -> int:
     else:
         import tyro
 
+        refuse_repeated(rest)
         args = tyro.cli(command.Args, args=rest, prog=prog or f"minillama {name}", description=command.__doc__)
     status: int = command.run(args)
     return status

@@ -72,6 +72,9 @@ def write(file: Path, backend: Backend) -> None:
     table = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     names = [name for name, _ in table]
     if pre_name(backend) != "llama-bpe" or names[-256:] != SPECIAL or [i for _, i in table] != list(range(len(names))):
-        raise InputError("this tokenizer is neither Llama 2's nor Llama 3's kind, and Meta's layout has no other")
+        raise InputError(
+            "this tokenizer is neither Llama 2's nor Llama 3's kind, and Meta's layout has no other",
+            fix="convert --to hf or gguf instead, or train with the tokenizer.model of Llama 2 or 3",
+        )
     lines = [base64.b64encode(piece_bytes(name)) + b" %d\n" % rank for rank, name in enumerate(names[:-256])]
     file.write_bytes(b"".join(lines))

@@ -49,7 +49,6 @@ class WorkingCopy:
             working.copy_(master)
 
 
-@torch.no_grad()
 def _hand_over(master: Tensor, working: Tensor) -> None:
     """Add a gradient to the master's as soon as it is there, so that there is never one of each parameter."""
     assert working.grad is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
+from statistics import mean
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -12,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 __all__ = ["PlainReport", "Report", "TerminalReport", "make_report"]
 
 Record = Mapping[str, Any]
+
+RECENT = 50  # steps that foretell the rest, without the slowest, which may have compiled
 
 
 class Report(Protocol):
@@ -53,23 +57,29 @@ class PlainReport:
     def __init__(self, console: Console, every: float = 5.0) -> None:
         self.console = console
         self.every = every
-        self.first, self.steps = 0, 1
-        self.began = self.shown = 0.0
+        self.steps = 1
+        self.last = self.shown = 0.0
+        self.taken: deque[float] = deque(maxlen=RECENT)
 
     def start(self, step: int, steps: int) -> None:
         """Begin to count time."""
-        self.first, self.steps = step, steps
-        self.began, self.shown = time.monotonic(), 0.0
+        self.steps, self.last, self.shown = steps, time.monotonic(), 0.0
+        self.taken.clear()
 
     def step(self, record: Record) -> None:
         """Print the step if the last line is old enough."""
         now = time.monotonic()
+        self.taken.append(now - self.last)
+        self.last = now
         if now - self.shown < self.every and record["step"] < self.steps:
             return
         self.shown = now
-        done = record["step"] - self.first
-        eta = duration((now - self.began) / done * (self.steps - record["step"]))
+        eta = duration(self._typical() * (self.steps - record["step"]))
         self.say(f"step {record['step']}/{self.steps}: {describe(record)}, eta {eta}")
+
+    def _typical(self) -> float:
+        """Seconds of a step, with the validation and saving around it."""
+        return mean(sorted(self.taken)[:-1] or self.taken)
 
     def say(self, text: str = "") -> None:
         """Print a line."""

@@ -86,16 +86,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     config = with_grown_vocabulary(config) if checkpoint is None else _as_saved(config, checkpoint)
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
-    changes: list[str] = []
-    if checkpoint is not None:
-        _check_shape(checkpoint, config.model)
-        saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
-        changes = check_resumed(saved, config, folder.config)
-        for line in changes:
-            report.say(f"resuming with {line}")
-        if config.train.steps < checkpoint.step:
-            what, fix = "the run is past these steps", f"give more than {checkpoint.step}, or start a new run"
-            raise InputError(what, where="train.steps", found=config.train.steps, expected=checkpoint.step, fix=fix)
+    changes = [] if checkpoint is None else _take_on(checkpoint, config, folder, report)
     if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report)
@@ -120,6 +111,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     )
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
+    before = trainer.progress.seconds
     try:
         trainer.train()
     except Interrupted as stopped:
@@ -127,6 +119,27 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         report.say(f"stopped by {stopped}; {state}. To go on:")
         report.say(f"  {_command('train.py', '--out', folder.path, '--resume')}")
         return 128 + stopped.number
+    _say_end(trainer, folder, before, report)
+    _say_next(folder, config, report)
+    return 0
+
+
+def _take_on(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, report: Report) -> list[str]:
+    """Hold the checkpoint's run against the one that goes on from it; the changed settings, as they are said."""
+    _check_shape(checkpoint, config.model)
+    saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
+    changes = check_resumed(saved, config, folder.config)
+    steps, done = config.train.steps, checkpoint.step
+    if steps < done:
+        what, fix = "the run is past these steps", "give more, or start a new run"
+        raise InputError(what, where="train.steps", found=steps, expected=f"more than {done}", fix=fix)
+    for line in changes:
+        report.say(f"resuming with {line}")
+    return changes
+
+
+def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report) -> None:
+    """What came out of a finished run, which had taken `before` seconds when it was resumed."""
     records = folder.read_metrics()
     report.say(f"loss {sparkline([r['loss'] for r in records if r.get('loss') is not None])}")
     if trainer.guard.skipped:
@@ -136,9 +149,8 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         report.say(f"best val_loss {trainer.writer.losses[best]:.4f}: {folder.checkpoints / f'step-{best}'}")
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
-    report.say(f"finished in {trainer.progress.seconds:.0f} s. Next:")
-    _say_next(folder, config, report)
-    return 0
+    earlier = f", after {before:.0f} s before" if before else ""
+    report.say(f"finished in {trainer.progress.seconds - before:.0f} s{earlier}. Next:")
 
 
 def _as_saved(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:

@@ -81,6 +81,7 @@ class Trainer:
         self.folder, self.report = folder, report
         self.dtype = choose_dtype(config.train.dtype, model.device)
         self.peak = peak_flops(model.device, self.dtype)
+        self.parameters = list(model.parameters())
         self.objective = make(config, tokenizer, data.separator)
         self.optimizers = make_optimizers(model, config.optim)
         self.progress, self.guard, self.signals = Progress(), Guard(config.guard), Signals(report)
@@ -171,7 +172,7 @@ class Trainer:
         batch = self.objective.batch(self.data, config.seed, step)
         loss, metrics = self._accumulate(batch)
         limit = optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
         reason = self.guard.judge(loss, norm)
         if reason is None:
             with self.probes.around(step + 1):

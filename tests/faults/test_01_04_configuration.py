@@ -67,6 +67,12 @@ def test_fault_01_typo_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(InputError) as error:  # of the options that end alike the one of that section
         load_run_config("tiny", ["--chekpoint.every", "5"])
     assert error.value.fix == "did you mean --checkpoint.every?"
+    with pytest.raises(InputError) as error:  # what others call it
+        load_run_config("tiny", ["--train.learning-rate", "1e-3"])
+    assert error.value.fix == "did you mean --optim.lr?"
+    with pytest.raises(InputError) as error:
+        load_run_config("tiny", ["--config", "tiny"])
+    assert "comes first" in str(error.value.fix)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["plan", "llama-7b", "--sq-len", "3"])
     assert "--seq-len" in capsys.readouterr().err
