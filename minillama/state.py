@@ -105,10 +105,14 @@ class Slots:
         """See `LayerState.drop`."""
         self.stored[row, :, start : start + used - end] = self.stored[row, :, end:used].clone()
 
+    def tensors(self) -> list[Tensor]:
+        """What is kept."""
+        return [self.stored]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the memory."""
-        return self.stored.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 class Int8Slots(Slots):
@@ -143,10 +147,9 @@ class Int8Slots(Slots):
         super().drop(row, start, end, used)
         self.scale.drop(row, start, end, used)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the memory, scales included."""
-        return super().nbytes + self.scale.nbytes
+    def tensors(self) -> list[Tensor]:
+        """See `Slots.tensors`."""
+        return [self.stored, *self.scale.tensors()]
 
 
 class KVCache:
@@ -163,6 +166,10 @@ class KVCache:
             return Int8Slots(shape, device) if dtype == torch.int8 else Slots(shape, dtype, device)
 
         self.keys, self.values = slots(), slots()
+
+    def stored(self) -> list[Tensor]:
+        """All that it keeps, in a fixed order."""
+        return [tensor for part in (self.keys, self.values) for tensor in part.tensors()]
 
     def append(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, E) keys and values at the span's slots; return all slots in use, in their type."""

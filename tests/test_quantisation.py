@@ -275,6 +275,13 @@ def test_weights_beyond_the_grids_are_refused() -> None:
         Int4.of(weight)
 
 
+def test_a_calibration_that_overflows_is_named() -> None:
+    importance = torch.ones(64)
+    importance[3] = torch.inf
+    with pytest.raises(InputError, match=r"calibrating text(?s:.*)1 of 64 inputs"):
+        Int4.of(torch.randn(3, 64), importance=importance)
+
+
 def test_what_was_quantised_is_not_saved_or_fused(tmp_path: Path) -> None:
     changed = quantise(model(False), "int8")
     for refused in (lambda: changed.save_pretrained(tmp_path / "m"), changed.fuse):

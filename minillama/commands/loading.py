@@ -56,7 +56,8 @@ def load_model(
         device: as `choose_device` takes it.
         quantize: make the products' weights int8 or int4, see `quantised`; auto: as they are stored, if
             `stored_kind` says so.
-        compiles: take the step in C++ where it takes the model and a compiler is there; it is compiled once.
+        compiles: take the step in C++ where it takes the model and a compiler is there, which is compiled once; on a
+            CUDA device the recorded one.
     """
     import torch
 
@@ -78,9 +79,13 @@ def load_model(
 
 
 def _hasten(model: Decoder) -> None:
+    from minillama import graph_step
     from minillama.native.building import CannotBuild, can_build
     from minillama.native.step import NativeStep, unsupported
 
+    if graph_step.unsupported(model) is None:
+        model.step = graph_step.GraphStep(model, say=partial(print, file=sys.stderr))
+        return
     if unsupported(model) or not can_build():
         return
     try:

@@ -48,8 +48,15 @@ class Int4(NamedTuple):
             importance: (I,) weights of the squared errors; 1 unless given.
 
         Raises:
-            InputError: finite weights whose grid is beyond float16.
+            InputError: finite weights whose grid is beyond float16; an importance that is no finite number.
         """
+        if importance is not None and not importance.isfinite().all():
+            raise InputError(
+                "the calibrating text makes inputs of a product that are no finite numbers",
+                where="calibration",
+                found=f"{(~importance.isfinite()).sum()} of {importance.numel()} inputs",
+                fix="check the model, or quantise without a text",
+            )
         rows = max(1, CHUNK // weight.shape[1])
         parts = []
         for part in weight.split(rows):
