@@ -37,7 +37,7 @@ def test_torch_waits_until_it_is_needed(statement: str) -> None:
 
 def test_a_model_without_numbers_needs_no_compiler() -> None:
     """On meta torch does much of its arithmetic in Python, which imports torch._dynamo and sympy: a second."""
-    made = "torch.set_default_device('meta'); Decoder(ModelConfig.load('llama-tiny'))"
+    made = "torch.set_default_device('meta'); Decoder(ModelConfig.load('llama-tiny')).fuse()"
     loaded = loaded_after(f"import torch; from minillama import Decoder, ModelConfig; {made}")
     assert "minillama.model" in loaded
     assert "torch._dynamo" not in loaded

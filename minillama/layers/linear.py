@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["fused_linear"]
 
@@ -11,10 +13,18 @@ __all__ = ["fused_linear"]
 @torch.no_grad()
 def fused_linear(*parts: nn.Linear) -> nn.Linear:
     """One frozen product whose output is that of the parts, which all have a bias or none, side by side."""
-    weight = torch.cat([part.weight for part in parts])
-    biases: list[torch.Tensor] = [part.bias for part in parts if part.bias is not None]
+    weight = _below([part.weight for part in parts])
+    biases = [part.bias for part in parts if part.bias is not None]
     fused = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
     fused.weight = nn.Parameter(weight, requires_grad=False)
     if biases:
-        fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        fused.bias = nn.Parameter(_below(biases), requires_grad=False)
     return fused
+
+
+def _below(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of each part below those of the one before."""
+    first = parts[0]
+    if first.is_meta:  # concatenating there would import torch's compiler, two seconds
+        return first.new_empty(sum(map(len, parts)), *first.shape[1:])
+    return torch.cat(list(parts))
