@@ -1,4 +1,4 @@
-"""`--section.field VALUE` words into the same tables that a TOML file gives.
+"""`--section.field VALUE` words of `train` into the same tables that a TOML file gives.
 
 The strict loader of `settings.py` then reads both, so that a mistake is reported alike wherever it was made.
 """
@@ -77,11 +77,11 @@ def refuse_repeated(words: Sequence[str]) -> None:
     names = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(
-                f"{name} is given {names.count(name)} times",
-                where="command line",
-                fix="give it once; where it takes several values, one after the other behind it",
-            )
+            raise _repeated(name, "give it once; where it takes several values, they follow it")
+
+
+def _repeated(name: str, fix: str) -> InputError:
+    return InputError(f"{name} is given more than once", where="command line", fix=fix)
 
 
 def overrides(
@@ -90,12 +90,13 @@ def overrides(
     """Nested tables from `--section.field VALUE ...` words.
 
     Args:
-        words: the command line; `--a.b VALUE` and `--a.b=VALUE` alike, several values for a list.
+        words: the command line of `train`; `--a.b VALUE` and `--a.b=VALUE` alike, several values for a list.
         cls: the dataclass that the tables are for; it says what type each value has.
         parsers: how one word becomes an element of a list of dataclasses.
 
     Raises:
-        InputError: an unknown name (with the nearest), a missing or unreadable value, a stray word.
+        InputError: an unknown name (with the nearest), a missing or unreadable value, a stray word, a list that is
+            given twice. Of other values the last one counts.
     """
     kinds = dict(_leaves(cls))
     table: dict[str, Any] = {}
@@ -106,6 +107,8 @@ def overrides(
         section = table
         for part in sections:
             section = section.setdefault(part, {})
+        if name in section and typing.get_origin(kinds[key]) is tuple:
+            raise _repeated(f"--{key}", "all its values follow it once")
         section[name] = _parse(kinds[key], values, key, parsers or {})
     return table
 

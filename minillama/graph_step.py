@@ -14,37 +14,47 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.state import KVCache, LayerState, Span, State
 
-__all__ = ["GraphStep", "record", "unsupported"]
+__all__ = ["CudaRecorder", "GraphStep", "unsupported"]
 
 PIECE = 256  # slots: attention reads whole pieces of the memory, so that one recording serves as many tokens
-PATIENCE = 4  # steps through the layers before one is recorded, which takes as long as about so many
+PATIENCE = 4  # steps through the layers before one is recorded, which is taken to cost as much as about so many
 
 Play = Callable[[], Tensor]
 
 
 def unsupported(model: Decoder) -> str | None:
     """Why `GraphStep` does not take a model, or None: it takes keys and values on a CUDA device."""
-    if model.device.type != "cuda":
-        return f"the model lies on {model.device}"
-    return "a recurrence has no memory of fixed place" if model.config.mixer == "wkv" else None
+    if model.config.mixer == "wkv":
+        return "a recurrence has no memory of fixed place"
+    return None if model.device.type == "cuda" else f"the model lies on {model.device}"
 
 
-def record(run: Play) -> Play:
-    """A CUDA graph of the kernels that `run` starts; playing it gives the tensor that `run` gave, filled anew."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        run()  # what kernels set up when they first run must not be recorded
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+class CudaRecorder:
+    """Makes a CUDA graph of the kernels that a function starts; playing it gives that function's tensor, filled anew.
 
-    def play() -> Tensor:
-        graph.replay()
-        return result
+    All are recorded on one stream, so that they share what libraries keep for a stream: drop the last one before.
+    """
 
-    return play
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.beside = device, torch.cuda.Stream(device)
+
+    def __call__(self, run: Play) -> Play:
+        """Run it once, and record it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            self.beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.beside):  # a capture that fails would stay on it
+                run()  # what kernels set up when they first run must not be recorded
+                with torch.cuda.graph(graph, stream=self.beside):
+                    result = run()
+            torch.cuda.current_stream().wait_stream(self.beside)
+
+        def play() -> Tensor:
+            with torch.cuda.device(self.device):
+                graph.replay()
+            return result
+
+        return play
 
 
 @dataclass(frozen=True)
@@ -61,18 +71,18 @@ class _FixedSpan(Span):
         return cast(Tensor, self.place)
 
 
-class _Recording:
-    """A pass over some rows of a state, in memory that stays where it is, and attention over its first `end` slots."""
+class _Pass:
+    """A pass whose inputs, (3, B, 1) ids, slots and places, stay where they are, as the state's memory does.
 
-    def __init__(self, model: Decoder, layers: Sequence[LayerState], rows: int, end: int, mask: Mask) -> None:
+    It takes the state's place in `Decoder.hidden`; attention sees the first `end` slots.
+    """
+
+    def __init__(self, model: Decoder, layers: Sequence[LayerState], inputs: Tensor, end: int, mask: Mask) -> None:
         self.model, self.layers, self.mask = model, layers, mask
-        with torch.inference_mode(False):  # else nothing outside of that mode could write to it
-            self.inputs = torch.zeros(3, rows, 1, dtype=torch.long, device=model.device)
-        ids, slot, place = self.inputs
-        self.ids, self._span = ids, _FixedSpan(None, 1, end, slot=slot, place=place)
+        self.ids, slot, place = inputs
+        self._span = _FixedSpan(None, 1, end, slot=slot, place=place)
 
     def span(self, count: int) -> Span:
-        """Of `State`, whose place it takes in the pass."""
         return self._span
 
     def advance(self, counts: Sequence[int]) -> None:
@@ -83,26 +93,37 @@ class _Recording:
         return self.model.head(hidden[:, -1])
 
 
+@dataclass(frozen=True)
+class _Recording:
+    """What plays a pass, its inputs, and all that must be as it was then."""
+
+    key: tuple[object, ...]
+    inputs: Tensor
+    play: Play
+
+
 class GraphStep:
     """Reads a token a row and returns logits, for `Decoder.step`; the layers are what computes them.
 
     A recording is good for one place of the state in memory, as many rows, and up to 256 more tokens; then another is
-    made. A launch takes some microseconds where Python and the launches of each layer take milliseconds (CUDA
-    Programming Guide, "CUDA Graphs").
+    made. One launch takes the place of Python and of every layer's launches (CUDA Programming Guide, "CUDA Graphs").
 
     Args:
-        model: that `unsupported` has nothing against.
+        model: that `unsupported` has nothing against. Make the step anew when its weights are replaced or moved.
         say: told when recording fails; the layers go on then.
-        record: makes a pass one that is played.
+        record: makes a pass one that is played; a `CudaRecorder` unless given.
     """
 
     def __init__(
-        self, model: Decoder, say: Callable[[str], None] = lambda text: None, record: Callable[[Play], Play] = record
+        self,
+        model: Decoder,
+        say: Callable[[str], None] = lambda text: None,
+        record: Callable[[Play], Play] | None = None,
     ) -> None:
-        self.model, self.say, self.record = model, say, record
-        self.key: tuple[object, ...] = ()
+        self.model, self.say, self.record = model, say, record or CudaRecorder(model.device)
+        self.awaited: tuple[object, ...] = ()
         self.seen = 0
-        self.recording: tuple[Tensor, Play] | None = None  # its inputs, and what plays it
+        self.recording: _Recording | None = None
         self.failed = False
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
@@ -112,32 +133,32 @@ class GraphStep:
             return None
         end = min(math.ceil(state.span(1).end / PIECE) * PIECE, state.max_len)
         key = (len(tokens), end, mask.window, mask.sinks, *map(_places, state.layers))
-        if key != self.key:
-            self.key, self.seen, self.recording = key, 0, None
-        self.seen += 1
-        if self.seen <= PATIENCE:
-            return None
-        inputs = [
-            (ids[0], used, used + gone) for ids, used, gone in zip(tokens, state.lengths, state.dropped, strict=True)
-        ]
-        logits = self._play(torch.tensor(inputs).T[..., None], state, end, mask)
-        if logits is not None:
-            state.advance([1] * len(tokens))
-        return logits
-
-    def _play(self, inputs: Tensor, state: State, end: int, mask: Mask) -> Tensor | None:
-        if self.recording is None:
-            made = _Recording(self.model, state.layers, inputs.shape[1], end, mask)
-            made.inputs.copy_(inputs)  # recording runs the pass
-            try:
-                self.recording = made.inputs, self.record(made.run)
-            except RuntimeError as error:
-                self.failed = True
-                self.say(f"the decode step was not recorded, decoding goes on without: {error}")
+        rows = zip(tokens, state.lengths, state.dropped, strict=True)
+        inputs = torch.tensor([(ids[0], used, used + gone) for ids, used, gone in rows]).T[..., None]
+        if self.recording is None or key != self.recording.key:
+            self.seen = self.seen + 1 if key == self.awaited else 1
+            self.awaited = key
+            if self.seen <= PATIENCE:
                 return None
-        memory, play = self.recording
-        memory.copy_(inputs)
-        return play().clone()  # the next step fills it anew
+            self.recording = None  # before there is another: they share a stream
+            self.recording = self._recorded(key, inputs.to(self.model.device), state, end, mask)
+            if self.recording is None:
+                return None
+        state.advance([1] * len(tokens))
+        self.recording.inputs.copy_(inputs)
+        return self.recording.play().clone()  # the next step fills it anew
+
+    def _recorded(
+        self, key: tuple[object, ...], inputs: Tensor, state: State, end: int, mask: Mask
+    ) -> _Recording | None:
+        made = _Pass(self.model, state.layers, inputs, end, mask)
+        try:
+            return _Recording(key, inputs, self.record(made.run))
+        except RuntimeError as error:
+            self.failed = True
+            cause = error.__context__ or error  # ending a capture that failed is an error of its own
+            self.say(f"the decode step was not recorded, decoding goes on without: {cause}")
+            return None
 
     def __deepcopy__(self, memo: object) -> None:
         """None: it reads the weights of its model, and a copy of the model would go on with those."""

@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
         errors: what computes the loss's `softmax_errors`; that itself unless one is set, see `native`.
         step: reads more tokens a row into a state and returns logits (B, V) behind the last, or None where it
-            cannot; a faster way than the layers, see `native`. There is none unless one is set.
+            cannot; a faster way than the layers, see `native` and `graph_step`. There is none unless one is set.
 
     A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
     """
@@ -317,6 +317,7 @@ class Decoder(nn.Module):
         self._refuse_quantised("fused")
         for module in self._fusible():
             module.fuse()
+        self.step = None  # it has the old matrices
         return self
 
     def _fusible(self) -> list[Any]:

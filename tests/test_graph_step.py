@@ -1,28 +1,34 @@
-"""The recorded decode step against the layers: on a CPU the pass that is recorded runs instead of being played."""
+"""The recorded decode step against the layers: on a CPU torch's operations are recorded, and played where they lay."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from minillama import graph_step
+from minillama import decoding, graph_step
+from minillama.commands.loading import load_model
 from minillama.config import ModelConfig
 from minillama.decoding import decode
-from minillama.graph_step import GraphStep, Play, record, unsupported
+from minillama.formats.opening import open_model
+from minillama.graph_step import CudaRecorder, GraphStep, Play, unsupported
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.sampling import Sampling
 
 # 6 query heads on 2 key/value heads of another width than D / H
 CONFIG = ModelConfig(
-    dim=64, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=83, max_seq_len=96
+    dim=64, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=16, hidden_dim=96, vocab_size=83, max_seq_len=160
 )
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [11, 12]]
+WINDOW = {"window": 20, "sinks": 2}  # of LLaMA's positions alone
 
 
 def model(**changes: object) -> Decoder:
@@ -35,35 +41,73 @@ def model(**changes: object) -> Decoder:
 
 
 def said(decoder: Decoder, **options: object) -> list[list[int]]:
+    """What four prompts go on with, of which the third stops early."""
     rows: list[list[int]] = [[] for _ in PROMPTS]
-    for step in decode(decoder, PROMPTS, 60, Sampling(temperature=0.8, seed=3), **options):  # type: ignore[arg-type]
+    steps = decode(decoder, PROMPTS, 120, Sampling(temperature=0.8, seed=3), **options)  # type: ignore[arg-type]
+    ended: set[int] | None = None
+    while True:
+        try:
+            step = steps.send(ended) if ended is not None else next(steps)
+        except StopIteration:
+            return rows
         for row, token in step:
             rows[row].append(token)
-    return rows
+        ended = {2} if len(rows[2]) == 50 else set()
+
+
+class Operations(TorchDispatchMode):
+    """A log of what runs. What it gave is filled anew by `play`, which knows nothing else of the pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a number was read back while recording")
+        out = func(*args, **(kwargs or {}))
+        theirs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        fresh = [x for x in made if x.untyped_storage().data_ptr() not in theirs]
+        if fresh or func._schema.is_mutable:
+            self.log.append((func, args, kwargs or {}, made if fresh else []))
+        return out
+
+    def play(self) -> None:
+        for func, args, kwargs, made in self.log:
+            again = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
+            for old, new in zip(made, again, strict=False):
+                old.copy_(new)
 
 
 class Recorder:
-    """Counts what it is to record, and plays it by running it."""
+    """What `CudaRecorder` does, with torch's operations in the place of kernels."""
 
     def __init__(self) -> None:
         self.made = self.played = 0
 
     def __call__(self, run: Play) -> Play:
         self.made += 1
+        run()
+        with Operations() as operations:
+            result = run()
 
-        def play() -> torch.Tensor:
+        def play() -> Tensor:
             self.played += 1
-            return run()
+            operations.play()
+            return result
 
         return play
 
 
 @pytest.fixture(autouse=True)
-def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces and states so short that texts outgrow them."""
     monkeypatch.setattr(graph_step, "PIECE", 32)
-
-
-WINDOW = {"window": 20, "sinks": 2}  # of LLaMA's positions alone
+    slots = decoding.cache_slots
+    monkeypatch.setattr(
+        decoding, "cache_slots", lambda config, n, window, sinks: 50 if window else slots(config, n, window, sinks)
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,30 +124,53 @@ WINDOW = {"window": 20, "sinks": 2}  # of LLaMA's positions alone
 def test_tokens_are_those_of_the_layers(changes: dict[str, object], options: dict[str, object]) -> None:
     decoder, recorder = model(**changes), Recorder()
     expected = said(decoder, **options)
-    decoder.step = GraphStep(decoder, record=recorder)
-    assert said(decoder, **options) == expected
-    assert recorder.made >= 2 and recorder.played > 30  # beyond a piece, and most of the steps
+    decoder.step = GraphStep(decoder, pytest.fail, recorder)
+    for _ in range(2):
+        assert said(decoder, **options) == expected
+    assert recorder.made >= 4 and recorder.played > 150  # beyond a piece, and most of the steps
 
 
-def test_a_recording_serves_until_the_memory_or_the_rows_change() -> None:
+def test_a_recording_serves_until_memory_rows_or_pattern_change() -> None:
     decoder, recorder = model(), Recorder()
-    step = GraphStep(decoder, record=recorder)
+    step = GraphStep(decoder, pytest.fail, recorder)
     twin, state = decoder.state(2), decoder.state(2)
+    patience = graph_step.PATIENCE
+    changes = {8: [1, 0], 16: [1]}  # elsewhere in memory with as many rows; fewer rows
+    patterns = {24: Mask(window=9), 31: Mask(window=9, sinks=1)}
+    fresh, mask, kept = 0, Mask(), None
     with torch.inference_mode():
-        for at in range(20):
-            if at == 12:
+        for at in range(40):
+            if at in changes:
                 for memory in (twin, state):
-                    memory.select([1])
+                    memory.select(changes[at])
+            mask = patterns.get(at, mask)
+            if at in changes or at in patterns or at == 32:  # or a piece is full
+                fresh = at
             tokens = [[at], [at + 1]][: len(state.lengths)]
-            found = step(tokens, state, Mask())
-            expected = decoder(torch.tensor(tokens), state=twin)[:, -1]
-            waits = at < graph_step.PATIENCE or 12 <= at < 12 + graph_step.PATIENCE
-            assert (found is None) == waits
+            found = step(tokens, state, mask)
+            expected = decoder(torch.tensor(tokens), mask=mask, state=twin)[:, -1]
+            assert (found is None) == (at < fresh + patience)
             if found is None:
-                found = decoder(torch.tensor(tokens), state=state)[:, -1]
+                found = decoder(torch.tensor(tokens), mask=mask, state=state)[:, -1]
+            elif at == patience:
+                kept = found, found.clone()
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
             assert state.lengths == twin.lengths
-    assert recorder.made == 2
+    assert recorder.made == 5
+    assert kept is not None and torch.equal(*kept)  # later steps leave it as it was
+
+
+def test_a_step_between_does_not_cost_the_recording() -> None:
+    decoder, recorder = model(), Recorder()
+    step = GraphStep(decoder, pytest.fail, recorder)
+    state = decoder.state(1)
+    with torch.inference_mode():
+        for at in range(9):
+            if step([[at]], state, Mask()) is None:
+                decoder(torch.tensor([[at]]), state=state)
+            if at > graph_step.PATIENCE:
+                assert step([[at], [at]], decoder.state(2), Mask()) is None
+    assert recorder.made == 1 and recorder.played == 9 - graph_step.PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -119,31 +186,57 @@ def test_other_masks_and_more_tokens_are_left_to_the_layers(mask: Mask) -> None:
 
 def test_when_recording_fails_the_layers_go_on() -> None:
     def fails(run: Play) -> Play:
-        raise RuntimeError("capture is not permitted")
+        try:
+            raise RuntimeError("a number was read back")
+        finally:
+            raise RuntimeError("capture has ended")
 
     decoder, lines = model(), list[str]()
     expected = said(decoder)
     decoder.step = GraphStep(decoder, lines.append, fails)
     assert said(decoder) == expected
-    assert lines == ["the decode step was not recorded, decoding goes on without: capture is not permitted"]
+    assert lines == ["the decode step was not recorded, decoding goes on without: a number was read back"]
 
 
-def test_it_is_for_keys_and_values_on_a_gpu_and_stays_with_its_model() -> None:
-    decoder = model()
+def test_it_is_for_keys_and_values_on_a_gpu_and_stays_with_its_weights() -> None:
+    decoder = Decoder(CONFIG)
     assert unsupported(decoder) == "the model lies on cpu"
-    decoder.step = GraphStep(decoder)
+    assert unsupported(Decoder(ModelConfig.load("rwkv-tiny"))) == "a recurrence has no memory of fixed place"
+    decoder.step = GraphStep(decoder, record=Recorder())
     assert copy.deepcopy(decoder).step is None
+    assert decoder.fuse().step is None
+
+
+def test_generate_takes_it_where_it_can(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Decoder(CONFIG).save_pretrained(tmp_path)
+    monkeypatch.setattr(graph_step, "unsupported", lambda model: None)
+    monkeypatch.setattr(graph_step, "CudaRecorder", lambda device: Recorder())
+    opened = open_model(tmp_path)
+    assert isinstance(load_model(opened, "auto", "cpu", compiles=True).step, GraphStep)
+    assert load_model(opened, "auto", "cpu", compiles=False).step is None
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("options", [{}, {"batch_size": 2}, WINDOW], ids=str)
-def test_played_tokens_are_those_of_the_layers(options: dict[str, object]) -> None:
-    decoder, made = model().cuda(), []
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [({}, {}), ({}, {"batch_size": 2}), ({}, WINDOW), ({}, {"cache_dtype": torch.int8}), ({"position": "alibi"}, {})],
+    ids=str,
+)
+def test_played_tokens_are_those_of_the_layers(changes: dict[str, object], options: dict[str, object]) -> None:
+    decoder, played = model(**changes).cuda(), []
+    recorder = CudaRecorder(decoder.device)
 
     def counting(run: Play) -> Play:
-        made.append(run)
-        return record(run)
+        play = recorder(run)
 
-    expected: Sequence[Sequence[int]] = said(decoder, **options)
-    decoder.step = GraphStep(decoder, record=counting)
-    assert said(decoder, **options) == expected and made
+        def counted() -> Tensor:
+            played.append(1)
+            return play()
+
+        return counted
+
+    expected = said(decoder, **options)
+    decoder.step = GraphStep(decoder, pytest.fail, counting)
+    for _ in range(2):
+        assert said(decoder, **options) == expected
+    assert len(played) > 150

@@ -60,7 +60,8 @@ class Args:
     batch_size: int = field(default=16, metadata={"min": 1})
     """Prompts at once; the next one enters when one has ended."""
     compile: tyro.conf.FlagCreatePairsOff[bool] = True
-    """Decode by the step in C++ where a compiler is there; it is compiled once, in some seconds."""
+    """Decode by the step in C++ where a compiler is there, which is compiled once, in some seconds; on a CUDA device by
+    the recorded one."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Of keys and values; auto: that of the products."""
     window: int = field(default=0, metadata={"min": 0})

@@ -14,7 +14,7 @@ __all__ = ["fused_linear"]
 def fused_linear(*parts: nn.Linear) -> nn.Linear:
     """One frozen product whose output is that of the parts, which all have a bias or none, side by side."""
     weight = _below([part.weight for part in parts])
-    biases = [part.bias for part in parts if part.bias is not None]
+    biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
     fused = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
     fused.weight = nn.Parameter(weight, requires_grad=False)
     if biases:
@@ -25,6 +25,6 @@ def fused_linear(*parts: nn.Linear) -> nn.Linear:
 def _below(parts: Sequence[Tensor]) -> Tensor:
     """The rows of each part below those of the one before."""
     first = parts[0]
-    if first.is_meta:  # concatenating there would import torch's compiler, two seconds
+    if first.is_meta:  # concatenating there would import torch's compiler, a second or two
         return first.new_empty(sum(map(len, parts)), *first.shape[1:])
-    return torch.cat(list(parts))
+    return torch.cat(tuple(parts))

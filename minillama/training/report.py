@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Mapping
-from statistics import mean
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -14,8 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 __all__ = ["PlainReport", "Report", "TerminalReport", "make_report"]
 
 Record = Mapping[str, Any]
-
-RECENT = 50  # steps that foretell the rest, without the slowest, which may have compiled
 
 
 class Report(Protocol):
@@ -57,29 +53,29 @@ class PlainReport:
     def __init__(self, console: Console, every: float = 5.0) -> None:
         self.console = console
         self.every = every
-        self.steps = 1
-        self.last = self.shown = 0.0
-        self.taken: deque[float] = deque(maxlen=RECENT)
+        self.first, self.steps = 0, 1
+        self.began = self.last = self.shown = self.slowest = 0.0
 
     def start(self, step: int, steps: int) -> None:
         """Begin to count time."""
-        self.steps, self.last, self.shown = steps, time.monotonic(), 0.0
-        self.taken.clear()
+        self.first, self.steps = step, steps
+        self.began = self.last = time.monotonic()
+        self.shown = self.slowest = 0.0
 
     def step(self, record: Record) -> None:
         """Print the step if the last line is old enough."""
         now = time.monotonic()
-        self.taken.append(now - self.last)
-        self.last = now
+        self.slowest, self.last = max(self.slowest, now - self.last), now
         if now - self.shown < self.every and record["step"] < self.steps:
             return
         self.shown = now
-        eta = duration(self._typical() * (self.steps - record["step"]))
+        eta = duration(self._typical(record["step"] - self.first) * (self.steps - record["step"]))
         self.say(f"step {record['step']}/{self.steps}: {describe(record)}, eta {eta}")
 
-    def _typical(self) -> float:
-        """Seconds of a step, with the validation and saving around it."""
-        return mean(sorted(self.taken)[:-1] or self.taken)
+    def _typical(self, done: int) -> float:
+        """Seconds of a step and what is around it, without the slowest one, which may have compiled."""
+        passed = self.last - self.began
+        return passed if done < 2 else (passed - self.slowest) / (done - 1)
 
     def say(self, text: str = "") -> None:
         """Print a line."""

@@ -131,8 +131,8 @@ def _take_on(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
     changes = check_resumed(saved, config, folder.config)
     steps, done = config.train.steps, checkpoint.step
     if steps < done:
-        what, fix = "the run is past these steps", "give more, or start a new run"
-        raise InputError(what, where="train.steps", found=steps, expected=f"more than {done}", fix=fix)
+        what, fix = "the run is past these steps", f"give {done} or more, or start a new run"
+        raise InputError(what, where="train.steps", found=steps, expected=f"at least {done}", fix=fix)
     for line in changes:
         report.say(f"resuming with {line}")
     return changes
@@ -149,7 +149,7 @@ def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report)
         report.say(f"best val_loss {trainer.writer.losses[best]:.4f}: {folder.checkpoints / f'step-{best}'}")
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
-    earlier = f", after {before:.0f} s before" if before else ""
+    earlier = f" ({before:.0f} s before it was resumed)" if before else ""
     report.say(f"finished in {trainer.progress.seconds - before:.0f} s{earlier}. Next:")
 
 

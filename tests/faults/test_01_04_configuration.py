@@ -70,6 +70,9 @@ def test_fault_01_typo_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(InputError) as error:  # what others call it
         load_run_config("tiny", ["--train.learning-rate", "1e-3"])
     assert error.value.fix == "did you mean --optim.lr?"
+    with pytest.raises(InputError, match=r"--data.sources is given more than once"):
+        load_run_config("tiny", ["--data.sources", "a", "--data.sources", "b"])
+    assert load_run_config("tiny", ["--train.steps", "4", "--train.steps", "5"]).train.steps == 5
     with pytest.raises(InputError) as error:
         load_run_config("tiny", ["--config", "tiny"])
     assert "comes first" in str(error.value.fix)
