@@ -43,7 +43,7 @@ def model(**changes: object) -> Decoder:
 def said(decoder: Decoder, **options: object) -> list[list[int]]:
     """What four prompts go on with, of which the third stops early."""
     rows: list[list[int]] = [[] for _ in PROMPTS]
-    steps = decode(decoder, PROMPTS, 120, Sampling(temperature=0.8, seed=3), **options)  # type: ignore[arg-type]
+    steps = decode(decoder, PROMPTS, 80, Sampling(temperature=0.8, seed=3), **options)  # type: ignore[arg-type]
     ended: set[int] | None = None
     while True:
         try:
@@ -52,7 +52,7 @@ def said(decoder: Decoder, **options: object) -> list[list[int]]:
             return rows
         for row, token in step:
             rows[row].append(token)
-        ended = {2} if len(rows[2]) == 50 else set()
+        ended = {2} if len(rows[2]) == 40 else set()
 
 
 class Operations(TorchDispatchMode):
@@ -106,7 +106,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_step, "PIECE", 32)
     slots = decoding.cache_slots
     monkeypatch.setattr(
-        decoding, "cache_slots", lambda config, n, window, sinks: 50 if window else slots(config, n, window, sinks)
+        decoding, "cache_slots", lambda config, n, window, sinks: 40 if window else slots(config, n, window, sinks)
     )
 
 
@@ -127,7 +127,7 @@ def test_tokens_are_those_of_the_layers(changes: dict[str, object], options: dic
     decoder.step = GraphStep(decoder, pytest.fail, recorder)
     for _ in range(2):
         assert said(decoder, **options) == expected
-    assert recorder.made >= 4 and recorder.played > 150  # beyond a piece, and most of the steps
+    assert recorder.made >= 4 and recorder.played > 80  # beyond a piece, and most of the steps
 
 
 def test_a_recording_serves_until_memory_rows_or_pattern_change() -> None:
@@ -239,4 +239,4 @@ def test_played_tokens_are_those_of_the_layers(changes: dict[str, object], optio
     decoder.step = GraphStep(decoder, pytest.fail, counting)
     for _ in range(2):
         assert said(decoder, **options) == expected
-    assert len(played) > 150
+    assert len(played) > 80
