@@ -195,6 +195,9 @@ def bandwidth() -> float:
 
 def child(contender: str, models: Path, batches: list[int], tokens: int) -> dict[str, float]:
     """Every figure of one contender; each length and batch is run for a few tokens first."""
+    from minillama.threads import adapt
+
+    adapt()
     name, *variant = CONTENDERS[contender]
     engine = MAKERS[name](models, *variant)
     vocab = json.loads((models / "hf" / "config.json").read_text())["vocab_size"]

@@ -28,6 +28,7 @@ import torch
 
 from minillama.config import ModelConfig
 from minillama.device import choose_dtype, keep_freed_pages, peak_flops
+from minillama.threads import adapt
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
     model = Decoder(shape.config())
     working = WorkingCopy(model, dtype)
     optimizers = make_optimizers(model, OptimConfig(lr=1e-3))
-    if setting == "compile":
+    if setting != "eager":
         take_native_parts(working.model, lambda text: None)
+    if setting == "compile":
         working.model.compile_blocks()
     working.model.train()
 
@@ -165,6 +167,7 @@ MAKERS = {"ours": ours, "transformers": transformers, "litgpt": litgpt}
 
 def child(name: str, setting: str, shape: Shape, seconds: float) -> dict[str, Any]:
     """Steps for so many seconds, at least three, after two that warm up."""
+    adapt()
     torch.manual_seed(0)
     step, dtype = MAKERS[name](shape, setting)
     peak = peak_flops(torch.device("cpu"), getattr(torch, dtype))

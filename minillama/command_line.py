@@ -153,9 +153,10 @@ def _without_none(kind: Any) -> Any:
 def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
     last, by_last = key.rpartition(".")[2], {name.rpartition(".")[2]: name for name in kinds}
     close = by_last.get(key) or ELSEWHERE.get(last) or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
-    fix = f"did you mean --{close}?" if close else "--help lists them all"
     if last == "config":
         fix = "the configuration's name or file comes first, without an option: train.py CONFIG"
+    else:
+        fix = f"did you mean --{close}?" if close else "--help lists them all"
     return InputError(f"unknown option --{key}", where="command line", fix=fix)
 
 

@@ -145,54 +145,68 @@ def decode(
     """
     texts = [Text(prompt, max_new_tokens, model.config.max_seq_len) for prompt in prompts]
     seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
-    seen = Mask(window=window, sinks=sinks)
-
-    def enter(rows: list[int], slots: int) -> tuple[Batch, list[int]]:
-        slots = cache_slots(model.config, slots, window or 0, sinks)
-        state = model.state(len(rows), slots, cache_dtype) if use_state else None
-        sampler = Sampler(sampling, [texts[i].ids for i in rows], model.config.vocab_size, [seeds[i] for i in rows])
-        entering = Batch(rows, state, sampler)
-        return entering, step(entering)
-
-    def step(batch: Batch) -> list[int]:
-        return _step(model, [texts[row] for row in batch.rows], batch, seen)
-
+    passes = _Passes(model, texts, sampling, seeds, use_state, cache_dtype, Mask(window=window, sinks=sinks))
     waiting = deque(range(len(prompts)))
     first = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(waiting)))]
     if not first or max_new_tokens < 1:
         return
-    running, chosen = enter(first, max(text.limit for text in texts))
+    running, chosen = passes.enter(first, max(text.limit for text in texts))
     while True:
         ended = (yield list(zip(running.rows, chosen, strict=True))) or set()
-        free = [i for i, row in enumerate(running.rows) if row in ended or texts[row].is_full]
+        free = passes.over(running, ended)
         while free and waiting:
             places = free[: len(waiting)]
             rows = [waiting.popleft() for _ in places]
-            entering, chosen = enter(rows, max(len(texts[row].ids) for row in rows))
+            entering, chosen = passes.enter(rows, max(len(texts[row].ids) for row in rows))
             ended = (yield list(zip(rows, chosen, strict=True))) or set()
             running.replace(places, entering)
-            over = {i for i, row in enumerate(running.rows) if row in ended or texts[row].is_full}
-            free = sorted(set(free) - set(places) | over)
+            free = sorted(set(free) - set(places) | set(passes.over(running, ended)))
         if free:
             keep = [i for i in range(len(running.rows)) if i not in free]
             if not keep:
                 return
             running.select(keep)
-        chosen = step(running)
+        chosen = passes.step(running)
 
 
-def _step(model: Decoder, texts: Sequence[Text], batch: Batch, seen: Mask) -> list[int]:
-    """Read what is unread of each text, choose a token a text and append it."""
-    with evaluating(model):
-        if batch.state is None:
-            logits = _read(model, texts, [0] * len(texts), [text.ids for text in texts], None, seen)
-        else:
-            logits = _read_on(model, texts, batch.state, seen)
-        chosen: list[int] = batch.sampler(logits).tolist()
-    for text, token in zip(texts, chosen, strict=True):
-        text.read = len(text.ids)
-        text.append(token)
-    return chosen
+@dataclass(frozen=True)
+class _Passes:
+    """How rows begin and go on, whichever share a batch: all that `decode` was told but their order."""
+
+    model: Decoder
+    texts: Sequence[Text]
+    sampling: Sampling
+    seeds: Sequence[int]
+    use_state: bool
+    cache_dtype: torch.dtype | None
+    seen: Mask
+
+    def enter(self, rows: list[int], slots: int) -> tuple[Batch, list[int]]:
+        """A batch of rows that have not been read, whose texts take so many slots, and their first tokens."""
+        config = self.model.config
+        slots = cache_slots(config, slots, self.seen.window or 0, self.seen.sinks)
+        state = self.model.state(len(rows), slots, self.cache_dtype) if self.use_state else None
+        ids, seeds = [self.texts[i].ids for i in rows], [self.seeds[i] for i in rows]
+        entering = Batch(rows, state, Sampler(self.sampling, ids, config.vocab_size, seeds))
+        return entering, self.step(entering)
+
+    def step(self, batch: Batch) -> list[int]:
+        """Read what is unread of each text, choose a token a text and append it."""
+        texts = [self.texts[row] for row in batch.rows]
+        with evaluating(self.model):
+            if batch.state is None:
+                logits = _read(self.model, texts, [0] * len(texts), [text.ids for text in texts], None, self.seen)
+            else:
+                logits = _read_on(self.model, texts, batch.state, self.seen)
+            chosen: list[int] = batch.sampler(logits).tolist()
+        for text, token in zip(texts, chosen, strict=True):
+            text.read = len(text.ids)
+            text.append(token)
+        return chosen
+
+    def over(self, batch: Batch, ended: set[int]) -> list[int]:
+        """The places in a batch of rows that were ended or are full."""
+        return [i for i, row in enumerate(batch.rows) if row in ended or self.texts[row].is_full]
 
 
 def _read_on(model: Decoder, texts: Sequence[Text], state: State, seen: Mask) -> Tensor:

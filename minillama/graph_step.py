@@ -166,4 +166,4 @@ class GraphStep:
 
 def _places(layer: LayerState) -> tuple[object, ...]:
     """Where a layer's memory lies and what it looks like: all of a recording that depends on the state."""
-    return tuple((part.data_ptr(), part.shape, part.dtype) for part in cast(KVCache, layer).stored())
+    return tuple((part.data_ptr(), part.shape, part.dtype) for part in cast(KVCache, layer).tensors())

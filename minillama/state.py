@@ -167,8 +167,8 @@ class KVCache:
 
         self.keys, self.values = slots(), slots()
 
-    def stored(self) -> list[Tensor]:
-        """All that it keeps, in a fixed order."""
+    def tensors(self) -> list[Tensor]:
+        """What is kept, keys before values."""
         return [tensor for part in (self.keys, self.values) for tensor in part.tensors()]
 
     def append(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:

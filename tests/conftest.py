@@ -1,12 +1,21 @@
-"""Fixtures for every test, and CI's rule that nothing may be skipped there."""
+"""Fixtures for every test; what is left out where, and CI's rule that nothing may be skipped there."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+# before torch is loaded: workers share the cores, and threads that outnumber them would wait for each other
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1 and "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // _workers))
+
+LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +36,43 @@ def smollm2() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+def _missing(item: pytest.Item) -> set[str]:
+    """What a test needs and this machine lacks."""
+    needed = {unit for mark in item.iter_markers("hardware") for unit in mark.args}
+    needed |= {name for name in ("cuda", "mps") if item.get_closest_marker(name)}
+    if not needed:
+        return needed
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there |= torch.cpu.get_capabilities()
+    return {unit for unit in needed if not there.get(unit)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of hardware that is absent; count them and the slow ones that `-m` leaves out next."""
+    left_out = config.stash.setdefault(LEFT_OUT, Counter())
+    kept = []
+    for item in items:
+        if missing := _missing(item):
+            left_out[f"without {' and '.join(sorted(missing))}"] += 1
+        else:
+            kept.append(item)
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+    if config.option.markexpr == "not slow":
+        left_out["slow"] = sum(item.get_closest_marker("slow") is not None for item in items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """All workers collect the same tests: what one says is what all say."""
+    if hasattr(node, "workeroutput"):
+        node.config.stash[LEFT_OUT] = Counter(node.workeroutput.get("left_out", {}))
+
+
 def _skipped(config: pytest.Config) -> list[pytest.TestReport]:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     return reporter.stats.get("skipped", []) if reporter and os.environ.get("CI") == "true" else []
@@ -34,12 +80,23 @@ def _skipped(config: pytest.Config) -> list[pytest.TestReport]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells its controller what it left out; in CI a skipped test fails the run."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(LEFT_OUT, Counter()))
     if _skipped(session.config) and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = _skipped(terminalreporter.config)
+    config = terminalreporter.config
+    left_out = config.stash.get(LEFT_OUT, Counter())
+    slow = left_out.pop("slow", 0)
+    if left_out:
+        text = ", ".join(f"{count} {name}" for name, count in sorted(left_out.items()))
+        terminalreporter.line(f"tests of hardware that is not here were left out: {text}")
+    if slow:
+        terminalreporter.line(f"{slow} slow tests were left out: pytest -m slow runs them")
+    skipped = _skipped(config)
     if skipped:
         terminalreporter.section("CI=true: a skipped test is a failure", red=True)
         for report in skipped:

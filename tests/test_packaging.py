@@ -71,10 +71,30 @@ def test_a_skip_fails_the_run_in_ci_only(tmp_path: Path, ci: str, status: int) -
     assert "1 passed, 1 skipped" in result.stdout.splitlines()[-1]
 
 
-def test_tests_of_other_devices_are_deselected_and_unknown_markers_refused(tmp_path: Path) -> None:
-    code = "import pytest\ndef test_a(): pass\n@pytest.mark.cuda\ndef test_b(): assert 0\n"
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_what_is_left_out_is_said_and_unknown_markers_are_refused(tmp_path: Path, workers: str) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    code = (
+        "import os, pytest\ndef test_a():\n    count = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 0))\n"
+        "    assert count < 2 or 1 <= int(os.environ['OMP_NUM_THREADS']) <= max(1, os.cpu_count() // count)\n"
+        "@pytest.mark.hardware('no_such_unit')\ndef test_b(): assert 0\n"
+        "@pytest.mark.slow\ndef test_c(): assert 0\n"
+    )
     (tmp_path / "test_x.py").write_text(code, encoding="utf-8")
-    pytest_here = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", tmp_path]
-    assert "1 passed, 1 deselected" in run(*pytest_here, cwd=tmp_path).stdout
-    (tmp_path / "test_x.py").write_text(code.replace("cuda", "gpu"), encoding="utf-8")
-    assert "'gpu' not found in `markers`" in run(*pytest_here, cwd=tmp_path).stdout
+    pytest_here = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        ROOT / "pyproject.toml",
+        "-n",
+        workers,
+    ]
+    result = run(*pytest_here, "--rootdir", tmp_path, tmp_path, cwd=tmp_path, CI="true")
+    assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout
+    assert "tests of hardware that is not here were left out: 1 without no_such_unit" in result.stdout
+    assert "1 slow tests were left out: pytest -m slow runs them" in result.stdout
+    (tmp_path / "test_x.py").write_text(code.replace("mark.slow", "mark.gpu"), encoding="utf-8")
+    assert "'gpu' not found in `markers`" in run(*pytest_here, tmp_path, cwd=tmp_path).stdout

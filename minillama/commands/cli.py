@@ -11,6 +11,7 @@ from importlib import import_module
 from minillama import __version__
 from minillama.command_line import refuse_repeated
 from minillama.errors import InputError
+from minillama.threads import adapt
 
 __all__ = ["COMMANDS", "main"]
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "convert": "a model into another format: Hugging Face, Meta, GGUF",
     "inspect": "what a model's file or folder holds, without loading it",
     "tokenizer": "train, merge, encode, decode, explain, compare tokenizers",
+    "doctor": "what this machine and installation have: versions, processor, kernels, compiler, extras, folders",
     "plan": "shapes, parameters, memory and FLOPs of a model, without building it",
 }
 
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    adapt()  # before torch is loaded, which reads some of it once
     try:
         status = _dispatch([word for word in words if word != "--debug"], prog)
         sys.stdout.flush()  # a closed pipe shows here, and not while the interpreter shuts down

@@ -20,6 +20,7 @@ from minillama.layers.rope import Rope
 from minillama.model import Block, Decoder
 from minillama.native.building import load_library
 from minillama.state import KVCache, State
+from minillama.threads import free_threads
 
 __all__ = ["NativeStep", "unsupported"]
 
@@ -125,7 +126,7 @@ class NativeStep:
             layer=(_Layer * len(layers))(*layers),
         )
         self.memory = torch.empty(0)
-        self.slots = 0
+        self.slots = self.threads = 0
         self.lock = Lock()
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
@@ -188,14 +189,15 @@ class NativeStep:
         """None: it reads the weights of its model, and a copy of the model would go on with those."""
 
     def _make_room(self, rows: int, slots: int) -> None:
+        """Work memory for all of torch's threads, of which those run that have a processor for themselves."""
         native, threads = self.native, torch.get_num_threads()
-        if rows <= native.max_rows and slots <= self.slots and threads == native.threads:
-            return
-        self.slots = max(slots, self.slots)
-        native.max_rows, native.threads = max(rows, native.max_rows), threads
-        count = self.library.minillama_floats(ctypes.byref(native), c_int32(self.slots))
-        self.memory = torch.empty(count, dtype=torch.float32, device="cpu")
-        native.memory = self.memory.data_ptr()
+        if rows > native.max_rows or slots > self.slots or threads != self.threads:
+            self.slots, self.threads = max(slots, self.slots), threads
+            native.max_rows, native.threads = max(rows, native.max_rows), threads
+            count = self.library.minillama_floats(ctypes.byref(native), c_int32(self.slots))
+            self.memory = torch.empty(count, dtype=torch.float32, device="cpu")
+            native.memory = self.memory.data_ptr()
+        native.threads = free_threads(threads)
 
     def _layer(self, block: Block) -> _Layer:
         attention, mlp = block.self_attn, cast(Any, block.mlp)

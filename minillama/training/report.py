@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
+from statistics import median
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -47,35 +49,54 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Pace:
+    """Seconds that a step takes now: the median of the last ones, and a share of what else took time.
+
+    A step that takes over three times the median compiled or validated; what it took beyond counts for all steps alike,
+    but for the slowest one, which happens once.
+    """
+
+    WINDOW = 20
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=self.WINDOW)
+        self.count, self.beyond, self.most = 0, 0.0, 0.0
+
+    def add(self, seconds: float) -> None:
+        """Take the time since the step before."""
+        self.recent.append(seconds)
+        self.count += 1
+        beyond = seconds - median(self.recent)
+        if beyond > 2 * median(self.recent):
+            self.beyond, self.most = self.beyond + beyond, max(self.most, beyond)
+
+    def seconds(self) -> float:
+        """Of the steps to come, each."""
+        return median(self.recent) + (self.beyond - self.most) / self.count
+
+
 class PlainReport:
     """A line after the first step and every `every` seconds, for logs and pipes."""
 
     def __init__(self, console: Console, every: float = 5.0) -> None:
         self.console = console
         self.every = every
-        self.first, self.steps = 0, 1
-        self.began = self.last = self.shown = self.slowest = 0.0
+        self.steps, self.last, self.shown, self.pace = 1, 0.0, 0.0, Pace()
 
     def start(self, step: int, steps: int) -> None:
         """Begin to count time."""
-        self.first, self.steps = step, steps
-        self.began = self.last = time.monotonic()
-        self.shown = self.slowest = 0.0
+        self.steps, self.last, self.shown, self.pace = steps, time.monotonic(), 0.0, Pace()
 
     def step(self, record: Record) -> None:
         """Print the step if the last line is old enough."""
         now = time.monotonic()
-        self.slowest, self.last = max(self.slowest, now - self.last), now
+        self.pace.add(now - self.last)
+        self.last = now
         if now - self.shown < self.every and record["step"] < self.steps:
             return
         self.shown = now
-        eta = duration(self._typical(record["step"] - self.first) * (self.steps - record["step"]))
+        eta = duration(self.pace.seconds() * (self.steps - record["step"]))
         self.say(f"step {record['step']}/{self.steps}: {describe(record)}, eta {eta}")
-
-    def _typical(self, done: int) -> float:
-        """Seconds of a step and what is around it, without the slowest one, which may have compiled."""
-        passed = self.last - self.began
-        return passed if done < 2 else (passed - self.slowest) / (done - 1)
 
     def say(self, text: str = "") -> None:
         """Print a line."""

@@ -242,7 +242,9 @@ class Trainer:
         self.progress.seconds += seconds
 
     def _record(self, loss: float, rate: float, norm: float, speed: float) -> dict[str, Any]:
-        flops = self.config.model.flops_per_token(self.config.context)
+        flops = self.config.model.flops_per_token(self.config.context) * speed
+        if flops > self.peak:  # it was measured beside another program
+            self.peak = max(flops, peak_flops(self.model.device, self.dtype))
         return {
             "step": self.progress.step,
             "loss": _number(loss),
@@ -250,7 +252,7 @@ class Trainer:
             "grad_norm": _number(norm),
             "tokens": self.progress.tokens,
             "tokens_per_second": speed,
-            "mfu": flops * speed / self.peak,
+            "mfu": flops / self.peak,
             "seconds": self.progress.seconds,
         }
 

@@ -145,7 +145,8 @@ def test_fault_28_cloze_questions(tmp_path: Path) -> None:
 
 
 def test_fault_28_other_micro_batches_read_the_same_data(text: Path, tmp_path: Path) -> None:
-    # in bfloat16 the gradients of two halves are rounded otherwise than those of the whole
+    # in bfloat16 the gradients of two halves are rounded otherwise than those of the whole; in float32 sums of other
+    # lengths still differ in their last bits, and twenty steps carry that on
     words = [*shape("glm"), *settings(text, tmp_path), "--train.dtype", "float32"]
     plain = load_run_config("tiny", words, "glm-tiny")
     cut = load_run_config("tiny", [*words, "--train.micro_batch_size", "1"], "glm-tiny")
@@ -156,7 +157,7 @@ def test_fault_28_other_micro_batches_read_the_same_data(text: Path, tmp_path: P
     assert "resuming with train.micro_batch_size = 1, was 0" in report.lines
     a, b = lines(tmp_path / "plain"), lines(tmp_path / "cut")
     assert [line["tokens"] for line in a] == [line["tokens"] for line in b]
-    assert [line["loss"] for line in a[1:]] == pytest.approx([line["loss"] for line in b[1:]], rel=1e-4)
+    assert [line["loss"] for line in a[1:]] == pytest.approx([line["loss"] for line in b[1:]], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ LIMITED = """
 def limited(script: Path, more: int, *words: str) -> subprocess.CompletedProcess[str]:
     script.write_text(textwrap.dedent(LIMITED))
     command = [sys.executable, str(script), str(more), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # one thread, and none in reserve beside other programs: each maps memory of its own
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
 
 

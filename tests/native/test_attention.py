@@ -15,12 +15,13 @@ from minillama.layers.kernel import attend
 from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
 from minillama.native import attention, building
-from minillama.native.attention import causal_attention, native_attend, unsupported, use
+from minillama.native.attention import causal_attention, native_attend, use
 
-pytestmark = pytest.mark.skipif(
-    not building.can_build() or unsupported() is not None,
-    reason=f"no C++ compiler, or not Linux, or {unsupported()}",
-)
+KERNELS, UNITS, EMULATED = attention, ("avx512_bf16",), ("tiles", "vectors")
+pytestmark = [
+    pytest.mark.skipif(not building.can_build(), reason="no C++ compiler, or not Linux"),
+    pytest.mark.usefixtures("build"),
+]
 CAUSAL = KernelMask(None, True)
 
 
@@ -67,6 +68,7 @@ def test_values_and_gradients(rows: int, count: int, shared: int, tokens: int, w
         assert error <= 0.006 * size + 1e-6, i  # bfloat16 has steps of 0.0078
 
 
+@pytest.mark.hardware("avx512_bf16")
 def test_without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = building.load_library(attention.SOURCE, flags=[f"-mno-amx-{part}" for part in ("bf16", "int8", "tile")])
     tensors = [heads(2, count, 161, 80, seed=i) for i, count in enumerate((6, 2, 2, 6))]

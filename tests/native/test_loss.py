@@ -10,12 +10,13 @@ from minillama.config import ModelConfig
 from minillama.layers.cross_entropy import cross_entropy, linear_cross_entropy, softmax_errors
 from minillama.model import Decoder
 from minillama.native import building, loss
-from minillama.native.loss import native_softmax_errors, unsupported, use
+from minillama.native.loss import native_softmax_errors, use
 
-pytestmark = pytest.mark.skipif(
-    not building.can_build() or unsupported() is not None,
-    reason=f"no C++ compiler, or not Linux, or {unsupported()}",
-)
+KERNELS, UNITS, EMULATED = loss, ("avx512_bf16",), ("vectors",)
+pytestmark = [
+    pytest.mark.skipif(not building.can_build(), reason="no C++ compiler, or not Linux"),
+    pytest.mark.usefixtures("build"),
+]
 
 
 def scores(rows: int, width: int, scale: float = 4.0) -> tuple[Tensor, Tensor, Tensor]:

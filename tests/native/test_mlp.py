@@ -14,12 +14,13 @@ from minillama.config import ModelConfig
 from minillama.layers.mlp import swiglu
 from minillama.model import Decoder
 from minillama.native import building, mlp
-from minillama.native.mlp import native_swiglu, unsupported, use
+from minillama.native.mlp import native_swiglu, use
 
-pytestmark = pytest.mark.skipif(
-    not building.can_build() or unsupported() is not None,
-    reason=f"no C++ compiler, or not Linux, or {unsupported()}",
-)
+KERNELS, UNITS, EMULATED = mlp, ("amx_bf16",), ("tiles",)
+pytestmark = [
+    pytest.mark.skipif(not building.can_build(), reason="no C++ compiler, or not Linux"),
+    pytest.mark.usefixtures("build"),
+]
 
 
 def tensors(tokens: tuple[int, ...], dim: int, hidden: int, seed: int = 0) -> list[Tensor]:

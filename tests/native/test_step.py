@@ -98,6 +98,16 @@ def test_logits_are_those_of_the_layers(
         assert states[0].lengths == states[1].lengths
 
 
+@pytest.mark.usefixtures("emulated_tiles")
+@pytest.mark.parametrize("rows", [8, 17])
+@pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS[3:])  # those that take tiles
+def test_logits_by_emulated_tiles(
+    dtype: torch.dtype, kind: Quantisation, changes: dict[str, object], bound: float, rows: int
+) -> None:
+    assert NativeStep(model(dtype, kind, **changes)).at_once in (1, 96)  # 96 with AVX-512
+    test_logits_are_those_of_the_layers(dtype, kind, changes, bound, rows)
+
+
 @pytest.mark.parametrize("kind", ["none", "int8", "int4"])
 @torch.no_grad()
 def test_several_tokens_a_row(kind: Quantisation) -> None:
@@ -166,6 +176,19 @@ def test_what_it_does_not_take() -> None:
     for token in (-1, CONFIG.vocab_size):
         with pytest.raises(IndexError, match="token id"):
             step([[token]], native.state(1, 8), Mask())
+
+
+def test_fewer_threads_beside_other_programs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = model(torch.bfloat16, "int4")
+    step, found = NativeStep(native), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    for free in (3, 1, 2, 3):
+        monkeypatch.setattr("minillama.native.step.free_threads", lambda wanted, free=free: min(wanted, free))
+        state = native.state(9, 8)
+        found.append([step([[row + token] for row in range(9)], state, Mask()) for token in range(3)])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other, strict=True))
 
 
 def test_a_copy_of_the_model_has_no_step() -> None:

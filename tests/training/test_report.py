@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from minillama.training.report import PlainReport
+from minillama.training.report import Pace, PlainReport
 
 
 def test_the_step_that_compiles_does_not_foretell_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,4 +20,21 @@ def test_the_step_that_compiles_does_not_foretell_the_rest(monkeypatch: pytest.M
     for step in range(11, 16):
         report.step({"step": step, "loss": 1.0, "lr": 0.1, "tokens_per_second": 5.0})
     etas = [line.rpartition("eta ")[2] for line in out.getvalue().splitlines()]
-    assert etas == ["1:29", "1:28", "1:27", "1:54", "2:07"]
+    assert etas == ["1:29", "1:28", "1:27", "2:09", "2:50"]
+
+
+def test_the_time_left_recovers_when_a_neighbor_goes_away() -> None:
+    pace = Pace()
+    for seconds in [1.0] * 100 + [10.0] * 100:
+        pace.add(seconds)
+    assert pace.seconds() == pytest.approx(10, rel=0.2)
+    for _ in range(11):
+        pace.add(1.0)
+    assert pace.seconds() == pytest.approx(1, rel=0.6)
+
+
+def test_validations_count_for_all_steps_and_the_step_that_compiles_for_none() -> None:
+    pace = Pace()
+    for step in range(1, 201):
+        pace.add(31.0 if step % 50 == 0 else 200.0 if step == 10 else 1.0)
+    assert pace.seconds() == pytest.approx(1 + 4 * 30 / 200)

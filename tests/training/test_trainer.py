@@ -228,3 +228,13 @@ def test_resume_with_another_shape_is_refused_with_both(tiny_config: Make, tmp_p
     for words in ([], ["--train.steps", "18"]):
         with pytest.raises(InputError, match=r"another shape(?s:.*)model.n_layers = 3, was 2"):
             run(tiny_config(*words, "--model.n_layers", "3"), tmp_path / "run", resume=True)
+
+
+def test_a_step_beyond_the_peak_has_it_measured_again(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = iter([1.0, 5.0, 1e18])  # beside another program, beside another program, alone
+    monkeypatch.setattr("minillama.training.trainer.peak_flops", lambda *_: next(measured, 1e18))
+    run(tiny_config("--train.steps", "4"), tmp_path / "run")
+    shares = [line["mfu"] for line in metrics(tmp_path / "run") if "mfu" in line]
+    assert len(shares) == 4 and shares[0] == 1 and all(0 < share <= 1 for share in shares)

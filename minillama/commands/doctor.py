@@ -1,0 +1,144 @@
+"""What this machine and installation have: versions, processor, kernels, compiler, waiting policy, extras, folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+__all__ = ["Args", "run"]
+
+UNITS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16")  # what choices of types and kernels look at
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Args:
+    """What the command line said."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one JSON object."""
+
+
+def run(args: Args) -> int:
+    """Look and print."""
+    table = {
+        "versions": _versions(),
+        "processor": _processor(),
+        "kernels": _kernels(),
+        "compiler": _compiler(),
+        "waiting of threads": _waiting(),
+        "extras": _extras(),
+        "folders": _folders(),
+    }
+    if args.json:
+        print(json.dumps(table))
+        return 0
+    width = max(len(name) for part in table.values() for name in part)
+    for head, part in table.items():
+        print(head)
+        for name, value in part.items():
+            print(f"  {name:{width}}  {value}")
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    import minillama
+
+    found = {"minillama": minillama.__version__, "python": platform.python_version(), "system": platform.platform()}
+    return found | {name: version(name) for name in PACKAGES}
+
+
+def _processor() -> dict[str, str]:
+    import torch
+
+    from minillama.device import choose_device, choose_dtype, peak_flops
+
+    there = torch.cpu.get_capabilities()
+    device = choose_device()
+    dtype = choose_dtype("auto", device)
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "units": " ".join(unit for unit in UNITS if there.get(unit)) or "none beyond the base",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "products while training": f"{name}, {peak_flops(device, dtype) / 1e9:.0f} GFLOP/s measured now",
+    }
+
+
+def _kernels() -> dict[str, str]:
+    from minillama.native import attention, building, loss, mlp
+
+    missing = None if building.can_build() else "it takes g++ or clang++ on Linux"
+    found = {"one token per sequence": missing}
+    for name, part in (("attention", attention), ("softmax of the loss", loss), ("SwiGLU", mlp)):
+        found[name] = missing or part.unsupported()
+    return {name: "C++" if why is None else f"torch ({why})" for name, why in found.items()}
+
+
+def _compiler() -> dict[str, str]:
+    import torch
+
+    from minillama.device import compiler_missing
+
+    found = [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
+    missing = compiler_missing(torch.device("cpu"))
+    return {"c++": " ".join(found) or "none", "torch.compile": missing or "available"}
+
+
+def _waiting() -> dict[str, str]:
+    from minillama.threads import VARIABLES, policy
+
+    return {"policy": policy()} | {name: os.environ.get(name, "not set") for name in VARIABLES}
+
+
+def _extras() -> dict[str, str]:
+    from packaging.requirements import Requirement
+
+    try:
+        declared = metadata("minillama")
+    except PackageNotFoundError:
+        return {"none known": "the package is not installed"}
+    needs = [Requirement(line) for line in declared.get_all("Requires-Dist") or ()]
+    found = {}
+    for extra in declared.get_all("Provides-Extra") or ():
+        there = {"extra": extra}
+        wanted = [need for need in needs if need.marker and not need.marker.evaluate({"extra": ""})]
+        missing = [need.name for need in wanted if need.marker and need.marker.evaluate(there) and not _has(need.name)]
+        found[extra] = f"missing: {' '.join(missing)}; pip install 'minillama[{extra}]'" if missing else "complete"
+    return found
+
+
+def _has(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _folders() -> dict[str, Any]:
+    from minillama.paths import cache_folder
+
+    cache = cache_folder()
+    return {
+        "cache": f"{cache}, {_size(cache)}",
+        "compiled C++": f"{cache / 'native'}, {_size(cache / 'native')}",
+        "free where runs are written": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB in {Path.cwd()}",
+        "temporary": tempfile.gettempdir(),
+    }
+
+
+def _size(folder: Path) -> str:
+    if not folder.is_dir():
+        return "not made yet"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
