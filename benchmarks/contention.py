@@ -57,8 +57,8 @@ def training(shape: Shape) -> Iterator[int]:
 
 
 def decoding(path: str) -> Iterator[int]:
-    from minillama.commands.loading import load_for_decoding
-    from minillama.decoding import decode
+    from minillama.inference.engine import decode
+    from minillama.inference.load import load_for_decoding
 
     model, _ = load_for_decoding(path, None, "auto", "cpu", "auto", True)
     while True:

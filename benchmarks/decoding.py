@@ -65,8 +65,8 @@ def ours(models: Path, dtype: str, quantize: str) -> Engine:
     """As the command `generate` loads and decodes."""
     import torch
 
-    from minillama.commands.loading import load_for_decoding
-    from minillama.decoding import decode
+    from minillama.inference.engine import decode
+    from minillama.inference.load import load_for_decoding
 
     torch.set_num_threads(THREADS)
     model, _ = load_for_decoding(str(models / "hf"), None, cast(Any, dtype), "cpu", cast(Any, quantize), True)

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from minillama.config import ModelConfig
 from minillama.evaluate.perplexity import Score, score
-from minillama.generation import blanks_of
+from minillama.inference.generate import blanks_of
 from minillama.model import Decoder
-from minillama.training.config import load_run_config
+from minillama.runs.config import load_run_config
+from minillama.runs.report import PlainReport
 from minillama.training.data import load_data
-from minillama.training.report import PlainReport
 
 MEMBERS = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
 HELD_OUT = 40_000  # tokens

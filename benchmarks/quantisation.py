@@ -27,10 +27,10 @@ from pathlib import Path
 
 import torch
 
-from minillama.calibrating import windows
 from minillama.evaluate.perplexity import score
+from minillama.inference.calibrate import windows
+from minillama.inference.quantize import quantise
 from minillama.model import Decoder
-from minillama.quantisation import quantise
 from minillama.tokenizer import Tokenizer
 
 WINDOW = 512

@@ -23,9 +23,9 @@ from rich.console import Console
 from minillama.config import ModelConfig
 from minillama.formats import hf
 from minillama.model import Decoder
-from minillama.training.checkpoint import save_checkpoint
-from minillama.training.report import PlainReport
-from minillama.training.saving import CheckpointWriter, Snapshot
+from minillama.runs.checkpoint import save_checkpoint
+from minillama.runs.report import PlainReport
+from minillama.runs.writer import CheckpointWriter, Snapshot
 
 
 def seconds(call: Callable[[int], object], repeats: int) -> float:

@@ -72,9 +72,9 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], str]:
     """The trainer's own step, without its data, report and files."""
     from minillama.model import Decoder
-    from minillama.training.compiling import take_native_parts
-    from minillama.training.config import OptimConfig
-    from minillama.training.optim import make_optimizers
+    from minillama.runs.config import OptimConfig
+    from minillama.training.compile import take_native_parts
+    from minillama.training.optim.groups import make_optimizers
     from minillama.training.precision import WorkingCopy
 
     keep_freed_pages()  # as train.py does

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from minillama.config import ModelConfig
     from minillama.errors import InputError
-    from minillama.generation import generate, stream
+    from minillama.inference.generate import generate, stream
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
@@ -20,8 +20,8 @@ _HOME = {
     "InputError": "errors",
     "ModelConfig": "config",
     "Tokenizer": "tokenizer",
-    "generate": "generation",
-    "stream": "generation",
+    "generate": "inference.generate",
+    "stream": "inference.generate",
 }
 
 

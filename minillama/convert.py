@@ -10,19 +10,16 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from minillama.atomic import replace_file, replace_folder
-from minillama.calibrating import calibrated
 from minillama.errors import InputError
+from minillama.files import refuse_url, replace_file, replace_folder
 from minillama.formats import gguf, hf, meta
 from minillama.formats.model_file import ModelFile
-from minillama.formats.opening import open_model
-from minillama.model import Decoder
-from minillama.paths import refuse_url
-from minillama.products import int4_numbers, plain_tensors
+from minillama.formats.open import open_model
+from minillama.layers.int4 import Int4
 from minillama.tokenizer import Tokenizer, sentencepiece, tiktoken
-from minillama.tokenizer.gguf import vocabulary
+from minillama.tokenizer.gguf_export import vocabulary
 
-__all__ = ["Target", "convert", "save_gguf"]
+__all__ = ["Target", "convert"]
 
 Target = Literal["hf", "meta", "gguf"]
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -36,8 +33,7 @@ def convert(
     tokenizer: str | os.PathLike[str] | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[str, int], None] = lambda name, total: None,
-    calibrate: str | os.PathLike[str] | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    calibrate: Callable[[ModelFile, Tokenizer], Mapping[str, Int4]] | None = None,
 ) -> Path:
     """Write a model in another format. What is written is complete or absent.
 
@@ -50,15 +46,14 @@ def convert(
         tokenizer: its file or folder, if it does not lie with the model.
         max_shard_size: of one file of a Hugging Face folder.
         progress: is told each tensor's name and their number.
-        calibrate: of q4_1: a text by which its numbers are chosen, see `calibrated`.
-        say: is told what calibration found.
+        calibrate: of q4_1: what chooses its numbers, see `inference.calibrate.by_text`; rounding alone unless given.
 
     Raises:
         InputError: something is there already, or the format cannot express the shape, the type or the
-            tokenizer; a text to calibrate another type by, or one that is too short.
+            tokenizer; another type is to be calibrated.
     """
     _check(to, dtype, calibrate)
-    for path in (source, destination, tokenizer or "", calibrate or ""):
+    for path in (source, destination, tokenizer or ""):
         refuse_url(path)
     target = Path(destination)
     if target.exists():
@@ -74,7 +69,7 @@ def convert(
     if to == "gguf":
         keys, numbers = _keys(opened, vocab), opened.int4
         if calibrate is not None and vocab is not None:
-            numbers = int4_numbers(calibrated(opened, vocab, str(calibrate), say))
+            numbers = calibrate(opened, vocab)
         kind, name = dtype or cast(gguf.DType, stored), opened.path.name
         return replace_file(
             target, lambda path: gguf.write(path, opened.config, opened.tensors, keys, kind, name, tell, numbers)
@@ -89,27 +84,6 @@ def convert(
             meta.write(folder, opened.config, opened.tensors, floats, progress=tell)
 
     return replace_folder(target, write)
-
-
-def save_gguf(
-    model: Decoder, destination: str | os.PathLike[str], tokenizer: Tokenizer, name: str = "minillama"
-) -> Path:
-    """Write a model that `quantise` made int4 as a GGUF file of type q4_1, with the numbers that it has.
-
-    Args:
-        model: the decoder, fused or not.
-        destination: the file; what is there is replaced.
-        tokenizer: goes into it.
-        name: `general.name`.
-
-    Raises:
-        InputError: the format cannot express the shape or the tokenizer.
-    """
-    keys = vocabulary(tokenizer, model.config.vocab_size)
-    tensors, numbers = plain_tensors(model), int4_numbers(model)
-    return replace_file(
-        Path(destination), lambda path: gguf.write(path, model.config, tensors, keys, "q4_1", name, int4=numbers)
-    )
 
 
 def _check(to: str, dtype: str | None, calibrate: object) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minillama.threads import adapt
+
 # before torch is loaded: workers share the cores, and threads that outnumber them would wait for each other
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _workers > 1 and "OMP_NUM_THREADS" not in os.environ:
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // _workers))
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+adapt()
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 
@@ -49,21 +52,19 @@ def _missing(item: pytest.Item) -> set[str]:
     return {unit for unit in needed if not there.get(unit)}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of hardware that is absent; count them and the slow ones that `-m` leaves out next."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Deselect the tests of hardware that is absent; count them, and the slow ones that `-m` deselects by default."""
     left_out = config.stash.setdefault(LEFT_OUT, Counter())
-    kept = []
-    for item in items:
-        if missing := _missing(item):
-            left_out[f"without {' and '.join(sorted(missing))}"] += 1
-        else:
-            kept.append(item)
-    if len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
     if config.option.markexpr == "not slow":
         left_out["slow"] = sum(item.get_closest_marker("slow") is not None for item in items)
+    yield
+    absent = [(item, missing) for item in items if (missing := _missing(item))]
+    for _, missing in absent:
+        left_out[f"without {' and '.join(sorted(missing))}"] += 1
+    if absent:
+        config.hook.pytest_deselected(items=[item for item, _ in absent])
+        items[:] = [item for item in items if item not in {item for item, _ in absent}]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -93,9 +94,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     slow = left_out.pop("slow", 0)
     if left_out:
         text = ", ".join(f"{count} {name}" for name, count in sorted(left_out.items()))
-        terminalreporter.line(f"tests of hardware that is not here were left out: {text}")
+        terminalreporter.line(f"tests of hardware that is not here were deselected: {text}")
     if slow:
-        terminalreporter.line(f"{slow} slow tests were left out: pytest -m slow runs them")
+        terminalreporter.line(f"{slow} slow tests were deselected: pytest -m slow runs them")
     skipped = _skipped(config)
     if skipped:
         terminalreporter.section("CI=true: a skipped test is a failure", red=True)

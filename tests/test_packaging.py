@@ -76,7 +76,7 @@ def test_what_is_left_out_is_said_and_unknown_markers_are_refused(tmp_path: Path
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     code = (
         "import os, pytest\ndef test_a():\n    count = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 0))\n"
-        "    assert count < 2 or 1 <= int(os.environ['OMP_NUM_THREADS']) <= max(1, os.cpu_count() // count)\n"
+        "    assert count < 2 or os.environ['OMP_NUM_THREADS'] == '1'\n"
         "@pytest.mark.hardware('no_such_unit')\ndef test_b(): assert 0\n"
         "@pytest.mark.slow\ndef test_c(): assert 0\n"
     )
@@ -94,7 +94,7 @@ def test_what_is_left_out_is_said_and_unknown_markers_are_refused(tmp_path: Path
     ]
     result = run(*pytest_here, "--rootdir", tmp_path, tmp_path, cwd=tmp_path, CI="true")
     assert result.returncode == 0 and "1 passed" in result.stdout, result.stdout
-    assert "tests of hardware that is not here were left out: 1 without no_such_unit" in result.stdout
-    assert "1 slow tests were left out: pytest -m slow runs them" in result.stdout
+    assert "tests of hardware that is not here were deselected: 1 without no_such_unit" in result.stdout
+    assert "1 slow tests were deselected: pytest -m slow runs them" in result.stdout
     (tmp_path / "test_x.py").write_text(code.replace("mark.slow", "mark.gpu"), encoding="utf-8")
     assert "'gpu' not found in `markers`" in run(*pytest_here, tmp_path, cwd=tmp_path).stdout

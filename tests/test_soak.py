@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from minillama.generation import generate
+from minillama.inference.generate import generate
+from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
-from minillama.sampling import Sampling
+from minillama.runs.config import load_run_config
 from minillama.tokenizer import Tokenizer
-from minillama.training.config import load_run_config
 from minillama.training.run import train
 
 pytestmark = [

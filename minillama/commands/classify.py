@@ -12,12 +12,12 @@ from typing import Annotated
 
 import tyro
 
-from minillama.commands.loading import DType, load_for_decoding
+from minillama.config.loader import check
 from minillama.data.reading import BadText, Record
 from minillama.data.sources import Source, records
 from minillama.errors import InputError
-from minillama.question import Question
-from minillama.settings import check
+from minillama.evaluate.question import Question
+from minillama.inference.load import DType, load_for_decoding
 
 __all__ = ["Args", "run"]
 
@@ -49,7 +49,7 @@ def run(args: Args) -> int:
     if not args.question.pattern:
         raise InputError("there is no question", where="--pattern", fix="give --pattern and --verbalisers; see --help")
     asked = _records(args)
-    from minillama.cloze import Cloze
+    from minillama.evaluate.cloze import Cloze
 
     model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
     cloze, labels = Cloze(args.question, tokenizer, model.config.max_seq_len), args.question.labels

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from minillama import __version__
-from minillama.command_line import refuse_repeated
+from minillama.config.command_line import refuse_repeated
 from minillama.errors import InputError
 from minillama.threads import adapt
 

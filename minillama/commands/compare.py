@@ -38,8 +38,8 @@ class Args:
 
 def run(args: Args) -> int:
     """Print tables."""
-    from minillama.training.changes import flat
-    from minillama.training.recorded import RecordedRun
+    from minillama.runs.diff import flat
+    from minillama.runs.record import RecordedRun
 
     if len(args.paths) < 2:
         raise InputError("there is nothing to compare with", where="command line", fix="name two runs or more")
@@ -96,6 +96,6 @@ def _show(title: str, names: list[str], rows: list[tuple[str, ...]]) -> None:
 
 
 def _draw(curves: dict[str, list[tuple[int, float]]]) -> None:
-    from minillama.training.plot import chart
+    from minillama.runs.plot import chart
 
     print(chart(curves))

@@ -35,6 +35,7 @@ class Args:
 def run(args: Args) -> int:
     """Convert, with a progress line on standard error."""
     from minillama.convert import convert
+    from minillama.inference.calibrate import by_text
 
     done = 0
 
@@ -54,8 +55,7 @@ def run(args: Args) -> int:
         args.tokenizer,
         args.max_shard_size,
         progress,
-        args.calibrate,
-        partial(print, file=sys.stderr, flush=True),
+        by_text(args.calibrate, partial(print, file=sys.stderr, flush=True)) if args.calibrate else None,
     )
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)

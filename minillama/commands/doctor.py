@@ -35,7 +35,7 @@ def run(args: Args) -> int:
         "processor": _processor(),
         "kernels": _kernels(),
         "compiler": _compiler(),
-        "waiting of threads": _waiting(),
+        "waiting": _waiting(),
         "extras": _extras(),
         "folders": _folders(),
     }
@@ -54,7 +54,7 @@ def _versions() -> dict[str, str]:
     import minillama
 
     found = {"minillama": minillama.__version__, "python": platform.python_version(), "system": platform.platform()}
-    return found | {name: version(name) for name in PACKAGES}
+    return found | {name: _version(name) or "missing" for name in PACKAGES}
 
 
 def _processor() -> dict[str, str]:
@@ -75,13 +75,13 @@ def _processor() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    from minillama.native import attention, building, loss, mlp
+    from minillama.native import attention, build, softmax, swiglu
 
-    missing = None if building.can_build() else "it takes g++ or clang++ on Linux"
+    missing = None if build.can_build() else "it takes g++ or clang++ on Linux"
     found = {"one token per sequence": missing}
-    for name, part in (("attention", attention), ("softmax of the loss", loss), ("SwiGLU", mlp)):
+    for name, part in (("attention", attention), ("softmax of the loss", softmax), ("SwiGLU", swiglu)):
         found[name] = missing or part.unsupported()
-    return {name: "C++" if why is None else f"torch ({why})" for name, why in found.items()}
+    return {name: "C++, compiled at the first use" if why is None else f"torch ({why})" for name, why in found.items()}
 
 
 def _compiler() -> dict[str, str]:
@@ -95,9 +95,9 @@ def _compiler() -> dict[str, str]:
 
 
 def _waiting() -> dict[str, str]:
-    from minillama.threads import VARIABLES, policy
+    from minillama.threads import BLOCKTIME, VARIABLES, policy
 
-    return {"policy": policy()} | {name: os.environ.get(name, "not set") for name in VARIABLES}
+    return {"policy": policy()} | {name: os.environ.get(name, "not set") for name in (*VARIABLES, BLOCKTIME)}
 
 
 def _extras() -> dict[str, str]:
@@ -112,26 +112,28 @@ def _extras() -> dict[str, str]:
     for extra in declared.get_all("Provides-Extra") or ():
         there = {"extra": extra}
         wanted = [need for need in needs if need.marker and not need.marker.evaluate({"extra": ""})]
-        missing = [need.name for need in wanted if need.marker and need.marker.evaluate(there) and not _has(need.name)]
+        asked = [need for need in wanted if need.marker and need.marker.evaluate(there)]
+        missing = [need.name for need in asked if (_version(need.name) or "") not in need.specifier]
         found[extra] = f"missing: {' '.join(missing)}; pip install 'minillama[{extra}]'" if missing else "complete"
     return found
 
 
-def _has(package: str) -> bool:
+def _version(package: str) -> str | None:
     try:
-        version(package)
+        return version(package)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _folders() -> dict[str, Any]:
-    from minillama.paths import cache_folder
+    from minillama.files import cache_folder
 
     cache = cache_folder()
+    failed = [path.name for path in (cache / "native").glob("*.failed")]
     return {
         "cache": f"{cache}, {_size(cache)}",
         "compiled C++": f"{cache / 'native'}, {_size(cache / 'native')}",
+        "failed to compile": " ".join(failed) or "none",
         "free where runs are written": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB in {Path.cwd()}",
         "temporary": tempfile.gettempdir(),
     }

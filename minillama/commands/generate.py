@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from minillama.commands.loading import DType, Quantize, load_for_decoding, load_model, read_texts
+from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.sampling import Sampling
-from minillama.settings import check
+from minillama.inference.load import DType, Quantize, load_for_decoding, load_model, read_texts
+from minillama.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
 
-    from minillama.decoding import Decoding
-    from minillama.speculation import Speculation
+    from minillama.inference.engine import Decoding
+    from minillama.inference.speculative import Speculation
 
 __all__ = ["Args", "run"]
 
@@ -86,7 +86,7 @@ def run(args: Args) -> int:
         )
     if speculates and args.window:
         raise InputError("speculation sees the whole text", where="--window", fix="leave out one of the two")
-    from minillama.generation import generate, stream
+    from minillama.inference.generate import generate, stream
 
     model, tokenizer = load_for_decoding(
         args.model, args.tokenizer, args.dtype, args.device, args.quantize, args.compile and not speculates
@@ -117,15 +117,15 @@ def run(args: Args) -> int:
 
 
 def _batches(args: Args) -> Decoding:
-    from minillama.decoding import decode
+    from minillama.inference.engine import decode
 
     seen = args.window or None
     return partial(decode, batch_size=args.batch_size, cache_dtype=_cache_dtype(args), window=seen, sinks=args.sinks)
 
 
 def _speculation(args: Args) -> Speculation:
-    from minillama.formats.opening import open_model
-    from minillama.speculation import Speculation
+    from minillama.formats.open import open_model
+    from minillama.inference.speculative import Speculation
 
     draft = None
     if args.draft is not None:

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import tyro
 
-from minillama.commands.loading import DType, load_for_decoding, read_texts
-from minillama.sampling import Sampling
-from minillama.settings import check
+from minillama.config.loader import check
+from minillama.inference.load import DType, load_for_decoding, read_texts
+from minillama.inference.sampling import Sampling
 
 __all__ = ["Args", "run"]
 
@@ -42,7 +42,7 @@ def run(args: Args) -> int:
     """Write one filled text, or several as JSONL, one line a text in order."""
     check(args)
     texts = read_texts(args.text, args.texts, "text")
-    from minillama.infilling import infill
+    from minillama.inference.infill import infill
 
     model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
     for i, filled in enumerate(infill(model, tokenizer, texts, args.max_new_tokens, args.sampling)):

@@ -25,8 +25,8 @@ class Args:
 
 def run(args: Args) -> int:
     """Print format, shape, metadata and every tensor as the file has it."""
-    from minillama.formats.opening import contents
-    from minillama.settings import to_dict
+    from minillama.config.loader import to_dict
+    from minillama.formats.open import contents
 
     held = contents(args.path)
     model, numbers = held.model, Counter[str]()

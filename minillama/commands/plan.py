@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from minillama.config import ModelConfig
-from minillama.cost import cache_slots, inference_memory, training_days, training_memory
+from minillama.config.cost import cache_slots, inference_memory, training_days, training_memory
+from minillama.config.loader import check, to_dict
 from minillama.errors import InputError
-from minillama.settings import check, to_dict
 
 if TYPE_CHECKING:
     from rich.table import Table

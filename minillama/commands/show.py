@@ -24,9 +24,9 @@ class Args:
 
 def run(args: Args) -> int:
     """Print it."""
-    from minillama.training.changes import flat
-    from minillama.training.plot import chart
-    from minillama.training.recorded import RecordedRun
+    from minillama.runs.diff import flat
+    from minillama.runs.plot import chart
+    from minillama.runs.record import RecordedRun
 
     found = RecordedRun.open(args.path)
     if args.json:

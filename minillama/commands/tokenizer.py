@@ -14,10 +14,10 @@ import tyro
 from minillama.data.reading import BadText
 from minillama.data.sources import documents, parse_source
 from minillama.errors import InputError
-from minillama.paths import refuse_url
-from minillama.tokenizer.learning import Ties
+from minillama.files import refuse_url
 from minillama.tokenizer.tokenizer import Tokenizer
 from minillama.tokenizer.train import Kind, TokenizerTrainer
+from minillama.tokenizer.trainers import Ties
 
 __all__ = ["Args", "run"]
 
@@ -261,7 +261,7 @@ def _free(output: str) -> None:
 
 
 def _save(tokenizer: Tokenizer, output: str) -> int:
-    from minillama.atomic import replace_folder
+    from minillama.files import replace_folder
 
     replace_folder(Path(output), tokenizer.save)
     names = ", ".join(sorted(file.name for file in Path(output).iterdir()))

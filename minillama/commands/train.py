@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minillama.command_line import take_flag, take_option
 from minillama.config import RopeScaling
+from minillama.config.command_line import take_flag, take_option
 from minillama.data.sources import Source
 from minillama.errors import InputError
-from minillama.training.config import RunConfig, load_run_config
+from minillama.runs.config import RunConfig, load_run_config
 
 __all__ = ["Args", "parse", "run"]
 
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> Args:
 
 
 def _print_help() -> None:
-    """Tyro writes the page; the words themselves are read by `command_line.py`, for its messages' sake."""
+    """Tyro writes the page; the words themselves are read by `config/command_line.py`, for its messages' sake."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 

@@ -24,7 +24,7 @@ from minillama.data.shards import Shard, ShardWriter, token_dtype
 from minillama.data.sources import OnError, Source, identity
 from minillama.data.split import Part, SplitName, SplitSource
 from minillama.errors import InputError
-from minillama.paths import digest
+from minillama.files import digest
 from minillama.tokenizer import Tokenizer
 
 __all__ = ["Progress", "Trainer", "load_corpus", "prepare"]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from minillama.decoding import evaluating
 from minillama.errors import InputError
+from minillama.inference.engine import evaluating
 from minillama.model import Decoder
 
 __all__ = ["Likelihood", "log_likelihoods"]

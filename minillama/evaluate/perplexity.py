@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minillama.blanks import Blanks, Layout
-from minillama.decoding import evaluating
+from minillama.inference.engine import evaluating
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
+from minillama.tokenizer.blanks import Blanks, Layout
 
 __all__ = ["Score", "score"]
 

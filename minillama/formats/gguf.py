@@ -15,9 +15,9 @@ from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
 from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
 from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
-from minillama.formats.layouts import refuse_relatives
+from minillama.formats.hf_names import refuse_relatives
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
-from minillama.formats.rows import rotary_heads, to_half_split, to_interleaved
+from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
 from minillama.layers.int4 import Int4
 from minillama.layers.rope import inverse_frequencies
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.formats.layouts import Entry, layout
+from minillama.formats.hf_names import Entry, layout
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.safetensors_header import read_header
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, optional
-from minillama.formats.rows import rotary_heads, to_half_split
+from minillama.formats.rope_rows import rotary_heads, to_half_split
 
 __all__ = ["is_llama2c", "read"]
 

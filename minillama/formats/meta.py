@@ -18,9 +18,9 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
-from minillama.formats.layouts import refuse_relatives
+from minillama.formats.hf_names import refuse_relatives
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
-from minillama.formats.rows import rotary_heads, to_half_split, to_interleaved
+from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
 
 __all__ = ["read", "write"]
 

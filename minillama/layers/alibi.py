@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minillama.layers.cache import Span
 from minillama.layers.mask import KernelMask
-from minillama.state import Span
 
 __all__ = ["Alibi", "slopes"]
 

@@ -9,11 +9,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
-from minillama.layers.kernel import attend
-from minillama.layers.linear import fused_linear
+from minillama.layers.attend import attend
+from minillama.layers.cache import KVCache, LayerState, Span
+from minillama.layers.fused_linear import fused_linear
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
-from minillama.state import KVCache, LayerState, Span
 
 __all__ = ["Attention"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillama.cost import loss_rows
+from minillama.config.cost import loss_rows
 
 __all__ = ["cross_entropy", "linear_cross_entropy", "softmax_errors"]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillama.state import Span
+from minillama.layers.cache import Span
 
 __all__ = ["KernelMask", "Mask"]
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillama.config import ModelConfig
-from minillama.layers.linear import fused_linear
+from minillama.layers.fused_linear import fused_linear
 
-__all__ = ["SwiGLU", "swiglu"]
+__all__ = ["Gelu", "SwiGLU", "swiglu"]
 
 
 def swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    """down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, D). `native/mlp.py` is faster where it can be compiled."""
+    """down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, D). `native/swiglu.py` is faster where it can be compiled."""
     y: Tensor = down(F.silu(gate(x)) * up(x))
     return y
 
@@ -51,3 +51,25 @@ class SwiGLU(nn.Module):
         """Put gate and up into one product, for decoding. There is no way back."""
         self.gate_up_proj = fused_linear(self.gate_proj, self.up_proj)
         del self.gate_proj, self.up_proj
+
+
+class Gelu(nn.Module):
+    """y = down(gelu(up(x))), gelu(x) = x / 2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+
+    Hendrycks and Gimpel 2016, arXiv 1606.08415, §2; BLOOM and GLM have it.
+    """
+
+    fused = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = config.bias == "all"
+        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+    def fuse(self) -> None:
+        """There is one product to begin with."""

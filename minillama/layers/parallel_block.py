@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from minillama.layers.cache import LayerState, Span
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
-from minillama.state import LayerState, Span
 
 __all__ = ["ParallelBlock"]
 

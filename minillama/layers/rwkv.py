@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
+from minillama.layers.cache import LayerState, Span, WKVState
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 from minillama.layers.norm import make_norm
 from minillama.layers.wkv import Sums, wkv_scan, wkv_step
-from minillama.state import LayerState, Span, WKVState
 
 __all__ = ["ChannelMix", "RecurrentBlock", "TimeMix"]
 

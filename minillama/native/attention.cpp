@@ -6,7 +6,7 @@
 // and two of its rows interleaved are the right operand of O^T = V^T P^T and dQ^T = K^T dS^T.
 //
 // T tokens, E width of a head. Tiles of 16 tokens are counted by t, of 32 tokens by s; products are those of
-// tile_products.h.
+// gemm_bf16.h.
 
 #include <cmath>
 #include <cstdint>
@@ -15,7 +15,7 @@
 #include <memory>
 #include <omp.h>
 
-#include "tile_products.h"
+#include "gemm_bf16.h"
 
 namespace {
 
@@ -67,7 +67,7 @@ void write_turned(Sums from, int column, __m512 factors, const Tensor& x, int b,
             rows[r] = (Row)_mm512_mul_ps(_mm512_load_ps(from(e, column) + r * SIDE), factors);
         transpose(rows);
         for (int r = 0; r < SIDE && t * SIDE + r < n.tokens; r++)
-            _mm256_storeu_si256((__m256i*)(to + (t * SIDE + r) * x.token + e * SIDE), shortened((__m512)rows[r]));
+            _mm256_storeu_si256((__m256i*)(to + (t * SIDE + r) * x.token + e * SIDE), f32_to_bf16((__m512)rows[r]));
     }
 }
 
@@ -77,7 +77,7 @@ void write_rows(Sums from, int t, float factor, const Tensor& x, int b, int h, c
     for (int e = 0; e < n.e; e++)
         for (int r = 0; r < SIDE && t * SIDE + r < n.tokens; r++) {
             __m512 row = _mm512_mul_ps(_mm512_load_ps(from(t, e) + r * SIDE), _mm512_set1_ps(factor));
-            _mm256_storeu_si256((__m256i*)(to + (t * SIDE + r) * x.token + e * SIDE), shortened(row));
+            _mm256_storeu_si256((__m256i*)(to + (t * SIDE + r) * x.token + e * SIDE), f32_to_bf16(row));
         }
 }
 
@@ -103,7 +103,7 @@ struct Forward {
     }
 
     // The softmax of queries `q` (0 or 1 of the two tiles) over the keys of a block, and what it does to the rest.
-    void soften(int q, Range block, int s, __m512& peak, __m512& total) {
+    void softmax(int q, Range block, int s, __m512& peak, __m512& total) {
         int count = 2 * (block.to - block.from), query = (2 * s + q) * SIDE;
         __m512 base2 = _mm512_set1_ps(n.base2), old = peak;
         for (int t = 2 * (s - block.from); t < count; t++)  // the last two tiles of keys
@@ -116,7 +116,7 @@ struct Forward {
             for (int r = 0; r < SIDE; r++)
                 highest[r % 4] = _mm512_max_ps(highest[r % 4], _mm512_load_ps(scores(t, q) + r * SIDE));
         for (__m512 x : highest) peak = _mm512_max_ps(peak, _mm512_mul_ps(x, base2));
-        __m512 kept = power_of_two(_mm512_sub_ps(old, peak));
+        __m512 kept = fast_exp2(_mm512_sub_ps(old, peak));
         total = _mm512_mul_ps(total, kept);
         for (int e = 0; e < n.e; e++)
             for (int r = 0; r < SIDE; r++) {
@@ -126,8 +126,8 @@ struct Forward {
         for (int t = 0; t < count; t++)
             for (int r = 0; r < SIDE; r += 2) {
                 const float* at = scores(t, q) + r * SIDE;
-                __m512 even = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(at), base2, peak));
-                __m512 odd = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(at + SIDE), base2, peak));
+                __m512 even = fast_exp2(_mm512_fmsub_ps(_mm512_load_ps(at), base2, peak));
+                __m512 odd = fast_exp2(_mm512_fmsub_ps(_mm512_load_ps(at + SIDE), base2, peak));
                 total = _mm512_add_ps(total, _mm512_add_ps(even, odd));
                 _mm512_store_si512(weights(q, t / 2) + (t % 2 * SIDE + r) * SIDE, paired(even, odd));
             }
@@ -144,7 +144,7 @@ struct Forward {
                 Range block = {from, std::min(from + BLOCK, s + 1)};
                 Tiles these = {keys(2 * from, 0), n.wide};
                 product(true, scores, {0, 2 * (block.to - from)}, {0, 2}, these, query, {0, n.wide});
-                for (int i = 0; i < 2; i++) soften(i, block, s, peak[i], total[i]);
+                for (int i = 0; i < 2; i++) softmax(i, block, s, peak[i], total[i]);
                 Tiles across = {values(0, from), n.s};
                 product(false, out, {0, n.e}, {0, 2}, across, weights, {0, block.to - from});
             }
@@ -199,15 +199,15 @@ struct Backward {
             log_sums[i] = i < n.tokens ? logs[i] : INFINITY;  // no weight for padding
             __m512 dot = _mm512_setzero_ps();
             for (int e = 0; e < n.e && i < n.tokens; e++) {
-                __m512 left = widened(_mm256_loadu_si256((const __m256i*)(o.first + i * o.stride + e * SIDE)));
-                dot = _mm512_fmadd_ps(left, widened(_mm256_loadu_si256((const __m256i*)(grad.first + i * grad.stride + e * SIDE))), dot);
+                __m512 left = bf16_to_f32(_mm256_loadu_si256((const __m256i*)(o.first + i * o.stride + e * SIDE)));
+                dot = _mm512_fmadd_ps(left, bf16_to_f32(_mm256_loadu_si256((const __m256i*)(grad.first + i * grad.stride + e * SIDE))), dot);
             }
             shares[i] = _mm512_reduce_add_ps(dot);
         }
     }
 
     // P^T and dS^T of 32 keys and 32 queries, which have their place (k, q) in the block.
-    void soften(int keys, int queries, int k, int q) {
+    void softmax(int keys, int queries, int k, int q) {
         __m512 base2 = _mm512_set1_ps(n.base2);
         for (int j = 0; j < 2; j++) {
             int query = queries * DEPTH + j * SIDE;
@@ -217,13 +217,13 @@ struct Backward {
                     __m512 both[2];
                     for (int next = 0; next < 2; next++) {
                         int row = r + next;
-                        __m512 p = power_of_two(_mm512_fmsub_ps(_mm512_load_ps(score(i, j) + row * SIDE), base2, logs));
+                        __m512 p = fast_exp2(_mm512_fmsub_ps(_mm512_load_ps(score(i, j) + row * SIDE), base2, logs));
                         if (keys == queries)
                             p = _mm512_mask_mov_ps(p, hidden(i * SIDE + row, j * SIDE), _mm512_setzero_ps());
                         both[next] = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(error(i, j) + row * SIDE), share));
                         int at = row * DEPTH + j * SIDE;
-                        _mm256_store_si256((__m256i*)(weights(2 * k + i, q) + at), shortened(p));
-                        _mm256_store_si256((__m256i*)(errors(2 * k + i, q) + at), shortened(both[next]));
+                        _mm256_store_si256((__m256i*)(weights(2 * k + i, q) + at), f32_to_bf16(p));
+                        _mm256_store_si256((__m256i*)(errors(2 * k + i, q) + at), f32_to_bf16(both[next]));
                     }
                     _mm512_store_si512(error_pairs(2 * q + j, k) + (i * SIDE + r) * SIDE, paired(both[0], both[1]));
                 }
@@ -238,7 +238,7 @@ struct Backward {
                 product(true, score, {0, 2}, {0, 2}, left, right, {0, n.wide});
                 left.first = value_rows(2 * k, 0), right.first = grads(2 * q, 0);
                 product(true, error, {0, 2}, {0, 2}, left, right, {0, n.wide});
-                soften(k, q, k - keys.from, q - queries.from);
+                softmax(k, q, k - keys.from, q - queries.from);
             }
         int count = keys.to - keys.from, across = queries.to - queries.from;
         Tiles these_grads = {grad_pairs(0, queries.from), n.s}, these_queries = {query_pairs(0, queries.from), n.s};

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from minillama.layers.attend import attend
 from minillama.layers.attention import Attention
-from minillama.layers.kernel import attend
 from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
-from minillama.native.building import CannotBuild, load_library, prepare
+from minillama.native.build import CannotBuild, load_library, prepare
 
 __all__ = ["causal_attention", "native_attend", "unsupported", "use"]
 

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "vectors.h"
+#include "simd.h"
 
 extern "C" {
 
@@ -28,7 +28,7 @@ constexpr int GROUP = 32;  // columns of INT4 that share a grid
 template <Kind kind>
 inline Vector weights_at(const Matrix& m, size_t at) {
     if constexpr (kind == FLOAT32) return load<Vector>((const float*)m.weights + at);
-    if constexpr (kind == BFLOAT16) return widened(load<Halves>((const uint16_t*)m.weights + at));
+    if constexpr (kind == BFLOAT16) return bf16_to_f32(load<Halves>((const uint16_t*)m.weights + at));
     if constexpr (kind == INT8)
         return __builtin_convertvector(whole(load<Bytes>((const int8_t*)m.weights + at)), Vector);
 }
@@ -42,8 +42,8 @@ struct Group {
         Ints pairs = whole(load<Nibbles>((const uint8_t*)m.weights + GROUP / 2 * at));
         low = __builtin_convertvector(pairs & 15, Vector);
         high = __builtin_convertvector(pairs >> 4, Vector);
-        s = widened(m.grid[2 * at]);
-        z = widened(m.grid[2 * at + 1]) - 8 * s;
+        s = bf16_to_f32(m.grid[2 * at]);
+        z = bf16_to_f32(m.grid[2 * at + 1]) - 8 * s;
     }
 };
 
@@ -73,7 +73,7 @@ struct Inputs {
     size_t width;
     int count;
     const float* sums;      // of INT4's groups, (count, columns / 32)
-    const uint32_t* parts;  // for tiles, see amx.h; null without
+    const uint32_t* parts;  // for tiles, see gemm_amx.h; null without
 
     const float* row(int b) const { return x + b * width; }
 };

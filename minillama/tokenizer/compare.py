@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import decoders
 
 from minillama.errors import InputError
-from minillama.tokenizer.bytelevel import piece_bytes
-from minillama.tokenizer.pieces import BYTE, SPACE
+from minillama.tokenizer.pre import piece_bytes
+from minillama.tokenizer.sentencepiece_vocab import BYTE, SPACE
 from minillama.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Figures", "measure", "plot"]

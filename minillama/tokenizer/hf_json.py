@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.parts import Parts, read_json, read_text
+from minillama.tokenizer.spec import Parts, read_json, read_text
 
 __all__ = ["ENCODE_WITH", "END_OF_TEXT", "read"]
 

@@ -6,8 +6,8 @@ import struct
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.tokenizer.parts import Parts, read_bytes
-from minillama.tokenizer.pieces import BYTE, SPACE, Pieces, PieceType
+from minillama.tokenizer.sentencepiece_vocab import BYTE, SPACE, Pieces, PieceType
+from minillama.tokenizer.spec import Parts, read_bytes
 
 __all__ = ["read"]
 

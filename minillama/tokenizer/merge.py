@@ -17,9 +17,9 @@ from typing import Any
 
 from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.parts import read_bytes
-from minillama.tokenizer.pieces import ModelKind, PieceType
 from minillama.tokenizer.pre import STEPS, byte_level_bpe, steps_of
+from minillama.tokenizer.sentencepiece_vocab import ModelKind, PieceType
+from minillama.tokenizer.spec import read_bytes
 from minillama.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Extended", "extend", "new_characters"]

@@ -1,4 +1,9 @@
-"""How byte-level BPE cuts text into words, and llama.cpp's names for it (tokenizer.ggml.pre)."""
+"""How byte-level BPE cuts text into words, llama.cpp's names for it (tokenizer.ggml.pre), and its printable alphabet.
+
+A tokenizer.json is text, so a byte-level vocabulary writes every byte as one printable character:
+bytes 33-126, 161-172 and 174-255 stand for themselves, the other 68 take U+0100, U+0101, ... in order (GPT-2,
+src/encoder.py: bytes_to_unicode).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,13 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.reference.splitting import PATTERNS
 
-__all__ = ["PRE", "STEPS", "byte_level_bpe", "pre_name", "steps_of"]
+__all__ = ["BYTE_TO_CHAR", "CHAR_TO_BYTE", "PRE", "STEPS", "byte_level_bpe", "piece_bytes", "pre_name", "steps_of"]
+
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
+
+BYTE_TO_CHAR = [chr(byte if byte in _PRINTABLE else 256 + _HIDDEN.index(byte)) for byte in range(256)]
+CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
 
 def _pattern(expression: str) -> list[dict[str, Any]]:
@@ -82,3 +93,11 @@ def pre_name(backend: Backend) -> str | None:
     """llama.cpp's name of the pre-tokenizer, None where GGUF cannot express this one."""
     steps = steps_of(backend)
     return next((name for name, known in PRE.items() if known == steps), None)
+
+
+def piece_bytes(piece: str) -> bytes:
+    """The bytes that a vocabulary entry stands for; an added token outside the alphabet is plain UTF-8."""
+    try:
+        return bytes(CHAR_TO_BYTE[char] for char in piece)
+    except KeyError:
+        return piece.encode()

@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.tokenizer.parts import Parts, read_bytes
-from minillama.tokenizer.pieces import ModelKind, Pieces, PieceType
+from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces, PieceType
+from minillama.tokenizer.spec import Parts, read_bytes
 
 __all__ = ["SentencePieceEncoder", "is_sentencepiece", "message", "parse", "pieces_of", "read", "serialize"]
 

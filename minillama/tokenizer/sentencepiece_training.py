@@ -9,7 +9,7 @@ from typing import Literal
 
 from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.pieces import BYTES, ModelKind, Pieces, PieceType
+from minillama.tokenizer.sentencepiece_vocab import BYTES, ModelKind, Pieces, PieceType
 
 __all__ = ["RESERVED", "RULES", "from_merges", "from_scores", "train"]
 

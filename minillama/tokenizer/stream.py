@@ -5,15 +5,12 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 
-from minillama.tokenizer.bytelevel import piece_bytes
+from minillama.tokenizer.pre import piece_bytes
 from minillama.tokenizer.reference.byte_fallback import BYTE
-
-if TYPE_CHECKING:
-    from minillama.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["StreamDecoder"]
 
@@ -26,19 +23,22 @@ class StreamDecoder:
     once a model has written bytes that are no UTF-8, and it has no flush.)
 
     Args:
-        tokenizer: whose ids they are.
-        skip_special: marks give no text.
+        backend: whose ids they are.
+        special_ids: of special tokens.
+        skip_special: these give no text.
         after: the ids that the text goes on from.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()) -> None:
-        self._backend = tokenizer.backend
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
+    def __init__(
+        self, backend: Backend, special_ids: frozenset[int], skip_special: bool = True, after: Sequence[int] = ()
+    ) -> None:
+        self._backend = backend
+        self._skipped = special_ids if skip_special else frozenset()
         is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if is_byte_level else None
         # the last token given out, or before it all: SentencePiece strips the blank of a text's first token. A byte
         # token would be decoded together with those that come, and its run of bytes is complete already.
-        texts = (i for i in reversed(after) if i not in tokenizer.special_ids and not self._is_byte(i))
+        texts = (i for i in reversed(after) if i not in special_ids and not self._is_byte(i))
         self._context = list(islice(texts, 1))
         self._pending: list[int] = []  # a run of byte tokens, which is text or not as a whole
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.tokenizer.bytelevel import BYTE_TO_CHAR, piece_bytes
-from minillama.tokenizer.parts import Parts, read_bytes
-from minillama.tokenizer.pieces import merges_by_score
-from minillama.tokenizer.pre import STEPS, byte_level_bpe, pre_name
+from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe, piece_bytes, pre_name
+from minillama.tokenizer.sentencepiece_vocab import merges_by_score
+from minillama.tokenizer.spec import Parts, read_bytes
 
 __all__ = ["SPECIAL", "is_tiktoken", "read", "write"]
 

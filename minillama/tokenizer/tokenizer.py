@@ -15,12 +15,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from minillama.errors import InputError
-from minillama.tokenizer import files, sentencepiece
+from minillama.tokenizer import open as reader
+from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.chat import ChatTemplate
 from minillama.tokenizer.hf_json import ENCODE_WITH, END_OF_TEXT
-from minillama.tokenizer.parts import Encoder, Parts
-from minillama.tokenizer.pieces import ModelKind, Pieces
 from minillama.tokenizer.pre import pre_name
+from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
+from minillama.tokenizer.spec import Encoder, Parts
 from minillama.tokenizer.stream import StreamDecoder
 
 __all__ = ["END_OF_TEXT", "Tokenizer", "check_unicode"]
@@ -95,7 +96,7 @@ class Tokenizer:
         Raises:
             InputError: no such file, none of these, or it names no end-of-text token.
         """
-        return cls.of(files.read(path))
+        return cls.of(reader.read(path))
 
     @classmethod
     def of(cls, parts: Parts) -> Tokenizer:
@@ -226,7 +227,7 @@ class Tokenizer:
 
     def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder for ids that come one at a time, `after` the ids of a prompt."""
-        return StreamDecoder(self, skip_special, after)
+        return StreamDecoder(self.backend, self.special_ids, skip_special, after)
 
     @cached_property
     def vocab_size(self) -> int:

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from minillama.errors import InputError
-from minillama.tokenizer import recipes, sentencepiece, sentencepiece_training
-from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
+from minillama.tokenizer import backends, sentencepiece, sentencepiece_training
 from minillama.tokenizer.kinds import Kind
-from minillama.tokenizer.learning import Learner, Library, Readable
-from minillama.tokenizer.pre import STEPS, byte_level_bpe
+from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.reference.wordpiece import Score
 from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, check_unicode
+from minillama.tokenizer.trainers import Learner, Library, Readable
 
 __all__ = ["Kind", "TokenizerTrainer", "byte_tokenizer", "char_tokenizer", "train_byte_bpe"]
 
@@ -88,7 +87,7 @@ class TokenizerTrainer:
                 "not a share that SentencePiece takes", where=where, found=self.coverage, expected="0.98 to 1"
             )
         self._check_kind()
-        own = {"", END_OF_TEXT, recipes.UNKNOWN, recipes.WORDPIECE_UNKNOWN, "<s>", "</s>"}
+        own = {"", END_OF_TEXT, backends.UNKNOWN, backends.WORDPIECE_UNKNOWN, "<s>", "</s>"}
         if len(set(self.special)) < len(self.special) or own & set(self.special):
             raise InputError("special tokens need names of their own", where="special", found=", ".join(self.special))
         reserved = {"byte-bpe": 257, "bpe": 259, "unigram": 259, "sentencepiece": 260, "wordpiece": 3, "bytes": 0}
@@ -136,9 +135,9 @@ class TokenizerTrainer:
         return made
 
     def _train(self, texts: Iterable[str]) -> Tokenizer:
-        size, unknown = self.vocab_size, {"unk_token": recipes.UNKNOWN}
+        size, unknown = self.vocab_size, {"unk_token": backends.UNKNOWN}
         readable = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
-        rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else recipes.RESERVED
+        rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else backends.RESERVED
         learn: Learner = Readable(self.ties, self.score, rest) if readable else Library()
         if self.kind == "sentencepiece":
             data = self._sentencepiece(texts, learn)
@@ -148,16 +147,16 @@ class TokenizerTrainer:
         if self.kind == "char":
             return char_tokenizer(texts, size)
         if self.kind == "word":
-            return Tokenizer(recipes.word(learn.words(texts, size - 2 if size else None)), config=unknown)
+            return Tokenizer(backends.word(learn.words(texts, size - 2 if size else None)), config=unknown)
         if self.kind == "wordpiece":
-            backend = recipes.wordpiece(learn.wordpiece(texts, size))
-            return Tokenizer(backend, config={"unk_token": recipes.WORDPIECE_UNKNOWN})
+            backend = backends.wordpiece(learn.wordpiece(texts, size))
+            return Tokenizer(backend, config={"unk_token": backends.WORDPIECE_UNKNOWN})
         if self.kind == "unigram":
-            backend = recipes.unigram(learn.unigram(texts, size - recipes.RESERVED)).backend()
+            backend = backends.unigram(learn.unigram(texts, size - backends.RESERVED)).backend()
             return Tokenizer(backend, config=unknown)
         if self.kind == "bpe":
-            return Tokenizer(recipes.bpe(*learn.bpe(texts, size - recipes.RESERVED)), config=unknown)
-        return Tokenizer(recipes.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
+            return Tokenizer(backends.bpe(*learn.bpe(texts, size - backends.RESERVED)), config=unknown)
+        return Tokenizer(backends.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
 
     def _sentencepiece(self, texts: Iterable[str], learn: Learner) -> bytes:
         size = self.vocab_size - sentencepiece_training.RESERVED
@@ -199,4 +198,4 @@ def char_tokenizer(texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
         counts.update(text)
     ranked = sorted(counts, key=lambda char: (-counts[char], char))
     kept = ranked[: vocab_size - 2] if vocab_size else ranked
-    return Tokenizer(recipes.chars(sorted(kept)), config={"unk_token": recipes.UNKNOWN})
+    return Tokenizer(backends.chars(sorted(kept)), config={"unk_token": backends.UNKNOWN})

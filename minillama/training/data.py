@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from minillama.cloze import Cloze
 from minillama.data.corpus import Corpus
 from minillama.data.prepare import prepare
 from minillama.data.reading import Record
 from minillama.data.records import Records
 from minillama.errors import InputError
-from minillama.paths import cache_folder
+from minillama.evaluate.cloze import Cloze
+from minillama.files import cache_folder
+from minillama.runs.config import RunConfig
+from minillama.runs.report import Report
 from minillama.tokenizer import Tokenizer
-from minillama.training.config import RunConfig
-from minillama.training.report import Report
-from minillama.training.start import choose_tokenizer
+from minillama.training.init_model import choose_tokenizer
 
 __all__ = ["load_data"]
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minillama.errors import InputError
-from minillama.training.config import GuardConfig
+from minillama.runs.config import GuardConfig
 
 __all__ = ["Guard"]
 

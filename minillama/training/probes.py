@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minillama.decoding import evaluating
+from minillama.inference.engine import evaluating
 from minillama.layers.attention import Attention
 from minillama.model import Decoder
 from minillama.training.objectives import Batch, Objective

@@ -13,21 +13,21 @@ import tomli_w
 import torch
 
 from minillama.config import ModelConfig
+from minillama.config.loader import to_dict
 from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
-from minillama.settings import to_dict
+from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
+from minillama.runs.config import RunConfig, load_run_config, to_table
+from minillama.runs.diff import check_resumed, differences
+from minillama.runs.folder import RunFolder, choose_folder
+from minillama.runs.memory import check_disk, warn_of_memory
+from minillama.runs.plot import sparkline, write_png
+from minillama.runs.provenance import provenance
+from minillama.runs.report import Report, make_report
+from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
-from minillama.training.changes import check_resumed, differences
-from minillama.training.checkpoint import Checkpoint, newest_checkpoint, set_aside
-from minillama.training.config import RunConfig, load_run_config, to_table
 from minillama.training.data import load_data
-from minillama.training.memory import check_disk, warn_of_memory
-from minillama.training.plot import sparkline, write_png
-from minillama.training.provenance import provenance
-from minillama.training.report import Report, make_report
-from minillama.training.run_folder import RunFolder, choose_folder
-from minillama.training.signals import Interrupted
-from minillama.training.start import build_model, with_grown_vocabulary
+from minillama.training.init_model import build_model, with_grown_vocabulary
 from minillama.training.trainer import Trainer
 
 __all__ = ["train"]

@@ -12,33 +12,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillama.atomic import replace_folder
 from minillama.data.corpus import Corpus
 from minillama.data.records import Records
 from minillama.device import choose_dtype, peak_flops
 from minillama.errors import InputError
+from minillama.files import replace_folder
 from minillama.formats import hf
-from minillama.generation import generate
+from minillama.inference.generate import generate
+from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
-from minillama.sampling import Sampling
+from minillama.runs import memory
+from minillama.runs.checkpoint import Checkpoint
+from minillama.runs.config import RunConfig, Stage
+from minillama.runs.folder import RunFolder
+from minillama.runs.report import Report
+from minillama.runs.signals import Interrupted, Signals
+from minillama.runs.writer import CheckpointWriter, Snapshot
 from minillama.tokenizer import Tokenizer
-from minillama.training import memory, stages
-from minillama.training.checkpoint import Checkpoint
-from minillama.training.compiling import Compiler, take_native_parts
-from minillama.training.config import RunConfig, Stage
+from minillama.training import trainable
+from minillama.training.compile import Compiler, take_native_parts
 from minillama.training.guard import Guard
 from minillama.training.objectives import Batch, make
-from minillama.training.optim import change_settings, load_optimizer_state, make_optimizers, optimizer_state
+from minillama.training.optim.groups import change_settings, load_optimizer_state, make_optimizers, optimizer_state
+from minillama.training.optim.schedule import learning_rate
 from minillama.training.precision import WorkingCopy
 from minillama.training.probes import Probes
-from minillama.training.report import Report
-from minillama.training.run_folder import RunFolder
-from minillama.training.saving import CheckpointWriter, Snapshot
-from minillama.training.schedule import learning_rate
-from minillama.training.signals import Interrupted, Signals
 
 __all__ = ["Trainer"]
 
+PEAK_EVERY = 50  # steps between two measurements of the peak, at least
 NAMED = 8  # rows of a skipped batch whose places are looked up and said
 
 
@@ -80,14 +82,14 @@ class Trainer:
         self.config, self.model, self.tokenizer, self.data = config, model, tokenizer, data
         self.folder, self.report = folder, report
         self.dtype = choose_dtype(config.train.dtype, model.device)
-        self.peak = peak_flops(model.device, self.dtype)
+        self.peak, self.next_peak = peak_flops(model.device, self.dtype), 0
         self.parameters = list(model.parameters())
         self.objective = make(config, tokenizer, data.separator)
         self.optimizers = make_optimizers(model, config.optim)
         self.progress, self.guard, self.signals = Progress(), Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.doing = "training"
-        stages.check(config)
+        trainable.check(config)
         model.checkpointing = config.train.checkpointing
         self.writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep, self._write_model, report)
         self._unrecorded: dict[str, Any] | None = None
@@ -232,9 +234,9 @@ class Trainer:
             if self.stage is not None:
                 self.guard.recent.clear()  # losses of the stage before say nothing of this one's
             self.stage = self.config.stage(step)
-            stages.enter(self.stage, (self.model, self.working.model), self.optimizers)
+            trainable.enter(self.stage, (self.model, self.working.model), self.optimizers)
             change_settings(self.optimizers, self.config.optim_at(step))
-            self.report.say(stages.describe(self.config, step))
+            self.report.say(trainable.describe(self.config, step))
 
     def _count(self, tokens: int, seconds: float) -> None:
         self.progress.step += 1
@@ -243,8 +245,6 @@ class Trainer:
 
     def _record(self, loss: float, rate: float, norm: float, speed: float) -> dict[str, Any]:
         flops = self.config.model.flops_per_token(self.config.context) * speed
-        if flops > self.peak:  # it was measured beside another program
-            self.peak = max(flops, peak_flops(self.model.device, self.dtype))
         return {
             "step": self.progress.step,
             "loss": _number(loss),
@@ -252,9 +252,16 @@ class Trainer:
             "grad_norm": _number(norm),
             "tokens": self.progress.tokens,
             "tokens_per_second": speed,
-            "mfu": flops / self.peak,
+            "mfu": self._share_of_peak(flops),
             "seconds": self.progress.seconds,
         }
+
+    def _share_of_peak(self, flops: float) -> float | None:
+        """FLOP/s over the peak's; a peak that a step beats was measured beside another program, and is again."""
+        if flops > self.peak and self.progress.step >= self.next_peak:
+            self.peak = max(self.peak, peak_flops(self.model.device, self.dtype))
+            self.next_peak = self.progress.step + PEAK_EVERY
+        return flops / self.peak if flops <= self.peak else None
 
     def validate(self, record: dict[str, Any] | None = None) -> None:
         """Score held-out data and print a sample; the result goes into the step's line of metrics.jsonl.

@@ -20,7 +20,7 @@ def test_it_says_what_is_here(
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["extras"]["gguf"] == "complete"
-    assert found["waiting of threads"]["policy"] == "OMP_WAIT_POLICY=PASSIVE, from the environment"
+    assert found["waiting"]["policy"] == "OMP_WAIT_POLICY=PASSIVE, from the environment"
     assert found["folders"]["cache"].startswith(str(cache))
     (cache / "minillama").mkdir()
     (cache / "minillama" / "x").write_bytes(b"\0" * 2_000_000)
@@ -30,8 +30,8 @@ def test_it_says_what_is_here(
 
 
 def test_it_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minillama.commands.doctor._has", lambda name: name != "gguf")
-    monkeypatch.setattr("minillama.native.building.can_build", lambda: False)
+    monkeypatch.setattr("minillama.commands.doctor._version", lambda name: None if name == "gguf" else "99")
+    monkeypatch.setattr("minillama.native.build.can_build", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

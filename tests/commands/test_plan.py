@@ -13,8 +13,8 @@ import pytest
 
 from minillama.commands import cli
 from minillama.config import ModelConfig
-from minillama.cost import inference_memory, training_memory
-from minillama.settings import config_names
+from minillama.config.cost import inference_memory, training_memory
+from minillama.config.loader import config_names
 
 
 def plan_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def test_options_reach_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_window_takes_what_was_planned(
     name: str, kept: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minillama.cost.SPARE", 1)
+    monkeypatch.setattr("minillama.config.cost.SPARE", 1)
     pytest.importorskip("torch")
-    from minillama.decoding import decode
+    from minillama.inference.engine import decode
+    from minillama.layers.cache import KVCache
     from minillama.model import Decoder
-    from minillama.state import KVCache
 
     size = ["--seq-len", "64", "--batch-size", "2", "--dtype", "float32"]
     planned = plan_json(capsys, name, *size, "--window", "16", "--sinks", "6")["inference_bytes"]

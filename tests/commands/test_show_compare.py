@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillama.commands.cli import main
-from minillama.training.plot import chart
+from minillama.runs.plot import chart
 
 Two = Callable[[], tuple[Path, Path]]
 
@@ -69,7 +69,7 @@ def test_compare_names_the_differences(runs: tuple[Path, Path], capsys: pytest.C
 
 
 def test_show_tells_a_run_that_is_going_on(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    from minillama.training.run_folder import RunFolder
+    from minillama.runs.folder import RunFolder
 
     held = RunFolder(runs[1], resume=True)
     try:

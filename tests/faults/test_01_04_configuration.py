@@ -9,7 +9,7 @@ import pytest
 from minillama.commands import cli
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.training.config import load_run_config
+from minillama.runs.config import load_run_config
 
 
 def refused(path: Path, capsys: pytest.CaptureFixture[str]) -> str:

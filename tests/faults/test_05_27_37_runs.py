@@ -77,7 +77,7 @@ def test_fault_37_output_folder_holds_a_run(
 
 
 def test_fault_38_two_runs_in_one_folder(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from minillama.training.run_folder import RunFolder
+    from minillama.runs.folder import RunFolder
 
     held = RunFolder(tmp_path / "run")
     try:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from minillama import Decoder, InputError, ModelConfig, Tokenizer
 from minillama.commands.cli import main
 from minillama.formats import meta
-from minillama.formats.opening import open_model
+from minillama.formats.open import open_model
 from minillama.formats.safetensors_header import read_header
 from minillama.tokenizer import byte_tokenizer
 

@@ -19,7 +19,7 @@ from minillama.commands.cli import main
 from minillama.convert import convert
 from minillama.formats import meta
 from minillama.formats.gguf_header import read_header as read_gguf
-from minillama.formats.opening import open_model
+from minillama.formats.open import open_model
 from minillama.tokenizer import byte_tokenizer
 from minillama.tokenizer.chat import ChatTemplate
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from minillama.commands.cli import main
 from minillama.config import ModelConfig
 from minillama.model import Decoder
+from minillama.runs.config import RunConfig, load_run_config
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.train import TokenizerTrainer
-from minillama.training.config import RunConfig, load_run_config
 from minillama.training.run import train
 
 MEMBERS = [
@@ -121,7 +121,7 @@ def test_fault_28_cloze_questions(tmp_path: Path) -> None:
     records = [{"text": f"The {a} was {b}.", "label": b} for a in ("soup", "walk", "song") for b in ("good", "bad")] * 5
     source = tmp_path / "records.jsonl"
     source.write_text("".join(json.dumps(record | {"n": i}) + "\n" for i, record in enumerate(records)))
-    from minillama.blanks import BLANK_TOKENS
+    from minillama.tokenizer.blanks import BLANK_TOKENS
 
     tokenizer = TokenizerTrainer("byte-bpe", 280, special=BLANK_TOKENS)([record["text"] for record in records])
     base = replace(
@@ -245,8 +245,8 @@ def test_another_error_does_not_lose_the_checkpoint_that_is_being_written(
     import time
 
     from minillama.errors import InputError
-    from minillama.training.checkpoint import newest_checkpoint
-    from minillama.training.saving import Snapshot
+    from minillama.runs.checkpoint import newest_checkpoint
+    from minillama.runs.writer import Snapshot
 
     config = load_run_config("tiny", [*shape("llama"), *settings(text, tmp_path)], "llama-tiny")
     monkeypatch.setattr(Snapshot, "check", lambda snapshot: time.sleep(1))

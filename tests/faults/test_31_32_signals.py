@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillama.training.checkpoint import Checkpoint, newest_checkpoint, steps
+from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, steps
 
 pytestmark = [
     pytest.mark.slow,

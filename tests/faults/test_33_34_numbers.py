@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from minillama.commands.cli import main
 from minillama.config import ModelConfig
 from minillama.model import Decoder
+from minillama.runs.checkpoint import steps
+from minillama.runs.config import GuardConfig
 from minillama.tokenizer.train import TokenizerTrainer
-from minillama.training.checkpoint import steps
-from minillama.training.config import GuardConfig
 from minillama.training.guard import Guard
 
 PLAIN = ["--train.compile", "false", "--sample.max_new_tokens", "0", "--optim.muon_lr", "0", "--train.dtype", "float32"]

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillama.blanks import BLANK_TOKENS
 from minillama.config import ModelConfig
 from minillama.data.split import hash_fraction
 from minillama.model import Decoder
+from minillama.runs.checkpoint import newest_checkpoint
+from minillama.runs.config import load_run_config
+from minillama.runs.memory import available_memory, largest_micro_batch, needed_memory
+from minillama.tokenizer.blanks import BLANK_TOKENS
 from minillama.tokenizer.train import TokenizerTrainer
-from minillama.training.checkpoint import newest_checkpoint
-from minillama.training.config import load_run_config
-from minillama.training.memory import available_memory, largest_micro_batch, needed_memory
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux")
 
@@ -42,8 +42,7 @@ LIMITED = """
 def limited(script: Path, more: int, *words: str) -> subprocess.CompletedProcess[str]:
     script.write_text(textwrap.dedent(LIMITED))
     command = [sys.executable, str(script), str(more), *words]
-    # one thread, and none in reserve beside other programs: each maps memory of its own
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
 
 

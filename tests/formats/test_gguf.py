@@ -18,7 +18,7 @@ from minillama.errors import InputError
 from minillama.formats import gguf_header
 from minillama.formats.gguf import name_in_file
 from minillama.formats.gguf_header import read_header
-from minillama.formats.opening import open_model
+from minillama.formats.open import open_model
 
 Make = Callable[..., Decoder]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from minillama import Decoder, ModelConfig, Tokenizer, generate
 from minillama.errors import InputError
 from minillama.formats.hf import parse_size, write_token_ids
-from minillama.sampling import Sampling
+from minillama.inference.sampling import Sampling
 
 Make = Callable[..., Decoder]
 

@@ -11,7 +11,7 @@ import torch
 
 from minillama import Decoder, ModelConfig
 from minillama.convert import convert
-from minillama.formats.opening import open_model
+from minillama.formats.open import open_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BOTH = pytest.mark.parametrize("name", ["checkpoint_legacy.bin", "checkpoint_v1.bin"])

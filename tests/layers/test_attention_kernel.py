@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minillama.layers import kernel
-from minillama.layers.kernel import attend, blocked_causal
+from minillama.layers.attend import attend, blocked_causal
 from minillama.layers.mask import KernelMask
 
 
@@ -42,7 +41,7 @@ def test_bfloat16_on_the_cpu_is_as_exact_as_the_fused_kernel() -> None:
 def test_beyond_long_what_is_kept_grows_with_the_length(
     long: int, growth: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "LONG", long)
+    monkeypatch.setattr("minillama.layers.attend.LONG", long)
 
     def kept(length: int) -> int:
         sizes: dict[int, int] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from minillama.layers.cache import Span
 from minillama.layers.mask import KernelMask, Mask
-from minillama.state import Span
 
 CPU = torch.device("cpu")
 

@@ -12,29 +12,29 @@ import pytest
 import torch
 
 from minillama.model import Decoder
-from minillama.native import building, step
+from minillama.native import build, decode
 
 # the same sources on any processor: AVX-512 and AMX, or AVX-512 alone, from emulated/immintrin.h
-EMULATED = f"-I{Path(__file__).parent / 'emulated'}", "-O1", "-Wno-psabi"
+EMULATED = f"-I{Path(__file__).parent / 'emulated'}", "-O1", "-Wno-psabi", "-D__AVX512F__", "-D__AVX512BF16__"
 FLAGS = {"tiles": (*EMULATED, "-D__AMX_BF16__"), "vectors": (*EMULATED, "-U__AMX_BF16__")}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`build`: what the processor runs if it has the module's `UNITS`, and its `EMULATED`."""
-    if "build" in metafunc.fixturenames:
+    """`kernels`: what the processor runs if it has the module's `UNITS`, and its `EMULATED`."""
+    if "kernels" in metafunc.fixturenames:
         own = pytest.param("processor", marks=pytest.mark.hardware(*metafunc.module.UNITS))
-        metafunc.parametrize("build", [own, *metafunc.module.EMULATED], indirect=True)
+        metafunc.parametrize("kernels", [own, *metafunc.module.EMULATED], indirect=True)
 
 
 @pytest.fixture
-def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Has the kernels of a test's module, its `KERNELS`, come from the build of that name."""
     part: ModuleType = request.module.KERNELS
     library = part._library
     if request.param != "processor":
-        load = partial(building.load_library, flags=FLAGS[request.param])
+        load = partial(build.load_library, flags=FLAGS[request.param])
         monkeypatch.setattr(part, "load_library", load)
-        monkeypatch.setattr(building, "load_library", load)
+        monkeypatch.setattr(build, "load_library", load)
         monkeypatch.setattr(part, "unsupported", lambda: None)
         library.cache_clear()
     yield request.param
@@ -46,9 +46,9 @@ def emulated_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the step multiply some inputs at once by emulated AMX."""
 
     def load(source: str, say: Callable[[str], None], flags: Sequence[str]) -> ctypes.CDLL:
-        return building.load_library(source, say, [*flags, *FLAGS["tiles"]])
+        return build.load_library(source, say, [*flags, *FLAGS["tiles"]])
 
-    monkeypatch.setattr(step, "load_library", load)
+    monkeypatch.setattr(decode, "load_library", load)
 
 
 @pytest.fixture

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minillama.config import ModelConfig
-from minillama.layers.kernel import attend
+from minillama.layers.attend import attend
 from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
-from minillama.native import attention, building
+from minillama.native import attention, build
 from minillama.native.attention import causal_attention, native_attend, use
 
 KERNELS, UNITS, EMULATED = attention, ("avx512_bf16",), ("tiles", "vectors")
 pytestmark = [
-    pytest.mark.skipif(not building.can_build(), reason="no C++ compiler, or not Linux"),
-    pytest.mark.usefixtures("build"),
+    pytest.mark.skipif(not build.can_build(), reason="no C++ compiler, or not Linux"),
+    pytest.mark.usefixtures("kernels"),
 ]
 CAUSAL = KernelMask(None, True)
 
@@ -70,7 +70,7 @@ def test_values_and_gradients(rows: int, count: int, shared: int, tokens: int, w
 
 @pytest.mark.hardware("avx512_bf16")
 def test_without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = building.load_library(attention.SOURCE, flags=[f"-mno-amx-{part}" for part in ("bf16", "int8", "tile")])
+    vectors = build.load_library(attention.SOURCE, flags=[f"-mno-amx-{part}" for part in ("bf16", "int8", "tile")])
     tensors = [heads(2, count, 161, 80, seed=i) for i, count in enumerate((6, 2, 2, 6))]
     expected = results(*tensors, torch.bfloat16, native=True)
     monkeypatch.setattr(attention, "_library", lambda: vectors)
@@ -147,7 +147,11 @@ def test_a_model_has_the_same_loss_and_gradients(
     same_training(plain, native)
 
 
-def test_it_is_repeatable() -> None:
+def test_it_is_repeatable_with_any_number_of_threads() -> None:
     inputs = [heads(2, 4, 200, 32, seed=i) for i in range(4)]
-    first, second = (results(*inputs, torch.bfloat16, native=True) for _ in range(2))
-    assert all(map(torch.equal, first, second))
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(results(*inputs, torch.bfloat16, native=True))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other, strict=True))

@@ -9,9 +9,9 @@ import torch
 
 from minillama import Decoder, ModelConfig, Tokenizer, generate
 from minillama.convert import convert
-from minillama.formats.opening import open_model
-from minillama.quantisation import quantised
-from minillama.sampling import Sampling
+from minillama.formats.open import open_model
+from minillama.inference.quantize import quantised
+from minillama.inference.sampling import Sampling
 from minillama.tokenizer import byte_tokenizer, train_byte_bpe
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is the oracle here")

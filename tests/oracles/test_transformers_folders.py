@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from minillama import Decoder, ModelConfig, Tokenizer
-from minillama.convert import save_gguf
 from minillama.evaluate.perplexity import score
-from minillama.quantisation import quantise
+from minillama.inference.quantize import quantise, save_gguf
 from minillama.tokenizer import train_byte_bpe
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")

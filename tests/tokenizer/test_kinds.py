@@ -14,9 +14,9 @@ from sentencepiece import SentencePieceProcessor
 from minillama import Tokenizer
 from minillama.errors import InputError
 from minillama.tokenizer import TokenizerTrainer
+from minillama.tokenizer.backends import splitter
 from minillama.tokenizer.kinds import Kind
 from minillama.tokenizer.pre import STEPS
-from minillama.tokenizer.recipes import splitter
 from minillama.tokenizer.reference import wordpiece
 from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS, count_words
 from minillama.tokenizer.reference.unigram import Unigram
@@ -137,8 +137,8 @@ MADE = {
 @given(text=st.text(st.sampled_from("ab1 \n\t's.é٣½\u3000中$_…\u0301\ufe0f")))
 @settings(deadline=None)
 def test_a_pattern_is_the_same_in_both_libraries(pattern: str, text: str) -> None:
-    from minillama.tokenizer.bytelevel import piece_bytes
-    from minillama.tokenizer.recipes import byte_words
+    from minillama.tokenizer.backends import byte_words
+    from minillama.tokenizer.pre import piece_bytes
 
     mine = regex.findall(PATTERNS[pattern], text)
     assert "".join(mine) == text or pattern not in KEEPING

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from minillama import Tokenizer
 from minillama.errors import InputError
 from minillama.tokenizer import TokenizerTrainer, sentencepiece
-from minillama.tokenizer.pieces import BYTES, PieceType
+from minillama.tokenizer.sentencepiece_vocab import BYTES, PieceType
 
 NORMAL, CONTROL, USER, UNUSED = (PieceType[name] for name in ("NORMAL", "CONTROL", "USER_DEFINED", "UNUSED"))
 UNIGRAM, BPE, WORD, CHAR = 1, 2, 3, 4

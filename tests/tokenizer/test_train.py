@@ -11,7 +11,7 @@ import regex
 
 from minillama.errors import InputError
 from minillama.tokenizer import TokenizerTrainer, byte_tokenizer, char_tokenizer, train_byte_bpe
-from minillama.tokenizer.bytelevel import BYTE_TO_CHAR, piece_bytes
+from minillama.tokenizer.pre import BYTE_TO_CHAR, piece_bytes
 
 GPT2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 

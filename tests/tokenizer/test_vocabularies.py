@@ -15,8 +15,8 @@ from tokenizers import models, normalizers
 from minillama import Tokenizer
 from minillama.errors import InputError
 from minillama.tokenizer import byte_tokenizer, char_tokenizer, tiktoken
-from minillama.tokenizer.gguf import vocabulary
-from minillama.tokenizer.pieces import Pieces, merges_by_score
+from minillama.tokenizer.gguf_export import vocabulary
+from minillama.tokenizer.sentencepiece_vocab import Pieces, merges_by_score
 
 LLAMA2 = ["tokenizer.model", "tokenizer.bin", "tokenizer.json", "ggml-vocab-llama-spm.gguf"]
 FILES = [("llama2", "spm", name) for name in LLAMA2] + [("llama3", "bpe", "tokenizer.model")]

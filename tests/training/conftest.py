@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minillama.training.config import RunConfig, load_run_config
+from minillama.runs.config import RunConfig, load_run_config
 
 SENTENCES = [
     "The heron stands in the shallow water and waits for a fish to pass.",

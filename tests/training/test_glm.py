@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from minillama.blanks import BLANK_TOKENS, Blanks, Layout
 from minillama.config import ModelConfig
 from minillama.data.corpus import Corpus, Split
 from minillama.data.shards import Shard
 from minillama.errors import InputError
 from minillama.evaluate.perplexity import score
+from minillama.layers.cache import Span as Slots
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.state import Span as Slots
+from minillama.runs.config import BlankConfig, load_run_config
+from minillama.tokenizer.blanks import BLANK_TOKENS, Blanks, Layout
 from minillama.tokenizer.train import TokenizerTrainer
-from minillama.training.config import BlankConfig, load_run_config
 from minillama.training.objectives.glm import BlankInfilling, Example
 from minillama.training.spans import documents, long_span, sentence_ends, sentence_spans, short_spans, span_lengths
 

@@ -10,11 +10,11 @@ import torch
 from minillama.config import ModelConfig
 from minillama.layers.cross_entropy import cross_entropy
 from minillama.model import Decoder
-from minillama.training.adafactor import Adafactor
-from minillama.training.config import OptimConfig
-from minillama.training.muon import Muon, orthogonalise
-from minillama.training.optim import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
-from minillama.training.schedule import learning_rate
+from minillama.runs.config import OptimConfig
+from minillama.training.optim.adafactor import Adafactor
+from minillama.training.optim.groups import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
+from minillama.training.optim.muon import Muon, orthogonalise
+from minillama.training.optim.schedule import learning_rate
 
 LLAMA = OptimConfig(lr=3e-4, warmup_steps=2000, schedule="cosine", final_fraction=0.1)
 MODEL = ModelConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=40, max_seq_len=16)
@@ -117,7 +117,7 @@ def test_muons_updates_are_nearly_orthogonal() -> None:
 
 
 def test_muon_of_many_matrices_is_muon_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minillama.training.muon.BATCH", 250)
+    monkeypatch.setattr("minillama.training.optim.muon.BATCH", 250)
     torch.manual_seed(4)
     shapes = [(12, 7), (9, 9), (12, 7), (7, 12), (12, 7), (12, 7)]
     together = [torch.randn(shape) for shape in shapes]

@@ -15,11 +15,11 @@ import transformers
 from safetensors.torch import load_file
 
 from minillama.errors import InputError
-from minillama.generation import generate
+from minillama.inference.generate import generate
+from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
-from minillama.sampling import Sampling
+from minillama.runs.config import RunConfig, load_run_config
 from minillama.tokenizer import Tokenizer
-from minillama.training.config import RunConfig, load_run_config
 from minillama.training.run import train
 
 Make = Callable[..., RunConfig]
@@ -234,7 +234,8 @@ def test_a_step_beyond_the_peak_has_it_measured_again(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter([1.0, 5.0, 1e18])  # beside another program, beside another program, alone
-    monkeypatch.setattr("minillama.training.trainer.peak_flops", lambda *_: next(measured, 1e18))
+    monkeypatch.setattr("minillama.training.trainer.peak_flops", lambda *_: next(measured))
+    monkeypatch.setattr("minillama.training.trainer.PEAK_EVERY", 2)
     run(tiny_config("--train.steps", "4"), tmp_path / "run")
     shares = [line["mfu"] for line in metrics(tmp_path / "run") if "mfu" in line]
-    assert len(shares) == 4 and shares[0] == 1 and all(0 < share <= 1 for share in shares)
+    assert shares[:2] == [None, None] and all(share is not None and 0 < share < 1 for share in shares[2:])

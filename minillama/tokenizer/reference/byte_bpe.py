@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from minillama.tokenizer.bytelevel import BYTE_TO_CHAR, piece_bytes
+from minillama.tokenizer.pre import BYTE_TO_CHAR, piece_bytes
 from minillama.tokenizer.reference import bpe
 from minillama.tokenizer.reference.splitting import count_words, split
 

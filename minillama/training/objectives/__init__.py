@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from minillama.blanks import Blanks
-from minillama.cloze import Cloze
+from minillama.evaluate.cloze import Cloze
+from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer
-from minillama.training.config import RunConfig
+from minillama.tokenizer.blanks import Blanks
 from minillama.training.objectives.base import Batch, Objective
 from minillama.training.objectives.cloze import ClozeQuestions
 from minillama.training.objectives.glm import BlankInfilling

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minillama.cloze import Answers, Cloze
 from minillama.data.records import Records
+from minillama.evaluate.cloze import Answers, Cloze
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, Stateless

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minillama.blanks import Blanks, Layout, collate
 from minillama.data.corpus import Corpus
-from minillama.decoding import evaluating
 from minillama.evaluate.perplexity import Score
+from minillama.inference.engine import evaluating
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.training.config import BlankConfig
+from minillama.runs.config import BlankConfig
+from minillama.tokenizer.blanks import Blanks, Layout, collate
 from minillama.training.objectives.base import Batch, Stateless
 from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
 

@@ -21,7 +21,7 @@ typedef uint16_t __m256bh __attribute__((vector_size(32), may_alias));
 typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 
-enum { _CMP_NLT_UQ = 5 };
+enum { _CMP_NLT_UQ = 0x15 };
 
 namespace emulated {
 
@@ -54,7 +54,7 @@ inline __m512 lanes(F f) {
     return to;
 }
 
-// a b + a' b' + sum of two pairs, as VDPBF16PS and TDPBF16PS add them: the odd one first, denormals flushed.
+// a b + a' b' + sum of two pairs, denormals flushed. Processors differ in the order in which they add and round.
 inline float dot(float sum, const uint16_t* a, const uint16_t* b) {
     sum = flushed(std::fma(flushed(from_bf16(a[1])), flushed(from_bf16(b[1])), flushed(sum)));
     return flushed(std::fma(flushed(from_bf16(a[0])), flushed(from_bf16(b[0])), sum));
@@ -72,7 +72,9 @@ inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 inline __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
 inline __m512 _mm512_max_ps(__m512 a, __m512 b) { return emulated::lanes([&](int i) { return a[i] > b[i] ? a[i] : b[i]; }); }
 inline __m512 _mm512_min_ps(__m512 a, __m512 b) { return emulated::lanes([&](int i) { return a[i] < b[i] ? a[i] : b[i]; }); }
-inline __m512 _mm512_rcp14_ps(__m512 x) { return 1 / x; }
+inline __m512 _mm512_rcp14_ps(__m512 x) {  // 14 bits of it are right
+    return emulated::lanes([&](int i) { return emulated::bits<float>(emulated::bits<uint32_t>(1 / x[i]) & 0xfffffe00); });
+}
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return emulated::lanes([&](int i) { return std::fma(a[i], b[i], c[i]); });
 }
@@ -118,7 +120,8 @@ inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
     return emulated::lanes([&](int i) { return emulated::dot(sum[i], left + 2 * i, right + 2 * i); });
 }
 
-inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int) {  // not less than, or one is NaN
+inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {  // not less than, or one is NaN
+    if (predicate != _CMP_NLT_UQ) __builtin_trap();
     unsigned mask = 0;
     for (int i = 0; i < 16; i++) mask |= unsigned(!(a[i] < b[i])) << i;
     return __mmask16(mask);
@@ -139,12 +142,15 @@ inline To emulated_load(const void* from) {
     std::memcpy(&to, from, sizeof to);
     return to;
 }
-inline __m512 _mm512_load_ps(const void* from) { return emulated_load<__m512>(from); }
-inline __m512i _mm512_load_si512(const void* from) { return emulated_load<__m512i>(from); }
+inline void emulated_aligned(const void* at, uintptr_t bytes) {  // the processor faults otherwise
+    if ((uintptr_t)at % bytes) __builtin_trap();
+}
+inline __m512 _mm512_load_ps(const void* from) { return emulated_aligned(from, 64), emulated_load<__m512>(from); }
+inline __m512i _mm512_load_si512(const void* from) { return emulated_aligned(from, 64), emulated_load<__m512i>(from); }
 inline __m256i _mm256_loadu_si256(const __m256i* from) { return emulated_load<__m256i>(from); }
-inline void _mm512_store_ps(void* to, __m512 x) { std::memcpy(to, &x, sizeof x); }
-inline void _mm512_store_si512(void* to, __m512i x) { std::memcpy(to, &x, sizeof x); }
-inline void _mm256_store_si256(__m256i* to, __m256i x) { std::memcpy(to, &x, sizeof x); }
+inline void _mm512_store_ps(void* to, __m512 x) { emulated_aligned(to, 64), std::memcpy(to, &x, sizeof x); }
+inline void _mm512_store_si512(void* to, __m512i x) { emulated_aligned(to, 64), std::memcpy(to, &x, sizeof x); }
+inline void _mm256_store_si256(__m256i* to, __m256i x) { emulated_aligned(to, 32), std::memcpy(to, &x, sizeof x); }
 inline void _mm256_storeu_si256(__m256i* to, __m256i x) { std::memcpy(to, &x, sizeof x); }
 inline void _mm512_mask_store_ps(void* to, __mmask16 mask, __m512 x) {
     for (int i = 0; i < 16; i++)
@@ -168,11 +174,17 @@ inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* from) {
     return (__m512i)to;
 }
 
-// AMX: eight tiles a thread, each of 16 rows of 64 bytes once a palette was loaded.
+// AMX: eight tiles per thread, each of 16 rows of 64 bytes, once palette 1 was loaded with that.
 namespace emulated {
 
 inline thread_local char configuration[64];
 inline thread_local char tiles[8][16][64];
+
+inline char (*tile(int number))[64] {
+    bool whole = configuration[0] == 1 && configuration[16 + 2 * number] == 64 && configuration[48 + number] == 16;
+    if (!whole) __builtin_trap();
+    return tiles[number];
+}
 
 }  // namespace emulated
 
@@ -181,23 +193,23 @@ inline void _tile_loadconfig(const void* from) {
     std::memcpy(emulated::configuration, from, 64);
     std::memset(emulated::tiles, 0, sizeof emulated::tiles);
 }
-inline void _tile_zero(int tile) { std::memset(emulated::tiles[tile], 0, sizeof emulated::tiles[tile]); }
+inline void _tile_zero(int tile) { std::memset(emulated::tile(tile), 0, 1024); }
 inline void _tile_loadd(int tile, const void* from, size_t stride) {
-    for (int row = 0; row < 16; row++) std::memcpy(emulated::tiles[tile][row], (const char*)from + row * stride, 64);
+    for (int row = 0; row < 16; row++) std::memcpy(emulated::tile(tile)[row], (const char*)from + row * stride, 64);
 }
 inline void _tile_stored(int tile, void* to, size_t stride) {
-    for (int row = 0; row < 16; row++) std::memcpy((char*)to + row * stride, emulated::tiles[tile][row], 64);
+    for (int row = 0; row < 16; row++) std::memcpy((char*)to + row * stride, emulated::tile(tile)[row], 64);
 }
 inline void _tile_dpbf16ps(int sums, int left, int right) {  // sums(m, n) += left(m, 2k, 2k + 1) . right(k, 2n, 2n + 1)
     for (int m = 0; m < 16; m++) {
         float row[16];
         uint16_t a[32], b[32];
-        std::memcpy(row, emulated::tiles[sums][m], 64), std::memcpy(a, emulated::tiles[left][m], 64);
+        std::memcpy(row, emulated::tile(sums)[m], 64), std::memcpy(a, emulated::tile(left)[m], 64);
         for (int k = 0; k < 16; k++) {
-            std::memcpy(b, emulated::tiles[right][k], 64);
+            std::memcpy(b, emulated::tile(right)[k], 64);
             for (int n = 0; n < 16; n++) row[n] = emulated::dot(row[n], a + 2 * k, b + 2 * n);
         }
-        std::memcpy(emulated::tiles[sums][m], row, 64);
+        std::memcpy(emulated::tile(sums)[m], row, 64);
     }
 }
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minillama.errors import InputError
-from minillama.tokenizer.bytelevel import BYTE_TO_CHAR
+from minillama.tokenizer.pre import BYTE_TO_CHAR
 from minillama.tokenizer.reference import bpe
 from minillama.tokenizer.reference.byte_bpe import ByteBPE
 from minillama.tokenizer.reference.pairs import join

@@ -1,0 +1,198 @@
+"""Memory and time of a model by arithmetic, in bytes and days. No torch, and nothing is allocated.
+
+Notation: B batch, T sequence length, D width, H query heads, K key/value heads, E head width, F feed-forward
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minillama.config.model import ModelConfig
+
+__all__ = [
+    "InferenceMemory",
+    "TrainingMemory",
+    "cache_slots",
+    "inference_memory",
+    "loss_rows",
+    "training_days",
+    "training_memory",
+]
+
+SPARE = 256  # least slots beside a window's: a prompt is read in pieces of as many
+
+
+def loss_rows(vocab_size: int, number_bytes: int) -> int:
+    """Tokens whose logits exist at once in the loss, as many as 128 MiB hold.
+
+    Every chunk reads the head and writes its gradient, (V, D): with fewer than some hundred tokens that takes longer
+    than the products.
+
+    Args:
+        vocab_size: V.
+        number_bytes: of a logit.
+    """
+    return max(512, 2**27 // (vocab_size * number_bytes))
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of a training step, by part."""
+
+    weights: int
+    """Parameters."""
+    gradients: int
+    """Their gradients."""
+    optimizer: int
+    """Its two moments."""
+    casts: int
+    """Low-precision copies of the matrices, which autograd keeps; 0 in float32."""
+    activations: int
+    """What autograd keeps between the forward and the backward pass, the logits aside."""
+    logits: int
+    """A chunk of logits, and the gradients of the head that are made beside it."""
+
+    @property
+    def total(self) -> int:
+        """The sum: an upper bound, since the logits are gone before the last gradients appear."""
+        return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes while decoding, by part."""
+
+    weights: int
+    """Parameters."""
+    state: int
+    """Keys and values of every token."""
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.state
+
+
+def training_memory(
+    config: ModelConfig,
+    batch: int,
+    seq_len: int,
+    *,
+    weight_bytes: int = 4,
+    grad_bytes: int = 4,
+    optimizer_bytes: int = 8,
+    activation_bytes: int = 4,
+    checkpointing: bool = False,
+) -> TrainingMemory:
+    """Memory of one training step on one device.
+
+    Activations are the tensors that autograd keeps for `model.Decoder`, with a fused attention kernel (no
+    T x T matrix). Values a token and block, in `activation_bytes` unless another type is named:
+
+    - each of two norms, in the weights' type: its input D and the normalised input D; in float32 the
+      reciprocal root 1
+    - the input of q, k and v: D, or 3D where each of these products casts its own. The same for gate and
+      up: D or 2D
+    - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
+    - gate F, up F, silu(gate) F, their product F
+
+    Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
+    input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
+    inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalised
+    input, compiled blocks recompute more, and SwiGLU in C++ (`native/swiglu.py`) keeps none of its four. Rotary
+    tables, attention masks, the allocator's waste, what kernels in C++ work in, and the attention weights that
+    bfloat16 keeps on a CPU where attention is not C++ (`layers/attend.py`, HT to 2HT bytes a token and block, below
+    a context of 1024) are left out.
+
+    Args:
+        config: the shape.
+        batch: B, sequences in memory at once (the micro-batch).
+        seq_len: T.
+        weight_bytes: a parameter.
+        grad_bytes: a gradient.
+        optimizer_bytes: state a parameter; AdamW has two float32 moments, 8.
+        activation_bytes: a value of a product: 4 in float32, 2 in bfloat16.
+        checkpointing: each block is recomputed in the backward pass.
+    """
+    count, tokens = config.num_params(), batch * seq_len
+    cast = activation_bytes < weight_bytes
+    norms = (2 * config.n_layers + 1) * config.dim
+    block = _block_bytes(config, weight_bytes, activation_bytes)
+    inputs = weight_bytes * config.dim  # the residual stream, which no product casts
+    kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
+    ends = 8 + 2 * weight_bytes * config.dim + 4
+    return TrainingMemory(
+        weights=count * weight_bytes,
+        gradients=count * grad_bytes,
+        optimizer=count * optimizer_bytes,
+        casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
+        activations=tokens * (kept + ends),
+        logits=activation_bytes * config.vocab_size * min(tokens, loss_rows(config.vocab_size, activation_bytes))
+        + tokens * activation_bytes * config.dim
+        + 4 * config.vocab_size * config.dim,
+    )
+
+
+def _block_bytes(config: ModelConfig, residual: int, width: int) -> int:
+    """Bytes a token that autograd keeps of one block; the list is in `training_memory`."""
+    d, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    norms = 2 * (2 * d * residual + 4)
+    inputs = 5 * d if width < residual else 2 * d
+    return norms + 4 * config.n_heads + width * (inputs + 2 * q + 2 * kv + 4 * config.hidden_dim)
+
+
+def inference_memory(
+    config: ModelConfig, batch: int, seq_len: int, weight_bytes: float = 2, kv_bytes: float = 2
+) -> InferenceMemory:
+    """Memory of decoding, without the activations of the step, which are small beside it.
+
+    Args:
+        config: the shape.
+        batch: sequences at once.
+        seq_len: tokens of each, prompt included.
+        weight_bytes: a parameter, on average: 4 float32, 2 bfloat16, 1 int8, 0.5 int4 (scales not counted).
+        kv_bytes: a value of the decode state.
+    """
+    return InferenceMemory(
+        weights=int(config.num_params() * weight_bytes),
+        state=batch * config.state_bytes(seq_len, kv_bytes),
+    )
+
+
+def cache_slots(config: ModelConfig, seq_len: int, window: int = 0, sinks: int = 0) -> int:
+    """Tokens of a sequence whose keys and values are kept at once.
+
+    With a window those of the sinks and twice the window, at least 256 more than it: when no slot is left, what no
+    window sees any more is dropped. Only with LLaMA's positions: ALiBi counts slots, and GLM sees its prefix whole.
+
+    Args:
+        config: the shape.
+        seq_len: tokens, prompt included.
+        window: a token sees so many at most, its own included; 0: all.
+        sinks: and so many of the first.
+    """
+    if not window or config.position != "rope":
+        return seq_len
+    return min(seq_len, sinks + window + max(window, SPARE))
+
+
+def training_days(
+    config: ModelConfig,
+    tokens: float,
+    seq_len: int,
+    flops_per_second: float,
+    devices: int = 1,
+    utilisation: float = 1.0,
+) -> float:
+    """Days = tokens * FLOPs a token / (devices * FLOP/s * utilisation) / 86400.
+
+    Args:
+        config: the shape.
+        tokens: how many are read.
+        seq_len: T of a training sequence.
+        flops_per_second: of one device.
+        devices: how many.
+        utilisation: share of `flops_per_second` that training achieves; 1 where that is what it achieves.
+    """
+    return tokens * config.flops_per_token(seq_len) / (devices * flops_per_second * utilisation) / 86400

@@ -1,0 +1,305 @@
+"""The one strict loader: TOML tables into frozen dataclasses.
+
+A field's annotation is its type, its `metadata` its range (`min`, `max` inclusive, `above`, `below`
+exclusive). An unknown key, a wrong type or a value out of range is an InputError that names the file, the
+line and the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, Union
+
+from minillama.errors import InputError
+from minillama.files import refuse_url
+
+__all__ = [
+    "Located",
+    "Origin",
+    "build",
+    "check",
+    "config_folder",
+    "config_names",
+    "config_path",
+    "located",
+    "nearest",
+    "read_toml",
+    "to_dict",
+]
+
+T = TypeVar("T")
+
+
+class Located(Protocol):
+    """Says where a key stands: in a file (`Origin`) or on the command line."""
+
+    def at(self, key: str) -> str:
+        """The place of a dotted key, for a message."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A TOML text and its path, to say where a key stands."""
+
+    path: Path
+    text: str
+
+    def at(self, key: str) -> str:
+        """`path:line, key` for a dotted key; array elements are counted from 0, as `data.sources.1.weight`.
+
+        A key that the text does not hold is placed at its table, and failing that at the file.
+        """
+        parts = key.split(".")
+        for depth in range(len(parts), 0, -1):
+            line = self._lines().get(".".join(parts[:depth]))
+            if line is not None:
+                return f"{self.path}:{line}, {key}"
+        return f"{self.path}, {key}"
+
+    def _lines(self) -> dict[str, int]:
+        """Dotted key -> line, for tables and `key = value` lines."""
+        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        table = ""
+        for number, line in enumerate(self.text.split("\n"), 1):
+            header = re.match(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]", line)
+            pair = re.match(r"\s*([\w.\-\"']+)\s*=", line)
+            if header:
+                table, name = "", re.sub(r"[\"'\s]", "", header[2])
+                if header[1] == "[[":
+                    counts[name] = counts.get(name, -1) + 1
+                for depth, part in enumerate(name.split("."), 1):
+                    table = f"{table}.{part}".lstrip(".")
+                    parent = ".".join(name.split(".")[:depth])
+                    table += f".{counts[parent]}" if parent in counts else ""
+                found.setdefault(table, number)
+            elif pair:
+                name = re.sub(r"[\"']", "", pair[1])
+                found.setdefault(f"{table}.{name}".lstrip("."), number)
+        return found
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
+    """Parse a TOML file.
+
+    Raises:
+        InputError: no such file, not UTF-8, or a syntax error, with line and column.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark before the first line
+    except FileNotFoundError as error:
+        raise InputError("no such file", where=path) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("the file cannot be read", where=path, found=error) from error
+    try:
+        return tomllib.loads(text), Origin(path, text)
+    except tomllib.TOMLDecodeError as error:
+        message = str(error)
+        place = re.search(r" \(at line (\d+), column (\d+)\)", message)
+        lines = text.split("\n")
+        line, column = (place[1], place[2]) if place else (len(lines), len(lines[-1]) + 1)
+        found = lines[int(line) - 1].strip() or None
+        what = f"not valid TOML: {message.split(' (at')[0]}"
+        raise InputError(what, where=f"{path}:{line}:{column}", found=found, fix="see https://toml.io") from error
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that a misspelt word most likely meant, or None."""
+    plain = {re.sub(r"[\W_]", "", choice.lower()): choice for choice in choices}
+    close = difflib.get_close_matches(re.sub(r"[\W_]", "", word.lower()), plain, n=1)
+    return plain[close[0]] if close else None
+
+
+def build(
+    cls: type[T],
+    values: Mapping[str, Any],
+    origin: Located | None = None,
+    base: T | None = None,
+    prefix: str = "",
+) -> T:
+    """Make a dataclass from a table.
+
+    Args:
+        cls: the dataclass.
+        values: the table.
+        origin: where it stands, for messages.
+        base: an instance whose values hold where the table has none; the class's defaults unless given.
+        prefix: the table's dotted name.
+
+    Raises:
+        InputError: an unknown key, a missing or wrongly typed value, a value out of range.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            raise _unknown(key, names, origin, prefix)
+    made: dict[str, Any] = {}
+    for f in fields(cls):  # type: ignore[arg-type]
+        key = f"{prefix}.{f.name}".lstrip(".")
+        if f.name in values:
+            inherited = getattr(base, f.name) if base is not None else None
+            made[f.name] = _convert(hints[f.name], values[f.name], origin, key, inherited)
+        elif base is not None:
+            made[f.name] = getattr(base, f.name)
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise InputError(f"{f.name} is missing", where=_place(origin, key))
+    try:
+        instance = cls(**made)
+    except InputError as error:
+        raise located(error, origin, prefix) from None
+    check(instance, origin, prefix)
+    return instance
+
+
+def located(error: InputError, origin: Located | None, prefix: str) -> InputError:
+    """The error of a dataclass that knows its field, with file and line added."""
+    field = str(error.where or "")
+    if not re.fullmatch(r"[\w.]*", field):  # it has a place already
+        return error
+    where = _place(origin, f"{prefix}.{field}".strip("."))
+    return InputError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix)
+
+
+def _place(origin: Located | None, key: str) -> str:
+    return origin.at(key) if origin is not None else key
+
+
+def _unknown(key: str, names: list[str], origin: Located | None, prefix: str) -> InputError:
+    close = nearest(key, names)
+    return InputError(
+        f"unknown key {key!r}",
+        where=_place(origin, f"{prefix}.{key}".lstrip(".")),
+        expected=None if close else f"one of {', '.join(names)}",
+        fix=f"did you mean {close!r}?" if close else None,
+    )
+
+
+def _convert(kind: Any, value: Any, origin: Located | None, key: str, base: Any) -> Any:
+    """`value` as `kind`, or an InputError. Nothing is converted but int to float and list to tuple."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return _convert(next(a for a in arguments if a is not type(None)), value, origin, key, base)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return build(typing.cast(type, kind), value, origin, base, key)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, origin, f"{key}.{i}", None) for i, item in enumerate(value))
+    if typing.get_origin(kind) is Literal:
+        if isinstance(value, bool) and str(value).lower() in arguments:
+            return str(value).lower()  # compile = true, where a third value is a word
+        if value in arguments and not isinstance(value, bool):
+            return value
+        raise _wrong(value, " or ".join(map(repr, arguments)), origin, key, arguments)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise _wrong(value, _type_name(kind), origin, key)
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_type_name(typing.get_args(kind)[0])}"
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(kind, "a table")
+
+
+def _wrong(value: Any, expected: str, origin: Located | None, key: str, choices: Iterable[Any] = ()) -> InputError:
+    close = nearest(value, map(str, choices)) if isinstance(value, str) else None
+    return InputError(
+        f"{key} has a value of the wrong kind",
+        where=_place(origin, key),
+        found=repr(value),
+        expected=expected,
+        fix=f"did you mean {close!r}?" if close else None,
+    )
+
+
+def check(instance: Any, origin: Located | None = None, prefix: str = "") -> None:
+    """Hold every number of a dataclass, and of those in it, against its field's range.
+
+    Raises:
+        InputError: field, value and range.
+    """
+    for f in fields(instance):
+        key = f"{prefix}.{f.name}".lstrip(".")
+        value = getattr(instance, f.name)
+        items = {f"{key}.{i}": item for i, item in enumerate(value)} if isinstance(value, tuple) else {key: value}
+        for place, item in items.items():
+            if is_dataclass(item):
+                check(item, origin, place)
+            elif isinstance(item, int | float) and not isinstance(item, bool):
+                _check_number(item, f.metadata, _place(origin, place), place)
+
+
+def _check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:
+    inside = (
+        value >= limits.get("min", -math.inf)
+        and value <= limits.get("max", math.inf)
+        and value > limits.get("above", -math.inf)
+        and value < limits.get("below", math.inf)
+    )
+    finite = value == value and abs(value) != math.inf  # isfinite takes no whole number over 1e308
+    if not (inside and finite):
+        words = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
+        bounds = [f"{word} {limits[name]}" for name, word in words.items() if name in limits]
+        expected = ", ".join(["a finite number"] * (not finite) + [" and ".join(bounds)] * bool(bounds))
+        raise InputError(f"{key} is out of range", where=where, found=value, expected=expected)
+
+
+def config_folder(kind: str) -> Path:
+    """configs/KIND of the clone, or of the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "configs" / kind
+    return inside if inside.is_dir() else package.parent / "configs" / kind
+
+
+def config_names(kind: str) -> list[str]:
+    """Names of the files in configs/KIND, without .toml."""
+    return sorted(path.stem for path in config_folder(kind).glob("*.toml"))
+
+
+def config_path(kind: str, name: str) -> Path:
+    """The file that a name or a path means.
+
+    Args:
+        kind: `model` or `train`.
+        name: a path that ends in .toml, or the name of a file in configs/KIND.
+
+    Raises:
+        InputError: neither, with the nearest name.
+    """
+    refuse_url(name)
+    path = Path(name)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    names = config_names(kind)
+    if name in names:
+        return config_folder(kind) / f"{name}.toml"
+    close = nearest(name, names)
+    raise InputError(
+        f"no {kind} configuration of that name, and no such file",
+        found=name,
+        expected=f"a path ending in .toml, or one of {', '.join(names)}",
+        fix=f"did you mean {close!r}?" if close else None,
+    )
+
+
+def to_dict(instance: Any) -> dict[str, Any]:
+    """Nested plain values, without None: what `tomli_w.dumps` takes."""
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return to_dict(value)
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    pairs = ((f.name, getattr(instance, f.name)) for f in fields(instance))
+    return {name: plain(value) for name, value in pairs if value is not None}

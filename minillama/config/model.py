@@ -1,0 +1,164 @@
+"""The configuration of a model: read, changed and written, and what follows from its shape by arithmetic. No torch.
+
+Notation: V vocabulary, D width, L layers, H query heads, K key/value heads, E head width, F feed-forward
+width, T sequence length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from minillama.config import hf, parameters
+from minillama.config.loader import Located, build, config_folder, config_path, located, read_toml, to_dict
+from minillama.config.shape import RopeScaling, Shape, ffn_width
+from minillama.errors import InputError
+
+__all__ = ["ModelConfig", "RopeScaling"]
+
+
+@dataclass(frozen=True)
+class ModelConfig(Shape):
+    """The shape of a decoder. The defaults are LLaMA 7B's (arXiv 2302.13971, Table 2); `Shape` has the fields."""
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> ModelConfig:
+        """Read a shape.
+
+        Args:
+            source: the name of a file in configs/model, a TOML file (the shape alone or in its [model]
+                table), or a Hugging Face folder or config.json of either generation.
+
+        Raises:
+            InputError: nothing of that name, or not a shape that this decoder has.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = path / "config.json"
+        if path.suffix == ".json":
+            return _load_json(path)
+        path = config_path("model", str(source))
+        values, origin = read_toml(path)
+        if isinstance(values.get("model"), Mapping):
+            return cls.from_table(values["model"], origin, "model")
+        config = cls.from_table(values, origin)
+        return replace(config, preset=path.stem) if path.resolve().parent == config_folder("model") else config
+
+    @classmethod
+    def from_table(cls, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
+        """A shape from a TOML table, whose `preset` key names the shape that the other keys change."""
+        if not values.get("preset"):
+            return build(cls, values, origin, prefix=prefix)
+        changed = {key: value for key, value in values.items() if key != "preset"}
+        try:
+            if not isinstance(values["preset"], str):
+                raise InputError("preset is not a name", found=repr(values["preset"]), expected="a string")
+            base = cls.load(values["preset"])
+        except RecursionError:
+            where = origin.at(f"{prefix}.preset".lstrip(".")) if origin is not None else None
+            raise InputError("the presets name each other in a circle", where=where) from None
+        except InputError as error:
+            if error.where is not None:  # a fault in the preset's own file
+                raise
+            raise located(error, origin, f"{prefix}.preset") from None
+        return base.changed(changed, origin, prefix)
+
+    def changed(self, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
+        """This shape with other values; widths that follow from others are derived anew."""
+        base = self
+        if {"dim", "n_heads"} & set(values):
+            if self.head_dim * self.n_heads == self.dim:
+                base = _unchecked(base, head_dim=0)
+            if self.n_kv_heads == self.n_heads:
+                base = _unchecked(base, n_kv_heads=0)
+            if self.hidden_dim == ffn_width(self.dim):
+                base = _unchecked(base, hidden_dim=0)
+        return build(ModelConfig, values, origin, base, prefix)
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """A shape from the keys of a Hugging Face config.json. `to_hf` is the way back."""
+        try:
+            return build(cls, hf.from_hf(values, where))
+        except InputError as error:
+            key = str(error.where)
+            if key.startswith(where):  # it has its place already
+                raise
+            place = f"{where}, {hf.KEYS.get(key, key)}"
+            raise InputError(error.what, where=place, found=error.found, expected=error.expected) from None
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The keys of config.json, for transformers 4 and 5 alike."""
+        return hf.to_hf(to_dict(self), self.switches(), dtype)
+
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name within a block -> shape, (out, in) for products; see `config/parameters.py`."""
+        return parameters.block(self)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> shape of every parameter, in the order of the model."""
+        first, last = parameters.ends(self)
+        layer = self.layer_tensors()
+        blocks = {f"model.layers.{i}.{name}": shape for i in range(self.n_layers) for name, shape in layer.items()}
+        return first | blocks | last
+
+    def num_params(self, embedding: bool = True) -> int:
+        """Parameters; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
+
+        Args:
+            embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
+                once, as the head.
+        """
+        first, last = (sum(map(math.prod, table.values())) for table in parameters.ends(self))
+        layer = sum(map(math.prod, self.layer_tensors().values()))
+        counted = embedding or self.tie_embeddings
+        return first + self.n_layers * layer + last - (0 if counted else self.vocab_size * self.dim)
+
+    def flops_per_token(self, seq_len: int, training: bool = True) -> float:
+        """Multiplications and additions a token, averaged over a causal sequence of T tokens.
+
+        Forward: 2 for each weight of a product (the head is one, the embedding is a lookup), and
+        2 * 2 * H * E * (T + 1) / 2 a layer for scores and their sums, since a query sees half of the
+        sequence on average. Training is three times that. PaLM's 6N + 12 LHET (arXiv 2204.02311, App. B)
+        counts the whole square and all parameters, and so comes out higher.
+        """
+        matrices = (math.prod(shape) for shape in self.layer_tensors().values() if len(shape) > 1)
+        products = self.n_layers * sum(matrices) + self.vocab_size * self.dim
+        scores = 2 * self.n_heads * self.head_dim * (seq_len + 1) if self.mixer == "attention" else 0
+        return (2 * products + self.n_layers * scores) * (3 if training else 1)
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
+        """Bytes that one token takes in the decode state: 2 LKE values, none in a recurrence."""
+        if self.mixer == "wkv":
+            return 0
+        return round(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
+
+    def state_bytes(self, seq_len: int, bytes_per_value: float = 2) -> int:
+        """Bytes of a sequence's decode state: keys and values, or RWKV's five float32 vectors a layer."""
+        fixed = 5 * 4 * self.n_layers * self.dim if self.mixer == "wkv" else 0
+        return fixed + seq_len * self.kv_bytes_per_token(bytes_per_value)
+
+
+def _unchecked(config: ModelConfig, **values: int) -> ModelConfig:
+    """A copy in which a width is left to be derived when the next change is made."""
+    copy = object.__new__(ModelConfig)
+    for name, value in {**config.__dict__, **values}.items():
+        object.__setattr__(copy, name, value)
+    return copy
+
+
+def _load_json(path: Path) -> ModelConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError("no config.json in the model folder", where=path) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError("not a readable config.json", where=path, found=error) from error
+    if not isinstance(values, dict):
+        raise InputError("config.json holds no table", where=path, found=type(values).__name__)
+    return ModelConfig.from_hf(values, str(path))

@@ -1,0 +1,211 @@
+"""The fields of a model's shape, and the rules between them. No torch.
+
+Notation: V vocabulary, D width, L layers, H query heads, K key/value heads, E head width, F feed-forward
+width, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from minillama.config.loader import check
+from minillama.errors import InputError
+
+__all__ = ["RopeScaling", "Shape", "ffn_width"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than the trained one; see `layers/rope.py`."""
+
+    kind: Literal["linear", "ntk", "llama3"] = "linear"
+    """linear: positions divided by factor; ntk: theta * factor^(E/(E-2)); llama3: slow pairs only."""
+    factor: float = field(default=1.0, metadata={"min": 1})
+    """How much longer the context becomes."""
+    low_freq_factor: float = field(default=1.0, metadata={"above": 0})
+    """llama3: pairs that turn less often than this in the original context are divided by factor."""
+    high_freq_factor: float = field(default=4.0, metadata={"above": 0})
+    """llama3: pairs that turn more often than this are left alone."""
+    original_max_seq_len: int = field(default=8192, metadata={"min": 1})
+    """llama3: the original context."""
+
+    def __post_init__(self) -> None:
+        """Refuse bands that are empty or upside down.
+
+        Raises:
+            InputError: low_freq_factor is not below high_freq_factor.
+        """
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                "the low and the high frequency factor leave nothing between them",
+                where="low_freq_factor",
+                found=f"low_freq_factor = {self.low_freq_factor}, high_freq_factor = {self.high_freq_factor}",
+                expected="low_freq_factor less than high_freq_factor",
+            )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The fields of a `ModelConfig` and the rules between them; LLaMA 7B's by default (arXiv 2302.13971, Table 2)."""
+
+    # the upper ends keep arithmetic on a forged config.json short
+    dim: int = field(default=4096, metadata={"min": 1, "max": 2**20})
+    """D, width of the residual stream."""
+    n_layers: int = field(default=32, metadata={"min": 1, "max": 2**14})
+    """L, blocks."""
+    n_heads: int = field(default=32, metadata={"min": 1, "max": 2**20})
+    """H, query heads."""
+    n_kv_heads: int = field(default=0, metadata={"min": 0})
+    """K, key/value heads; 0: as many as query heads."""
+    head_dim: int = field(default=0, metadata={"min": 0})
+    """E, width of a head; 0: dim / n_heads."""
+    hidden_dim: int = field(default=0, metadata={"min": 0})
+    """F, feed-forward width; 0: 8/3 dim, rounded up to a multiple of 256 (Meta's rule)."""
+    vocab_size: int = field(default=32000, metadata={"min": 1})
+    """V, rows of the embedding."""
+    max_seq_len: int = field(default=2048, metadata={"min": 1})
+    """The longest context, in tokens."""
+    norm_eps: float = field(default=1e-6, metadata={"above": 0})
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = field(default=10000.0, metadata={"above": 1})
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Rescaling of the rotary frequencies."""
+    tie_embeddings: bool = False
+    """The head uses the embedding's matrix."""
+    norm: Literal["rms", "layer", "layer-scale"] = "rms"
+    """RMSNorm; LayerNorm with weight and bias; LayerNorm with its weight alone."""
+    position: Literal["rope", "rope-2d", "alibi", "learned-2d", "none"] = "rope"
+    """rope-2d and learned-2d take a place in the text and one in the blank that is filled (GLM)."""
+    rotary_dim: int = field(default=0, metadata={"min": 0})
+    """Width of a head that rope turns, the first so many values; 0: all of it."""
+    mixer: Literal["attention", "wkv"] = "attention"
+    """wkv: RWKV's recurrence; it has its own feed-forward layer and no positions."""
+    mlp: Literal["swiglu", "gelu", "channel-mix"] = "swiglu"
+    """gelu: the tanh form; channel-mix: RWKV's."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Which products have one."""
+    parallel_block: bool = False
+    """x + attention(norm(x)) + mlp(norm(x)), one norm a block (PaLM)."""
+    residual: Literal["input", "norm"] = "input"
+    """norm: the norm's output times sqrt(2 n_layers) goes on, not its input (ChatGLM-6B)."""
+    embedding_norm: bool = False
+    """A norm behind the embedding (BLOOM, RWKV)."""
+    logit_scale: float = field(default=1.0, metadata={"above": 0})
+    """Logits are multiplied by it."""
+    init: Literal["normal", "fan-in", "rwkv"] = "normal"
+    """How fresh weights are drawn; see `model/init.py`."""
+    objective: Literal["lm", "glm"] = "lm"
+    """What the model is made to minimise."""
+    preset: str = ""
+    """The file of configs/model that this shape came from."""
+
+    def __post_init__(self) -> None:
+        """Resolve what follows from the rest, and refuse impossible shapes.
+
+        Raises:
+            InputError: a number out of its range, heads that do not divide, an odd head width; with the
+                nearest valid numbers.
+        """
+        check(self)
+        if not self.head_dim and self.dim % self.n_heads:
+            near = _nearest(self.n_heads, (n for n in range(1, self.dim + 1) if self.dim % n == 0))
+            raise InputError(
+                "the heads do not divide the width",
+                where="n_heads",
+                found=f"dim = {self.dim}, n_heads = {self.n_heads}",
+                expected=f"n_heads that divides dim, such as {near}, or a head_dim of its own",
+            )
+        resolved = {
+            "n_kv_heads": self.n_kv_heads or self.n_heads,
+            "head_dim": self.head_dim or self.dim // self.n_heads,
+            "hidden_dim": self.hidden_dim or ffn_width(self.dim),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        if self.n_heads % self.n_kv_heads:
+            near = _nearest(self.n_kv_heads, (n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0))
+            raise InputError(
+                "the key/value heads do not divide the query heads",
+                where="n_kv_heads",
+                found=f"n_heads = {self.n_heads}, n_kv_heads = {self.n_kv_heads}",
+                expected=f"n_kv_heads that divides n_heads, such as {near}",
+            )
+        self._check_switches()
+        self._check_rotary()
+        if self.rotary_width == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
+            raise InputError(
+                "ntk scaling needs more than one rotary pair", where="head_dim", found=2, expected="at least 4"
+            )
+
+    def switches(self) -> dict[str, Any]:
+        """What is other than LLaMA's."""
+        names = (
+            *("norm", "position", "mixer", "mlp", "bias", "parallel_block", "residual", "embedding_norm"),
+            *("logit_scale", "objective"),
+        )
+        plain = {f.name: f.default for f in fields(self)}
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != plain[name]}
+        return changed | ({"rotary_dim": self.rotary_dim} if self.rotary_width != self.head_dim else {})
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of a head that rope turns."""
+        return self.rotary_dim or self.head_dim
+
+    def _check_switches(self) -> None:
+        """Refuse switches that exclude each other, by name."""
+        excluded = [
+            ("mixer", "wkv", "position", ("none",)),
+            ("mixer", "wkv", "mlp", ("channel-mix",)),
+            ("mlp", "channel-mix", "mixer", ("wkv",)),
+            ("mixer", "wkv", "bias", ("none",)),
+            ("mixer", "wkv", "parallel_block", (False,)),
+            ("mixer", "wkv", "residual", ("input",)),
+            ("residual", "norm", "parallel_block", (False,)),
+            ("objective", "glm", "position", ("rope-2d", "learned-2d")),
+            ("init", "rwkv", "mixer", ("wkv",)),
+            *(("position", other, "rotary_dim", (0,)) for other in ("none", "alibi", "learned-2d", "rope-2d")),
+        ]
+        for switch, value, other, allowed in excluded:
+            found = getattr(self, other)
+            if getattr(self, switch) == value and found not in allowed:
+                raise InputError(
+                    f"{switch} and {other} exclude each other",
+                    where=other,
+                    found=f"{switch} = {value!r}, {other} = {found!r}",
+                    expected=f"{other} = {' or '.join(map(repr, allowed))} with {switch} = {value!r}",
+                )
+
+    def _check_rotary(self) -> None:
+        """Refuse widths that cannot be turned in pairs."""
+        if self.position not in ("rope", "rope-2d"):
+            return
+        where, width = ("rotary_dim", self.rotary_dim) if self.rotary_dim else ("head_dim", self.head_dim)
+        pairs = 2 if self.position == "rope" else 4
+        if width % pairs:
+            raise InputError(
+                "rotary positions turn pairs, and this width is odd"
+                if pairs == 2
+                else "two-dimensional rotary positions turn two halves of pairs",
+                where=where,
+                found=f"{where} = {width} (dim = {self.dim}, n_heads = {self.n_heads})",
+                expected=f"a multiple of {pairs}, such as {width + pairs - width % pairs}",
+            )
+        if width > self.head_dim:
+            found, expected = f"rotary_dim = {width}", f"at most head_dim = {self.head_dim}"
+            raise InputError("rope cannot turn more than a head", where=where, found=found, expected=expected)
+
+
+def ffn_width(dim: int) -> int:
+    """8/3 of the width, rounded up to a multiple of 256, as Meta has it."""
+    return 256 * -(-int(8 * dim / 3) // 256)
+
+
+def _nearest(number: int, choices: Iterable[int]) -> str:
+    every = list(choices)
+    below = max((n for n in every if n <= number), default=None)
+    above = min((n for n in every if n >= number), default=None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)

@@ -1,0 +1,170 @@
+"""Classification as a cloze question: a pattern writes a record as a text with a blank, a word stands for each label.
+
+Schick and Schuetze 2021, arXiv 2001.07676; Du et al. 2022, arXiv 2103.10360, §2.4. Needs a model that fills blanks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minillama.data.reading import BadText, Record, clean
+from minillama.errors import InputError
+from minillama.evaluate.question import MASK, Question, label_of
+from minillama.inference.engine import evaluating
+from minillama.inference.infill import lay_out, need_blanks
+from minillama.layers.mask import Mask
+from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer
+from minillama.tokenizer.blanks import Blanks, Layout, collate
+
+__all__ = ["Answers", "Cloze"]
+
+STEP = 32  # rows are padded to a multiple of this, so that compiled code meets few shapes
+
+
+class Answers(NamedTuple):
+    """Records with all their possible answers, L labels each; T slots.
+
+    Args:
+        tokens: (B, L, T) ids.
+        targets: (B, L, T) ids.
+        answer: (B, L, T) 1 where a token of the answer is predicted, its end included.
+        positions: (B, L, 2, T).
+        prefix: (B, L).
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    answer: Tensor
+    positions: Tensor
+    prefix: Tensor
+
+    def scores(self, model: Decoder) -> Tensor:
+        """(B, L) log p(words of the label, end | the record's text), in nats."""
+        size = self.tokens.shape[:2]
+        chosen = self.answer.flatten(0, 1) > 0
+        mask = Mask(prefix=self.prefix.flatten())
+        hidden = model.hidden(self.tokens.flatten(0, 1), self.positions.flatten(0, 1), mask)[chosen]
+        targets = self.targets.flatten(0, 1)[chosen]
+        nats = model.head(hidden).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        rows = torch.arange(size.numel(), device=chosen.device)[:, None].expand_as(chosen)[chosen]
+        return torch.zeros(size.numel(), device=nats.device).index_add(0, rows, nats).view(size)
+
+
+class Cloze:
+    """Asks the question about records.
+
+    Args:
+        question: the pattern and the words.
+        tokenizer: the model's, with the marks of blanks.
+        context: slots at most.
+
+    Raises:
+        InputError: there is no question, the tokenizer lacks the marks, or cannot tell two answers apart.
+    """
+
+    def __init__(self, question: Question, tokenizer: Tokenizer, context: int) -> None:
+        if not question.pattern:
+            expected = 'a pattern and verbalisers, as "{text} It was [MASK]." and positive=good negative=bad'
+            raise InputError("there is no question", where="pattern", expected=expected)
+        self.question, self.tokenizer, self.context = question, tokenizer, context
+        self.blanks = Blanks.of(tokenizer)
+        # A space in front of the mask belongs to the word, as in any text.
+        space = question.pattern.partition(MASK)[0][-1:] == " "
+        self.words = [tokenizer.encode_inside(" " * space + word) for word in question.words]
+        known: dict[tuple[int, ...], str] = {(): "nothing"}
+        for entry, ids in zip(question.verbalisers, self.words, strict=True):
+            if tuple(ids) in known:
+                found = f"{entry} and {known[tuple(ids)]} are the same tokens: {' '.join(map(str, ids)) or 'none'}"
+                raise InputError("this tokenizer cannot tell two answers apart", where="verbalisers", found=found)
+            known[tuple(ids)] = entry
+
+    def label(self, record: Record) -> int:
+        """The number of a record's label.
+
+        Raises:
+            BadText: it has none, or one without a verbaliser.
+        """
+        name, labels = self.question.label, self.question.labels
+        if name not in record.value:
+            raise _bad("the record has no label", record, name, _fields_of(record))
+        value = label_of(record.value[name])
+        if value not in labels:
+            raise _bad("a label without a verbaliser", record, name, value, ", ".join(labels))
+        return labels.index(value)
+
+    def layouts(self, record: Record) -> list[Layout]:
+        """The text with each answer in its blank. Where it is too long, the end of its longest field is left out.
+
+        Raises:
+            BadText: a field is missing or no text; the pattern alone is too long.
+        """
+        fields = self._fields(record)
+        room = self.context - 1 - max(map(len, self.words))
+        while True:
+            before, after = self.question.around(fields)
+            part_a, places = lay_out([before.removesuffix(" "), after], [self.blanks.token], self.tokenizer)
+            excess = len(part_a.tokens) - room
+            if excess <= 0:
+                return [part_a.fill(places[0], [self.blanks.start, *words]) for words in self.words]
+            longest = max(fields, key=lambda name: len(fields[name]))
+            if not fields[longest]:
+                found, expected = f"{len(part_a.tokens)} tokens", f"at most {room}"
+                raise _bad("the pattern alone does not fit the context", record, "pattern", found, expected)
+            share = excess / len(part_a.tokens)
+            fields[longest] = fields[longest][: -max(1, int(share * len(fields[longest])))]
+
+    def _fields(self, record: Record) -> dict[str, str]:
+        fields = {}
+        for name in self.question.fields:
+            value = record.value.get(name)
+            if not isinstance(value, str):
+                if name in record.value:
+                    raise _bad("a field of the pattern is no text", record, name, repr(value)[:80])
+                raise _bad("a field of the pattern is missing", record, name, _fields_of(record))
+            text = clean(value, f"{record.where}, {name}")
+            if isinstance(text, BadText):
+                raise text
+            fields[name] = text.text
+        return fields
+
+    def collate(self, records: Sequence[list[Layout]]) -> Answers:
+        """Records of equally many layouts, padded on the right."""
+        longest = max(len(layout.tokens) for layouts in records for layout in layouts)
+        length = min(self.context, -(-longest // STEP) * STEP)
+        answers = [[*words, self.blanks.end] for words in self.words] * len(records)
+        rows = collate([layout for layouts in records for layout in layouts], answers, length)
+        return Answers(*(tensor.unflatten(0, (len(records), len(self.words))) for tensor in rows))
+
+    def log_probabilities(
+        self, model: Decoder, records: Sequence[list[Layout]], batch_size: int = 16
+    ) -> Iterator[list[float]]:
+        """Ln p(label | record), p = p(words | text) / sum over the labels, of one record after the other.
+
+        Args:
+            model: the decoder.
+            records: what `layouts` gives for each.
+            batch_size: records that are read together.
+
+        Raises:
+            InputError: the model does not fill blanks.
+        """
+        need_blanks(model, self.tokenizer)
+        for start in range(0, len(records), batch_size):
+            answers = self.collate(records[start : start + batch_size])
+            with evaluating(model):
+                moved = Answers(*(tensor.to(model.device) for tensor in answers))
+                scores = moved.scores(model).log_softmax(-1).tolist()
+            yield from scores
+
+
+def _fields_of(record: Record) -> str:
+    return f"fields {', '.join(record.value) or 'none'}"
+
+
+def _bad(what: str, record: Record, name: str, found: object, expected: object = None) -> BadText:
+    return BadText("does not fit the question", what, where=f"{record.where}, {name}", found=found, expected=expected)

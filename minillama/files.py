@@ -1,0 +1,119 @@
+"""Atomic writes, digests, free names, the cache folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import file_digest
+from pathlib import Path
+
+from minillama.errors import InputError
+
+__all__ = ["cache_folder", "digest", "free_name", "refuse_url", "replace_file", "replace_folder"]
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/minillama, or ~/.cache/minillama."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "minillama"
+
+
+def refuse_url(path: str | os.PathLike[str]) -> None:
+    """Nothing here uses the network unasked.
+
+    Raises:
+        InputError: the path is a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
+        fix = "download it yourself and give the path: nothing here uses the network unasked"
+        raise InputError("this is a URL, and a path is expected", where=path, fix=fix)
+
+
+def free_name(path: Path) -> Path:
+    """The path, or with the first of -2, -3 ... behind it that nothing has yet."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
+    """Have `write` make a file beside `path`, put it on the disk, and rename it into place.
+
+    Raises:
+        InputError: the system refuses, for instance because the disk is full. Nothing half is left.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _or_nothing(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    return path
+
+
+def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
+    """Have `write` fill a folder beside `path`, put it on the disk, and rename it into place.
+
+    What was at `path` stays until the new folder is complete.
+
+    Raises:
+        InputError: the system refuses, for instance because the disk is full. Nothing half is left.
+    """
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    with _or_nothing(path, temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in [*temporary.iterdir(), temporary]:
+            _sync(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+@contextmanager
+def _or_nothing(path: Path, temporary: Path) -> Iterator[None]:
+    """Remove what was begun when the block fails, and say where the system refused."""
+    try:
+        yield
+    except BaseException as error:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        elif os.path.lexists(temporary):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            where = error.filename or path
+            raise InputError("cannot write", where=where, found=error.strerror or error) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

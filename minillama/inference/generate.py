@@ -1,0 +1,228 @@
+"""Text around the decode loop: prompts in, completions out, stop strings, streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from minillama.errors import InputError
+from minillama.inference.engine import Decoding, decode
+from minillama.inference.sampling import Sampling
+from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer
+from minillama.tokenizer.blanks import Blanks, Layout
+
+__all__ = ["Completion", "Piece", "Reason", "StopText", "blanks_of", "check_room", "generate", "pieces", "stream"]
+
+Reason = Literal["eos", "stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of one row: new text, and why the row ended, if it did.
+
+    `reason` is `eos` (the model wrote the end-of-text token), `stop` (a stop string), `length`
+    (max_new_tokens) or `context` (the model's context is full).
+    """
+
+    row: int
+    text: str
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The whole continuation of one prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    reason: Reason
+
+
+class StopText:
+    """Holds back text that may be the beginning of a stop string, so that no part of one leaks.
+
+    Args:
+        stops: the strings, none empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """New text in; text that is safe to show out, and whether a stop string was met.
+
+        What precedes the earliest stop string is shown, what follows it is not.
+        """
+        self.held += text
+        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            shown, self.held = self.held[: min(found)], ""
+            return shown, True
+        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown, False
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self.held = self.held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
+    """The marks by which a model that fills blanks continues a text; None for one that reads from left to right.
+
+    Raises:
+        InputError: the tokenizer is not the model's.
+    """
+    check_vocabulary(model, tokenizer)
+    return Blanks.of(tokenizer) if model.config.objective == "glm" else None
+
+
+def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose ids the model does not have."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            "the tokenizer is larger than the model's vocabulary",
+            found=f"{tokenizer.vocab_size} tokens",
+            expected=f"at most {model.config.vocab_size}",
+            fix="give the tokenizer that the model was trained with",
+        )
+
+
+def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    encoded = [tokenizer.encode(prompt, bos=tokenizer.add_bos) for prompt in prompts]
+    for i, ids in enumerate(encoded):
+        if not ids:
+            if tokenizer.bos_id is None:
+                raise InputError("an empty prompt", where=f"prompt {i + 1}", fix="give at least one character")
+            ids.append(tokenizer.bos_id)
+    return encoded
+
+
+def check_room(lengths: Sequence[int], context: int, name: str) -> None:
+    """Refuse what fills the context; `name` is what it is called, a prompt or a text."""
+    for i, length in enumerate(lengths):
+        if length >= context:
+            raise InputError(
+                f"the {name} fills the model's context and leaves no room for an answer",
+                where=f"{name} {i + 1}",
+                found=f"{length} tokens",
+                expected=f"fewer than {context}",
+                fix=f"shorten the {name}",
+            )
+
+
+def pieces(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    decoding: Decoding = decode,
+) -> Iterator[tuple[Piece, int]]:
+    """Continue prompts together; yield (piece, token id) as text becomes certain.
+
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer.
+        prompts: texts of any length.
+        max_new_tokens: tokens a prompt at most.
+        sampling: how tokens are chosen; `Sampling()` unless given.
+        stop: strings that end a row; they are not part of the text.
+        ignore_eos: go on after the end-of-text token.
+        decoding: what makes the tokens; `functools.partial` gives `decode` its own options.
+
+    Raises:
+        InputError: a prompt that does not fit the context, an empty stop string, a foreign tokenizer.
+    """
+    if "" in stop:
+        raise InputError("an empty stop string", where="stop", fix="leave it out")
+    blanks = blanks_of(model, tokenizer)
+    texts = _encode(tokenizer, prompts)
+    read = [blanks.continuation(ids) for ids in texts] if blanks else texts
+    stop_ids = {tokenizer.eos_id, *model.stop_ids} | ({blanks.end} if blanks else set())
+    starts = [len(layout.tokens) if isinstance(layout, Layout) else len(layout) for layout in read]
+    check_room(starts, model.config.max_seq_len, "prompt")
+    lengths = list(starts)
+    decoders = [tokenizer.stream(after=ids) for ids in texts]
+    filters = [StopText(stop) for _ in texts]
+    steps = decoding(model, read, max_new_tokens, sampling or Sampling())
+    ended: set[int] | None = None
+    while True:
+        try:
+            step = steps.send(ended)
+        except StopIteration:
+            return
+        ended = set()
+        for row, token in step:
+            lengths[row] += 1
+            reason: Reason | None = None
+            if token in stop_ids and not ignore_eos:
+                text, reason = decoders[row].flush(), "eos"
+            else:
+                text = decoders[row].push(token)
+            last_step = lengths[row] - starts[row] >= max_new_tokens
+            full = lengths[row] >= model.config.max_seq_len
+            if reason is None and (last_step or full):
+                text += decoders[row].flush()
+                reason = "length" if last_step else "context"
+            shown, stopped = filters[row].push(text)
+            if stopped:
+                reason = "stop"
+            elif reason is not None:
+                shown += filters[row].flush()
+            if reason is not None:
+                ended.add(row)
+            yield Piece(row, shown, reason), token
+
+
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    decoding: Decoding = decode,
+) -> list[Completion]:
+    """Continue several prompts in one batch. The arguments are those of `pieces`.
+
+    Returns:
+        One completion a prompt, in order, without the prompt.
+    """
+    text = ["" for _ in prompts]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    reasons: list[Reason] = ["length" for _ in prompts]
+    for piece, token in pieces(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, decoding):
+        text[piece.row] += piece.text
+        tokens[piece.row].append(token)
+        reasons[piece.row] = piece.reason or reasons[piece.row]
+    return [Completion(t, tuple(ids), r) for t, ids, r in zip(text, tokens, reasons, strict=True)]
+
+
+def stream(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    decoding: Decoding = decode,
+) -> Iterator[Piece]:
+    """Continue one prompt and yield its text piece by piece, never half a character or part of a stop string."""
+    for piece, _ in pieces(model, tokenizer, [prompt], max_new_tokens, sampling, stop, ignore_eos, decoding):
+        if piece.text or piece.reason:
+            yield piece

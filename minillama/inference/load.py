@@ -1,0 +1,133 @@
+"""What the commands that run a model share: its weights ready to decode, and the texts that they are given."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from minillama.errors import InputError
+
+if TYPE_CHECKING:
+    from minillama.formats.model_file import ModelFile
+    from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
+
+__all__ = ["DType", "Quantize", "load_for_decoding", "load_model", "read_texts"]
+
+DType = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["auto", "none", "int8", "int4"]
+
+
+def load_for_decoding(
+    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
+) -> tuple[Decoder, Tokenizer]:
+    """A model as `load_model` gives it, and its tokenizer.
+
+    Args:
+        path: what `open_model` takes.
+        tokenizer: its place, if it does not lie with the model.
+        dtype: of the weights.
+        device: to decode on.
+        quantize: see `load_model`.
+        compiles: see `load_model`.
+    """
+    from minillama.device import keep_freed_pages
+    from minillama.formats.open import open_model
+    from minillama.tokenizer import Tokenizer
+
+    keep_freed_pages()
+    opened = open_model(path)
+    model = load_model(opened, dtype, device, quantize, compiles)
+    return model, Tokenizer.load(tokenizer or opened.tokenizer_path())
+
+
+def load_model(
+    opened: ModelFile, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
+) -> Decoder:
+    """A model ready to decode, its products fused.
+
+    Args:
+        opened: the model's file or folder.
+        dtype: of the weights; auto: as `decoding_dtype` chooses.
+        device: as `choose_device` takes it.
+        quantize: make the products' weights int8 or int4, see `quantised`; auto: as they are stored, if
+            `stored_kind` says so.
+        compiles: take the step in C++ where it takes the model and a compiler is there, which is compiled once; on a
+            CUDA device the recorded one.
+    """
+    import torch
+
+    from minillama.device import choose_device, decoding_dtype
+    from minillama.inference.quantize import quantised, stored_kind
+    from minillama.model import Decoder
+
+    place = choose_device(device, "--device")
+    stored = opened.default_dtype(place)
+    kind = decoding_dtype(stored, place) if dtype == "auto" else getattr(torch, dtype)
+    weights = stored_kind(opened, place) if quantize == "auto" else quantize
+    if weights == "none":
+        model = Decoder.from_pretrained(opened, kind, place).fuse()
+    else:
+        model = quantised(opened, weights, kind, place)
+    if compiles:
+        _hasten(model)
+    return model
+
+
+def _hasten(model: Decoder) -> None:
+    from minillama.inference import cuda_graph
+    from minillama.native.build import CannotBuild, can_build
+    from minillama.native.decode import NativeStep, unsupported
+
+    if cuda_graph.unsupported(model) is None:
+        model.step = cuda_graph.GraphStep(model, say=partial(print, file=sys.stderr))
+        return
+    if unsupported(model) or not can_build():
+        return
+    try:
+        model.step = NativeStep(model, say=partial(print, file=sys.stderr))
+    except CannotBuild as error:
+        print(f"the decode step was not compiled, decoding goes on without it: {error}", file=sys.stderr)
+
+
+def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[str]:
+    """The texts of the command line, or those of a file.
+
+    Args:
+        given: of the option --FIELD.
+        file: of the option --FIELDs: JSONL with that field, or plain text with one a line.
+        field: what the texts are called.
+
+    Raises:
+        InputError: both or neither is given, or the file does not hold what it should.
+    """
+    if bool(given) == (file is not None):
+        raise InputError(f"give either --{field} or --{field}s", where="command line")
+    if file is None:
+        return given
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the {field}s cannot be read", where=file, found=error) from error
+    jsonl = file.suffix == ".jsonl"
+    texts = [_text(line, f"{file}:{n}", field, jsonl) for n, line in enumerate(lines, 1) if line.strip()]
+    if not texts:
+        raise InputError(f"the file holds no {field}", where=file)
+    return texts
+
+
+def _text(line: str, where: str, field: str, jsonl: bool) -> str:
+    if not jsonl:
+        return line
+    try:
+        value = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError) as error:
+        what, expected = f"not a JSON object with a {field}", f'{{"{field}": "..."}}'
+        raise InputError(what, where=where, found=line[:80], expected=expected) from error
+    if not isinstance(value, str):
+        raise InputError(f"the {field} is no text", where=f"{where}, {field}", found=repr(value))
+    return value

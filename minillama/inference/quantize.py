@@ -1,0 +1,187 @@
+"""Weights of one byte or half a byte for decoding: which products take them, from where, and what a text says of them.
+
+An error e_i of the weight of input x_i changes the product by e_i x_i, so that over a text its square counts with the
+mean square of x_i. Some inputs are a thousand times as large as others, and a group of weights has one grid: that grid
+is chosen for the large ones (the activation-aware scales of AWQ, Lin et al. 2023, arXiv 2306.00978, §3, have the same
+ground). GPTQ's compensation of rounding (Frantar et al. 2022, arXiv 2210.17323) on top of it made single products
+better and the model worse, see benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from minillama.errors import InputError
+from minillama.files import replace_file
+from minillama.formats import gguf
+from minillama.formats.model_file import ModelFile
+from minillama.layers.int4 import GROUP, Int4
+from minillama.layers.quantized_linear import Int4Linear, Int8Linear, Quantisation, takes_int4
+from minillama.model import Decoder
+from minillama.model.linears import Product, int4_numbers, plain_tensors, products
+from minillama.tokenizer import Tokenizer
+from minillama.tokenizer.gguf_export import vocabulary
+
+__all__ = ["importances", "quantise", "quantised", "save_gguf", "stored_kind"]
+
+TOKENS = 4096  # that are read at once
+
+
+@torch.no_grad()
+def quantise(model: Decoder, kind: Quantisation, group: int = GROUP, calibration: Tensor | None = None) -> Decoder:
+    """Replace the products of a model in place; there is no way back.
+
+    The head takes int8 in both kinds, a copy where it is tied: its errors are the largest in the logits, which is
+    also why GGUF's four-bit files keep more bits there. Embeddings and norms stay as they are, and so does a product
+    whose shape the kernels do not take.
+
+    Args:
+        model: a decoder, best after `fuse`.
+        kind: int8, one scale an output channel, or int4, one scale and offset a group of inputs.
+        group: of int4: 32, 64 or 128.
+        calibration: of int4: (N, T) ids of a text, which says by `importances` what the numbers are to be good at;
+            without them they are found from the weights alone.
+
+    Raises:
+        InputError: int4 elsewhere than on a CPU, or calibration of another kind.
+    """
+    if calibration is not None and kind != "int4":
+        raise InputError("int4 alone is calibrated", where="calibration", found=kind)
+    if kind == "none":
+        return model
+    _check(kind, model.device)
+    if calibration is not None and not calibration.numel():
+        raise InputError("no text to calibrate by", where="calibration", found=tuple(calibration.shape))
+    counts = {} if calibration is None else importances(model, calibration)
+    model.step = None  # it has the old weights
+    for product in products(model):
+        if isinstance(product.module, nn.Linear):
+            product.replace(_quantised(product.module, kind, group, counts.get(product.module)))
+    return _with_head(model)
+
+
+@torch.no_grad()
+def quantised(
+    opened: ModelFile,
+    kind: Literal["int8", "int4"],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """`quantise` of a fused model, read from a file one product at a time.
+
+    Matrices that the file has in four bits (`ModelFile.int4`) keep their numbers, grids rounded to bfloat16; int4 of
+    others is searched in the stored type.
+
+    Args:
+        opened: the model.
+        kind: of its products.
+        dtype: of the inputs, and of embeddings and norms; `ModelFile.default_dtype` unless given.
+        device: where to put it.
+
+    Raises:
+        InputError: int4 elsewhere than on a CPU, or what reading tensors raises.
+    """
+    _check(kind, torch.device(device))
+    dtype = dtype or opened.default_dtype(device)
+    with torch.device("meta"):
+        model = Decoder(opened.config)
+    for product in products(model.fuse()):
+        linear = cast(nn.Linear, product.module)
+        if kind == "int4" and takes_int4(linear, GROUP):
+            parts = [_numbers(opened, f"{name}.weight") for name in product.names]
+            product.replace(Int4Linear(Int4.stacked(parts), _bias(opened, product, dtype), dtype))
+        else:
+            weight = torch.cat([opened.tensors[f"{name}.weight"] for name in product.names])
+            linear.weight = nn.Parameter(weight.to(device=device, dtype=dtype), requires_grad=False)
+            linear.bias = cast(Any, _bias(opened, product, dtype))
+            product.replace(_quantised(linear, "int8", GROUP))
+    return _with_head(model.fill(opened, dtype, device))
+
+
+def _numbers(opened: ModelFile, name: str) -> Int4:
+    return opened.int4[name] if name in opened.int4 else Int4.of(opened.tensors[name])
+
+
+def _bias(opened: ModelFile, product: Product, dtype: torch.dtype) -> nn.Parameter | None:
+    found = [opened.tensors[f"{name}.bias"] for name in product.names if f"{name}.bias" in opened.tensors]
+    return nn.Parameter(torch.cat(found).to(dtype), requires_grad=False) if found else None
+
+
+def stored_kind(opened: ModelFile, device: torch.device) -> Quantisation:
+    """How a file has the products of its blocks, if it is a kind that `quantised` takes on this device.
+
+    int4 for Q4_0 and Q4_1, int8 for Q8_0, both on a CPU alone. Matrices whose rows fill no blocks do not matter.
+    """
+    blocks = (item for name, item in opened.stored.items() if name.startswith("blk.") and len(item.shape) > 1)
+    kinds = {item.dtype for item in blocks if item.shape[-1] % GROUP == 0}
+    if device.type != "cpu" or not kinds:
+        return "none"
+    return "int4" if kinds <= {"Q4_0", "Q4_1"} else "int8" if kinds == {"Q8_0"} else "none"
+
+
+def _check(kind: Quantisation, device: torch.device) -> None:
+    if kind == "int4" and device.type != "cpu":
+        raise InputError("int4 products run on a CPU alone", where="--quantize", found="int4", fix="take int8")
+
+
+def _quantised(linear: nn.Linear, kind: Quantisation, group: int, importance: Tensor | None = None) -> nn.Module:
+    if kind == "int4" and takes_int4(linear, group):
+        return Int4Linear.of(linear, group, importance)
+    return Int8Linear(linear) if linear.in_features % 32 == 0 else linear
+
+
+def _with_head(model: Decoder) -> Decoder:
+    head = nn.Linear(model.config.dim, model.config.vocab_size, bias=False, device="meta")
+    head.weight = nn.Parameter(model.output_weight.detach(), requires_grad=False)
+    model.lm_head = cast(Any, _quantised(head, "int8", GROUP))
+    return model
+
+
+@torch.no_grad()
+def importances(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
+    """By product of the blocks, the mean square (I,) of each of its inputs over a text, float32.
+
+    Args:
+        model: the decoder, before its products are replaced; faster after `fuse`.
+        ids: (N, T) of the text.
+    """
+    found: dict[nn.Module, Tensor] = {}
+
+    def called(product: nn.Module, args: tuple[Tensor]) -> None:
+        squares = args[0].flatten(0, -2).float().square().sum(0) / ids.numel()
+        found[product] = found[product] + squares if product in found else squares
+
+    handles = [product.module.register_forward_pre_hook(called) for product in products(model)]
+    try:
+        for part in ids.split(max(1, TOKENS // ids.shape[1])):
+            model.hidden(part)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def save_gguf(
+    model: Decoder, destination: str | os.PathLike[str], tokenizer: Tokenizer, name: str = "minillama"
+) -> Path:
+    """Write a model that `quantise` made int4 as a GGUF file of type q4_1, with the numbers that it has.
+
+    Args:
+        model: the decoder, fused or not.
+        destination: the file; what is there is replaced.
+        tokenizer: goes into it.
+        name: `general.name`.
+
+    Raises:
+        InputError: the format cannot express the shape or the tokenizer.
+    """
+    keys = vocabulary(tokenizer, model.config.vocab_size)
+    tensors, numbers = plain_tensors(model), int4_numbers(model)
+    return replace_file(
+        Path(destination), lambda path: gguf.write(path, model.config, tensors, keys, "q4_1", name, int4=numbers)
+    )

@@ -1,0 +1,396 @@
+"""The decoder: embedding, blocks, final norm, head. It reads from top to bottom.
+
+Shapes: B batch, T time, V vocabulary, D model width, H query heads, K key/value heads, E head width,
+F feed-forward width. Parameters carry Hugging Face's names for LLaMA, so that saving is a copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from minillama.config import ModelConfig
+from minillama.errors import InputError
+from minillama.formats import hf
+from minillama.formats.model_file import ModelFile
+from minillama.formats.open import open_model
+from minillama.layers.alibi import Alibi
+from minillama.layers.attention import Attention
+from minillama.layers.block_positions import BlockPositions
+from minillama.layers.cache import LayerState, Span, State
+from minillama.layers.cross_entropy import Errors, linear_cross_entropy
+from minillama.layers.deepnorm_block import ScaledBlock
+from minillama.layers.dropout import dropout
+from minillama.layers.mask import KernelMask, Mask
+from minillama.layers.mlp import Gelu, SwiGLU
+from minillama.layers.norm import make_norm
+from minillama.layers.parallel_block import ParallelBlock
+from minillama.layers.quantized_linear import Int4Linear, Int8Linear
+from minillama.layers.rope import Rope, Rope2D
+from minillama.layers.rwkv import RecurrentBlock
+from minillama.model.init import initialise
+
+__all__ = ["Block", "Decoder"]
+
+
+class Block(nn.Module):
+    """y = x + attention(norm(x)); out = y + mlp(norm(y)). LLaMA, arXiv 2302.13971, §2.2."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = make_mlp(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: KernelMask,
+        state: LayerState | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), rope, mask, state, span))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.dropout, self.training)
+
+
+def _compile_frugally(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Inductor, with what costs next to nothing computed again in the backward pass instead of kept.
+
+    That is the norms' output, and SwiGLU's product where it is torch's: a tenth less memory at the 42M shape in the
+    same time; with 0.6 or less attention would be computed twice (benchmarks/README.md).
+    """
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(activation_memory_budget=0.9):
+        return cast(Callable[..., Any], compile_fx(graph, inputs))
+
+
+def make_mlp(config: ModelConfig) -> nn.Module:
+    """The feed-forward layer that the configuration asks for."""
+    return SwiGLU(config) if config.mlp == "swiglu" else Gelu(config)
+
+
+def make_block(config: ModelConfig, dropout: float) -> nn.Module:
+    """The block that the configuration asks for: LLaMA's, or a relative's."""
+    if config.mixer == "wkv":
+        return RecurrentBlock(config, dropout)
+    if config.parallel_block:
+        return ParallelBlock(make_norm(config), Attention(config), make_mlp(config), dropout)
+    if config.residual == "norm":
+        norms = make_norm(config), make_norm(config)
+        return ScaledBlock(norms, Attention(config), make_mlp(config), config.n_layers, dropout)
+    return Block(config, dropout)
+
+
+class Backbone(nn.Module):
+    """Everything but the head; what Hugging Face calls `model`."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        # `init_weights` draws it; what nn.Embedding draws would import torch's compiler on meta, a second
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
+        self.embed_positions = BlockPositions(config) if config.position == "learned-2d" else None
+        self.embed_norm = make_norm(config) if config.embedding_norm else None
+        self.layers = nn.ModuleList(make_block(config, dropout) for _ in range(config.n_layers))
+        self.norm = make_norm(config)
+        self.place(config)
+
+    def place(self, config: ModelConfig) -> None:
+        """Make the position tables that hold no parameter, on the device of the surrounding context."""
+        with torch.device("cpu"):  # arithmetic on meta would import torch's compiler, a second
+            self.rope = {"rope": Rope, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
+            self.alibi = Alibi(config.n_heads) if config.position == "alibi" else None
+        for table in (self.rope, self.alibi):
+            if table is not None:
+                table.to(torch.get_default_device())
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, T) -> (B, T, D), with learned positions and a norm where the model has them."""
+        x = self.embed_tokens(tokens)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+
+class Decoder(nn.Module):
+    """A LLaMA language model.
+
+    Args:
+        config: its shape.
+        dropout: probability for the embedding and both residual branches, while training. LLaMA has none.
+
+    Attributes:
+        stop_ids: tokens that end a text besides the tokenizer's own, as the model's folder says.
+        checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        errors: what computes the loss's `softmax_errors`; that itself unless one is set, see `native`.
+        step: reads more tokens a row into a state and returns logits (B, V) behind the last, or None where it
+            cannot; a faster way than the layers, see `native` and `graph_step`. There is none unless one is set.
+
+    A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
+    """
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = dropout
+        self.checkpointing = False
+        self.stop_ids: frozenset[int] = frozenset()
+        self.step: Callable[[Sequence[Sequence[int]], State, Mask], Tensor | None] | None = None
+        self.errors: Errors | None = None
+        self.model = Backbone(config, dropout)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, as `model/init.py` says.
+
+        Args:
+            generator: source of the random numbers; torch's global one unless given.
+        """
+        if not self.model.embed_tokens.weight.is_meta:
+            initialise(self.config, dict(self.named_parameters()), generator)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, in order."""
+        return list(self.model.layers)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D), the head's matrix; the embedding's when tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        state: State | None = None,
+    ) -> Tensor:
+        """Tokens (B, T) -> the final norm's output (B, T, D), from which any head starts.
+
+        Args:
+            tokens: ids.
+            positions: (T,) or (B, T) position ids; 0..T-1, or onwards from what the state has read. Models
+                with two places a token take (2, T) or (B, 2, T), and 0 for the second unless given.
+            mask: who sees whom; causal unless given.
+            state: the decode state, which takes the tokens in. Rows are padded on the right and
+                `mask.lengths` says how much of each is real.
+        """
+        mask = mask or Mask()
+        span = state.span(tokens.shape[1]) if state is not None else Span(0, tokens.shape[1], tokens.shape[1])
+        if positions is None:
+            positions = self._positions(span, tokens.device)
+        kind = self._product_dtype()
+        rope = self.model.rope(positions, kind) if self.model.rope is not None else None
+        kernel_mask = mask.for_kernel(span, tokens.device)
+        if self.model.alibi is not None:
+            kernel_mask = self.model.alibi(kernel_mask, span, kind)
+        x = self.model.embed(tokens, positions)
+        x = dropout(x, self.dropout, self.training)
+        for i, layer in enumerate(self.blocks):
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)
+            elif state is None:
+                x = layer(x, rope, kernel_mask, None, span)
+            else:  # not through compiled code, which would be made anew for every length of the state
+                x = layer.forward(x, rope, kernel_mask, state.layers[i], span)
+        if state is None:
+            return self.model.norm(x)
+        state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
+        return self.model.norm.forward(x)  # for the same reason
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Mask | None = None,
+        state: State | None = None,
+    ) -> Tensor:
+        """Tokens (B, T) -> logits (B, T, V). The arguments are those of `hidden`."""
+        return self.head(self.hidden(tokens, positions, mask, state))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V)."""
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
+        return F.linear(hidden, self.output_weight) if self.lm_head is None else self.lm_head(hidden)
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        """Sum of nats of the head's predictions, as `cross_entropy` of `head(hidden)`, in little memory.
+
+        Args:
+            hidden: (..., D) what `hidden` gave.
+            targets: (...) ids.
+            weights: (...); 1 unless given.
+            z_loss: weight of PaLM's z-loss.
+        """
+        if self.config.logit_scale != 1:
+            hidden = hidden * self.config.logit_scale
+        return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss, self.errors)
+
+    def state(self, batch_size: int, max_len: int | None = None, cache_dtype: torch.dtype | None = None) -> State:
+        """An empty decode state for `batch_size` rows of at most `max_len` tokens; see `State`."""
+        return State(self.config, batch_size, max_len, self.dtype, self.device, cache_dtype)
+
+    @torch.no_grad()
+    def resize_embeddings(
+        self,
+        vocab_size: int,
+        init: Literal["normal", "mean"] = "normal",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Give the embedding and the head more rows. Old rows stay as they are, to the bit.
+
+        Args:
+            vocab_size: rows, no fewer than there are.
+            init: of the new rows: `normal`, 0.02, as fresh ones (Chinese-LLaMA); `mean` of the old rows, of each
+                matrix its own (Stanford Alpaca).
+            generator: source of the random numbers; torch's global one unless given.
+
+        Raises:
+            InputError: fewer rows than there are, or an unknown `init`.
+        """
+        old = self.config.vocab_size
+        if vocab_size < old:
+            raise InputError(
+                "an embedding cannot lose rows", where="vocab_size", found=vocab_size, expected=f">= {old}"
+            )
+        if init not in ("normal", "mean"):
+            raise InputError("unknown way to fill new rows", where="init", found=init, expected="normal or mean")
+        for module in (self.model.embed_tokens, self.lm_head):
+            if module is None:
+                continue
+            weight = module.weight
+            rows = torch.empty(vocab_size - old, weight.shape[1], device=weight.device)
+            if init == "mean":
+                rows[:] = weight.float().mean(0)
+            else:
+                rows.normal_(0.0, 0.02, generator=generator)
+            grown = torch.cat([weight, rows.to(weight.dtype)])
+            module.weight = nn.Parameter(grown, requires_grad=weight.requires_grad)
+        self.model.embed_tokens.num_embeddings = vocab_size
+        if self.lm_head is not None:
+            self.lm_head.out_features = vocab_size
+        self.config = replace(self.config, vocab_size=vocab_size)
+        self.step = None  # it has the old rows
+
+    def compile_blocks(self) -> None:
+        """Compile each block and the last norm in place: names stay, all blocks share one piece of compiled code."""
+        for layer in (*self.blocks, self.model.norm):
+            layer.compile(dynamic=False, backend=_compile_frugally)
+
+    def fuse(self) -> Decoder:
+        """Merge products of one input for decoding. There is no way back; a fused model is not saved.
+
+        Raises:
+            InputError: after `quantise`.
+        """
+        self._refuse_quantised("fused")
+        for module in self._fusible():
+            module.fuse()
+        self.step = None  # it has the old matrices
+        return self
+
+    def _fusible(self) -> list[Any]:
+        parts = (part for layer in self.blocks for part in layer.children())
+        return [part for part in parts if isinstance(part, Attention | SwiGLU)]
+
+    def _refuse_quantised(self, verb: str) -> None:
+        if any(isinstance(part, Int8Linear | Int4Linear) for part in self.modules()):
+            raise InputError(f"a quantised model cannot be {verb}", fix="do it before quantise()")
+
+    def _positions(self, span: Span, device: torch.device) -> Tensor:
+        """The places of a text that is read from left to right."""
+        positions = span.positions(device)
+        if self.config.position in ("rope-2d", "learned-2d"):
+            return torch.stack((positions, torch.zeros_like(positions)), dim=-2)
+        return positions
+
+    def _product_dtype(self) -> torch.dtype:
+        """The type that queries and keys will have."""
+        kind = self.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.dtype
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str] | ModelFile,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Decoder:
+        """Read a model, in evaluation mode: a Hugging Face or Meta folder, a GGUF file or a llama2.c binary.
+
+        Args:
+            path: the folder or file, or what `open_model` gave for it.
+            dtype: convert the weights. As they are stored unless given, but float32 for quantised ones and
+                for float16 on a CPU.
+            device: where to put them.
+
+        Raises:
+            InputError: a file is missing or damaged, or its tensors are not those of its configuration.
+        """
+        source = path if isinstance(path, ModelFile) else open_model(path)
+        with torch.device("meta"):
+            model = cls(source.config)
+        return model.fill(source, dtype or source.default_dtype(device), device)
+
+    def fill(self, source: ModelFile, dtype: torch.dtype, device: torch.device | str) -> Decoder:
+        """Read the parameters that are still on the meta device, and be ready to decode.
+
+        Args:
+            source: an opened model of this shape.
+            dtype: of the parameters.
+            device: where to put them.
+        """
+        missing = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+        weights = {name: source.tensors[name].to(device=device, dtype=dtype) for name in missing}
+        self.load_state_dict(weights, strict=False, assign=True)
+        self.model.place(source.config)
+        self.to(device)
+        self.stop_ids = source.stop_ids
+        return self.eval()
+
+    def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
+        """Write config.json and the weights into a folder, which is made if need be.
+
+        Args:
+            path: the folder.
+            max_shard_size: of one file, in bytes or as "500MB".
+
+        Raises:
+            InputError: after `fuse` or `quantise`, when the tensors no longer have their names; a size that is none.
+        """
+        self._refuse_quantised("saved")
+        if any(part.fused for part in self._fusible()):
+            raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
+        hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))

@@ -1,0 +1,80 @@
+"""The products of a model's blocks, as they lie in memory and as files name them.
+
+A file names every product of a layer; in memory those of one input are one (`fuse`), whose rows are those of its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from minillama.layers.int4 import Int4
+from minillama.layers.quantized_linear import Int4Linear, Int8Linear
+from minillama.model import Decoder
+
+__all__ = ["Product", "int4_numbers", "plain_tensors", "products"]
+
+PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class Product(NamedTuple):
+    """A product of a block.
+
+    Attributes:
+        parent: the module that has it.
+        name: its name there.
+        names: Hugging Face's of its parts, without `.weight`; one unless it is fused.
+    """
+
+    parent: nn.Module
+    name: str
+    names: tuple[str, ...]
+
+    @property
+    def module(self) -> nn.Module:
+        """What multiplies."""
+        return cast(nn.Module, getattr(self.parent, self.name))
+
+    def replace(self, module: nn.Module) -> None:
+        """Have another module multiply."""
+        setattr(self.parent, self.name, module)
+
+
+def products(model: Decoder) -> Iterator[Product]:
+    """The products of the blocks, in order."""
+    for path, parent in list(model.named_modules()):
+        if path.startswith("model.layers."):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear | Int4Linear | Int8Linear):
+                    yield Product(parent, name, tuple(f"{path}.{part}" for part in PARTS.get(name, (name,))))
+
+
+def int4_numbers(model: Decoder) -> dict[str, Int4]:
+    """By Hugging Face name, the numbers of a model's int4 products, those of fused ones taken apart."""
+    shapes = model.config.tensors()
+    found: dict[str, Int4] = {}
+    for product in products(model):
+        if isinstance(product.module, Int4Linear):
+            found |= {name: product.module.numbers.rows(*span) for name, span in _spans(product, shapes)}
+    return found
+
+
+def plain_tensors(model: Decoder) -> dict[str, Tensor]:
+    """By Hugging Face name, all parameters that `int4_numbers` does not give, multiplied out where they are int8."""
+    shapes = model.config.tensors()
+    found = {name: tensor for name, tensor in model.state_dict().items() if name in shapes}
+    for product in products(model):
+        module = cast(Any, product.module)
+        if not isinstance(module, Int4Linear):
+            found |= {name: module.weight[start:end] for name, (start, end) in _spans(product, shapes)}
+    return found if model.config.tie_embeddings else found | {"lm_head.weight": model.output_weight}
+
+
+def _spans(product: Product, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The names of a product's matrices, and the rows of each."""
+    end = 0
+    for name in product.names:
+        start, end = end, end + shapes[f"{name}.weight"][0]
+        yield f"{name}.weight", (start, end)

@@ -1,0 +1,292 @@
+// A step of a LLaMA: some tokens in, logits out. Compiled by building.py, called by decode.py.
+//
+// A row is a token: of a text of its own, or one of several that a text goes on with, since all keys of a layer are
+// written before any query looks at those up to its own. Every weight is read once, by gemv.h. Sums are taken in
+// float32 whatever the weights' type, and the residual stream stays in it. All threads go through the whole step
+// together and meet at a barrier where one needs what others have made.
+//
+// B rows, D model width, V vocabulary, H query heads, K key/value heads, E head width, F feed-forward width, S slots.
+
+#include <cmath>
+#include <omp.h>
+
+#include "gemv.h"
+
+extern "C" {
+
+struct Layer {
+    const float *attention_norm, *mlp_norm;
+    Matrix qkv, output, gate_up, down;
+};
+
+struct Model {
+    int32_t dim, layers, heads, kv_heads, head_dim, hidden, vocab, max_rows, threads;
+    float eps;
+    const float* frequencies;  // E / 2
+    const float* norm;
+    Matrix embedding, head;
+    const Layer* layer;
+    float* memory;  // as much as minillama_floats says
+};
+
+// Keys and values of a layer, (texts, K, S, E), float32 or bfloat16.
+struct Cache {
+    void *keys, *values;
+};
+
+struct Token {
+    int64_t id, text, slot, position, last;  // last: of its text, the one behind which logits are wanted
+};
+}
+
+namespace {
+
+void rms_norm(const float* x, const float* weight, int dim, float eps, float* y) {
+    Vector squares = {};
+    for (int i = 0; i < dim; i += WIDTH) squares += load<Vector>(x + i) * load<Vector>(x + i);
+    float factor = 1 / std::sqrt(sum(squares) / dim + eps);
+    for (int i = 0; i < dim; i += WIDTH) store(y + i, load<Vector>(x + i) * factor * load<Vector>(weight + i));
+}
+
+// Turn the pairs (x_i, x_{i + E/2}) by position * frequency_i.
+void rotate(float* x, int width, const float* cosine, const float* sine) {
+    for (int i = 0; i < width / 2; i++) {
+        float a = x[i], b = x[i + width / 2];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + width / 2] = b * cosine[i] + a * sine[i];
+    }
+}
+
+template <class T>
+inline Vector cached(const T* from) {
+    if constexpr (sizeof(T) == 4) return load<Vector>(from);
+    else return bf16_to_f32(load<Halves>(from));
+}
+
+template <class T>
+void store_kv(T* to, const float* from, int width) {
+    for (int i = 0; i < width; i++)
+        if constexpr (sizeof(T) == 4) to[i] = from[i];
+        else to[i] = f32_to_bf16(from[i]);
+}
+
+// silu(gate) * up of units `begin` to `end`: `gates` holds the F gates, then the F ups.
+void gate(const float* gates, int F, int begin, int end, float* hidden) {
+    for (int i = begin; i < end; i += WIDTH) {
+        Vector g = load<Vector>(gates + i);
+        store(hidden + i, g / (1 + exp(-g)) * load<Vector>(gates + F + i));
+    }
+}
+
+// The slots that a query sees: all, or the first `sinks` and the last `window`.
+struct VisibleSlots {
+    int count, sinks, gap;
+    VisibleSlots(int all, int window, int first) : count(all), sinks(all), gap(0) {
+        if (window <= 0 || window >= all) return;
+        sinks = std::min(first, all - window);
+        gap = all - window - sinks;
+        count = sinks + window;
+    }
+    int slot(int i) const { return i < sinks ? i : i + gap; }
+};
+
+// softmax(q k^T / sqrt(E)) v of one query.
+template <class T>
+void attend(const float* q, const T* keys, const T* values, const VisibleSlots& seen, int width, float* scores, float* out) {
+    float scale = 1 / std::sqrt(float(width)), peak = -INFINITY;
+    for (int t = 0; t < seen.count; t++) {
+        Vector dot = {};
+        const T* key = keys + size_t(seen.slot(t)) * width;
+        for (int i = 0; i < width; i += WIDTH) dot += load<Vector>(q + i) * cached(key + i);
+        scores[t] = sum(dot) * scale;
+        peak = std::max(peak, scores[t]);
+    }
+    Vector all = {};
+    store(scores + seen.count, Vector{} - INFINITY);
+    for (int t = 0; t < seen.count; t += WIDTH) {
+        Vector e = exp(load<Vector>(scores + t) - peak);
+        store(scores + t, e);
+        all += e;
+    }
+    float total = sum(all);
+    for (int i = 0; i < width; i += WIDTH) {
+        Vector mean = {};
+        for (int t = 0; t < seen.count; t++) mean += scores[t] * cached(values + size_t(seen.slot(t)) * width + i);
+        store(out + i, mean / total);
+    }
+}
+
+struct Share {  // of `count` things, this thread's, in whole vectors
+    int begin, end;
+    Share(int count) {
+        int threads = omp_get_num_threads(), me = omp_get_thread_num(), units = (count + WIDTH - 1) / WIDTH;
+        begin = std::min(count, units * me / threads * WIDTH);
+        end = std::min(count, units * (me + 1) / threads * WIDTH);
+    }
+};
+
+// Hands out pieces of `memory`, one after the other.
+struct Arena {
+    float* memory;  // null to count alone
+    size_t used = 0;
+
+    float* take(size_t floats) {
+        float* piece = memory ? memory + used : nullptr;
+        used += (floats + WIDTH - 1) / WIDTH * WIDTH;  // whole lines of the cache
+        return piece;
+    }
+};
+
+// What all threads share, one row after the other.
+struct Shared {
+    float *x, *qkv, *heads, *hidden, *rotations;
+
+    Shared(const Model& m, Arena& pieces) {
+        size_t rows = m.max_rows;
+        x = pieces.take(rows * m.dim);
+        qkv = pieces.take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim);
+        heads = pieces.take(rows * m.heads * m.head_dim);
+        hidden = pieces.take(rows * m.hidden);
+        rotations = pieces.take(rows * m.head_dim);
+    }
+};
+
+// What each thread has for itself.
+struct Own {
+    float *normed, *made, *scores;
+    Workspace workspace;
+
+    Own(const Model& m, int slots, Arena& pieces) {
+        size_t rows = m.max_rows;
+        int widest = std::max({m.dim, m.heads * m.head_dim, m.hidden});
+        normed = pieces.take(rows * m.dim);
+        made = pieces.take(rows * std::max(m.dim, 2 * m.hidden));
+        scores = pieces.take(slots + WIDTH);
+        workspace.sums = pieces.take(rows * widest / GROUP);
+        workspace.expanded = pieces.take(size_t(BLOCK) * widest);
+        workspace.parts = (uint32_t*)pieces.take(parts_size(m.max_rows, widest));
+    }
+};
+
+template <class T>
+void step(const Model& m, int rows, const Token* tokens, const Cache* caches, int slots, int window, int sinks,
+          float* logits) {
+    const int D = m.dim, E = m.head_dim, Q = m.heads * E, KV = m.kv_heads * E, all = Q + 2 * KV, F = m.hidden;
+#pragma omp parallel num_threads(m.threads)
+    {
+        Arena pieces = {m.memory};
+        Shared shared(m, pieces);
+        Own own(m, slots, pieces);
+        for (int t = 0; t < omp_get_thread_num(); t++) own = Own(m, slots, pieces);
+        TileUnit unit(rows >= FEWEST && has_tiles());
+
+        auto normalize = [&](const float* weight) {  // by each thread for itself: sooner than to wait for the others
+            for (int b = 0; b < rows; b++)
+                rms_norm(shared.x + size_t(b) * D, weight, D, m.eps, own.normed + size_t(b) * D);
+        };
+        auto prepared = [&](const Matrix& matrix, const float* from, int width) {
+            return prepare(matrix, from, width, rows, own.workspace);
+        };
+        auto add_product = [&](const Matrix& matrix, const float* from, int width) {
+            Share share(D);
+            multiply(matrix, share.begin, share.end, prepared(matrix, from, width), {own.made, size_t(D)}, own.workspace);
+            for (int b = 0; b < rows; b++) {
+                float *x = shared.x + size_t(b) * D, *y = own.made + size_t(b) * D;
+                for (int i = share.begin; i < share.end; i++) x[i] += y[i];
+            }
+        };
+
+#pragma omp for
+        for (int b = 0; b < rows; b++) {
+            float* x = shared.x + size_t(b) * D;
+            size_t at = size_t(tokens[b].id) * D;
+            for (int i = 0; i < D; i++)
+                x[i] = m.embedding.kind == FLOAT32 ? ((const float*)m.embedding.weights)[at + i]
+                                                   : bf16_to_f32(((const uint16_t*)m.embedding.weights)[at + i]);
+            float *cosine = shared.rotations + size_t(b) * E, *sine = cosine + E / 2;
+            for (int i = 0; i < E / 2; i++) {
+                float angle = float(tokens[b].position) * m.frequencies[i];
+                cosine[i] = std::cos(angle);
+                sine[i] = std::sin(angle);
+            }
+        }
+        for (int l = 0; l < m.layers; l++) {
+            const Layer& layer = m.layer[l];
+            T *keys = (T*)caches[l].keys, *values = (T*)caches[l].values;
+
+            normalize(layer.attention_norm);
+            Share part(all);
+            Inputs normed = prepared(layer.qkv, own.normed, D);
+            multiply(layer.qkv, part.begin, part.end, normed, {shared.qkv, size_t(all)}, own.workspace);
+#pragma omp barrier
+#pragma omp for
+            for (int n = 0; n < rows * m.kv_heads; n++) {
+                int b = n / m.kv_heads, k = n % m.kv_heads;
+                float* key = shared.qkv + size_t(b) * all + Q + k * E;
+                const float* cosine = shared.rotations + size_t(b) * E;
+                rotate(key, E, cosine, cosine + E / 2);
+                size_t at = ((tokens[b].text * m.kv_heads + k) * slots + tokens[b].slot) * E;
+                store_kv(keys + at, key, E);
+                store_kv(values + at, key + KV, E);
+            }
+#pragma omp for
+            for (int n = 0; n < rows * m.heads; n++) {
+                int b = n / m.heads, h = n % m.heads;
+                float* q = shared.qkv + size_t(b) * all + h * E;
+                const float* cosine = shared.rotations + size_t(b) * E;
+                rotate(q, E, cosine, cosine + E / 2);
+                size_t at = (tokens[b].text * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
+                VisibleSlots seen(int(tokens[b].slot) + 1, window, sinks);
+                attend(q, keys + at, values + at, seen, E, own.scores, shared.heads + size_t(b) * Q + h * E);
+            }
+            add_product(layer.output, shared.heads, Q);
+#pragma omp barrier
+            normalize(layer.mlp_norm);
+            Inputs in = prepared(layer.gate_up, own.normed, D);
+            Share units(F);
+            for (int half : {0, F})
+                multiply(layer.gate_up, half + units.begin, half + units.end, in, {own.made, 2 * size_t(F)}, own.workspace);
+            for (int b = 0; b < rows; b++)
+                gate(own.made + 2 * size_t(b) * F, F, units.begin, units.end, shared.hidden + size_t(b) * F);
+#pragma omp barrier
+            add_product(layer.down, shared.hidden, F);
+#pragma omp barrier
+        }
+        int texts = 0;
+        for (int b = 0; b < rows; b++)
+            if (tokens[b].last) rms_norm(shared.x + size_t(b) * D, m.norm, D, m.eps, own.normed + size_t(texts++) * D);
+        Share words(m.vocab);
+        Inputs said = prepare(m.head, own.normed, D, texts, own.workspace);
+        multiply(m.head, words.begin, words.end, said, {logits, size_t(m.vocab)}, own.workspace);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats of `memory` for caches of so many slots.
+size_t minillama_floats(const Model* model, int32_t slots) {
+    Arena pieces = {nullptr};
+    Shared(*model, pieces);
+    for (int thread = 0; thread < model->threads; thread++) Own(*model, slots, pieces);
+    return pieces.used;
+}
+
+// How many rows are read together faster than torch's operations read them.
+int32_t minillama_at_once() {
+#ifdef __AVX512F__
+    return has_tiles() ? 96 : 31;
+#else
+    return 1;
+#endif
+}
+
+// Read tokens, of a text in the order of their positions, keep their keys and values, and write logits (texts, V).
+// `short_caches`: of bfloat16. `window`: 0 sees everything.
+void minillama_step(const Model* model, int32_t rows, const Token* tokens, const Cache* caches, int32_t slots,
+                    int32_t short_caches, int32_t window, int32_t sinks, float* logits) {
+    auto run = short_caches ? step<uint16_t> : step<float>;
+    run(*model, rows, tokens, caches, slots, window, sinks, logits);
+}
+}

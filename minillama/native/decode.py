@@ -1,0 +1,235 @@
+"""Some tokens through `decode.cpp`: what it takes, and a model's weights as it reads them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_float, c_int32, c_int64, c_size_t, c_void_p
+from threading import Lock
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from minillama.layers.attention import Attention
+from minillama.layers.cache import KVCache, State
+from minillama.layers.mask import Mask
+from minillama.layers.mlp import SwiGLU
+from minillama.layers.norm import RMSNorm
+from minillama.layers.quantized_linear import Int4Linear, Int8Linear
+from minillama.layers.rope import Rope
+from minillama.model import Block, Decoder
+from minillama.native.build import load_library
+from minillama.threads import free_threads
+
+__all__ = ["NativeStep", "unsupported"]
+
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+WIDTH = 16  # floats of a vector of decode.cpp
+GROUP = 32  # columns that share a scale there
+# Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
+REORDERED = ("-fassociative-math", "-fno-signed-zeros")
+
+
+class _Matrix(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_int32) for name in ("kind", "rows", "columns")),
+        *((name, c_void_p) for name in ("weights", "scale", "grid", "bias")),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm")),
+        *((name, _Matrix) for name in ("qkv", "output", "gate_up", "down")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_int32) for name in ("dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "vocab")),
+        *((name, c_int32) for name in ("max_rows", "threads")),
+        ("eps", c_float),
+        *((name, c_void_p) for name in ("frequencies", "norm")),
+        *((name, _Matrix) for name in ("embedding", "head")),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("memory", c_void_p),
+    ]
+
+
+class _Cache(ctypes.Structure):
+    _fields_: ClassVar = [("keys", c_void_p), ("values", c_void_p)]
+
+
+class _Token(ctypes.Structure):
+    _fields_: ClassVar = [(name, c_int64) for name in ("id", "text", "slot", "position", "last")]
+
+
+def unsupported(model: Decoder) -> str | None:
+    """Why `NativeStep` does not take a model, or None: it takes LLaMA's layers on a CPU, after `fuse`."""
+    config = model.config
+    if model.device.type != "cpu":
+        return f"the model lies on {model.device}"
+    if not all(type(block) is Block for block in model.blocks) or type(model.model.rope) is not Rope:
+        return "its layers are not LLaMA's"
+    parts = [part for block in model.blocks for part in block.children()]
+    if not all(getattr(part, "fused", True) for part in parts) or not all(
+        isinstance(part, Attention | SwiGLU | RMSNorm) for part in parts
+    ):
+        return "its products are not fused, or its layers are not LLaMA's"
+    widths = {config.dim, config.head_dim, config.hidden_dim, config.n_heads * config.head_dim}
+    if config.rotary_width != config.head_dim or any(width % WIDTH for width in widths):
+        return f"its widths are no multiples of {WIDTH}"
+    if config.logit_scale != 1 or model.model.embed_norm is not None or model.dtype not in FLOATS:
+        return "its embedding or head is not LLaMA's"
+    return None
+
+
+class NativeStep:
+    """Reads a token a row, or the few of short prompts, and returns logits, for `Decoder.step`.
+
+    Sums and the residual stream are in float32 whatever the weights' type, so that bfloat16 weights give what they
+    give in float32 arithmetic; keys and values are kept in the state's type.
+
+    Args:
+        model: a fused decoder that `unsupported` has nothing against. Its matrices are shared, its norms, biases and
+            int4 grids are copied: make the step anew when weights change.
+        say: told before anything is compiled.
+
+    Raises:
+        CannotBuild: no compiler, or it failed.
+    """
+
+    def __init__(self, model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
+        self.library = load_library("decode.cpp", say, REORDERED)
+        self.library.minillama_floats.restype = c_size_t
+        self.at_once: int = self.library.minillama_at_once()
+        self.kept: list[object] = []  # what the pointers below point to
+        config, backbone = model.config, model.model
+        layers = [self._layer(cast(Any, block)) for block in model.blocks]
+        head = backbone.embed_tokens if model.lm_head is None else model.lm_head
+        assert backbone.rope is not None
+        self.native = _Model(
+            dim=config.dim,
+            layers=config.n_layers,
+            heads=config.n_heads,
+            kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden=config.hidden_dim,
+            vocab=config.vocab_size,
+            eps=config.norm_eps,
+            frequencies=self._floats(backbone.rope.frequencies),
+            norm=self._floats(cast(RMSNorm, backbone.norm).weight),
+            embedding=self._matrix(backbone.embed_tokens),
+            head=self._matrix(head),
+            layer=(_Layer * len(layers))(*layers),
+        )
+        self.memory = torch.empty(0)
+        self.slots = self.threads = 0
+        self.lock = Lock()
+
+    def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
+        """Logits (B, V) behind each row's new tokens, float32; None for what the layers know alone, or do faster.
+
+        Args:
+            tokens: of B rows, at least one each.
+            state: takes them in.
+            mask: causal, with a window or without.
+
+        Raises:
+            ValueError: no slot is left, or the state is another model's or of another number of rows; a row of none.
+            IndexError: a token that the vocabulary does not have.
+        """
+        counts = [len(row) for row in tokens]
+        if sum(counts) > max(len(counts), self.at_once):
+            return None
+        described = (mask.prefix, mask.documents, mask.lengths)
+        if not mask.causal or described != (None, None, None) or mask.window == 0:
+            return None
+        layers = [layer for layer in state.layers if isinstance(layer, KVCache)]
+        stored = [slots.stored for layer in layers for slots in (layer.keys, layer.values)]
+        kinds = {part.dtype for part in stored}
+        if len(kinds) != 1 or not kinds <= set(FLOATS):
+            return None
+        state.span(max(counts))  # refuses what does not fit
+        native = self.native
+        shape = (len(tokens), native.kv_heads, state.max_len, native.head_dim)
+        if len(layers) != native.layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
+            raise ValueError(f"the decode state is not one of {len(tokens)} rows of this model")
+        if min(counts) == 0:
+            raise ValueError("a row without a token")
+        ids = [token for row in tokens for token in row]
+        if not all(0 <= token < native.vocab for token in ids):
+            raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(ids)} to {max(ids)}")
+        caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
+        starts = zip(tokens, state.lengths, state.dropped, strict=True)
+        read = [
+            _Token(token, text, slot, slot + dropped, slot == start + len(row) - 1)
+            for text, (row, start, dropped) in enumerate(starts)
+            for slot, token in enumerate(row, start)
+        ]
+        logits = torch.empty(len(counts), native.vocab, dtype=torch.float32, device="cpu")
+        with self.lock:  # ctypes lets other threads run, and the work memory is one
+            self._make_room(len(ids), state.max_len)
+            self.library.minillama_step(
+                ctypes.byref(native),
+                c_int32(len(ids)),
+                (_Token * len(read))(*read),
+                caches,
+                c_int32(state.max_len),
+                c_int32(kinds == {torch.bfloat16}),
+                *map(c_int32, (mask.window or 0, mask.sinks)),
+                c_void_p(logits.data_ptr()),
+            )
+        state.advance(counts)
+        return logits
+
+    def __deepcopy__(self, memo: object) -> None:
+        """None: it reads the weights of its model, and a copy of the model would go on with those."""
+
+    def _make_room(self, rows: int, slots: int) -> None:
+        """Work memory for all of torch's threads, of which those run that have a processor for themselves."""
+        native, threads = self.native, torch.get_num_threads()
+        if rows > native.max_rows or slots > self.slots or threads != self.threads:
+            self.slots, self.threads = max(slots, self.slots), threads
+            native.max_rows, native.threads = max(rows, native.max_rows), threads
+            count = self.library.minillama_floats(ctypes.byref(native), c_int32(self.slots))
+            self.memory = torch.empty(count, dtype=torch.float32, device="cpu")
+            native.memory = self.memory.data_ptr()
+        native.threads = free_threads(threads)
+
+    def _layer(self, block: Block) -> _Layer:
+        attention, mlp = block.self_attn, cast(Any, block.mlp)
+        return _Layer(
+            attention_norm=self._floats(cast(Any, block.input_layernorm).weight),
+            mlp_norm=self._floats(cast(Any, block.post_attention_layernorm).weight),
+            qkv=self._matrix(attention.qkv_proj),
+            output=self._matrix(attention.o_proj),
+            gate_up=self._matrix(mlp.gate_up_proj),
+            down=self._matrix(mlp.down_proj),
+        )
+
+    def _pointer(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._pointer(tensor.float())
+
+    def _matrix(self, product: nn.Module) -> _Matrix:
+        bias = getattr(product, "bias", None)
+        found = _Matrix(bias=None if bias is None else self._floats(bias))
+        if isinstance(product, Int8Linear):
+            found.kind, (found.rows, found.columns) = INT8, product.quantised.shape
+            found.weights, found.scale = self._pointer(product.quantised), self._floats(product.scale)
+        elif isinstance(product, Int4Linear):
+            found.kind, found.rows, found.columns = INT4, product.out_features, product.in_features
+            grid = product.grid.transpose(0, 1).repeat_interleave(product.group // GROUP, dim=1)
+            found.weights, found.grid = self._pointer(product.nibbles), self._pointer(grid)
+        else:
+            weight = cast(Tensor, product.weight)
+            found.kind, (found.rows, found.columns) = FLOATS[weight.dtype], weight.shape
+            found.weights = self._pointer(weight)
+        return found

@@ -1,0 +1,180 @@
+"""Checkpoints that are complete or absent.
+
+`checkpoints/step-N/` is a model folder with three files more: optimizer.safetensors (tensors named
+PARAMETER/NAME), run.json (step, tokens, seconds, data fingerprint and so on) and manifest.json, the size and
+SHA-256 of every other file. A checkpoint is written beside its place and renamed into it when all of it is
+on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from minillama.errors import InputError
+from minillama.files import digest, free_name, replace_folder
+
+__all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint", "set_aside", "steps"]
+
+MANIFEST = "manifest.json"
+NEEDED = ("config.json", "optimizer.safetensors", "run.json")
+RUN = ("step", "tokens", "seconds", "data", "tokenizer", "guard", "record")
+
+
+class Checkpoint:
+    """A complete checkpoint on disk.
+
+    Args:
+        path: its folder.
+        verify: read every file and hold its SHA-256 against the manifest's; else sizes alone.
+
+    Raises:
+        InputError: a file is missing or is not what the manifest says.
+    """
+
+    def __init__(self, path: Path, verify: bool = True) -> None:
+        self.path = path
+        manifest = _read_json(path / MANIFEST)
+        missing = [name for name in NEEDED if name not in manifest]
+        odd = [name for name in manifest if Path(name).name != name]
+        if missing or odd:
+            found = ", ".join(odd) or f"no entry for {', '.join(missing)}"
+            raise InputError("the manifest of this checkpoint is of another form", where=path / MANIFEST, found=found)
+        for name, known in manifest.items():
+            _check(path / name, known, verify)
+        self.run = _read_json(path / "run.json")
+        if any(key not in self.run for key in RUN):
+            found, expected = ", ".join(self.run), ", ".join(RUN)
+            what = "this checkpoint was written by another version"
+            raise InputError(what, where=path / "run.json", found=found, expected=expected)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.run["step"])
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """What `optimizer_state` gave.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self.path / "optimizer.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise InputError("a file of the checkpoint is damaged", where=path, found=error) from error
+
+
+def save_checkpoint(
+    folder: Path,
+    write_model: Callable[[Path], None],
+    optimizer_tensors: Mapping[str, torch.Tensor],
+    run: Mapping[str, Any],
+) -> Path:
+    """Write `folder/step-N`.
+
+    Args:
+        folder: of all checkpoints.
+        write_model: writes the model folder's files into the path that it is given.
+        optimizer_tensors: by name.
+        run: JSON values, `step` among them.
+
+    Raises:
+        InputError: the system refuses, for instance because the disk is full; nothing half is left.
+    """
+
+    def write(path: Path) -> None:
+        write_model(path)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in optimizer_tensors.items()}
+        save_file(tensors, path / "optimizer.safetensors")
+        (path / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        known = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(path.iterdir())}
+        (path / MANIFEST).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+    return replace_folder(folder / f"step-{run['step']}", write)
+
+
+def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The complete checkpoint with the most steps, and those that are passed over with the reason.
+
+    Args:
+        folder: of all checkpoints.
+        verify: as for `Checkpoint`.
+
+    Raises:
+        InputError: there are checkpoints, and all of them are damaged.
+    """
+    passed = {path: f"{path}: not written to its end" for path in sorted(folder.glob(".step-*.tmp"))}
+    whole = {folder / f"step-{step}" for step in steps(folder)}
+    passed |= {path: f"{path}: there is no {MANIFEST}" for path in sorted({*folder.glob("step-*")} - whole)}
+    damaged: dict[Path, str] = {}
+    for step in reversed(steps(folder)):
+        path = folder / f"step-{step}"
+        try:
+            return Checkpoint(path, verify), damaged | passed
+        except InputError as error:
+            damaged[path] = f"{error.where}: {error.what}"
+    if damaged:
+        raise InputError(
+            "every checkpoint of this run is damaged",
+            where=folder,
+            found="; ".join(damaged.values()),
+            fix="bring one back from a copy, or start a new run",
+        )
+    return None, passed
+
+
+def set_aside(paths: Iterable[Path]) -> None:
+    """Rename checkpoints that were passed over, so that they neither count among the newest nor are removed."""
+    for path in paths:
+        if path.name.startswith("step-"):
+            path.rename(free_name(path.with_name(f"damaged-{path.name}")))
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of all checkpoints that were written to the end, in order."""
+    names = (path.name for path in folder.glob("step-*") if (path / MANIFEST).is_file())
+    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
+
+
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the `keep` newest checkpoints and that of step `best`, and what killed processes left."""
+    for step in steps(folder)[:-keep]:
+        if step != best:  # renamed first: a process that is killed leaves no half of one under its name
+            (folder / f"step-{step}").rename(folder / f".step-{step}.old")
+    for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check(file: Path, known: Any, verify: bool) -> None:
+    """Hold a file against its entry in the manifest."""
+    if not isinstance(known, dict) or "bytes" not in known or "sha256" not in known:
+        raise InputError("the manifest of this checkpoint is of another form", where=file.parent / MANIFEST)
+    if not file.is_file():
+        raise InputError("a file of the checkpoint is missing", where=file)
+    size = file.stat().st_size
+    if size != known["bytes"]:
+        what = "a file of the checkpoint has another size than when it was written"
+        raise InputError(what, where=file, found=f"{size} bytes", expected=known["bytes"])
+    if verify and (found := digest(file)) != known["sha256"]:
+        what = "a file of the checkpoint has changed since it was written"
+        raise InputError(what, where=file, found=f"SHA-256 {found}", expected=known["sha256"])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError("a file of the checkpoint cannot be read", where=path, found=error) from error
+    if not isinstance(value, dict):
+        raise InputError("a file of the checkpoint cannot be read", where=path, found=type(value).__name__)
+    return value

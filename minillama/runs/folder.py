@@ -1,0 +1,212 @@
+"""The folder of a run: where it is, whose it is, what lies in it.
+
+OUT/config.toml, OUT/metrics.jsonl, OUT/provenance.jsonl, OUT/checkpoints/step-N/, OUT/model/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from minillama.errors import InputError
+from minillama.files import free_name, replace_file
+
+__all__ = ["RunFolder", "choose_folder", "lock_owner", "read_lines"]
+
+CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
+
+
+def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path:
+    """`out`, or the first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that is not there yet."""
+    if out is not None:
+        if not out.strip():
+            raise InputError("the output folder has no name", where="--out", found=repr(out), fix="name one")
+        return Path(out)
+    return free_name(runs / name)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file that a run writes; none where it is not there."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
+            records.append(json.loads(line))
+    return records
+
+
+def lock_owner(path: Path) -> str | None:
+    """The number of the process that trains in a folder, None where nobody does (or the system has no flock)."""
+    try:
+        import fcntl
+
+        with (path / ".lock").open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "unknown"
+    except (ImportError, OSError):
+        pass
+    return None
+
+
+class RunFolder:
+    """An output folder that was made, found writable and locked for this process.
+
+    Args:
+        path: the folder.
+        resume: it may hold a run, which goes on.
+        overwrite: it may hold a run, which is removed.
+
+    Raises:
+        InputError: it holds a run and neither was asked for, or none and one is to be resumed; it cannot be
+            written; another process trains in it.
+    """
+
+    def __init__(self, path: Path, resume: bool = False, overwrite: bool = False) -> None:
+        self.path, self._was_there = path, path.exists()
+        if resume and not self.holds_run():
+            raise InputError(
+                "there is no run to resume",
+                where=path,
+                found="an empty folder" if path.exists() else "no such folder",
+                fix="look at --out, or leave --resume out to start a run there",
+            )
+        if self.holds_run() and not (resume or overwrite):
+            raise InputError(
+                "the output folder holds a run already",
+                where=path,
+                fix="add --resume to go on with it, or --overwrite to replace it, or choose another --out",
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".write-test"
+            probe.write_bytes(b"")
+            probe.unlink()
+            self._lock = self._take_lock()
+        except OSError as error:
+            raise InputError(
+                "the output folder cannot be written",
+                where=path,
+                found=error.strerror or error,
+                fix="choose another with --out",
+            ) from error
+        self._replaces = overwrite and not resume
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The final model folder."""
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def holds_run(self) -> bool:
+        """Whether a run has written here."""
+        return any((self.path / name).exists() for name in CONTENTS)
+
+    @property
+    def starts(self) -> Path:
+        """One JSON object a start of the run: see `provenance.py`."""
+        return self.path / "provenance.jsonl"
+
+    def start(self, config: str, provenance: Mapping[str, Any]) -> None:
+        """Record the configuration, and where this start came from; what is replaced goes now.
+
+        A model that is there stands for fewer steps than the run will have.
+        """
+        if self._replaces:
+            self._clear()
+        elif self.model.exists():
+            shutil.rmtree(self.model)
+        replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
+        self._append(self.starts, provenance)
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add a line to metrics.jsonl.
+
+        Raises:
+            InputError: the system refuses, for instance because the disk is full.
+        """
+        self._append(self.metrics, record)
+
+    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
+        try:
+            with path.open("a+b") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                # behind a line that a killed process left unfinished a new one begins
+                file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
+        except OSError as error:
+            fix = "make room, then go on with --resume"
+            raise InputError("cannot write", where=path, found=error.strerror or error, fix=fix) from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl."""
+        return read_lines(self.metrics)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was recorded after `step`, for a run that goes on from there."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _take_lock(self) -> IO[str] | None:
+        """An flock that ends with the process, however it ends. Without flock (Windows) there is none."""
+        try:
+            import fcntl
+        except ImportError:
+            return None
+        file = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise InputError(
+                "another process is training in the output folder",
+                where=self.path,
+                found=f"process {owner}",
+                fix="wait for it, stop it, or choose another --out",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
+
+    def close(self) -> None:
+        """Give the lock back. A folder that was made for a run that never began goes, too."""
+        if not self._was_there and not self.holds_run():
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink(missing_ok=True)
+                self.path.rmdir()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _clear(self) -> None:
+        for name in CONTENTS:
+            target = self.path / name
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)

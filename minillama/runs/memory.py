@@ -1,0 +1,159 @@
+"""Memory and disk that a run needs, before it starts and when they run out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from minillama.config.cost import TrainingMemory, training_memory
+from minillama.errors import InputError
+from minillama.runs.config import RunConfig
+from minillama.runs.report import Report
+
+__all__ = [
+    "available_memory",
+    "check_disk",
+    "explain",
+    "is_out_of_memory",
+    "largest_micro_batch",
+    "needed_memory",
+    "warn_of_memory",
+]
+
+GIB = 2**30
+
+
+def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
+    """What `minillama plan` says for so many rows at once."""
+    width = dtype.itemsize
+    checkpointing = config.train.checkpointing
+    return training_memory(config.model, rows, config.context, activation_bytes=width, checkpointing=checkpointing)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had: of the GPU, or of the machine within its control group; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        found.append(1024 * _entry(Path("/proc/meminfo"), "MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        used -= _entry(group / "memory.stat", "inactive_file")  # pages of files, which give way
+        found.append(int((group / "memory.max").read_text(encoding="ascii")) - used)
+    except (OSError, StopIteration, ValueError):
+        pass
+    return min(found, default=None)
+
+
+def _entry(path: Path, name: str) -> int:
+    """The number behind a name in a file of the kernel's."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return int(next(line[1] for line in lines if line[0] == name))
+
+
+def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, below: int) -> int | None:
+    """The batch halved until it fits, at most `below`; None where not even one row does."""
+    rows = below
+    while rows >= 1:
+        if needed_memory(config, dtype, rows).total <= available:
+            return rows
+        rows //= 2
+    return None
+
+
+def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, report: Report) -> None:
+    """Say before anything is built that memory will not do, and what would. Linux ends such a process wordlessly."""
+    there = available_memory(device)
+    if there is None:
+        return
+    if device.type == "cpu":
+        there -= _state_bytes(config)  # a checkpoint is a copy in memory while it is written
+    need = needed_memory(config, dtype, config.micro_batch_size).total
+    if need > there:
+        fits = largest_micro_batch(config, dtype, there, config.micro_batch_size)
+        advice = (
+            f"--train.micro_batch_size {fits} fits" if fits else "not one row fits; take a smaller model or context"
+        )
+        report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {there / GIB:.2f} are free: {advice}")
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint: the weights and the optimizer's moments in float32, two a weight, with Muon one."""
+    shapes = config.model.tensors()
+    muon = sum(math.prod(s) for n, s in shapes.items() if len(s) > 1 and ".layers." in n) if config.optim.muon_lr else 0
+    return 4 * (3 * config.model.num_params() - muon)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what torch raises when there is no memory left, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = ("can't allocate memory", "not enough memory", "out of memory")  # Linux, Windows, MPS
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def explain(
+    error: BaseException, config: RunConfig, dtype: torch.dtype, device: torch.device, doing: str
+) -> InputError:
+    """What was needed, and the setting that fits.
+
+    Args:
+        error: what was raised.
+        config: the run.
+        dtype: of the products.
+        device: where they ran.
+        doing: what the run was at, as "training".
+    """
+    rows = config.micro_batch_size
+    need = needed_memory(config, dtype, rows)
+    parts = "weights", "gradients", "optimizer", "casts", "activations", "logits"
+    sizes = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
+    if rows > 1:
+        there = available_memory(device)
+        half = (largest_micro_batch(config, dtype, there, rows // 2) if there is not None else None) or rows // 2
+        less, parts_now = needed_memory(config, dtype, half).total / GIB, -(-config.train.batch_size // half)
+        fix = (
+            f"add --train.micro_batch_size {half}: {less:.2f} GiB, and the same batch of {config.train.batch_size} "
+            f"in {parts_now} parts; then --resume"
+        )
+    elif not config.train.checkpointing:
+        fix = "add --train.checkpointing true, or take a smaller model or --train.context; then --resume"
+    else:
+        fix = "take a smaller model, or a shorter --train.context"
+    return InputError(
+        f"out of memory while {doing}",
+        where=f"train.micro_batch_size = {rows}, on {device}",
+        found=f"{str(error).splitlines()[0]}; {need.total / GIB:.2f} GiB are needed (GiB: {sizes})",
+        fix=fix,
+    )
+
+
+def check_disk(config: RunConfig, folder: Path) -> None:
+    """Whether the checkpoints and the model that the run will write fit on the disk.
+
+    There are as many checkpoints as are kept, the best, and the one that is being written; fewer in a short
+    run. What lies in the folder counts as free: it is replaced, or is there already.
+
+    Raises:
+        InputError: they do not.
+    """
+    steps, every = config.train.steps, min(config.checkpoint.every, config.validate.every)
+    count = min(config.checkpoint.keep + 2, steps // every + 2)
+    one, model = _state_bytes(config), 4 * config.model.num_params()
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free
+    if count * one + model > free + there:
+        raise InputError(
+            "the disk is too small for this run",
+            where=folder,
+            found=f"{free / GIB:.2f} GiB free",
+            expected=f"{(count * one + model) / GIB:.2f} GiB: {count} checkpoints of {one / GIB:.2f} and a model of "
+            f"{model / GIB:.2f}",
+            fix="make room, choose another --out, or lower --checkpoint.keep",
+        )

@@ -1,0 +1,75 @@
+"""Where a run came from: versions, machine, command line, git state, data. One JSON line a start."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minillama
+from minillama.runs.config import RunConfig
+
+__all__ = ["provenance"]
+
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
+
+
+def provenance(config: RunConfig, step: int, data: str, tokenizer: str, device: torch.device) -> dict[str, Any]:
+    """What a start of a run depends on beside config.toml.
+
+    Args:
+        config: the run.
+        step: where it starts.
+        data: fingerprint of the data.
+        tokenizer: fingerprint of the tokenizer.
+        device: what it runs on.
+    """
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "seed": config.seed,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "folder": os.getcwd(),
+        "versions": {"minillama": minillama.__version__, "python": platform.python_version()} | _versions(),
+        "machine": {
+            "system": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+        },
+        "git": _git(Path(minillama.__file__).parent),
+        "sources": [source.label for source in config.data.sources],
+        "data": data,
+        "tokenizer": tokenizer,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit of the package's checkout and whether files differ from it; None where it is no checkout."""
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if ask("ls-files", "--error-unmatch", "__init__.py") != "__init__.py":
+            return None
+        return {"commit": ask("rev-parse", "HEAD"), "changed": ask("status", "--porcelain", "-uno").splitlines()}
+    except (OSError, subprocess.SubprocessError):
+        return None

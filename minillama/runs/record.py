@@ -1,0 +1,104 @@
+"""A run as its folder records it, for those who look at it later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillama.config.loader import read_toml
+from minillama.errors import InputError
+from minillama.runs.checkpoint import steps
+from minillama.runs.folder import lock_owner, read_lines
+
+__all__ = ["RecordedRun"]
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run folder says.
+
+    Args:
+        path: the folder.
+        config: config.toml, as nested values.
+        starts: one provenance record a start, the newest last.
+        records: the lines of metrics.jsonl.
+        checkpoints: the steps of those that are whole.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    starts: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+    checkpoints: list[int]
+
+    @classmethod
+    def open(cls, path: Path) -> RecordedRun:
+        """Read a folder; nothing is changed or locked.
+
+        Raises:
+            InputError: it holds no run.
+        """
+        if not (path / "config.toml").is_file():
+            found = "no config.toml" if path.is_dir() else "no such folder"
+            raise InputError("this is not the folder of a run", where=path, found=found, expected="as runs/tiny")
+        config, _ = read_toml(path / "config.toml")
+        starts, records = read_lines(path / "provenance.jsonl"), read_lines(path / "metrics.jsonl")
+        return cls(path, config, starts, records, steps(path / "checkpoints"))
+
+    def curve(self, key: str) -> Curve:
+        """(step, value) of every line that has the value."""
+        return [(line["step"], line[key]) for line in self.records if line.get(key) is not None]
+
+    @property
+    def step(self) -> int:
+        """The last step that is recorded."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it took all its steps and wrote its model."""
+        return self.step >= int(self.config["train"]["steps"]) and (self.path / "model").is_dir()
+
+    @property
+    def state(self) -> str:
+        """Running, finished, or stopped and where it would go on."""
+        owner = lock_owner(self.path)
+        if owner is not None:
+            return f"running (process {owner})"
+        if self.is_finished:
+            return "finished"
+        behind = f"at step {self.checkpoints[-1]}" if self.checkpoints else "at step 0"
+        return f"stopped after step {self.step}; --resume goes on {behind}"
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the least val_loss behind step 0."""
+        return min((point for point in self.curve("val_loss") if point[0]), key=lambda point: point[1], default=None)
+
+    @property
+    def skipped(self) -> list[dict[str, Any]]:
+        """The lines of steps that were not taken."""
+        return [line for line in self.records if "skipped" in line]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures that `show` and `compare` print, as plain values."""
+        last = self.records[-1] if self.records else {}
+        speeds = sorted(value for _, value in self.curve("tokens_per_second"))
+        return {
+            "run": str(self.path),
+            "state": self.state,
+            "steps": f"{self.step} of {self.config['train']['steps']}",
+            "tokens": last.get("tokens", 0),
+            "seconds": round(last.get("seconds", 0.0), 1),
+            "tokens_per_second": round(speeds[len(speeds) // 2], 1) if speeds else None,
+            "loss": next((value for _, value in reversed(self.curve("loss"))), None),
+            "val_loss": next((value for _, value in reversed(self.curve("val_loss"))), None),
+            "best_val_loss": self.best[1] if self.best else None,
+            "best_step": self.best[0] if self.best else None,
+            "skipped_steps": len(self.skipped),
+            "checkpoints": self.checkpoints,
+            "starts": len(self.starts),
+        }

@@ -1,0 +1,148 @@
+"""What a person sees of a run: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+__all__ = ["PlainReport", "Report", "TerminalReport", "make_report"]
+
+Record = Mapping[str, Any]
+
+
+class Report(Protocol):
+    """Takes what happens, in the order in which it happens."""
+
+    def start(self, step: int, steps: int) -> None:
+        """The loop begins at `step`."""
+
+    def step(self, record: Record) -> None:
+        """A step was taken; the record is the line of metrics.jsonl."""
+
+    def say(self, text: str = "") -> None:
+        """Something else is to be said."""
+
+    def stop(self) -> None:
+        """The loop has ended."""
+
+
+def describe(record: Record) -> str:
+    """`loss 3.1416, lr 1.0e-03, 51.2k tok/s, mfu 34%`."""
+    loss = "skipped" if "skipped" in record else f"loss {record['loss']:.4f}"
+    parts = [loss, f"lr {record['lr']:.1e}"]
+    parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
+    if record.get("mfu") is not None:
+        parts.append(f"mfu {record['mfu']:.0%}")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Pace:
+    """Seconds per step to come: the median of the last steps, and a share of what else took time lately.
+
+    A step that took over three times the median compiled or validated. What it took beyond counts for all steps alike,
+    but for the longest, which happens once.
+    """
+
+    def __init__(self) -> None:
+        self.recent: deque[float] = deque(maxlen=20)
+        self.beyond: deque[float] = deque(maxlen=200)
+
+    def add(self, seconds: float) -> None:
+        """Take the time since the step before."""
+        self.recent.append(seconds)
+        typical = median(self.recent)
+        self.beyond.append(seconds - typical if seconds > 3 * typical else 0.0)
+
+    def left(self, steps: int) -> str:
+        """The time that so many steps take, for people."""
+        beyond = (sum(self.beyond) - max(self.beyond)) / len(self.beyond)
+        return duration((median(self.recent) + beyond) * steps)
+
+
+class PlainReport:
+    """A line after the first step and every `every` seconds, for logs and pipes."""
+
+    def __init__(self, console: Console, every: float = 5.0) -> None:
+        self.console = console
+        self.every = every
+        self.steps, self.last, self.shown, self.pace = 1, 0.0, 0.0, Pace()
+
+    def start(self, step: int, steps: int) -> None:
+        """Begin to count time."""
+        self.steps, self.last, self.shown, self.pace = steps, time.monotonic(), 0.0, Pace()
+
+    def step(self, record: Record) -> None:
+        """Print the step if the last line is old enough."""
+        now = time.monotonic()
+        self.pace.add(now - self.last)
+        self.last = now
+        if now - self.shown < self.every and record["step"] < self.steps:
+            return
+        self.shown = now
+        eta = self.pace.left(self.steps - record["step"])
+        self.say(f"step {record['step']}/{self.steps}: {describe(record)}, eta {eta}")
+
+    def say(self, text: str = "") -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Nothing is open."""
+
+
+class TerminalReport:
+    """A progress bar that is redrawn in place."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+        )
+        self.progress = Progress(*columns, console=console, refresh_per_second=4)
+        self.task: TaskID | None = None
+        self.steps, self.last, self.pace = 1, 0.0, Pace()
+
+    def start(self, step: int, steps: int) -> None:
+        """Draw the bar."""
+        self.steps, self.last, self.pace = steps, time.monotonic(), Pace()
+        self.task = self.progress.add_task("", total=steps, completed=step)
+        self.progress.start()
+
+    def step(self, record: Record) -> None:
+        """Move the bar."""
+        now = time.monotonic()
+        self.pace.add(now - self.last)
+        self.last = now
+        if self.task is not None:
+            text = f"{describe(record)}, eta {self.pace.left(self.steps - record['step'])}"
+            self.progress.update(self.task, completed=record["step"], description=text)
+
+    def say(self, text: str = "") -> None:
+        """Print a line above the bar."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self.progress.stop()
+
+
+def make_report() -> Report:
+    """The live line on a terminal, the plain one elsewhere."""
+    console = Console()
+    return TerminalReport(console) if console.is_terminal else PlainReport(console)

@@ -1,0 +1,79 @@
+"""Ctrl-C and SIGTERM: the first leads to a saved state, the second stops at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from minillama.runs.report import Report
+
+__all__ = ["Interrupted", "Signals"]
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM came; the run was saved. As KeyboardInterrupt, it is no Exception that a library may catch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class Signals:
+    """Notes the first SIGINT or SIGTERM, so that a step is finished and saved.
+
+    Args:
+        report: told when one came.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.number: int | None = None
+        self._stops_at_once = False
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        """While the block runs. In a thread that is not the main one, which alone may handle signals, nothing is."""
+        try:
+            before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """A block that changes nothing: the first signal ends it.
+
+        Raises:
+            Interrupted: a signal came in it.
+        """
+        self._stops_at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._stops_at_once = False
+
+    def check(self) -> None:
+        """Stop here if a signal came.
+
+        Raises:
+            Interrupted: one did.
+        """
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        if self._stops_at_once:
+            self.report.say("stopping")
+            raise Interrupted(number)
+        self.report.say("stopping after this step; once more stops at once")

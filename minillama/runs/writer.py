@@ -1,0 +1,127 @@
+"""Writing checkpoints beside the training: a step waits for the copy of the tensors, not for the disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillama.errors import InputError
+from minillama.runs.checkpoint import prune, save_checkpoint, steps
+from minillama.runs.report import Report
+
+__all__ = ["CheckpointWriter", "Snapshot"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in tensors that nobody changes any more.
+
+    Args:
+        model: by parameter name.
+        optimizer: by PARAMETER/NAME.
+        run: JSON values, `step` among them.
+    """
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    run: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], run: Mapping[str, Any]) -> Snapshot:
+        """Copies of the tensors, on the CPU."""
+        return cls(_copied(model), _copied(optimizer), run)
+
+    def check(self) -> None:
+        """Refuse a value that is no number.
+
+        Raises:
+            InputError: the tensor's name.
+        """
+        for name, tensor in [*self.model.items(), *self.optimizer.items()]:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                what = f"a checkpoint with values that are no numbers is not written, step {self.run['step']}"
+                raise InputError(what, where=name, fix="lower optim.lr, and go on from an earlier checkpoint")
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread of its own; the next one waits for it.
+
+    Args:
+        folder: of all checkpoints.
+        keep: how many of the newest stay.
+        write_model: writes a model folder from tensors into a path.
+        report: told when a checkpoint could not be written. The run goes on, as the one before is still there.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, write_model: Callable[[Path, Mapping[str, Tensor]], None], report: Report
+    ) -> None:
+        self.folder, self.keep, self.write_model, self.report = folder, keep, write_model, report
+        self.losses: dict[int, float] = {}
+        """val_loss by step; of the checkpoints that there are, the one with the least stays."""
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the least val_loss, of those that are on the disk."""
+        there = [step for step in steps(self.folder) if step in self.losses]
+        return min(there, key=lambda step: self.losses[step], default=None)
+
+    def submit(self, take: Callable[[], Snapshot]) -> None:
+        """Take a snapshot and write it, after the one before. A failure of that one is said here."""
+        self._join()
+        snapshot = take()  # not before: two of them at once would cost the memory of two
+        # A daemon, so that a second Ctrl-C need not wait for the disk: what is half written stays invisible.
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the last one.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        self._join(say=False)
+        if self._failure is not None:
+            raise self._failure
+        self._prune()
+
+    def wait(self) -> None:
+        """Wait for the last one; if it could not be written, say so and no more."""
+        self._join()
+
+    def _prune(self) -> None:
+        try:
+            prune(self.folder, self.keep, self.best)
+        except OSError as error:
+            self.report.say(f"warning: old checkpoints cannot be removed: {error}")
+
+    def _join(self, say: bool = True) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if say and self._failure is not None:
+                self.report.say(f"warning: {self._failure}\n  the run goes on; the checkpoints before are as they were")
+
+    def _write(self, snapshot: Snapshot) -> None:
+        def write(path: Path) -> None:
+            self.write_model(path, snapshot.model)
+
+        self._failure = None
+        try:
+            snapshot.check()
+            save_checkpoint(self.folder, write, snapshot.optimizer, snapshot.run)
+            self._prune()
+        except BaseException as error:  # raised again by finish, or said by submit
+            self._failure = error.with_traceback(None)  # whose frames would keep the tensors

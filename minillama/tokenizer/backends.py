@@ -1,0 +1,117 @@
+"""How each kind of vocabulary cuts text, and the backend that a learned vocabulary becomes.
+
+Whether the library or the readable code learned it makes no difference from here on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from minillama.tokenizer.hf_json import END_OF_TEXT
+from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
+from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS
+from minillama.tokenizer.reference.wordpiece import CONTINUATION
+from minillama.tokenizer.sentencepiece_vocab import BYTES, SPACE, ModelKind, Pieces, PieceType
+
+__all__ = [
+    "RESERVED",
+    "UNKNOWN",
+    "WORDPIECE_UNKNOWN",
+    "blanks",
+    "bpe",
+    "byte_bpe",
+    "byte_words",
+    "chars",
+    "splitter",
+    "unigram",
+    "with_blanks",
+    "word",
+    "wordpiece",
+]
+
+UNKNOWN, WORDPIECE_UNKNOWN = "<unk>", "[UNK]"
+RESERVED = 2 + len(BYTES)  # what a vocabulary of characters has beside what is learned
+
+
+def splitter(pattern: str) -> Any:
+    """The library's pre-tokenizer for a pattern of `reference/splitting.py`."""
+    if pattern in KEEPING:
+        return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
+    return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "removed", invert=True)
+
+
+def byte_words(pattern: str) -> Any:
+    """The pre-tokenizer of byte-level BPE: words of a pattern, as printable bytes."""
+    return byte_level_bpe([], [], STEPS[pattern], []).pre_tokenizer
+
+
+def blanks() -> Any:
+    """SentencePiece's normaliser: a blank in front, and U+2581 for every blank."""
+    return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+
+
+def with_blanks(text: str) -> str:
+    """What `blanks` does to a text."""
+    return SPACE + text.replace(" ", SPACE) if text else text
+
+
+def word(words: Iterable[str]) -> Backend:
+    """Whole words and punctuation; blanks are lost, and all other words are unknown."""
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([END_OF_TEXT, UNKNOWN, *words]))}
+    backend = Backend(models.WordLevel(vocab=vocab, unk_token=UNKNOWN))
+    backend.pre_tokenizer = splitter("words")
+    backend.add_special_tokens([END_OF_TEXT, UNKNOWN])
+    return backend
+
+
+def chars(characters: Iterable[str]) -> Backend:
+    """Single characters, all others unknown."""
+    vocab = {piece: i for i, piece in enumerate([END_OF_TEXT, UNKNOWN, *characters])}
+    # BPE without merges is three times as fast here as WordLevel behind a Split, and lines keep its words short.
+    backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split("\n", "merged_with_previous")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([END_OF_TEXT, UNKNOWN])
+    return backend
+
+
+def bpe(alphabet: Iterable[str], merges: Sequence[tuple[str, str]]) -> Backend:
+    """Characters and merges; a character outside the alphabet becomes its bytes."""
+    pieces = dict.fromkeys([END_OF_TEXT, UNKNOWN, *BYTES, *alphabet, *(left + right for left, right in merges)])
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(vocab=vocab, merges=list(merges), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
+    backend = Backend(model)
+    backend.normalizer, backend.pre_tokenizer = blanks(), splitter("blanks")
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    special = [AddedToken(name, normalized=False, special=True) for name in (END_OF_TEXT, UNKNOWN)]
+    backend.add_special_tokens(special)
+    return backend
+
+
+def byte_bpe(merges: Sequence[tuple[str, str]], pattern: str) -> Backend:
+    """The 256 bytes and merges; nothing is unknown."""
+    alphabet = sorted(BYTE_TO_CHAR)
+    pieces = dict.fromkeys([END_OF_TEXT, *alphabet, *(left + right for left, right in merges)])
+    return byte_level_bpe(pieces, list(merges), STEPS[pattern], [END_OF_TEXT])
+
+
+def wordpiece(pieces: Iterable[str]) -> Backend:
+    """BERT's cut by the longest piece from the left; blanks are lost."""
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = Backend(models.WordPiece(vocab=vocab, unk_token=WORDPIECE_UNKNOWN))
+    backend.pre_tokenizer = splitter("bert")
+    backend.decoder = decoders.WordPiece(CONTINUATION, cleanup=False)
+    backend.add_special_tokens([WORDPIECE_UNKNOWN, END_OF_TEXT])
+    return backend
+
+
+def unigram(scores: Mapping[str, float]) -> Pieces:
+    """Pieces with log probabilities; a character outside of them becomes its bytes."""
+    names = [UNKNOWN, END_OF_TEXT, *BYTES, *scores]
+    types = [PieceType.UNKNOWN, PieceType.CONTROL, *[PieceType.BYTE] * 256, *[PieceType.NORMAL] * len(scores)]
+    return Pieces(names, [0.0] * RESERVED + list(scores.values()), types, ModelKind.UNIGRAM)

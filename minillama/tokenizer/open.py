@@ -1,0 +1,51 @@
+"""Which reader a tokenizer's path belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from minillama.errors import InputError
+from minillama.files import refuse_url
+from minillama.tokenizer import gguf, hf_json, llama2c, sentencepiece, tiktoken
+from minillama.tokenizer.spec import Parts
+
+__all__ = ["read"]
+
+NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
+
+
+def read(path: str | Path) -> Parts:
+    """Read a vocabulary file of any kind, or the one that a folder holds.
+
+    Raises:
+        InputError: nothing there, a URL, or no kind that is known; and what the reader finds wrong.
+    """
+    refuse_url(path)
+    file = Path(path)
+    if file.is_dir():
+        file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4096)
+    except OSError as error:
+        fix = "give the tokenizer's file, or a folder that holds it"
+        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
+    try:
+        return _reader(file, start)(file)
+    except InputError as error:
+        if error.where is not None:
+            raise
+        raise InputError(error.what, where=file, found=error.found, expected=error.expected, fix=error.fix) from None
+
+
+def _reader(file: Path, start: bytes) -> Callable[[Path], Parts]:
+    if start[:4] == b"GGUF":
+        return gguf.read
+    if file.suffix == ".bin":
+        return llama2c.read
+    if tiktoken.is_tiktoken(start):
+        return tiktoken.read
+    if file.suffix == ".model" or sentencepiece.is_sentencepiece(start):
+        return sentencepiece.read
+    return hf_json.read

@@ -1,0 +1,79 @@
+"""What of a run is compiled: its blocks where that pays back within the run, the parts in C++ once for a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from minillama.device import compiler_missing
+from minillama.model import Decoder
+from minillama.native import attention, softmax, swiglu
+from minillama.native.build import CannotBuild, can_build
+from minillama.runs.report import Report
+
+__all__ = ["Compiler", "take_native_parts"]
+
+# seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
+# CPU they are the careful end of what was measured (benchmarks/README.md); for the others they are estimates.
+COST = 12.0
+SAVING = {"cpu": 0.04, "cuda": 0.2, "mps": 0.1}
+SAVING_BFLOAT16 = {"cpu": 0.15}
+WATCHED = 10
+
+
+class Compiler:
+    """Watches eager steps and compiles the model's blocks when the rest of the run is long enough.
+
+    Args:
+        mode: `true` compiles before the first step, `false` never, `auto` as above.
+        model: its blocks are compiled in place.
+        report: told what happens, once.
+    """
+
+    def __init__(self, mode: str, model: Decoder, report: Report) -> None:
+        self.model, self.report = model, report
+        self.waiting = mode == "auto"
+        self.seconds: list[float] = []
+        if mode == "true":
+            self._compile()
+
+    def after_step(self, seconds: float, steps_left: int) -> None:
+        """Take the time of a step; the first ones decide."""
+        if not self.waiting:
+            return
+        self.seconds.append(seconds)
+        if len(self.seconds) < WATCHED:
+            return
+        self.waiting = False
+        typical, place = sorted(self.seconds)[len(self.seconds) // 2], self.model.device.type
+        saving = SAVING_BFLOAT16.get(place, SAVING[place]) if self.model.dtype == torch.bfloat16 else SAVING[place]
+        if typical * steps_left * saving > COST:
+            self._compile()
+
+    def _compile(self) -> None:
+        missing = compiler_missing(self.model.device)
+        if missing is not None:
+            self.report.say(f"not compiling: {missing}; the run goes on without")
+            return
+        self.report.say("compiling the blocks; the next step takes longer")
+        self.model.compile_blocks()
+
+
+def take_native_parts(model: Decoder, say: Callable[[str], None]) -> None:
+    """Have what there is of `native` run while training in bfloat16 on a CPU, where a compiler is there.
+
+    Args:
+        model: what the passes run on.
+        say: told when something is compiled, or why it cannot be.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not can_build():
+        return
+    parts = (attention, "attention"), (swiglu, "the feed-forward layers"), (softmax, "the loss")
+    for part, name in parts:
+        if part.unsupported() is not None:
+            continue
+        try:
+            part.use(model, say)
+        except CannotBuild as error:
+            say(f"C++ for {name} was not compiled, the run goes on without: {error}")

@@ -1,0 +1,107 @@
+"""AdamW, Muon or Adafactor over named parameter groups, with their state kept by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minillama.device import choose_dtype
+from minillama.runs.config import OptimConfig
+from minillama.training.optim.adafactor import Adafactor
+from minillama.training.optim.muon import Muon
+
+__all__ = ["change_settings", "load_optimizer_state", "make_optimizers", "optimizer_state", "parameter_groups"]
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Split parameters by weight decay: matrices decay; norms, biases and (unless asked) embeddings do not.
+
+    Returns:
+        Groups with `params` as (name, Parameter) pairs and `weight_decay`. Every parameter is in exactly
+        one of them, which is asserted.
+    """
+    named = list(model.named_parameters())
+    tables = {name for name, p in named if p.dim() >= 2 and name.endswith("embed_tokens.weight")}
+    decayed = [(n, p) for n, p in named if p.dim() >= 2 and (config.decay_embeddings or n not in tables)]
+    kept_names = {name for name, _ in decayed}
+    kept = [(n, p) for n, p in named if n not in kept_names]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay, "name": "decay"},
+        {"params": kept, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    covered = [id(p) for _, p in decayed + kept]
+    assert len(covered) == len(set(covered)), "a parameter is in two groups"
+    assert sum(p.numel() for _, p in decayed + kept) == sum(p.numel() for p in model.parameters())
+    return groups
+
+
+def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon; or Adafactor.
+
+    With `muon_lr` the blocks' matrices are moved by Muon instead: momentum, made orthogonal by five
+    Newton-Schulz steps (`muon.py`), in bfloat16 where that is fast. Each group has `lr_scale`, its peak rate
+    relative to `lr`, so that one schedule serves all.
+    """
+    decayed, kept = parameter_groups(model, config)
+    if config.optimizer == "adafactor":
+        named = [*decayed["params"], *kept["params"]]
+        return [Adafactor([{"params": named, "lr_scale": 1.0}], config.lr, config.beta1)]
+    blocks = [(n, p) for n, p in decayed["params"] if ".layers." in n] if config.muon_lr else []
+    names = {name for name, _ in blocks}
+    decayed["params"] = [(n, p) for n, p in decayed["params"] if n not in names]
+    groups = [group | {"lr_scale": 1.0} for group in (decayed, kept) if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    if not blocks:
+        return [adamw]
+    group = {"params": blocks, "lr_scale": config.muon_lr / config.lr}
+    dtype = choose_dtype("auto", blocks[0][1].device)
+    return [adamw, Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)]
+
+
+def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimConfig) -> None:
+    """Give groups the settings of another stage; their learning rates follow with every step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if isinstance(optimizer, Muon):
+                group["lr_scale"] = config.muon_lr / config.lr
+            elif isinstance(optimizer, Adafactor):
+                group["beta1"] = config.beta1
+                continue
+            else:
+                group |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
+            if group.get("name") != "no_decay":
+                group["weight_decay"] = config.weight_decay
+
+
+def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.optim.Optimizer, str, Tensor]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                yield optimizer, name, parameter
+
+
+def optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' tensors as `PARAMETER/NAME`, for instance `model.norm.weight/exp_avg`."""
+    return {
+        f"{name}/{key}": value
+        for optimizer, name, parameter in _named(optimizers)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """Take back what `optimizer_state` gave. Parameters that had no state yet start without."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, part = key.rpartition("/")
+        state.setdefault(name, {})[part] = value
+    for optimizer, name, parameter in _named(optimizers):
+        if name in state:
+            # A step count stays on the CPU unless the fused kernel reads it.
+            moved = {part for part, value in state[name].items() if value.dim() or optimizer.defaults.get("fused")}
+            optimizer.state[parameter] = {
+                part: value.to(parameter.device) if part in moved else value for part, value in state[name].items()
+            }

@@ -1,0 +1,154 @@
+"""The decode loop: batches, streams, stop strings, limits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minillama.config import ModelConfig
+from minillama.device import decoding_dtype
+from minillama.errors import InputError
+from minillama.inference.engine import decode
+from minillama.inference.generate import StopText, generate, stream
+from minillama.inference.sampling import Sampling
+from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer, TokenizerTrainer
+
+CONFIG = ModelConfig(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=80, vocab_size=260, max_seq_len=40)
+GREEDY = Sampling(temperature=0)
+PROMPTS = ["a", "a longer prompt", "", "middle", "x" * 30]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return TokenizerTrainer("bytes", 257)([])
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    torch.manual_seed(2)
+    decoder = Decoder(CONFIG)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(12)  # sharp enough that no two tokens are nearly equally likely
+    return decoder
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=3)])
+def test_batch_equals_single_and_cached_equals_uncached(
+    model: Decoder, tokenizer: Tokenizer, sampling: Sampling
+) -> None:
+    together = generate(model, tokenizer, PROMPTS, 20, sampling)
+    uncached = generate(model, tokenizer, PROMPTS, 20, sampling, decoding=partial(decode, use_state=False))
+    assert together == uncached
+    for row, prompt in enumerate(PROMPTS):
+        own = Sampling(**{**sampling.__dict__, "seed": sampling.seed + row})
+        assert generate(model, tokenizer, [prompt], 20, own) == [together[row]]
+    assert len({completion.tokens for completion in together}) == len(PROMPTS)
+
+
+def test_stream_equals_generate(model: Decoder, tokenizer: Tokenizer) -> None:
+    pieces = list(stream(model, tokenizer, "once", 25, GREEDY))
+    whole = generate(model, tokenizer, ["once"], 25, GREEDY)[0]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[-1].reason == whole.reason == "length"
+
+
+def test_seed_decides(model: Decoder, tokenizer: Tokenizer) -> None:
+    def text(seed: int) -> str:
+        return generate(model, tokenizer, ["a"], 20, Sampling(temperature=1.0, seed=seed))[0].text
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_end_of_text_ends_a_row_and_is_not_written(model: Decoder, tokenizer: Tokenizer) -> None:
+    free = generate(model, tokenizer, PROMPTS[:2], 20, GREEDY)
+    ends = free[0].tokens[4]
+    other = Tokenizer.__new__(Tokenizer)
+    other.__dict__.update(tokenizer.__dict__, eos_id=ends)
+    first = free[0].tokens.index(ends)
+    cut = generate(model, other, PROMPTS[:2], 20, GREEDY)
+    assert cut[0].tokens == free[0].tokens[: first + 1] and cut[0].reason == "eos"
+    assert cut[0].text == tokenizer.decode(free[0].tokens[:first])
+    ignored = generate(model, other, PROMPTS[:2], 20, GREEDY, ignore_eos=True)
+    assert [c.tokens for c in ignored] == [c.tokens for c in free]
+
+
+def test_a_full_context_ends_the_row_and_is_said(model: Decoder, tokenizer: Tokenizer) -> None:
+    short, full = generate(model, tokenizer, ["a", "y" * 35], 10, GREEDY)
+    assert (full.reason, len(full.tokens)) == ("context", 40 - 36)  # 35 bytes and the beginning-of-text token
+    assert (short.reason, len(short.tokens)) == ("length", 10)
+    with pytest.raises(InputError, match="context") as error:
+        generate(model, tokenizer, ["a", "y" * 39], 10, GREEDY)
+    assert "prompt 2" in str(error.value) and "40 tokens" in str(error.value)
+
+
+def test_prompt_gets_the_beginning_of_text_only_if_trained_so(model: Decoder) -> None:
+    plain = TokenizerTrainer("bytes", 257)([])
+    plain.add_bos = False
+    with_bos = TokenizerTrainer("bytes", 257)([])
+    texts = [generate(model, t, ["abc"], 10, GREEDY)[0].tokens for t in (plain, with_bos)]
+    assert texts[0] != texts[1]
+
+
+def test_stop_string_ends_the_text_before_it(model: Decoder, tokenizer: Tokenizer) -> None:
+    whole = generate(model, tokenizer, ["once"], 25, GREEDY)[0].text
+    stop = whole[10:13]
+    cut = generate(model, tokenizer, ["once"], 25, GREEDY, stop=[stop])[0]
+    assert cut.text == whole[: whole.index(stop)] and cut.reason == "stop"
+    streamed = "".join(piece.text for piece in stream(model, tokenizer, "once", 25, GREEDY, stop=[stop]))
+    assert streamed == cut.text
+    with pytest.raises(InputError, match="empty stop"):
+        generate(model, tokenizer, ["a"], 1, stop=[""])
+
+
+def push_all(stops: list[str], parts: list[str]) -> tuple[str, bool]:
+    held, shown = StopText(stops), ""
+    for part in parts:
+        text, stopped = held.push(part)
+        shown += text
+        if stopped:
+            return shown, True
+    return shown + held.flush(), False
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.text("ab", max_size=3), max_size=12),
+)
+def test_stop_text_shows_what_a_search_of_the_whole_text_shows(stops: list[str], parts: list[str]) -> None:
+    whole = "".join(parts)
+    shown, stopped = push_all(stops, parts)
+    # the first part after which a stop string is there decides; within it the earliest one
+    seen = ""
+    for part in parts:
+        seen += part
+        found = [seen.find(stop) for stop in stops if stop in seen]
+        if found:
+            assert (shown, stopped) == (seen[: min(found)], True)
+            return
+    assert (shown, stopped) == (whole, False)
+
+
+def test_stop_string_that_overlaps_itself() -> None:
+    assert push_all(["ab"], ["a", "a", "b"]) == ("a", True)
+    assert push_all(["aab"], ["a", "a", "a", "b", "c"]) == ("a", True)
+
+
+def test_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
+    small = Decoder(ModelConfig(dim=8, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=100, max_seq_len=8))
+    with pytest.raises(InputError, match="larger than the model's vocabulary"):
+        generate(small, tokenizer, ["a"], 1)
+
+
+def test_bfloat16_is_decoded_in_float32_where_the_processor_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda has_it=has_it: {"avx512_bf16": has_it})
+        assert decoding_dtype(torch.bfloat16, cpu) == dtype
+        assert decoding_dtype(torch.float32, cpu) == torch.float32

@@ -1,0 +1,219 @@
+"""The decoder: counts, initialisation, equalities between ways of computing the same thing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.config.loader import config_names
+from minillama.errors import InputError
+from minillama.layers.mask import Mask
+from minillama.model import Decoder
+
+CONFIG = ModelConfig(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, hidden_dim=80, vocab_size=97, max_seq_len=64)
+
+
+@pytest.fixture
+def model() -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(4) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+    return decoder
+
+
+def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, CONFIG.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", config_names("model"))
+def test_presets_have_the_parameters_that_arithmetic_says(name: str) -> None:
+    config = ModelConfig.load(name)
+    with torch.device("meta"):
+        built = Decoder(config)
+    assert sum(p.numel() for p in built.parameters()) == config.num_params()
+    assert {n: tuple(p.shape) for n, p in built.named_parameters()} == config.tensors()
+
+
+def test_forward_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        logits = Decoder(CONFIG)(torch.zeros(2, 5, dtype=torch.long))
+    assert logits.shape == (2, 5, 97) and logits.is_meta
+
+
+def test_fresh_loss_is_near_ln_v() -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, vocab_size=512, dim=96)
+    ids = torch.randint(0, 512, (4, 64))
+    loss = F.cross_entropy(Decoder(config)(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(512), abs=0.05)
+
+
+def test_residual_scaling_is_on_o_proj_and_down_proj_alone() -> None:
+    config = replace(CONFIG, dim=256, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, n_layers=8)
+    scaled = 0.02 / math.sqrt(16)
+    for name, parameter in Decoder(config).named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all()
+            continue
+        expected = scaled if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_initialisation_follows_its_generator() -> None:
+    a, b = Decoder(CONFIG), Decoder(CONFIG)
+    for model in (a, b):
+        model.init_weights(torch.Generator().manual_seed(4))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_forward_is_hidden_then_head(model: Decoder) -> None:
+    ids = tokens(2, 9)
+    torch.testing.assert_close(model(ids), model.hidden(ids) @ model.output_weight.T)
+    tied = Decoder(replace(CONFIG, tie_embeddings=True))
+    assert tied.output_weight is tied.model.embed_tokens.weight
+    assert "lm_head.weight" not in tied.state_dict()
+
+
+def test_a_token_does_not_see_the_future(model: Decoder) -> None:
+    a, b = tokens(1, 12), tokens(1, 12)
+    b[0, 7] = (b[0, 7] + 1) % 97
+    difference = (model(a) - model(b)).abs().amax(-1)[0]
+    assert (difference[:7] == 0).all() and (difference[7:] > 0).all()
+
+
+@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 6], [3, 9]])
+def test_state_equals_the_full_forward(model: Decoder, chunks: list[int]) -> None:
+    ids, state = tokens(2, 12), model.state(2)
+    parts = [model(part, state=state) for part in ids.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-5, rtol=1e-5)
+    assert state.lengths == [12, 12]
+
+
+def test_unequal_rows_equal_single_rows(model: Decoder) -> None:
+    lengths = [3, 8, 5]
+    ids, state = tokens(3, 8), model.state(3)
+    first = model(ids, mask=Mask(lengths=torch.tensor(lengths)), state=state)
+    more = tokens(3, 4, seed=2)
+    second = torch.cat([model(more[:, :1], state=state), model(more[:, 1:], state=state)], 1)
+    for row, length in enumerate(lengths):
+        whole = model(torch.cat([ids[row : row + 1, :length], more[row : row + 1]], 1))[0]
+        torch.testing.assert_close(first[row, :length], whole[:length], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(second[row], whole[length:], atol=1e-5, rtol=1e-5)
+
+
+def test_select_and_restore(model: Decoder) -> None:
+    ids, state = tokens(3, 6), model.state(3)
+    model(ids, state=state)
+    state.select([2, 0, 2])
+    point = state.snapshot()
+    rejected = model(tokens(3, 4, seed=9), state=state)
+    state.restore(point)
+    more = tokens(3, 3, seed=2)
+    again = model(more, state=state)
+    whole = model(torch.cat([ids[[2, 0, 2]], more], 1))[:, 6:]
+    torch.testing.assert_close(again, whole, atol=1e-5, rtol=1e-5)
+    assert rejected.shape[1] == 4 and state.lengths == [9, 9, 9]
+
+
+def test_state_that_is_full_says_so(model: Decoder) -> None:
+    state = model.state(1, max_len=4)
+    with pytest.raises(ValueError, match="4 slots"):
+        model(tokens(1, 5), state=state)
+
+
+def test_packed_documents_equal_documents_alone(model: Decoder) -> None:
+    ids = tokens(1, 11)
+    documents = torch.tensor([[0] * 4 + [1] * 7])
+    positions = torch.tensor([[*range(4), *range(7)]])
+    packed = model(ids, positions, Mask(documents=documents))
+    torch.testing.assert_close(packed[:, :4], model(ids[:, :4]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[:, 4:], model(ids[:, 4:]), atol=1e-5, rtol=1e-5)
+
+
+def test_positions_are_relative(model: Decoder) -> None:
+    ids = tokens(1, 9)
+    torch.testing.assert_close(model(ids, torch.arange(20, 29)), model(ids), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(ids, torch.arange(0, 18, 2)), model(ids), atol=1e-2)
+
+
+def test_checkpointing_changes_no_gradient(model: Decoder) -> None:
+    ids = tokens(2, 10)
+    model.train()
+    gradients = []
+    for checkpointing in (False, True):
+        model.checkpointing = checkpointing
+        model.zero_grad()
+        model(ids).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_only_while_training() -> None:
+    model = Decoder(CONFIG, dropout=0.5)
+    ids = tokens(1, 6)
+    assert not torch.equal(model.train()(ids), model(ids))
+    assert torch.equal(model.eval()(ids), model(ids))
+
+
+def test_fuse_computes_the_same_and_is_not_saved(model: Decoder, tmp_path) -> None:
+    ids = tokens(2, 9)
+    before = model(ids)
+    model.fuse()
+    assert not hasattr(model.model.layers[0].self_attn, "q_proj")
+    torch.testing.assert_close(model(ids), before, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="fused"):
+        model.save_pretrained(tmp_path)
+
+
+def test_save_and_load_are_an_identity(model: Decoder, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    back = Decoder.from_pretrained(tmp_path)
+    assert back.config == CONFIG
+    assert torch.equal(back(tokens(2, 9)), model(tokens(2, 9)))
+    half = Decoder.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half(tokens(1, 3)).dtype == torch.bfloat16
+
+
+def test_bfloat16_autocast_is_close(model: Decoder) -> None:
+    ids = tokens(2, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(ids)
+    exact = model(ids)
+    assert (half.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(model: Decoder) -> None:
+    ids = tokens(2, 16)
+    expected = model.train()(ids)
+    names = list(model.state_dict())
+    model.compile_blocks()
+    logits = model(ids)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    logits.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    state = model.state(2)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):  # decoding leaves compiled code alone
+        read = [model(part, state=state) for part in ids.split([9, 4, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(read, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.cuda
+def test_cuda_equals_cpu(model: Decoder) -> None:
+    ids = tokens(2, 16)
+    torch.testing.assert_close(model.cuda()(ids.cuda()).cpu(), model.cpu()(ids), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.mps
+def test_mps_equals_cpu(model: Decoder) -> None:
+    ids = tokens(2, 16)
+    torch.testing.assert_close(model.to("mps")(ids.to("mps")).cpu(), model.cpu()(ids), atol=1e-3, rtol=1e-3)

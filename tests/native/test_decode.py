@@ -1,0 +1,248 @@
+"""The step in C++ against the layers in float32: every kind of weight, rows of unequal length, windows."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.config import ModelConfig, RopeScaling
+from minillama.inference.engine import decode
+from minillama.inference.quantize import quantise
+from minillama.inference.sampling import Sampling
+from minillama.layers.mask import Mask
+from minillama.layers.quantized_linear import Quantisation
+from minillama.model import Decoder
+from minillama.native import build
+from minillama.native.decode import NativeStep, unsupported
+from minillama.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.skipif(not build.can_build(), reason="no C++ compiler, or not Linux")
+
+# 6 query heads on 2 key/value heads of another width than D / H; a vocabulary that is no multiple of 4 rows
+CONFIG = ModelConfig(
+    dim=64,
+    n_layers=3,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=16,
+    hidden_dim=160,
+    vocab_size=83,
+    max_seq_len=64,
+    rope_theta=500.0,
+)
+
+
+def model(dtype: torch.dtype = torch.float32, kind: Quantisation = "none", **changes: object) -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(replace(CONFIG, **changes))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in decoder.parameters():  # norms that are no ones, biases that are no zeros
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return quantise(decoder.to(dtype).fuse(), kind)
+
+
+def exact(found: Decoder) -> Decoder:
+    """The same weights, multiplied out, with the layers in float32."""
+    twin = Decoder(found.config).fuse()
+    with torch.no_grad():
+        for name, part in twin.named_modules():
+            other = found.get_submodule(name) if name else found
+            if isinstance(part, torch.nn.Linear) and part is not twin.lm_head:
+                part.weight.copy_(other.weight)
+                if part.bias is not None:
+                    part.bias.copy_(other.bias)
+            elif hasattr(part, "weight") and part is not twin.lm_head:
+                part.weight.copy_(other.weight)
+    head = found.lm_head if found.lm_head is not None else found.model.embed_tokens
+    twin.lm_head = torch.nn.Linear(found.config.dim, found.config.vocab_size, bias=False)
+    twin.lm_head.weight = torch.nn.Parameter(head.weight.detach().float())
+    return twin
+
+
+VARIANTS = [
+    (torch.float32, "none", {}, 1e-5),
+    (torch.float32, "none", {"tie_embeddings": True, "bias": "qkv"}, 1e-5),
+    (torch.float32, "none", {"n_kv_heads": 6, "rope_scaling": RopeScaling("linear", 4.0)}, 1e-5),
+    (torch.bfloat16, "none", {}, 1e-2),  # keys and values are kept in bfloat16
+    (torch.float32, "int8", {"tie_embeddings": True}, 1e-5),
+    (torch.float32, "int4", {}, 1e-5),
+    (torch.bfloat16, "int4", {"bias": "qkv"}, 3e-2),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 13, 17])
+@pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS)
+@torch.no_grad()
+def test_logits_are_those_of_the_layers(
+    dtype: torch.dtype, kind: Quantisation, changes: dict[str, object], bound: float, rows: int
+) -> None:
+    native = model(dtype, kind, **changes)
+    plain = exact(native)
+    step = NativeStep(native)
+    lengths = torch.tensor([9 - row % 8 for row in range(rows)])  # every row of another length
+    prompts = torch.randint(0, 83, (rows, 9), generator=torch.Generator().manual_seed(1))
+    states = native.state(rows, 20), plain.state(rows, 20)
+    for state in states:  # the same past, which quantised products would round otherwise
+        plain.hidden(prompts, mask=Mask(lengths=lengths), state=state)
+    for token in range(6):
+        tokens = [(13 * row + 7 * token) % 83 for row in range(rows)]
+        found = step([[token] for token in tokens], states[0], Mask())
+        expected = plain(torch.tensor(tokens)[:, None], state=states[1])[:, -1]
+        assert found is not None
+        assert ((found - expected).norm(dim=-1) < bound * expected.norm(dim=-1)).all()
+        assert states[0].lengths == states[1].lengths
+
+
+@pytest.mark.usefixtures("emulated_tiles")
+@pytest.mark.parametrize("rows", [8, 17])
+@pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS[3:])  # those that take tiles
+def test_logits_by_emulated_tiles(
+    dtype: torch.dtype, kind: Quantisation, changes: dict[str, object], bound: float, rows: int
+) -> None:
+    assert NativeStep(model(dtype, kind, **changes)).at_once in (1, 96)  # 96 with AVX-512
+    test_logits_are_those_of_the_layers(dtype, kind, changes, bound, rows)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+@torch.no_grad()
+def test_several_tokens_a_row(kind: Quantisation) -> None:
+    native = model(kind=kind)
+    plain = exact(native)
+    step = NativeStep(native)
+    step.at_once = 31  # whatever pays on this processor
+    states = native.state(3, 40), plain.state(3, 40)
+    for counts in ([5, 1, 3], [1, 7, 2], [2, 20, 9]):
+        tokens = [[(7 * row + 5 * t + 3) % 83 for t in range(count)] for row, count in enumerate(counts)]
+        found = step(tokens, states[0], Mask(window=6, sinks=1))
+        padded = torch.tensor([row + [0] * (max(counts) - len(row)) for row in tokens])
+        mask = Mask(lengths=torch.tensor(counts), window=6, sinks=1)
+        expected = plain(padded, mask=mask, state=states[1])[torch.arange(3), torch.tensor(counts) - 1]
+        assert found is not None
+        assert ((found - expected).norm(dim=-1) < 1e-5 * expected.norm(dim=-1)).all()
+        assert states[0].lengths == states[1].lengths
+    assert step([[1] * 12] * 3, states[0], Mask()) is None  # so many the layers read faster
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (5, 9), (40, 4)])
+def test_a_window_with_sinks(window: int, sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillama.config.cost.SPARE", 1)
+    plain, native = model(), model()
+    native.step = NativeStep(native)
+    prompts = [[5, 6, 7, 8, 9, 10, 11] * (1 + sinks // 2), [1, 2]]
+    sees = partial(decode, window=window, sinks=sinks)
+    expected = [list(sees(plain, prompts, 20, use_state=use_state)) for use_state in (True, False)]
+    assert expected[0] == expected[1]
+    assert list(sees(native, prompts, 20)) == expected[0]
+    everything = list(decode(plain, prompts, 20))
+    assert (everything == expected[0]) == (window == 40)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_p=0.9, seed=3)])
+def test_batches_that_stay_full_say_the_same(kind: Quantisation, sampling: Sampling) -> None:
+    native = model(kind=kind)
+    plain = exact(native)
+    native.step = step = NativeStep(native)
+    step.at_once = 31  # also where torch would read prompts, whose quantised kernels round
+    prompts = [[5, 6, 7], [1], [8, 9, 10, 11, 12], [3, 4], [80, 2, 2]]
+    steps = [{}, {}]
+    for said, decoder in zip(steps, (native, plain), strict=True):
+        for found in decode(decoder, prompts, 12, sampling, batch_size=2):
+            for row, token in found:
+                said.setdefault(row, []).append(token)
+    assert steps[0] == steps[1]
+
+
+def test_what_it_does_not_take() -> None:
+    assert unsupported(Decoder(CONFIG)) is not None  # not fused
+    assert unsupported(model()) is None
+    for changes in ({"head_dim": 8}, {"logit_scale": 0.5}, {"parallel_block": True}, {"norm": "layer"}):
+        assert unsupported(model(**changes)) is not None
+    native = model()
+    step = NativeStep(native)
+    assert step([[1]], native.state(1, 8, torch.int8), Mask()) is None
+    assert step([[1]], native.state(1, 8), Mask(prefix=torch.tensor([1]))) is None
+    full = native.state(1, 1)
+    step([[1]], full, Mask())
+    with pytest.raises(ValueError, match="do not fit"):
+        step([[1]], full, Mask())
+    with pytest.raises(ValueError, match="2 rows"):
+        step([[1], [2]], native.state(1, 8), Mask())
+    for token in (-1, CONFIG.vocab_size):
+        with pytest.raises(IndexError, match="token id"):
+            step([[token]], native.state(1, 8), Mask())
+
+
+def test_fewer_threads_beside_other_programs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = model(torch.bfloat16, "int4")
+    step, found = NativeStep(native), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    for free in (3, 1, 2, 3):
+        monkeypatch.setattr("minillama.native.decode.free_threads", lambda wanted, free=free: min(wanted, free))
+        state = native.state(9, 8)
+        found.append([step([[row + token] for row in range(9)], state, Mask()) for token in range(3)])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other, strict=True))
+
+
+def test_a_copy_of_the_model_has_no_step() -> None:
+    native = model()
+    native.step = NativeStep(native)
+    twin = copy.deepcopy(native)
+    assert twin.step is None
+    assert list(decode(twin, [[5, 6, 7]], 5)) == list(decode(native, [[5, 6, 7]], 5))
+
+
+PROMPTS = [  # of over 32 tokens each, so that quantised weights are multiplied out to read them
+    "The lighthouse keeper had written the same line in his log every evening for eleven years, and on the first night "
+    "that the lamp did not burn he wrote it again, and then he sat down and",
+    "def merge(left, right):\n    # Merge two sorted lists into one sorted list, without changing either of them.\n"
+    "    result = []\n    i = j = 0\n    while i < len(left) and j < len(right):\n",
+    "Bread needs four things: flour, water, salt and time. Of these the last is the one that most people leave out, "
+    "and it is the one that cannot be bought. To make a good loaf at home, first",
+    "Question: A train leaves the station at nine o'clock and travels at sixty kilometres an hour. A second train "
+    "leaves an hour later at ninety. When does the second one overtake the first? Answer:",
+    "Rivers carry sand and gravel from the mountains to the sea. Where the water slows down it drops the heaviest "
+    "stones first, then the gravel, then the sand, and at last the finest mud, which",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, "none"), (torch.float32, "int8"), (torch.float32, "int4"), (torch.bfloat16, "none")],
+)
+def test_greedy_tokens_of_a_real_model(smollm2: Path, dtype: torch.dtype, kind: Quantisation) -> None:
+    """256 tokens of five prompts: equal in float32; in bfloat16 they part where two tokens are as good as equal."""
+    tokenizer = Tokenizer.load(smollm2)
+    native = quantise(Decoder.from_pretrained(smollm2, dtype).fuse(), kind)
+    plain = exact(native)
+    native.step = NativeStep(native)
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert min(map(len, prompts)) >= 32
+    said: list[list[list[int]]] = []
+    for decoder in (native, plain):
+        rows: list[list[int]] = [[] for _ in prompts]
+        for found in decode(decoder, prompts, 256):
+            for row, token in found:
+                rows[row].append(token)
+        said.append(rows)
+    parted = [
+        (prompt, a, next(i for i in range(256) if a[i] != b[i]))
+        for prompt, a, b in zip(prompts, *said, strict=True)
+        if a != b
+    ]
+    if dtype == torch.float32:
+        assert not parted
+    for prompt, tokens, at in parted:
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + tokens[:at]]))[0, -1]
+        gap = (logits.max() - logits[tokens[at]]).item()
+        print(f"{dtype}: the first other token after {at}, whose logit is {gap:.3f} below the best")
+        assert gap < 0.3
