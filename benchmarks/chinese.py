@@ -6,7 +6,7 @@ Each FILE is Chinese text, or JSON whose strings are. The default model is train
 Its byte-level vocabulary is merged with one that is trained on the Chinese text (`minillama tokenizer merge`),
 and the model goes on from there on a mixture of Chinese and its own English: the embeddings alone, then
 attention as well, then everything. A control goes on with the old vocabulary for as many steps. Before and
-after, both languages' held-out text is scored in bits a byte, and tokens are counted. Written to OUT/chinese.json.
+after, both languages' held-out text is scored in bits per byte, and tokens are counted. Written to OUT/chinese.json.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def main() -> None:
         runs[name] = out / name / "model"
     languages = {"Chinese": held_out(chinese), "English": held_out(Source("python-docs"))}
     table = {run: {name: measure(path, held) for name, held in languages.items()} for run, path in runs.items()}
-    print(f"\n| model | {' | '.join(f'{name}: bits a byte, tokens a character' for name in languages)} | seconds |")
+    print(f"\n| model | {' | '.join(f'{name}: bits per byte, tokens per character' for name in languages)} | seconds |")
     print("|---|---|---|---|")
     for run, row in table.items():
         cells = [f"{f['bits_per_byte']:.3f}, {f['tokens_per_character']:.3f}" for f in row.values()]

@@ -2,7 +2,7 @@
 
     python benchmarks/contention.py [--model SMOLLM2.gguf] [--workloads tiny default 15m decode] [--repeats 2]
 
-Each workload is a process of its own that prints a line a step. Beside it run, one after the other for --seconds each:
+Each workload is a process of its own that prints a line per step. Beside it run, in turn for --seconds each:
 nothing, one busy loop, two, four, nothing again, and the same workload a second time (the speed shown is the first
 one's). `before` has GOMP_SPINCOUNT at 300000, which is libgomp's own setting and turns `minillama.threads.adapt` off;
 `after` is what every command does. The two take turns; medians over the repeats are shown, in tokens per second and as

@@ -1,4 +1,4 @@
-"""Decoding: tokens a second, time to the first token and peak memory, beside transformers and llama.cpp.
+"""Decoding: tokens per second, time to the first token and peak memory, beside transformers and llama.cpp.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/decoding.py --model MODEL [--contenders ours transformers llama.cpp] [--batches 1 4 16]
@@ -12,7 +12,7 @@ llama.cpp is xllamacpp's server, called without HTTP: one request with as many p
 
 - prefill: tokens of a prompt of 512, a second until the first new token (median of three).
 - first: milliseconds until the first new token after a prompt of 32 (median of three).
-- batch N: N prompts of 32 tokens; new tokens of all rows a second, between the first new token and the last. Ours and
+- batch N: N prompts of 32 tokens; new tokens of all rows per second, between the first new token and the last. Ours and
   transformers are timed at every step from the outside, for llama.cpp its own timings are taken, in all three figures.
 - of limit: batch 1 as a share of bandwidth / bytes of the weights that a token reads (an embedding counts only as a
   tied head). The bandwidth is the best of ten sums over 256 MB of float32, measured in each process after the rest.

@@ -1,10 +1,10 @@
-"""Every member of the family in its tiny size: the same recipe, parameters and tokens; bits a byte and time.
+"""Every member of the family in its tiny size: the same recipe, parameters and tokens; bits per byte and time.
 
     python benchmarks/family.py [--steps 200] [--batch-size 8] [--members llama palm ...] [--figure docs/family.png]
 
 Each is trained by `train.py --model.preset NAME-tiny` on the default text in a process of its own, one after the
 other, and scored on the same held-out text from left to right (GLM and ChatGLM read it as one blank). Bits a byte,
-not nats a token: GLM's vocabulary gives five places to its marks. Results go to family.json.
+not nats per token: GLM's vocabulary gives five places to its marks. Results go to family.json.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def draw(path: Path, results: dict[str, dict[str, float]]) -> None:
         axes.plot(found["seconds"], found["bits_per_byte"], "o")
         axes.annotate(name, (found["seconds"], found["bits_per_byte"]), xytext=(6, 4), textcoords="offset points")
     tokens = next(iter(results.values()))["tokens"]
-    axes.set(xlabel="seconds of training", ylabel="bits a byte, held out", title=f"{tokens:,} tokens, 3.5M parameters")
+    axes.set(
+        xlabel="seconds of training", ylabel="bits per byte, held out", title=f"{tokens:,} tokens, 3.5M parameters"
+    )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -81,7 +83,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("family.json"))
     args = parser.parse_args()
     results = {}
-    print("| member | parameters | bits a byte | own loss | seconds | tokens/s |\n|---|---|---|---|---|---|")
+    print("| member | parameters | bits per byte | own loss | seconds | tokens/s |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for member in args.members:
             found = results[member] = measure(member, args.steps, args.batch_size, Path(folder))

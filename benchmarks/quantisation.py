@@ -1,6 +1,6 @@
 """What int8 and int4 weights cost in perplexity, plain and calibrated.
 
-    python benchmarks/quantisation.py --model MODEL --text TEXT --calibrate TEXT [TEXT ...] [--tokens 4096]
+    python benchmarks/quantization.py --model MODEL --text TEXT --calibrate TEXT [TEXT ...] [--tokens 4096]
         [--weights stored rescaled]
 
 MODEL is whatever minillama opens, LLaMA's layers alone. Every kind of weights predicts the first TOKENS of --text in
@@ -13,7 +13,7 @@ and down, and of values and output, by random numbers of 0.75 to 1.25 and their 
 same, and its weights lie on no grid. Groups are more unequal than they were, so that this is harder than weights as
 they come from training.
 
-Results go to quantisation.json.
+Results go to quantization.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 
 from minillama.evaluate.perplexity import score
 from minillama.inference.calibrate import windows
-from minillama.inference.quantize import quantise
+from minillama.inference.quantize import quantize
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def rescale(model: Decoder) -> None:
 
 
 def measure(load: Callable[[], Decoder], text: torch.Tensor, calibration: dict[str, torch.Tensor]) -> dict[str, object]:
-    """Perplexity, loss of it and seconds of quantisation, by kind."""
+    """Perplexity, loss of it and seconds of quantization, by kind."""
     kinds = {"float32": ("none", None), "int8": ("int8", None), "int4": ("int4", None)}
     kinds |= {f"int4, by {name}": ("int4", ids) for name, ids in calibration.items()}
     found: dict[str, object] = {}
@@ -72,7 +72,7 @@ def measure(load: Callable[[], Decoder], text: torch.Tensor, calibration: dict[s
     for name, (kind, ids) in kinds.items():
         model = load()
         began = time.perf_counter()
-        quantise(model, kind, calibration=ids)
+        quantize(model, kind, calibration=ids)
         seconds = time.perf_counter() - began
         perplexity = score(model, text.numpy(), 1.0, 8).perplexity
         base = base or perplexity
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of --text")
     parser.add_argument("--calibration-tokens", type=int, default=32768, help="of each text of --calibrate")
     parser.add_argument("--weights", nargs="+", choices=["stored", "rescaled"], default=["stored", "rescaled"])
-    parser.add_argument("--json", type=Path, default=Path("quantisation.json"))
+    parser.add_argument("--json", type=Path, default=Path("quantization.json"))
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.model)
 

@@ -25,7 +25,7 @@ from minillama.formats import hf
 from minillama.model import Decoder
 from minillama.runs.checkpoint import save_checkpoint
 from minillama.runs.report import PlainReport
-from minillama.runs.writer import CheckpointWriter, Snapshot
+from minillama.runs.writer import CheckpointCopy, CheckpointWriter
 
 
 def seconds(call: Callable[[int], object], repeats: int) -> float:
@@ -57,7 +57,7 @@ def main() -> None:
         submitted = []
         for i in range(args.repeats + 1):
             began = time.perf_counter()
-            writer.submit(Snapshot.of(weights, moments, {"step": i}))
+            writer.submit(CheckpointCopy.of(weights, moments, {"step": i}))
             submitted.append(time.perf_counter() - began)
             writer.finish()  # as if the steps between two checkpoints took longer than the disk
         copy = seconds(lambda i: [t.clone() for t in (*weights.values(), *moments.values())], args.repeats)

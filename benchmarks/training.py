@@ -1,4 +1,4 @@
-"""Training steps: tokens a second, share of the machine's peak and peak memory, beside transformers and litgpt.
+"""Training steps: tokens per second, share of the machine's peak and peak memory, beside transformers and litgpt.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/training.py [--shapes tiny 15m 42m 110m] [--peers ours transformers litgpt] [--repeats 3]
@@ -73,7 +73,7 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
     """The trainer's own step, without its data, report and files."""
     from minillama.model import Decoder
     from minillama.runs.config import OptimConfig
-    from minillama.training.compile import take_native_parts
+    from minillama.training.compile import use_native_kernels
     from minillama.training.optim.groups import make_optimizers
     from minillama.training.precision import WorkingCopy
 
@@ -83,7 +83,7 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
     working = WorkingCopy(model, dtype)
     optimizers = make_optimizers(model, OptimConfig(lr=1e-3))
     if setting != "eager":
-        take_native_parts(working.model, lambda text: None)
+        use_native_kernels(working.model, lambda text: None)
     if setting == "compile":
         working.model.compile_blocks()
     working.model.train()

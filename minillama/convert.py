@@ -42,7 +42,7 @@ def convert(
         destination: a folder (hf, meta) or a file (gguf) that is not there yet.
         to: the format.
         dtype: of the tensors (norms in GGUF stay f32); q8_0, q4_0 and q4_1 in GGUF alone. As the matrices are stored
-            unless given; quantised ones become f32.
+            unless given; quantized ones become f32.
         tokenizer: its file or folder, if it does not lie with the model.
         max_shard_size: of one file of a Hugging Face folder.
         progress: is told each tensor's name and their number.

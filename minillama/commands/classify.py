@@ -47,7 +47,7 @@ def run(args: Args) -> int:
     """Write label and probabilities of each record."""
     check(args)
     if not args.question.pattern:
-        raise InputError("there is no question", where="--pattern", fix="give --pattern and --verbalisers; see --help")
+        raise InputError("there is no question", where="--pattern", fix="give --pattern and --verbalizers; see --help")
     asked = _records(args)
     from minillama.evaluate.cloze import Cloze
 

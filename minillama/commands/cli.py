@@ -10,6 +10,7 @@ from importlib import import_module
 
 from minillama import __version__
 from minillama.config.command_line import refuse_repeated
+from minillama.config.loader import say_renamed
 from minillama.errors import InputError
 from minillama.threads import adapt
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "doctor": "what this machine and installation have: versions, processor, kernels, compiler, extras, folders",
     "plan": "shapes, parameters, memory and FLOPs of a model, without building it",
 }
+RENAMED = {"--verbalisers": "--verbalizers"}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -89,10 +91,19 @@ def _dispatch(words: list[str], prog: str | None) -> int:
     else:
         import tyro
 
+        rest = _with_new_names(rest)
         refuse_repeated(rest)
         args = tyro.cli(command.Args, args=rest, prog=prog or f"minillama {name}", description=command.__doc__)
     status: int = command.run(args)
     return status
+
+
+def _with_new_names(words: list[str]) -> list[str]:
+    """Options that had another name in the last release, under the new one."""
+    for old, new in RENAMED.items():
+        if old in words:
+            say_renamed(old, new)
+    return [RENAMED.get(word, word) for word in words]
 
 
 def _usage() -> str:

@@ -25,7 +25,7 @@ class Args:
     tokenizer: str | None = None
     """A tokenizer.json, .model or .bin, or its folder, if it does not lie with SRC."""
     dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"] | None = None
-    """Of the matrices; q8_0, q4_0 and q4_1 for gguf alone. As stored unless given; quantised ones become f32."""
+    """Of the matrices; q8_0, q4_0 and q4_1 for gguf alone. As stored unless given; quantized ones become f32."""
     calibrate: str | None = None
     """With q4_1: a text like those that the model will read, by which its numbers are chosen."""
     max_shard_size: str = "5GB"

@@ -45,7 +45,7 @@ class Args:
     ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on after the end-of-text token."""
     dtype: DType = "auto"
-    """Of the weights; auto: as they are stored, quantised ones and what the CPU does not multiply as float32."""
+    """Of the weights; auto: as they are stored, quantized ones and what the CPU does not multiply as float32."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     speculate: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -71,7 +71,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """Stream one completion, or write several as JSONL, one line a prompt in order."""
+    """Stream one completion, or write several as JSONL, one line per prompt in order."""
     check(args)
     prompts = read_texts(args.prompt, args.prompts, "prompt")
     speculates = args.speculate or args.draft is not None

@@ -39,7 +39,7 @@ class Args:
 
 
 def run(args: Args) -> int:
-    """Write one filled text, or several as JSONL, one line a text in order."""
+    """Write one filled text, or several as JSONL, one line per text in order."""
     check(args)
     texts = read_texts(args.text, args.texts, "text")
     from minillama.inference.infill import infill

@@ -166,7 +166,7 @@ class Explain:
 
 @dataclass(frozen=True)
 class Compare:
-    """Measure tokenizers on texts: fertility, coverage, unknown rate, bytes a token."""
+    """Measure tokenizers on texts: fertility, coverage, unknown rate, bytes per token."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """Tokenizers' files or folders; NAME=PATH gives one a name."""
@@ -208,7 +208,7 @@ class Compare:
             return 0
         for text in texts:
             print(text)
-            head = f"{'tokens':>9} {'a word':>7} {'a char':>7} {'bytes a token':>14} {'unknown':>8} {'covered':>8}"
+            head = f"{'tokens':>9} {'a word':>7} {'a char':>7} {'bytes per token':>14} {'unknown':>8} {'covered':>8}"
             print(f"  {'':24} {head}")
             for name, row in table.items():
                 f = row[text]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union
 
-from minillama.config.loader import nearest
+from minillama.config.loader import nearest, say_renamed
 from minillama.errors import InputError
 
 __all__ = ["CommandLine", "overrides", "refuse_repeated", "take_flag", "take_option"]
@@ -98,9 +98,12 @@ def overrides(
         InputError: an unknown name (with the nearest), a missing or unreadable value, a stray word, a list that is
             given twice. Of other values the last one counts.
     """
-    kinds = dict(_leaves(cls))
+    kinds, renamed = dict(_leaves(cls)), dict(_renamed(cls))
     table: dict[str, Any] = {}
     for key, values in _options(words):
+        if key in renamed:
+            say_renamed(f"--{key}", f"--{renamed[key]}")
+            key = renamed[key]
         if key not in kinds:
             raise _unknown(key, kinds)
         *sections, name = key.split(".")
@@ -142,6 +145,17 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(typing.cast(type, kind), f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", kind
+
+
+def _renamed(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Old and new dotted name of every field that was called otherwise."""
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        kind = _without_none(hints[f.name])
+        if is_dataclass(kind):
+            yield from _renamed(typing.cast(type, kind), f"{prefix}{f.name}.")
+        if "was" in f.metadata:
+            yield f"{prefix}{f.metadata['was']}", f"{prefix}{f.name}"
 
 
 def _without_none(kind: Any) -> Any:

@@ -90,7 +90,7 @@ def training_memory(
     Activations are the tensors that autograd keeps for `model.Decoder`, with a fused attention kernel (no
     T x T matrix). Values a token and block, in `activation_bytes` unless another type is named:
 
-    - each of two norms, in the weights' type: its input D and the normalised input D; in float32 the
+    - each of two norms, in the weights' type: its input D and the normalized input D; in float32 the
       reciprocal root 1
     - the input of q, k and v: D, or 3D where each of these products casts its own. The same for gate and
       up: D or 2D
@@ -99,10 +99,10 @@ def training_memory(
 
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
     input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
-    inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalised
+    inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalized
     input, compiled blocks recompute more, and SwiGLU in C++ (`native/swiglu.py`) keeps none of its four. Rotary
     tables, attention masks, the allocator's waste, what kernels in C++ work in, and the attention weights that
-    bfloat16 keeps on a CPU where attention is not C++ (`layers/attend.py`, HT to 2HT bytes a token and block, below
+    bfloat16 keeps on a CPU where attention is not C++ (`layers/attend.py`, HT to 2HT bytes per token and block, below
     a context of 1024) are left out.
 
     Args:
@@ -183,9 +183,9 @@ def training_days(
     seq_len: int,
     flops_per_second: float,
     devices: int = 1,
-    utilisation: float = 1.0,
+    utilization: float = 1.0,
 ) -> float:
-    """Days = tokens * FLOPs a token / (devices * FLOP/s * utilisation) / 86400.
+    """Days = tokens * FLOPs a token / (devices * FLOP/s * utilization) / 86400.
 
     Args:
         config: the shape.
@@ -193,6 +193,6 @@ def training_days(
         seq_len: T of a training sequence.
         flops_per_second: of one device.
         devices: how many.
-        utilisation: share of `flops_per_second` that training achieves; 1 where that is what it achieves.
+        utilization: share of `flops_per_second` that training achieves; 1 where that is what it achieves.
     """
-    return tokens * config.flops_per_token(seq_len) / (devices * flops_per_second * utilisation) / 86400
+    return tokens * config.flops_per_token(seq_len) / (devices * flops_per_second * utilization) / 86400

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 import tomllib
 import types
 import typing
@@ -139,9 +140,13 @@ def build(
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    renamed = {f.metadata["was"]: f.name for f in fields(cls) if "was" in f.metadata}  # type: ignore[arg-type]
     for key in values:
-        if key not in names:
+        if key in renamed:
+            say_renamed(_place(origin, f"{prefix}.{key}".lstrip(".")), renamed[key])
+        elif key not in names:
             raise _unknown(key, names, origin, prefix)
+    values = {renamed.get(key, key): value for key, value in values.items()}
     made: dict[str, Any] = {}
     for f in fields(cls):  # type: ignore[arg-type]
         key = f"{prefix}.{f.name}".lstrip(".")
@@ -158,6 +163,11 @@ def build(
         raise located(error, origin, prefix) from None
     check(instance, origin, prefix)
     return instance
+
+
+def say_renamed(where: str, name: str) -> None:
+    """One line on standard error for a name that goes on working for one release."""
+    print(f"{where} is now called {name}; the old name goes with the next release", file=sys.stderr)
 
 
 def located(error: InputError, origin: Located | None, prefix: str) -> InputError:

@@ -1,6 +1,6 @@
 """Which parameters a block has under each switch of the configuration. No torch.
 
-Names are Hugging Face's for LLaMA; what LLaMA lacks is named after its neighbours. (out, in) for products.
+Names are Hugging Face's for LLaMA; what LLaMA lacks is named after its neighbors. (out, in) for products.
 """
 
 from __future__ import annotations

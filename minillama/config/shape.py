@@ -98,7 +98,7 @@ class Shape:
     init: Literal["normal", "fan-in", "rwkv"] = "normal"
     """How fresh weights are drawn; see `model/init.py`."""
     objective: Literal["lm", "glm"] = "lm"
-    """What the model is made to minimise."""
+    """What the model is made to minimize."""
     preset: str = ""
     """The file of configs/model that this shape came from."""
 

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step), over tokenised sources mixed by weight.
+"""Batches as a pure function of (seed, step), over tokenized sources mixed by weight.
 
 Sample i = step * batch size + row. Every block of 4096 samples gives each source its exact share of places,
 in an order keyed by (seed, block). A source's own samples are windows of `length` + 1 tokens that start at

@@ -54,7 +54,7 @@ def _feistel(x: NDArray[np.uint64], half: np.uint64, keys: tuple[int, ...]) -> N
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: every bit of the input changes half of the output's."""
+    """The finalizer of splitmix64: every bit of the input changes half of the output's."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

@@ -1,4 +1,4 @@
-"""Sources to a Corpus: train the tokenizer if need be, tokenise each source once, remember both in a cache.
+"""Sources to a Corpus: train the tokenizer if need be, tokenize each source once, remember both in a cache.
 
 A source's tokens lie in CACHE/KEY: train-*.bin, val-*.bin and dataset.json, complete or absent. KEY hashes
 all that they depend on, so that a second start reads nothing but these.
@@ -27,7 +27,7 @@ from minillama.errors import InputError
 from minillama.files import digest
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["Progress", "Trainer", "load_corpus", "prepare"]
+__all__ = ["Progress", "TokenizerFactory", "load_corpus", "prepare"]
 
 VERSION = 1  # of what is in the cache; another number makes everything anew
 MEMORY = 256 * 2**20  # bytes of text that are kept instead of being read again
@@ -43,7 +43,7 @@ Progress = Callable[[str, float], None]
 _BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
 
 
-class Trainer(Protocol):
+class TokenizerFactory(Protocol):
     """Makes a tokenizer from texts."""
 
     @property
@@ -56,14 +56,14 @@ class Trainer(Protocol):
 
 def prepare(
     sources: Sequence[Source],
-    tokenizer: Tokenizer | Trainer,
+    tokenizer: Tokenizer | TokenizerFactory,
     *,
     cache: Path,
     val_fraction: float = 0.05,
     on_error: OnError = "stop",
     progress: Progress | None = None,
 ) -> tuple[Corpus, Tokenizer]:
-    """Tokenise sources, or find them tokenised.
+    """Tokenize sources, or find them tokenized.
 
     Every document gets the tokenizer's BOS in front, and its EOS behind where that is another token. A source
     that is a single document gets neither.
@@ -92,7 +92,7 @@ def prepare(
         folder = cache / _key(settings | {"identity": who})
         if not folder.is_dir():
             with _complete(folder) as temporary:
-                _tokenise(reader, tokenizer, temporary, settings | {"identity": who}, tell)
+                _tokenize(reader, tokenizer, temporary, settings | {"identity": who}, tell)
         folders.append(folder)
     return load_corpus(folders, [source.weight for source in sources]), tokenizer
 
@@ -133,7 +133,7 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
 
 
 def _trained(
-    trainer: Trainer,
+    trainer: TokenizerFactory,
     readers: Sequence[SplitSource],
     known: list[dict[str, Any]],
     settings: dict[str, Any],
@@ -153,7 +153,7 @@ def _trained(
     return Tokenizer.load(folder)
 
 
-def _tokenise(
+def _tokenize(
     reader: SplitSource, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], tell: Progress
 ) -> None:
     """Write a source's shards and its dataset.json."""
@@ -165,7 +165,7 @@ def _tokenise(
     counts = {side: {"documents": 0, "bytes": 0} for side in writers}
     done, total = 0, sum(reader.chars.values())
     for parts in _batches(_pieces(reader.parts())):
-        tell(f"tokenising {reader.source.label}", done / total)
+        tell(f"tokenizing {reader.source.label}", done / total)
         for part, ids in zip(parts, tokenizer.encode_batch(part.text for part in parts), strict=True):
             writers[part.split].write(before * part.starts + ids + after * part.ends)
             counts[part.split]["documents"] += part.starts
@@ -184,7 +184,7 @@ def _tokenise(
         },
     }
     (folder / "dataset.json").write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tell(f"tokenising {reader.source.label}", 1.0)
+    tell(f"tokenizing {reader.source.label}", 1.0)
 
 
 def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
@@ -263,4 +263,4 @@ def _read_table(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     fix = f"delete {folder}; the next start writes it again"
-    raise InputError("this is not the table of a tokenised source", where=path, found=problem, fix=fix)
+    raise InputError("this is not the table of a tokenized source", where=path, found=problem, fix=fix)

@@ -1,6 +1,6 @@
 """Token shards: files of token ids that are mapped into memory instead of read.
 
-A shard is a header of 64 bytes (magic, version, bytes a token, token count, zeros; little-endian), then the
+A shard is a header of 64 bytes (magic, version, bytes per token, token count, zeros; little-endian), then the
 ids as uint16, or uint32 where the vocabulary has more than 65536 tokens.
 """
 
@@ -67,7 +67,10 @@ class Shard:
             )
         _, version, width, count = _HEADER.unpack(header)
         if version != _VERSION or width not in _DTYPES:
-            found, expected = f"version {version}, {width} bytes a token", f"version {_VERSION}, 2 or 4 bytes a token"
+            found, expected = (
+                f"version {version}, {width} bytes per token",
+                f"version {_VERSION}, 2 or 4 bytes per token",
+            )
             raise InputError("this data shard has an unknown form", where=path, found=found, expected=expected)
         if actual != HEADER_BYTES + count * width:
             raise InputError(

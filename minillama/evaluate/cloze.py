@@ -15,7 +15,7 @@ from minillama.data.reading import BadText, Record, clean
 from minillama.errors import InputError
 from minillama.evaluate.question import MASK, Question, label_of
 from minillama.inference.engine import evaluating
-from minillama.inference.infill import lay_out, need_blanks
+from minillama.inference.infill import lay_out, require_infilling
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class Cloze:
 
     def __init__(self, question: Question, tokenizer: Tokenizer, context: int) -> None:
         if not question.pattern:
-            expected = 'a pattern and verbalisers, as "{text} It was [MASK]." and positive=good negative=bad'
+            expected = 'a pattern and verbalizers, as "{text} It was [MASK]." and positive=good negative=bad'
             raise InputError("there is no question", where="pattern", expected=expected)
         self.question, self.tokenizer, self.context = question, tokenizer, context
         self.blanks = Blanks.of(tokenizer)
@@ -77,24 +77,24 @@ class Cloze:
         space = question.pattern.partition(MASK)[0][-1:] == " "
         self.words = [tokenizer.encode_inside(" " * space + word) for word in question.words]
         known: dict[tuple[int, ...], str] = {(): "nothing"}
-        for entry, ids in zip(question.verbalisers, self.words, strict=True):
+        for entry, ids in zip(question.verbalizers, self.words, strict=True):
             if tuple(ids) in known:
                 found = f"{entry} and {known[tuple(ids)]} are the same tokens: {' '.join(map(str, ids)) or 'none'}"
-                raise InputError("this tokenizer cannot tell two answers apart", where="verbalisers", found=found)
+                raise InputError("this tokenizer cannot tell two answers apart", where="verbalizers", found=found)
             known[tuple(ids)] = entry
 
     def label(self, record: Record) -> int:
         """The number of a record's label.
 
         Raises:
-            BadText: it has none, or one without a verbaliser.
+            BadText: it has none, or one without a verbalizer.
         """
         name, labels = self.question.label, self.question.labels
         if name not in record.value:
             raise _bad("the record has no label", record, name, _fields_of(record))
         value = label_of(record.value[name])
         if value not in labels:
-            raise _bad("a label without a verbaliser", record, name, value, ", ".join(labels))
+            raise _bad("a label without a verbalizer", record, name, value, ", ".join(labels))
         return labels.index(value)
 
     def layouts(self, record: Record) -> list[Layout]:
@@ -153,7 +153,7 @@ class Cloze:
         Raises:
             InputError: the model does not fill blanks.
         """
-        need_blanks(model, self.tokenizer)
+        require_infilling(model, self.tokenizer)
         for start in range(0, len(records), batch_size):
             answers = self.collate(records[start : start + batch_size])
             with evaluating(model):

@@ -69,7 +69,7 @@ def score(
     Args:
         model: the decoder; dropout is off meanwhile.
         windows: arrays of at most max_seq_len + 1 ids, as `Split.val_windows` yields.
-        bytes_per_token: of the text, for bits a byte.
+        bytes_per_token: of the text, for bits per byte.
         batch_size: windows of equal length that are read together.
         blanks: the marks of a model that fills blanks. It reads all but the first token as one blank, which
             takes two slots more than the window.

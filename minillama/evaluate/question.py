@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minillama.errors import InputError
@@ -21,26 +21,26 @@ class Question:
 
     pattern: str = ""
     """A record as a text: {field} for its fields, one [MASK] for the answer, as "{text} It was [MASK]."."""
-    verbalisers: tuple[str, ...] = ()
+    verbalizers: tuple[str, ...] = field(default=(), metadata={"was": "verbalisers"})
     """LABEL=WORDS for each label, as positive=good negative=bad; the words fill the blank."""
     label: str = "label"
     """The field that holds the label; one that is no string is written as JSON writes it: true=Yes."""
 
     def __post_init__(self) -> None:
-        if not self.pattern and not self.verbalisers:
+        if not self.pattern and not self.verbalizers:
             return
-        pairs = [entry.partition("=") for entry in self.verbalisers]
-        for entry, (label, _, words) in zip(self.verbalisers, pairs, strict=True):
+        pairs = [entry.partition("=") for entry in self.verbalizers]
+        for entry, (label, _, words) in zip(self.verbalizers, pairs, strict=True):
             if not (label and words.strip()):
-                what, expected = "a verbaliser without a label or without words", "LABEL=WORDS"
-                raise InputError(what, where="verbalisers", found=entry, expected=expected)
+                what, expected = "a verbalizer without a label or without words", "LABEL=WORDS"
+                raise InputError(what, where="verbalizers", found=entry, expected=expected)
         if len(pairs) < 2:
-            found, expected = ", ".join(self.verbalisers) or "none", "LABEL=WORDS twice or more"
-            raise InputError("a question needs two answers", where="verbalisers", found=found, expected=expected)
+            found, expected = ", ".join(self.verbalizers) or "none", "LABEL=WORDS twice or more"
+            raise InputError("a question needs two answers", where="verbalizers", found=found, expected=expected)
         for name, values in (("label", [pair[0] for pair in pairs]), ("words", [pair[2].strip() for pair in pairs])):
             if len(set(values)) < len(values):
-                found = ", ".join(self.verbalisers)
-                raise InputError(f"two verbalisers have the same {name}", where="verbalisers", found=found)
+                found = ", ".join(self.verbalizers)
+                raise InputError(f"two verbalizers have the same {name}", where="verbalizers", found=found)
         if self.pattern.count(MASK) != 1 or "[sMASK]" in self.pattern or "[gMASK]" in self.pattern:
             found, expected = self.pattern or "none", f'one {MASK} and no other mask, as in "{{text}} It was {MASK}."'
             raise InputError("the pattern has no place for one answer", where="pattern", found=found, expected=expected)
@@ -67,12 +67,12 @@ class Question:
     @property
     def labels(self) -> list[str]:
         """The labels, in order."""
-        return [entry.partition("=")[0] for entry in self.verbalisers]
+        return [entry.partition("=")[0] for entry in self.verbalizers]
 
     @property
     def words(self) -> list[str]:
         """What fills the blank for each."""
-        return [entry.partition("=")[2].strip() for entry in self.verbalisers]
+        return [entry.partition("=")[2].strip() for entry in self.verbalizers]
 
     def around(self, fields: Mapping[str, str]) -> tuple[str, str]:
         """The record's text before and behind the blank. A mask in a field is text."""
@@ -84,5 +84,5 @@ class Question:
 
 
 def label_of(value: Any) -> str:
-    """A record's label as the verbalisers name it."""
+    """A record's label as the verbalizers name it."""
     return value if isinstance(value, str) else json.dumps(value)

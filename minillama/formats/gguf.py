@@ -68,7 +68,7 @@ def name_in_file(name: str) -> str:
 
 
 def read(path: Path) -> ModelFile:
-    """Open a file. Tensors are memory-mapped, and dequantised to float32 when they are read.
+    """Open a file. Tensors are memory-mapped, and dequantized to float32 when they are read.
 
     Raises:
         InputError: not a GGUF file, a damaged or a forged one, another architecture, or tensors that are
@@ -172,7 +172,7 @@ def _tensor(path: Path, info: TensorInfo, heads: int | None) -> Tensor:
             tensor = torch.from_numpy(quants.dequantize(data, kind))
         except NotImplementedError:
             found = info.dtype
-            raise InputError("the gguf package cannot dequantise this type", where=path, found=found) from None
+            raise InputError("the gguf package cannot dequantize this type", where=path, found=found) from None
     return to_half_split(tensor, heads) if heads else tensor
 
 
@@ -202,7 +202,7 @@ def write(
 ) -> None:
     """Write one file, one tensor in memory at a time.
 
-    Norms stay in float32. A matrix whose rows are no multiple of 32 is not quantised but kept in float16. With q4_1
+    Norms stay in float32. A matrix whose rows are no multiple of 32 is not quantized but kept in float16. With q4_1
     the embedding and the head are Q8_0.
 
     Args:

@@ -27,7 +27,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _KEY_BYTES, _TENSOR_BYTES = 13, 24  # the shortest a pair and an info can be
 _MAX_RANK, _MAX_DEPTH = 4, 2
-# ggml type -> name, values a block, bytes a block (ggml-org/ggml, src/ggml.c: type_traits)
+# ggml type -> name, values a block, bytes per block (ggml-org/ggml, src/ggml.c: type_traits)
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),

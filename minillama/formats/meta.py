@@ -1,4 +1,4 @@
-"""Meta's layout: params.json, consolidated.NN.pth (one a tensor-parallel rank), tokenizer.model."""
+"""Meta's layout: params.json, consolidated.NN.pth (one per tensor-parallel rank), tokenizer.model."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class ModelFile:
     def default_dtype(self, device: torch.device | str) -> torch.dtype:
         """The type to compute in where nobody asked: that of the matrices if they agree on one.
 
-        Quantised matrices become float32, and so does float16 on a CPU, which has no arithmetic for it.
+        Quantized matrices become float32, and so does float16 on a CPU, which has no arithmetic for it.
         """
         kinds = {item.dtype for item in self.stored.values() if len(item.shape) > 1}
         if kinds == {"BF16"}:

@@ -13,7 +13,7 @@ from minillama.errors import InputError
 from minillama.files import refuse_url
 from minillama.formats.model_file import ModelFile
 from minillama.inference.engine import evaluating
-from minillama.inference.quantize import quantise
+from minillama.inference.quantize import quantize
 from minillama.layers.int4 import Int4
 from minillama.model import Decoder
 from minillama.model.linears import int4_numbers
@@ -27,7 +27,7 @@ HELD_OUT = 8  # windows, or a fifth of a short text's
 
 
 def calibrated(opened: ModelFile, tokenizer: Tokenizer, source: str, say: Callable[[str], None]) -> Decoder:
-    """An int4 model whose numbers are chosen by the beginning of a text, see `importances`.
+    """An int4 model whose numbers are chosen by the beginning of a text, see `importance_matrix`.
 
     The last windows of the text are held out; the loss on them before and after is told.
 
@@ -46,9 +46,9 @@ def calibrated(opened: ModelFile, tokenizer: Tokenizer, source: str, say: Callab
     model = Decoder.from_pretrained(opened, torch.float32).fuse()
     before = _nats(model, held_out)
     say(f"calibrating by {used.numel()} tokens of {source}")
-    after = _nats(quantise(model, "int4", calibration=used[:, :-1]), held_out)
+    after = _nats(quantize(model, "int4", calibration=used[:, :-1]), held_out)
     say(
-        f"{held_out[:, 1:].numel()} held-out tokens: {before:.4f} nats a token before, {after:.4f} after; "
+        f"{held_out[:, 1:].numel()} held-out tokens: {before:.4f} nats per token before, {after:.4f} after; "
         f"perplexity {math.exp(before):.3f} and {math.exp(after):.3f}, {math.exp(after - before) - 1:+.2%}"
     )
     return model

@@ -10,13 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from minillama.layers.cache import KVCache, LayerState, Span, State
+from minillama.layers.cache import CacheRange, KVCache, LayerState, State
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
 __all__ = ["CudaRecorder", "GraphStep", "unsupported"]
 
-PIECE = 256  # slots: attention reads whole pieces of the memory, so that one recording serves as many tokens
+PAGE = 256  # slots: attention reads whole pages of the memory, so that one recording serves as many tokens
 PATIENCE = 4  # steps through the layers before one is recorded, which is taken to cost as much as about so many
 
 Play = Callable[[], Tensor]
@@ -58,7 +58,7 @@ class CudaRecorder:
 
 
 @dataclass(frozen=True)
-class _FixedSpan(Span):
+class _FixedRange(CacheRange):
     """One token a row, whose slot and place are read from tensors, (B, 1) each, when the kernels run."""
 
     slot: Tensor | None = None
@@ -80,9 +80,9 @@ class _Pass:
     def __init__(self, model: Decoder, layers: Sequence[LayerState], inputs: Tensor, end: int, mask: Mask) -> None:
         self.model, self.layers, self.mask = model, layers, mask
         self.ids, slot, place = inputs
-        self._span = _FixedSpan(None, 1, end, slot=slot, place=place)
+        self._span = _FixedRange(None, 1, end, slot=slot, place=place)
 
-    def span(self, count: int) -> Span:
+    def span(self, count: int) -> CacheRange:
         return self._span
 
     def advance(self, counts: Sequence[int]) -> None:
@@ -131,7 +131,7 @@ class GraphStep:
         windowed = Mask(window=mask.window, sinks=mask.sinks)
         if self.failed or mask != windowed or any(len(row) != 1 for row in tokens):
             return None
-        end = min(math.ceil(state.span(1).end / PIECE) * PIECE, state.max_len)
+        end = min(math.ceil(state.span(1).end / PAGE) * PAGE, state.max_len)
         key = (len(tokens), end, mask.window, mask.sinks, *map(_places, state.layers))
         rows = zip(tokens, state.lengths, state.dropped, strict=True)
         inputs = torch.tensor([(ids[0], used, used + gone) for ids, used, gone in rows]).T[..., None]

@@ -48,7 +48,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.train()
 
 
-class Text:
+class Request:
     """One prompt on its way: ids so far, their places in a text with blanks, and what has not been read yet.
 
     Raises:
@@ -78,7 +78,7 @@ class Text:
 
 
 @dataclass
-class Batch:
+class RunningBatch:
     """Rows that share every pass.
 
     Args:
@@ -98,7 +98,7 @@ class Batch:
         if self.state is not None:
             self.state.select(places)
 
-    def replace(self, places: Sequence[int], other: Batch) -> None:
+    def replace(self, places: Sequence[int], other: RunningBatch) -> None:
         """Put the rows of another batch at these places."""
         self.sampler.replace(places, other.sampler)
         if self.state is not None and other.state is not None:
@@ -123,13 +123,13 @@ def decode(
 
     Send a set of rows into the generator to end them. A prompt that waits takes the place of a row that has ended:
     it is read in a pass of its own, and from then on shares the batch (Orca, Yu et al. 2022, iteration-level
-    scheduling). What a row says does not depend on its neighbours, but for rounding.
+    scheduling). What a row says does not depend on its neighbors, but for rounding.
 
     Args:
         model: the decoder.
         prompts: token ids, one sequence a row, each at least one token long; or for all rows texts with
             blanks, of which the last is filled.
-        max_new_tokens: tokens a row at most. A row also ends when the model's context is full.
+        max_new_tokens: tokens per row at most. A row also ends when the model's context is full.
         sampling: how tokens are chosen.
         use_state: keep keys and values between steps. Without, each step reads everything again; the
             tokens are the same, and a test holds the two against each other.
@@ -143,7 +143,7 @@ def decode(
     Raises:
         ValueError: a prompt longer than the context.
     """
-    texts = [Text(prompt, max_new_tokens, model.config.max_seq_len) for prompt in prompts]
+    texts = [Request(prompt, max_new_tokens, model.config.max_seq_len) for prompt in prompts]
     seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
     passes = _Passes(model, texts, sampling, seeds, use_state, cache_dtype, Mask(window=window, sinks=sinks))
     waiting = deque(range(len(prompts)))
@@ -174,23 +174,23 @@ class _Passes:
     """How rows begin and go on, whichever share a batch: all that `decode` was told but their order."""
 
     model: Decoder
-    texts: Sequence[Text]
+    texts: Sequence[Request]
     sampling: Sampling
     seeds: Sequence[int]
     use_state: bool
     cache_dtype: torch.dtype | None
     seen: Mask
 
-    def enter(self, rows: list[int], slots: int) -> tuple[Batch, list[int]]:
+    def enter(self, rows: list[int], slots: int) -> tuple[RunningBatch, list[int]]:
         """A batch of rows that have not been read, whose texts take so many slots, and their first tokens."""
         config = self.model.config
         slots = cache_slots(config, slots, self.seen.window or 0, self.seen.sinks)
         state = self.model.state(len(rows), slots, self.cache_dtype) if self.use_state else None
         ids, seeds = [self.texts[i].ids for i in rows], [self.seeds[i] for i in rows]
-        entering = Batch(rows, state, Sampler(self.sampling, ids, config.vocab_size, seeds))
+        entering = RunningBatch(rows, state, Sampler(self.sampling, ids, config.vocab_size, seeds))
         return entering, self.step(entering)
 
-    def step(self, batch: Batch) -> list[int]:
+    def step(self, batch: RunningBatch) -> list[int]:
         """Read what is unread of each text, choose a token a text and append it."""
         texts = [self.texts[row] for row in batch.rows]
         with evaluating(self.model):
@@ -204,12 +204,12 @@ class _Passes:
             text.append(token)
         return chosen
 
-    def over(self, batch: Batch, ended: set[int]) -> list[int]:
+    def over(self, batch: RunningBatch, ended: set[int]) -> list[int]:
         """The places in a batch of rows that were ended or are full."""
         return [i for i, row in enumerate(batch.rows) if row in ended or self.texts[row].is_full]
 
 
-def _read_on(model: Decoder, texts: Sequence[Text], state: State, seen: Mask) -> Tensor:
+def _read_on(model: Decoder, texts: Sequence[Request], state: State, seen: Mask) -> Tensor:
     """Logits (B, V) behind each text, the unread of which is taken in by pieces for which there is room."""
     unread = [text.ids[text.read :] for text in texts]
     counts = [len(ids) for ids in unread]
@@ -233,7 +233,7 @@ def _read_on(model: Decoder, texts: Sequence[Text], state: State, seen: Mask) ->
 
 def _read(
     model: Decoder,
-    texts: Sequence[Text],
+    texts: Sequence[Request],
     since: Sequence[int],
     unread: Sequence[Sequence[int]],
     state: State | None,

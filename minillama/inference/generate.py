@@ -13,13 +13,13 @@ from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks, Layout
 
-__all__ = ["Completion", "Piece", "Reason", "StopText", "blanks_of", "check_room", "generate", "pieces", "stream"]
+__all__ = ["Chunk", "Completion", "Reason", "StopText", "blanks_of", "check_room", "chunks", "generate", "stream"]
 
 Reason = Literal["eos", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """One step of one row: new text, and why the row ended, if it did.
 
     `reason` is `eos` (the model wrote the end-of-text token), `stop` (a stop string), `length`
@@ -121,7 +121,7 @@ def check_room(lengths: Sequence[int], context: int, name: str) -> None:
             )
 
 
-def pieces(
+def chunks(
     model: Decoder,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -130,14 +130,14 @@ def pieces(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     decoding: Decoding = decode,
-) -> Iterator[tuple[Piece, int]]:
-    """Continue prompts together; yield (piece, token id) as text becomes certain.
+) -> Iterator[tuple[Chunk, int]]:
+    """Continue prompts together; yield (chunk, token id) as text becomes certain.
 
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
         prompts: texts of any length.
-        max_new_tokens: tokens a prompt at most.
+        max_new_tokens: tokens per prompt at most.
         sampling: how tokens are chosen; `Sampling()` unless given.
         stop: strings that end a row; they are not part of the text.
         ignore_eos: go on after the end-of-text token.
@@ -184,7 +184,7 @@ def pieces(
                 shown += filters[row].flush()
             if reason is not None:
                 ended.add(row)
-            yield Piece(row, shown, reason), token
+            yield Chunk(row, shown, reason), token
 
 
 def generate(
@@ -197,7 +197,7 @@ def generate(
     ignore_eos: bool = False,
     decoding: Decoding = decode,
 ) -> list[Completion]:
-    """Continue several prompts in one batch. The arguments are those of `pieces`.
+    """Continue several prompts in one batch. The arguments are those of `chunks`.
 
     Returns:
         One completion a prompt, in order, without the prompt.
@@ -205,10 +205,10 @@ def generate(
     text = ["" for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     reasons: list[Reason] = ["length" for _ in prompts]
-    for piece, token in pieces(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, decoding):
-        text[piece.row] += piece.text
-        tokens[piece.row].append(token)
-        reasons[piece.row] = piece.reason or reasons[piece.row]
+    for chunk, token in chunks(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, decoding):
+        text[chunk.row] += chunk.text
+        tokens[chunk.row].append(token)
+        reasons[chunk.row] = chunk.reason or reasons[chunk.row]
     return [Completion(t, tuple(ids), r) for t, ids, r in zip(text, tokens, reasons, strict=True)]
 
 
@@ -221,8 +221,8 @@ def stream(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     decoding: Decoding = decode,
-) -> Iterator[Piece]:
-    """Continue one prompt and yield its text piece by piece, never half a character or part of a stop string."""
-    for piece, _ in pieces(model, tokenizer, [prompt], max_new_tokens, sampling, stop, ignore_eos, decoding):
-        if piece.text or piece.reason:
-            yield piece
+) -> Iterator[Chunk]:
+    """Continue one prompt and yield its text chunk by chunk, never half a character or part of a stop string."""
+    for chunk, _ in chunks(model, tokenizer, [prompt], max_new_tokens, sampling, stop, ignore_eos, decoding):
+        if chunk.text or chunk.reason:
+            yield chunk

@@ -14,7 +14,7 @@ from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import BLANK_TOKENS, Blanks, Layout
 
-__all__ = ["Cut", "Filled", "infill", "lay_out", "need_blanks"]
+__all__ = ["Cut", "Filled", "infill", "lay_out", "require_infilling"]
 
 # A blank space in front of a mask belongs to what is filled in, as it belongs to a word.
 _MASK = re.compile("( ?)(" + "|".join(map(re.escape, BLANK_TOKENS[:3])) + ")")
@@ -96,7 +96,7 @@ def infill(
     Raises:
         InputError: a model of another objective, a text without a blank, or one that fills the context.
     """
-    blanks = need_blanks(model, tokenizer)
+    blanks = require_infilling(model, tokenizer)
     cuts = [Cut(text, tokenizer, f"text {i + 1}") for i, text in enumerate(texts)]
     layouts = [cut.layout for cut in cuts]
     check_room([len(layout.tokens) + 1 for layout in layouts], model.config.max_seq_len, "text")
@@ -121,7 +121,7 @@ def infill(
     ]
 
 
-def need_blanks(model: Decoder, tokenizer: Tokenizer) -> Blanks:
+def require_infilling(model: Decoder, tokenizer: Tokenizer) -> Blanks:
     """The marks of a model that fills blanks.
 
     Raises:

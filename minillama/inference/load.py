@@ -54,7 +54,7 @@ def load_model(
         opened: the model's file or folder.
         dtype: of the weights; auto: as `decoding_dtype` chooses.
         device: as `choose_device` takes it.
-        quantize: make the products' weights int8 or int4, see `quantised`; auto: as they are stored, if
+        quantize: make the products' weights int8 or int4, see `quantized`; auto: as they are stored, if
             `stored_kind` says so.
         compiles: take the step in C++ where it takes the model and a compiler is there, which is compiled once; on a
             CUDA device the recorded one.
@@ -62,7 +62,7 @@ def load_model(
     import torch
 
     from minillama.device import choose_device, decoding_dtype
-    from minillama.inference.quantize import quantised, stored_kind
+    from minillama.inference.quantize import quantized, stored_kind
     from minillama.model import Decoder
 
     place = choose_device(device, "--device")
@@ -72,13 +72,13 @@ def load_model(
     if weights == "none":
         model = Decoder.from_pretrained(opened, kind, place).fuse()
     else:
-        model = quantised(opened, weights, kind, place)
+        model = quantized(opened, weights, kind, place)
     if compiles:
-        _hasten(model)
+        attach_fast_step(model)
     return model
 
 
-def _hasten(model: Decoder) -> None:
+def attach_fast_step(model: Decoder) -> None:
     from minillama.inference import cuda_graph
     from minillama.native.build import CannotBuild, can_build
     from minillama.native.decode import NativeStep, unsupported

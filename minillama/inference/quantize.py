@@ -21,19 +21,19 @@ from minillama.files import replace_file
 from minillama.formats import gguf
 from minillama.formats.model_file import ModelFile
 from minillama.layers.int4 import GROUP, Int4
-from minillama.layers.quantized_linear import Int4Linear, Int8Linear, Quantisation, takes_int4
+from minillama.layers.quantized_linear import Int4Linear, Int8Linear, Quantization, takes_int4
 from minillama.model import Decoder
 from minillama.model.linears import Product, int4_numbers, plain_tensors, products
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.gguf_export import vocabulary
 
-__all__ = ["importances", "quantise", "quantised", "save_gguf", "stored_kind"]
+__all__ = ["importance_matrix", "quantize", "quantized", "save_gguf", "stored_kind"]
 
 TOKENS = 4096  # that are read at once
 
 
 @torch.no_grad()
-def quantise(model: Decoder, kind: Quantisation, group: int = GROUP, calibration: Tensor | None = None) -> Decoder:
+def quantize(model: Decoder, kind: Quantization, group: int = GROUP, calibration: Tensor | None = None) -> Decoder:
     """Replace the products of a model in place; there is no way back.
 
     The head takes int8 in both kinds, a copy where it is tied: its errors are the largest in the logits, which is
@@ -44,7 +44,7 @@ def quantise(model: Decoder, kind: Quantisation, group: int = GROUP, calibration
         model: a decoder, best after `fuse`.
         kind: int8, one scale an output channel, or int4, one scale and offset a group of inputs.
         group: of int4: 32, 64 or 128.
-        calibration: of int4: (N, T) ids of a text, which says by `importances` what the numbers are to be good at;
+        calibration: of int4: (N, T) ids of a text, whose `importance_matrix` weighs the errors;
             without them they are found from the weights alone.
 
     Raises:
@@ -57,22 +57,22 @@ def quantise(model: Decoder, kind: Quantisation, group: int = GROUP, calibration
     _check(kind, model.device)
     if calibration is not None and not calibration.numel():
         raise InputError("no text to calibrate by", where="calibration", found=tuple(calibration.shape))
-    counts = {} if calibration is None else importances(model, calibration)
+    counts = {} if calibration is None else importance_matrix(model, calibration)
     model.step = None  # it has the old weights
     for product in products(model):
         if isinstance(product.module, nn.Linear):
-            product.replace(_quantised(product.module, kind, group, counts.get(product.module)))
+            product.replace(_quantized(product.module, kind, group, counts.get(product.module)))
     return _with_head(model)
 
 
 @torch.no_grad()
-def quantised(
+def quantized(
     opened: ModelFile,
     kind: Literal["int8", "int4"],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """`quantise` of a fused model, read from a file one product at a time.
+    """`quantize` of a fused model, read from a file one product at a time.
 
     Matrices that the file has in four bits (`ModelFile.int4`) keep their numbers, grids rounded to bfloat16; int4 of
     others is searched in the stored type.
@@ -99,7 +99,7 @@ def quantised(
             weight = torch.cat([opened.tensors[f"{name}.weight"] for name in product.names])
             linear.weight = nn.Parameter(weight.to(device=device, dtype=dtype), requires_grad=False)
             linear.bias = cast(Any, _bias(opened, product, dtype))
-            product.replace(_quantised(linear, "int8", GROUP))
+            product.replace(_quantized(linear, "int8", GROUP))
     return _with_head(model.fill(opened, dtype, device))
 
 
@@ -112,8 +112,8 @@ def _bias(opened: ModelFile, product: Product, dtype: torch.dtype) -> nn.Paramet
     return nn.Parameter(torch.cat(found).to(dtype), requires_grad=False) if found else None
 
 
-def stored_kind(opened: ModelFile, device: torch.device) -> Quantisation:
-    """How a file has the products of its blocks, if it is a kind that `quantised` takes on this device.
+def stored_kind(opened: ModelFile, device: torch.device) -> Quantization:
+    """How a file has the products of its blocks, if it is a kind that `quantized` takes on this device.
 
     int4 for Q4_0 and Q4_1, int8 for Q8_0, both on a CPU alone. Matrices whose rows fill no blocks do not matter.
     """
@@ -124,12 +124,12 @@ def stored_kind(opened: ModelFile, device: torch.device) -> Quantisation:
     return "int4" if kinds <= {"Q4_0", "Q4_1"} else "int8" if kinds == {"Q8_0"} else "none"
 
 
-def _check(kind: Quantisation, device: torch.device) -> None:
+def _check(kind: Quantization, device: torch.device) -> None:
     if kind == "int4" and device.type != "cpu":
         raise InputError("int4 products run on a CPU alone", where="--quantize", found="int4", fix="take int8")
 
 
-def _quantised(linear: nn.Linear, kind: Quantisation, group: int, importance: Tensor | None = None) -> nn.Module:
+def _quantized(linear: nn.Linear, kind: Quantization, group: int, importance: Tensor | None = None) -> nn.Module:
     if kind == "int4" and takes_int4(linear, group):
         return Int4Linear.of(linear, group, importance)
     return Int8Linear(linear) if linear.in_features % 32 == 0 else linear
@@ -138,12 +138,12 @@ def _quantised(linear: nn.Linear, kind: Quantisation, group: int, importance: Te
 def _with_head(model: Decoder) -> Decoder:
     head = nn.Linear(model.config.dim, model.config.vocab_size, bias=False, device="meta")
     head.weight = nn.Parameter(model.output_weight.detach(), requires_grad=False)
-    model.lm_head = cast(Any, _quantised(head, "int8", GROUP))
+    model.lm_head = cast(Any, _quantized(head, "int8", GROUP))
     return model
 
 
 @torch.no_grad()
-def importances(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
+def importance_matrix(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
     """By product of the blocks, the mean square (I,) of each of its inputs over a text, float32.
 
     Args:
@@ -169,7 +169,7 @@ def importances(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
 def save_gguf(
     model: Decoder, destination: str | os.PathLike[str], tokenizer: Tokenizer, name: str = "minillama"
 ) -> Path:
-    """Write a model that `quantise` made int4 as a GGUF file of type q4_1, with the numbers that it has.
+    """Write a model that `quantize` made int4 as a GGUF file of type q4_1, with the numbers that it has.
 
     Args:
         model: the decoder, fused or not.

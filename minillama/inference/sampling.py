@@ -1,7 +1,7 @@
 """From logits to the next token: pure functions (B, V) -> (B, V), applied in the order of `Sampler`.
 
-A token that is ruled out gets -inf. Nothing here keeps state but the random generators, one a row, so
-that a row's text does not depend on its neighbours.
+A token that is ruled out gets -inf. Nothing here keeps state but the random generators, one per row, so
+that a row's text does not depend on its neighbors.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Sampler:
         settings: the chain.
         prompts: token ids of each row's prompt, for the repetition penalty.
         vocab_size: V.
-        seeds: one a row; seed + i for row i unless given.
+        seeds: one per row; seed + i for row i unless given.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Sampler:
         Raises:
             InputError: logits that are no numbers, which a broken model gives.
         """
-        logits = self._penalised(logits)
+        logits = self._penalized(logits)
         # `max` is twice as fast as `argmax`, and its index too is the first of equals
         tokens = logits.max(-1).indices if self.settings.temperature == 0 else self.draw(self._chain(logits))
         self.take(tokens)
@@ -136,12 +136,12 @@ class Sampler:
         Raises:
             InputError: logits that are no numbers, which a broken model gives.
         """
-        logits = self._penalised(logits)
+        logits = self._penalized(logits)
         if self.settings.temperature == 0:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
         return self._chain(logits)
 
-    def _penalised(self, logits: Tensor) -> Tensor:
+    def _penalized(self, logits: Tensor) -> Tensor:
         logits = logits.float().cpu()
         if logits.amax().isnan():  # which is NaN if anything is
             raise InputError("the model's logits are not numbers", fix="check its weights: they hold NaN or infinity")

@@ -49,7 +49,9 @@ class Acceptance:
     def __str__(self) -> str:
         """In one line."""
         each = self.tokens / self.passes if self.passes else 0.0
-        return f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.rate:.0%}), {each:.1f} tokens a pass"
+        return (
+            f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.rate:.0%}), {each:.1f} tokens per pass"
+        )
 
 
 class Drafter(Protocol):

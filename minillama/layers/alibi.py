@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minillama.layers.cache import Span
+from minillama.layers.cache import CacheRange
 from minillama.layers.mask import KernelMask
 
 __all__ = ["Alibi", "slopes"]
@@ -36,7 +36,7 @@ class Alibi(nn.Module):
         super().__init__()
         self.register_buffer("slopes", slopes(n_heads), persistent=False)
 
-    def forward(self, mask: KernelMask, span: Span, dtype: torch.dtype) -> KernelMask:
+    def forward(self, mask: KernelMask, span: CacheRange, dtype: torch.dtype) -> KernelMask:
         """The pattern with the bias in it, as numbers (1 or B, H, T, S) that are added to scores."""
         queries = span.slots(self.slopes.device)[..., :, None]
         distance = torch.arange(span.end, device=self.slopes.device) - queries  # (T, S) or (B, T, S)

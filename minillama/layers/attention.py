@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minillama.config import ModelConfig
 from minillama.layers.attend import attend
-from minillama.layers.cache import KVCache, LayerState, Span
+from minillama.layers.cache import CacheRange, KVCache, LayerState
 from minillama.layers.fused_linear import fused_linear
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
@@ -49,12 +49,12 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         mask: KernelMask,
         state: LayerState | None = None,
-        span: Span | None = None,
+        span: CacheRange | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         Args:
-            x: normalised residual stream.
+            x: normalized residual stream.
             rope: cosines and sines of the tokens' positions; None where positions enter otherwise.
             mask: what the kernel wants, made once a forward pass.
             state: this layer's keys and values so far; None outside decoding.

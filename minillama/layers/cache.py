@@ -1,8 +1,8 @@
 """What a layer remembers between forward passes while decoding.
 
-A `State` belongs to one batch of sequences. It has one object a layer (here keys and values) and counts,
+A `State` belongs to one batch of sequences. It has one object per layer (here keys and values) and counts,
 once for all layers, how many slots each row has in use. Rows are left-aligned: row b's tokens lie in slots
-0..lengths[b]-1, whatever the lengths of its neighbours, so that prompts of unequal length share a batch
+0..lengths[b]-1, whatever the lengths of its neighbors, so that prompts of unequal length share a batch
 without padding in front. Where tokens see a window alone, the oldest ones can be dropped to make room: a row's
 later tokens move up, and `dropped[b]` is what a slot lacks to a position.
 """
@@ -21,16 +21,16 @@ from minillama.errors import InputError
 from minillama.layers.quantized_linear import int8_rows
 from minillama.layers.wkv import Sums
 
-__all__ = ["KVCache", "LayerState", "Snapshot", "Span", "State", "WKVState"]
+__all__ = ["CacheRange", "KVCache", "LayerState", "State", "StateSnapshot", "WKVState"]
 
 
 @dataclass(frozen=True)
-class Span:
+class CacheRange:
     """The slots that the tokens of one forward pass take.
 
     Args:
         start: the first slot, when it is the same in every row; else None.
-        count: T, the number of tokens a row.
+        count: T, the number of tokens per row.
         end: the number of slots in use after this pass, over all rows.
         starts: the first slot of each row, when they differ.
         dropped: how many tokens of each row were dropped before; empty where none was.
@@ -80,7 +80,7 @@ class Slots:
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.stored = torch.zeros(tuple(shape), dtype=dtype, device=device)
 
-    def write(self, x: Tensor, span: Span) -> None:
+    def write(self, x: Tensor, span: CacheRange) -> None:
         """Put (B, K, T, E) at the span's slots."""
         if span.start is not None:
             self.stored[:, :, span.start : span.end] = x
@@ -122,7 +122,7 @@ class Int8Slots(Slots):
         super().__init__(shape, torch.int8, device)
         self.scale = Slots((*shape[:-1], 1), torch.float32, device)
 
-    def write(self, x: Tensor, span: Span) -> None:
+    def write(self, x: Tensor, span: CacheRange) -> None:
         """See `Slots.write`."""
         q, scale = int8_rows(x)
         super().write(q, span)
@@ -171,7 +171,7 @@ class KVCache:
         """What is kept, keys before values."""
         return [tensor for part in (self.keys, self.values) for tensor in part.tensors()]
 
-    def append(self, keys: Tensor, values: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+    def append(self, keys: Tensor, values: Tensor, span: CacheRange) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, E) keys and values at the span's slots; return all slots in use, in their type."""
         self.keys.write(keys, span)
         self.values.write(values, span)
@@ -237,7 +237,7 @@ class WKVState:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class StateSnapshot:
     """A point that a State can return to."""
 
     lengths: tuple[int, ...]
@@ -279,8 +279,8 @@ class State:
         self.lengths: list[int] = [0] * batch_size  # slots in use
         self.dropped: list[int] = [0] * batch_size
 
-    def span(self, count: int) -> Span:
-        """The slots that `count` more tokens a row would take.
+    def span(self, count: int) -> CacheRange:
+        """The slots that `count` more tokens per row would take.
 
         Raises:
             ValueError: when they do not fit.
@@ -290,8 +290,8 @@ class State:
             raise ValueError(f"{end} tokens do not fit a decode state of {self.max_len} slots")
         dropped = tuple(self.dropped) if any(self.dropped) else ()
         if min(self.lengths) == max(self.lengths):
-            return Span(self.lengths[0], count, end, dropped=dropped)
-        return Span(None, count, end, tuple(self.lengths), dropped)
+            return CacheRange(self.lengths[0], count, end, dropped=dropped)
+        return CacheRange(None, count, end, tuple(self.lengths), dropped)
 
     def make_room(self, count: int, window: int, sinks: int) -> None:
         """Drop, of rows that have no room for `count` more tokens, what these do not see.
@@ -326,12 +326,12 @@ class State:
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(places, new, max(other.lengths))
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> StateSnapshot:
         """A point to come back to, after a draft that was rejected or to continue one prompt twice."""
         kept = tuple(layer.snapshot() for layer in self.layers)
-        return Snapshot(tuple(self.lengths), tuple(self.dropped), kept)
+        return StateSnapshot(tuple(self.lengths), tuple(self.dropped), kept)
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: StateSnapshot) -> None:
         """Forget what was read after the snapshot.
 
         Raises:

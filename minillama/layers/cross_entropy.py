@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from minillama.config.cost import loss_rows
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "softmax_errors"]
+__all__ = ["cross_entropy", "linear_cross_entropy", "softmax_grad"]
 
-# logits, targets, weights and z_loss -> what `softmax_errors` returns
-Errors = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+# logits, targets, weights and z_loss -> what `softmax_grad` returns
+SoftmaxGrad = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 CACHED = 2**19  # logits in float32 that a processor's second cache holds
 ADDED = 8  # rows of the head's gradient that are cast at once
@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None
         z_loss: c.
 
     Returns:
-        A scalar sum; divide by the sum of the weights for nats a token.
+        A scalar sum; divide by the sum of the weights for nats per token.
     """
     flat, ids = logits.float().flatten(0, -2), targets.flatten()
     if z_loss:
@@ -51,7 +51,7 @@ def linear_cross_entropy(
     targets: Tensor,
     weights: Tensor | None = None,
     z_loss: float = 0.0,
-    errors: Errors | None = None,
+    kernel: SoftmaxGrad | None = None,
 ) -> Tensor:
     """`cross_entropy` of hidden @ matrix^T, without ever holding the logits of more than a few tokens.
 
@@ -64,7 +64,7 @@ def linear_cross_entropy(
         targets: (...) ids.
         weights: (...); 1 unless given.
         z_loss: c.
-        errors: what computes `softmax_errors`, which is that itself unless given.
+        kernel: what computes `softmax_grad`, which is that itself unless given.
     """
     flat = hidden.flatten(0, -2)
     shares = torch.ones(len(flat), device=flat.device) if weights is None else weights.flatten().float()
@@ -73,7 +73,7 @@ def linear_cross_entropy(
         flat, matrix = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (flat, matrix))
     with torch.autocast(kind, enabled=False):
         total: Tensor = _LinearCrossEntropy.apply(
-            flat, matrix, targets.flatten(), shares, z_loss, errors or softmax_errors
+            flat, matrix, targets.flatten(), shares, z_loss, kernel or softmax_grad
         )
     return total
 
@@ -81,7 +81,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, z_loss: float, errors: Errors
+        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, weights: Tensor, z_loss: float, kernel: SoftmaxGrad
     ) -> Tensor:
         trains_hidden, trains_matrix = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if trains_hidden else None
@@ -95,7 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             h, share = hidden[part], weights[part, None]
             grad = torch.mm(h, matrix.T, out=scores[: len(h)])
-            loss, z = errors(grad, targets[part, None], share, z_loss)
+            loss, z = kernel(grad, targets[part, None], share, z_loss)
             total += loss
             if grad_hidden is None and grad_matrix is None:
                 continue
@@ -124,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_matrix, None, None, None, None
 
 
-def softmax_errors(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+def softmax_grad(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     """Turn logits (rows, V) into d loss / d logits * Z / weight, in place, a few rows at a time that the cache holds.
 
     Returns:

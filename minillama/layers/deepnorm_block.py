@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from minillama.layers.cache import LayerState, Span
+from minillama.layers.cache import CacheRange, LayerState
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 
@@ -38,7 +38,7 @@ class ScaledBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         mask: KernelMask,
         state: LayerState | None = None,
-        span: Span | None = None,
+        span: CacheRange | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
         x = self.input_layernorm(x)

@@ -55,7 +55,7 @@ class Int4(NamedTuple):
                 "the calibrating text makes inputs of a product that are no finite numbers",
                 where="calibration",
                 found=f"{(~importance.isfinite()).sum()} of {importance.numel()} inputs",
-                fix="check the model, or quantise without a text",
+                fix="check the model, or quantize without a text",
             )
         rows = max(1, CHUNK // weight.shape[1])
         parts = []

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minillama.layers.cache import Span
+from minillama.layers.cache import CacheRange
 
 __all__ = ["KernelMask", "Mask"]
 
@@ -48,7 +48,7 @@ class Mask:
     window: int | None = None
     sinks: int = 0
 
-    def for_kernel(self, span: Span, device: torch.device) -> KernelMask:
+    def for_kernel(self, span: CacheRange, device: torch.device) -> KernelMask:
         """The description for queries at `span`, as a flag or as (1 or B, 1, T, S) booleans.
 
         Raises:
@@ -63,7 +63,7 @@ class Mask:
         """Causal and nothing else."""
         return self.causal and self.prefix is None and self.documents is None and self.window is None
 
-    def _kernel(self, span: Span, device: torch.device) -> KernelMask:
+    def _kernel(self, span: CacheRange, device: torch.device) -> KernelMask:
         bounded = self.window is not None and self.window < span.end
         plain = self.prefix is None and self.documents is None and not bounded
         if plain and not self.causal and self.lengths is None:
@@ -74,7 +74,7 @@ class Mask:
             return KernelMask(None, False)  # one query after everything else: it sees all there is
         return KernelMask(self._allowed(span, device), False)
 
-    def _allowed(self, span: Span, device: torch.device) -> Tensor:
+    def _allowed(self, span: CacheRange, device: torch.device) -> Tensor:
         queries = span.slots(device)[..., :, None]  # (T, 1) or (B, T, 1)
         keys = torch.arange(span.end, device=device)
         allowed = keys <= queries if self.causal else torch.ones_like(keys <= queries)

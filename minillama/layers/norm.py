@@ -1,4 +1,4 @@
-"""Normalisation of the residual stream."""
+"""Normalization of the residual stream."""
 
 from __future__ import annotations
 

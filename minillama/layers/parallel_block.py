@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from minillama.layers.cache import LayerState, Span
+from minillama.layers.cache import CacheRange, LayerState
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 
@@ -25,7 +25,7 @@ class ParallelBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         mask: KernelMask,
         state: LayerState | None = None,
-        span: Span | None = None,
+        span: CacheRange | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
         normal = self.input_layernorm(x)

@@ -1,6 +1,6 @@
 """Products with weights of one byte or half a byte, as torch's packed kernels take them.
 
-The kernels are vectorised for bfloat16 inputs alone: float32 ones are cast before and the result after, since the
+The kernels are vectorized for bfloat16 inputs alone: float32 ones are cast before and the result after, since the
 float32 kernel is ten times slower (benchmarks/README.md). Scales of int8 stay in float32, outside of the kernel.
 """
 
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from minillama.layers.int4 import GROUP, Int4
 
-__all__ = ["Int4Linear", "Int8Linear", "Quantisation", "int8_rows", "takes_int4"]
+__all__ = ["Int4Linear", "Int8Linear", "Quantization", "int8_rows", "takes_int4"]
 
-Quantisation = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4"]
 ROWS = 32  # from so many rows on unpacking the weights once and multiplying as usual is faster
 
 
@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
         ValueError: the number of inputs is no multiple of 32, which torch's kernel wants.
     """
 
-    quantised: Tensor
+    quantized: Tensor
     scale: Tensor
     unit: Tensor
 
@@ -60,7 +60,7 @@ class Int8Linear(nn.Module):
             raise ValueError(f"{linear.in_features} inputs are no multiple of 32")
         self.out_features = linear.out_features
         q, scale = int8_rows(linear.weight.detach())
-        self.register_buffer("quantised", q)
+        self.register_buffer("quantized", q)
         self.register_buffer("scale", scale.squeeze(-1))
         self.dtype = linear.weight.dtype
         self.register_buffer("unit", torch.ones(len(q), dtype=torch.bfloat16, device=q.device))
@@ -69,7 +69,7 @@ class Int8Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(O, I), what the product multiplies with, in the inputs' type."""
-        return (self.quantised * self.scale[:, None]).to(self.dtype)
+        return (self.quantized * self.scale[:, None]).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
@@ -77,9 +77,9 @@ class Int8Linear(nn.Module):
         if x.dtype == torch.float16:  # sums of whole numbers would leave its range
             return F.linear(x, self.weight, self.bias)
         if len(flat) >= ROWS or x.device.type != "cpu":
-            steps = F.linear(flat, self.quantised.to(x.dtype))
+            steps = F.linear(flat, self.quantized.to(x.dtype))
         else:
-            steps = torch._weight_int8pack_mm(flat.bfloat16().contiguous(), self.quantised, self.unit)
+            steps = torch._weight_int8pack_mm(flat.bfloat16().contiguous(), self.quantized, self.unit)
         y = (steps * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
-from minillama.layers.cache import LayerState, Span, WKVState
+from minillama.layers.cache import CacheRange, LayerState, WKVState
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 from minillama.layers.norm import make_norm
@@ -36,7 +36,7 @@ class TimeMix(nn.Module):
         """(B, T, D) -> (B, T, D), and the sums behind the last real token.
 
         Args:
-            x: normalised residual stream.
+            x: normalized residual stream.
             before: the same, one token earlier.
             past: the sums so far, (B, D).
             real: (B, 1) place of each row's last token that is no padding; None for the last of all.
@@ -87,7 +87,7 @@ class RecurrentBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         mask: KernelMask,
         state: LayerState | None = None,
-        span: Span | None = None,
+        span: CacheRange | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D).
 

@@ -25,8 +25,8 @@ from minillama.formats.open import open_model
 from minillama.layers.alibi import Alibi
 from minillama.layers.attention import Attention
 from minillama.layers.block_positions import BlockPositions
-from minillama.layers.cache import LayerState, Span, State
-from minillama.layers.cross_entropy import Errors, linear_cross_entropy
+from minillama.layers.cache import CacheRange, LayerState, State
+from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask, Mask
@@ -36,7 +36,7 @@ from minillama.layers.parallel_block import ParallelBlock
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 from minillama.layers.rope import Rope, Rope2D
 from minillama.layers.rwkv import RecurrentBlock
-from minillama.model.init import initialise
+from minillama.model.init import initialize
 
 __all__ = ["Block", "Decoder"]
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         mask: KernelMask,
         state: LayerState | None = None,
-        span: Span | None = None,
+        span: CacheRange | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
         x = x + self._drop(self.self_attn(self.input_layernorm(x), rope, mask, state, span))
@@ -109,9 +109,9 @@ class Backbone(nn.Module):
         self.embed_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nn.ModuleList(make_block(config, dropout) for _ in range(config.n_layers))
         self.norm = make_norm(config)
-        self.place(config)
+        self.reset_position_tables(config)
 
-    def place(self, config: ModelConfig) -> None:
+    def reset_position_tables(self, config: ModelConfig) -> None:
         """Make the position tables that hold no parameter, on the device of the surrounding context."""
         with torch.device("cpu"):  # arithmetic on meta would import torch's compiler, a second
             self.rope = {"rope": Rope, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
@@ -138,8 +138,8 @@ class Decoder(nn.Module):
     Attributes:
         stop_ids: tokens that end a text besides the tokenizer's own, as the model's folder says.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        errors: what computes the loss's `softmax_errors`; that itself unless one is set, see `native`.
-        step: reads more tokens a row into a state and returns logits (B, V) behind the last, or None where it
+        loss_kernel: what computes the loss's `softmax_grad`; that itself unless one is set, see `native`.
+        step: reads more tokens per row into a state and returns logits (B, V) behind the last, or None where it
             cannot; a faster way than the layers, see `native` and `graph_step`. There is none unless one is set.
 
     A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         self.checkpointing = False
         self.stop_ids: frozenset[int] = frozenset()
         self.step: Callable[[Sequence[Sequence[int]], State, Mask], Tensor | None] | None = None
-        self.errors: Errors | None = None
+        self.loss_kernel: SoftmaxGrad | None = None
         self.model = Backbone(config, dropout)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.init_weights()
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
             generator: source of the random numbers; torch's global one unless given.
         """
         if not self.model.embed_tokens.weight.is_meta:
-            initialise(self.config, dict(self.named_parameters()), generator)
+            initialize(self.config, dict(self.named_parameters()), generator)
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
                 `mask.lengths` says how much of each is real.
         """
         mask = mask or Mask()
-        span = state.span(tokens.shape[1]) if state is not None else Span(0, tokens.shape[1], tokens.shape[1])
+        span = state.span(tokens.shape[1]) if state is not None else CacheRange(0, tokens.shape[1], tokens.shape[1])
         if positions is None:
             positions = self._positions(span, tokens.device)
         kind = self._product_dtype()
@@ -254,7 +254,7 @@ class Decoder(nn.Module):
         """
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
-        return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss, self.errors)
+        return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss, self.loss_kernel)
 
     def state(self, batch_size: int, max_len: int | None = None, cache_dtype: torch.dtype | None = None) -> State:
         """An empty decode state for `batch_size` rows of at most `max_len` tokens; see `State`."""
@@ -311,9 +311,9 @@ class Decoder(nn.Module):
         """Merge products of one input for decoding. There is no way back; a fused model is not saved.
 
         Raises:
-            InputError: after `quantise`.
+            InputError: after `quantize`.
         """
-        self._refuse_quantised("fused")
+        self._refuse_quantized("fused")
         for module in self._fusible():
             module.fuse()
         self.step = None  # it has the old matrices
@@ -323,11 +323,11 @@ class Decoder(nn.Module):
         parts = (part for layer in self.blocks for part in layer.children())
         return [part for part in parts if isinstance(part, Attention | SwiGLU)]
 
-    def _refuse_quantised(self, verb: str) -> None:
+    def _refuse_quantized(self, verb: str) -> None:
         if any(isinstance(part, Int8Linear | Int4Linear) for part in self.modules()):
-            raise InputError(f"a quantised model cannot be {verb}", fix="do it before quantise()")
+            raise InputError(f"a quantized model cannot be {verb}", fix="do it before quantize()")
 
-    def _positions(self, span: Span, device: torch.device) -> Tensor:
+    def _positions(self, span: CacheRange, device: torch.device) -> Tensor:
         """The places of a text that is read from left to right."""
         positions = span.positions(device)
         if self.config.position in ("rope-2d", "learned-2d"):
@@ -352,7 +352,7 @@ class Decoder(nn.Module):
 
         Args:
             path: the folder or file, or what `open_model` gave for it.
-            dtype: convert the weights. As they are stored unless given, but float32 for quantised ones and
+            dtype: convert the weights. As they are stored unless given, but float32 for quantized ones and
                 for float16 on a CPU.
             device: where to put them.
 
@@ -375,7 +375,7 @@ class Decoder(nn.Module):
         missing = [name for name, parameter in self.named_parameters() if parameter.is_meta]
         weights = {name: source.tensors[name].to(device=device, dtype=dtype) for name in missing}
         self.load_state_dict(weights, strict=False, assign=True)
-        self.model.place(source.config)
+        self.model.reset_position_tables(source.config)
         self.to(device)
         self.stop_ids = source.stop_ids
         return self.eval()
@@ -388,9 +388,9 @@ class Decoder(nn.Module):
             max_shard_size: of one file, in bytes or as "500MB".
 
         Raises:
-            InputError: after `fuse` or `quantise`, when the tensors no longer have their names; a size that is none.
+            InputError: after `fuse` or `quantize`, when the tensors no longer have their names; a size that is none.
         """
-        self._refuse_quantised("saved")
+        self._refuse_quantized("saved")
         if any(part.fused for part in self._fusible()):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
         hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))

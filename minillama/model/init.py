@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from minillama.config import ModelConfig
 
-__all__ = ["initialise"]
+__all__ = ["initialize"]
 
 Parameters = Mapping[str, Tensor]
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
@@ -36,7 +36,7 @@ ZERO = ("self_attn.k_proj", "self_attn.r_proj", "self_attn.o_proj", "mlp.down_pr
 
 
 @torch.no_grad()
-def initialise(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
+def initialize(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
     """Fill every parameter, by its name and the configuration's `init`."""
     for name, parameter in parameters.items():
         if parameter.dim() == 1:

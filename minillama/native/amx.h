@@ -56,7 +56,7 @@ struct TileUnit {
     bool used;
     explicit TileUnit(bool used = true) : used(used) {
         if (!used) return;
-        alignas(64) char whole[64] = {1};  // palette 1; then bytes a row and rows of each
+        alignas(64) char whole[64] = {1};  // palette 1; then bytes per row and rows of each
         for (int tile = 0; tile < 8; tile++) {
             whole[16 + 2 * tile] = 64;
             whole[48 + tile] = SIDE;

@@ -222,8 +222,8 @@ class NativeStep:
         bias = getattr(product, "bias", None)
         found = _Matrix(bias=None if bias is None else self._floats(bias))
         if isinstance(product, Int8Linear):
-            found.kind, (found.rows, found.columns) = INT8, product.quantised.shape
-            found.weights, found.scale = self._pointer(product.quantised), self._floats(product.scale)
+            found.kind, (found.rows, found.columns) = INT8, product.quantized.shape
+            found.weights, found.scale = self._pointer(product.quantized), self._floats(product.scale)
         elif isinstance(product, Int4Linear):
             found.kind, found.rows, found.columns = INT4, product.out_features, product.in_features
             grid = product.grid.transpose(0, 1).repeat_interleave(product.group // GROUP, dim=1)

@@ -34,7 +34,7 @@ inline size_t parts_size(int inputs, int columns) {
     return size_t(inputs + SIDE - 1) / SIDE * SIDE * columns * PARTS / 2;
 }
 
-// Two bfloat16 of neighbouring columns in a word, for 32 columns; each a float32 whose lower half is to be dropped.
+// Two bfloat16 of neighboring columns in a word, for 32 columns; each a float32 whose lower half is to be dropped.
 inline Words pairs(Vector low, Vector high) {
     Words even = (Words)__builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     Words odd = (Words)__builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
@@ -67,7 +67,7 @@ void lay_out(const Inputs& in, int columns, uint32_t* parts) {
         }
 }
 
-// 16 rows x 32 columns of weights as tiles, one a part: where they lie, or written to `made`.
+// 16 rows x 32 columns of weights as tiles, one per part: where they lie, or written to `made`.
 struct WeightTiles {
     const void* first;
     size_t stride;  // bytes of a row

@@ -31,7 +31,7 @@ extern "C" {
 
 // Turn logits (rows, V) into Z (softmax(logits) - onehot(target)) in place, Z = sum exp(logits - their maximum) of a row,
 // and write the losses log sum exp(logits) - logits[target].
-void minillama_softmax_errors(int64_t rows, int64_t width, int32_t threads, Half* logits, const int64_t* targets,
+void minillama_softmax_grad(int64_t rows, int64_t width, int32_t threads, Half* logits, const int64_t* targets,
                               float* losses, float* sums) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < rows; row++) {

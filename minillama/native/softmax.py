@@ -10,12 +10,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from minillama.layers.cross_entropy import softmax_errors
+from minillama.layers.cross_entropy import softmax_grad
 from minillama.model import Decoder
 from minillama.native.attention import unsupported
 from minillama.native.build import load_library, prepare
 
-__all__ = ["native_softmax_errors", "unsupported", "use"]
+__all__ = ["native_softmax_grad", "unsupported", "use"]
 
 SOURCE = "softmax.cpp"
 
@@ -31,21 +31,21 @@ def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
         CannotBuild: no compiler, or it failed; another processor.
     """
     prepare(SOURCE, unsupported(), _library, say)
-    model.errors = native_softmax_errors
+    model.loss_kernel = native_softmax_grad
 
 
-def native_softmax_errors(logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """`softmax_errors`, in C++ where that takes them: bfloat16 on the CPU, one target a row, without a z-loss."""
+def native_softmax_grad(logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """`softmax_grad`, in C++ where that takes them: bfloat16 on the CPU, one target a row, without a z-loss."""
     kinds = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and targets.dtype == torch.int64
     if z_loss or not kinds or not logits.is_contiguous() or targets.shape != (len(logits), 1):
-        return softmax_errors(logits, targets, weights, z_loss)
+        return softmax_grad(logits, targets, weights, z_loss)
     rows, width = logits.shape
     if rows and not 0 <= int(targets.min()) <= int(targets.max()) < width:
         raise IndexError(f"a target is no id of a vocabulary of {width}")
     targets = targets.contiguous()
     losses, sums = (logits.new_empty(rows, 1, dtype=torch.float32) for _ in range(2))
     sizes = c_int64(rows), c_int64(width), c_int32(torch.get_num_threads())
-    _library().minillama_softmax_errors(*sizes, *(c_void_p(x.data_ptr()) for x in (logits, targets, losses, sums)))
+    _library().minillama_softmax_grad(*sizes, *(c_void_p(x.data_ptr()) for x in (logits, targets, losses, sums)))
     return (losses * weights).sum(), sums
 
 

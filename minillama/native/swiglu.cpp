@@ -4,7 +4,7 @@
 //
 // Weights become tiles first, which both operands of gemm_bf16.h are. In the backward pass the blocks of tokens leave
 // the gradients of the hidden layer's two halves and their product behind as right operands, and x and dy turned, as
-// left ones. After some hundred tokens a thread, when that still lies in the caches, they are added to the weights'
+// left ones. After some hundred tokens per thread, when that still lies in the caches, they are added to the weights'
 // gradients, each thread to its own part of them.
 
 #include <cmath>

@@ -66,7 +66,7 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """(silu(x gate^T) * (x up^T)) down^T. Nothing but x is kept for the gradients.
 
     Sums are in float32, and so is what goes into silu; its product with the other half is rounded to bfloat16. The
-    backward pass works in some 22 D H bytes, and 4 D + 6 H for each of 512 tokens a thread.
+    backward pass works in some 22 D H bytes, and 4 D + 6 H for each of 512 tokens per thread.
 
     Args:
         x: (..., D) bfloat16, D a multiple of 32.

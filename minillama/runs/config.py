@@ -62,7 +62,7 @@ class DataConfig:
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about text that is not UTF-8 or a line that is not JSON: stop, or count it and go on."""
     cache: str = ""
-    """Folder of the tokenised data; ~/.cache/minillama unless given."""
+    """Folder of the tokenized data; ~/.cache/minillama unless given."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TrainConfig:
     init_embeddings: Literal["normal", "mean"] = "normal"
     """Rows that its embedding lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
     objective: Literal["auto", "lm", "glm", "cloze"] = "auto"
-    """What is minimised; auto: what the model was made for, lm or GLM's blank infilling. cloze: see [cloze]."""
+    """What is minimized; auto: what the model was made for, lm or GLM's blank infilling. cloze: see [cloze]."""
     z_loss: float = field(default=0.0, metadata={"min": 0})
     """Times log(Z)^2 is added to a token's loss, Z the sum of e^logits; PaLM has 1e-4."""
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
@@ -232,7 +232,7 @@ class RunConfig:
     name: str = "tiny"
     """The run's folder is runs/NAME unless --out says otherwise."""
     seed: int = field(default=1, metadata={"min": 0})
-    """Of initialisation, data order and dropout."""
+    """Of initialization, data order and dropout."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig.load("llama-tiny"))
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -286,7 +286,7 @@ class RunConfig:
 
     @property
     def objective(self) -> str:
-        """What is minimised: lm, glm or cloze."""
+        """What is minimized: lm, glm or cloze."""
         return self.model.objective if self.train.objective == "auto" else self.train.objective
 
     @property

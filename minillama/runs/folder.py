@@ -125,7 +125,7 @@ class RunFolder:
 
     @property
     def starts(self) -> Path:
-        """One JSON object a start of the run: see `provenance.py`."""
+        """One JSON object per start of the run: see `provenance.py`."""
         return self.path / "provenance.jsonl"
 
     def start(self, config: str, provenance: Mapping[str, Any]) -> None:

@@ -73,7 +73,7 @@ def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=key, **style)
-    axes.set(xlabel="step", ylabel="nats a token", title=path.parent.name)
+    axes.set(xlabel="step", ylabel="nats per token", title=path.parent.name)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Where a run came from: versions, machine, command line, git state, data. One JSON line a start."""
+"""Where a run came from: versions, machine, command line, git state, data. One JSON line per start."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ from minillama.errors import InputError
 from minillama.runs.checkpoint import prune, save_checkpoint, steps
 from minillama.runs.report import Report
 
-__all__ = ["CheckpointWriter", "Snapshot"]
+__all__ = ["CheckpointCopy", "CheckpointWriter"]
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CheckpointCopy:
     """What a checkpoint holds, in tensors that nobody changes any more.
 
     Args:
@@ -33,7 +33,7 @@ class Snapshot:
     run: Mapping[str, Any]
 
     @classmethod
-    def of(cls, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], run: Mapping[str, Any]) -> Snapshot:
+    def of(cls, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], run: Mapping[str, Any]) -> CheckpointCopy:
         """Copies of the tensors, on the CPU."""
         return cls(_copied(model), _copied(optimizer), run)
 
@@ -78,7 +78,7 @@ class CheckpointWriter:
         there = [step for step in steps(self.folder) if step in self.losses]
         return min(there, key=lambda step: self.losses[step], default=None)
 
-    def submit(self, take: Callable[[], Snapshot]) -> None:
+    def submit(self, take: Callable[[], CheckpointCopy]) -> None:
         """Take a snapshot and write it, after the one before. A failure of that one is said here."""
         self._join()
         snapshot = take()  # not before: two of them at once would cost the memory of two
@@ -114,7 +114,7 @@ class CheckpointWriter:
             if say and self._failure is not None:
                 self.report.say(f"warning: {self._failure}\n  the run goes on; the checkpoints before are as they were")
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: CheckpointCopy) -> None:
         def write(path: Path) -> None:
             self.write_model(path, snapshot.model)
 

@@ -50,7 +50,7 @@ def byte_words(pattern: str) -> Any:
 
 
 def blanks() -> Any:
-    """SentencePiece's normaliser: a blank in front, and U+2581 for every blank."""
+    """SentencePiece's normalizer: a blank in front, and U+2581 for every blank."""
     return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
 
 

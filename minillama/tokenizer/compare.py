@@ -87,7 +87,7 @@ def _lost(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
 
 
 def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
-    """Draw bytes a token, and the share of characters that are covered, as bars.
+    """Draw bytes per token, and the share of characters that are covered, as bars.
 
     Args:
         path: of the picture; its suffix is the format.
@@ -104,7 +104,7 @@ def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
     figure = Figure(figsize=(max(6.0, 1.2 * len(texts) + 2), 7), layout="constrained")
     for axes, (label, pick) in zip(
         figure.subplots(2, 1),
-        (("bytes a token", lambda f: f.bytes_per_token), ("characters covered", lambda f: f.coverage)),
+        (("bytes per token", lambda f: f.bytes_per_token), ("characters covered", lambda f: f.coverage)),
         strict=True,
     ):
         width = 0.8 / len(table)

@@ -26,7 +26,7 @@ class _Word:
 def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
     """Lines that tell what happens to a text.
 
-    Normalisation, words, then for each word: BPE's merges with their ranks; or the unigram lattice with each
+    Normalization, words, then for each word: BPE's merges with their ranks; or the unigram lattice with each
     piece's ln p, the best cuts and their share of the probability of all cuts; or WordPiece's longest matches.
     The last line has the ids that the tokenizer itself gives. Where the steps do not lead there, because an
     added token cuts the text before anything else, a line says so.
@@ -45,7 +45,7 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
         words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
     yield f"text        {text!r}"
     if normal != text:
-        yield f"normalised  {normal!r}"
+        yield f"normalized  {normal!r}"
     yield f"model       {model['type']}, {tokenizer.vocab_size} tokens"
     yield f"words       {' '.join(map(_shown, words))}"
     cutter = {"BPE": _bpe, "Unigram": _unigram(n_best), "WordPiece": _wordpiece}.get(model["type"], _lookup)

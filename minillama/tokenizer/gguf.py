@@ -68,7 +68,7 @@ def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> 
     if values is None:
         return [default] * len(names)
     if not isinstance(values, np.ndarray) or len(values) != len(names):
-        where, expected = f"{header.path}, {PREFIX}{key}", f"{len(names)} numbers, one a token"
+        where, expected = f"{header.path}, {PREFIX}{key}", f"{len(names)} numbers, one per token"
         raise InputError("not one number a token", where=where, expected=expected)
     return list(values.tolist())
 

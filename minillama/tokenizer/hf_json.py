@@ -23,7 +23,7 @@ _BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
 
 
 def read(file: Path) -> Parts:
-    """Read the file, and its neighbours if they are there.
+    """Read the file, and its neighbors if they are there.
 
     Raises:
         InputError: no such file, or it is not a tokenizer.json, or it names no end-of-text token.

@@ -128,14 +128,14 @@ class SentencePieceEncoder:
 def _backend(pieces: Pieces, where: object) -> Backend:
     try:
         backend = pieces.backend()
-        backend.encode("a")  # a damaged normalisation shows only in use
+        backend.encode("a")  # a damaged normalization shows only in use
     except InputError:
         raise
     except BaseException as error:
         # what the library raises for it is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
-        raise InputError("the vocabulary or its normalisation is damaged", where=where, found=error) from None
+        raise InputError("the vocabulary or its normalization is damaged", where=where, found=error) from None
     return backend
 
 

@@ -93,13 +93,13 @@ def _explained(message: str, vocab_size: int, rest: int) -> InputError:
 
 
 def from_scores(scores: Mapping[str, float]) -> bytes:
-    """A unigram model, without normalisation."""
+    """A unigram model, without normalization."""
     pieces, types = _with_marks(scores)
     return sentencepiece.serialize(Pieces(list(pieces), list(pieces.values()), types, ModelKind.UNIGRAM), 1, 2)
 
 
 def from_merges(alphabet: Iterable[str], merges: Iterable[tuple[str, str]]) -> bytes:
-    """A BPE model, without normalisation: a merged piece scores minus its rank, the characters come last."""
+    """A BPE model, without normalization: a merged piece scores minus its rank, the characters come last."""
     joined = dict.fromkeys(left + right for left, right in merges)
     scores = {piece: -float(rank) for rank, piece in enumerate([*joined, *(a for a in alphabet if a not in joined)])}
     pieces, types = _with_marks(scores)

@@ -58,7 +58,7 @@ class Pieces:
         types: of `PieceType`.
         kind: the best segmentation, merges, or neither.
         dummy_prefix: a text is given a blank in front.
-        charsmap: SentencePiece's compiled normalisation, empty for identity.
+        charsmap: SentencePiece's compiled normalization, empty for identity.
         squeeze: blanks at the ends go, and runs of them become one.
     """
 
@@ -79,8 +79,8 @@ class Pieces:
     def is_exact(self) -> bool:
         """Whether `backend` cuts every text as SentencePiece does.
 
-        Not under a normalisation: the library overlooks rules of more than five bytes, as those for half-width
-        kana. Not with user-defined pieces, at which the library cuts before it normalises, so that each part
+        Not under a normalization: the library overlooks rules of more than five bytes, as those for half-width
+        kana. Not with user-defined pieces, at which the library cuts before it normalizes, so that each part
         loses and gains blanks of its own. Not for a unigram model: of two cuts that are equally probable it may
         take the other. Not where pieces of a BPE model have equal scores: SentencePiece then merges from left to
         right, the library the smaller id first. Nor where merges lead to a piece that is marked unused, which

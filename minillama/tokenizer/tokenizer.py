@@ -287,7 +287,7 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> Pieces | None:
-        """The vocabulary as SentencePiece's BPE without normalisation has it, None where it is no such one."""
+        """The vocabulary as SentencePiece's BPE without normalization has it, None where it is no such one."""
         if self._encoder is None:
             return Pieces.of(self.backend)
         found = sentencepiece.pieces_of(sentencepiece.message(self._model, "tokenizer.model"), "tokenizer.model")

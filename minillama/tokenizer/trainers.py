@@ -137,7 +137,7 @@ class Readable:
         return made
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
-        """Expectation maximisation and pruning."""
+        """Expectation maximization and pruning."""
         words = count_words(map(backends.with_blanks, texts), "blanks")
         if not words:
             raise InputError("there is no text to train a tokenizer on")

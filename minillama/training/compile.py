@@ -12,7 +12,7 @@ from minillama.native import attention, softmax, swiglu
 from minillama.native.build import CannotBuild, can_build
 from minillama.runs.report import Report
 
-__all__ = ["Compiler", "take_native_parts"]
+__all__ = ["Compiler", "use_native_kernels"]
 
 # seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
 # CPU they are the careful end of what was measured (benchmarks/README.md); for the others they are estimates.
@@ -60,7 +60,7 @@ class Compiler:
         self.model.compile_blocks()
 
 
-def take_native_parts(model: Decoder, say: Callable[[str], None]) -> None:
+def use_native_kernels(model: Decoder, say: Callable[[str], None]) -> None:
     """Have what there is of `native` run while training in bfloat16 on a CPU, where a compiler is there.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run reads: tokenised text, or records for what is fine-tuned."""
+"""What a run reads: tokenized text, or records for what is fine-tuned."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _load_records(config: RunConfig, report: Report) -> tuple[Records, Tokenizer
 
 
 def _load_text(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
-    """Tokenise the sources, or find them tokenised, and check that all of it fits the model."""
+    """Tokenize the sources, or find them tokenized, and check that all of it fits the model."""
     began = time.perf_counter()
     tokenizer = choose_tokenizer(config)
     if isinstance(tokenizer, Tokenizer):

@@ -84,7 +84,7 @@ class Probes:
                 self._twin = Decoder(model.config)
             self._twin.load_state_dict(model.state_dict(), assign=True)
             with torch.device(model.device):
-                self._twin.model.place(model.config)
+                self._twin.model.reset_position_tables(model.config)
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:

@@ -107,7 +107,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     report.say(
         f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
-        f"{config.train.batch_size} x {config.context} tokens a step, in {folder.path}"
+        f"{config.train.batch_size} x {config.context} tokens per step, in {folder.path}"
     )
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
@@ -190,7 +190,7 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     if config.objective == "glm":
         commands["infill"] = shlex.join(["minillama", "infill", "--model", str(model), "--text", f"{prompt} [MASK]."])
     if config.objective == "cloze":
-        ask = ["--pattern", config.cloze.pattern, "--verbalisers", *config.cloze.verbalisers]
+        ask = ["--pattern", config.cloze.pattern, "--verbalizers", *config.cloze.verbalizers]
         commands = {"classify": shlex.join(["minillama", "classify", "--model", str(model), *ask, "--text", "..."])}
     commands |= {
         "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),

@@ -27,10 +27,10 @@ from minillama.runs.config import RunConfig, Stage
 from minillama.runs.folder import RunFolder
 from minillama.runs.report import Report
 from minillama.runs.signals import Interrupted, Signals
-from minillama.runs.writer import CheckpointWriter, Snapshot
+from minillama.runs.writer import CheckpointCopy, CheckpointWriter
 from minillama.tokenizer import Tokenizer
 from minillama.training import trainable
-from minillama.training.compile import Compiler, take_native_parts
+from minillama.training.compile import Compiler, use_native_kernels
 from minillama.training.guard import Guard
 from minillama.training.objectives import Batch, make
 from minillama.training.optim.groups import change_settings, load_optimizer_state, make_optimizers, optimizer_state
@@ -97,7 +97,7 @@ class Trainer:
             self._restore(checkpoint)
         self.working = WorkingCopy(model, self.dtype)
         if config.train.compile != "false":
-            take_native_parts(self.working.model, report.say)
+            use_native_kernels(self.working.model, report.say)
         self.probes = Probes(model, config.metrics.every, config.micro_batch_size)
         mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
         self.compiler = Compiler(mode, self.working.model, report)
@@ -306,7 +306,7 @@ class Trainer:
             "guard": self.guard.state(),
             "record": dict(record),
         }
-        self.writer.submit(lambda: Snapshot.of(self.model.state_dict(), tensors, run))
+        self.writer.submit(lambda: CheckpointCopy.of(self.model.state_dict(), tensors, run))
 
     def save_model(self, path: Path) -> None:
         """Write a model folder that is complete or absent."""

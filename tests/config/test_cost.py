@@ -122,5 +122,5 @@ def test_training_days() -> None:
     flops_per_second = 380 * config.flops_per_token(2048)
     assert training_days(config, 1.4e12, 2048, flops_per_second, 2048) == pytest.approx(20.8, abs=0.1)
     assert 0.4 < flops_per_second / 312e12 < 0.6
-    half = training_days(config, 1.4e12, 2048, flops_per_second, 2048, utilisation=0.5)
+    half = training_days(config, 1.4e12, 2048, flops_per_second, 2048, utilization=0.5)
     assert half == pytest.approx(41.6, abs=0.2)

@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillama.config import loader
+from minillama.config.command_line import overrides
 from minillama.config.loader import Origin, build, check, config_names, config_path, nearest, read_toml, to_dict
 from minillama.errors import InputError
+from minillama.runs.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -284,3 +286,21 @@ def test_a_wheel_carries_the_configurations_inside_the_package(tmp_path: Path, m
     (package / "configs" / "model" / "only.toml").touch()
     monkeypatch.setattr(loader, "__file__", str(package / "config/loader.py"))
     assert config_names("model") == ["only"]
+
+
+def test_an_old_name_goes_on_working_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Inner:
+        new: int = field(default=1, metadata={"was": "old"})
+
+    file = tmp_path / "a.toml"
+    file.write_text("[inner]\nold = 3\n")
+    values, origin = read_toml(file)
+    assert build(Inner, values["inner"], origin, prefix="inner") == Inner(3)
+    assert (
+        capsys.readouterr().err == f"{file}:2, inner.old is now called new; the old name goes with the next release\n"
+    )
+    question = ("--cloze.verbalisers", "good=fine", "bad=poor", "--cloze.pattern", "{text} [MASK]")
+    changed = overrides(question, RunConfig)["cloze"]
+    assert changed["verbalizers"] == ["good=fine", "bad=poor"]
+    assert "--cloze.verbalisers is now called --cloze.verbalizers" in capsys.readouterr().err

@@ -135,7 +135,7 @@ def test_second_start_reads_nothing(shared: Path, tmp_path: Path, monkeypatch: p
     first, tokenizer = prepare(
         sources, TokenizerTrainer("byte-bpe", 400), cache=tmp_path, progress=lambda what, share: said.append(what)
     )
-    assert {what.split()[0] for what in said} == {"training", "tokenising"}
+    assert {what.split()[0] for what in said} == {"training", "tokenizing"}
     names = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setattr(SplitSource, "scan", lambda self: pytest.fail("read again"))
     second, again = prepare(sources, TokenizerTrainer("byte-bpe", 400), cache=tmp_path)

@@ -31,7 +31,7 @@ GOOD, BAD = ["lovely", "fresh", "warm", "kind"], ["stale", "cold", "rude", "bitt
 THINGS = ["soup", "host", "room", "bread", "song", "walk"]
 FORMS = ["The {} was {} today.", "What a {}: {} all the way.", "My friend called the {} {}."]
 QUESTION = Question("{text} It was [MASK].", ("positive=good", "negative=quite bad"))
-WORDS = ["--cloze.pattern", QUESTION.pattern, "--cloze.verbalisers", *QUESTION.verbalisers]
+WORDS = ["--cloze.pattern", QUESTION.pattern, "--cloze.verbalizers", *QUESTION.verbalizers]
 
 
 def reviews() -> list[dict[str, str]]:
@@ -130,7 +130,7 @@ def test_fine_tuning_learns_and_classify_tells(
     assert measured[0]["val_accuracy"] < 0.8 and measured[-1]["val_accuracy"] == 1
     assert 0.4 < measured[-1]["val_majority"] < 0.8
     capsys.readouterr()
-    ask = ["--pattern", QUESTION.pattern, "--verbalisers", *QUESTION.verbalisers]
+    ask = ["--pattern", QUESTION.pattern, "--verbalizers", *QUESTION.verbalizers]
     run = ["classify", "--model", str(tmp_path / "run/model"), *ask]
     assert main([*run, "--text", "The bread was lovely today.", "The song was rude today."]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -167,7 +167,7 @@ def test_records_are_read_once_an_epoch_and_held_out_by_their_content(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("pattern", "verbalisers", "what"),
+    ("pattern", "verbalizers", "what"),
     [
         ("{text}", ("a=b", "c=d"), "no place for one answer"),
         ("{text} [MASK] [MASK]", ("a=b", "c=d"), "no place for one answer"),
@@ -186,9 +186,9 @@ def test_records_are_read_once_an_epoch_and_held_out_by_their_content(tmp_path: 
         ("{text} [MASK]", ("a=b", "a=c"), "the same label"),
     ],
 )
-def test_questions_that_are_none(pattern: str, verbalisers: tuple[str, ...], what: str) -> None:
+def test_questions_that_are_none(pattern: str, verbalizers: tuple[str, ...], what: str) -> None:
     with pytest.raises(InputError, match=what):
-        Question(pattern, verbalisers)
+        Question(pattern, verbalizers)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_questions_that_are_none(pattern: str, verbalisers: tuple[str, ...], wha
         ({"label": "positive"}, "a field of the pattern is missing", "does not fit the question"),
         ({"text": 3, "label": "positive"}, "a field of the pattern is no text", "does not fit the question"),
         ({"text": "a"}, "the record has no label", "does not fit the question"),
-        ({"text": "a", "label": "so-so"}, "a label without a verbaliser", "does not fit the question"),
+        ({"text": "a", "label": "so-so"}, "a label without a verbalizer", "does not fit the question"),
         ({"text": "a\ud800", "label": "positive"}, "not valid Unicode", "invalid Unicode"),
     ],
 )
@@ -288,7 +288,7 @@ def test_classify_and_infill_name_what_is_wrong(
     shape = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=tokenizer.vocab_size, max_seq_len=32)
     Decoder(shape).save_pretrained(tmp_path / "llama")
     tokenizer.save(tmp_path / "llama")
-    ask = ["--pattern", QUESTION.pattern, "--verbalisers", *QUESTION.verbalisers]
+    ask = ["--pattern", QUESTION.pattern, "--verbalizers", *QUESTION.verbalizers]
     assert main(["classify", "--model", str(tmp_path / "llama"), *ask, "--text", "a"]) == 1
     assert "not trained to fill blanks" in capsys.readouterr().err
     assert main(["classify", "--model", str(tmp_path / "llama"), "--text", "a"]) == 1

@@ -29,7 +29,7 @@ def shard(folder: Path, ids: list[int], stem: str = "train") -> Path:
 
 
 def prepared(tmp_path: Path) -> tuple[Source, Path]:
-    """A source, and the folder that it was tokenised to."""
+    """A source, and the folder that it was tokenized to."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"text number {i}"}) + "\n" for i in range(100)))
     source = Source(path=str(path))

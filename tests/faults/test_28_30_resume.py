@@ -105,7 +105,7 @@ def test_fault_28_every_member_with_accumulation_and_dropout(member: str, text: 
     "words",
     [
         ["--optim.optimizer", "adafactor", "--optim.schedule", "rsqrt", "--optim.muon_lr", "0"],
-        pytest.param(["--train.dtype", "bfloat16"], marks=pytest.mark.slow),  # seconds a step where it is emulated
+        pytest.param(["--train.dtype", "bfloat16"], marks=pytest.mark.slow),  # seconds per step where it is emulated
         ["--guard.spike_sigma", "2", "--optim.lr", "0.05", "--optim.muon_lr", "0"],
         ["--train.deterministic", "true", "--metrics.every", "3", "--data.mask_documents", "true"],
     ],
@@ -139,7 +139,7 @@ def test_fault_28_cloze_questions(tmp_path: Path) -> None:
     Decoder(base).save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
     words = [*settings(source, tmp_path), "--train.objective", "cloze", "--train.init_from", str(tmp_path / "base")]
-    words += ["--cloze.pattern", "{text} So: [MASK].", "--cloze.verbalisers", "good=fine", "bad=poor"]
+    words += ["--cloze.pattern", "{text} So: [MASK].", "--cloze.verbalizers", "good=fine", "bad=poor"]
     words += ["--data.val_fraction", "0.3", "--train.dropout", "0.1", "--train.micro_batch_size", "3"]
     assert_equal_runs(load_run_config("tiny", words), tmp_path, (10,))
 
@@ -246,10 +246,10 @@ def test_another_error_does_not_lose_the_checkpoint_that_is_being_written(
 
     from minillama.errors import InputError
     from minillama.runs.checkpoint import newest_checkpoint
-    from minillama.runs.writer import Snapshot
+    from minillama.runs.writer import CheckpointCopy
 
     config = load_run_config("tiny", [*shape("llama"), *settings(text, tmp_path)], "llama-tiny")
-    monkeypatch.setattr(Snapshot, "check", lambda snapshot: time.sleep(1))
+    monkeypatch.setattr(CheckpointCopy, "check", lambda snapshot: time.sleep(1))
 
     class Failing(Quiet):
         def step(self, record: dict) -> None:

@@ -103,7 +103,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces and states so short that texts outgrow them."""
-    monkeypatch.setattr(cuda_graph, "PIECE", 32)
+    monkeypatch.setattr(cuda_graph, "PAGE", 32)
     slots = engine.cache_slots
     monkeypatch.setattr(
         engine, "cache_slots", lambda config, n, window, sinks: 40 if window else slots(config, n, window, sinks)

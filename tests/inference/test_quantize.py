@@ -14,7 +14,7 @@ from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats.open import open_model
 from minillama.inference.engine import decode
-from minillama.inference.quantize import importances, quantise, quantised, save_gguf, stored_kind
+from minillama.inference.quantize import importance_matrix, quantize, quantized, save_gguf, stored_kind
 from minillama.layers.int4 import Int4, search, storable
 from minillama.layers.quantized_linear import ROWS, Int4Linear, Int8Linear, int8_rows
 from minillama.model import Decoder
@@ -101,7 +101,7 @@ def model(tied: bool, **changes: object) -> Decoder:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.03), ("int4", 0.3)])
 def test_a_model_is_nearly_what_it_was(tied: bool, kind: str, bound: float) -> None:
-    plain, changed = model(tied), quantise(model(tied).fuse(), kind)  # type: ignore[arg-type]
+    plain, changed = model(tied), quantize(model(tied).fuse(), kind)  # type: ignore[arg-type]
     assert not [name for name, part in changed.named_modules() if isinstance(part, nn.Linear)]
     tokens = torch.randint(0, 80, (4, 9), generator=torch.Generator().manual_seed(4))  # over ROWS
     with torch.no_grad():
@@ -142,11 +142,11 @@ def test_a_calibrated_model_comes_back_from_its_file(tied: bool, fused: bool, tm
     decoder = Decoder(config).eval()
     whole = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
     ids = torch.randint(0, 80, (6, 16), generator=torch.Generator().manual_seed(5))
-    changed = quantise(decoder.fuse() if fused else decoder, "int4", calibration=ids)
+    changed = quantize(decoder.fuse() if fused else decoder, "int4", calibration=ids)
     save_gguf(changed, tmp_path / "a.gguf", tokenizer)
     opened = open_model(tmp_path / "a.gguf")
     assert stored_kind(opened, torch.device("cpu")) == "int4"
-    back = quantised(opened, "int4")
+    back = quantized(opened, "int4")
     mine, theirs = int4_numbers(changed), int4_numbers(back)
     assert mine.keys() == theirs.keys() == {name for name in config.tensors() if "_proj" in name}
     for name in mine:
@@ -167,7 +167,7 @@ def test_importances_are_the_mean_squares_of_the_inputs() -> None:
     block, last = decoder.blocks[0], decoder.blocks[1]
     seen: list[torch.Tensor] = []
     handle = last.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr]
-    found = importances(decoder, ids)
+    found = importance_matrix(decoder, ids)
     handle.remove()
     with torch.no_grad():
         first = block.input_layernorm(decoder.model.embed_tokens(ids)).square().mean((0, 1))  # type: ignore[operator]
@@ -187,21 +187,21 @@ def test_calibration_helps_where_inputs_are_unequal() -> None:
                 for norm in (block.input_layernorm, block.post_attention_layernorm):
                     norm.weight[::9] = 12  # type: ignore[index, union-attr]
             expected = decoder(ids[16:])
-            found = quantise(decoder.fuse(), "int4", calibration=calibration)(ids[16:])
+            found = quantize(decoder.fuse(), "int4", calibration=calibration)(ids[16:])
         errors.append((found - expected).norm() / expected.norm())
     assert errors[1] < 0.85 * errors[0]
 
 
 def test_calibration_is_of_int4() -> None:
     with pytest.raises(InputError, match="int4 alone is calibrated"):
-        quantise(model(False), "int8", calibration=torch.zeros(1, 8, dtype=torch.int64))
+        quantize(model(False), "int8", calibration=torch.zeros(1, 8, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("int8", torch.float32), ("int8", torch.bfloat16), ("int4", torch.float32)]
 )
 def test_read_one_product_at_a_time(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """From a folder: what quantising the whole model gives, to the bit; products that no kernel takes among them."""
+    """From a folder: what quantizing the whole model gives, to the bit; products that no kernel takes among them."""
     config = replace(model(False).config, hidden_dim=80, bias="qkv")
     plain = Decoder(config)
     with torch.no_grad():
@@ -210,8 +210,8 @@ def test_read_one_product_at_a_time(kind: str, dtype: torch.dtype, tmp_path: Pat
     plain.save_pretrained(tmp_path / "m")
     opened = open_model(tmp_path / "m")
     assert stored_kind(opened, torch.device("cpu")) == "none"
-    one = quantised(opened, kind, dtype)  # type: ignore[arg-type]
-    whole = quantise(Decoder.from_pretrained(opened, dtype).fuse(), kind)  # type: ignore[arg-type]
+    one = quantized(opened, kind, dtype)  # type: ignore[arg-type]
+    whole = quantize(Decoder.from_pretrained(opened, dtype).fuse(), kind)  # type: ignore[arg-type]
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         assert torch.equal(one(tokens), whole(tokens))
@@ -221,12 +221,12 @@ def test_int4_elsewhere_than_on_a_cpu() -> None:
     with torch.device("meta"):
         elsewhere = Decoder(model(False).config)
     with pytest.raises(InputError, match="int4 products run on a CPU alone"):
-        quantise(elsewhere, "int4")
+        quantize(elsewhere, "int4")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_batch_in_bfloat16(kind: str) -> None:
-    changed = quantise(model(True).bfloat16().fuse(), kind)  # type: ignore[arg-type]
+    changed = quantize(model(True).bfloat16().fuse(), kind)  # type: ignore[arg-type]
     out = [token for step in decode(changed, [[3, 1, 2], [4, 5, 6]], 3) for _, token in step]
     assert len(out) == 6
 
@@ -234,7 +234,7 @@ def test_a_batch_in_bfloat16(kind: str) -> None:
 def test_a_recurrent_model_and_widths_that_no_kernel_takes() -> None:
     config = ModelConfig(dim=48, n_layers=1, n_heads=4, hidden_dim=96, vocab_size=31, max_seq_len=16)
     torch.manual_seed(0)
-    changed = quantise(Decoder(config), "int4")
+    changed = quantize(Decoder(config), "int4")
     kinds = {name: type(part) for name, part in changed.model.layers[0].named_modules()}
     assert kinds["self_attn.q_proj"] is nn.Linear and kinds["mlp.down_proj"] is Int4Linear
     assert changed(torch.tensor([[1, 2, 30]])).shape == (1, 3, 31)
@@ -254,7 +254,7 @@ def test_a_recurrent_model_and_widths_that_no_kernel_takes() -> None:
     tokens = torch.randint(0, 80, (1, 9))
     with torch.no_grad():
         expected = plain(tokens)
-        assert (quantise(plain, "int8")(tokens) - expected).norm() < 0.05 * expected.norm()
+        assert (quantize(plain, "int8")(tokens) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_a_broken_weight_is_not_hidden() -> None:
@@ -280,9 +280,9 @@ def test_a_calibration_that_overflows_is_named() -> None:
         Int4.of(torch.randn(3, 64), importance=importance)
 
 
-def test_what_was_quantised_is_not_saved_or_fused(tmp_path: Path) -> None:
-    changed = quantise(model(False), "int8")
+def test_what_was_quantized_is_not_saved_or_fused(tmp_path: Path) -> None:
+    changed = quantize(model(False), "int8")
     for refused in (lambda: changed.save_pretrained(tmp_path / "m"), changed.fuse):
-        with pytest.raises(InputError, match="quantised"):
+        with pytest.raises(InputError, match="quantized"):
             refused()
     assert not (tmp_path / "m").exists()

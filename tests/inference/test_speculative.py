@@ -92,8 +92,8 @@ def test_a_draft_that_is_the_model_is_always_accepted(model: Decoder) -> None:
     stats = Acceptance()
     run(speculate(model, [5, 6, 7], 25, draft=model, draft_tokens=4, stats=stats))
     assert (stats.rate, stats.passes) == (1.0, 5)
-    assert str(stats) == "20 of 20 drafted tokens accepted (100%), 5.0 tokens a pass"
-    assert str(Acceptance()) == "0 of 0 drafted tokens accepted (0%), 0.0 tokens a pass"
+    assert str(stats) == "20 of 20 drafted tokens accepted (100%), 5.0 tokens per pass"
+    assert str(Acceptance()) == "0 of 0 drafted tokens accepted (0%), 0.0 tokens per pass"
 
 
 def test_other_layers_take_their_state_back() -> None:
@@ -329,7 +329,7 @@ def test_the_command_says_what_was_accepted(tmp_path: Path, capsys: pytest.Captu
         assert cli.main([*command, "--prompt", "ab ab", *options]) == 0
         out, err = capsys.readouterr()
         assert out == expected and err.startswith("speculation: ") and err.count("\n") == 1
-    assert err == "speculation: 16 of 16 drafted tokens accepted (100%), 5.0 tokens a pass\n"
+    assert err == "speculation: 16 of 16 drafted tokens accepted (100%), 5.0 tokens per pass\n"
     sharp(BYTES, 1).save_pretrained(tmp_path / "draft")  # a draft needs no tokenizer
     assert cli.main([*command, "--prompt", "ab ab", "--draft", str(tmp_path / "draft")]) == 0
     assert capsys.readouterr().out == expected

@@ -22,8 +22,8 @@ def test_a_share_is_dropped_and_the_mean_stays(p: float, dtype: torch.dtype) -> 
     assert x.grad is not None and torch.equal(x.grad, y)
     for part in (zeros[:, ::4], zeros[:, 3::4], zeros[1::2]):  # no place has bits of its own
         assert abs(part.mean().item() - p) < 5 * deviation * (x.numel() / part.numel()) ** 0.5
-    neighbours = (zeros[:, 1:] * zeros[:, :-1]).mean().item()
-    assert abs(neighbours - p * p) < 5 * p / x.numel() ** 0.5
+    neighbors = (zeros[:, 1:] * zeros[:, :-1]).mean().item()
+    assert abs(neighbors - p * p) < 5 * p / x.numel() ** 0.5
 
 
 def test_a_seed_makes_the_mask_and_evaluation_none() -> None:

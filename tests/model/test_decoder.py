@@ -1,4 +1,4 @@
-"""The decoder: counts, initialisation, equalities between ways of computing the same thing."""
+"""The decoder: counts, initialization, equalities between ways of computing the same thing."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_residual_scaling_is_on_o_proj_and_down_proj_alone() -> None:
         assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
 
 
-def test_initialisation_follows_its_generator() -> None:
+def test_initialization_follows_its_generator() -> None:
     a, b = Decoder(CONFIG), Decoder(CONFIG)
     for model in (a, b):
         model.init_weights(torch.Generator().manual_seed(4))

@@ -12,10 +12,10 @@ import torch
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.inference.engine import decode
-from minillama.inference.quantize import quantise
+from minillama.inference.quantize import quantize
 from minillama.inference.sampling import Sampling
 from minillama.layers.mask import Mask
-from minillama.layers.quantized_linear import Quantisation
+from minillama.layers.quantized_linear import Quantization
 from minillama.model import Decoder
 from minillama.native import build
 from minillama.native.decode import NativeStep, unsupported
@@ -37,13 +37,13 @@ CONFIG = ModelConfig(
 )
 
 
-def model(dtype: torch.dtype = torch.float32, kind: Quantisation = "none", **changes: object) -> Decoder:
+def model(dtype: torch.dtype = torch.float32, kind: Quantization = "none", **changes: object) -> Decoder:
     torch.manual_seed(0)
     decoder = Decoder(replace(CONFIG, **changes))  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in decoder.parameters():  # norms that are no ones, biases that are no zeros
             parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return quantise(decoder.to(dtype).fuse(), kind)
+    return quantize(decoder.to(dtype).fuse(), kind)
 
 
 def exact(found: Decoder) -> Decoder:
@@ -79,7 +79,7 @@ VARIANTS = [
 @pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS)
 @torch.no_grad()
 def test_logits_are_those_of_the_layers(
-    dtype: torch.dtype, kind: Quantisation, changes: dict[str, object], bound: float, rows: int
+    dtype: torch.dtype, kind: Quantization, changes: dict[str, object], bound: float, rows: int
 ) -> None:
     native = model(dtype, kind, **changes)
     plain = exact(native)
@@ -87,7 +87,7 @@ def test_logits_are_those_of_the_layers(
     lengths = torch.tensor([9 - row % 8 for row in range(rows)])  # every row of another length
     prompts = torch.randint(0, 83, (rows, 9), generator=torch.Generator().manual_seed(1))
     states = native.state(rows, 20), plain.state(rows, 20)
-    for state in states:  # the same past, which quantised products would round otherwise
+    for state in states:  # the same past, which quantized products would round otherwise
         plain.hidden(prompts, mask=Mask(lengths=lengths), state=state)
     for token in range(6):
         tokens = [(13 * row + 7 * token) % 83 for row in range(rows)]
@@ -102,7 +102,7 @@ def test_logits_are_those_of_the_layers(
 @pytest.mark.parametrize("rows", [8, 17])
 @pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS[3:])  # those that take tiles
 def test_logits_by_emulated_tiles(
-    dtype: torch.dtype, kind: Quantisation, changes: dict[str, object], bound: float, rows: int
+    dtype: torch.dtype, kind: Quantization, changes: dict[str, object], bound: float, rows: int
 ) -> None:
     assert NativeStep(model(dtype, kind, **changes)).at_once in (1, 96)  # 96 with AVX-512
     test_logits_are_those_of_the_layers(dtype, kind, changes, bound, rows)
@@ -110,7 +110,7 @@ def test_logits_by_emulated_tiles(
 
 @pytest.mark.parametrize("kind", ["none", "int8", "int4"])
 @torch.no_grad()
-def test_several_tokens_a_row(kind: Quantisation) -> None:
+def test_several_tokens_a_row(kind: Quantization) -> None:
     native = model(kind=kind)
     plain = exact(native)
     step = NativeStep(native)
@@ -144,11 +144,11 @@ def test_a_window_with_sinks(window: int, sinks: int, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kind", ["none", "int8", "int4"])
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_p=0.9, seed=3)])
-def test_batches_that_stay_full_say_the_same(kind: Quantisation, sampling: Sampling) -> None:
+def test_batches_that_stay_full_say_the_same(kind: Quantization, sampling: Sampling) -> None:
     native = model(kind=kind)
     plain = exact(native)
     native.step = step = NativeStep(native)
-    step.at_once = 31  # also where torch would read prompts, whose quantised kernels round
+    step.at_once = 31  # also where torch would read prompts, whose quantized kernels round
     prompts = [[5, 6, 7], [1], [8, 9, 10, 11, 12], [3, 4], [80, 2, 2]]
     steps = [{}, {}]
     for said, decoder in zip(steps, (native, plain), strict=True):
@@ -199,14 +199,14 @@ def test_a_copy_of_the_model_has_no_step() -> None:
     assert list(decode(twin, [[5, 6, 7]], 5)) == list(decode(native, [[5, 6, 7]], 5))
 
 
-PROMPTS = [  # of over 32 tokens each, so that quantised weights are multiplied out to read them
+PROMPTS = [  # of over 32 tokens each, so that quantized weights are multiplied out to read them
     "The lighthouse keeper had written the same line in his log every evening for eleven years, and on the first night "
     "that the lamp did not burn he wrote it again, and then he sat down and",
     "def merge(left, right):\n    # Merge two sorted lists into one sorted list, without changing either of them.\n"
     "    result = []\n    i = j = 0\n    while i < len(left) and j < len(right):\n",
     "Bread needs four things: flour, water, salt and time. Of these the last is the one that most people leave out, "
     "and it is the one that cannot be bought. To make a good loaf at home, first",
-    "Question: A train leaves the station at nine o'clock and travels at sixty kilometres an hour. A second train "
+    "Question: A train leaves the station at nine o'clock and travels at sixty kilometers an hour. A second train "
     "leaves an hour later at ninety. When does the second one overtake the first? Answer:",
     "Rivers carry sand and gravel from the mountains to the sea. Where the water slows down it drops the heaviest "
     "stones first, then the gravel, then the sand, and at last the finest mud, which",
@@ -218,10 +218,10 @@ PROMPTS = [  # of over 32 tokens each, so that quantised weights are multiplied 
     ("dtype", "kind"),
     [(torch.float32, "none"), (torch.float32, "int8"), (torch.float32, "int4"), (torch.bfloat16, "none")],
 )
-def test_greedy_tokens_of_a_real_model(smollm2: Path, dtype: torch.dtype, kind: Quantisation) -> None:
+def test_greedy_tokens_of_a_real_model(smollm2: Path, dtype: torch.dtype, kind: Quantization) -> None:
     """256 tokens of five prompts: equal in float32; in bfloat16 they part where two tokens are as good as equal."""
     tokenizer = Tokenizer.load(smollm2)
-    native = quantise(Decoder.from_pretrained(smollm2, dtype).fuse(), kind)
+    native = quantize(Decoder.from_pretrained(smollm2, dtype).fuse(), kind)
     plain = exact(native)
     native.step = NativeStep(native)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
-from minillama.layers.cross_entropy import cross_entropy, linear_cross_entropy, softmax_errors
+from minillama.layers.cross_entropy import cross_entropy, linear_cross_entropy, softmax_grad
 from minillama.model import Decoder
 from minillama.native import build, softmax
-from minillama.native.softmax import native_softmax_errors, use
+from minillama.native.softmax import native_softmax_grad, use
 
 KERNELS, UNITS, EMULATED = softmax, ("avx512_bf16",), ("vectors",)
 pytestmark = [
@@ -31,8 +31,8 @@ def scores(rows: int, width: int, scale: float = 4.0) -> tuple[Tensor, Tensor, T
 def test_it_is_softmax_errors(rows: int, width: int, scale: float) -> None:
     logits, targets, weights = scores(rows, width, scale)
     theirs, ours = logits.clone(), logits.clone()
-    expected, expected_sums = softmax_errors(theirs, targets, weights, 0.0)
-    found, sums = native_softmax_errors(ours, targets, weights, 0.0)
+    expected, expected_sums = softmax_grad(theirs, targets, weights, 0.0)
+    found, sums = native_softmax_grad(ours, targets, weights, 0.0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=0)
     # a step of bfloat16 where rounding goes the other way; below 2^-126 is nothing
@@ -47,7 +47,7 @@ def test_the_whole_loss() -> None:
     targets = torch.randint(0, 501, (40,), generator=generator)
     exact = cross_entropy(hidden.double() @ matrix.double().T, targets)
     expected = torch.autograd.grad(exact, (hidden, matrix))
-    found = linear_cross_entropy(hidden, matrix, targets, errors=native_softmax_errors)
+    found = linear_cross_entropy(hidden, matrix, targets, kernel=native_softmax_grad)
     assert abs(found - exact) < 2e-3 * exact
     for one, two in zip(torch.autograd.grad(found, (hidden, matrix)), expected, strict=True):
         assert (one.float() - two.float()).norm() < 0.01 * two.float().norm()
@@ -59,7 +59,7 @@ def test_any_number_of_threads_gives_the_same() -> None:
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         mine = logits.clone()
-        found.append((mine, *native_softmax_errors(mine, targets, weights, 0.0)))
+        found.append((mine, *native_softmax_grad(mine, targets, weights, 0.0)))
     torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other, strict=True))
 
@@ -67,7 +67,7 @@ def test_any_number_of_threads_gives_the_same() -> None:
 def test_numbers_that_are_none_are_not_hidden() -> None:
     logits, targets, weights = scores(3, 50)
     logits[1, 7] = float("nan")
-    found, sums = native_softmax_errors(logits, targets, weights, 0.0)
+    found, sums = native_softmax_grad(logits, targets, weights, 0.0)
     assert found.isnan()
     assert sums[:, 0].isnan().tolist() == [False, True, False]
 
@@ -76,8 +76,8 @@ def test_a_token_that_cannot_be() -> None:
     logits, targets, weights = scores(2, 50)
     logits[:, 3:9] = -torch.inf
     targets[:] = 20
-    found, _ = native_softmax_errors(logits.clone(), targets, weights, 0.0)
-    torch.testing.assert_close(found, softmax_errors(logits, targets, weights, 0.0)[0], rtol=1e-5, atol=1e-5)
+    found, _ = native_softmax_grad(logits.clone(), targets, weights, 0.0)
+    torch.testing.assert_close(found, softmax_grad(logits, targets, weights, 0.0)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [-1, 50])
@@ -85,7 +85,7 @@ def test_a_target_that_is_no_id_is_refused(target: int) -> None:
     logits, targets, weights = scores(2, 50)
     targets[1] = target
     with pytest.raises(IndexError, match="50"):
-        native_softmax_errors(logits, targets, weights, 0.0)
+        native_softmax_grad(logits, targets, weights, 0.0)
 
 
 def test_the_rest_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,9 +98,9 @@ def test_the_rest_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         (apart, targets, 0.0),
         (logits.clone(), targets.int(), 0.0),
     ):
-        assert native_softmax_errors(given, ids, weights, z_loss)[0] > 0
+        assert native_softmax_grad(given, ids, weights, z_loss)[0] > 0
     with pytest.raises(RuntimeError):  # torch says that shapes do not agree
-        native_softmax_errors(logits, targets[:2], weights, 0.0)
+        native_softmax_grad(logits, targets[:2], weights, 0.0)
 
 
 def test_a_model_takes_it() -> None:
@@ -108,5 +108,5 @@ def test_a_model_takes_it() -> None:
     hidden, targets = torch.randn(2, 8, 32).bfloat16(), torch.randint(0, 64, (2, 8))
     before = model.loss(hidden, targets)
     use(model)
-    assert model.errors is native_softmax_errors
+    assert model.loss_kernel is native_softmax_grad
     torch.testing.assert_close(model.loss(hidden, targets), before, rtol=1e-5, atol=1e-5)

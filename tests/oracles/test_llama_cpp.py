@@ -10,7 +10,7 @@ import torch
 from minillama import Decoder, ModelConfig, Tokenizer, generate
 from minillama.convert import convert
 from minillama.formats.open import open_model
-from minillama.inference.quantize import quantised
+from minillama.inference.quantize import quantized
 from minillama.inference.sampling import Sampling
 from minillama.tokenizer import byte_tokenizer, train_byte_bpe
 
@@ -84,7 +84,7 @@ def test_stories260k_in_every_type(dtype: str, shared: Path, tmp_path: Path) -> 
     model, tokenizer = Decoder.from_pretrained(path, dtype=torch.float32), Tokenizer.load(path)
     mine = generate(model, tokenizer, ["Once upon a time"], 24, Sampling(temperature=0))[0]
     text, _ = theirs(path, "Once upon a time", 24)
-    same = 24 if dtype in ("f16", "bf16") else 12  # llama.cpp rounds activations too where weights are quantised
+    same = 24 if dtype in ("f16", "bf16") else 12  # llama.cpp rounds activations too where weights are quantized
     assert tokenizer.encode(text)[:same] == tokenizer.encode(mine.text)[:same]
 
 
@@ -100,7 +100,7 @@ def test_smollm2_through_our_hands(smollm2: Path, dtype: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_smollm2_in_four_bits_says_the_same(smollm2: Path) -> None:
     """The numbers of its own Q4_1, inputs in bfloat16 here and in eight bits there: the same greedy tokens."""
-    model, tokenizer = quantised(open_model(smollm2), "int4"), Tokenizer.load(smollm2)
+    model, tokenizer = quantized(open_model(smollm2), "int4"), Tokenizer.load(smollm2)
     prompt = "Once upon a time, there was a little"
     mine = generate(model, tokenizer, [prompt], 8, Sampling(temperature=0))[0]
     text, _ = theirs(smollm2, prompt, 8)

@@ -12,7 +12,7 @@ import torch
 
 from minillama import Decoder, ModelConfig, Tokenizer
 from minillama.evaluate.perplexity import score
-from minillama.inference.quantize import quantise, save_gguf
+from minillama.inference.quantize import quantize, save_gguf
 from minillama.tokenizer import train_byte_bpe
 
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle here")
@@ -60,7 +60,7 @@ def test_transformers_loads_int4_that_we_calibrated(tmp_path: Path) -> None:
     """Every number of the Q4_1 file means the same there."""
     tokenizer = train_byte_bpe(["two donkeys and a clock " * 9], 260)
     config = ModelConfig(dim=64, n_layers=3, n_heads=8, n_kv_heads=2, hidden_dim=96, vocab_size=260, max_seq_len=64)
-    mine = quantise(Decoder(config).eval().fuse(), "int4", calibration=TOKENS)
+    mine = quantize(Decoder(config).eval().fuse(), "int4", calibration=TOKENS)
     save_gguf(mine, tmp_path / "a.gguf", tokenizer)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="a.gguf", dtype=torch.float32, local_files_only=True

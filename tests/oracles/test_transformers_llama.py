@@ -26,7 +26,7 @@ CASES = {
 }
 
 
-def randomise(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     """Norms that are not ones, and matrices large enough for softmaxes that are not flat."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def randomise(model: torch.nn.Module) -> None:
 def test_logits_and_gradients_equal_transformers(name: str) -> None:
     config = CASES[name]
     ours = Decoder(config)
-    randomise(ours)
+    randomize(ours)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf()))
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
@@ -61,7 +61,7 @@ def test_logits_and_gradients_equal_transformers(name: str) -> None:
 def test_folder_opens_in_transformers_and_back(tmp_path) -> None:
     config = CASES["llama3"]
     ours = Decoder(config)
-    randomise(ours)
+    randomize(ours)
     ours.save_pretrained(tmp_path / "a")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
     tokens = torch.arange(40)[None] % config.vocab_size

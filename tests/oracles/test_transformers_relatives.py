@@ -13,7 +13,7 @@ from minillama.errors import InputError
 from minillama.model import Decoder
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     """Weights and biases that would show a swapped head or a missing bias."""
     torch.manual_seed(0)
     with torch.no_grad():
@@ -26,7 +26,7 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 def bloom() -> torch.nn.Module:
     """Six heads, no power of two, so that both kinds of slopes are there."""
-    return randomised(BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=48, n_layer=3, n_head=6)))
+    return randomized(BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=48, n_layer=3, n_head=6)))
 
 
 def rwkv() -> torch.nn.Module:
@@ -34,7 +34,7 @@ def rwkv() -> torch.nn.Module:
         vocab_size=97, hidden_size=48, num_hidden_layers=3, intermediate_size=80, attention_hidden_size=48,
         context_length=64, rescale_every=0,
     )  # fmt: skip
-    return randomised(RwkvForCausalLM(config))
+    return randomized(RwkvForCausalLM(config))
 
 
 IDS = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(1))

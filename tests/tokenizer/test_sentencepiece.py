@@ -107,7 +107,7 @@ def test_ids_and_texts_are_the_librarys(
         ("identity", "  a  b  ", "▁▁▁a▁▁b▁▁"),
     ],
 )
-def test_normalisation(rule: str, text: str, normal: str) -> None:
+def test_normalization(rule: str, text: str, normal: str) -> None:
     made = TokenizerTrainer("sentencepiece", 300, normalization=rule)(["abc fine hello world 12 ABC ß"])
     theirs = SentencePieceProcessor(model_proto=made._model)
     assert theirs.normalize(text) == normal

@@ -1,4 +1,4 @@
-"""Trained vocabularies: worked merges, the pre-tokenisation, determinism, limits."""
+"""Trained vocabularies: worked merges, the pre-tokenization, determinism, limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_worked_merges() -> None:
     assert pieces == ["b", "ug", " ", "hug", "s", " ", "m", "ug"]
 
 
-def test_the_pretokenisation_is_smollms(shared: Path) -> None:
+def test_the_pretokenization_is_smollms(shared: Path) -> None:
     backend = train_byte_bpe([], 257).backend
     text = (shared / "tokenizer/llama3/ggml-vocab-llama-bpe.gguf.inp").read_bytes().decode()
     texts = [

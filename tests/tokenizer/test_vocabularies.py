@@ -92,7 +92,7 @@ def test_any_text_is_cut_as_sentencepiece_cuts_it(text: str, llama2: tuple[Token
 
 
 def test_chinese_unigram_model(shared: Path) -> None:
-    """On prose, where its normalisation (nmt_nfkc) has little to do."""
+    """On prose, where its normalization (nmt_nfkc) has little to do."""
     file = shared / "tokenizer/chinese/chinese_sp.model"
     mine, theirs = Tokenizer.load(file), SentencePieceProcessor(model_file=str(file))
     lines = (shared / "text/flores200/zho_Hans.dev").read_text(encoding="utf-8").splitlines()

@@ -18,7 +18,7 @@ from minillama.native import build
 from minillama.native.attention import native_attend
 from minillama.native.swiglu import native_swiglu
 from minillama.runs.config import OptimConfig
-from minillama.training.compile import take_native_parts
+from minillama.training.compile import use_native_kernels
 from minillama.training.optim.groups import make_optimizers
 from minillama.training.precision import WorkingCopy
 
@@ -43,7 +43,7 @@ def curve(plain_loss: bool = False, dtype: torch.dtype = torch.float32, native: 
     model.init_weights(generator)
     working = WorkingCopy(model, dtype)
     if native:
-        take_native_parts(working.model, lambda said: None)
+        use_native_kernels(working.model, lambda said: None)
         assert all(
             part.kernel in (native_attend, native_swiglu) for part in working.model.modules() if hasattr(part, "kernel")
         )

@@ -16,7 +16,7 @@ from minillama.data.corpus import Corpus, Split
 from minillama.data.shards import Shard
 from minillama.errors import InputError
 from minillama.evaluate.perplexity import score
-from minillama.layers.cache import Span as Slots
+from minillama.layers.cache import CacheRange as Slots
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.runs.config import BlankConfig, load_run_config
@@ -249,7 +249,7 @@ def test_held_out_blanks_are_the_same_every_time(corpus: Corpus) -> None:
         ("llama-tiny", ["--train.objective", "glm"], "made for another objective"),
         ("llama-tiny", ["--train.objective", "cloze"], "made for another objective"),
         ("glm-tiny", ["--train.context", "4"], "no blank fits"),
-        ("glm-tiny", ["--cloze.pattern", "{a} [MASK]", "--cloze.verbalisers", "a=b", "c=d"], "by another objective"),
+        ("glm-tiny", ["--cloze.pattern", "{a} [MASK]", "--cloze.verbalizers", "a=b", "c=d"], "by another objective"),
         ("glm-tiny", ["--data.mask_documents", "true"], "is read as a whole"),
         ("glm-tiny", ["--blanks.tokens", "0", "--blanks.sentences", "0", "--blanks.document", "0"], "needs a share"),
     ],

@@ -13,7 +13,7 @@ from minillama.model import Decoder
 from minillama.runs.config import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
 from minillama.training.optim.groups import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
-from minillama.training.optim.muon import Muon, orthogonalise
+from minillama.training.optim.muon import Muon, orthogonalize
 from minillama.training.optim.schedule import learning_rate
 
 LLAMA = OptimConfig(lr=3e-4, warmup_steps=2000, schedule="cosine", final_fraction=0.1)
@@ -111,9 +111,9 @@ def test_muon_is_torchs(shape: tuple[int, int]) -> None:
 
 def test_muons_updates_are_nearly_orthogonal() -> None:
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(40, 12)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(40, 12)))
     assert values.min() > 0.6 and values.max() < 1.3
-    assert torch.equal(orthogonalise(torch.zeros(3, 2)), torch.zeros(3, 2))
+    assert torch.equal(orthogonalize(torch.zeros(3, 2)), torch.zeros(3, 2))
 
 
 def test_muon_of_many_matrices_is_muon_of_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Byte-pair encoding: merge the commonest pair of neighbours, again and again.
+"""Byte-pair encoding: merge the commonest pair of neighbors, again and again.
 
 Gage 1994; Sennrich, Haddow and Birch 2016 (arXiv 1508.07909, Algorithm 1). The symbols here are whatever the
 words are made of: characters, or bytes written as one character each (`bytelevel.py`).

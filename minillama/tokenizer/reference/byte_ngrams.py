@@ -1,6 +1,6 @@
 """Byte n-grams of variable length: a text's bytes cut into the fewest pieces of a table of frequent n-grams.
 
-Bytes alone make Chinese text three times as long as its characters. Joining frequent neighbours, across
+Bytes alone make Chinese text three times as long as its characters. Joining frequent neighbors, across
 character boundaries too, shortens it without a large vocabulary, and languages share pieces whose bytes they
 share (Wang, Cho and Gu 2020, arXiv 1909.03341, §3.1). Here the table is one of counts, not of merges: which
 n-grams save most bytes; and a cut is found by dynamic programming.

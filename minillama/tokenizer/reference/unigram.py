@@ -1,7 +1,7 @@
 """The unigram language model: a text's best cut is the one whose pieces are most probable together.
 
 Kudo 2018 (arXiv 1804.10959). P(cut) is the product of its pieces' probabilities, which sum to 1 over the
-vocabulary. Training starts from a large vocabulary, estimates probabilities by expectation maximisation, and
+vocabulary. Training starts from a large vocabulary, estimates probabilities by expectation maximization, and
 drops the pieces whose loss costs least, until the size is right.
 """
 
@@ -209,7 +209,7 @@ def train(
         vocab_size: pieces; every character of the words is kept.
         seed: piece -> ln p to start from; `seed_vocabulary` unless given.
         shrinking: the share of pieces that survives a pruning.
-        sub_iterations: rounds of expectation maximisation between two prunings.
+        sub_iterations: rounds of expectation maximization between two prunings.
 
     Raises:
         InputError: more characters than `vocab_size`.
@@ -222,13 +222,13 @@ def train(
     goal = max(vocab_size, len(required))
     while True:
         for _ in range(sub_iterations):
-            model = _maximise(model, words, required)
+            model = _maximize(model, words, required)
         if len(model.scores) <= goal:
             return model
         model = _prune(model, words, required, max(goal, int(shrinking * len(model.scores))))
 
 
-def _maximise(model: Unigram, words: Mapping[str, int], required: set[str]) -> Unigram:
+def _maximize(model: Unigram, words: Mapping[str, int], required: set[str]) -> Unigram:
     """One round: expected counts, and new probabilities by digamma(count) - digamma(sum).
 
     The digamma of a variational Bayes with a vanishing prior weighs rare pieces down; those expected less

@@ -57,7 +57,7 @@ class Batch:
 
 
 class Objective(Protocol):
-    """What is minimised. One file an objective; `objectives.make` chooses.
+    """What is minimized. One file an objective; `objectives.make` chooses.
 
     The loss is a sum and a weight, not a mean: the trainer divides the sums of all micro-batches by the
     weight of the whole batch, so that accumulation changes nothing.

@@ -62,7 +62,7 @@ class BlankInfilling(Stateless):
     ([MASK]), whole sentences ([sMASK]) or one long stretch ([gMASK]). Rows are padded to the context.
 
     Args:
-        batch_size: rows a step.
+        batch_size: rows per step.
         context: T, slots a row.
         blanks: ids of the marks.
         ends: (V,) which tokens end a sentence.
@@ -137,7 +137,7 @@ class BlankInfilling(Stateless):
         return loss, batch.weights.sum(), {}
 
     def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:
-        """The objective itself on held-out text with the same blanks every time; bits a byte of what they cover."""
+        """The objective itself on held-out text with the same blanks every time; bits per byte of what they cover."""
         whole = Score(0.0, 0, 0.0)
         with evaluating(model):
             for split, windows in data.held_out(self.window, limit):

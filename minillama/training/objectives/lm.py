@@ -21,8 +21,8 @@ class LanguageModel(Stateless):
     """loss = -sum_t log p(token_{t+1} | token_1..t), and PaLM's z-loss where asked for.
 
     Args:
-        batch_size: rows a step.
-        context: T, tokens a row.
+        batch_size: rows per step.
+        context: T, tokens per row.
         separator: id of the token that opens a document; with it, tokens see only their own document and
             positions start anew in each. None packs documents one behind the other in full view.
         z_loss: its weight.
@@ -57,7 +57,7 @@ class LanguageModel(Stateless):
         return loss, batch.weights.sum(), {}
 
     def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:
-        """Nats a token and bits a byte of held-out text, at the training context."""
+        """Nats a token and bits per byte of held-out text, at the training context."""
         whole = Score(0.0, 0, 0.0)
         for split, windows in data.held_out(self.context, limit):
             whole += score(model, windows, split.bytes / split.tokens, rows)

@@ -4,7 +4,7 @@ Chowdhery et al. 2022 (arXiv 2204.02311, §5) after Shazeer and Stern 2018 (arXi
 beta2 = 1 - k^-0.8: V <- beta2 V + (1 - beta2) G^2; U = G / sqrt(V), divided by max(1, RMS(U)); M <- beta1 M +
 (1 - beta1) U; W <- W - lr max(1e-3, RMS(W)) M - lr^2 W.
 
-torch.optim.Adafactor factorises V of matrices and has no momentum; on vectors without momentum the two agree.
+torch.optim.Adafactor factorizes V of matrices and has no momentum; on vectors without momentum the two agree.
 """
 
 from __future__ import annotations

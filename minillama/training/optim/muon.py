@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["Muon", "orthogonalise"]
+__all__ = ["Muon", "orthogonalize"]
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for parameters in _batches(p for p in group["params"] if p.grad is not None):
-                updates = orthogonalise(torch.stack([self._update(p, momentum) for p in parameters]), self.dtype)
+                updates = orthogonalize(torch.stack([self._update(p, momentum) for p in parameters]), self.dtype)
                 rows, columns = parameters[0].shape
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - lr * group["weight_decay"])
@@ -77,7 +77,7 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32, eps: float = 1e-7) -> Tensor:
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32, eps: float = 1e-7) -> Tensor:
     """(..., R, C) -> U S' V^T of its singular value decomposition U S V^T, with S' between about 0.7 and 1.2.
 
     Args:
