@@ -15,7 +15,7 @@ from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
 from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
 from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
-from minillama.formats.hf_names import refuse_relatives
+from minillama.formats.hf_names import refuse_relatives, refuse_unknown
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
 from minillama.layers.int4 import Int4
@@ -216,6 +216,7 @@ def write(
         int4: numbers for q4_1 by Hugging Face name; of other matrices those that `Int4.of` finds are written.
     """
     refuse_relatives(config, "GGUF, as it is written here,")
+    refuse_unknown(tensors, config)
     gguf = _package()
     writer = gguf.GGUFWriter(path, "llama")
     _write_metadata(writer, config, vocabulary, dtype, name)

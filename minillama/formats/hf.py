@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.formats.hf_names import Entry, layout
+from minillama.formats.hf_names import Entry, layout, refuse_unknown
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.safetensors_header import read_header
 
@@ -141,7 +141,11 @@ def write(
         dtype: convert to this; as they are unless given.
         max_shard_size: bytes a file at most, unless one tensor is larger.
         progress: is told each name.
+
+    Raises:
+        InputError: tensors that a model of this shape does not have, such as an adapter's.
     """
+    refuse_unknown(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or next(iter(tensors.values())).dtype
     values = config.to_hf(str(dtype).removeprefix("torch."))

@@ -6,7 +6,7 @@ A layout is a table: name in the file -> its shape, and the parameters of ours t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 
-__all__ = ["Entry", "layout", "refuse_relatives"]
+__all__ = ["Entry", "layout", "refuse_relatives", "refuse_unknown"]
 
 Shape = tuple[int, ...]
 
@@ -131,3 +131,16 @@ def refuse_relatives(config: ModelConfig, form: str) -> None:
         raise InputError(
             f"{form} has no such model", where=switch, found=found, expected="LLaMA's switches", fix="write it as hf"
         )
+
+
+def refuse_unknown(tensors: Iterable[str], config: ModelConfig) -> None:
+    """Nothing is lost silently: what a format has no name for is not left out.
+
+    Raises:
+        InputError: tensors that a model of this shape does not have.
+    """
+    unknown = sorted(set(tensors) - set(config.tensors()))
+    if unknown:
+        found = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        what, fix = "tensors that would not be written", "merge adapters and take off heads before saving the model"
+        raise InputError(what, found=found, expected="the parameters of the configuration", fix=fix)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
-from minillama.formats.hf_names import refuse_relatives
+from minillama.formats.hf_names import refuse_relatives, refuse_unknown
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
 from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
 
@@ -254,6 +254,7 @@ def write(
         InputError: params.json cannot express the shape, or the ranks do not divide it.
     """
     refuse_relatives(config, "Meta's layout")
+    refuse_unknown(tensors, config)
     if any(number % ranks for number in (config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size)):
         expected = "a number that divides heads, key/value heads, hidden_dim and vocab_size"
         raise InputError("the ranks do not divide the shape", where="ranks", found=ranks, expected=expected)

@@ -20,6 +20,7 @@ from minillama.errors import InputError
 from minillama.files import replace_file
 from minillama.formats import gguf
 from minillama.formats.model_file import ModelFile
+from minillama.layers.fused_linear import refuse_subclasses
 from minillama.layers.int4 import GROUP, Int4
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear, Quantization, takes_int4
 from minillama.model import Decoder
@@ -48,7 +49,8 @@ def quantize(model: Decoder, kind: Quantization, group: int = GROUP, calibration
             without them they are found from the weights alone.
 
     Raises:
-        InputError: int4 elsewhere than on a CPU, or calibration of another kind.
+        InputError: int4 elsewhere than on a CPU, calibration of another kind, or linear layers that are more than
+            `nn.Linear`, such as an adapter's.
     """
     if calibration is not None and kind != "int4":
         raise InputError("int4 alone is calibrated", where="calibration", found=kind)
@@ -57,6 +59,7 @@ def quantize(model: Decoder, kind: Quantization, group: int = GROUP, calibration
     _check(kind, model.device)
     if calibration is not None and not calibration.numel():
         raise InputError("no text to calibrate by", where="calibration", found=tuple(calibration.shape))
+    _refuse_others(model)
     counts = {} if calibration is None else importance_matrix(model, calibration)
     model.step = None  # it has the old weights
     for product in products(model):
@@ -101,6 +104,18 @@ def quantized(
             linear.bias = cast(Any, _bias(opened, product, dtype))
             product.replace(_quantized(linear, "int8", GROUP))
     return _with_head(model.fill(opened, dtype, device))
+
+
+def _refuse_others(model: Decoder) -> None:
+    """Linear layers that the model's files do not name lie inside of others, which would go on multiplying."""
+    sites = list(products(model))
+    parts = [site.module for site in sites if not isinstance(site.module, Int4Linear | Int8Linear)]
+    refuse_subclasses(model, parts, "quantized")
+    known = model.config.tensors()
+    strange = [name for site in sites for name in site.names if f"{name}.weight" not in known]
+    if strange:
+        fix = "merge adapters into their linear layers first"
+        raise InputError("this layer cannot be quantized", where=strange[0], found="a layer within a layer", fix=fix)
 
 
 def _numbers(opened: ModelFile, name: str) -> Int4:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fused_linear"]
+from minillama.errors import InputError
+
+__all__ = ["fused_linear", "refuse_subclasses"]
 
 
 @torch.no_grad()
@@ -28,3 +30,17 @@ def _below(parts: Sequence[Tensor]) -> Tensor:
     if first.is_meta:  # concatenating there would import torch's compiler, a second or two
         return first.new_empty(sum(map(len, parts)), *first.shape[1:])
     return torch.cat(tuple(parts))
+
+
+def refuse_subclasses(model: nn.Module, parts: Iterable[nn.Module], verb: str) -> None:
+    """Only of an `nn.Linear` it is known that its weight and bias are all there is to it.
+
+    Raises:
+        InputError: a part of another type, by its name in the model.
+    """
+    names = {id(part): name for name, part in model.named_modules()}
+    for part in parts:
+        if type(part) is not nn.Linear:
+            where, found = names.get(id(part)), type(part).__name__
+            fix = "merge adapters into their linear layers first"
+            raise InputError(f"this layer cannot be {verb}", where=where, found=found, expected="nn.Linear", fix=fix)

@@ -7,10 +7,10 @@ F feed-forward width. Parameters carry Hugging Face's names for LLaMA, so that s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from minillama.layers.cache import CacheRange, LayerState, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
+from minillama.layers.fused_linear import refuse_subclasses
 from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import Gelu, SwiGLU
 from minillama.layers.norm import make_norm
@@ -36,6 +37,7 @@ from minillama.layers.parallel_block import ParallelBlock
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 from minillama.layers.rope import Rope, Rope2D
 from minillama.layers.rwkv import RecurrentBlock
+from minillama.model.compile import compile_frugally
 from minillama.model.init import initialize
 
 __all__ = ["Block", "Decoder"]
@@ -66,19 +68,6 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout, self.training)
-
-
-def _compile_frugally(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-    """Inductor, with what costs next to nothing computed again in the backward pass instead of kept.
-
-    That is the norms' output, and SwiGLU's product where it is torch's: a tenth less memory at the 42M shape in the
-    same time; with 0.6 or less attention would be computed twice (benchmarks/README.md).
-    """
-    from torch._functorch import config
-    from torch._inductor.compile_fx import compile_fx
-
-    with config.patch(activation_memory_budget=0.9):
-        return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
 def make_mlp(config: ModelConfig) -> nn.Module:
@@ -302,18 +291,24 @@ class Decoder(nn.Module):
         self.config = replace(self.config, vocab_size=vocab_size)
         self.step = None  # it has the old rows
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module` has it; a faster step has other tensors than those that are assigned, and goes."""
+        self.step = None if assign else self.step
+        return super().load_state_dict(state_dict, strict, assign)
+
     def compile_blocks(self) -> None:
         """Compile each block and the last norm in place: names stay, all blocks share one piece of compiled code."""
         for layer in (*self.blocks, self.model.norm):
-            layer.compile(dynamic=False, backend=_compile_frugally)
+            layer.compile(dynamic=False, backend=compile_frugally)
 
     def fuse(self) -> Decoder:
         """Merge products of one input for decoding. There is no way back; a fused model is not saved.
 
         Raises:
-            InputError: after `quantize`.
+            InputError: after `quantize`, or linear layers that are more than `nn.Linear`, such as an adapter's.
         """
         self._refuse_quantized("fused")
+        refuse_subclasses(self, (part for module in self._fusible() for part in module.children()), "fused")
         for module in self._fusible():
             module.fuse()
         self.step = None  # it has the old matrices

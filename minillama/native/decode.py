@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_size_t, c_void_p
 from threading import Lock
 from typing import Any, ClassVar, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,12 @@ def unsupported(model: Decoder) -> str | None:
     return None
 
 
+def _versions(model: Decoder) -> list[tuple[Tensor, int, int]]:
+    """All that a model holds, where it lies, and torch's count of the changes in place."""
+    held = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]  # those cannot change
+    return [(tensor, tensor.data_ptr(), tensor._version) for tensor in held]
+
+
 class NativeStep:
     """Reads a token a row, or the few of short prompts, and returns logits, for `Decoder.step`.
 
@@ -94,7 +101,7 @@ class NativeStep:
 
     Args:
         model: a fused decoder that `unsupported` has nothing against. Its matrices are shared, its norms, biases and
-            int4 grids are copied: make the step anew when weights change.
+            int4 grids are copied: the step is a snapshot of the weights, see `refresh`.
         say: told before anything is compiled.
 
     Raises:
@@ -105,7 +112,18 @@ class NativeStep:
         self.library = load_library("decode.cpp", say, REORDERED)
         self.library.minillama_floats.restype = c_size_t
         self.at_once: int = self.library.minillama_at_once()
+        self.model = ref(model)  # which has the step: no circle, so that its memory is free when it goes
+        self.memory = torch.empty(0)
+        self.slots = self.threads = 0
+        self.lock = Lock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the model's weights as they are now, after any change of them."""
+        model = self.model()
+        assert model is not None
         self.kept: list[object] = []  # what the pointers below point to
+        self.versions = _versions(model)
         config, backbone = model.config, model.model
         layers = [self._layer(cast(Any, block)) for block in model.blocks]
         head = backbone.embed_tokens if model.lm_head is None else model.lm_head
@@ -125,9 +143,7 @@ class NativeStep:
             head=self._matrix(head),
             layer=(_Layer * len(layers))(*layers),
         )
-        self.memory = torch.empty(0)
-        self.slots = self.threads = 0
-        self.lock = Lock()
+        self.slots = self.threads = 0  # the work memory is made anew
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
         """Logits (B, V) behind each row's new tokens, float32; None for what the layers know alone, or do faster.
@@ -139,6 +155,7 @@ class NativeStep:
 
         Raises:
             ValueError: no slot is left, or the state is another model's or of another number of rows; a row of none.
+            RuntimeError: weights have changed since `refresh`.
             IndexError: a token that the vocabulary does not have.
         """
         counts = [len(row) for row in tokens]
@@ -170,6 +187,8 @@ class NativeStep:
             for slot, token in enumerate(row, start)
         ]
         logits = torch.empty(len(counts), native.vocab, dtype=torch.float32, device="cpu")
+        if any(t._version != version or t.data_ptr() != place for t, place, version in self.versions):
+            raise RuntimeError("the model's weights have changed since this step read them: call its refresh()")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
             self._make_room(len(ids), state.max_len)
             self.library.minillama_step(

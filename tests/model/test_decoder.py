@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from minillama.config import ModelConfig
 from minillama.config.loader import config_names
 from minillama.errors import InputError
+from minillama.formats import gguf, meta
+from minillama.inference.quantize import quantize
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
@@ -217,3 +221,47 @@ def test_cuda_equals_cpu(model: Decoder) -> None:
 def test_mps_equals_cpu(model: Decoder) -> None:
     ids = tokens(2, 16)
     torch.testing.assert_close(model.to("mps")(ids.to("mps")).cpu(), model.cpu()(ids), atol=1e-3, rtol=1e-3)
+
+
+class Adapted(nn.Linear):
+    """A linear layer that adds something of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.sum()
+
+
+class Wrapped(nn.Module):
+    """A linear layer within another."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + 1
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+@pytest.mark.parametrize("verb", ["fused", "quantized"])
+def test_layers_that_are_more_than_linear_are_refused(wrap: bool, verb: str) -> None:
+    model = Decoder(ModelConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96, vocab_size=50, max_seq_len=16))
+    attention = model.blocks[1].self_attn
+    attention.q_proj = Wrapped(attention.q_proj) if wrap else Adapted(64, 64, bias=False)
+    before = model.state_dict().keys()
+    with pytest.raises(InputError, match=f"cannot be {verb}") as error:
+        model.fuse() if verb == "fused" else quantize(model, "int8")
+    assert "model.layers.1.self_attn.q_proj" in str(error.value)
+    assert model.state_dict().keys() == before  # nothing was changed
+
+
+def test_tensors_that_would_not_be_written_are_refused(tmp_path: Path) -> None:
+    model = Decoder(ModelConfig(dim=64, n_layers=1, n_heads=4, hidden_dim=96, vocab_size=50, max_seq_len=16))
+    model.score = nn.Linear(64, 1, bias=False)
+    with pytest.raises(InputError, match="would not be written") as error:
+        model.save_pretrained(tmp_path / "a")
+    assert "score.weight" in str(error.value) and not (tmp_path / "a").exists()
+    for write in (gguf.write, meta.write):
+        with pytest.raises(InputError, match="would not be written"):
+            keys = ({}, "f32", "x") if write is gguf.write else (torch.float32,)
+            write(tmp_path / "b", model.config, model.state_dict(), *keys)
+    assert not (tmp_path / "b").exists()

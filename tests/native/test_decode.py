@@ -191,6 +191,34 @@ def test_fewer_threads_beside_other_programs_change_nothing(monkeypatch: pytest.
     assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("change", ["norm", "matrix", "type"])
+@torch.no_grad()
+def test_a_step_that_is_stale_cannot_be_used(change: str) -> None:
+    native = model(torch.bfloat16)
+    step = NativeStep(native)
+    before = step([[3]], native.state(1, 4), Mask())
+    if change == "norm":
+        native.model.norm.weight.mul_(2)
+    elif change == "matrix":
+        native.blocks[1].mlp.down_proj.weight.add_(0.1)
+    else:
+        native.float()
+    with pytest.raises(RuntimeError, match="refresh"):
+        step([[3]], native.state(1, 4), Mask())
+    step.refresh()
+    after = step([[3]], native.state(1, 4), Mask())
+    assert before is not None and after is not None
+    torch.testing.assert_close(after, native.float()(torch.tensor([[3]]))[:, -1], rtol=2e-2, atol=2e-2)
+    assert change == "type" or not torch.allclose(before, after, rtol=1e-2)
+
+
+def test_other_weights_leave_no_step() -> None:
+    native = model()
+    native.step = NativeStep(native)
+    native.load_state_dict({name: tensor + 1 for name, tensor in native.state_dict().items()}, assign=True)
+    assert native.step is None
+
+
 def test_a_copy_of_the_model_has_no_step() -> None:
     native = model()
     native.step = NativeStep(native)
