@@ -6,9 +6,7 @@ import copy
 from functools import partial
 
 import torch
-from torch import Tensor
-
-from minillama.model import Decoder
+from torch import Tensor, nn
 
 __all__ = ["WorkingCopy"]
 
@@ -26,9 +24,9 @@ class WorkingCopy:
         dtype: of the passes.
     """
 
-    def __init__(self, master: Decoder, dtype: torch.dtype) -> None:
+    def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
         self.master = master
-        self.model = master if dtype == master.dtype else copy.deepcopy(master).to(dtype)
+        self.model = master if dtype == next(master.parameters()).dtype else copy.deepcopy(master).to(dtype)
         self._pairs = list(zip(self.model.parameters(), master.parameters(), strict=True))
         for working, parameter in () if self.is_master else self._pairs:
             trains = working.requires_grad

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from minillama.inference.engine import evaluating
 from minillama.layers.attention import Attention
 from minillama.model import Decoder
-from minillama.training.objectives import Batch, Objective
+from minillama.training.objectives import MODEL, Batch, Objective
+from minillama.training.objectives.base import replaced
 
 QUERIES = 256  # whose scores exist at once
 
@@ -58,8 +59,8 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
     try:
-        with evaluating(model):
-            objective.loss(model, batch)
+        with evaluating(model), replaced(objective, MODEL, model):
+            objective.loss(batch)
     finally:
         for hook in hooks:
             hook.remove()

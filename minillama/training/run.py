@@ -28,6 +28,7 @@ from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
 from minillama.training.data import load_data
 from minillama.training.init_model import build_model, with_grown_vocabulary
+from minillama.training.objectives import make
 from minillama.training.trainer import Trainer
 
 __all__ = ["train"]
@@ -96,10 +97,11 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     warn_of_memory(config, choose_dtype(config.train.dtype, device), device, report)
     data, tokenizer = load_data(config, report)
     model = build_model(config, checkpoint is not None)
-    trainer = Trainer(config, model, tokenizer, data, folder, report, checkpoint)
+    objective = make(config, model, tokenizer, data)
+    trainer = Trainer(config, objective, tokenizer, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
-    step, prints = trainer.progress.step, (data.fingerprint, tokenizer.fingerprint)
+    step, prints = trainer.progress.step, (objective.fingerprint, tokenizer.fingerprint)
     folder.start(tomli_w.dumps(to_table(config)), provenance(config, step, *prints, device))
     set_aside(passed)
     if checkpoint is None:
@@ -146,7 +148,8 @@ def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report)
         report.say(f"{trainer.guard.skipped} steps were skipped; metrics.jsonl names them")
     best = trainer.writer.best
     if best is not None:
-        report.say(f"best val_loss {trainer.writer.losses[best]:.4f}: {folder.checkpoints / f'step-{best}'}")
+        name, value = trainer.objective.best[0], abs(trainer.writer.losses[best])
+        report.say(f"best {name} {value:.4f}: {folder.checkpoints / f'step-{best}'}")
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
     earlier = f" ({before:.0f} s before it was resumed)" if before else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -13,6 +13,7 @@ from torch import nn
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig, Stage
+from minillama.training.optim.groups import named_parameters
 
 __all__ = ["check", "describe", "enter", "trained"]
 
@@ -51,10 +52,10 @@ def describe(config: RunConfig, step: int) -> str:
     )
 
 
-def enter(stage: Stage, models: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
+def enter(stage: Stage, models: Iterable[Mapping[str, nn.Module]], optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Freeze what the stage does not train, and forget what the optimizers remember of it."""
     for model in models:
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(model):
             parameter.requires_grad_(stage.trains(name))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

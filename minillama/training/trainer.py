@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from minillama.data.corpus import Corpus
-from minillama.data.records import Records
 from minillama.device import choose_dtype, peak_flops
 from minillama.errors import InputError
 from minillama.files import replace_folder
@@ -31,8 +29,10 @@ from minillama.runs.writer import CheckpointCopy, CheckpointWriter
 from minillama.tokenizer import Tokenizer
 from minillama.training import trainable
 from minillama.training.compile import Compiler, use_native_kernels
+from minillama.training.gradients import accumulate, clip, is_finite
 from minillama.training.guard import Guard
-from minillama.training.objectives import Batch, make
+from minillama.training.objectives import MODEL, Batch, Objective
+from minillama.training.objectives.base import digest
 from minillama.training.optim.groups import change_settings, load_optimizer_state, make_optimizers, optimizer_state
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.precision import WorkingCopy
@@ -58,34 +58,32 @@ class Trainer:
 
     Args:
         config: the run.
-        model: the decoder, on its device.
+        objective: the loss, its data and its models, on their device.
         tokenizer: saved beside every model.
-        data: what the objective reads.
         folder: where everything is written.
         report: where everything is said.
         checkpoint: where to go on from; None starts at step 0.
 
     Raises:
-        InputError: the checkpoint was made with other data.
+        InputError: the checkpoint was made with other data, or beside other frozen models.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        model: Decoder,
+        objective: Objective,
         tokenizer: Tokenizer,
-        data: Corpus | Records,
         folder: RunFolder,
         report: Report,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.config, self.model, self.tokenizer, self.data = config, model, tokenizer, data
+        self.config, self.objective, self.tokenizer = config, objective, tokenizer
         self.folder, self.report = folder, report
+        self.masters = dict(objective.models)
+        self.model = model = cast(Decoder, self.masters[MODEL])
         self.dtype = choose_dtype(config.train.dtype, model.device)
         self.peak, self.next_peak = peak_flops(model.device, self.dtype), 0
-        self.parameters = list(model.parameters())
-        self.objective = make(config, tokenizer, data.separator)
-        self.optimizers = make_optimizers(model, config.optim)
+        self.optimizers = make_optimizers(self.masters, config.optim)
         self.progress, self.guard, self.signals = Progress(), Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.doing = "training"
@@ -93,14 +91,19 @@ class Trainer:
         model.checkpointing = config.train.checkpointing
         self.writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep, self._write_model, report)
         self._unrecorded: dict[str, Any] | None = None
+        for companion in objective.companions.values():
+            companion.to(self.dtype).eval().requires_grad_(False)
+        self.companions = {name: digest(companion) for name, companion in objective.companions.items()}
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.working = WorkingCopy(model, self.dtype)
+        self.copies = {name: WorkingCopy(master, self.dtype) for name, master in self.masters.items()}
+        objective.models = {name: copy.model for name, copy in self.copies.items()}
+        self.working = cast(Decoder, objective.models[MODEL])
         if config.train.compile != "false":
-            use_native_kernels(self.working.model, report.say)
+            use_native_kernels(self.working, report.say)
         self.probes = Probes(model, config.metrics.every, config.micro_batch_size)
         mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
-        self.compiler = Compiler(mode, self.working.model, report)
+        self.compiler = Compiler(mode, self.working, report)
 
     def train(self) -> None:
         """Run from the current step to the last.
@@ -128,7 +131,8 @@ class Trainer:
 
     def _run(self) -> None:
         steps = self.config.train.steps
-        self.working.model.train()
+        for model in self.objective.models.values():
+            model.train()
         if self.progress.step == 0:
             self.validate()
         elif self._unrecorded is not None:  # the run was stopped after the checkpoint, before its line was written
@@ -162,7 +166,7 @@ class Trainer:
         """One optimizer step; its line for metrics.jsonl."""
         began = time.perf_counter()
         step, config = self.progress.step, self.config
-        self.objective.prepare(step)
+        prepared = self.objective.prepare(step)
         self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
@@ -171,10 +175,10 @@ class Trainer:
                 group["lr"] = rate * group["lr_scale"]
         if config.train.dropout:
             torch.manual_seed(config.seed * 1_000_003 + step)  # the same masks after a resume
-        batch = self.objective.batch(self.data, config.seed, step)
-        loss, metrics = self._accumulate(batch)
-        limit = optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+        batch = self.objective.batch(step)
+        losses = accumulate(self.objective, batch, config.micro_batch_size, self.model.device)
+        norms = clip(self.masters, optim.grad_clip)
+        loss, norm = losses.loss, next((n for n in norms.values() if not math.isfinite(n)), norms["grad_norm"])
         reason = self.guard.judge(loss, norm)
         if reason is None:
             with self.probes.around(step + 1):
@@ -183,7 +187,7 @@ class Trainer:
             places = self._skip(batch, reason, math.isfinite(loss))
         seconds = time.perf_counter() - began
         self._count(batch.tokens.numel(), seconds)
-        record = self._record(loss, rate, norm, batch.tokens.numel() / seconds) | metrics
+        record = self._record(loss, rate, norms, batch.tokens.numel() / seconds) | {**prepared, **losses.record()}
         record |= {"skipped": reason, "rows": places} if reason else self.probes.measures(self.objective, batch)
         self.report.step(record)
         self.compiler.after_step(seconds, config.train.steps - self.progress.step)
@@ -193,48 +197,30 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.working.refresh()
+        for copy in self.copies.values():
+            copy.refresh()
 
-    def _skip(self, batch: Batch, reason: str, is_finite: bool) -> list[str]:
+    def _skip(self, batch: Batch, reason: str, finite: bool) -> list[str]:
         """Leave the weights as they are, and say which text it was: the rows whose loss is no number, or all."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         everything = range(len(batch.tokens))
-        bad = [] if is_finite else [row for row in everything if not self._is_finite(batch.rows(row, row + 1))]
+        moved = batch.to(self.model.device)
+        bad = [] if finite else [i for i in everything if not is_finite(self.objective, moved.rows(i, i + 1))]
         rows = list(bad or everything)
-        shown = self.objective.where(self.data, self.config.seed, self.progress.step, rows[:NAMED])
+        shown = self.objective.where(self.progress.step, rows[:NAMED])
         places = [f"row {row}: {place}" for row, place in zip(rows[:NAMED], shown, strict=True)]
         places += [f"and {len(rows) - NAMED} rows more"] if len(rows) > NAMED else []
         which = "the rows whose loss is no number" if bad else "all rows"
         self.report.say(f"step {self.progress.step + 1} skipped: {reason}; {which}: {'; '.join(places)}")
         return places
 
-    @torch.no_grad()
-    def _is_finite(self, row: Batch) -> bool:
-        loss, _, _ = self.objective.loss(self.working.model, row.to(self.model.device))
-        return math.isfinite(loss.item())
-
-    def _accumulate(self, batch: Batch) -> tuple[float, dict[str, float | None]]:
-        """Gradients of the whole batch, one micro-batch at a time; the loss a unit of weight."""
-        size, rows = self.config.micro_batch_size, len(batch.tokens)
-        weight = batch.weights.sum().item()
-        total = 0.0
-        sums: dict[str, float] = {}
-        for start in range(0, rows, size):
-            part = batch.rows(start, start + size).to(self.model.device)
-            loss, _, metrics = self.objective.loss(self.working.model, part)
-            (loss / weight).backward()
-            total += loss.item()
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-        return total / weight, {name: _number(value / weight) for name, value in sums.items()}
-
     def _enter_stage(self, step: int) -> None:
         if self.config.stages and self.config.stage(step) is not self.stage:
             if self.stage is not None:
                 self.guard.recent.clear()  # losses of the stage before say nothing of this one's
             self.stage = self.config.stage(step)
-            trainable.enter(self.stage, (self.model, self.working.model), self.optimizers)
+            trainable.enter(self.stage, (self.masters, self.objective.models), self.optimizers)
             change_settings(self.optimizers, self.config.optim_at(step))
             self.report.say(trainable.describe(self.config, step))
 
@@ -243,13 +229,13 @@ class Trainer:
         self.progress.tokens += tokens
         self.progress.seconds += seconds
 
-    def _record(self, loss: float, rate: float, norm: float, speed: float) -> dict[str, Any]:
+    def _record(self, loss: float, rate: float, norms: Mapping[str, float], speed: float) -> dict[str, Any]:
         flops = self.config.model.flops_per_token(self.config.context) * speed
         return {
             "step": self.progress.step,
             "loss": _number(loss),
             "lr": rate,
-            "grad_norm": _number(norm),
+            **{name: _number(norm) for name, norm in norms.items()},
             "tokens": self.progress.tokens,
             "tokens_per_second": speed,
             "mfu": self._share_of_peak(flops),
@@ -273,19 +259,24 @@ class Trainer:
         limit, rows = self.config.validate.tokens, self.config.micro_batch_size
         self.doing = "evaluating"
         with self.signals.leaving_at_once():
-            found = self.objective.validate(self.working.model, self.data, limit, rows)
+            found = self.objective.validate(rows, limit)
         self.progress.seconds += time.perf_counter() - began
         base = record or {"step": self.progress.step, "tokens": self.progress.tokens}
         measured = {name: _number(value) for name, value in found.items()}
         self.folder.append_metrics(base | measured | {"seconds": self.progress.seconds})
-        if self.progress.step and math.isfinite(found["val_loss"]):
-            self.writer.losses[self.progress.step] = found["val_loss"]
-        shown = ({"loss": record["loss"]} if record and record["loss"] is not None else {}) | found
+        if self.progress.step and math.isfinite(found[self.objective.best[0]]):
+            self.writer.losses[self.progress.step] = self._badness(found)
+        shown = ({"loss": record["loss"]} if record and record["loss"] is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.progress.step}: {text}")
         with self.signals.leaving_at_once():
             self._sample()
         self.doing = "training"
+
+    def _badness(self, measures: Mapping[str, float]) -> float:
+        """The measure by which the best checkpoint is kept, the less the better."""
+        name, direction = self.objective.best
+        return measures[name] if direction == "min" else -measures[name]
 
     def _sample(self) -> None:
         wanted = self.config.sample
@@ -293,20 +284,31 @@ class Trainer:
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
         for prompt in wanted.prompts:
-            completion = generate(self.working.model, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
+            completion = generate(self.working, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
 
     def save(self, record: Mapping[str, Any]) -> None:
         """Have a checkpoint written; `record` is the line of the step that was taken last."""
         tensors = optimizer_state(self.optimizers)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
-        run = asdict(self.progress) | {
-            "data": self.data.fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
-            "guard": self.guard.state(),
-            "record": dict(record),
-        }
+        tensors |= {f"models/{name}/{key}": value for name, key, value in self._others()}
+        run = (
+            asdict(self.progress)
+            | {
+                "data": self.objective.fingerprint,
+                "tokenizer": self.tokenizer.fingerprint,
+                "guard": self.guard.state(),
+                "record": dict(record),
+            }
+            | ({"companions": self.companions} if self.companions else {})
+        )
         self.writer.submit(lambda: CheckpointCopy.of(self.model.state_dict(), tensors, run))
+
+    def _others(self) -> Iterator[tuple[str, str, Tensor]]:
+        """The tensors of the models that are no model folder."""
+        for name, master in self.masters.items():
+            for key, value in master.state_dict().items() if name != MODEL else ():
+                yield name, key, value
 
     def save_model(self, path: Path) -> None:
         """Write a model folder that is complete or absent."""
@@ -320,22 +322,25 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         run = checkpoint.run
-        for name, found in (("data", self.data.fingerprint), ("tokenizer", self.tokenizer.fingerprint)):
-            if run[name] != found:
+        same = {"data": self.objective.fingerprint, "tokenizer": self.tokenizer.fingerprint} | self.companions
+        for name, found in same.items():
+            expected = run[name] if name in run else run.get("companions", {}).get(name, "none")
+            if expected != found:
                 raise InputError(
                     f"the {name} is not what the checkpoint was trained on",
                     where=checkpoint.path,
                     found=f"fingerprint {found[:16]}",
-                    expected=run[name][:16],
+                    expected=expected[:16],
                     fix=f"bring the {name} back, or start a new run",
                 )
         saved = Decoder.from_pretrained(checkpoint.path, torch.float32, self.model.device)
         self.model.load_state_dict(saved.state_dict())
         tensors = checkpoint.optimizer_tensors()
-        prefix = "objective/"
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        self.objective.load_state_dict(own)
-        load_optimizer_state(self.optimizers, {n: t for n, t in tensors.items() if not n.startswith(prefix)})
+        self.objective.load_state_dict(_taken(tensors, "objective/"))
+        for name, master in self.masters.items():
+            if name != MODEL:
+                master.load_state_dict(_taken(tensors, f"models/{name}/"))
+        load_optimizer_state(self.optimizers, tensors)
         self.progress = Progress(run["step"], run["tokens"], run["seconds"])
         self.guard.restore(run["guard"])
         self._take_up(run["record"])
@@ -345,7 +350,9 @@ class Trainer:
         step = self.progress.step
         lines = [line for line in self.folder.read_metrics() if line["step"] <= step]
         self.writer.losses = {
-            line["step"]: line["val_loss"] for line in lines if line["step"] and line.get("val_loss") is not None
+            line["step"]: self._badness(line)
+            for line in lines
+            if line["step"] and line.get(self.objective.best[0]) is not None
         }
         is_complete = bool(lines) and lines[-1]["step"] == step
         if not is_complete or (self._validates(step) and step not in self.writer.losses):
@@ -353,6 +360,11 @@ class Trainer:
             self._unrecorded = record
         else:
             self.folder.rewind_metrics(step)
+
+
+def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take out those whose names begin so, without that."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 def _number(value: float) -> float | None:

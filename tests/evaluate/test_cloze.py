@@ -144,13 +144,14 @@ def test_micro_batches_sum_to_the_whole(model: Decoder, tokenizer: Tokenizer, tm
     config = load_run_config(
         "tiny", ["--train.objective", "cloze", "--train.batch_size", "6", "--train.context", "64", *WORDS], "glm-tiny"
     )
-    objective = make(config, tokenizer, None)
     data = Records.load([Source(path=write(tmp_path / "r.jsonl", reviews()))], 0.2)  # type: ignore[arg-type]
-    batch = objective.batch(data, 1, 3)
-    whole, weight, metrics = objective.loss(model, batch)
-    parts = [objective.loss(model, batch.rows(start, start + 2)) for start in (0, 2, 4)]
-    torch.testing.assert_close(sum(part[0] for part in parts), whole)
-    assert weight == 6 and sum(int(part[2]["accuracy"]) for part in parts) == int(metrics["accuracy"])
+    objective = make(config, model, tokenizer, data)
+    batch = objective.batch(3)
+    whole, metrics = objective.loss(batch)
+    parts = [objective.loss(batch.rows(start, start + 2)) for start in (0, 2, 4)]
+    torch.testing.assert_close(sum(part[0]["loss"] for part in parts), whole["loss"])
+    assert batch.total("accuracy") == batch.total("loss") == 6
+    assert sum(int(part[1]["accuracy"]) for part in parts) == int(metrics["accuracy"])
 
 
 def test_records_are_read_once_an_epoch_and_held_out_by_their_content(tmp_path: Path) -> None:
@@ -169,14 +170,14 @@ def test_records_are_read_once_an_epoch_and_held_out_by_their_content(tmp_path: 
 @pytest.mark.parametrize(
     ("pattern", "verbalizers", "what"),
     [
-        ("{text}", ("a=b", "c=d"), "no place for one answer"),
-        ("{text} [MASK] [MASK]", ("a=b", "c=d"), "no place for one answer"),
+        ("{text}", ("a=b", "c=d"), "exactly one"),
+        ("{text} [MASK] [MASK]", ("a=b", "c=d"), "exactly one"),
         ("It was [MASK]", ("a=b", "c=d"), "names no plain field"),
         ("{a.b} [MASK]", ("a=b", "c=d"), "names no plain field"),
         ("{} [MASK]", ("a=b", "c=d"), "names no plain field"),
         ("{text!r} [MASK]", ("a=b", "c=d"), "names no plain field"),
         ("{text:d} [MASK]", ("a=b", "c=d"), "names no plain field"),
-        ("[gMASK] {text} [MASK]", ("a=b", "c=d"), "no place for one answer"),
+        ("[gMASK] {text} [MASK]", ("a=b", "c=d"), "exactly one"),
         ("{text} [MASK]", ("a= ", "c=d"), "without words"),
         ("{text} [MASK]", ("a=b", "c= b"), "the same words"),
         ("{text [MASK]", ("a=b", "c=d"), "braces do not match"),
@@ -195,7 +196,7 @@ def test_questions_that_are_none(pattern: str, verbalizers: tuple[str, ...], wha
     ("record", "what", "reason"),
     [
         ({"label": "positive"}, "a field of the pattern is missing", "does not fit the question"),
-        ({"text": 3, "label": "positive"}, "a field of the pattern is no text", "does not fit the question"),
+        ({"text": 3, "label": "positive"}, "a field of the pattern is not a string", "does not fit the question"),
         ({"text": "a"}, "the record has no label", "does not fit the question"),
         ({"text": "a", "label": "so-so"}, "a label without a verbalizer", "does not fit the question"),
         ({"text": "a\ud800", "label": "positive"}, "not valid Unicode", "invalid Unicode"),

@@ -48,10 +48,13 @@ def corpus() -> Corpus:
     return Corpus(splits, splits, separator=0)
 
 
-def objective(context: int = 64, **config: float) -> BlankInfilling:
+def objective(
+    context: int = 64, model: Decoder | None = None, data: Corpus | None = None, seed: int = 1, **config: float
+) -> BlankInfilling:
     ends = np.zeros(97, bool)
     ends[[5, 17, 33, 60]] = True
-    return BlankInfilling(6, context, BLANKS, ends, 0, BlankConfig(**config))
+    over = model or Decoder(MODEL), data or Corpus([], [], separator=0), seed, 6, context
+    return BlankInfilling(*over, BLANKS, ends, 0, BlankConfig(**config))
 
 
 # ---------------------------------------------------------------- the worked example of the paper, §2.1 and figure 2
@@ -143,9 +146,9 @@ def test_the_ends_of_sentences_are_read_from_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("kind", ["tokens", "sentences", "document"])
 def test_a_batch_fits_and_gives_the_text_back(corpus: Corpus, kind: str) -> None:
-    made = objective(**{"tokens": 0.0, "sentences": 0.0, "document": 0.0, kind: 1.0})
+    made = objective(data=corpus, seed=3, **{"tokens": 0.0, "sentences": 0.0, "document": 0.0, kind: 1.0})
     windows = corpus.batch(3, 7, 6, made.window)[:, : made.window if kind == "document" else made.short]
-    batch = made.batch(corpus, 3, 7)
+    batch = made.batch(7)
     assert batch.tokens.shape == batch.targets.shape == (6, 64)
     for row, text in enumerate(windows):
         assert batch.mask.prefix is not None
@@ -167,29 +170,30 @@ def test_a_batch_fits_and_gives_the_text_back(corpus: Corpus, kind: str) -> None
 
 
 def test_windows_reach_to_the_context(corpus: Corpus) -> None:
-    made = objective(document=1.0, tokens=0.0, sentences=0.0)
-    batches = [made.batch(corpus, 1, step) for step in range(20)]
+    made = objective(data=corpus, document=1.0, tokens=0.0, sentences=0.0)
+    batches = [made.batch(step) for step in range(20)]
     assert max(int(b.positions[:, 1].max()) for b in batches if b.positions is not None) > 55
-    short = objective()
+    short = objective(data=corpus)
     assert short.short < 62 == short.window
-    assert all((short.batch(corpus, 1, step).weights.sum(1) > 0).all() for step in range(20))
+    assert all((short.batch(step).weights.sum(1) > 0).all() for step in range(20))
 
 
 def test_text_without_sentences_gets_short_spans(corpus: Corpus) -> None:
-    made = BlankInfilling(6, 64, BLANKS, np.zeros(97, bool), 0, BlankConfig(tokens=0, document=0))
-    batches = [made.batch(corpus, 1, step) for step in range(10)]
+    made = objective(data=corpus, tokens=0, document=0)
+    made.ends = np.zeros(97, bool)
+    batches = [made.batch(step) for step in range(10)]
     assert sum(float(b.weights.sum()) for b in batches) / 60 > 8
     assert all(not ((b.targets == 0) & (b.weights > 0)).any() for b in batches)  # no separator is predicted
 
 
 def test_a_batch_is_a_function_of_seed_and_step(corpus: Corpus) -> None:
-    one, again, other = (objective().batch(corpus, 3, step) for step in (7, 7, 8))
+    one, again, other = (objective(data=corpus, seed=3).batch(step) for step in (7, 7, 8))
     assert torch.equal(one.tokens, again.tokens) and torch.equal(one.targets, again.targets)
     assert not torch.equal(one.tokens, other.tokens)
 
 
 def test_all_kinds_of_masks_occur_in_their_shares(corpus: Corpus) -> None:
-    batches = [objective().batch(corpus, 1, step) for step in range(40)]
+    batches = [objective(data=corpus).batch(step) for step in range(40)]
     rows = torch.cat([batch.tokens for batch in batches])
     shares = [float((rows == mask).any(1).float().mean()) for mask in BLANKS.masks]
     assert shares == pytest.approx([0.5, 0.3, 0.2], abs=0.1)
@@ -197,9 +201,10 @@ def test_all_kinds_of_masks_occur_in_their_shares(corpus: Corpus) -> None:
 
 def test_the_loss_is_the_sum_over_the_blanks(corpus: Corpus) -> None:
     torch.manual_seed(0)
-    model, made = Decoder(MODEL), objective()
-    batch = made.batch(corpus, 1, 2)
-    loss, weight, _ = made.loss(model, batch)
+    model = Decoder(MODEL)
+    made = objective(model=model, data=corpus)
+    batch = made.batch(2)
+    loss, weight = made.loss(batch)[0]["loss"], batch.total("loss")
     expected = torch.zeros(())
     for row in range(6):  # each row alone, without padding
         size = int((batch.weights[row].nonzero().max() + 1).item())
@@ -233,10 +238,17 @@ def test_the_first_token_of_the_text_sees_its_end() -> None:
 
 
 def test_held_out_blanks_are_the_same_every_time(corpus: Corpus) -> None:
-    model, made = Decoder(MODEL), objective()
-    first = made.validate(model, corpus, 600, 4)
-    assert first == made.validate(model, corpus, 600, 4)
-    assert first["val_loss"] == pytest.approx(made.validate(model, corpus, 600, 5)["val_loss"], rel=1e-5)
+    made = objective(data=corpus)
+    first = made.validate(4, 600)
+    assert first == made.validate(4, 600)
+    assert first["val_loss"] == pytest.approx(made.validate(5, 600)["val_loss"], rel=1e-5)
+
+
+def test_processes_share_a_batch(corpus: Corpus) -> None:
+    made = objective(data=corpus)
+    whole, parts = made.batch(3), [made.batch(3, rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+    assert [part.total("loss") for part in parts] == [whole.weights.sum().item()] * 2
 
 
 # --------------------------------------------------------------------------------------------------- configuration
@@ -248,10 +260,10 @@ def test_held_out_blanks_are_the_same_every_time(corpus: Corpus) -> None:
         ("glm-tiny", ["--train.objective", "lm"], "made for another objective"),
         ("llama-tiny", ["--train.objective", "glm"], "made for another objective"),
         ("llama-tiny", ["--train.objective", "cloze"], "made for another objective"),
-        ("glm-tiny", ["--train.context", "4"], "no blank fits"),
-        ("glm-tiny", ["--cloze.pattern", "{a} [MASK]", "--cloze.verbalizers", "a=b", "c=d"], "by another objective"),
-        ("glm-tiny", ["--data.mask_documents", "true"], "is read as a whole"),
-        ("glm-tiny", ["--blanks.tokens", "0", "--blanks.sentences", "0", "--blanks.document", "0"], "needs a share"),
+        ("glm-tiny", ["--train.context", "4"], "no masked span fits"),
+        ("glm-tiny", ["--cloze.pattern", "{a} [MASK]", "--cloze.verbalizers", "a=b", "c=d"], "to another objective"),
+        ("glm-tiny", ["--data.mask_documents", "true"], "attends to the whole sequence"),
+        ("glm-tiny", ["--blanks.tokens", "0", "--blanks.sentences", "0", "--blanks.document", "0"], "needs a weight"),
     ],
 )
 def test_what_excludes_blank_infilling_is_refused(preset: str, words: list[str], what: str) -> None:
@@ -266,7 +278,7 @@ def test_auto_and_the_name_mean_the_same() -> None:
 
 
 def test_a_tokenizer_without_marks_is_named() -> None:
-    with pytest.raises(InputError, match="no marks for blanks"):
+    with pytest.raises(InputError, match="no special tokens for infilling"):
         Blanks.of(TokenizerTrainer("bytes")([]))
 
 

@@ -28,7 +28,7 @@ def corpus() -> Corpus:
 
 
 def test_targets_are_the_next_tokens(corpus: Corpus) -> None:
-    batch = LanguageModel(3, 8).batch(corpus, seed=1, step=4)
+    batch = LanguageModel(Decoder(MODEL), corpus, 1, 3, 8).batch(4)
     assert batch.tokens.shape == batch.targets.shape == batch.weights.shape == (3, 8)
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     assert batch.mask == Mask() and batch.positions is None
@@ -36,35 +36,38 @@ def test_targets_are_the_next_tokens(corpus: Corpus) -> None:
 
 def test_loss_is_the_sum_of_nats(corpus: Corpus) -> None:
     model = Decoder(MODEL)
-    objective = LanguageModel(3, 8)
-    batch = objective.batch(corpus, 1, 0)
-    loss, weight, _ = objective.loss(model, batch)
+    objective = LanguageModel(model, corpus, 1, 3, 8)
+    batch = objective.batch(0)
+    loss, weight = objective.loss(batch)[0]["loss"], batch.total("loss")
     expected = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert weight == 24
 
 
 def test_weights_leave_targets_out(corpus: Corpus) -> None:
-    model, objective = Decoder(MODEL), LanguageModel(2, 8)
-    batch = objective.batch(corpus, 1, 0)
+    model = Decoder(MODEL)
+    objective = LanguageModel(model, corpus, 1, 2, 8)
+    batch = objective.batch(0)
     weights = torch.zeros(2, 8)
     weights[1, 3] = 2.0
-    loss, weight, _ = objective.loss(model, Batch(batch.tokens, batch.targets, weights))
+    weighted = Batch(batch.tokens, batch.targets, weights)
+    loss, weight = objective.loss(weighted)[0]["loss"], weighted.total("loss")
     one = F.cross_entropy(model(batch.tokens)[1, 3], batch.targets[1, 3])
     torch.testing.assert_close(loss / weight, one)
 
 
 def test_parts_of_a_batch_sum_to_the_whole(corpus: Corpus) -> None:
-    model, objective = Decoder(MODEL), LanguageModel(5, 8, separator=0)
-    batch = objective.batch(corpus, 1, 0)
-    whole, weight, _ = objective.loss(model, batch)
-    parts = [objective.loss(model, batch.rows(i, i + 2))[:2] for i in range(0, 5, 2)]
-    torch.testing.assert_close(sum(loss for loss, _ in parts), whole)
-    assert sum(w.item() for _, w in parts) == weight.item()
+    objective = LanguageModel(Decoder(MODEL), corpus, 1, 5, 8, separator=0)
+    batch = objective.batch(0)
+    whole = objective.loss(batch)[0]["loss"]
+    parts = [batch.rows(i, i + 2) for i in range(0, 5, 2)]
+    torch.testing.assert_close(sum(objective.loss(part)[0]["loss"] for part in parts), whole)
+    assert all(part.totals == batch.totals == {"loss": 40.0} for part in parts)
+    assert sum(part.weights.sum().item() for part in parts) == 40
 
 
 def test_documents_are_masked_and_positions_start_anew(corpus: Corpus) -> None:
-    batch = LanguageModel(2, 16, separator=0).batch(corpus, 1, 0)
+    batch = LanguageModel(Decoder(MODEL), corpus, 1, 2, 16, separator=0).batch(0)
     assert batch.positions is not None and batch.mask.documents is not None
     for row in range(2):
         starts = [i for i in range(16) if batch.tokens[row, i] == 0]
@@ -83,3 +86,12 @@ def test_documents_are_masked_and_positions_start_anew(corpus: Corpus) -> None:
     a = model(batch.tokens, batch.positions, batch.mask)[0, start:]
     b = model(changed, batch.positions, batch.mask)[0, start:]
     torch.testing.assert_close(a, b)
+
+
+def test_processes_share_a_batch(corpus: Corpus) -> None:
+    objective = LanguageModel(Decoder(MODEL), corpus, 1, 6, 8, separator=0)
+    whole, parts = objective.batch(3), [objective.batch(3, rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+    assert [part.totals for part in parts] == [whole.totals] * 3
+    for rank, part in enumerate(parts):
+        assert torch.equal(whole.share(rank, 3).tokens, part.tokens)

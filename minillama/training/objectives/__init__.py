@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+from minillama.data.corpus import Corpus
+from minillama.data.records import Records
 from minillama.evaluate.cloze import Cloze
+from minillama.model import Decoder
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
-from minillama.training.objectives.base import Batch, Objective
+from minillama.training.objectives.base import MODEL, Batch, Metrics, Objective
 from minillama.training.objectives.cloze import ClozeQuestions
 from minillama.training.objectives.glm import BlankInfilling
 from minillama.training.objectives.lm import LanguageModel
 from minillama.training.spans import sentence_ends
 
-__all__ = ["Batch", "BlankInfilling", "ClozeQuestions", "LanguageModel", "Objective", "make"]
+__all__ = ["MODEL", "Batch", "BlankInfilling", "ClozeQuestions", "LanguageModel", "Metrics", "Objective", "make"]
 
 
-def make(config: RunConfig, tokenizer: Tokenizer, separator: int | None) -> Objective:
+def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Records) -> Objective:
     """The objective that the configuration asks for.
 
     Args:
         config: the run.
+        model: the decoder, on its device.
         tokenizer: the model's.
-        separator: id of the token that opens a document, None where there is none.
+        data: what `load_data` found for this objective.
     """
     rows, context, z_loss = config.train.batch_size, config.context, config.train.z_loss
+    if isinstance(data, Records):
+        return ClozeQuestions(model, data, config.seed, rows, Cloze(config.cloze, tokenizer, context))
+    over = model, data, config.seed, rows, context
     if config.objective == "glm":
         ends = sentence_ends(tokenizer, config.model.vocab_size)
-        return BlankInfilling(rows, context, Blanks.of(tokenizer), ends, separator, config.blanks, z_loss)
-    if config.objective == "cloze":
-        return ClozeQuestions(rows, Cloze(config.cloze, tokenizer, context))
-    return LanguageModel(rows, context, separator if config.data.mask_documents else None, z_loss)
+        return BlankInfilling(*over, Blanks.of(tokenizer), ends, data.separator, config.blanks, z_loss)
+    return LanguageModel(*over, data.separator if config.data.mask_documents else None, z_loss)

@@ -1,18 +1,24 @@
-"""What a training objective is, and the batch it works on."""
+"""Training objective, and the batch it works on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from hashlib import sha256
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
-__all__ = ["Batch", "Objective", "Stateless"]
+__all__ = ["MODEL", "Batch", "DataObjective", "Metrics", "Objective", "digest", "replaced"]
+
+MODEL = "model"  # the name under which an objective has the model that becomes a model folder
+Metrics = Mapping[str, float]
+D = TypeVar("D", bound="Data")
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Batch:
         mask: who sees whom.
         positions: (B, T) position ids, where they are not 0..T-1.
         extras: further (B, ...) tensors that an objective needs.
+        totals: divisor of each named term of the loss, over the whole batch of all micro-batches and processes; of
+            `loss` the sum of the weights, unless given.
     """
 
     tokens: Tensor
@@ -34,6 +42,20 @@ class Batch:
     mask: Mask = field(default_factory=Mask)
     positions: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
+    totals: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.totals:
+            object.__setattr__(self, "totals", {"loss": self.weights.sum().item()})
+
+    def total(self, name: str) -> float:
+        """The divisor of a term, or of a metric, which is summed over what the first term is summed over."""
+        return self.totals.get(name, next(iter(self.totals.values())))
+
+    def share(self, rank: int, world: int) -> Batch:
+        """The examples of one process among several, which have equally many; the totals stay those of all."""
+        size = len(self.tokens) // world
+        return self if world == 1 else self.rows(rank * size, (rank + 1) * size)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The examples start..stop-1."""
@@ -53,48 +75,87 @@ class Batch:
             replace(self.mask, **moved),
             None if self.positions is None else change(self.positions),
             {name: change(value) for name, value in self.extras.items()},
+            self.totals,
         )
 
 
 class Objective(Protocol):
-    """What is minimized. One file an objective; `objectives.make` chooses.
+    """A loss with its data and its models. One file per objective; `objectives.make` chooses.
 
-    The loss is a sum and a weight, not a mean: the trainer divides the sums of all micro-batches by the
-    weight of the whole batch, so that accumulation changes nothing.
+    A loss is named sums, not a mean: the trainer divides each by its total of the whole batch, so that neither
+    accumulation nor the number of processes changes anything.
     """
 
+    models: Mapping[str, nn.Module]
+    """Trained: `MODEL`, the one that is written as a model folder, and others. Each is clipped alone, and has its place
+    in precision, optimizer and checkpoint under its name. The trainer puts working copies, on which the passes run, in
+    the place of the float32 models."""
+    companions: Mapping[str, nn.Module]
+    """Frozen: a reference, a reward model. Cast once, in eval mode, never saved; checkpoints have their SHA-256."""
+    fingerprint: str
+    """Of the data."""
+    best: tuple[str, Literal["min", "max"]]
+    """The measure by which the best checkpoint is kept, and its direction."""
     writes_text: bool
     """Whether a sample of the model's text shows what it learns."""
 
-    def batch(self, data: Any, seed: int, step: int) -> Batch:
-        """The batch of a step: a pure function of (seed, step). The data is what `load_data` chose for it."""
+    def prepare(self, step: int) -> Metrics:
+        """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
 
-    def where(self, data: Any, seed: int, step: int, rows: Sequence[int]) -> list[str]:
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The batch of a step, or a process's part of it: a pure function of (seed, step)."""
+
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
         """Where these rows of a step's batch stand in the data, for a message."""
 
-    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Weighted sum of losses, sum of weights, and summed metrics."""
+    def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Sums of the loss's terms by name, whose weighted mean is minimized, and summed metrics."""
 
-    def validate(self, model: Decoder, data: Any, limit: int, rows: int) -> dict[str, float]:
-        """Measures on held-out data, `val_loss` among them, of about `limit` tokens (0: all), `rows` at a time."""
-
-    def prepare(self, step: int) -> None:
-        """Called before a step's batch is made; what needs rollouts makes them here."""
+    def validate(self, rows: int, limit: int) -> Metrics:
+        """Measures on held-out data, `best` among them, of about `limit` tokens (0: all), `rows` at a time."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must come back on resume; empty for most."""
+        """What must come back on resume, such as a buffer of rollouts; empty for most."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take it back."""
 
 
-class Stateless:
-    """The part of an objective whose batches follow from (seed, step) alone."""
+class Data(Protocol):
+    """What an objective reads has a fingerprint."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it."""
+
+
+class DataObjective(Generic[D]):
+    """An objective of one model, whose batches follow from (seed, step) alone.
+
+    Args:
+        model: the decoder.
+        data: what is read.
+        seed: of the order of the data.
+        batch_size: rows per step.
+    """
 
     writes_text = True
+    best: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
 
-    def prepare(self, step: int) -> None:
+    def __init__(self, model: Decoder, data: D, seed: int, batch_size: int) -> None:
+        self.models: Mapping[str, nn.Module] = {MODEL: model}
+        self.companions: Mapping[str, nn.Module] = {}
+        self.data, self.seed, self.batch_size = data, seed, batch_size
+        self.fingerprint = data.fingerprint
+
+    @property
+    def model(self) -> Decoder:
+        """What the passes run on."""
+        return cast(Decoder, self.models[MODEL])
+
+    def prepare(self, step: int) -> Metrics:
         """Nothing to prepare: the data is there already."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing to keep."""
@@ -102,3 +163,23 @@ class Stateless:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Nothing to take back."""
+
+
+@contextmanager
+def replaced(objective: Objective, name: str, model: nn.Module) -> Iterator[None]:
+    """Has passes run on another model of that name, while the block runs."""
+    before = objective.models
+    objective.models = {**before, name: model}
+    try:
+        yield
+    finally:
+        objective.models = before
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors, in the order of their names."""
+    found = sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,56 +13,61 @@ from minillama.data.records import Records
 from minillama.evaluate.cloze import Answers, Cloze
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.training.objectives.base import Batch, Stateless
+from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
 __all__ = ["ClozeQuestions"]
 
 
-class ClozeQuestions(Stateless):
+class ClozeQuestions(DataObjective[Records]):
     """loss = -log p(label | record), p = p(words of the label | text) / sum over the labels.
 
     Du et al. 2022, arXiv 2103.10360, §2.4. All answers of a record are read, each in a row of its own.
 
     Args:
-        batch_size: records a step.
+        model: the decoder.
+        data: the records.
+        seed: of their order.
+        batch_size: records per step.
         cloze: the question.
     """
 
     writes_text = False
 
-    def __init__(self, batch_size: int, cloze: Cloze) -> None:
-        self.batch_size, self.cloze = batch_size, cloze
+    def __init__(self, model: Decoder, data: Records, seed: int, batch_size: int, cloze: Cloze) -> None:
+        super().__init__(model, data, seed, batch_size)
+        self.cloze = cloze
 
-    def batch(self, data: Records, seed: int, step: int) -> Batch:
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Records with all their answers; tokens are (B, L, T)."""
-        records = data.batch(seed, step, self.batch_size)
+        records = self.data.batch(self.seed, step, self.batch_size)
         answers = self.cloze.collate([self.cloze.layouts(record) for record in records])
         labels = torch.tensor([self.cloze.label(record) for record in records])
         extras = {"answer": answers.answer, "label": labels}
-        weights = torch.ones(len(records))
-        return Batch(answers.tokens, answers.targets, weights, Mask(prefix=answers.prefix), answers.positions, extras)
+        mask, weights = Mask(prefix=answers.prefix), torch.ones(len(records))
+        batch = Batch(answers.tokens, answers.targets, weights, mask, answers.positions, extras)
+        return batch.share(rank, world)
 
-    def where(self, data: Records, seed: int, step: int, rows: Sequence[int]) -> list[str]:
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
         """File and line of these records."""
-        return data.where(seed, step, self.batch_size, rows)
+        return self.data.where(self.seed, step, self.batch_size, rows)
 
-    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of nats over the records, and how many are answered rightly."""
         positions, prefix, label = batch.positions, batch.mask.prefix, batch.extras["label"]
         assert positions is not None and prefix is not None
-        scores = Answers(batch.tokens, batch.targets, batch.extras["answer"], positions, prefix).scores(model)
+        scores = Answers(batch.tokens, batch.targets, batch.extras["answer"], positions, prefix).scores(self.model)
         right = (scores.argmax(-1) == label).sum()
-        return F.cross_entropy(scores, label, reduction="sum"), batch.weights.sum(), {"accuracy": right}
+        return {"loss": F.cross_entropy(scores, label, reduction="sum")}, {"accuracy": right}
 
-    def validate(self, model: Decoder, data: Records, limit: int, rows: int) -> dict[str, float]:
+    def validate(self, rows: int, limit: int) -> Metrics:
         """Nats a record and accuracy on the held-out ones, beside that of always giving their commonest label.
 
         All held-out records are scored, whatever the limit, so that accuracies compare.
         """
-        labels = [self.cloze.label(record) for record in data.val]
-        asked = [self.cloze.layouts(record) for record in data.val]
+        labels = [self.cloze.label(record) for record in self.data.val]
+        asked = [self.cloze.layouts(record) for record in self.data.val]
         nats, right = 0.0, 0
-        for label, scores in zip(labels, self.cloze.log_probabilities(model, asked, rows), strict=True):
+        for label, scores in zip(labels, self.cloze.log_probabilities(self.model, asked, rows), strict=True):
             nats -= scores[label]
             right += scores.index(max(scores)) == label
         count = len(labels)

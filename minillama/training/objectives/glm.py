@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -16,7 +16,7 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.runs.config import BlankConfig
 from minillama.tokenizer.blanks import Blanks, Layout, collate
-from minillama.training.objectives.base import Batch, Stateless
+from minillama.training.objectives.base import Batch, DataObjective, Metrics
 from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
 
 __all__ = ["BlankInfilling", "Example"]
@@ -55,13 +55,16 @@ class Example:
             self.targets += [*ids[start:stop], blanks.end]
 
 
-class BlankInfilling(Stateless):
+class BlankInfilling(DataObjective[Corpus]):
     """loss = -sum over blanks, in a random order, of log p(blank | text around the blanks, blanks before it).
 
     A row is a window of text in which one kind of blank is chosen by the configured shares: short spans
     ([MASK]), whole sentences ([sMASK]) or one long stretch ([gMASK]). Rows are padded to the context.
 
     Args:
+        model: the decoder.
+        data: the corpus.
+        seed: of its order.
         batch_size: rows per step.
         context: T, slots a row.
         blanks: ids of the marks.
@@ -73,6 +76,9 @@ class BlankInfilling(Stateless):
 
     def __init__(
         self,
+        model: Decoder,
+        data: Corpus,
+        seed: int,
         batch_size: int,
         context: int,
         blanks: Blanks,
@@ -81,7 +87,8 @@ class BlankInfilling(Stateless):
         config: BlankConfig,
         z_loss: float = 0.0,
     ) -> None:
-        self.batch_size, self.context, self.blanks, self.ends = batch_size, context, blanks, ends
+        super().__init__(model, data, seed, batch_size)
+        self.context, self.blanks, self.ends = context, blanks, ends
         self.separator, self.config, self.z_loss = separator, config, z_loss
         lengths = span_lengths(config.mean_length)
         mean = float(lengths @ np.arange(1, len(lengths) + 1))
@@ -90,12 +97,13 @@ class BlankInfilling(Stateless):
         self.window = context - 2
         self.short = min(int(context / (1 + 2.5 * config.share / mean)), self.window)
 
-    def batch(self, data: Corpus, seed: int, step: int) -> Batch:
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of blanked windows."""
-        windows = data.batch(seed, step, self.batch_size, self.window)[:, :-1]
-        return self.collate(
-            self.example(window, np.random.default_rng([seed, step, row])) for row, window in enumerate(windows)
+        windows = self.data.batch(self.seed, step, self.batch_size, self.window)[:, :-1]
+        examples = (
+            self.example(window, np.random.default_rng([self.seed, step, row])) for row, window in enumerate(windows)
         )
+        return self.collate(examples).share(rank, world)
 
     def example(self, text: NDArray[np.int64], rng: np.random.Generator) -> Example:
         """A window with blanks of one kind."""
@@ -124,29 +132,31 @@ class BlankInfilling(Stateless):
         rows = collate([example.layout for example in made], targets, self.context)
         return Batch(rows.tokens, rows.targets, rows.weights, Mask(prefix=rows.prefix), rows.positions)
 
-    def where(self, data: Corpus, seed: int, step: int, rows: Sequence[int]) -> list[str]:
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
         """Source, document and tokens of these rows."""
-        return data.where(seed, step, self.batch_size, self.window, rows)
+        return self.data.where(self.seed, step, self.batch_size, self.window, rows)
 
-    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of nats over the tokens of part B and the ends of blanks."""
+        model = self.model
         chosen = batch.weights > 0  # the head is the dearest product, and most slots predict nothing
         hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
         z_loss = self.z_loss if model.training else 0.0
         loss = model.loss(hidden, batch.targets[chosen], batch.weights[chosen], z_loss)
-        return loss, batch.weights.sum(), {}
+        return {"loss": loss}, {}
 
-    def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:
+    def validate(self, rows: int, limit: int) -> Metrics:
         """The objective itself on held-out text with the same blanks every time; bits per byte of what they cover."""
         whole = Score(0.0, 0, 0.0)
-        with evaluating(model):
-            for split, windows in data.held_out(self.window, limit):
+        with evaluating(self.model):
+            for split, windows in self.data.held_out(self.window, limit):
                 numbered = enumerate(windows)
                 while part := [
                     self.example(text[: self.window], np.random.default_rng([HELD_OUT, i]))
                     for i, text in islice(numbered, rows)
                 ]:
-                    nats, weight, _ = self.loss(model, self.collate(part).to(model.device))
-                    covered = int(weight) - sum(example.count for example in part)  # the ends stand for no text
-                    whole += Score(nats.item(), int(weight), covered * split.bytes / split.tokens)
+                    batch = self.collate(part).to(self.model.device)
+                    nats, weight = self.loss(batch)[0]["loss"].item(), int(batch.total("loss"))
+                    covered = weight - sum(example.count for example in part)  # the ends stand for no text
+                    whole += Score(nats, weight, covered * split.bytes / split.tokens)
         return whole.measures()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +12,18 @@ from minillama.data.packing import document_ids, document_positions
 from minillama.evaluate.perplexity import Score, score
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.training.objectives.base import Batch, Stateless
+from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
 __all__ = ["LanguageModel"]
 
 
-class LanguageModel(Stateless):
+class LanguageModel(DataObjective[Corpus]):
     """loss = -sum_t log p(token_{t+1} | token_1..t), and PaLM's z-loss where asked for.
 
     Args:
+        model: the decoder.
+        data: the corpus.
+        seed: of its order.
         batch_size: rows per step.
         context: T, tokens per row.
         separator: id of the token that opens a document; with it, tokens see only their own document and
@@ -28,37 +31,44 @@ class LanguageModel(Stateless):
         z_loss: its weight.
     """
 
-    def __init__(self, batch_size: int, context: int, separator: int | None = None, z_loss: float = 0.0) -> None:
-        self.z_loss = z_loss
-        self.batch_size = batch_size
-        self.context = context
-        self.separator = separator
+    def __init__(
+        self,
+        model: Decoder,
+        data: Corpus,
+        seed: int,
+        batch_size: int,
+        context: int,
+        separator: int | None = None,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__(model, data, seed, batch_size)
+        self.context, self.separator, self.z_loss = context, separator, z_loss
 
-    def batch(self, data: Corpus, seed: int, step: int) -> Batch:
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of T + 1 consecutive tokens, split into what is read and what is predicted."""
-        window = data.batch(seed, step, self.batch_size, self.context)
-        rows = torch.from_numpy(window)
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        weights = torch.ones(targets.shape)
+        rows = self.batch_size // world
+        window = self.data.batch(self.seed, step, rows, self.context, rank * rows, self.batch_size)
+        ids = torch.from_numpy(window)
+        tokens, targets = ids[:, :-1], ids[:, 1:]
+        weights, totals = torch.ones(targets.shape), {"loss": float(self.batch_size * self.context)}
         if self.separator is None:
-            return Batch(tokens, targets, weights)
-        ids = document_ids(window[:, :-1], self.separator)
-        positions = document_positions(window[:, :-1], self.separator)
-        return Batch(tokens, targets, weights, Mask(documents=torch.from_numpy(ids)), torch.from_numpy(positions))
+            return Batch(tokens, targets, weights, totals=totals)
+        mask = Mask(documents=torch.from_numpy(document_ids(window[:, :-1], self.separator)))
+        positions = torch.from_numpy(document_positions(window[:, :-1], self.separator))
+        return Batch(tokens, targets, weights, mask, positions, totals=totals)
 
-    def where(self, data: Corpus, seed: int, step: int, rows: Sequence[int]) -> list[str]:
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
         """Source, document and tokens of these rows."""
-        return data.where(seed, step, self.batch_size, self.context, rows)
+        return self.data.where(self.seed, step, self.batch_size, self.context, rows)
 
-    def loss(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum of nats over the batch's targets, and their weight."""
-        hidden = model.hidden(batch.tokens, batch.positions, batch.mask)
-        loss = model.loss(hidden, batch.targets, batch.weights, self.z_loss)
-        return loss, batch.weights.sum(), {}
+    def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Sum of nats over the batch's targets."""
+        hidden = self.model.hidden(batch.tokens, batch.positions, batch.mask)
+        return {"loss": self.model.loss(hidden, batch.targets, batch.weights, self.z_loss)}, {}
 
-    def validate(self, model: Decoder, data: Corpus, limit: int, rows: int) -> dict[str, float]:
+    def validate(self, rows: int, limit: int) -> Metrics:
         """Nats a token and bits per byte of held-out text, at the training context."""
         whole = Score(0.0, 0, 0.0)
-        for split, windows in data.held_out(self.context, limit):
-            whole += score(model, windows, split.bytes / split.tokens, rows)
+        for split, windows in self.data.held_out(self.context, limit):
+            whole += score(self.model, windows, split.bytes / split.tokens, rows)
         return whole.measures()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,17 +13,35 @@ from minillama.runs.config import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
 from minillama.training.optim.muon import Muon
 
-__all__ = ["change_settings", "load_optimizer_state", "make_optimizers", "optimizer_state", "parameter_groups"]
+__all__ = [
+    "change_settings",
+    "load_optimizer_state",
+    "make_optimizers",
+    "named_parameters",
+    "optimizer_state",
+    "parameter_groups",
+]
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def named_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter; those of other models than `model` as NAME/PARAMETER. What two models share comes once."""
+    if isinstance(models, nn.Module):
+        return list(models.named_parameters())
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for key, model in models.items():
+        for name, parameter in model.named_parameters():
+            found.setdefault(id(parameter), (name if key == "model" else f"{key}/{name}", parameter))
+    return list(found.values())
+
+
+def parameter_groups(model: nn.Module | Mapping[str, nn.Module], config: OptimConfig) -> list[dict[str, Any]]:
     """Split parameters by weight decay: matrices decay; norms, biases and (unless asked) embeddings do not.
 
     Returns:
         Groups with `params` as (name, Parameter) pairs and `weight_decay`. Every parameter is in exactly
         one of them, which is asserted.
     """
-    named = list(model.named_parameters())
+    named = named_parameters(model)
     tables = {name for name, p in named if p.dim() >= 2 and name.endswith("embed_tokens.weight")}
     decayed = [(n, p) for n, p in named if p.dim() >= 2 and (config.decay_embeddings or n not in tables)]
     kept_names = {name for name, _ in decayed}
@@ -34,11 +52,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
     covered = [id(p) for _, p in decayed + kept]
     assert len(covered) == len(set(covered)), "a parameter is in two groups"
-    assert sum(p.numel() for _, p in decayed + kept) == sum(p.numel() for p in model.parameters())
+    assert len(covered) == len(named), "a parameter is in no group"
     return groups
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module | Mapping[str, nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon; or Adafactor.
 
     With `muon_lr` the blocks' matrices are moved by Muon instead: momentum, made orthogonal by five

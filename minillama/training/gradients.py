@@ -1,0 +1,76 @@
+"""Gradient accumulation over micro-batches, and clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from minillama.training.objectives import MODEL, Batch, Objective
+
+__all__ = ["Losses", "accumulate", "clip", "is_finite"]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Means over a whole batch.
+
+    Args:
+        terms: of the loss, by name.
+        metrics: what the objective measured beside it.
+    """
+
+    terms: Mapping[str, float]
+    metrics: Mapping[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The sum of the terms, which is what is minimized."""
+        return math.fsum(self.terms.values()) if len(self.terms) > 1 else next(iter(self.terms.values()))
+
+    def record(self) -> dict[str, float | None]:
+        """What metrics.jsonl has of it: metrics, and the terms by `loss_NAME` where there are several."""
+        terms = {f"loss_{name}": value for name, value in self.terms.items()} if len(self.terms) > 1 else {}
+        return {name: value if math.isfinite(value) else None for name, value in {**self.metrics, **terms}.items()}
+
+
+def accumulate(objective: Objective, batch: Batch, size: int, device: torch.device) -> Losses:
+    """Add the gradients of a batch to the parameters', `size` examples at a time.
+
+    Each term's sum is divided by its total over the whole batch, so that the size changes nothing but rounding.
+    """
+    sums: dict[str, float] = {}
+    measured: dict[str, float] = {}
+    for start in range(0, len(batch.tokens), size):
+        terms, metrics = objective.loss(batch.rows(start, start + size).to(device))
+        first, *others = [term / batch.total(name) for name, term in terms.items()]
+        sum(others, start=first).backward()
+        for into, found in ((sums, terms), (measured, metrics)):
+            for name, value in found.items():
+                into[name] = into.get(name, 0.0) + value.item()
+    return Losses(
+        {name: value / batch.total(name) for name, value in sums.items()},
+        {name: value / batch.total(name) for name, value in measured.items()},
+    )
+
+
+def clip(models: Mapping[str, nn.Module], limit: float) -> dict[str, float]:
+    """Scale each model's gradients so that their norm is at most `limit`, which 0 leaves alone; the norms before.
+
+    The first is `grad_norm`, those of other models than `MODEL` have its name in front.
+    """
+    return {
+        "grad_norm" if name == MODEL else f"{name}_grad_norm": torch.nn.utils.clip_grad_norm_(
+            model.parameters(), limit or math.inf
+        ).item()
+        for name, model in models.items()
+    }
+
+
+@torch.no_grad()
+def is_finite(objective: Objective, part: Batch) -> bool:
+    """Whether every term of these examples' loss is a number."""
+    return all(math.isfinite(term.item()) for term in objective.loss(part)[0].values())

@@ -1,0 +1,158 @@
+"""An objective of two models, a policy and a value head, with a frozen companion and a buffer of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minillama.data.corpus import Corpus
+from minillama.errors import InputError
+from minillama.model import Decoder
+from minillama.runs.config import RunConfig
+from minillama.tokenizer import Tokenizer
+from minillama.training import run
+from minillama.training.objectives import Batch, LanguageModel, Metrics
+from minillama.training.run import train
+
+from .test_trainer import Quiet
+
+Make = Callable[..., RunConfig]
+
+
+class PolicyAndValue(LanguageModel):
+    """Next tokens, and a value head that learns how many nats a frozen model takes for each, in rounds of two steps."""
+
+    best: tuple[str, Literal["min", "max"]] = ("val_gain", "max")
+
+    def __init__(self, config: RunConfig, model: Decoder, data: Corpus) -> None:
+        super().__init__(model, data, config.seed, config.train.batch_size, config.context)
+        generator = torch.Generator().manual_seed(5)
+        value = nn.Linear(config.model.dim, 1)
+        with torch.no_grad():
+            value.weight.normal_(0, 0.1, generator=generator)
+            value.bias.zero_()
+        self.models = {**self.models, "value": value}
+        reference = Decoder(config.model)
+        reference.init_weights(torch.Generator().manual_seed(9))
+        self.companions = {"reference": reference}
+        self.buffer = torch.zeros(2, self.context)
+
+    def prepare(self, step: int) -> Metrics:
+        if step % 2 == 0:  # a buffer that the next step needs too
+            tokens = super().batch(step).tokens
+            reference = self.companions["reference"]
+            assert isinstance(reference, Decoder) and not any(p.requires_grad for p in reference.parameters())
+            with torch.no_grad():
+                logits = reference(tokens).float()[:, :-1]
+                nats = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            self.buffer = F.pad(nats.view(len(tokens), -1), (0, 1))[:2].clone()
+        return {"reference_nats": float(self.buffer.mean())}
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        plain = super().batch(step, rank, world)
+        wanted = self.buffer.repeat(len(plain.tokens) // 2, 1)
+        count = float(len(plain.tokens))
+        totals = {"policy": count * self.context, "value": count, "error": count}
+        return Batch(plain.tokens, plain.targets, plain.weights, extras={"nats": wanted}, totals=totals)
+
+    def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        hidden = self.model.hidden(batch.tokens)
+        value = self.models["value"](hidden.detach())[..., 0].float()
+        errors = (value - batch.extras["nats"]) ** 2
+        policy = self.model.loss(hidden, batch.targets)
+        return {"policy": policy, "value": errors.mean(1).sum()}, {"error": errors.mean(1).sum()}
+
+    def validate(self, rows: int, limit: int) -> Metrics:
+        found = super().validate(rows, limit)
+        return {**found, "val_gain": 10 - found["val_loss"]}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"buffer": self.buffer}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.buffer = state["buffer"]
+
+
+class StopAt(Quiet):
+    """Asks to stop after a step, as Ctrl-C does."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def step(self, record: dict) -> None:
+        if record["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus) -> PolicyAndValue:
+        return PolicyAndValue(config, model, data)
+
+    monkeypatch.setattr(run, "make", make)
+
+
+def metrics(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second", "mfu")} for line in lines]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_trains_is_written_and_resumes_to_the_bit(
+    two_models: None, tiny_config: Make, tmp_path: Path, dtype: str
+) -> None:
+    config = tiny_config("--train.dtype", dtype, "--train.micro_batch_size", "2", "--optim.grad_clip", "0.5")
+    assert train(config, str(tmp_path / "whole"), report=Quiet()) == 0
+    for stop in (3, 7):  # within a round of the buffer
+        assert train(config, str(tmp_path / "cut"), resume=stop > 3, report=StopAt(stop)) == 143
+    assert train(config, str(tmp_path / "cut"), resume=True, report=Quiet()) == 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert metrics(whole) == metrics(cut)
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        one, two = (load_file(out / "checkpoints" / "step-12" / name) for out in (whole, cut))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    held = load_file(whole / "checkpoints" / "step-12" / "optimizer.safetensors")
+    assert {"models/value/weight", "models/value/bias", "objective/buffer", "value/weight/exp_avg"} <= held.keys()
+    assert not any("reference" in name for name in held)
+    taken = [line for line in metrics(whole) if "grad_norm" in line]
+    assert len(taken) == 12 and all(line["value_grad_norm"] > 0 and line["reference_nats"] > 0 for line in taken)
+    for line in taken:
+        assert line["loss"] == pytest.approx(line["loss_policy"] + line["loss_value"])
+        assert line["loss_value"] == pytest.approx(line["error"])
+    assert taken[-1]["loss_policy"] < taken[0]["loss_policy"] and taken[-1]["loss_value"] < taken[0]["loss_value"]
+
+
+def test_the_best_is_the_objectives(two_models: None, tiny_config: Make, tmp_path: Path) -> None:
+    report = Quiet()
+    assert train(tiny_config(), str(tmp_path / "run"), report=report) == 0
+    gains = {
+        line["step"]: line["val_gain"] for line in metrics(tmp_path / "run") if line.get("val_gain") and line["step"]
+    }
+    best = max(gains, key=lambda step: gains[step])
+    assert any(f"best val_gain {gains[best]:.4f}" in line and f"step-{best}" in line for line in report.lines)
+
+
+def test_another_companion_is_refused(two_models: None, tiny_config: Make, tmp_path: Path) -> None:
+    assert train(tiny_config(), str(tmp_path / "run"), report=StopAt(5)) == 143
+    original = PolicyAndValue.__init__
+
+    def other(self: PolicyAndValue, *args: object) -> None:
+        original(self, *args)  # type: ignore[arg-type]
+        self.companions["reference"].model.norm.weight.data.mul_(2)  # type: ignore[union-attr,index]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PolicyAndValue, "__init__", other)
+        with pytest.raises(InputError, match="the reference is not what"):
+            train(tiny_config(), str(tmp_path / "run"), resume=True, report=Quiet())
+    assert train(tiny_config(), str(tmp_path / "run"), resume=True, report=Quiet()) == 0
