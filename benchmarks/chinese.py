@@ -27,6 +27,7 @@ from minillama import Decoder, Tokenizer
 from minillama.data.sources import Source
 from minillama.data.split import SplitSource
 from minillama.evaluate.perplexity import score
+from minillama.threads import adapt
 from minillama.tokenizer import TokenizerTrainer
 from minillama.tokenizer.merge import extend
 
@@ -152,4 +153,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    adapt()
     main()

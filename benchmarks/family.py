@@ -24,6 +24,7 @@ from minillama.inference.generate import blanks_of
 from minillama.model import Decoder
 from minillama.runs.config import load_run_config
 from minillama.runs.report import PlainReport
+from minillama.threads import adapt
 from minillama.training.data import load_data
 
 MEMBERS = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
@@ -99,4 +100,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    adapt()
     main()

@@ -26,6 +26,7 @@ from minillama.model import Decoder
 from minillama.runs.checkpoint import save_checkpoint
 from minillama.runs.report import PlainReport
 from minillama.runs.writer import CheckpointCopy, CheckpointWriter
+from minillama.threads import adapt
 
 
 def seconds(call: Callable[[int], object], repeats: int) -> float:
@@ -79,4 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    adapt()
     main()

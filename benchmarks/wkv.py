@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minillama.layers.wkv import Sums, wkv_scan, wkv_step
+from minillama.threads import adapt
 
 
 def loop(k: Tensor, v: Tensor, w: Tensor, u: Tensor, past: Sums) -> Tensor:
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    adapt()
     main()

@@ -1,4 +1,4 @@
-"""From any format that is read to any that is written."""
+"""Checkpoint conversion between formats."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ def convert(
     progress: Callable[[str, int], None] = lambda name, total: None,
     calibrate: Callable[[ModelFile, Tokenizer], Mapping[str, Int4]] | None = None,
 ) -> Path:
-    """Write a model in another format. What is written is complete or absent.
+    """Convert a model to another format, atomically: the output is complete or absent.
 
     Args:
-        source: whatever `open_model` opens.
-        destination: a folder (hf, meta) or a file (gguf) that is not there yet.
+        source: anything that `open_model` opens.
+        destination: a folder (hf, meta) or a file (gguf) that does not exist yet.
         to: the format.
-        dtype: of the tensors (norms in GGUF stay f32); q8_0, q4_0 and q4_1 in GGUF alone. As the matrices are stored
-            unless given; quantized ones become f32.
-        tokenizer: its file or folder, if it does not lie with the model.
-        max_shard_size: of one file of a Hugging Face folder.
-        progress: is told each tensor's name and their number.
-        calibrate: of q4_1: what chooses its numbers, see `inference.calibrate.by_text`; rounding alone unless given.
+        dtype: of the tensors (norms in GGUF stay f32); q8_0, q4_0 and q4_1 in GGUF only. Default: as the matrices are
+            stored; quantized ones become f32.
+        tokenizer: its file or folder, if it is not beside the model.
+        max_shard_size: per file of a Hugging Face folder.
+        progress: called with each tensor's name and their number.
+        calibrate: for q4_1, quantization by importance matrix (`inference.calibrate.by_text`); default: rounding only.
 
     Raises:
-        InputError: something is there already, or the format cannot express the shape, the type or the
-            tokenizer; another type is to be calibrated.
+        InputError: the destination exists; the format cannot express the shape, the dtype or the
+            tokenizer; calibration for another dtype.
     """
     _check(to, dtype, calibrate)
     for path in (source, destination, tokenizer or ""):
         refuse_url(path)
     target = Path(destination)
     if target.exists():
-        raise InputError("there is something at the destination", where=target, fix="choose another, or remove it")
+        raise InputError("the destination exists", where=target, fix="choose another, or remove it")
     opened = open_model(source)
-    place, vocab = _tokenizer(opened, tokenizer)
+    tokenizer_path, vocab = _tokenizer(opened, tokenizer)
     stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
     total = len(opened.config.tensors())
 
@@ -80,7 +80,7 @@ def convert(
         if to == "hf":
             _to_hf(folder, opened, vocab, floats, hf.parse_size(max_shard_size), tell)
         else:
-            _write_meta_tokenizer(folder / "tokenizer.model", vocab, place)
+            _write_meta_tokenizer(folder / "tokenizer.model", vocab, tokenizer_path)
             meta.write(folder, opened.config, opened.tensors, floats, progress=tell)
 
     return replace_folder(target, write)
@@ -90,33 +90,33 @@ def _check(to: str, dtype: str | None, calibrate: object) -> None:
     if to not in get_args(Target):
         raise InputError("unknown format", where="--to", found=to, expected=", ".join(get_args(Target)))
     if dtype is not None and dtype not in gguf.DTYPES:
-        raise InputError("unknown type", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
+        raise InputError("unknown dtype", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
     if to != "gguf" and dtype is not None and dtype not in FLOATS:
-        raise InputError("this format has no such type", where="--dtype", found=dtype, expected=", ".join(FLOATS))
+        raise InputError("dtype unsupported by this format", where="--dtype", found=dtype, expected=", ".join(FLOATS))
     if calibrate is not None and dtype != "q4_1":
-        what, fix = "a text to calibrate by is for one type alone", "add --dtype q4_1, or leave out --calibrate"
+        what, fix = "calibration applies to q4_1 only", "add --dtype q4_1, or leave out --calibrate"
         raise InputError(what, where="--dtype", found=dtype, expected="q4_1", fix=fix)
 
 
 def _tokenizer(opened: ModelFile, given: str | os.PathLike[str] | None) -> tuple[Path, Tokenizer] | tuple[None, None]:
-    """Where a model's tokenizer lies, and what is there."""
-    place = Path(given) if given is not None else opened.tokenizer
-    if place is None:
+    """Path and tokenizer of a model."""
+    tokenizer_path = Path(given) if given is not None else opened.tokenizer
+    if tokenizer_path is None:
         return None, None
-    vocab = Tokenizer.load(place)
+    vocab = Tokenizer.load(tokenizer_path)
     if vocab.vocab_size > opened.config.vocab_size:
         found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
         raise InputError(
-            "the tokenizer is larger than the model's vocabulary", where=place, found=found, expected=expected
+            "the tokenizer is larger than the model's vocabulary", where=tokenizer_path, found=found, expected=expected
         )
-    return place, vocab
+    return tokenizer_path, vocab
 
 
 def _keys(opened: ModelFile, vocab: Tokenizer | None) -> Mapping[str, object]:
-    """The vocabulary of a GGUF file."""
+    """Tokenizer keys of a GGUF file."""
     if vocab is None:
         raise InputError(
-            "a GGUF file holds its tokenizer, and none lies with the model",
+            "a GGUF file includes a tokenizer, and none was found beside the model",
             where=opened.path,
             fix="name one with --tokenizer FILE",
         )
@@ -141,10 +141,10 @@ def _to_hf(
         vocab.save(folder, opened.config.max_seq_len)
 
 
-def _write_meta_tokenizer(file: Path, vocab: Tokenizer | None, place: Path | None) -> None:
-    if vocab is None or place is None:
+def _write_meta_tokenizer(file: Path, vocab: Tokenizer | None, tokenizer_path: Path | None) -> None:
+    if vocab is None or tokenizer_path is None:
         return
-    original = place / file.name if place.is_dir() else place
+    original = tokenizer_path / file.name if tokenizer_path.is_dir() else tokenizer_path
     is_there = original.name == file.name and original.is_file()
     if is_there and Tokenizer.load(original).fingerprint == vocab.fingerprint:
         shutil.copyfile(original, file)

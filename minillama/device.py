@@ -1,4 +1,4 @@
-"""What the machine can do: device, number format, peak speed, compiler."""
+"""Hardware capabilities: device, dtype, peak FLOP/s, compiler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "peak_flops",
 ]
 
-# dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the makers' data sheets
+# dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -38,11 +38,11 @@ PEAK_FLOPS = {
 
 
 def choose_device(name: str = "auto", where: str = "train.device") -> torch.device:
-    """`auto` is the first of CUDA, MPS and CPU that is there.
+    """Device by name; `auto` is the first available of CUDA, MPS and CPU.
 
     Args:
         name: auto, cpu, cuda, cuda:N or mps.
-        where: the setting that an error names.
+        where: the setting named in an error.
 
     Raises:
         InputError: a device that this machine or this torch lacks.
@@ -57,7 +57,7 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
 
 
 def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """The type of matrix products while training; weights and sums stay float32.
+    """Compute dtype of training (mixed precision); weights and accumulation stay float32.
 
     `auto` takes bfloat16 where the processor multiplies it in hardware (AVX-512 BF16 or AMX, Ampere and
     later). float16 is never chosen.
@@ -74,30 +74,30 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
 
 
 def decoding_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to decode in: the stored one, but float32 for bfloat16 on a processor that emulates it.
+    """Compute dtype of decoding: the stored one, but float32 for bfloat16 on a processor that emulates it.
 
-    There a product of bfloat16 matrices takes up to two hundred times as long as one of float32.
+    There a bfloat16 matrix product takes up to two hundred times as long as a float32 one.
     """
     return choose_dtype("auto", device) if stored == torch.bfloat16 else stored
 
 
 def compiler_missing(device: torch.device) -> str | None:
-    """Why torch.compile cannot work here, or None."""
+    """Reason why torch.compile cannot work here, or None."""
     if device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++", "cl")):
         return "no C++ compiler (g++ or clang++) was found"
     return None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the device's matrix products: from the data sheet, or the best of some products."""
+    """Peak FLOP/s of the device's matrix products: from the data sheet, or the best of several measurements."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         if known is not None and dtype == torch.bfloat16:
             return known
     size = 1024 if device.type == "cpu" else 4096
-    a, b = torch.ones(2, size, size, device=device).to(dtype)  # no random numbers: a run goes on with those it had
-    (a @ b)[0, 0].item()  # the first one makes the kernel
+    a, b = torch.ones(2, size, size, device=device).to(dtype)  # no random numbers: a run's generator state is unchanged
+    (a @ b)[0, 0].item()  # warm-up: the first one creates the kernel
     best, count, began = math.inf, 0, time.perf_counter()
     while (since := time.perf_counter() - began) < 0.1 or (count < 5 and since < 1):
         start = time.perf_counter()
@@ -107,11 +107,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def keep_freed_pages() -> bool:
-    """Have glibc keep what is freed for the next allocation, in this whole process; whether it does.
+    """Make glibc's malloc keep freed memory for reuse, process-wide; returns whether it does.
 
-    By default it gives every block over 32 MiB back to the system, and the next step faults its pages in again one
-    by one: an eighth of a step where activations are that large (benchmarks/README.md). For commands, which own
-    their process; elsewhere than on Linux with glibc nothing happens.
+    By default it returns every block over 32 MiB to the system, and the next step page-faults it in again: an
+    eighth of a step where activations are that large (benchmarks/README.md). For commands, which own their
+    process; a no-op except on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

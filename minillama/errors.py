@@ -1,4 +1,4 @@
-"""The one error a user meets: what, where, found, expected, what to do."""
+"""User error: what, where, found, expected, fix."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ __all__ = ["InputError"]
 
 
 class InputError(ValueError):
-    """Something that a person can put right: a file, a setting, a command line.
+    """Error that a user can correct: in a file, a setting, a command line.
 
     Args:
-        what: the fault in one sentence, without a full stop.
+        what: the error in one sentence, without a period.
         where: file and field, as `runs/a/config.toml:12, train.lr`.
-        found: what stood there.
-        expected: what would have been accepted.
-        fix: what to do next, as an instruction.
+        found: the value found.
+        expected: the values accepted.
+        fix: the next step, as an instruction.
 
     `str()` puts each part that was given on a line of its own. It is a ValueError, so that code
     which imports minillama can catch it as one; the command line prints it without a traceback.

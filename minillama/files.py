@@ -1,4 +1,4 @@
-"""Atomic writes, digests, free names, the cache folder."""
+"""Atomic writes, SHA-256 digests, unused names, the cache folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["cache_folder", "digest", "free_name", "refuse_url", "replace_file", 
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/minillama, or ~/.cache/minillama."""
+    """Cache folder: $XDG_CACHE_HOME/minillama, or ~/.cache/minillama."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "minillama"
 
 
 def refuse_url(path: str | os.PathLike[str]) -> None:
-    """Nothing here uses the network unasked.
+    """Refuse a URL: nothing here uses the network unasked.
 
     Raises:
         InputError: the path is a URL.
@@ -33,7 +33,7 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The path, or with the first of -2, -3 ... behind it that nothing has yet."""
+    """Unused path: the path itself, or with the first free suffix of -2, -3 ..."""
     number, free = 1, path
     while free.exists():
         number += 1
@@ -48,10 +48,10 @@ def digest(path: Path) -> str:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write` make a file beside `path`, put it on the disk, and rename it into place.
+    """Atomic file write: `write` makes a temporary file beside `path`, which is synced and renamed.
 
     Raises:
-        InputError: the system refuses, for instance because the disk is full. Nothing half is left.
+        InputError: the system refuses, for instance because the disk is full. No partial output is left.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with _or_nothing(path, temporary):
@@ -65,12 +65,12 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
-    """Have `write` fill a folder beside `path`, put it on the disk, and rename it into place.
+    """Atomic folder write: `write` fills a temporary folder beside `path`, which is synced and renamed.
 
-    What was at `path` stays until the new folder is complete.
+    The old content of `path` stays until the new folder is complete.
 
     Raises:
-        InputError: the system refuses, for instance because the disk is full. Nothing half is left.
+        InputError: the system refuses, for instance because the disk is full. No partial output is left.
     """
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     with _or_nothing(path, temporary):
@@ -95,7 +95,7 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def _or_nothing(path: Path, temporary: Path) -> Iterator[None]:
-    """Remove what was begun when the block fails, and say where the system refused."""
+    """Remove the temporary file when the block fails, and name the path that the system refused."""
     try:
         yield
     except BaseException as error:

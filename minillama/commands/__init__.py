@@ -1,1 +1,1 @@
-"""The subcommands of `minillama`, one file each: an `Args` dataclass and `run(args) -> exit status`."""
+"""Subcommands of `minillama`, one file each: an `Args` dataclass and `run(args) -> exit status`."""

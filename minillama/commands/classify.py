@@ -1,4 +1,4 @@
-"""Classify texts by a cloze question: a JSON line each, in order; accuracy on standard error where labels are known."""
+"""Cloze classification: one JSON line per record, in order; accuracy on standard error where labels are known."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ __all__ = ["Args", "run"]
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     model: str
-    """The folder of a model whose objective is blank infilling, best after --train.objective cloze."""
+    """Folder of a model trained for infilling, best after --train.objective cloze."""
     question: Annotated[Question, tyro.conf.arg(name="")]
     text: tuple[str, ...] = ()
-    """One or more texts, each the field `text` of a record."""
+    """One or more records, each given by its field `text`."""
     records: Path | None = None
     """A .jsonl file of records."""
     tokenizer: str | None = None
-    """A tokenizer.json or its folder, if it does not lie with the model."""
+    """A tokenizer.json or its folder, if it is not in the model folder."""
     batch_size: int = field(default=16, metadata={"min": 1})
-    """Records that are read together."""
+    """Records per forward pass."""
     dtype: DType = "auto"
-    """Of the weights; auto: as they are stored, and what the CPU does not multiply as float32."""
+    """Weight dtype; auto: as stored, but float32 for a type that the CPU does not multiply."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
 
 def run(args: Args) -> int:
-    """Write label and probabilities of each record."""
+    """Print label and label probabilities of each record."""
     check(args)
     if not args.question.pattern:
         raise InputError("there is no question", where="--pattern", fix="give --pattern and --verbalizers; see --help")
@@ -58,12 +58,12 @@ def run(args: Args) -> int:
     try:
         layouts = [cloze.layouts(record) for record in asked]
         truths = [labels[cloze.label(r)] if args.question.label in r.value else None for r in asked]
-    except BadText as error:  # whose advice is that of a training run
+    except BadText as error:  # its fix is that of a training run
         raise InputError(error.what, where=error.where, found=error.found, expected=error.expected) from None
     for truth, scores in zip(truths, cloze.log_probabilities(model, layouts, args.batch_size), strict=True):
         label = labels[scores.index(max(scores))]
-        shares = {name: round(math.exp(score), 6) for name, score in zip(labels, scores, strict=True)}
-        print(json.dumps({"label": label, "probabilities": shares}, ensure_ascii=False), flush=True)
+        probabilities = {name: round(math.exp(score), 6) for name, score in zip(labels, scores, strict=True)}
+        print(json.dumps({"label": label, "probabilities": probabilities}, ensure_ascii=False), flush=True)
         if truth is not None:
             known[truth] += 1
             right += label == truth

@@ -1,4 +1,4 @@
-"""`minillama NAME ...`: find the command, read its arguments, run it, and turn errors into one clear message."""
+"""Command-line entry point `minillama NAME ...`: dispatch, argument parsing, one clear message per error."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from minillama.threads import adapt
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
-    "train": "train a model: a folder with config, metrics, checkpoints and the final model",
-    "generate": "continue a prompt with a trained model",
-    "infill": "fill the blanks of a text with a model that was trained to",
-    "classify": "answer a cloze question about texts with a model that fills blanks",
-    "show": "what a run's folder records: state, origin, configuration, loss curve",
-    "compare": "runs beside each other: configuration, figures, curves",
-    "convert": "a model into another format: Hugging Face, Meta, GGUF",
-    "inspect": "what a model's file or folder holds, without loading it",
+    "train": "train a model; writes a run folder: configuration, metrics, checkpoints, final model",
+    "generate": "text generation from prompts: sampling, batching, speculative decoding",
+    "infill": "infilling of masked spans with a GLM or ChatGLM model",
+    "classify": "cloze classification with an infilling model: pattern and verbalizers",
+    "show": "summary of a run folder: state, provenance, configuration, loss curve",
+    "compare": "comparison of runs: configuration, metrics, loss curves",
+    "convert": "model conversion to another format: Hugging Face, Meta, GGUF",
+    "inspect": "format, configuration, metadata and tensors of a model, without loading it",
     "tokenizer": "train, merge, encode, decode, explain, compare tokenizers",
-    "doctor": "what this machine and installation have: versions, processor, kernels, compiler, extras, folders",
-    "plan": "shapes, parameters, memory and FLOPs of a model, without building it",
+    "doctor": "environment report: versions, processor, kernels, compiler, extras, folders",
+    "plan": "parameter counts, memory and FLOPs of a model, without building it",
 }
 RENAMED = {"--verbalisers": "--verbalizers"}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run one command and give its exit status.
+    """Run one command and return its exit status.
 
     Args:
-        argv: the words after `minillama`; those of the process by default. `--debug` anywhere among them
+        argv: the arguments after `minillama`; those of the process by default. `--debug` anywhere among them
             lets a traceback through.
         prog: the program's name in `--help`, `minillama NAME` by default.
 
     Returns:
-        0, or 1 for an error, 2 for a command line that cannot be read, 130 after Ctrl-C, 141 for a closed pipe.
+        0, or 1 for an error, 2 for a command line that cannot be parsed, 130 after Ctrl-C, 141 for a closed pipe.
 
     Raises:
-        SystemExit: from tyro, for `--help` (0) and for arguments that it cannot read (2).
+        SystemExit: from tyro, for `--help` (0) and for arguments that it cannot parse (2).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    adapt()  # before torch is loaded, which reads some of it once
+    adapt()  # before the import of torch, which reads some of it once
     try:
         status = _dispatch([word for word in words if word != "--debug"], prog)
         sys.stdout.flush()  # a closed pipe shows here, and not while the interpreter shuts down
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the buffer has nowhere to go
         return 141
     except KeyboardInterrupt:
         if debug:
@@ -99,7 +99,7 @@ def _dispatch(words: list[str], prog: str | None) -> int:
 
 
 def _with_new_names(words: list[str]) -> list[str]:
-    """Options that had another name in the last release, under the new one."""
+    """Options renamed since the last release, under their new names."""
     for old, new in RENAMED.items():
         if old in words:
             say_renamed(old, new)

@@ -1,4 +1,4 @@
-"""Runs beside each other: how their configurations differ, their figures, their held-out losses step by step."""
+"""Comparison of runs: configuration differences, metrics, held-out losses step by step."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The folders of two or more runs."""
+    """Run folders, two or more."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
 
@@ -56,7 +56,7 @@ def run(args: Args) -> int:
     names = [str(path) for path in args.paths]
     rows = [(key, *(_plain(table.get(key)) for table in tables)) for key in keys]
     _show("configuration", names, rows or [("no differences", *[""] * len(runs))])
-    _show("figures", names, [(key, *(_plain(summary[key]) for summary in summaries)) for key in FIGURES])
+    _show("metrics", names, [(key, *(_plain(summary[key]) for summary in summaries)) for key in FIGURES])
     steps = sorted(set().union(*curves))
     every = max(1, -(-len(steps) // 20))
     shown = [step for i, step in enumerate(steps) if i % every == 0 or step == steps[-1]]

@@ -1,4 +1,4 @@
-"""Convert a model to another format: Hugging Face folder, Meta folder, or GGUF file for llama.cpp."""
+"""Model conversion: to a Hugging Face folder, a Meta folder, or a GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ __all__ = ["Args", "run"]
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
     destination: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """The folder or file to write; nothing may be there."""
+    """Output folder or file; it must not exist."""
     to: Literal["hf", "meta", "gguf"]
     """The format of DST."""
     tokenizer: str | None = None
-    """A tokenizer.json, .model or .bin, or its folder, if it does not lie with SRC."""
+    """A tokenizer.json, .model or .bin, or its folder, if it is not in SRC."""
     dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"] | None = None
-    """Of the matrices; q8_0, q4_0 and q4_1 for gguf alone. As stored unless given; quantized ones become f32."""
+    """Matrix dtype; q8_0, q4_0 and q4_1 for gguf only. As stored unless given; quantized tensors become f32."""
     calibrate: str | None = None
-    """With q4_1: a text like those that the model will read, by which its numbers are chosen."""
+    """With q4_1: calibration text, like the later input, from which the importance matrix is measured."""
     max_shard_size: str = "5GB"
-    """Of one file of a Hugging Face folder."""
+    """Largest file of a Hugging Face folder."""
 
 
 def run(args: Args) -> int:

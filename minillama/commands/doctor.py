@@ -1,4 +1,4 @@
-"""What this machine and installation have: versions, processor, kernels, compiler, waiting policy, extras, folders."""
+"""Environment report: versions, processor, kernels, compiler, thread wait policy, extras, folders."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import tyro
 
 __all__ = ["Args", "run"]
 
-UNITS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16")  # what choices of types and kernels look at
+UNITS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16")  # they decide dtypes and kernels
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
 
 
 def run(args: Args) -> int:
-    """Look and print."""
+    """Print the report."""
     table = {
         "versions": _versions(),
         "processor": _processor(),

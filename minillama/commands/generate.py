@@ -1,4 +1,4 @@
-"""Continue a prompt: the completion alone goes to standard output. Several, or a file: a JSON line each, in order."""
+"""Text generation: the completion alone goes to standard output. Several, or a file: one JSON line per prompt."""
 
 from __future__ import annotations
 
@@ -27,65 +27,66 @@ __all__ = ["Args", "run"]
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     model: str
     """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
     prompt: tuple[str, ...] = ()
-    """One or more texts to continue; several are read in one batch."""
+    """One or more prompts; several are decoded in one batch."""
     prompts: Path | None = None
-    """A file of prompts: JSONL with a field `prompt`, or plain text with one a line."""
+    """A file of prompts: JSONL with a field `prompt`, or plain text with one per line."""
     tokenizer: str | None = None
-    """A tokenizer.json, .model or .bin, or its folder, if it does not lie with the model."""
+    """A tokenizer.json, .model or .bin, or its folder, if it is not in the model folder."""
     max_new_tokens: int = field(default=128, metadata={"min": 1})
-    """Tokens a prompt at most."""
+    """Maximum number of new tokens per prompt."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    """Strings that end the text; they are not written."""
+    """Stop strings; they are not written."""
     ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go on after the end-of-text token."""
+    """Continue after the end-of-text token."""
     dtype: DType = "auto"
-    """Of the weights; auto: as they are stored, quantized ones and what the CPU does not multiply as float32."""
+    """Weight dtype; auto: as stored, but float32 for quantized ones and for a type that the CPU does not multiply."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     speculate: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One prompt: guess tokens from what followed the same words before, and check them in one pass."""
+    """One prompt: speculative decoding by prompt lookup, the tokens that followed the same ones before."""
     draft: str | None = None
-    """One prompt: let this smaller model of the same vocabulary guess the tokens."""
+    """One prompt: speculative decoding with this draft model, a smaller one of the same vocabulary."""
     draft_tokens: int = field(default=8, metadata={"min": 1})
-    """Tokens to guess before each check at most."""
+    """Maximum number of draft tokens per verification."""
     quantize: Quantize = "auto"
-    """Weights of one byte (a scale a channel) or half a byte (a scale and an offset for 32 inputs); auto, on a CPU:
-    int4 where the file has Q4_0 or Q4_1, whose numbers are kept, int8 where it has Q8_0, none otherwise."""
+    """Weight quantization: int8 (scale per channel) or int4 (scale and zero point per group of 32 inputs); auto, on a
+    CPU: int4 where the file has Q4_0 or Q4_1, whose values are kept, int8 where it has Q8_0, none otherwise."""
     batch_size: int = field(default=16, metadata={"min": 1})
-    """Prompts at once; the next one enters when one has ended."""
+    """Sequences per batch; continuous batching: the next prompt enters when a sequence has ended."""
     compile: tyro.conf.FlagCreatePairsOff[bool] = True
-    """Decode by the step in C++ where a compiler is there, which is compiled once, in some seconds; on a CUDA device by
-    the recorded one."""
+    """Decode step in C++ where a compiler is installed, compiled once in some seconds; on a CUDA device by a CUDA
+    graph."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """Of keys and values; auto: that of the products."""
+    """KV cache dtype; auto: that of the matrix products."""
     window: int = field(default=0, metadata={"min": 0})
-    """See only the last N tokens; 0 sees all."""
+    """Sliding-window attention to the last N tokens; 0: to all."""
     sinks: int = field(default=4, metadata={"min": 0})
-    """With --window: the first N tokens are seen as well."""
+    """With --window: attention sinks, the first N tokens, stay visible."""
 
 
 def run(args: Args) -> int:
-    """Stream one completion, or write several as JSONL, one line per prompt in order."""
+    """Stream one completion, or print several as JSONL, one line per prompt in order."""
     check(args)
     prompts = read_texts(args.prompt, args.prompts, "prompt")
     speculates = args.speculate or args.draft is not None
     if args.speculate and args.draft is not None:
-        raise InputError("give either --speculate or --draft: they guess in two ways", where="command line")
+        raise InputError("give either --speculate or --draft, not both", where="command line")
     if speculates and len(prompts) > 1:
         raise InputError(
-            "speculation takes one prompt",
+            "speculative decoding takes one prompt",
             where="command line",
             found=f"{len(prompts)} prompts",
             fix="leave out --speculate and --draft, or give the prompts one by one",
         )
     if speculates and args.window:
-        raise InputError("speculation sees the whole text", where="--window", fix="leave out one of the two")
+        what = "speculative decoding attends to the whole sequence"
+        raise InputError(what, where="--window", fix="leave out one of the two")
     from minillama.inference.generate import generate, stream
 
     model, tokenizer = load_for_decoding(

@@ -1,4 +1,4 @@
-"""Fill the blanks of a text: the whole text goes to standard output. Several, or a file: a JSON line each, in order."""
+"""Infilling of masked spans: the whole text goes to standard output. Several, or a file: one JSON line per text."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ __all__ = ["Args", "run"]
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     model: str
-    """The folder of a model whose objective is blank infilling, as glm-tiny's."""
+    """Folder of a model trained for infilling, such as glm-tiny."""
     text: tuple[str, ...] = ()
     """One or more texts; each holds [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (a long text)."""
     texts: Path | None = None
-    """A file of texts: JSONL with a field `text`, or plain text with one a line."""
+    """A file of texts: JSONL with a field `text`, or plain text with one per line."""
     tokenizer: str | None = None
-    """A tokenizer.json or its folder, if it does not lie with the model."""
+    """A tokenizer.json or its folder, if it is not in the model folder."""
     max_new_tokens: int = field(default=64, metadata={"min": 1})
-    """Tokens a blank at most."""
+    """Maximum number of tokens per masked span."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=lambda: Sampling(temperature=0))
     dtype: DType = "auto"
-    """Of the weights; auto: as they are stored, and what the CPU does not multiply as float32."""
+    """Weight dtype; auto: as stored, but float32 for a type that the CPU does not multiply."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
 
 def run(args: Args) -> int:
-    """Write one filled text, or several as JSONL, one line per text in order."""
+    """Print one filled text, or several as JSONL, one line per text in order."""
     check(args)
     texts = read_texts(args.text, args.texts, "text")
     from minillama.inference.infill import infill

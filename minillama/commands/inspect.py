@@ -1,4 +1,4 @@
-"""Show what a model's file or folder holds, without loading it."""
+"""Contents of a model file or folder, without loading it: format, configuration, metadata, tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Args", "run"]
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
@@ -46,7 +46,7 @@ def run(args: Args) -> int:
         print(json.dumps(table, default=str))
         return 0
     print(f"{args.path}: {held.format}")
-    print("stored: " + (", ".join(f"{count:,} numbers in {dtype}" for dtype, count in numbers.items()) or "no tensor"))
+    print("stored: " + (", ".join(f"{count:,} values in {dtype}" for dtype, count in numbers.items()) or "no tensors"))
     if model:
         print(f"parameters: {model.config.num_params():,}")
         print(f"tokenizer: {model.tokenizer or 'none'}")
@@ -64,12 +64,12 @@ def _print(title: str, values: dict[str, Any]) -> None:
     width = max(map(len, values))
     for key, value in values.items():
         line = f"  {key:{width}}  {value}"
-        # a stranger's text: what would move the cursor is shown, not sent
+        # untrusted text: control characters are escaped
         print("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
 
 
 def _short(value: Any) -> Any:
-    """A long array as its length and its beginning, a long text cut."""
+    """A long array as its length and first values, a long string cut."""
     if isinstance(value, str):
         return value if len(value) <= 80 else value[:77] + "..."
     if hasattr(value, "__len__"):

@@ -1,4 +1,4 @@
-"""Shapes, parameters, FLOPs, memory and time of a model, by arithmetic: nothing is built."""
+"""Parameter counts, FLOPs, memory and training time of a model, by arithmetic: nothing is built."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """The name of a model, a TOML file, or a Hugging Face folder."""
+    """Model preset, TOML file, or Hugging Face folder."""
     seq_len: int = field(default=0, metadata={"min": 0})
-    """Tokens a sequence; 0: the model's max_seq_len."""
+    """Tokens per sequence; 0: the model's max_seq_len."""
     batch_size: int = field(default=1, metadata={"min": 1})
     """Sequences in memory at once."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of matrix products while training (weights and optimizer are float32), and of the KV cache."""
+    """Dtype of matrix products in training (weights and optimizer are float32), and of the KV cache."""
     window: int = field(default=0, metadata={"min": 0})
-    """Of `generate --window`, which keeps the keys and values of twice as many tokens, or of 256 more; 0 keeps all."""
+    """Sliding window of `generate --window`: the KV cache holds twice as many tokens, or 256 more; 0: all."""
     sinks: int = field(default=4, metadata={"min": 0})
-    """Of `generate --sinks`, whose keys and values are kept as well."""
+    """Attention sinks of `generate --sinks`, in the KV cache as well."""
     tokens: float = field(default=0, metadata={"min": 0})
-    """Training tokens; 0: 20 a parameter (Chinchilla)."""
+    """Training tokens; 0: 20 per parameter (Chinchilla)."""
     tflops: float = field(default=400.0, metadata={"above": 0})
-    """TFLOP/s that a device achieves while training; 400 is 40 % of an H100's bfloat16 peak."""
+    """Achieved training TFLOP/s per device; 400 is 40 % of an H100's bfloat16 peak."""
     devices: int = field(default=1, metadata={"min": 1})
-    """Devices that share the training."""
+    """Number of devices."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object with plain numbers: bytes, FLOPs, days."""
 
@@ -61,7 +61,7 @@ def run(args: Args) -> int:
 
 
 def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
-    """Everything that is printed, as plain numbers.
+    """All figures that are printed, as plain numbers.
 
     Raises:
         InputError: a sequence longer than the model's context.
@@ -78,7 +78,7 @@ def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
         for name, checkpointing in (("plain", False), ("checkpointing", True))
     }
     weights = {name: inference_memory(config, 1, 1, size).weights for name, size in WEIGHT_BYTES.items()}
-    int8_width = 1 + 4 / config.head_dim  # a byte, and a float32 scale a head
+    int8_width = 1 + 4 / config.head_dim  # int8, and a float32 scale per head
     slots = cache_slots(config, seq_len, args.window, args.sinks)
     tokens = args.tokens or 20 * count
     return {
@@ -138,7 +138,7 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
             "",
             rows=[
                 *((f"weights, {name}", _bytes(number)) for name, number in inference["weights"].items()),
-                (f"KV cache, {args.dtype}, a token", _bytes(inference["state_per_token"])),
+                (f"KV cache, {args.dtype}, per token", _bytes(inference["state_per_token"])),
                 (f"KV cache, {args.dtype}, {kept}", _bytes(inference["state"])),
                 (f"KV cache, int8, {kept}", _bytes(inference["state_int8"])),
             ],
@@ -147,8 +147,8 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
             "computation",
             "",
             rows=[
-                ("forward, FLOPs a token", f"{flops['forward']:.4g}"),
-                ("training, FLOPs a token", f"{flops['training']:.4g}"),
+                ("forward, FLOPs per token", f"{flops['forward']:.4g}"),
+                ("training, FLOPs per token", f"{flops['training']:.4g}"),
                 (f"training on {training['tokens']:.4g} tokens, FLOPs", f"{training['flops']:.4g}"),
                 (f"days on {args.devices} x {args.tflops:g} TFLOP/s", f"{training['days']:,.4g}"),
             ],
@@ -162,7 +162,7 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
 
 
 def _tensors(config: ModelConfig) -> list[tuple[str, ...]]:
-    """One row a tensor; the layers, which are alike, once."""
+    """One row per tensor; the layers, which are alike, once."""
 
     def row(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         return name, " x ".join(map(str, shape)), f"{math.prod(shape):,}"

@@ -1,4 +1,4 @@
-"""What a run's folder records: its state, where it came from, its configuration, its loss curve."""
+"""Summary of a run folder: state, provenance, configuration, loss curve."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Args", "run"]
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The folder of a run, as runs/tiny; it may still be going on."""
+    """Run folder, such as runs/tiny; the run may still be in progress."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object with all of it but the curve."""
 
 
 def run(args: Args) -> int:
-    """Print it."""
+    """Print the summary."""
     from minillama.runs.diff import flat
     from minillama.runs.plot import chart
     from minillama.runs.record import RecordedRun

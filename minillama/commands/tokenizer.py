@@ -26,32 +26,32 @@ Model = Annotated[str, tyro.conf.arg(name="model", metavar="PATH")]
 
 @dataclass(frozen=True)
 class Train:
-    """Learn a vocabulary from texts and write its folder."""
+    """Train a tokenizer and write its folder."""
 
     kind: Kind
-    """What the pieces are; docs/tokenizers.md tells them apart."""
+    """Tokenization algorithm; see docs/tokenizers.md."""
     input: tuple[str, ...]
-    """Files, folders, globs, JSONL, .gz, .zst, python-docs, python-code, hf:NAME."""
+    """Training text: files, folders, globs, JSONL, .gz, .zst, python-docs, python-code, hf:NAME."""
     output: str
-    """The folder to write; nothing may be there."""
+    """Output folder; it must not exist."""
     vocab_size: int = 0
-    """Tokens in all. 0: as many as there are (char, word), 257 (bytes), otherwise at most 4096."""
+    """Vocabulary size. 0: as large as the text makes it (char, word), 257 (bytes), otherwise at most 4096."""
     pattern: Literal["gpt-2", "llama-3", "cl100k", "smollm"] | None = None
-    """byte-bpe: how text is cut into words first; gpt-2 unless given."""
+    """byte-bpe: pre-tokenization pattern; gpt-2 unless given."""
     reference: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Learn with the readable code of minillama/tokenizer/reference."""
+    """Train with the reference code of minillama/tokenizer/reference."""
     ties: Ties = "library"
-    """byte-bpe, bpe: which of equally common pairs is merged; all but `library` use the readable code."""
+    """byte-bpe, bpe: tie-breaking between equally frequent pairs; all but `library` use the reference code."""
     score: Literal["count", "information"] = "count"
-    """wordpiece: what is greatest of the pair that is joined; `information` uses the readable code."""
+    """wordpiece: score of a pair, its count or its mutual information; `information` uses the reference code."""
     model_type: Literal["unigram", "bpe"] = "unigram"
-    """sentencepiece: how text is cut."""
+    """sentencepiece: segmentation algorithm."""
     normalization: Literal["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity"] = "nmt_nfkc"
-    """sentencepiece: what is made of the text first; identity keeps every blank."""
+    """sentencepiece: text normalization; identity keeps every space."""
     character_coverage: float = 0.9995
-    """sentencepiece: share of the text's characters that become pieces, 0.98 to 1."""
+    """sentencepiece: share of the text's characters in the vocabulary, 0.98 to 1."""
     special: tuple[str, ...] = ()
-    """Further special tokens, such as [PAD]; they are among the --vocab-size."""
+    """Further special tokens, such as [PAD]; they count towards --vocab-size."""
 
     def run(self) -> int:
         """Train and save."""
@@ -75,20 +75,20 @@ class Train:
 
 @dataclass(frozen=True)
 class Merge:
-    """Append to a vocabulary what another one has, or the commonest new characters of texts."""
+    """Extend a vocabulary by the tokens of another one, or by the most frequent new characters of a text."""
 
     base: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
-    """A SentencePiece BPE model or byte-level BPE; its ids stay what they are."""
+    """A SentencePiece BPE model or byte-level BPE; its ids do not change."""
     extra: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="EXTRA")] = None
-    """Another of the same kind, whose pieces are appended."""
+    """Another of the same kind, whose tokens are appended."""
     output: Annotated[str, tyro.conf.arg(metavar="DIR")] = ""
-    """The folder to write; nothing may be there."""
+    """Output folder; it must not exist."""
     add_characters: int = 0
-    """Append as many characters of --input, the commonest that are no pieces yet (Ziya's way)."""
+    """Number of characters of --input to append, the most frequent that are not tokens yet (Ziya)."""
     input: tuple[str, ...] = ()
-    """Texts whose characters are counted."""
+    """Text whose characters are counted."""
     special: tuple[str, ...] = ()
-    """Append special tokens, such as [PAD]."""
+    """Special tokens to append, such as [PAD]."""
 
     def run(self) -> int:
         """Merge and save."""
@@ -102,21 +102,21 @@ class Merge:
         made = extend(self.base, self.extra, self.add_characters, _texts(self.input), self.special)
         if made.characters < self.add_characters:
             print(f"the texts hold {made.characters} new characters, not {self.add_characters}", file=sys.stderr)
-        parts = f"{made.merged} pieces, {made.characters} characters, {len(self.special)} special tokens"
+        parts = f"{made.merged} tokens, {made.characters} characters, {len(self.special)} special tokens"
         print(f"added {parts}", file=sys.stderr)
         return _save(made.tokenizer, self.output)
 
 
 @dataclass(frozen=True)
 class Encode:
-    """Print the ids of a text."""
+    """Print the token ids of a text."""
 
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """The text, or - for standard input."""
     model: Model
-    """A tokenizer's file or folder."""
+    """Tokenizer file or folder."""
     pieces: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the pieces, too, one a line."""
+    """Print the token pieces, too, one per line."""
 
     def run(self) -> int:
         """Encode."""
@@ -131,12 +131,12 @@ class Encode:
 
 @dataclass(frozen=True)
 class Decode:
-    """Print the text of ids."""
+    """Print the text of token ids."""
 
     ids: Annotated[tuple[int, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
     """Token ids, one or more."""
     model: Model
-    """A tokenizer's file or folder."""
+    """Tokenizer file or folder."""
 
     def run(self) -> int:
         """Decode."""
@@ -146,14 +146,14 @@ class Decode:
 
 @dataclass(frozen=True)
 class Explain:
-    """Show how a text is cut: merges with their ranks, or the lattice with its scores, step by step."""
+    """Show the segmentation of a text: merges with their ranks, or the lattice with its scores, step by step."""
 
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """The text, or - for standard input."""
     model: Model
-    """A tokenizer's file or folder."""
+    """Tokenizer file or folder."""
     n_best: Annotated[int, tyro.conf.arg(metavar="N")] = 3
-    """Cuts that are shown of a unigram model."""
+    """Number of best segmentations shown of a unigram model."""
 
     def run(self) -> int:
         """Explain."""
@@ -169,11 +169,11 @@ class Compare:
     """Measure tokenizers on texts: fertility, coverage, unknown rate, bytes per token."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
-    """Tokenizers' files or folders; NAME=PATH gives one a name."""
+    """Tokenizer files or folders; NAME=PATH gives one a name."""
     input: tuple[str, ...]
-    """Texts, a block of the table each; every line is a document."""
+    """Texts, one block of the table each; every line is a document."""
     plot: str | None = None
-    """A picture to write (.png, .svg, .pdf)."""
+    """Plot to write (.png, .svg, .pdf)."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object."""
 
@@ -208,12 +208,14 @@ class Compare:
             return 0
         for text in texts:
             print(text)
-            head = f"{'tokens':>9} {'a word':>7} {'a char':>7} {'bytes per token':>14} {'unknown':>8} {'covered':>8}"
+            head = (
+                f"{'tokens':>9} {'per word':>8} {'per char':>8} {'bytes per token':>15} {'unknown':>8} {'covered':>8}"
+            )
             print(f"  {'':24} {head}")
             for name, row in table.items():
                 f = row[text]
                 word = "-" if f.tokens_per_word is None else f"{f.tokens_per_word:.3f}"
-                figures = f"{f.tokens:9,} {word:>7} {f.tokens_per_character:7.3f} {f.bytes_per_token:14.3f}"
+                figures = f"{f.tokens:9,} {word:>8} {f.tokens_per_character:8.3f} {f.bytes_per_token:15.3f}"
                 print(f"  {name[-24:]:24} {figures} {f.unknown:8.2%} {f.coverage:8.2%}")
         return 0
 
@@ -238,8 +240,8 @@ def _texts(names: tuple[str, ...]) -> Iterator[str]:
         for name in names:
             for document in documents(parse_source(name)):
                 yield document.text
-    except BadText as bad:  # its own advice is a setting of training runs
-        raise InputError(bad.what, where=bad.where, found=bad.found, expected=bad.expected, fix="mend it") from None
+    except BadText as bad:  # its own fix is a setting of training runs
+        raise InputError(bad.what, where=bad.where, found=bad.found, expected=bad.expected, fix="correct it") from None
     except InputError as error:
         where = "--input" if error.where == "data.sources" else error.where
         raise InputError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from None

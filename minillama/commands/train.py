@@ -1,7 +1,7 @@
-"""Train a model from a configuration: python train.py [CONFIG] [--section.field VALUE ...].
+"""Training of a model from a configuration: python train.py [CONFIG] [--section.field VALUE ...].
 
 CONFIG is the name of a file in configs/train or a path; it comes first, and is `tiny` unless given. Every field
-below can stand in the file, as field = value under [section], or on the command line; the defaults shown are tiny's.
+below can be set in the file, as field = value under [section], or on the command line; the defaults shown are tiny's.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ __all__ = ["Args", "parse", "run"]
 
 @dataclass(frozen=True)
 class Args:
-    """What the command line said."""
+    """Command-line arguments."""
 
     run: RunConfig = field(default_factory=RunConfig)
     out: str | None = None
     """Output folder; runs/NAME, runs/NAME-2 ... unless given."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out."""
+    """Resume from the newest checkpoint in --out."""
     overwrite: bool = False
     """Replace the run in --out."""
     verify: bool = True
-    """Hold a checkpoint's files against their SHA-256 before going on from it; --no-verify does not."""
+    """Verify the SHA-256 of a checkpoint's files before resuming; --no-verify does not."""
 
 
 def parse(argv: Sequence[str]) -> Args:
-    """Read the command line: defaults, then the model preset, then the file, then the options.
+    """Parse the command line: defaults, then the model preset, then the file, then the options.
 
     Raises:
         InputError: an option or value that is not understood.
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> Args:
 
 
 def _print_help() -> None:
-    """Tyro writes the page; the words themselves are read by `config/command_line.py`, for its messages' sake."""
+    """Tyro formats the page; the options themselves are parsed by `config/command_line.py`, for its messages' sake."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -80,9 +80,9 @@ def _print_help() -> None:
 
     options = """
 
---out DIR: the run's folder, runs/NAME unless given. --resume: go on from the newest checkpoint in --out.
---overwrite: replace the run in --out. --model.preset NAME: take the shape from configs/model. --no-verify: do not read
-a checkpoint's files twice to hold them against their SHA-256. --deterministic: as --train.deterministic true."""
+--out DIR: the run's folder, runs/NAME unless given. --resume: resume from the newest checkpoint in --out.
+--overwrite: replace the run in --out. --model.preset NAME: take the shape from configs/model. --no-verify: do not
+verify the SHA-256 of a checkpoint's files. --deterministic: as --train.deterministic true."""
     config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     tiny = load_run_config("tiny")
     default = replace(tiny, model=replace(tiny.model, rope_scaling=RopeScaling()))
@@ -99,7 +99,7 @@ a checkpoint's files twice to hold them against their SHA-256. --deterministic: 
 
 
 def run(args: Args) -> int:
-    """Train; print what to do next."""
+    """Train; print the commands that may follow."""
     from minillama.device import keep_freed_pages
     from minillama.training.run import train
 

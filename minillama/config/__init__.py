@@ -1,4 +1,4 @@
-"""The shape of a model, its parameters and what they cost, and the strict loader of settings; no torch."""
+"""Model configuration, parameter shapes, FLOPs and memory, and the strict configuration loader; no torch."""
 
 from minillama.config.model import ModelConfig, RopeScaling
 

@@ -1,6 +1,6 @@
-"""`--section.field VALUE` words of `train` into the same tables that a TOML file gives.
+"""Command-line overrides: `--section.field VALUE` arguments of `train` as the tables of a TOML file.
 
-The strict loader of `config/loader.py` then reads both, so that a mistake is reported alike wherever it was made.
+The strict loader of `config/loader.py` then reads both, so that an error in either is reported alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minillama.errors import InputError
 
 __all__ = ["CommandLine", "overrides", "refuse_repeated", "take_flag", "take_option"]
 
-# what other trainers call a setting
+# names of settings in other trainers
 ELSEWHERE = {
     "learning_rate": "optim.lr",
     "max_steps": "train.steps",
@@ -31,7 +31,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Stands where a file's Origin does, for messages."""
+    """Origin of a value on the command line, for messages."""
 
     def at(self, key: str) -> str:
         """`command line, --key`."""
@@ -39,14 +39,14 @@ class CommandLine:
 
 
 def take_flag(words: list[str], name: str) -> bool:
-    """Remove every `--name` from the words; whether there was one."""
+    """Remove every `--name` from the arguments; whether there was one."""
     found = f"--{name}" in words
     words[:] = [word for word in words if word != f"--{name}"]
     return found
 
 
 def take_option(words: list[str], name: str) -> str | None:
-    """Remove `--name VALUE` or `--name=VALUE` from the words; the last value, or None.
+    """Remove `--name VALUE` or `--name=VALUE` from the arguments; the last value, or None.
 
     Raises:
         InputError: the value is missing.
@@ -69,7 +69,7 @@ def take_option(words: list[str], name: str) -> str | None:
 
 
 def refuse_repeated(words: Sequence[str]) -> None:
-    """Of an option that is given twice only the last values would count.
+    """Refuse a repeated option, of which only the last values would count.
 
     Raises:
         InputError: there is one.
@@ -87,16 +87,16 @@ def _repeated(name: str, fix: str) -> InputError:
 def overrides(
     words: Sequence[str], cls: type, parsers: Mapping[type, Callable[[str], Any]] | None = None
 ) -> dict[str, Any]:
-    """Nested tables from `--section.field VALUE ...` words.
+    """Nested tables from `--section.field VALUE ...` arguments.
 
     Args:
         words: the command line of `train`; `--a.b VALUE` and `--a.b=VALUE` alike, several values for a list.
-        cls: the dataclass that the tables are for; it says what type each value has.
-        parsers: how one word becomes an element of a list of dataclasses.
+        cls: the dataclass that the tables are for; it has the type of each value.
+        parsers: from one argument to an element of a list of dataclasses.
 
     Raises:
-        InputError: an unknown name (with the nearest), a missing or unreadable value, a stray word, a list that is
-            given twice. Of other values the last one counts.
+        InputError: an unknown name (with the nearest), a missing or invalid value, a stray argument, a repeated
+            list. Of other values the last one counts.
     """
     kinds, renamed = dict(_leaves(cls)), dict(_renamed(cls))
     table: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         word = words[i]
         if not word.startswith("--"):
             raise InputError(
-                "a word that belongs to no option",
+                "an argument that belongs to no option",
                 where="command line",
                 found=word,
                 fix="CONFIG comes first; options are written --section.field VALUE",
@@ -137,7 +137,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and type of every field that is no section."""
+    """Dotted name and type of every field that is not a section."""
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         kind = _without_none(hints[f.name])
@@ -148,7 +148,7 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _renamed(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Old and new dotted name of every field that was called otherwise."""
+    """Old and new dotted name of every renamed field."""
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         kind = _without_none(hints[f.name])
@@ -175,7 +175,7 @@ def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
 
 
 def _parse(kind: Any, values: list[str], key: str, parsers: Mapping[type, Callable[[str], Any]]) -> Any:
-    """The words after an option as a value of its type."""
+    """Arguments after an option as a value of its type."""
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         if is_dataclass(element) and element not in parsers:

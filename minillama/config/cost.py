@@ -1,4 +1,4 @@
-"""Memory and time of a model by arithmetic, in bytes and days. No torch, and nothing is allocated.
+"""Memory and training time by arithmetic, in bytes and days. No torch, and nothing is allocated.
 
 Notation: B batch, T sequence length, D width, H query heads, K key/value heads, E head width, F feed-forward
 width, V vocabulary.
@@ -20,38 +20,38 @@ __all__ = [
     "training_memory",
 ]
 
-SPARE = 256  # least slots beside a window's: a prompt is read in pieces of as many
+SPARE = 256  # minimum slots beside a window's: the chunk of chunked prefill
 
 
 def loss_rows(vocab_size: int, number_bytes: int) -> int:
-    """Tokens whose logits exist at once in the loss, as many as 128 MiB hold.
+    """Tokens per chunk of logits in the loss, as many as 128 MiB hold.
 
     Every chunk reads the head and writes its gradient, (V, D): with fewer than some hundred tokens that takes longer
-    than the products.
+    than the matrix products.
 
     Args:
         vocab_size: V.
-        number_bytes: of a logit.
+        number_bytes: per logit.
     """
     return max(512, 2**27 // (vocab_size * number_bytes))
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of a training step, by part."""
+    """Training memory in bytes, by part."""
 
     weights: int
     """Parameters."""
     gradients: int
     """Their gradients."""
     optimizer: int
-    """Its two moments."""
+    """Optimizer state, its two moments."""
     casts: int
     """Low-precision copies of the matrices, which autograd keeps; 0 in float32."""
     activations: int
-    """What autograd keeps between the forward and the backward pass, the logits aside."""
+    """Tensors saved for the backward pass, the logits aside."""
     logits: int
-    """A chunk of logits, and the gradients of the head that are made beside it."""
+    """A chunk of logits, and the gradients of the head computed with it."""
 
     @property
     def total(self) -> int:
@@ -61,12 +61,12 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class InferenceMemory:
-    """Bytes while decoding, by part."""
+    """Inference memory in bytes, by part."""
 
     weights: int
     """Parameters."""
     state: int
-    """Keys and values of every token."""
+    """KV cache."""
 
     @property
     def total(self) -> int:
@@ -85,23 +85,23 @@ def training_memory(
     activation_bytes: int = 4,
     checkpointing: bool = False,
 ) -> TrainingMemory:
-    """Memory of one training step on one device.
+    """Training memory of one step on one device.
 
     Activations are the tensors that autograd keeps for `model.Decoder`, with a fused attention kernel (no
-    T x T matrix). Values a token and block, in `activation_bytes` unless another type is named:
+    T x T matrix). Values per token and block, in `activation_bytes` unless another type is named:
 
     - each of two norms, in the weights' type: its input D and the normalized input D; in float32 the
       reciprocal root 1
-    - the input of q, k and v: D, or 3D where each of these products casts its own. The same for gate and
+    - the input of q, k and v: D, or 3D where each of these linear layers casts its own. The same for gate and
       up: D or 2D
     - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
     - gate F, up F, silu(gate) F, their product F
 
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
     input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
-    inputs of all blocks stay, and one block at a time in full. CUDA's fused norm does not keep the normalized
+    inputs of all blocks are kept, and one block at a time in full. CUDA's fused norm does not keep the normalized
     input, compiled blocks recompute more, and SwiGLU in C++ (`native/swiglu.py`) keeps none of its four. Rotary
-    tables, attention masks, the allocator's waste, what kernels in C++ work in, and the attention weights that
+    tables, attention masks, allocator fragmentation, workspaces of kernels in C++, and the attention weights that
     bfloat16 keeps on a CPU where attention is not C++ (`layers/attend.py`, HT to 2HT bytes per token and block, below
     a context of 1024) are left out.
 
@@ -109,17 +109,17 @@ def training_memory(
         config: the shape.
         batch: B, sequences in memory at once (the micro-batch).
         seq_len: T.
-        weight_bytes: a parameter.
-        grad_bytes: a gradient.
-        optimizer_bytes: state a parameter; AdamW has two float32 moments, 8.
-        activation_bytes: a value of a product: 4 in float32, 2 in bfloat16.
+        weight_bytes: per parameter.
+        grad_bytes: per gradient.
+        optimizer_bytes: state per parameter; AdamW has two float32 moments, 8.
+        activation_bytes: per value of a matrix product: 4 in float32, 2 in bfloat16.
         checkpointing: each block is recomputed in the backward pass.
     """
     count, tokens = config.num_params(), batch * seq_len
     cast = activation_bytes < weight_bytes
     norms = (2 * config.n_layers + 1) * config.dim
     block = _block_bytes(config, weight_bytes, activation_bytes)
-    inputs = weight_bytes * config.dim  # the residual stream, which no product casts
+    inputs = weight_bytes * config.dim  # the residual stream, which is not cast
     kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
     ends = 8 + 2 * weight_bytes * config.dim + 4
     return TrainingMemory(
@@ -135,7 +135,7 @@ def training_memory(
 
 
 def _block_bytes(config: ModelConfig, residual: int, width: int) -> int:
-    """Bytes a token that autograd keeps of one block; the list is in `training_memory`."""
+    """Saved bytes per token of one block; the list is in `training_memory`."""
     d, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     norms = 2 * (2 * d * residual + 4)
     inputs = 5 * d if width < residual else 2 * d
@@ -145,14 +145,14 @@ def _block_bytes(config: ModelConfig, residual: int, width: int) -> int:
 def inference_memory(
     config: ModelConfig, batch: int, seq_len: int, weight_bytes: float = 2, kv_bytes: float = 2
 ) -> InferenceMemory:
-    """Memory of decoding, without the activations of the step, which are small beside it.
+    """Inference memory, without the activations of the decode step, which are small beside it.
 
     Args:
         config: the shape.
         batch: sequences at once.
         seq_len: tokens of each, prompt included.
-        weight_bytes: a parameter, on average: 4 float32, 2 bfloat16, 1 int8, 0.5 int4 (scales not counted).
-        kv_bytes: a value of the decode state.
+        weight_bytes: per parameter, on average: 4 float32, 2 bfloat16, 1 int8, 0.5 int4 (scales not counted).
+        kv_bytes: per value of the KV cache.
     """
     return InferenceMemory(
         weights=int(config.num_params() * weight_bytes),
@@ -161,16 +161,16 @@ def inference_memory(
 
 
 def cache_slots(config: ModelConfig, seq_len: int, window: int = 0, sinks: int = 0) -> int:
-    """Tokens of a sequence whose keys and values are kept at once.
+    """Slots of the KV cache per sequence.
 
-    With a window those of the sinks and twice the window, at least 256 more than it: when no slot is left, what no
-    window sees any more is dropped. Only with LLaMA's positions: ALiBi counts slots, and GLM sees its prefix whole.
+    With a window those of the sinks and twice the window, at least 256 more than it: when no slot is left, tokens
+    outside every window are evicted. Only with RoPE: ALiBi counts slots, and GLM attends to its whole prefix.
 
     Args:
         config: the shape.
         seq_len: tokens, prompt included.
-        window: a token sees so many at most, its own included; 0: all.
-        sinks: and so many of the first.
+        window: tokens attended to at most, its own included; 0: all.
+        sinks: attention sinks, first tokens that are attended to as well.
     """
     if not window or config.position != "rope":
         return seq_len
@@ -185,14 +185,14 @@ def training_days(
     devices: int = 1,
     utilization: float = 1.0,
 ) -> float:
-    """Days = tokens * FLOPs a token / (devices * FLOP/s * utilization) / 86400.
+    """Training days = tokens * FLOPs per token / (devices * FLOP/s * utilization) / 86400.
 
     Args:
         config: the shape.
-        tokens: how many are read.
+        tokens: training tokens.
         seq_len: T of a training sequence.
-        flops_per_second: of one device.
-        devices: how many.
-        utilization: share of `flops_per_second` that training achieves; 1 where that is what it achieves.
+        flops_per_second: per device.
+        devices: number of devices.
+        utilization: share of `flops_per_second` that training achieves; 1 where it is the achieved rate.
     """
     return tokens * config.flops_per_token(seq_len) / (devices * flops_per_second * utilization) / 86400

@@ -1,6 +1,6 @@
-"""Hugging Face's config.json, as transformers 4 and 5 write it, to the fields of ModelConfig and back.
+"""Hugging Face config.json of transformers 4 and 5, to the fields of ModelConfig and back.
 
-Plain tables on both sides, so that `config/model.py` can build on this file.
+Plain tables on both sides, so that `config/model.py` can import this file.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SCALING = {
     },
 }
 REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")
-OWN = "minillama"  # the model_type of what transformers does not know; the fields stand under the same key
-# transformers' name -> its switches, its keys for our fields, and what follows from them
+OWN = "minillama"  # model_type of models unknown to transformers; the fields are under the same key
+# transformers' model_type -> our switches, its keys for our fields, its fixed values
 RELATIVES: dict[str, dict[str, Any]] = {
     "bloom": {
         "switches": {"norm": "layer", "position": "alibi", "mlp": "gelu", "bias": "all", "embedding_norm": True},
@@ -50,18 +50,18 @@ RELATIVES: dict[str, dict[str, Any]] = {
     "rwkv": {
         "switches": {"norm": "layer", "position": "none", "mixer": "wkv", "mlp": "channel-mix", "embedding_norm": True},
         "keys": {"dim": "hidden_size", "n_layers": "num_hidden_layers", "norm_eps": "layer_norm_epsilon"},
-        "fixed": {"rescale_every": 0},  # halves activations for float16, in which nothing is computed here
+        "fixed": {"rescale_every": 0},  # it halves activations for float16, which is not used here
         "class": "RwkvForCausalLM",
         "context": "context_length",
         "tied": False,
     },
 }
-# what the decoder has no switch for: key -> the one value that it computes
+# keys without a switch in the decoder -> the only supported value
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
 
 
 def from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of ModelConfig from config.json's keys.
+    """Fields of ModelConfig from the keys of config.json.
 
     Raises:
         InputError: another model type, an activation, bias or rope type that this decoder lacks, or a
@@ -74,19 +74,20 @@ def from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _relative(kind, values, where)
     if kind not in ("llama", "mistral"):
         expected = f"llama, mistral, {', '.join(RELATIVES)} or {OWN}"
-        raise InputError("not a model of this family", where=f"{where}, model_type", found=kind, expected=expected)
+        where = f"{where}, model_type"
+        raise InputError("this model type is not supported", where=where, found=kind, expected=expected)
     if kind == "mistral":
-        values = {"sliding_window": 4096, **values}  # what transformers takes where the key is missing
+        values = {"sliding_window": 4096, **values}  # the default of transformers
     for key, only in FIXED.items():
         if values.get(key) not in (None, only):
             raise InputError(f"{key} is not supported", where=f"{where}, {key}", found=values[key], expected=only)
     for ours in REQUIRED:
         if values.get(KEYS[ours]) is None:
             raise InputError(f"{KEYS[ours]} is missing", where=where)
-    # version 5 keeps the base inside the table, version 4 beside it
+    # version 5 has the base inside the table, version 4 beside it
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
-        raise InputError("the rope parameters are no table", where=where, found=repr(rope))
+        raise InputError("the rope parameters are not a table", where=where, found=repr(rope))
     table = {ours: values[theirs] for ours, theirs in KEYS.items() if values.get(theirs) is not None}
     table.setdefault("max_seq_len", 2048)
     table.setdefault("norm_eps", 1e-6)
@@ -100,7 +101,7 @@ def from_hf(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str):
-        raise InputError("the rope type is no name", where=f"{where}, rope_type", found=repr(kind)[:80])
+        raise InputError("the rope type is not a string", where=f"{where}, rope_type", found=repr(kind)[:80])
     if kind == "default":
         return None
     if kind not in SCALING:
@@ -115,7 +116,7 @@ def _scaling(rope: Mapping[str, Any], where: str) -> dict[str, Any] | None:
 def _own(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     table = values.get(OWN)
     if not isinstance(table, Mapping):
-        raise InputError("the model's fields are no table", where=f"{where}, {OWN}", found=repr(table)[:80])
+        raise InputError("the model's fields are not a table", where=f"{where}, {OWN}", found=repr(table)[:80])
     return dict(table)
 
 
@@ -130,7 +131,7 @@ def _relative(kind: str, values: Mapping[str, Any], where: str) -> dict[str, Any
         raise InputError(f"{key} is not supported", where=f"{where}, {key}", found=values[key], expected=False)
     table = {ours: values[theirs] for ours, theirs in keys.items()} | known["switches"]
     if not isinstance(table["dim"], int):
-        raise InputError("hidden_size is no number", where=f"{where}, hidden_size", found=repr(table["dim"])[:80])
+        raise InputError("hidden_size is not a number", where=f"{where}, hidden_size", found=repr(table["dim"])[:80])
     table["hidden_dim"] = values.get("intermediate_size") or 4 * table["dim"]
     table["max_seq_len"] = values.get(known["context"]) or 2048
     table["tie_embeddings"] = values.get("tie_word_embeddings", known["tied"])
@@ -143,7 +144,7 @@ def _relative(kind: str, values: Mapping[str, Any], where: str) -> dict[str, Any
 
 
 def model_type(fields: Mapping[str, Any], switches: Mapping[str, Any]) -> str:
-    """The model_type that config.json gives a shape: one of transformers', or ours."""
+    """model_type of a shape in config.json: one of transformers', or ours."""
     if not switches:
         return "llama"
     wide = fields["hidden_dim"] == 4 * fields["dim"] and fields["head_dim"] * fields["n_heads"] == fields["dim"]
@@ -154,9 +155,9 @@ def model_type(fields: Mapping[str, Any], switches: Mapping[str, Any]) -> str:
 
 
 def to_hf(fields: Mapping[str, Any], switches: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json's keys from the fields of ModelConfig.
+    """Keys of config.json from the fields of ModelConfig.
 
-    `ntk` is written as what it is, plain rope with a larger base.
+    `ntk` is written as plain rope with a larger base.
     """
     kind = model_type(fields, switches)
     ends = {"bos_token_id": None, "eos_token_id": None, "torch_dtype": dtype, "dtype": dtype}
@@ -185,7 +186,7 @@ def to_hf(fields: Mapping[str, Any], switches: Mapping[str, Any], dtype: str) ->
         "rope_theta": theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "rope_parameters": {**rope, "rope_theta": theta},
-        "bos_token_id": None,  # without a word transformers takes 1 and 2
+        "bos_token_id": None,  # the defaults of transformers are 1 and 2
         "eos_token_id": None,
         "initializer_range": 0.02,
         "use_cache": True,

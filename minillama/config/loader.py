@@ -1,4 +1,4 @@
-"""The one strict loader: TOML tables into frozen dataclasses.
+"""Strict configuration loader: TOML tables to frozen dataclasses.
 
 A field's annotation is its type, its `metadata` its range (`min`, `max` inclusive, `above`, `below`
 exclusive). An unknown key, a wrong type or a value out of range is an InputError that names the file, the
@@ -40,15 +40,15 @@ T = TypeVar("T")
 
 
 class Located(Protocol):
-    """Says where a key stands: in a file (`Origin`) or on the command line."""
+    """Source location of a key: in a file (`Origin`) or on the command line."""
 
     def at(self, key: str) -> str:
-        """The place of a dotted key, for a message."""
+        """Location of a dotted key, for a message."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A TOML text and its path, to say where a key stands."""
+    """TOML text and its path, for the location of keys."""
 
     path: Path
     text: str
@@ -56,7 +56,7 @@ class Origin:
     def at(self, key: str) -> str:
         """`path:line, key` for a dotted key; array elements are counted from 0, as `data.sources.1.weight`.
 
-        A key that the text does not hold is placed at its table, and failing that at the file.
+        A missing key is located at its table, and failing that at the file.
         """
         parts = key.split(".")
         for depth in range(len(parts), 0, -1):
@@ -95,7 +95,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
         InputError: no such file, not UTF-8, or a syntax error, with line and column.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark before the first line
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
     except FileNotFoundError as error:
         raise InputError("no such file", where=path) from error
     except (OSError, UnicodeDecodeError) as error:
@@ -104,16 +104,16 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
         return tomllib.loads(text), Origin(path, text)
     except tomllib.TOMLDecodeError as error:
         message = str(error)
-        place = re.search(r" \(at line (\d+), column (\d+)\)", message)
+        location = re.search(r" \(at line (\d+), column (\d+)\)", message)
         lines = text.split("\n")
-        line, column = (place[1], place[2]) if place else (len(lines), len(lines[-1]) + 1)
+        line, column = (location[1], location[2]) if location else (len(lines), len(lines[-1]) + 1)
         found = lines[int(line) - 1].strip() or None
         what = f"not valid TOML: {message.split(' (at')[0]}"
         raise InputError(what, where=f"{path}:{line}:{column}", found=found, fix="see https://toml.io") from error
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that a misspelt word most likely meant, or None."""
+    """Nearest choice to a misspelled word, or None."""
     plain = {re.sub(r"[\W_]", "", choice.lower()): choice for choice in choices}
     close = difflib.get_close_matches(re.sub(r"[\W_]", "", word.lower()), plain, n=1)
     return plain[close[0]] if close else None
@@ -126,13 +126,13 @@ def build(
     base: T | None = None,
     prefix: str = "",
 ) -> T:
-    """Make a dataclass from a table.
+    """Dataclass from a table.
 
     Args:
         cls: the dataclass.
         values: the table.
-        origin: where it stands, for messages.
-        base: an instance whose values hold where the table has none; the class's defaults unless given.
+        origin: its location, for messages.
+        base: an instance with the values that the table lacks; the class's defaults unless given.
         prefix: the table's dotted name.
 
     Raises:
@@ -143,7 +143,7 @@ def build(
     renamed = {f.metadata["was"]: f.name for f in fields(cls) if "was" in f.metadata}  # type: ignore[arg-type]
     for key in values:
         if key in renamed:
-            say_renamed(_place(origin, f"{prefix}.{key}".lstrip(".")), renamed[key])
+            say_renamed(_location(origin, f"{prefix}.{key}".lstrip(".")), renamed[key])
         elif key not in names:
             raise _unknown(key, names, origin, prefix)
     values = {renamed.get(key, key): value for key, value in values.items()}
@@ -156,7 +156,7 @@ def build(
         elif base is not None:
             made[f.name] = getattr(base, f.name)
         elif f.default is MISSING and f.default_factory is MISSING:
-            raise InputError(f"{f.name} is missing", where=_place(origin, key))
+            raise InputError(f"{f.name} is missing", where=_location(origin, key))
     try:
         instance = cls(**made)
     except InputError as error:
@@ -166,20 +166,20 @@ def build(
 
 
 def say_renamed(where: str, name: str) -> None:
-    """One line on standard error for a name that goes on working for one release."""
-    print(f"{where} is now called {name}; the old name goes with the next release", file=sys.stderr)
+    """Deprecation notice on standard error, for a name that works for one more release."""
+    print(f"{where} is now called {name}; the old name is removed in the next release", file=sys.stderr)
 
 
 def located(error: InputError, origin: Located | None, prefix: str) -> InputError:
-    """The error of a dataclass that knows its field, with file and line added."""
+    """Error of a dataclass that names its field, with file and line added."""
     field = str(error.where or "")
-    if not re.fullmatch(r"[\w.]*", field):  # it has a place already
+    if not re.fullmatch(r"[\w.]*", field):  # it has a location already
         return error
-    where = _place(origin, f"{prefix}.{field}".strip("."))
+    where = _location(origin, f"{prefix}.{field}".strip("."))
     return InputError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix)
 
 
-def _place(origin: Located | None, key: str) -> str:
+def _location(origin: Located | None, key: str) -> str:
     return origin.at(key) if origin is not None else key
 
 
@@ -187,7 +187,7 @@ def _unknown(key: str, names: list[str], origin: Located | None, prefix: str) ->
     close = nearest(key, names)
     return InputError(
         f"unknown key {key!r}",
-        where=_place(origin, f"{prefix}.{key}".lstrip(".")),
+        where=_location(origin, f"{prefix}.{key}".lstrip(".")),
         expected=None if close else f"one of {', '.join(names)}",
         fix=f"did you mean {close!r}?" if close else None,
     )
@@ -204,7 +204,7 @@ def _convert(kind: Any, value: Any, origin: Located | None, key: str, base: Any)
         return tuple(_convert(arguments[0], item, origin, f"{key}.{i}", None) for i, item in enumerate(value))
     if typing.get_origin(kind) is Literal:
         if isinstance(value, bool) and str(value).lower() in arguments:
-            return str(value).lower()  # compile = true, where a third value is a word
+            return str(value).lower()  # compile = true, where a third value is a string
         if value in arguments and not isinstance(value, bool):
             return value
         raise _wrong(value, " or ".join(map(repr, arguments)), origin, key, arguments)
@@ -225,8 +225,8 @@ def _type_name(kind: Any) -> str:
 def _wrong(value: Any, expected: str, origin: Located | None, key: str, choices: Iterable[Any] = ()) -> InputError:
     close = nearest(value, map(str, choices)) if isinstance(value, str) else None
     return InputError(
-        f"{key} has a value of the wrong kind",
-        where=_place(origin, key),
+        f"{key} has a value of the wrong type",
+        where=_location(origin, key),
         found=repr(value),
         expected=expected,
         fix=f"did you mean {close!r}?" if close else None,
@@ -234,7 +234,7 @@ def _wrong(value: Any, expected: str, origin: Located | None, key: str, choices:
 
 
 def check(instance: Any, origin: Located | None = None, prefix: str = "") -> None:
-    """Hold every number of a dataclass, and of those in it, against its field's range.
+    """Range check of every number of a dataclass, and of those in it.
 
     Raises:
         InputError: field, value and range.
@@ -243,11 +243,11 @@ def check(instance: Any, origin: Located | None = None, prefix: str = "") -> Non
         key = f"{prefix}.{f.name}".lstrip(".")
         value = getattr(instance, f.name)
         items = {f"{key}.{i}": item for i, item in enumerate(value)} if isinstance(value, tuple) else {key: value}
-        for place, item in items.items():
+        for name, item in items.items():
             if is_dataclass(item):
-                check(item, origin, place)
+                check(item, origin, name)
             elif isinstance(item, int | float) and not isinstance(item, bool):
-                _check_number(item, f.metadata, _place(origin, place), place)
+                _check_number(item, f.metadata, _location(origin, name), name)
 
 
 def _check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:
@@ -257,7 +257,7 @@ def _check_number(value: float, limits: Mapping[str, float], where: str, key: st
         and value > limits.get("above", -math.inf)
         and value < limits.get("below", math.inf)
     )
-    finite = value == value and abs(value) != math.inf  # isfinite takes no whole number over 1e308
+    finite = value == value and abs(value) != math.inf  # isfinite takes no integer over 1e308
     if not (inside and finite):
         words = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
         bounds = [f"{word} {limits[name]}" for name, word in words.items() if name in limits]
@@ -266,7 +266,7 @@ def _check_number(value: float, limits: Mapping[str, float], where: str, key: st
 
 
 def config_folder(kind: str) -> Path:
-    """configs/KIND of the clone, or of the installed package."""
+    """Folder configs/KIND of the clone, or of the installed package."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "configs" / kind
     return inside if inside.is_dir() else package.parent / "configs" / kind
@@ -278,7 +278,7 @@ def config_names(kind: str) -> list[str]:
 
 
 def config_path(kind: str, name: str) -> Path:
-    """The file that a name or a path means.
+    """Configuration file of a name or path.
 
     Args:
         kind: `model` or `train`.
@@ -304,7 +304,7 @@ def config_path(kind: str, name: str) -> Path:
 
 
 def to_dict(instance: Any) -> dict[str, Any]:
-    """Nested plain values, without None: what `tomli_w.dumps` takes."""
+    """Nested plain values without None, as `tomli_w.dumps` takes them."""
 
     def plain(value: Any) -> Any:
         if is_dataclass(value):

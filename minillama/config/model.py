@@ -1,4 +1,4 @@
-"""The configuration of a model: read, changed and written, and what follows from its shape by arithmetic. No torch.
+"""Model configuration: reading, changing, writing; parameter, FLOP and cache counts. No torch.
 
 Notation: V vocabulary, D width, L layers, H query heads, K key/value heads, E head width, F feed-forward
 width, T sequence length.
@@ -24,18 +24,18 @@ __all__ = ["ModelConfig", "RopeScaling"]
 
 @dataclass(frozen=True)
 class ModelConfig(Shape):
-    """The shape of a decoder. The defaults are LLaMA 7B's (arXiv 2302.13971, Table 2); `Shape` has the fields."""
+    """Model configuration; the defaults are LLaMA 7B's (arXiv 2302.13971, Table 2), the fields are in `Shape`."""
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> ModelConfig:
-        """Read a shape.
+        """Load a model configuration.
 
         Args:
             source: the name of a file in configs/model, a TOML file (the shape alone or in its [model]
                 table), or a Hugging Face folder or config.json of either generation.
 
         Raises:
-            InputError: nothing of that name, or not a shape that this decoder has.
+            InputError: nothing of that name, or a shape that this decoder does not support.
         """
         path = Path(source)
         if path.is_dir():
@@ -61,9 +61,9 @@ class ModelConfig(Shape):
             base = cls.load(values["preset"])
         except RecursionError:
             where = origin.at(f"{prefix}.preset".lstrip(".")) if origin is not None else None
-            raise InputError("the presets name each other in a circle", where=where) from None
+            raise InputError("the presets refer to each other in a cycle", where=where) from None
         except InputError as error:
-            if error.where is not None:  # a fault in the preset's own file
+            if error.where is not None:  # an error in the preset's own file
                 raise
             raise located(error, origin, f"{prefix}.preset") from None
         return base.changed(changed, origin, prefix)
@@ -87,17 +87,17 @@ class ModelConfig(Shape):
             return build(cls, hf.from_hf(values, where))
         except InputError as error:
             key = str(error.where)
-            if key.startswith(where):  # it has its place already
+            if key.startswith(where):  # it has a location already
                 raise
-            place = f"{where}, {hf.KEYS.get(key, key)}"
-            raise InputError(error.what, where=place, found=error.found, expected=error.expected) from None
+            location = f"{where}, {hf.KEYS.get(key, key)}"
+            raise InputError(error.what, where=location, found=error.found, expected=error.expected) from None
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The keys of config.json, for transformers 4 and 5 alike."""
         return hf.to_hf(to_dict(self), self.switches(), dtype)
 
     def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name within a block -> shape, (out, in) for products; see `config/parameters.py`."""
+        """Name within a block -> shape, (out, in) for linear layers; see `config/parameters.py`."""
         return parameters.block(self)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -108,7 +108,7 @@ class ModelConfig(Shape):
         return first | blocks | last
 
     def num_params(self, embedding: bool = True) -> int:
-        """Parameters; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
+        """Parameter count; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
 
         Args:
             embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
@@ -120,10 +120,10 @@ class ModelConfig(Shape):
         return first + self.n_layers * layer + last - (0 if counted else self.vocab_size * self.dim)
 
     def flops_per_token(self, seq_len: int, training: bool = True) -> float:
-        """Multiplications and additions a token, averaged over a causal sequence of T tokens.
+        """FLOPs per token, averaged over a causal sequence of T tokens.
 
-        Forward: 2 for each weight of a product (the head is one, the embedding is a lookup), and
-        2 * 2 * H * E * (T + 1) / 2 a layer for scores and their sums, since a query sees half of the
+        Forward: 2 for each weight of a linear layer (the head is one, the embedding is a lookup), and
+        2 * 2 * H * E * (T + 1) / 2 per layer for scores and their sums, since a query attends to half of the
         sequence on average. Training is three times that. PaLM's 6N + 12 LHET (arXiv 2204.02311, App. B)
         counts the whole square and all parameters, and so comes out higher.
         """
@@ -133,19 +133,19 @@ class ModelConfig(Shape):
         return (2 * products + self.n_layers * scores) * (3 if training else 1)
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
-        """Bytes that one token takes in the decode state: 2 LKE values, none in a recurrence."""
+        """KV cache bytes per token: 2 LKE values, none in a recurrence."""
         if self.mixer == "wkv":
             return 0
         return round(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
 
     def state_bytes(self, seq_len: int, bytes_per_value: float = 2) -> int:
-        """Bytes of a sequence's decode state: keys and values, or RWKV's five float32 vectors a layer."""
+        """Decode state bytes per sequence: KV cache, or RWKV's five float32 vectors per layer."""
         fixed = 5 * 4 * self.n_layers * self.dim if self.mixer == "wkv" else 0
         return fixed + seq_len * self.kv_bytes_per_token(bytes_per_value)
 
 
 def _unchecked(config: ModelConfig, **values: int) -> ModelConfig:
-    """A copy in which a width is left to be derived when the next change is made."""
+    """Copy with a width to be derived at the next change."""
     copy = object.__new__(ModelConfig)
     for name, value in {**config.__dict__, **values}.items():
         object.__setattr__(copy, name, value)
@@ -160,5 +160,5 @@ def _load_json(path: Path) -> ModelConfig:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError("not a readable config.json", where=path, found=error) from error
     if not isinstance(values, dict):
-        raise InputError("config.json holds no table", where=path, found=type(values).__name__)
+        raise InputError("config.json is not a JSON object", where=path, found=type(values).__name__)
     return ModelConfig.from_hf(values, str(path))

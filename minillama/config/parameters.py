@@ -1,6 +1,6 @@
-"""Which parameters a block has under each switch of the configuration. No torch.
+"""Parameter names and shapes under each switch of the configuration. No torch.
 
-Names are Hugging Face's for LLaMA; what LLaMA lacks is named after its neighbors. (out, in) for products.
+Names are Hugging Face's for LLaMA; what LLaMA lacks is named after its neighbors. (out, in) for linear layers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def norm(config: Shape, name: str) -> Shapes:
-    """A norm's weight, and its bias where it has one."""
+    """Weight of a norm, and its bias where it has one."""
     shapes: Shapes = {f"{name}.weight": (config.dim,)}
     return shapes | ({f"{name}.bias": (config.dim,)} if config.norm == "layer" else {})
 
 
 def block(config: Shape) -> Shapes:
-    """Everything in one block."""
+    """Parameters of one block."""
     mixer = _attention(config) if config.mixer == "attention" else _time_mix(config)
     second = {} if config.parallel_block else norm(config, "post_attention_layernorm")
     mlp = {"swiglu": _swiglu, "gelu": _gelu, "channel-mix": _channel_mix}[config.mlp](config)
@@ -27,7 +27,7 @@ def block(config: Shape) -> Shapes:
 
 
 def ends(config: Shape) -> tuple[Shapes, Shapes]:
-    """What comes before the blocks, and what behind them."""
+    """Parameters before the blocks, and those after them."""
     first: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.dim)}
     if config.position == "learned-2d":
         rows = (config.max_seq_len + 1, config.dim)

@@ -1,4 +1,4 @@
-"""The fields of a model's shape, and the rules between them. No torch.
+"""Fields of the model configuration, and the rules between them. No torch.
 
 Notation: V vocabulary, D width, L layers, H query heads, K key/value heads, E head width, F feed-forward
 width, T sequence length.
@@ -18,28 +18,28 @@ __all__ = ["RopeScaling", "Shape", "ffn_width"]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are changed for contexts longer than the trained one; see `layers/rope.py`."""
+    """RoPE scaling for contexts longer than the trained one; see `layers/rope.py`."""
 
     kind: Literal["linear", "ntk", "llama3"] = "linear"
-    """linear: positions divided by factor; ntk: theta * factor^(E/(E-2)); llama3: slow pairs only."""
+    """linear: positions divided by factor; ntk: theta * factor^(E/(E-2)); llama3: low frequencies only."""
     factor: float = field(default=1.0, metadata={"min": 1})
-    """How much longer the context becomes."""
+    """Context extension factor."""
     low_freq_factor: float = field(default=1.0, metadata={"above": 0})
-    """llama3: pairs that turn less often than this in the original context are divided by factor."""
+    """llama3: frequencies with fewer rotations than this in the original context are divided by factor."""
     high_freq_factor: float = field(default=4.0, metadata={"above": 0})
-    """llama3: pairs that turn more often than this are left alone."""
+    """llama3: frequencies with more rotations than this are unchanged."""
     original_max_seq_len: int = field(default=8192, metadata={"min": 1})
-    """llama3: the original context."""
+    """llama3: the original context length."""
 
     def __post_init__(self) -> None:
-        """Refuse bands that are empty or upside down.
+        """Refuse frequency bands that are empty or reversed.
 
         Raises:
             InputError: low_freq_factor is not below high_freq_factor.
         """
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
-                "the low and the high frequency factor leave nothing between them",
+                "the band between the low and the high frequency factor is empty",
                 where="low_freq_factor",
                 found=f"low_freq_factor = {self.low_freq_factor}, high_freq_factor = {self.high_freq_factor}",
                 expected="low_freq_factor less than high_freq_factor",
@@ -50,11 +50,11 @@ class RopeScaling:
 class Shape:
     """The fields of a `ModelConfig` and the rules between them; LLaMA 7B's by default (arXiv 2302.13971, Table 2)."""
 
-    # the upper ends keep arithmetic on a forged config.json short
+    # the upper bounds keep arithmetic on a forged config.json short
     dim: int = field(default=4096, metadata={"min": 1, "max": 2**20})
     """D, width of the residual stream."""
     n_layers: int = field(default=32, metadata={"min": 1, "max": 2**14})
-    """L, blocks."""
+    """L, number of blocks."""
     n_heads: int = field(default=32, metadata={"min": 1, "max": 2**20})
     """H, query heads."""
     n_kv_heads: int = field(default=0, metadata={"min": 0})
@@ -64,43 +64,43 @@ class Shape:
     hidden_dim: int = field(default=0, metadata={"min": 0})
     """F, feed-forward width; 0: 8/3 dim, rounded up to a multiple of 256 (Meta's rule)."""
     vocab_size: int = field(default=32000, metadata={"min": 1})
-    """V, rows of the embedding."""
+    """V, vocabulary size, rows of the embedding."""
     max_seq_len: int = field(default=2048, metadata={"min": 1})
-    """The longest context, in tokens."""
+    """Maximum context length, in tokens."""
     norm_eps: float = field(default=1e-6, metadata={"above": 0})
     """Added to the mean square in RMSNorm."""
     rope_theta: float = field(default=10000.0, metadata={"above": 1})
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """Rescaling of the rotary frequencies."""
+    """RoPE scaling."""
     tie_embeddings: bool = False
-    """The head uses the embedding's matrix."""
+    """Weight tying of head and embedding."""
     norm: Literal["rms", "layer", "layer-scale"] = "rms"
     """RMSNorm; LayerNorm with weight and bias; LayerNorm with its weight alone."""
     position: Literal["rope", "rope-2d", "alibi", "learned-2d", "none"] = "rope"
-    """rope-2d and learned-2d take a place in the text and one in the blank that is filled (GLM)."""
+    """rope-2d and learned-2d have two position ids per token: in the text and within the masked span (GLM)."""
     rotary_dim: int = field(default=0, metadata={"min": 0})
-    """Width of a head that rope turns, the first so many values; 0: all of it."""
+    """Rotary dimension, the first values of a head that rope rotates; 0: all of it."""
     mixer: Literal["attention", "wkv"] = "attention"
-    """wkv: RWKV's recurrence; it has its own feed-forward layer and no positions."""
+    """wkv: RWKV's recurrence; it has its own feed-forward layer and no position embedding."""
     mlp: Literal["swiglu", "gelu", "channel-mix"] = "swiglu"
-    """gelu: the tanh form; channel-mix: RWKV's."""
+    """gelu: the tanh approximation; channel-mix: RWKV's."""
     bias: Literal["none", "qkv", "all"] = "none"
-    """Which products have one."""
+    """Linear layers with a bias."""
     parallel_block: bool = False
-    """x + attention(norm(x)) + mlp(norm(x)), one norm a block (PaLM)."""
+    """x + attention(norm(x)) + mlp(norm(x)), one norm per block (PaLM)."""
     residual: Literal["input", "norm"] = "input"
-    """norm: the norm's output times sqrt(2 n_layers) goes on, not its input (ChatGLM-6B)."""
+    """norm: the skip connection carries the norm's output times sqrt(2 n_layers), not its input (ChatGLM-6B)."""
     embedding_norm: bool = False
-    """A norm behind the embedding (BLOOM, RWKV)."""
+    """A norm after the embedding (BLOOM, RWKV)."""
     logit_scale: float = field(default=1.0, metadata={"above": 0})
-    """Logits are multiplied by it."""
+    """Factor of the logits."""
     init: Literal["normal", "fan-in", "rwkv"] = "normal"
-    """How fresh weights are drawn; see `model/init.py`."""
+    """Weight initialization; see `model/init.py`."""
     objective: Literal["lm", "glm"] = "lm"
-    """What the model is made to minimize."""
+    """Training objective of the model."""
     preset: str = ""
-    """The file of configs/model that this shape came from."""
+    """Name of the file in configs/model that this shape came from."""
 
     def __post_init__(self) -> None:
         """Resolve what follows from the rest, and refuse impossible shapes.
@@ -141,7 +141,7 @@ class Shape:
             )
 
     def switches(self) -> dict[str, Any]:
-        """What is other than LLaMA's."""
+        """Switches that differ from LLaMA's."""
         names = (
             *("norm", "position", "mixer", "mlp", "bias", "parallel_block", "residual", "embedding_norm"),
             *("logit_scale", "objective"),
@@ -152,7 +152,7 @@ class Shape:
 
     @property
     def rotary_width(self) -> int:
-        """Width of a head that rope turns."""
+        """Rotary dimension, values of a head that rope rotates."""
         return self.rotary_dim or self.head_dim
 
     def _check_switches(self) -> None:
@@ -180,27 +180,27 @@ class Shape:
                 )
 
     def _check_rotary(self) -> None:
-        """Refuse widths that cannot be turned in pairs."""
+        """Refuse widths that cannot be rotated in pairs."""
         if self.position not in ("rope", "rope-2d"):
             return
         where, width = ("rotary_dim", self.rotary_dim) if self.rotary_dim else ("head_dim", self.head_dim)
         pairs = 2 if self.position == "rope" else 4
         if width % pairs:
             raise InputError(
-                "rotary positions turn pairs, and this width is odd"
+                "rotary positions rotate pairs, and this width is odd"
                 if pairs == 2
-                else "two-dimensional rotary positions turn two halves of pairs",
+                else "two-dimensional rotary positions rotate two halves of pairs",
                 where=where,
                 found=f"{where} = {width} (dim = {self.dim}, n_heads = {self.n_heads})",
                 expected=f"a multiple of {pairs}, such as {width + pairs - width % pairs}",
             )
         if width > self.head_dim:
             found, expected = f"rotary_dim = {width}", f"at most head_dim = {self.head_dim}"
-            raise InputError("rope cannot turn more than a head", where=where, found=found, expected=expected)
+            raise InputError("rope cannot rotate more than a head", where=where, found=found, expected=expected)
 
 
 def ffn_width(dim: int) -> int:
-    """8/3 of the width, rounded up to a multiple of 256, as Meta has it."""
+    """Feed-forward width: 8/3 of the width, rounded up to a multiple of 256, as Meta has it."""
     return 256 * -(-int(8 * dim / 3) // 256)
 
 

@@ -1,1 +1,1 @@
-"""From text to batches: sources, held-out split, token shards, and the step -> batch sampler. No torch here."""
+"""Data pipeline: sources, held-out split, token shards, and the step -> batch sampler. No torch here."""

@@ -1,4 +1,4 @@
-"""Text that every Python brings along: the documentation and the source code of its standard library."""
+"""Built-in sources: documentation and source code of Python's standard library."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["BUILTIN", "builtin_documents"]
 
 BUILTIN = ("python-docs", "python-code")
 
-# Tests, applications, bundled wheels, and what was generated: character tables and the topics' text.
+# Tests, applications, bundled wheels, and generated files: character tables and the topics' text.
 _LEFT_OUT = frozenset(
     ["test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "ensurepip", "encodings", "pydoc_data"]
 )
 
 
 def builtin_documents(name: str) -> Iterator[Document | BadText]:
-    """The documents of a built-in source, in an order that depends on the Python version alone.
+    """Documents of a built-in source, in an order that depends on the Python version alone.
 
-    python-docs: the language reference as `help()` knows it, a topic each; then for each module its
-    docstrings, under the names and signatures they explain. python-code: each module's source file.
+    python-docs: the language reference of `help()`, one document per topic; then the docstrings of each module,
+    under their names and signatures. python-code: each module's source file.
 
     Raises:
         InputError: this Python has no standard library in source form.
@@ -62,14 +62,14 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
 def _topics() -> Iterator[Document]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # a Python that was stripped of it
+    except ImportError:  # a stripped Python
         return
     for name in sorted(topics):
         yield Document(topics[name], f"python-docs, topic {name}")
 
 
 def _docstrings(module: str, source: str) -> str:
-    """A module's docstrings as one text; empty where there are none."""
+    """Docstrings of a module as one document; empty where there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in other people's code

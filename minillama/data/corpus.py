@@ -1,9 +1,9 @@
-"""Batches as a pure function of (seed, step), over tokenized sources mixed by weight.
+"""Deterministic data sampler: batches as a pure function of (seed, step), over sources mixed by weight.
 
-Sample i = step * batch size + row. Every block of 4096 samples gives each source its exact share of places,
+Sample i = step * batch size + row. Every block of 4096 samples gives each source its exact share of samples,
 in an order keyed by (seed, block). A source's own samples are windows of `length` + 1 tokens that start at
-multiples of `length` plus an offset, in an order keyed by (seed, epoch): within an epoch no window comes
-twice. So nothing needs to be stored to resume, and a process can make its rows alone.
+multiples of `length` plus an offset, shuffled by (seed, epoch) without replacement within an epoch. So resuming
+needs no stored state, and a process can make its own rows alone.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BLOCK = 4096
 
 
 class Split:
-    """The tokens of a source, in one split, as one long array over its shards.
+    """Tokens of a source in one split, concatenated over its shards.
 
     Args:
         shards: in order.
         vocab_size: ids must be below it.
-        bytes: UTF-8 bytes that the tokens stand for.
-        name: what to call it in a message.
+        bytes: UTF-8 bytes of the tokens.
+        name: for messages.
     """
 
     def __init__(self, shards: Sequence[Shard], vocab_size: int, bytes: int = 0, name: str = "data") -> None:
@@ -41,7 +41,7 @@ class Split:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return int(self._ends[-1]) if self.shards else 0
 
     def read(self, start: int, length: int) -> NDArray[np.int64]:
@@ -49,7 +49,7 @@ class Split:
 
         Raises:
             InputError: an id is not below `vocab_size`: shard, offset, id.
-            IndexError: they are not all there.
+            IndexError: out of range.
         """
         if start < 0 or start + length > self.tokens:
             raise IndexError(f"tokens {start}..{start + length - 1} of {self.tokens}")
@@ -67,7 +67,7 @@ class Split:
         return out
 
     def val_windows(self, length: int) -> Iterator[NDArray[np.int64]]:
-        """Consecutive windows of `length` + 1 tokens, the last one shorter, each overlapping the next by one.
+        """Validation windows: consecutive, `length` + 1 tokens, the last one shorter, overlapping by one.
 
         Every token but the first is predicted exactly once.
         """
@@ -75,34 +75,34 @@ class Split:
             yield self.read(start, min(length + 1, self.tokens - start))
 
     def windows(self, length: int) -> int:
-        """Training windows in an epoch: one less than tokens / length, to leave room for the offset."""
+        """Training windows per epoch: one less than tokens / length, to leave room for the offset."""
         return max(1, (self.tokens - length) // length) if self.tokens > length else 0
 
     def starts(self, indices: NDArray[np.int64], length: int, seed: int, source: int) -> NDArray[np.int64]:
-        """Where the windows of the source's own samples start.
+        """Start offsets of the windows of this source's samples.
 
         Args:
-            indices: (N,) numbers of samples of this source, from 0.
+            indices: (N,) sample indices within this source, from 0.
             length: T.
-            seed: of the order.
-            source: the source's number, so that two sources have different orders.
+            seed: of the shuffling.
+            source: index of the source, so that two sources have different orders.
 
         Returns:
-            (N,) offset_e + T * permutation_e(index mod n), e = index // n, with n windows in an epoch.
+            (N,) offset_e + T * permutation_e(index mod n), e = index // n, with n windows per epoch.
         """
         count = self.windows(length)
         slack = min(length - 1, self.tokens - 1 - count * length)
-        epochs, places = np.divmod(indices, count)
+        epochs, positions = np.divmod(indices, count)
         out = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             keys = derive_keys("epoch", seed, source, epoch)
             chosen = epochs == epoch
-            order = permute(places[chosen].astype(np.uint64), count, keys).astype(np.int64)
+            order = permute(positions[chosen].astype(np.uint64), count, keys).astype(np.int64)
             out[chosen] = order * length + keys[-1] % (slack + 1)
         return out
 
     def document(self, place: int, separator: int) -> int:
-        """The number of the document that token `place` belongs to, from 0. Reads all that stands before it."""
+        """Index of the document of the token at position `place`, from 0. Reads all tokens before it."""
         before = 0
         for shard, end in zip(self.shards, self._ends.tolist(), strict=True):
             part = shard.tokens[: max(0, place + 1 - (end - len(shard.tokens)))]
@@ -110,29 +110,29 @@ class Split:
         return max(0, before - 1)
 
     def _too_large(self, shard: Shard, first: int, ids: NDArray[np.int64]) -> InputError:
-        place = int(np.argmax(ids >= self.vocab_size))
+        position = int(np.argmax(ids >= self.vocab_size))
         return InputError(
             "a token id lies outside the vocabulary",
-            where=f"{shard.path}, token {first + place}",
-            found=int(ids[place]),
+            where=f"{shard.path}, token {first + position}",
+            found=int(ids[position]),
             expected=f"less than {self.vocab_size}",
             fix="delete the folder it is in; the next start writes it again",
         )
 
 
 class Corpus:
-    """Training and held-out tokens of all sources.
+    """Tokenized corpus: training and held-out splits of all sources.
 
     Args:
-        train: a split a source.
+        train: one split per source.
         val: the same sources' held-out splits.
-        weights: share of the samples, relative to each other; equal unless given.
-        separator: the id that opens a document, None where there are no separators.
-        fingerprint: SHA-256 of what the batches depend on but seed and step.
-        skipped: documents that were left out.
+        weights: mixture weights, relative to each other; equal unless given.
+        separator: token id that begins a document, None where there are no separators.
+        fingerprint: SHA-256 of all that batches depend on except seed and step.
+        skipped: skipped documents.
 
     Raises:
-        InputError: a weight so small that a block of 4096 samples has no place for its source.
+        InputError: a weight below one sample per block of 4096.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Corpus:
         self.train, self.val = list(train), list(val)
         self.weights = list(weights or [1.0] * len(self.train))
         self.separator, self.fingerprint, self.skipped = separator, fingerprint, skipped or Skipped()
-        self.places = _places(self.weights)
+        self.places = _apportion(self.weights)
         if not all(self.places):
             index = self.places.index(0)
             raise InputError(
@@ -160,21 +160,21 @@ class Corpus:
 
     @property
     def has_separators(self) -> bool:
-        """Whether the documents of any source start with the separator token."""
+        """Whether documents of any source start with the separator token."""
         return self.separator is not None
 
     def batch(
         self, seed: int, step: int, rows: int, length: int, first_row: int = 0, total_rows: int | None = None
     ) -> NDArray[np.int64]:
-        """Rows of a step's batch: a pure function of the arguments.
+        """Batch of a step: a pure function of the arguments.
 
         Args:
-            seed: of the order.
+            seed: of the shuffling.
             step: from 0.
-            rows: how many.
+            rows: number of rows.
             length: T.
-            first_row: the first one's number in the step's batch: a process among several asks for its own.
-            total_rows: rows of the whole batch; `rows` unless given.
+            first_row: index of the first row in the global batch, for data parallelism.
+            total_rows: rows of the global batch; `rows` unless given.
 
         Returns:
             (rows, T + 1) token ids: inputs are all but the last column, targets all but the first.
@@ -190,19 +190,19 @@ class Corpus:
         return out
 
     def where(self, seed: int, step: int, rows: int, length: int, chosen: Sequence[int]) -> list[str]:
-        """Where the chosen rows of a step's batch stand, as `python-docs (train), document 12, tokens 34560..34816`.
+        """Locations of the chosen rows of a batch, as `python-docs (train), document 12, tokens 34560..34816`.
 
-        Documents are counted from 0 within the split, by reading what stands before; tokens too, over all shards.
+        Documents are counted from 0 within the split, by reading all tokens before; tokens too, over all shards.
         """
-        places = []
+        locations = []
         windows = self._windows(seed, step * rows, rows, length)
         for split, start in (windows[row] for row in chosen):
             text = "" if self.separator is None else f", document {split.document(start, self.separator)}"
-            places.append(f"{split.name}{text}, tokens {start}..{start + length}")
-        return places
+            locations.append(f"{split.name}{text}, tokens {start}..{start + length}")
+        return locations
 
     def _windows(self, seed: int, first: int, rows: int, length: int) -> list[tuple[Split, int]]:
-        """The split and the start of the windows of `rows` samples from number `first` on."""
+        """Split and start offset of the windows of samples `first` to `first` + `rows` - 1."""
         sources, indices = self._sources(first + np.arange(rows, dtype=np.int64), seed)
         starts = np.empty(rows, np.int64)
         for source in np.unique(sources).tolist():
@@ -211,11 +211,11 @@ class Corpus:
         return [(self.train[source], start) for source, start in zip(sources.tolist(), starts.tolist(), strict=True)]
 
     def held_out(self, length: int, limit: int = 0) -> Iterator[tuple[Split, Iterator[NDArray[np.int64]]]]:
-        """Each source's held-out text as `Split.val_windows(length)`.
+        """Held-out windows per source, as `Split.val_windows(length)`.
 
         Args:
             length: T.
-            limit: about so many tokens in all, in windows spread over all of the text; 0: all of it.
+            limit: approximate number of tokens in all, in evenly spaced windows; 0: all.
         """
         total = sum(split.tokens for split in self.val)
         every = max(1, total // limit) if limit else 1
@@ -224,10 +224,10 @@ class Corpus:
                 yield split, islice(split.val_windows(length), 0, None, every)
 
     def check(self, length: int, rows: int) -> None:
-        """Whether there is a batch of training windows in every source, and held-out text.
+        """Refuse a corpus without a batch of training windows in every source, or without held-out text.
 
         Raises:
-            InputError: there is not, with both sizes.
+            InputError: too little text, with both sizes.
         """
         self._check_train(length, rows)
         if not any(split.tokens > 1 for split in self.val):
@@ -241,8 +241,8 @@ class Corpus:
             )
 
     def _check_train(self, length: int, rows: int) -> None:
-        for split, places in zip(self.train, self.places, strict=True):
-            needed = -(-rows * places // BLOCK)
+        for split, count in zip(self.train, self.places, strict=True):
+            needed = -(-rows * count // BLOCK)
             if split.tokens <= length:
                 raise InputError(
                     "the training text is shorter than the context",
@@ -261,37 +261,37 @@ class Corpus:
                 )
 
     def _sources(self, samples: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each sample, and the sample's number among those of its source."""
+        """Source of each sample, and the sample's index within that source."""
         if len(self.train) == 1:
             return np.zeros_like(samples), samples
         blocks, within = np.divmod(samples, BLOCK)
         sources, indices = np.empty_like(samples), np.empty_like(samples)
-        places = np.asarray(self.places)
+        counts = np.asarray(self.places)
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
             order, ranks = _block(seed, block, tuple(self.places))
             sources[chosen] = order[within[chosen]]
-            indices[chosen] = block * places[sources[chosen]] + ranks[within[chosen]]
+            indices[chosen] = block * counts[sources[chosen]] + ranks[within[chosen]]
         return sources, indices
 
 
-def _places(weights: Sequence[float]) -> list[int]:
-    """Each source's places among 4096, by largest remainder: they differ from weight / sum * 4096 by less than 1."""
+def _apportion(weights: Sequence[float]) -> list[int]:
+    """Samples per source in a block of 4096, by largest remainder: within 1 of weight / sum * 4096."""
     exact = np.asarray(weights, np.float64) / sum(weights) * BLOCK
-    places = np.floor(exact).astype(int)
-    order = np.argsort(places - exact, kind="stable")
-    places[order[: BLOCK - int(places.sum())]] += 1
-    return [int(count) for count in places]
+    counts = np.floor(exact).astype(int)
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: BLOCK - int(counts.sum())]] += 1
+    return [int(count) for count in counts]
 
 
 @lru_cache(maxsize=8)
-def _block(seed: int, block: int, places: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(4096,) source of each sample of a block, and how many of the same source come before it."""
-    labels = np.repeat(np.arange(len(places)), places)
+def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(4096,) source of each sample of a block, and its rank within that source."""
+    labels = np.repeat(np.arange(len(counts)), counts)
     order = labels[
         permute(np.arange(BLOCK, dtype=np.uint64), BLOCK, derive_keys("block", seed, block)).astype(np.int64)
     ]
     ranks = np.empty(BLOCK, np.int64)
-    for source, count in enumerate(places):
+    for source, count in enumerate(counts):
         ranks[order == source] = np.arange(count)
     return order, ranks

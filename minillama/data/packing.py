@@ -1,4 +1,4 @@
-"""Where documents begin and end inside a row of packed tokens. B batch, T time."""
+"""Sequence packing: document ids and position ids of packed rows. B batch, T time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["document_ids", "document_positions"]
 
 
 def document_ids(tokens: NDArray[Any], separator: int) -> NDArray[np.int64]:
-    """Which document each token belongs to: id_t = number of separators among tokens 0..t.
+    """Document ids: id_t = number of separators among tokens 0..t.
 
-    The separator belongs to the document that it opens. A row that starts in the middle of a document
+    The separator belongs to the document that it begins. A row that starts in the middle of a document
     starts with id 0.
 
     Args:
         tokens: (..., T) token ids.
-        separator: the id that opens a document.
+        separator: token id that begins a document.
 
     Returns:
         (..., T) document ids, counted in each row from its start.
@@ -27,14 +27,14 @@ def document_ids(tokens: NDArray[Any], separator: int) -> NDArray[np.int64]:
 
 
 def document_positions(tokens: NDArray[Any], separator: int) -> NDArray[np.int64]:
-    """Position inside the document: t minus the place of the latest separator, or t where none came yet.
+    """Position ids within documents: t minus the position of the latest separator, or t before the first.
 
     Args:
         tokens: (..., T) token ids.
-        separator: the id that opens a document; it has position 0.
+        separator: token id that begins a document; it has position 0.
 
     Returns:
         (..., T) position ids.
     """
-    places = np.arange(tokens.shape[-1], dtype=np.int64)
-    return places - np.maximum.accumulate(np.where(tokens == separator, places, 0), axis=-1)
+    positions = np.arange(tokens.shape[-1], dtype=np.int64)
+    return positions - np.maximum.accumulate(np.where(tokens == separator, positions, 0), axis=-1)

@@ -1,4 +1,4 @@
-"""Keyed permutations: the order of the data without a list of it.
+"""Keyed pseudorandom permutations: shuffling in O(1) memory.
 
 Pure arithmetic on uint64, so that an order is the same on every machine and for every version of numpy.
 """
@@ -18,17 +18,17 @@ _ROUNDS = 6
 
 @lru_cache(maxsize=256)
 def derive_keys(*parts: int | str) -> tuple[int, ...]:
-    """Eight 64-bit numbers that depend on all the parts (BLAKE2b)."""
+    """Key derivation: eight 64-bit keys from all the parts (BLAKE2b)."""
     digest = blake2b(repr(parts).encode()).digest()
     return tuple(int.from_bytes(digest[i : i + 8], "little") for i in range(0, 64, 8))
 
 
 def permute(indices: NDArray[np.uint64], size: int, keys: tuple[int, ...]) -> NDArray[np.uint64]:
-    """Where each index goes under a keyed permutation of 0..size-1, in O(1) memory.
+    """Keyed permutation of 0..size-1, applied to indices, in O(1) memory.
 
-    A balanced Feistel network permutes 0..4^k-1, the least power of 4 that holds `size`; an index that
-    lands outside is sent through again until it lands inside (cycle walking: Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002), fewer than four times on average.
+    A balanced Feistel network permutes 0..4^k-1, the least power of 4 that holds `size`; indices outside the
+    range are permuted again until they are inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary
+    finite domains", 2002), fewer than four times on average.
 
     Args:
         indices: any shape, each below `size`.
@@ -36,7 +36,7 @@ def permute(indices: NDArray[np.uint64], size: int, keys: tuple[int, ...]) -> ND
         keys: from `derive_keys`.
 
     Returns:
-        The images, of the shape of `indices`; different indices have different ones.
+        The images, of the shape of `indices`; distinct for distinct indices.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     out = _feistel(indices.astype(np.uint64), half, keys)
@@ -54,7 +54,7 @@ def _feistel(x: NDArray[np.uint64], half: np.uint64, keys: tuple[int, ...]) -> N
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: every bit of the input changes half of the output's."""
+    """Finalizer of splitmix64: every input bit flips half of the output bits."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)

@@ -1,7 +1,7 @@
-"""Sources to a Corpus: train the tokenizer if need be, tokenize each source once, remember both in a cache.
+"""Corpus preparation: train the tokenizer if necessary, tokenize each source once, cache both.
 
-A source's tokens lie in CACHE/KEY: train-*.bin, val-*.bin and dataset.json, complete or absent. KEY hashes
-all that they depend on, so that a second start reads nothing but these.
+A source's tokens are in CACHE/KEY: train-*.bin, val-*.bin and dataset.json, complete or absent. KEY hashes
+all that they depend on, so that a second start reads only these.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from minillama.tokenizer import Tokenizer
 
 __all__ = ["Progress", "TokenizerFactory", "load_corpus", "prepare"]
 
-VERSION = 1  # of what is in the cache; another number makes everything anew
-MEMORY = 256 * 2**20  # bytes of text that are kept instead of being read again
-SAMPLE = 20_000_000  # characters that a tokenizer is trained on
-PIECE = 2**20  # characters that are encoded in one go
-VERIFIED = 2**30  # bytes of shards whose checksums are looked at on every start
+VERSION = 1  # of the cache format; a change invalidates the cache
+MEMORY = 256 * 2**20  # bytes of text kept in memory instead of being read again
+SAMPLE = 20_000_000  # characters of tokenizer training
+PIECE = 2**20  # characters per chunk to encode
+VERIFIED = 2**30  # bytes of shards whose checksums are verified on every start
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done, 0 to 1."""
+"""Progress callback: the task, and the fraction of it that is done, 0 to 1."""
 
-# Between two words with one blank in between: there byte-level pre-tokenizers cut, whatever stands further off;
-# vocabularies of characters give each piece of text a blank of its own in front.
+# A boundary between two words with one space in between: byte-level pre-tokenizers split there regardless of context;
+# character-based vocabularies give each chunk its own dummy prefix.
 _BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
 
 
 class TokenizerFactory(Protocol):
-    """Makes a tokenizer from texts."""
+    """Tokenizer trainer."""
 
     @property
     def description(self) -> str:
-        """Equal for trainers that make the same tokenizer from the same texts."""
+        """Cache key: equal for trainers that make the same tokenizer from the same texts."""
 
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train."""
@@ -63,19 +63,19 @@ def prepare(
     on_error: OnError = "stop",
     progress: Progress | None = None,
 ) -> tuple[Corpus, Tokenizer]:
-    """Tokenize sources, or find them tokenized.
+    """Tokenize sources, or load them from the cache.
 
     Every document gets the tokenizer's BOS in front, and its EOS behind where that is another token. A source
     that is a single document gets neither.
 
     Args:
         sources: at least one.
-        tokenizer: a Tokenizer, or what trains one from at most 20 million characters of the training
-            documents, of each source by its weight.
-        cache: a folder, made if it is not there. Processes may share it.
-        val_fraction: share that is held out: see `SplitSource`.
-        on_error: what to do about bad text; `Corpus.skipped` says what was left out.
-        progress: told how far the work is.
+        tokenizer: a Tokenizer, or a trainer, for at most 20 million characters of the training
+            documents, per source by its weight.
+        cache: folder, created if missing. Processes may share it.
+        val_fraction: held-out fraction: see `SplitSource`.
+        on_error: stop at bad text or skip it; `Corpus.skipped` has the skipped documents.
+        progress: progress callback.
 
     Raises:
         InputError: bad text, an empty source, a damaged or unwritable cache.
@@ -98,12 +98,12 @@ def prepare(
 
 
 def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None) -> Corpus:
-    """The corpus of folders that `prepare` wrote.
+    """Corpus of cache folders that `prepare` wrote.
 
-    Checksums are looked at as long as all shards together are no larger than 1 GiB, sizes always.
+    Checksums are verified if all shards together are no larger than 1 GiB, sizes always.
 
     Args:
-        folders: one a source.
+        folders: one per source.
         weights: of the sources.
 
     Raises:
@@ -123,7 +123,7 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
             ]
             name = f"{table['identity']['source']} ({side})"
             made.append(Split(opened, table["vocab_size"], entry["bytes"], name))
-    # Not the identities: a copy of the data on another machine has other times, and the same tokens.
+    # Not the identities: a copy of the data on another machine has other modification times, and the same tokens.
     content = [{key: table[key] for key in ("splits", "vocab_size", "separator", "tokenizer")} for table in tables]
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
     separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
@@ -140,7 +140,7 @@ def _trained(
     cache: Path,
     tell: Progress,
 ) -> Tokenizer:
-    """The trainer's tokenizer, from the cache if the same one was trained before."""
+    """The trained tokenizer, cached."""
     weights = [reader.source.weight for reader in readers]
     folder = cache / f"tokenizer-{_key(settings | {'from': known, 'weights': weights, 'by': trainer.description})}"
     if not folder.is_dir():
@@ -188,7 +188,7 @@ def _tokenize(
 
 
 def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
-    """Long texts cut between words, so that no encoding needs more than a little memory."""
+    """Chunks of long documents, split between words, to bound the memory of encoding."""
     for part in parts:
         start = 0
         while start < len(part.text):
@@ -200,7 +200,7 @@ def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
 
 
 def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts enough to keep all cores busy."""
+    """Batches of parts, large enough for all cores."""
     batch: list[Part] = []
     size = 0
     for part in parts:
@@ -215,7 +215,7 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 @contextmanager
 def _complete(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when all went well; another process may be first."""
+    """Atomic folder write: a temporary folder, renamed to `folder` on success; another process may be first."""
     temporary = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)

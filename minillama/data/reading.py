@@ -1,4 +1,4 @@
-"""Bytes to documents: UTF-8 text, JSONL, gzip, zstd; and what is wrong with them, by file and line."""
+"""Document readers: UTF-8 text, JSONL, gzip, zstd; errors by file and line."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = [
     "read_records",
 ]
 
-_PLACES = 5
+_LOCATIONS = 5
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text that belongs together.
+    """A document.
 
     Args:
-        text: without byte order mark, lines ended by a newline alone.
+        text: without byte order mark, newlines as LF.
         where: the file, with the line in JSONL.
     """
 
@@ -49,7 +49,7 @@ class Record:
     """An object of a JSONL file.
 
     Args:
-        value: the object that the line holds.
+        value: the object.
         where: file and line.
     """
 
@@ -58,7 +58,7 @@ class Record:
 
 
 class BadText(InputError):
-    """A document that cannot be used. `reason` names the class of fault, for counting."""
+    """Error of an invalid document. `reason` is the error class, for counting."""
 
     def __init__(self, reason: str, what: str, *, where: object, found: object = None, expected: object = None) -> None:
         fix = 'mend it, or leave such text out with data.on_error = "skip"'
@@ -68,31 +68,31 @@ class BadText(InputError):
 
 @dataclass
 class Skipped:
-    """Documents that were left out.
+    """Skipped documents.
 
     Args:
-        counts: how many, by reason.
-        places: the first few of them, as file:line.
+        counts: by reason.
+        places: locations of the first few, as file:line.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
 
     def add(self, bad: BadText) -> None:
-        """Count one."""
+        """Add a document."""
         self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
-        if len(self.places) < _PLACES:
+        if len(self.places) < _LOCATIONS:
             self.places.append(str(bad.where))
 
     def merge(self, other: Skipped) -> None:
-        """Count all of another's."""
+        """Add another's counts."""
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
-        self.places = (self.places + other.places)[:_PLACES]
+        self.places = (self.places + other.places)[:_LOCATIONS]
 
     @property
     def total(self) -> int:
-        """How many in all."""
+        """Number of skipped documents."""
         return sum(self.counts.values())
 
     def __str__(self) -> str:
@@ -101,19 +101,19 @@ class Skipped:
 
 
 def need_extra(package: str, what: str) -> InputError:
-    """The error of a package that is not installed."""
+    """Error of a missing package."""
     return InputError(f"{what} needs the package {package}", fix="pip install 'minillama[data]'")
 
 
 def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
-    """The documents of a file: its lines if it is JSONL, the whole of it otherwise; .gz and .zst are unpacked.
+    """Documents of a file: one per line of JSONL, otherwise one; .gz and .zst are decompressed.
 
     Args:
-        path: the file; its name says what it holds.
-        key: the member of a JSONL object that is the text.
+        path: the file; its suffix is the format.
+        key: text field of a JSONL object.
 
     Yields:
-        Documents, and in the place of one that cannot be used the error that says why.
+        Documents, and an error in place of each invalid one.
 
     Raises:
         InputError: the file cannot be opened, or needs a package that is not installed.
@@ -126,28 +126,28 @@ def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
 
 
 def read_records(path: Path) -> Iterator[Record | BadText]:
-    """The objects of a JSONL file, .gz and .zst unpacked; see `read_file`."""
+    """Objects of a JSONL file, .gz and .zst decompressed; see `read_file`."""
     yield from _guarded(path, lambda stream: _json_lines(stream, path))
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether a file's name says that it holds a JSON object a line."""
+    """Whether a file has the suffix of JSONL: one JSON object per line."""
     return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix == ".jsonl"
 
 
 def _guarded(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
-    """What `read` gives of an open file, and an error in the place of what a damaged archive withholds."""
+    """Items of `read` on an open file, and an error for the rest of a damaged archive."""
     try:
         with _open(path) as stream:
             yield from read(stream)
     except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
-        yield BadText("damaged archive", "this compressed file is damaged or cut short", where=path, found=error)
+        yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
     except OSError as error:
         raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
 
 
 def clean(text: str, where: str) -> Document | BadText:
-    """A document of a decoded text: newlines made equal, NUL and lone surrogates refused."""
+    """Document of a decoded text: newlines normalized, NUL and lone surrogates refused."""
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         return BadText("NUL", "there is a NUL character in this text", where=where, found=f"in line {line} of the text")
@@ -160,7 +160,7 @@ def clean(text: str, where: str) -> Document | BadText:
 
 
 def from_record(record: object, key: str, where: str) -> Document | BadText:
-    """The document of a JSON object or a row of a data set: its member `key`."""
+    """Document of a JSON object or a data set row: its field `key`."""
     if not isinstance(record, dict):
         return _no_object(record, where)
     value = record.get(key)
@@ -198,7 +198,7 @@ def _json_lines(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadTex
 
 
 def _decode(data: bytes, path: str, line: int | None) -> str | BadText:
-    """UTF-8 without NUL; `line` is where the data stand, None counts the line in them."""
+    """UTF-8 decoding without NUL; `line` is the line number of the data, None counts it in them."""
     nul = data.find(0)
     try:
         text = data.decode()
@@ -213,7 +213,7 @@ def _decode(data: bytes, path: str, line: int | None) -> str | BadText:
 
 
 class _DamagedError(Exception):
-    """A zstd stream that ends early or is none."""
+    """Invalid or truncated zstd stream."""
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -229,7 +229,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 
 
 class _Zstd(io.RawIOBase):
-    """A zstd file, frame after frame. The library's own reader takes a file that is cut short for a whole one."""
+    """Multi-frame zstd reader. The library's own does not detect a truncated file."""
 
     def __init__(self, file: BinaryIO, zstandard: Any) -> None:
         self._file, self._zstandard = file, zstandard

@@ -1,4 +1,4 @@
-"""Records of JSONL files, split into those to train on and those held out."""
+"""Fine-tuning data set: JSONL records in a training and a held-out split."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Records"]
 
 @dataclass(frozen=True)
 class Records:
-    """What fine-tuning reads.
+    """Fine-tuning data set.
 
     Args:
-        train: to learn from.
-        val: held out.
-        fingerprint: SHA-256 of all of them and of the split.
-        skipped: lines that were left out.
+        train: training split.
+        val: held-out split.
+        fingerprint: SHA-256 of all records and of the split.
+        skipped: skipped lines.
     """
 
     train: Sequence[Record]
@@ -34,7 +34,7 @@ class Records:
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
     separator: int | None = None
-    """No token parts records: each is read on its own."""
+    """None: records are not packed."""
 
     @classmethod
     def load(
@@ -48,9 +48,9 @@ class Records:
 
         Args:
             sources: .jsonl files, each read once, whatever its weight.
-            val_fraction: share that is held out.
-            on_error: stop at a line that is no JSON object or fails the check, or count it and go on.
-            check: raises BadText for a record that cannot be used.
+            val_fraction: held-out fraction.
+            on_error: stop at a line that is not a JSON object or fails the check, or skip and count it.
+            check: raises BadText for an invalid record.
 
         Raises:
             InputError: no records to train on, or none to hold out.
@@ -82,16 +82,16 @@ class Records:
         return cls(split[False], split[True], digest.hexdigest(), skipped)
 
     def where(self, seed: int, step: int, rows: int, chosen: Sequence[int]) -> list[str]:
-        """File and line of the chosen records of a step."""
+        """Locations (file and line) of the chosen records of a step."""
         records = self.batch(seed, step, rows)
         return [records[row].where for row in chosen]
 
     def batch(self, seed: int, step: int, rows: int) -> list[Record]:
-        """The records of a step, each once in every epoch: a pure function of the arguments."""
+        """Batch of a step, without replacement within an epoch: a pure function of the arguments."""
         count = len(self.train)
         chosen = []
         for sample in range(step * rows, (step + 1) * rows):
-            epoch, place = divmod(sample, count)
+            epoch, position = divmod(sample, count)
             keys = derive_keys("records", seed, epoch)
-            chosen.append(self.train[int(permute(np.array([place], np.uint64), count, keys)[0])])
+            chosen.append(self.train[int(permute(np.array([position], np.uint64), count, keys)[0])])
         return chosen

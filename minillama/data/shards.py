@@ -1,4 +1,4 @@
-"""Token shards: files of token ids that are mapped into memory instead of read.
+"""Tokenized corpus: memory-mapped shards.
 
 A shard is a header of 64 bytes (magic, version, bytes per token, token count, zeros; little-endian), then the
 ids as uint16, or uint32 where the vocabulary has more than 65536 tokens.
@@ -28,13 +28,13 @@ _AGAIN = "delete the folder it is in; the next start writes it again"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest type that holds the ids of a vocabulary."""
+    """The narrowest dtype of a vocabulary's ids."""
     return _DTYPES[2 if vocab_size <= 2**16 else 4]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of tokens and the file it stands in.
+    """A token shard.
 
     Args:
         path: the file, for messages.
@@ -46,7 +46,7 @@ class Shard:
 
     @classmethod
     def open(cls, path: str | Path) -> Shard:
-        """Map a shard into memory, read-only.
+        """Memory-map a shard, read-only.
 
         Raises:
             InputError: no such file, not a shard, a newer version, or a size that differs from the header's.
@@ -71,7 +71,7 @@ class Shard:
                 f"version {version}, {width} bytes per token",
                 f"version {_VERSION}, 2 or 4 bytes per token",
             )
-            raise InputError("this data shard has an unknown form", where=path, found=found, expected=expected)
+            raise InputError("this data shard has an unknown format", where=path, found=found, expected=expected)
         if actual != HEADER_BYTES + count * width:
             raise InputError(
                 f"this data shard is {'truncated' if actual < HEADER_BYTES + count * width else 'too long'}",
@@ -86,9 +86,9 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes tokens into STEM-00000.bin, STEM-00001.bin, ... of a folder.
+    """Shard writer: STEM-00000.bin, STEM-00001.bin, ... of a folder.
 
-    A shard has a temporary name until it is whole. Without tokens nothing is written.
+    A shard has a temporary name until it is complete. Without tokens nothing is written.
 
     Args:
         folder: exists.
@@ -119,7 +119,7 @@ class ShardWriter:
                 self.close()
 
     def close(self) -> None:
-        """Finish the shard that is being written. `paths` then lists them all."""
+        """Finish the current shard. `paths` then has all of them."""
         if self._file is None:
             return
         with self._file:

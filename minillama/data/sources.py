@@ -1,6 +1,6 @@
-"""Where text comes from: built-in names, files, folders, globs, JSONL, and the `datasets` library.
+"""Data sources: built-in names, files, folders, globs, JSONL, and the `datasets` library.
 
-`documents(source)` yields texts in an order that depends on names alone. Only `hf:NAME` may use the network.
+`documents(source)` yields documents in an order that depends on names alone. Only `hf:NAME` may use the network.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = ["Document", "OnError", "Record", "Skipped", "Source", "documents", "i
 
 OnError = Literal["stop", "skip"]
 
-# What a folder is searched for. A file that is named, or matched by a glob, may have any suffix.
+# Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
 _SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".jsonl")
 _HF = "hf:"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A place that text comes from. Exactly one of `name` and `path` is given.
+    """Data source. Exactly one of `name` and `path` is given.
 
     Raises:
         InputError: both or neither are given.
@@ -49,11 +49,11 @@ class Source:
     name: str = ""
     """python-docs, python-code, hf:NAME or hf:NAME:CONFIG of the Hugging Face hub, or anything `path` can be."""
     path: str = ""
-    """A text file (one document), a .jsonl file (one a line), a folder of them, a glob; .gz and .zst as well."""
+    """A text file (one document), a .jsonl file (one per line), a folder of them, a glob; .gz and .zst as well."""
     field: str = "text"
-    """The member of a JSONL object, or the column of a data set, that holds the text."""
+    """Text field of a JSONL object, or text column of a data set."""
     weight: float = dataclasses.field(default=1.0, metadata={"above": 0})
-    """Share of the training tokens, relative to the other sources."""
+    """Mixture weight: share of the training tokens, relative to the other sources."""
 
     def __post_init__(self) -> None:
         if bool(self.name) == bool(self.path):
@@ -62,23 +62,23 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What to call it in a message."""
+        """Name for messages."""
         return self.name or self.path
 
 
 def parse_source(word: str) -> Source:
-    """The source that a word on the command line means."""
+    """Source of a command-line argument."""
     return Source(name=word)
 
 
 def documents(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Document]:
-    """The texts of a source that are not empty.
+    """Nonempty documents of a source.
 
     Args:
-        source: what to read.
+        source: the source.
         on_error: `stop` raises at the first text that is not UTF-8, holds a NUL, is not JSON, lacks the field
-            or comes out of a damaged archive; `skip` leaves the document (a file, or a line of JSONL) out.
-        report: counts what was left out.
+            or comes out of a damaged archive; `skip` skips the document (a file, or a line of JSONL).
+        report: counts of skipped documents.
 
     Raises:
         InputError: bad text, with file and line; nothing of that name; a file that cannot be opened.
@@ -94,10 +94,10 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
 
 
 def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
-    """The JSON objects of a source's .jsonl files, in the order of the files. The arguments are those of `documents`.
+    """JSON objects of a source's .jsonl files, in the order of the files. The arguments are those of `documents`.
 
     Raises:
-        InputError: as `documents`; a source that holds text and not records.
+        InputError: as `documents`; a source of text, not records.
     """
     if source.name in BUILTIN or source.name.startswith(_HF):
         what = "this source gives texts, not records"
@@ -115,9 +115,9 @@ def records(source: Source, on_error: OnError = "stop", report: Skipped | None =
 
 
 def identity(source: Source) -> dict[str, Any]:
-    """What the text of a source depends on, told without reading it: equal when nothing has changed.
+    """Cache key of a source, without reading its text: equal when nothing has changed.
 
-    Files are known by name as given, size and time of change; built-in sources by the Python version.
+    Files are identified by name as given, size and modification time; built-in sources by the Python version.
 
     Raises:
         InputError: nothing of that name.
@@ -149,10 +149,10 @@ def _items(source: Source) -> Iterator[Document | BadText]:
 
 
 def _files(name: str, every: bool = False) -> list[Path]:
-    """The files of a path or a glob, by name; at least one."""
+    """Files of a path or a glob, sorted by name; at least one."""
     path = Path(name).expanduser()
     if "://" in name:
-        raise InputError("a URL stands where a path is expected", found=name, fix="download it first")
+        raise InputError("a URL instead of a path", found=name, fix="download it first")
     if path.is_dir():
         found = list(_walk(path, frozenset(), every))
         expected = f"files ending in {' '.join(_SUFFIXES)}, perhaps with .gz or .zst behind"
@@ -169,10 +169,10 @@ def _files(name: str, every: bool = False) -> list[Path]:
 
 
 def _walk(folder: Path, above: frozenset[Path], every: bool) -> Iterator[Path]:
-    """Text files below a folder, hidden ones left out. Links are followed, but not round in circles."""
+    """Text files below a folder, except hidden ones. Links are followed, circular ones refused."""
     real = folder.resolve()
     if real in above:
-        raise InputError("this link leads back to a folder that it is in", where=folder, fix="remove it")
+        raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
     try:
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
@@ -187,7 +187,7 @@ def _walk(folder: Path, above: frozenset[Path], every: bool) -> Iterator[Path]:
 
 
 def _data_set(source: Source) -> Iterator[Document | BadText]:
-    """The rows of split `train`, as they stream in."""
+    """Streamed rows of split `train`."""
     try:
         import datasets
     except ImportError:
@@ -197,6 +197,6 @@ def _data_set(source: Source) -> Iterator[Document | BadText]:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield from_record(row, source.field, f"{source.name}, row {number}")
-    except Exception as error:  # the library, and what it stands on, raise anything
+    except Exception as error:  # the library and its dependencies raise anything
         found = f"{type(error).__name__}: {error}"
         raise InputError("the datasets library cannot read this", where=source.name, found=found) from error

@@ -1,4 +1,4 @@
-"""Which text is held out, and reading a source without reading it more often than memory demands."""
+"""Held-out split, and memory-bounded reading of sources."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _LONG = 2**16  # characters
 
 
 def hash_fraction(text: str, key: str) -> float:
-    """A number in [0, 1) that depends on the text and a key alone: the top 53 bits of a keyed BLAKE2b."""
+    """Keyed hash of a text as a number in [0, 1): the top 53 bits of BLAKE2b."""
     digest = blake2b(text.encode(), key=key.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
 @dataclass(frozen=True)
 class Part:
-    """A document, or the part of one that lies in a split.
+    """A document, or the part of one in a split.
 
     Args:
         split: `train` or `val`.
         text: not empty.
-        starts: whether the document's start is in it.
-        ends: whether its end is.
+        starts: whether it includes the document's start.
+        ends: whether it includes its end.
     """
 
     split: SplitName
@@ -43,16 +43,16 @@ class Part:
 
 
 class SplitSource:
-    """The documents of a source, each in its split.
+    """Documents of a source with their splits.
 
-    A document is held out when a hash of its text falls below `val_fraction`, so it stays where it is when
-    others come or go, and equal documents stay together. Where this leaves a split empty, and so for a
-    single document, the whole text is cut at character int(n * (1 - val_fraction)) and what follows is held
+    A document is held out when a hash of its text falls below `val_fraction`, so that its split does not depend on
+    other documents, and duplicates have the same split. Where this leaves a split empty, and so for a
+    single document, the whole text is split at character int(n * (1 - val_fraction)), and the rest is held
     out. Documents are kept in memory up to a limit, beyond which they are read again.
 
     Args:
-        source: what to read.
-        val_fraction: share that is held out, between 0 and 1.
+        source: the source.
+        val_fraction: held-out fraction, between 0 and 1.
         on_error: as for `documents`.
         memory: bytes of text that may be kept.
     """
@@ -66,7 +66,7 @@ class SplitSource:
         self._cut: int | None = None
 
     def scan(self) -> None:
-        """Read the source once: count, keep what fits, and find the cut.
+        """Read the source once: count, keep documents up to the limit, and find the split point.
 
         Raises:
             InputError: the source holds no text, or as `documents`.
@@ -92,7 +92,7 @@ class SplitSource:
             self.chars = {"train": self._cut, "val": total - self._cut}
 
     def parts(self) -> Iterator[Part]:
-        """Every document in order, in its split; at most one is cut in two."""
+        """Documents in order, with their splits; at most one is split in two."""
         self.scan()
         at = 0
         for document in self._kept if self._kept is not None else documents(self.source, self.on_error):
@@ -108,10 +108,10 @@ class SplitSource:
                 yield Part("val", text[border:], starts=not border)
 
     def sample(self, chars: int) -> Iterator[str]:
-        """At most so many characters of the training documents, spread over them, in their order.
+        """Subsample of at most `chars` characters of the training documents, in order.
 
-        Short documents are taken whole or not at all, by a hash of their text; of a long one its beginning,
-        since by chance alone none of a few long ones might be taken.
+        Short documents are sampled whole, by a hash of their text; of a long one the beginning is taken,
+        since by chance none of a few long ones might be.
         """
         self.scan()
         reach = self.chars["train"] if self._kept is not None else min(self.chars["train"], self.memory)

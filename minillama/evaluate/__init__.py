@@ -1,1 +1,1 @@
-"""Measuring a model."""
+"""Evaluation: perplexity, log-likelihood, cloze classification."""

@@ -1,6 +1,6 @@
-"""Classification as a cloze question: a pattern writes a record as a text with a blank, a word stands for each label.
+"""Cloze classification: a pattern turns a record into a text with one mask, a verbalizer maps each label to words.
 
-Schick and Schuetze 2021, arXiv 2001.07676; Du et al. 2022, arXiv 2103.10360, §2.4. Needs a model that fills blanks.
+Schick and Schuetze 2021, arXiv 2001.07676; Du et al. 2022, arXiv 2103.10360, §2.4. Needs an infilling model.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from minillama.tokenizer.blanks import Blanks, Layout, collate
 
 __all__ = ["Answers", "Cloze"]
 
-STEP = 32  # rows are padded to a multiple of this, so that compiled code meets few shapes
+STEP = 32  # sequences are padded to a multiple of this, so that compiled code meets few shapes
 
 
 class Answers(NamedTuple):
-    """Records with all their possible answers, L labels each; T slots.
+    """Batch of records with all their candidate answers, L labels each; T positions.
 
     Args:
         tokens: (B, L, T) ids.
         targets: (B, L, T) ids.
-        answer: (B, L, T) 1 where a token of the answer is predicted, its end included.
+        answer: (B, L, T) loss mask, 1 where a token of the answer is predicted, its end included.
         positions: (B, L, 2, T).
         prefix: (B, L).
     """
@@ -44,7 +44,7 @@ class Answers(NamedTuple):
     prefix: Tensor
 
     def scores(self, model: Decoder) -> Tensor:
-        """(B, L) log p(words of the label, end | the record's text), in nats."""
+        """(B, L) log p(words of the label, end | text of the record), in nats."""
         size = self.tokens.shape[:2]
         chosen = self.answer.flatten(0, 1) > 0
         mask = Mask(prefix=self.prefix.flatten())
@@ -56,15 +56,15 @@ class Answers(NamedTuple):
 
 
 class Cloze:
-    """Asks the question about records.
+    """Cloze classifier of records.
 
     Args:
-        question: the pattern and the words.
-        tokenizer: the model's, with the marks of blanks.
-        context: slots at most.
+        question: pattern and verbalizers.
+        tokenizer: the model's, with the special tokens of infilling.
+        context: maximum sequence length.
 
     Raises:
-        InputError: there is no question, the tokenizer lacks the marks, or cannot tell two answers apart.
+        InputError: there is no question, the tokenizer lacks the special tokens, or cannot tell two answers apart.
     """
 
     def __init__(self, question: Question, tokenizer: Tokenizer, context: int) -> None:
@@ -84,7 +84,7 @@ class Cloze:
             known[tuple(ids)] = entry
 
     def label(self, record: Record) -> int:
-        """The number of a record's label.
+        """Index of a record's label.
 
         Raises:
             BadText: it has none, or one without a verbalizer.
@@ -98,19 +98,19 @@ class Cloze:
         return labels.index(value)
 
     def layouts(self, record: Record) -> list[Layout]:
-        """The text with each answer in its blank. Where it is too long, the end of its longest field is left out.
+        """Layout of the text for each answer. Where it is too long, its longest field is truncated at the end.
 
         Raises:
-            BadText: a field is missing or no text; the pattern alone is too long.
+            BadText: a field is missing or not a string; the pattern alone is too long.
         """
         fields = self._fields(record)
         room = self.context - 1 - max(map(len, self.words))
         while True:
             before, after = self.question.around(fields)
-            part_a, places = lay_out([before.removesuffix(" "), after], [self.blanks.token], self.tokenizer)
+            part_a, spans = lay_out([before.removesuffix(" "), after], [self.blanks.token], self.tokenizer)
             excess = len(part_a.tokens) - room
             if excess <= 0:
-                return [part_a.fill(places[0], [self.blanks.start, *words]) for words in self.words]
+                return [part_a.fill(spans[0], [self.blanks.start, *words]) for words in self.words]
             longest = max(fields, key=lambda name: len(fields[name]))
             if not fields[longest]:
                 found, expected = f"{len(part_a.tokens)} tokens", f"at most {room}"
@@ -124,7 +124,7 @@ class Cloze:
             value = record.value.get(name)
             if not isinstance(value, str):
                 if name in record.value:
-                    raise _bad("a field of the pattern is no text", record, name, repr(value)[:80])
+                    raise _bad("a field of the pattern is not a string", record, name, repr(value)[:80])
                 raise _bad("a field of the pattern is missing", record, name, _fields_of(record))
             text = clean(value, f"{record.where}, {name}")
             if isinstance(text, BadText):
@@ -133,7 +133,7 @@ class Cloze:
         return fields
 
     def collate(self, records: Sequence[list[Layout]]) -> Answers:
-        """Records of equally many layouts, padded on the right."""
+        """Batch of records with equally many layouts, padded on the right."""
         longest = max(len(layout.tokens) for layouts in records for layout in layouts)
         length = min(self.context, -(-longest // STEP) * STEP)
         answers = [[*words, self.blanks.end] for words in self.words] * len(records)
@@ -143,15 +143,15 @@ class Cloze:
     def log_probabilities(
         self, model: Decoder, records: Sequence[list[Layout]], batch_size: int = 16
     ) -> Iterator[list[float]]:
-        """Ln p(label | record), p = p(words | text) / sum over the labels, of one record after the other.
+        """Label log-probabilities ln p(label | record), p = p(words | text) / sum over the labels, record by record.
 
         Args:
             model: the decoder.
             records: what `layouts` gives for each.
-            batch_size: records that are read together.
+            batch_size: records per forward pass.
 
         Raises:
-            InputError: the model does not fill blanks.
+            InputError: the model was not trained for infilling.
         """
         require_infilling(model, self.tokenizer)
         for start in range(0, len(records), batch_size):

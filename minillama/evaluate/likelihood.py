@@ -1,4 +1,4 @@
-"""How likely a model finds each of several continuations of one text: what multiple choice is scored by."""
+"""Log-likelihood of several continuations of one context, by which multiple choice is scored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["Likelihood", "log_likelihoods"]
 
 
 class Likelihood(NamedTuple):
-    """ln P(continuation | context) in nats, and whether greedy decoding would have written it."""
+    """Log-likelihood ln P(continuation | context) in nats, and whether greedy decoding gives the continuation."""
 
     nats: float
     is_greedy: bool
 
 
 def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Likelihood]:
-    """Score continuations by sum_i ln P(token_i | context, tokens before i).
+    """Log-likelihoods sum_i ln P(token_i | context, tokens before i) of continuations.
 
-    The context is read once, and the state goes back to its end for each continuation.
+    The context is prefilled once, and the state is restored to its end for each continuation.
 
     Args:
         model: the decoder.
@@ -32,17 +32,18 @@ def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Seque
         continuations: token ids, each at least one.
 
     Returns:
-        One likelihood a continuation, in order.
+        One likelihood per continuation, in order.
 
     Raises:
         InputError: an empty part, or context and continuation do not fit the model's context.
     """
     longest = len(context) + max(map(len, continuations), default=0)
     if not context or not all(continuations):
-        raise InputError("an empty context or continuation", fix="start a text without context with the bos token")
+        raise InputError("an empty context or continuation", fix="use the bos token where there is no context")
     if longest > model.config.max_seq_len:
         expected = f"at most {model.config.max_seq_len}"
-        raise InputError("the text is longer than the model's context", found=f"{longest} tokens", expected=expected)
+        what = "the sequence is longer than the model's context"
+        raise InputError(what, found=f"{longest} tokens", expected=expected)
     with evaluating(model):
         state = model.state(1, longest)
         if len(context) > 1:

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text."""
+"""Perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Score:
 
     Args:
         nats: summed over the predicted tokens.
-        tokens: how many were predicted.
-        bytes: UTF-8 bytes that they stand for.
+        tokens: number of predicted tokens.
+        bytes: their UTF-8 bytes.
     """
 
     nats: float
@@ -35,25 +35,25 @@ class Score:
 
     @property
     def nats_per_token(self) -> float:
-        """The loss."""
+        """Cross-entropy loss."""
         return self.nats / self.tokens
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Bits per byte, comparable between tokenizers."""
         return self.nats / math.log(2) / self.bytes
 
     def __add__(self, other: Score) -> Score:
-        """The score of both texts."""
+        """Score of both texts together."""
         return Score(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     def measures(self) -> dict[str, float]:
-        """The names that these have in a run's metrics."""
+        """Metrics under their names in metrics.jsonl."""
         return {"val_loss": self.nats_per_token, "val_bits_per_byte": self.bits_per_byte}
 
     @property
     def perplexity(self) -> float:
-        """Exp of the loss."""
+        """Perplexity, exp of the loss."""
         return math.exp(self.nats_per_token)
 
 
@@ -64,28 +64,28 @@ def score(
     batch_size: int = 16,
     blanks: Blanks | None = None,
 ) -> Score:
-    """Predict each token of each window but the first, from those before it.
+    """Negative log-likelihood of windows: each token but the first, given those before it.
 
     Args:
         model: the decoder; dropout is off meanwhile.
         windows: arrays of at most max_seq_len + 1 ids, as `Split.val_windows` yields.
         bytes_per_token: of the text, for bits per byte.
-        batch_size: windows of equal length that are read together.
-        blanks: the marks of a model that fills blanks. It reads all but the first token as one blank, which
-            takes two slots more than the window.
+        batch_size: windows of equal length per forward pass.
+        blanks: special tokens of an infilling model. It predicts all but the first token as one masked span, which
+            takes two positions more than the window.
     """
     nats, count = 0.0, 0
     with evaluating(model):
         for rows in _batches(windows, batch_size):
             ids = torch.from_numpy(rows).to(model.device)
-            hidden = model.hidden(ids[:, :-1]) if blanks is None else _as_blank(model, ids, blanks)
+            hidden = model.hidden(ids[:, :-1]) if blanks is None else _as_masked_span(model, ids, blanks)
             nats += model.loss(hidden, ids[:, 1:]).item()
             count += ids[:, 1:].numel()
     return Score(nats, count, count * bytes_per_token)
 
 
-def _as_blank(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:
-    """(B, T, D) from which ids[:, 1:] are predicted, each by what stands before it."""
+def _as_masked_span(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:
+    """Hidden states (B, T, D) from which ids[:, 1:] are predicted, each from the tokens before it."""
     layout = Layout.of([0, blanks.document]).fill(1, [blanks.start] * (ids.shape[1] - 1))
     tokens = torch.tensor(layout.tokens, device=ids.device).repeat(len(ids), 1)
     tokens[:, 0], tokens[:, 3:] = ids[:, 0], ids[:, 1:-1]

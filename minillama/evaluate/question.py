@@ -1,4 +1,4 @@
-"""What a cloze question asks: the pattern, and the words that stand for the labels."""
+"""Cloze question: pattern and verbalizers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class Question:
-    """The question."""
+    """Cloze question."""
 
     pattern: str = ""
-    """A record as a text: {field} for its fields, one [MASK] for the answer, as "{text} It was [MASK]."."""
+    """Cloze pattern: {field} for a record's fields, one [MASK] for the answer, as "{text} It was [MASK]."."""
     verbalizers: tuple[str, ...] = field(default=(), metadata={"was": "verbalisers"})
-    """LABEL=WORDS for each label, as positive=good negative=bad; the words fill the blank."""
+    """LABEL=WORDS for each label, as positive=good negative=bad; the words replace [MASK]."""
     label: str = "label"
-    """The field that holds the label; one that is no string is written as JSON writes it: true=Yes."""
+    """Field of the label; one that is not a string is written as in JSON: true=Yes."""
 
     def __post_init__(self) -> None:
         if not self.pattern and not self.verbalizers:
@@ -42,8 +42,8 @@ class Question:
                 found = ", ".join(self.verbalizers)
                 raise InputError(f"two verbalizers have the same {name}", where="verbalizers", found=found)
         if self.pattern.count(MASK) != 1 or "[sMASK]" in self.pattern or "[gMASK]" in self.pattern:
-            found, expected = self.pattern or "none", f'one {MASK} and no other mask, as in "{{text}} It was {MASK}."'
-            raise InputError("the pattern has no place for one answer", where="pattern", found=found, expected=expected)
+            found, expected = self.pattern or "none", f'{MASK} once and no other mask, as in "{{text}} It was {MASK}."'
+            raise InputError("the pattern needs exactly one [MASK]", where="pattern", found=found, expected=expected)
         self._check_fields()
 
     def _check_fields(self) -> None:
@@ -61,21 +61,21 @@ class Question:
 
     @property
     def fields(self) -> list[str]:
-        """The fields that the pattern shows."""
+        """Record fields in the pattern."""
         return [name for _, name, _, _ in string.Formatter().parse(self.pattern) if name is not None]
 
     @property
     def labels(self) -> list[str]:
-        """The labels, in order."""
+        """Labels, in order."""
         return [entry.partition("=")[0] for entry in self.verbalizers]
 
     @property
     def words(self) -> list[str]:
-        """What fills the blank for each."""
+        """Verbalizer of each label."""
         return [entry.partition("=")[2].strip() for entry in self.verbalizers]
 
     def around(self, fields: Mapping[str, str]) -> tuple[str, str]:
-        """The record's text before and behind the blank. A mask in a field is text."""
+        """Text of the record before and after the mask. A mask in a field is plain text."""
         before, after = (
             "".join(text + (fields[name] if name is not None else "") for text, name, _, _ in parts)
             for parts in map(string.Formatter().parse, self.pattern.split(MASK))
@@ -84,5 +84,5 @@ class Question:
 
 
 def label_of(value: Any) -> str:
-    """A record's label as the verbalizers name it."""
+    """Label of a record, as the verbalizers name it."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's single file: architecture `llama`."""
+"""GGUF files of llama.cpp, architecture `llama`: reading and writing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# ours -> key behind `llama.`
+# ours -> key after `llama.`
 KEYS = {
     "dim": "embedding_length",
     "n_layers": "block_count",
@@ -60,7 +60,7 @@ _PLAIN = {"F32": (np.float32, torch.float32), "F16": (np.float16, torch.float16)
 
 
 def name_in_file(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    """GGUF name of a parameter: `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
     if name in TOP:
         return TOP[name]
     _, _, layer, rest = name.split(".", 3)
@@ -71,8 +71,8 @@ def read(path: Path) -> ModelFile:
     """Open a file. Tensors are memory-mapped, and dequantized to float32 when they are read.
 
     Raises:
-        InputError: not a GGUF file, a damaged or a forged one, another architecture, or tensors that are
-            not those of its metadata.
+        InputError: not a GGUF file, a damaged or a forged one, another architecture, or tensors that do
+            not match its metadata.
     """
     header = read_header(path)
     config = _config(header, path)
@@ -107,9 +107,9 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
         where = f"{path}, general.architecture"
         raise InputError("this architecture is not supported", where=where, found=kind, expected="llama")
     if header.get("split.count", int, 1) > 1:
-        raise InputError("this is one part of a split model", where=path, fix="merge it with llama-gguf-split --merge")
+        raise InputError("this is one shard of a split model", where=path, fix="merge it with llama-gguf-split --merge")
     if "token_embd.weight" not in header.tensors:
-        raise InputError("the file holds no model", where=path, expected="token_embd.weight", found="a vocabulary only")
+        raise InputError("the file has no model", where=path, expected="token_embd.weight", found="a vocabulary only")
     values: dict[str, Any] = {}
     for ours, theirs in KEYS.items():
         key, number = f"llama.{theirs}", float if ours in ("norm_eps", "rope_theta") else int
@@ -127,8 +127,8 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     except InputError as error:
         if error.where is not None and str(path) in str(error.where):
             raise
-        place = f"{path}, llama.{KEYS.get(str(error.where), str(error.where))}"
-        raise InputError(error.what, where=place, found=error.found, expected=error.expected) from None
+        where = f"{path}, llama.{KEYS.get(str(error.where), str(error.where))}"
+        raise InputError(error.what, where=where, found=error.found, expected=error.expected) from None
 
 
 def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, Any] | None:
@@ -141,7 +141,7 @@ def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, A
     if ROPE_FREQS not in header.tensors:
         return None
     divisors = _tensor(path, header.tensors[ROPE_FREQS], None).float().flatten()
-    # The file has the divisors alone. Llama 3.1's bands are the only ones in the wild; they are tried.
+    # The file has the divisors alone. Llama 3.1's bands are the only ones in use; they are tried.
     scaling = {"kind": "llama3", "factor": float(divisors.max()), "original_max_seq_len": 8192}
     mine = rope_divisors(config.changed({"rope_scaling": scaling}))
     if mine is None or divisors.shape != mine.shape or not torch.allclose(divisors, mine, rtol=1e-3):
@@ -151,7 +151,7 @@ def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, A
 
 
 def rope_divisors(config: ModelConfig) -> Tensor | None:
-    """(E/2,) what each rotary frequency is divided by, under llama3 scaling; None without."""
+    """RoPE frequency divisors (E/2,) of llama3 scaling; None without it."""
     if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
         return None
     plain = inverse_frequencies(config.head_dim, config.rope_theta)
@@ -202,7 +202,7 @@ def write(
 ) -> None:
     """Write one file, one tensor in memory at a time.
 
-    Norms stay in float32. A matrix whose rows are no multiple of 32 is not quantized but kept in float16. With q4_1
+    Norms stay in float32. A matrix whose rows are not a multiple of 32 is not quantized but kept in float16. With q4_1
     the embedding and the head are Q8_0.
 
     Args:
@@ -212,8 +212,8 @@ def write(
         vocabulary: `tokenizer.*` keys.
         dtype: of the matrices.
         name: `general.name`.
-        progress: is told each name.
-        int4: numbers for q4_1 by Hugging Face name; of other matrices those that `Int4.of` finds are written.
+        progress: called with each name.
+        int4: quantized matrices for q4_1 by Hugging Face name; others are quantized by `Int4.of`.
     """
     refuse_relatives(config, "GGUF, as it is written here,")
     refuse_unknown(tensors, config)

@@ -1,4 +1,4 @@
-"""GGUF's four-bit blocks of 32 inputs, as the numbers that they are (ggml-org/ggml, src/ggml-common.h).
+"""GGUF int4 blocks of 32 inputs, Q4_0 and Q4_1, without rounding (ggml-org/ggml, src/ggml-common.h).
 
 Q4_0 is d (float16) and 16 bytes, w = d (b - 8); Q4_1 is d, m (float16) and 16 bytes, w = d b + m. Byte j has b of
 input j in its low half, and that of input j + 16 in its high half.
@@ -18,11 +18,11 @@ from minillama.layers.int4 import GROUP, LOW, Int4
 
 __all__ = ["INT4", "q4_1_bytes", "read_int4"]
 
-INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 numbers before the bytes
+INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes
 
 
 def read_int4(path: Path, info: TensorInfo) -> Int4:
-    """The numbers of a matrix, exact in float32.
+    """Int4 matrix of a tensor, exact in float32.
 
     Args:
         path: of the file.
@@ -39,10 +39,10 @@ def read_int4(path: Path, info: TensorInfo) -> Int4:
 
 
 def q4_1_bytes(numbers: Int4) -> NDArray[np.uint8]:
-    """The blocks of Q4_1 (O, I / 32 * 20); m = z - 8 s rounded to float16, which `storable` grids have no need of.
+    """Q4_1 blocks (O, I / 32 * 20); m = z - 8 s rounded to float16, exact for `storable` grids.
 
     Args:
-        numbers: in groups of a multiple of 32, whose grid each of its blocks gets.
+        numbers: in groups of a multiple of 32; each block gets scale and zero point of its group.
     """
     times = numbers.group // GROUP
     scale, offset = (grid.repeat_interleave(times, dim=-1) for grid in (numbers.scale, numbers.offset))

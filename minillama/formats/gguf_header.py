@@ -1,8 +1,8 @@
-"""The header of a GGUF file, read with bounds: what a forged one claims is held against the file's size.
+"""GGUF header, read with bounds: the claims of a forged one are checked against the file size.
 
 Little-endian: "GGUF", version, counts; key/value pairs; tensor infos; padding; data
-(ggml-org/ggml, docs/gguf.md). The `gguf` package reads the numbers inside tensors, but hangs on a forged
-length, so the way to them is ours.
+(ggml-org/ggml, docs/gguf.md). The `gguf` package dequantizes tensors, but hangs on a forged
+length, so the header is read here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAGIC = b"GGUF"
 # value type -> struct letter; 8 is a string, 9 an array
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_KEY_BYTES, _TENSOR_BYTES = 13, 24  # the shortest a pair and an info can be
+_KEY_BYTES, _TENSOR_BYTES = 13, 24  # minimum size of a pair and of an info
 _MAX_RANK, _MAX_DEPTH = 4, 2
-# ggml type -> name, values a block, bytes per block (ggml-org/ggml, src/ggml.c: type_traits)
+# ggml type -> name, values per block, bytes per block (ggml-org/ggml, src/ggml.c: type_traits)
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
@@ -40,7 +40,7 @@ _TYPES = {
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies: type name, shape in torch's order, first byte and number of bytes in the file."""
+    """Tensor info: type name, shape in torch's order, first byte and number of bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Version, metadata (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
+    """GGUF header: version, metadata (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
 
     path: Path
     version: int
@@ -58,7 +58,7 @@ class GGUFHeader:
     tensors: dict[str, TensorInfo]
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """A value of metadata.
+        """Metadata value of a key.
 
         Raises:
             InputError: it is missing and has no default, or is of another type. An integer is a float too.
@@ -76,13 +76,13 @@ class GGUFHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file starts as one."""
+    """Whether the file has the GGUF magic."""
     with path.open("rb") as file:
         return file.read(4) == MAGIC
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Everything but the data.
+    """Read everything but the data.
 
     Raises:
         InputError: not a GGUF file of version 2 or 3, cut short, or a count, length, type, shape or offset
@@ -102,11 +102,11 @@ class _Reader:
         self.data, self.path, self.at, self.size = data, path, 0, len(data)
 
     def error(self, what: str, where: str = "", found: object = None, expected: object = None) -> InputError:
-        place = f"{self.path}, {where}" if where else f"{self.path}, byte {self.at}"
-        return InputError(what, where=place, found=found, expected=expected)
+        location = f"{self.path}, {where}" if where else f"{self.path}, byte {self.at}"
+        return InputError(what, where=location, found=found, expected=expected)
 
     def take(self, count: int, what: str) -> int:
-        """Start of the next `count` bytes, which are there."""
+        """Start of the next `count` bytes, which are in the file."""
         if count > self.size - self.at:
             raise self.error(f"the file is cut short, or its {what} is forged", found=f"{self.size} bytes")
         start = self.at
@@ -117,7 +117,7 @@ class _Reader:
         return struct.unpack_from("<" + letter, self.data, self.take(struct.calcsize("<" + letter), what))[0]
 
     def count(self, each: int, what: str) -> int:
-        """A number of things that take at least `each` bytes."""
+        """Number of items that take at least `each` bytes."""
         number: int = self.number("Q", what)
         if number * each > self.size - self.at:
             raise self.error(f"{what} is more than the file can hold", found=number)
@@ -134,7 +134,7 @@ class _Reader:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind], key)
         if kind != _ARRAY or depth == _MAX_DEPTH:
-            raise self.error("unknown type of value", key, found=kind)
+            raise self.error("unknown value type", key, found=kind)
         inner = self.number("I", key)
         if inner in _SCALARS:
             dtype = np.dtype(_SCALARS[inner]).newbyteorder("<")
@@ -156,12 +156,12 @@ class _Reader:
         for _ in range(self.count(_KEY_BYTES, "the number of keys")):
             key = self.string("key")
             if key in metadata:
-                raise self.error("a key stands there twice", key)
+                raise self.error("duplicate key", key)
             metadata[key] = self.value(self.number("I", key), key)
         infos = [self.info() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
-            raise self.error("not an alignment", "general.alignment", found=alignment, expected="a multiple of 8")
+            raise self.error("invalid alignment", "general.alignment", found=alignment, expected="a multiple of 8")
         tensors = self.placed(infos, -(-self.at // alignment) * alignment, alignment)
         return GGUFHeader(self.path, version, metadata, tensors)
 
@@ -169,7 +169,7 @@ class _Reader:
         name = self.string("tensor name")
         rank = self.number("I", name)
         if not 0 < rank <= _MAX_RANK:
-            raise self.error("not a number of dimensions", name, found=rank, expected=f"1 to {_MAX_RANK}")
+            raise self.error("invalid number of dimensions", name, found=rank, expected=f"1 to {_MAX_RANK}")
         shape = tuple(self.number("Q", name) for _ in range(rank))[::-1]
         return name, shape, self.number("I", name), self.number("Q", name)
 
@@ -179,9 +179,9 @@ class _Reader:
         tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in infos:
             if name in tensors:
-                raise self.error("a tensor stands there twice", name)
+                raise self.error("duplicate tensor", name)
             if kind not in _TYPES:
-                raise self.error("unknown type of tensor", name, found=kind)
+                raise self.error("unknown tensor type", name, found=kind)
             dtype, block, width = _TYPES[kind]
             if shape[-1] % block or math.prod(shape) == 0:
                 raise self.error("the shape does not fit the type", name, found=f"{shape} of {dtype}")

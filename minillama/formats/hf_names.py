@@ -1,6 +1,6 @@
-"""How the family's parameters lie in a Hugging Face folder: under its own names, BLOOM's or RWKV's.
+"""Hugging Face parameter names and layouts: LLaMA's, BLOOM's, RWKV's.
 
-A layout is a table: name in the file -> its shape, and the parameters of ours that it is made of.
+A layout is a table: name in the file -> its shape, and the parameters of ours that it consists of.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file.
+    """Tensor of a file.
 
     Attributes:
-        shape: as it lies there.
-        ours: the parameter that it is; or query, key and value, whose heads it holds in turn, (H, 3, E, ...).
-        heads: H, where it is the three.
+        shape: in the file.
+        ours: its parameter; or query, key and value, interleaved by head, (H, 3, E, ...).
+        heads: H, for a fused query, key and value.
     """
 
     shape: Shape
@@ -35,21 +35,21 @@ class Entry:
     heads: int = 0
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The file's tensor from ours."""
+        """Tensor of the file from ours."""
         if not self.heads:
             return tensors[self.ours[0]].reshape(self.shape)
         parts = [tensors[name] for name in self.ours]
         return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).reshape(self.shape)
 
     def unpack(self, tensor: Tensor, name: str, shape: Shape) -> Tensor:
-        """One of ours from the file's."""
+        """One of our tensors from the file's."""
         if not self.heads:
             return tensor.reshape(shape)
         return tensor.unflatten(0, (self.heads, 3, -1))[:, self.ours.index(name)].reshape(shape)
 
 
 def layout(config: ModelConfig, kind: str) -> dict[str, Entry]:
-    """The tensors of a folder.
+    """Tensor layout of a folder.
 
     Args:
         config: the shape.
@@ -103,12 +103,12 @@ def _rwkv(name: str) -> str:
 
 
 def _stored(name: str, shape: Shape) -> Shape:
-    """Transformers keeps RWKV's mixes as (1, 1, D)."""
+    """Shape in the file: transformers has RWKV's time mixes as (1, 1, D)."""
     return (1, 1, *shape) if name.startswith("rwkv.") and "time_mix" in name else shape
 
 
 def _bloom(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
-    """Queries, keys and values of a head stand together, head after head."""
+    """BLOOM's layout: fused query, key and value, interleaved by head."""
     table = {}
     for name, shape in shapes.items():
         if "k_proj" in name or "v_proj" in name:
@@ -122,10 +122,10 @@ def _bloom(config: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Entry]
 
 
 def refuse_relatives(config: ModelConfig, form: str) -> None:
-    """Stop where a format knows LLaMA's shape alone.
+    """Refuse a model other than LLaMA, for a format without it.
 
     Raises:
-        InputError: a switch is not LLaMA's; it is named.
+        InputError: a switch differs from LLaMA's; it is named.
     """
     for switch, found in config.switches().items():
         raise InputError(
@@ -134,7 +134,7 @@ def refuse_relatives(config: ModelConfig, form: str) -> None:
 
 
 def refuse_unknown(tensors: Iterable[str], config: ModelConfig) -> None:
-    """Nothing is lost silently: what a format has no name for is not left out.
+    """Refuse tensors without a name in the format, which would be lost silently.
 
     Raises:
         InputError: tensors that a model of this shape does not have.

@@ -1,4 +1,4 @@
-"""llama2.c's binaries, legacy and version 1: a header of seven integers and float32 tensors in a fixed order.
+"""llama2.c binaries, legacy and version 1: a header of seven integers and float32 tensors in a fixed order.
 
 karpathy/llama2.c, export.py: legacy_export, version1_export.
 """
@@ -25,12 +25,12 @@ HEADER = struct.Struct("<7i")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.down_proj", "mlp.up_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
-BOS = 1  # between texts; llama2.c stops there (run.c, generate)
+BOS = 1  # separates documents; llama2.c stops there (run.c, generate)
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 def is_llama2c(path: Path) -> bool:
-    """Whether the file is one: the magic of version 1, or a legacy header of a model that is not smaller."""
+    """Whether the file is a llama2.c binary: the magic of version 1, or a legacy header of at least its size."""
     with path.open("rb") as file:
         start = file.read(HEADER.size)
     if start[:4] == MAGIC:
@@ -45,7 +45,7 @@ def read(path: Path) -> ModelFile:
     """Open a file. Tensors are memory-mapped.
 
     Raises:
-        InputError: another version, a damaged header, or a file that is not as long as its header says.
+        InputError: another version, a damaged header, or a file length that differs from the header's.
     """
     with path.open("rb") as file:
         start = file.read(256)
@@ -78,7 +78,7 @@ def _config(path: Path, header: bytes, tied: bool | None = None) -> ModelConfig:
         "vocab_size": abs(vocab_size) if tied is None else vocab_size,
         "max_seq_len": max_seq_len,
         "norm_eps": 1e-5,
-        "tie_embeddings": vocab_size > 0 if tied is None else tied,  # the legacy form has the sign for it
+        "tie_embeddings": vocab_size > 0 if tied is None else tied,  # encoded in the sign by the legacy version
     }
     try:
         if min(hidden_dim, n_kv_heads) < 1:
@@ -107,7 +107,7 @@ def _version1(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, int], in
         raise InputError("the file is cut short in its header", where=path, found=f"{len(start)} bytes")
     version = int.from_bytes(start[4:8], "little")
     if version != 1:
-        expected = "1 (float32), or the legacy form"
+        expected = "1 (float32), or legacy"
         raise InputError("this version is not supported", where=f"{path}, version", found=version, expected=expected)
     config = _config(path, start[8:], tied=bool(start[8 + HEADER.size]))
     order = [*_each(config, NORMS[:1]), *_each(config, NORMS[1:]), NORM, EMBEDDING]
@@ -120,7 +120,7 @@ def _each(config: ModelConfig, parts: tuple[str, ...]) -> list[str]:
 
 
 def _layout(config: ModelConfig, order: list[str], start: int) -> tuple[dict[str, int], int]:
-    """First byte of each tensor, and the byte behind the last."""
+    """First byte of each tensor, and the byte after the last."""
     shapes, layout = config.tensors(), {}
     for name in order:
         layout[name] = start

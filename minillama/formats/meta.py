@@ -1,4 +1,4 @@
-"""Meta's layout: params.json, consolidated.NN.pth (one per tensor-parallel rank), tokenizer.model."""
+"""Meta checkpoint folder: params.json, consolidated.NN.pth (one per tensor-parallel rank), tokenizer.model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interlea
 
 __all__ = ["read", "write"]
 
-# ours -> theirs, and the axis that ranks share: rows 0, columns 1, None is a copy on each
+# ours -> theirs, and the axis sharded over ranks: rows 0, columns 1, None: replicated
 TOP = {
     "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # by rows in Llama 3's files
     "model.norm.weight": ("norm.weight", None),
@@ -47,7 +47,7 @@ _SAFE_TORCH = (2, 10)  # CVE-2025-32434, CVE-2026-24747
 
 
 def name_in_file(name: str) -> tuple[str, int | None]:
-    """`model.layers.3.self_attn.q_proj.weight` -> `layers.3.attention.wq.weight` and the shared axis."""
+    """Meta's name: `model.layers.3.self_attn.q_proj.weight` -> `layers.3.attention.wq.weight` and the sharded axis."""
     if name in TOP:
         return TOP[name]
     _, _, layer, rest = name.split(".", 3)
@@ -58,7 +58,7 @@ def name_in_file(name: str) -> tuple[str, int | None]:
 def read(folder: Path) -> ModelFile:
     """Open a folder of one or several ranks.
 
-    The .pth files are pickles: they are read by torch's restricted reader, which builds tensors alone.
+    The .pth files are pickles: they are read by torch's restricted unpickler, which builds tensors alone.
 
     Raises:
         InputError: a file is missing or damaged, a .pth holds anything but tensors, or the shapes disagree.
@@ -86,7 +86,7 @@ def read(folder: Path) -> ModelFile:
     ignored = {*_IGNORED, *(["output.weight"] if config.tie_embeddings else [])}
     check_tensors(config.tensors(), shapes, folder, frozenset(ignored))
     tensors = LazyTensors(
-        {name: partial(_tensor, ranks, *place, rotary_heads(config, name)) for name, place in parts.items()}
+        {name: partial(_tensor, ranks, *part, rotary_heads(config, name)) for name, part in parts.items()}
     )
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     stored = {
@@ -121,19 +121,19 @@ def _load(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         found = str(error).strip().splitlines()[0][:200]
         raise InputError("the file holds more than tensors, and was not opened", where=path, found=found) from None
-    except Exception as error:  # a damaged archive raises whatever its reader trips over
+    except Exception as error:  # a damaged archive raises exceptions of any type
         found = f"{type(error).__name__}: {str(error).strip()[:200]}"
         raise InputError("not a readable .pth file", where=path, found=found) from None
     if not isinstance(table, dict):
-        raise InputError("the file is no table of tensors", where=path)
+        raise InputError("the file is not a table of tensors", where=path)
     for name, tensor in table.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_sound(tensor):
-            raise InputError("not a tensor of numbers that lie in the file", where=f"{path}, {str(name)[:80]}")
+            raise InputError("not a dense tensor with all values in the file", where=f"{path}, {str(name)[:80]}")
     return table
 
 
 def _is_sound(tensor: Tensor) -> bool:
-    """Whether it is what Meta writes: a dense array, all of which is there (a stride of 0 makes much of little)."""
+    """Whether a tensor is as Meta writes it: dense, with all values in the file (a stride of 0 repeats one)."""
     return (
         tensor.layout == torch.strided
         and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -144,7 +144,7 @@ def _is_sound(tensor: Tensor) -> bool:
 
 
 def _check_zip(path: Path) -> None:
-    """A .pth is a zip archive; nothing of it is unpacked, but a forged one is not handed to torch either."""
+    """Check of the zip archive that a .pth is: nothing is unpacked, and a forged one is not passed to torch."""
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
@@ -214,19 +214,19 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
 
 
 def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
-    """Whether the head is absent or a copy of the embedding, which the ranks may share by another axis."""
+    """Whether the head is absent or a copy of the embedding, which may be sharded by another axis."""
     if "output.weight" not in ranks[0]:
         return True
     if sum(rank["output.weight"].shape[0] for rank in ranks) != _whole_shape(ranks, "tok_embeddings.weight", axis)[0]:
         return False
     first = ranks[0]["output.weight"][0, :1], ranks[0]["tok_embeddings.weight"][0, :1]
-    if not torch.equal(*first):  # so that both are read whole only where they may well be equal
+    if not torch.equal(*first):  # so that both are read in full only where they may be equal
         return False
     return torch.equal(_tensor(ranks, "output.weight", 0, None), _tensor(ranks, "tok_embeddings.weight", axis, None))
 
 
 def _context(theta: float, scaled: bool) -> int:
-    """params.json does not say it: Llama 1 and 2 share their keys, Llama 3 and 3.1 show themselves."""
+    """Context length, absent from params.json: Llama 1 and 2 share their keys, Llama 3 and 3.1 differ."""
     if scaled:
         return 131072
     return 8192 if theta == 500000.0 else 2048
@@ -240,15 +240,15 @@ def write(
     ranks: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> None:
-    """Write params.json and consolidated.NN.pth. A tied head is written twice, for Meta's code reads it.
+    """Write params.json and consolidated.NN.pth. A tied head is written twice, as Meta's code reads it.
 
     Args:
-        folder: made if it is not there.
+        folder: created if absent.
         config: the shape.
         tensors: by Hugging Face name.
         dtype: convert to this; as they are unless given.
-        ranks: files, each with its share of heads, widths and columns.
-        progress: is told each name.
+        ranks: number of files, each with its shard of heads, widths and columns.
+        progress: called with each name.
 
     Raises:
         InputError: params.json cannot express the shape, or the ranks do not divide it.
@@ -305,14 +305,14 @@ def _params(config: ModelConfig) -> dict[str, Any]:
 
 
 def _is_meta_scaling(scaling: RopeScaling) -> bool:
-    """Meta's code has Llama 3.1's bands but for the upper one; `ntk` is a larger base and needs no key."""
+    """Whether params.json has it: Llama 3.1's bands but for the upper one; `ntk` is a larger base, without a key."""
     return scaling.kind == "ntk" or (
         scaling.kind == "llama3" and scaling.low_freq_factor == 1 and scaling.original_max_seq_len == 8192
     )
 
 
 def _width(dim: int, hidden_dim: int) -> dict[str, Any]:
-    """multiple_of and ffn_dim_multiplier by which Meta's rule gives exactly this feed-forward width.
+    """Keys multiple_of and ffn_dim_multiplier, by which Meta's rule gives exactly this feed-forward width.
 
     The rule: int(8 dim / 3), times the multiplier, rounded up to a multiple (llama/model.py, FeedForward).
     """
@@ -320,5 +320,5 @@ def _width(dim: int, hidden_dim: int) -> dict[str, Any]:
     multiple = math.gcd(hidden_dim, 256)
     if multiple * -(-base // multiple) == hidden_dim:
         return {"multiple_of": multiple}
-    # the middle of the widths that round up to this one
+    # the midpoint of the widths that round up to this one
     return {"multiple_of": multiple, "ffn_dim_multiplier": (hidden_dim - multiple // 2 + 0.5) / base}

@@ -1,4 +1,4 @@
-"""What every adapter gives: a shape, tensors that are read one at a time, and where the tokenizer is."""
+"""Opened model file: configuration, lazily read tensors, tokenizer path."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minillama.layers.int4 import Int4
 
 __all__ = ["LazyTensors", "ModelFile", "Stored", "check_tensors", "optional"]
 
-# the axes of each parameter in fields of ModelConfig
+# axes of each parameter, in fields of ModelConfig
 _AXES = {
     "embed_tokens": ("vocab_size", "dim"),
     "lm_head": ("vocab_size", "dim"),
@@ -31,7 +31,7 @@ _AXES = {
 
 
 class Stored(NamedTuple):
-    """How a tensor lies in its file: type as the format calls it, and shape in torch's order."""
+    """Stored tensor: dtype as the format names it, and shape in torch's order."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,10 +41,10 @@ T = TypeVar("T")
 
 
 class LazyTensors(Mapping[str, T]):
-    """Hugging Face name -> tensor or its numbers, read from the disk when it is asked for and not kept.
+    """Lazy mapping: Hugging Face name -> tensor or quantized tensor, read from the disk at each access, not kept.
 
     Args:
-        readers: a function a name.
+        readers: a function per name.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], T]]) -> None:
@@ -62,17 +62,17 @@ class LazyTensors(Mapping[str, T]):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model on the disk, opened but not loaded.
+    """Model file or folder, opened but not loaded.
 
     Attributes:
-        format: as a person calls it.
-        config: its shape.
+        format: for users.
+        config: the shape.
         tensors: under the Hugging Face names, half-split, in the order of `config.tensors()`.
-        stored: what the file says of each of its own tensors, under its own names.
-        tokenizer: the file or folder for `Tokenizer.load`, None where nothing lies there.
-        metadata: what else the file says, for `inspect`.
-        stop_ids: tokens that end a text besides the tokenizer's own.
-        int4: the numbers of the matrices that the file has as Q4_0 or Q4_1, a part of `tensors`; where they are.
+        stored: dtype and shape of each tensor of the file, under its own name.
+        tokenizer: the file or folder for `Tokenizer.load`, None where there is none.
+        metadata: further metadata of the file, for `inspect`.
+        stop_ids: stop tokens besides the tokenizer's own.
+        int4: int4 matrices, where the file has Q4_0 or Q4_1; a subset of `tensors`.
     """
 
     path: Path
@@ -89,15 +89,15 @@ class ModelFile:
         """The file or folder for `Tokenizer.load`.
 
         Raises:
-            InputError: none lies with the model.
+            InputError: the model has none.
         """
         if self.tokenizer is None:
             fix = "name one with --tokenizer FILE"
-            raise InputError("no tokenizer lies with the model", where=self.path, fix=fix)
+            raise InputError("the model has no tokenizer", where=self.path, fix=fix)
         return self.tokenizer
 
     def default_dtype(self, device: torch.device | str) -> torch.dtype:
-        """The type to compute in where nobody asked: that of the matrices if they agree on one.
+        """Default compute dtype: that of the matrices if they have one in common.
 
         Quantized matrices become float32, and so does float16 on a CPU, which has no arithmetic for it.
         """
@@ -113,7 +113,7 @@ def check_tensors(
     where: object,
     ignored: frozenset[str] = frozenset(),
 ) -> None:
-    """Compare a file's tensors with those of the configuration, before any is read.
+    """Check of a file's tensors against the configuration, before any is read.
 
     Raises:
         InputError: missing or unknown names, all listed; or another shape, with the field it contradicts.
@@ -123,7 +123,7 @@ def check_tensors(
     if missing or extra:
         parts = [("missing", missing), ("unknown", extra)]
         raise InputError(
-            "the tensors are not those that the configuration asks for",
+            "the tensors are not those of the configuration",
             where=where,
             found="; ".join(f"{len(names)} {word}: {_listed(names)}" for word, names in parts if names),
             expected=f"{len(expected)} tensors",
@@ -131,7 +131,7 @@ def check_tensors(
     for name, shape in expected.items():
         if found[name] != shape:
             raise InputError(
-                "a tensor has another shape than the configuration says",
+                "a tensor has another shape than in the configuration",
                 where=f"{where}, {name}",
                 found=found[name],
                 expected=f"{shape}, which is {_axes(name)}",
@@ -147,5 +147,5 @@ def _axes(name: str) -> str:
 
 
 def optional(path: Path) -> Path | None:
-    """The path if something is there."""
+    """The path if it exists."""
     return path if path.exists() else None

@@ -1,4 +1,4 @@
-"""Which adapter a path belongs to."""
+"""Format detection: the adapter of a path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPECTED = "a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file or folder says of itself; `model` is None where it is no model that this decoder has."""
+    """Contents of a file or folder; `model` is None where the decoder does not support it."""
 
     format: str
     stored: Mapping[str, Stored]
@@ -30,58 +30,58 @@ class Contents:
 
 
 def contents(path: str | os.PathLike[str]) -> Contents:
-    """Look into a model, a part of one, or a GGUF file of any architecture or with a vocabulary only.
+    """Contents of a model, of a shard, or of a GGUF file of any architecture or with a vocabulary only.
 
     Raises:
-        InputError: what `open_model` says, or the header is damaged.
+        InputError: as `open_model` raises, or the header is damaged.
     """
     try:
         model = open_model(path)
     except InputError:
-        place = Path(path)
-        if place.is_file() and is_gguf(place):
-            header = read_header(place)
+        path = Path(path)
+        if path.is_file() and is_gguf(path):
+            header = read_header(path)
             stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
             return Contents(f"GGUF version {header.version}", stored, header.metadata, None)
-        if place.is_file() and place.suffix == ".safetensors":
-            return Contents("safetensors", read_safetensors(place), {}, None)
+        if path.is_file() and path.suffix == ".safetensors":
+            return Contents("safetensors", read_safetensors(path), {}, None)
         raise
     return Contents(model.format, model.stored, model.metadata, model)
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
-    """Open a model in whatever format it is, without loading it.
+    """Open a model of any format, without loading it.
 
     Raises:
-        InputError: nothing there, a URL, or no format that is known; and what the adapter finds wrong.
+        InputError: no such path, a URL, or an unknown format; and the errors of the adapter.
     """
     refuse_url(path)
-    place = Path(path)
-    if place.is_dir():
-        if (place / "config.json").exists():
-            return hf.read(place)
-        if (place / meta.PARAMS).exists():
-            return meta.read(place)
-        inner = place / "model" if (place / "model" / "config.json").exists() else None
+    path = Path(path)
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return hf.read(path)
+        if (path / meta.PARAMS).exists():
+            return meta.read(path)
+        inner = path / "model" if (path / "model" / "config.json").exists() else None
         fix = f"give the model inside the run, {inner}" if inner else None
         raise InputError(
-            "no config.json in the model folder, and no params.json", where=place, expected=EXPECTED, fix=fix
+            "no config.json in the model folder, and no params.json", where=path, expected=EXPECTED, fix=fix
         )
     try:
-        if not place.exists():
-            raise InputError("no such model", where=place, expected=EXPECTED)
-        if is_gguf(place):
-            return gguf.read(place)
-        if place.suffix == ".safetensors":
-            raise InputError("this is one file of a model folder", where=place, fix=f"give the folder, {place.parent}")
-        if llama2c.is_llama2c(place):
-            return llama2c.read(place)
-        if place.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        if not path.exists():
+            raise InputError("no such model", where=path, expected=EXPECTED)
+        if is_gguf(path):
+            return gguf.read(path)
+        if path.suffix == ".safetensors":
+            raise InputError("this is one file of a model folder", where=path, fix=f"give the folder, {path.parent}")
+        if llama2c.is_llama2c(path):
+            return llama2c.read(path)
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
             raise InputError(
-                "this is no llama2.c model; a pickle is not opened, for it can run any code",
-                where=place,
+                "this is not a llama2.c model; a pickle is not opened, as it can run any code",
+                where=path,
                 expected=EXPECTED,
             )
     except OSError as error:
-        raise InputError("cannot read the model", where=place, found=error.strerror) from None
-    raise InputError("the format of this file is unknown", where=place, expected=EXPECTED)
+        raise InputError("cannot read the model", where=path, found=error.strerror) from None
+    raise InputError("the format of this file is unknown", where=path, expected=EXPECTED)

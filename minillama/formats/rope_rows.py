@@ -1,4 +1,4 @@
-"""The one permutation between formats: the order of the rows that rotary positions pair up.
+"""RoPE row permutation between formats: half-split and interleaved pairs.
 
 Hugging Face pairs row i of a head with row i + E/2 (half-split); Meta, llama2.c and GGUF pair rows 2i and
 2i + 1 (interleaved). Only the query and key projections are affected.
@@ -15,7 +15,7 @@ __all__ = ["rotary_heads", "to_half_split", "to_interleaved"]
 
 
 def to_half_split(weight: Tensor, heads: int) -> Tensor:
-    """Rows of every head from 0, 1, 2, ... to 0, 2, 4, ..., 1, 3, 5, ...: Meta's order to Hugging Face's.
+    """Interleaved to half-split, Meta's order to Hugging Face's: rows 0, 2, 4, ..., 1, 3, 5, ... of every head.
 
     Args:
         weight: (heads * E, D).
@@ -25,10 +25,10 @@ def to_half_split(weight: Tensor, heads: int) -> Tensor:
 
 
 def to_interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The inverse of `to_half_split`."""
+    """Half-split to interleaved, the inverse of `to_half_split`."""
     return rearrange(weight, "(h two pair) d -> (h pair two) d", h=heads, two=2)
 
 
 def rotary_heads(config: ModelConfig, name: str) -> int | None:
-    """Heads by which the rows of a parameter are permuted; None for all but queries and keys."""
+    """Number of heads by which the rows of a parameter are permuted; None for all but queries and keys."""
     return {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}.get(name.split(".")[-2])

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, checked before anything is mapped or allocated.
+"""Safetensors header, checked before anything is mapped or allocated.
 
 A file is eight bytes of length, a JSON table of name -> dtype, shape, data_offsets, and the data. The
-library reads it; this file says what is wrong with one in words that help, and bounds what a forged one costs.
+library reads it; this file gives clear errors, and bounds the cost of a forged one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minillama.formats.model_file import Stored
 
 __all__ = ["read_header"]
 
-LIMIT = 100_000_000  # the library's own
+LIMIT = 100_000_000  # as in the library
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _IMPOSTORS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
@@ -28,10 +28,10 @@ _IMPOSTORS = {
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Name -> type and shape of every tensor.
+    """Read the header: name -> dtype and shape of every tensor.
 
     Raises:
-        InputError: not a safetensors file, and what it is instead; cut short; a header that is too long, no
+        InputError: not a safetensors file, with the type that it is; cut short; a header that is too long, not
             JSON, names a tensor twice, or whose tensors overlap, leave gaps or do not fit their shapes.
     """
     try:
@@ -58,15 +58,15 @@ def read_header(path: Path) -> dict[str, Stored]:
     except _Twice as error:
         raise InputError("the header names a tensor twice", where=path, found=str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise InputError("the header is no JSON", where=path, found=str(error)[:200]) from None
+        raise InputError("the header is not JSON", where=path, found=str(error)[:200]) from None
     if not isinstance(table, dict):
-        raise InputError("the header is no table", where=path, found=type(table).__name__)
+        raise InputError("the header is not a JSON object", where=path, found=type(table).__name__)
     table.pop("__metadata__", None)
     return _check(table, path, size - 8 - length)
 
 
 class _Twice(Exception):
-    """A key that a JSON object holds twice."""
+    """Duplicate key of a JSON object."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _check(table: dict[str, Any], path: Path, data_bytes: int) -> dict[str, Stor
             raise InputError("the header's entry is damaged", where=f"{path}, {name}", found=str(entry)[:200])
         width = _BYTES.get(dtype)
         if width is None:
-            raise InputError("this type of tensor is not supported", where=f"{path}, {name}", found=dtype)
+            raise InputError("this dtype is not supported", where=f"{path}, {name}", found=dtype)
         if end - begin != math.prod(shape) * width:
             expected = f"{shape} of {dtype}, {math.prod(shape) * width} bytes"
             raise InputError("size and shape disagree", where=f"{path}, {name}", found=end - begin, expected=expected)
@@ -109,6 +109,6 @@ def _check(table: dict[str, Any], path: Path, data_bytes: int) -> dict[str, Stor
             raise InputError(what, where=f"{path}, {name}", found=f"byte {begin}", expected=f"byte {at}")
         at = end
     if at != data_bytes:
-        what = "the file is cut short" if at > data_bytes else "there are bytes behind the last tensor"
+        what = "the file is cut short" if at > data_bytes else "there are bytes after the last tensor"
         raise InputError(what, where=path, found=f"{data_bytes} bytes of data", expected=f"{at}")
     return stored

@@ -1,4 +1,4 @@
-"""Attention with linear biases: scores fall with distance, and there are no position embeddings."""
+"""ALiBi, attention with linear biases: scores fall with distance; no position embedding."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Alibi", "slopes"]
 
 
 def slopes(n_heads: int) -> Tensor:
-    """(H,) m_i = s^i with s = 2^(-8/H), i = 1..H, for a power of two.
+    """ALiBi slopes (H,): m_i = s^i with s = 2^(-8/H), i = 1..H, for a power of two.
 
-    Other numbers take the slopes of the next smaller power, and for the rest every second one of those of
+    Other head counts take the slopes of the next smaller power of two, and for the rest every second slope of
     twice that power (ofirpress/attention_with_linear_biases, fairseq/models/transformer.py).
     """
 
@@ -28,7 +28,7 @@ def slopes(n_heads: int) -> Tensor:
 
 
 class Alibi(nn.Module):
-    """score(i, j) += slope * (j - i), which is never positive. Press et al. 2022, arXiv 2108.12409, §3."""
+    """ALiBi bias: score(i, j) += slope * (j - i), never positive. Press et al. 2022, arXiv 2108.12409, §3."""
 
     slopes: Tensor
 
@@ -37,7 +37,7 @@ class Alibi(nn.Module):
         self.register_buffer("slopes", slopes(n_heads), persistent=False)
 
     def forward(self, mask: KernelMask, span: CacheRange, dtype: torch.dtype) -> KernelMask:
-        """The pattern with the bias in it, as numbers (1 or B, H, T, S) that are added to scores."""
+        """Attention mask with the bias: floats (1 or B, H, T, S), added to the scores."""
         queries = span.slots(self.slopes.device)[..., :, None]
         distance = torch.arange(span.end, device=self.slopes.device) - queries  # (T, S) or (B, T, S)
         bias = self.slopes.float()[:, None, None] * distance[..., None, :, :]

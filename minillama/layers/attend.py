@@ -1,4 +1,4 @@
-"""Which attention kernel computes a pattern fastest."""
+"""Scaled dot-product attention, by the fastest kernel for the mask."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LONG = 1024
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
-    """softmax(q k^T / sqrt(E) + mask) v, each key/value head serving H/K consecutive query heads.
+    """Scaled dot-product attention softmax(q k^T / sqrt(E) + mask) v, H/K consecutive query heads per key/value head.
 
-    torch's fused kernel, but for one case: training on short texts in bfloat16 on a CPU, where products of whole
-    blocks are 1.2 to 4 times as fast, most in the backward pass (benchmarks/README.md). They keep the attention
-    weights for it, H T^2 / 2 of them; from `LONG` tokens on that is too much, and the fused kernel's memory grows
-    with T alone. `native/attention.py` is faster than both where it can be compiled.
+    torch's fused kernel, except for training on short sequences in bfloat16 on a CPU, where matrix products of whole
+    blocks are 1.2 to 4 times as fast, most in the backward pass (benchmarks/README.md). They save H T^2 / 2
+    attention weights for it; from `LONG` tokens on that is too much, and the fused kernel's memory is linear
+    in T. `native/attention.py` is faster than both where it can be compiled.
 
     Args:
         q: (B, H, T, E).
         k: (B, K, S, E).
         v: (B, K, S, E).
-        mask: who sees whom.
+        mask: attention mask.
 
     Returns:
         (B, H, T, E).
@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-    """One query a head, the heads of a group laid along time: torch would repeat the keys and values for them."""
+    """One query per head, the heads of a group along T: torch would repeat the keys and values for them."""
     rows, heads, _, width = q.shape
     grouped = q.reshape(rows, k.shape[1], -1, width)
     if allowed is not None and allowed.shape[1] == heads:
@@ -51,7 +51,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tenso
 
 
 def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tensor:
-    """Causal attention one block of queries at a time, each against the keys up to its end."""
+    """Blocked causal attention: each block of queries against the keys up to its end."""
     q = q * q.shape[-1] ** -0.5
     starts = range(0, q.shape[2], block)
     return torch.cat(
@@ -60,12 +60,12 @@ def blocked_causal(q: Tensor, k: Tensor, v: Tensor, block: int = BLOCK) -> Tenso
 
 
 def _last_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of scaled queries that belong to the last of the keys.
+    """Causal attention of scaled queries, aligned with the last keys.
 
-    The query heads of a group are laid one behind the other along time, so that keys are not repeated.
+    The query heads of a group are concatenated along T, so that keys are not repeated.
     """
     groups, count, end = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     queries = rearrange(q, "b (k g) t e -> b k (g t) e", g=groups)
-    ahead = torch.full((count, end), float("-inf"), dtype=q.dtype, device=q.device).triu(end - count + 1)
-    weights = torch.softmax(queries @ k.transpose(-1, -2) + ahead.repeat(groups, 1), dim=-1)
+    causal_mask = torch.full((count, end), float("-inf"), dtype=q.dtype, device=q.device).triu(end - count + 1)
+    weights = torch.softmax(queries @ k.transpose(-1, -2) + causal_mask.repeat(groups, 1), dim=-1)
     return rearrange(weights @ v, "b k (g t) e -> b (k g) t e", g=groups)

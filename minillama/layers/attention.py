@@ -19,13 +19,13 @@ __all__ = ["Attention"]
 
 
 class Attention(nn.Module):
-    """o_proj(softmax(q k^T / sqrt(E) + mask) v), each key/value head serving H/K consecutive query heads.
+    """Grouped-query attention o_proj(softmax(q k^T / sqrt(E) + mask) v), H/K consecutive query heads per K/V head.
 
     K = H is multi-head attention (Vaswani et al. 2017, arXiv 1706.03762, §3.2), K = 1 multi-query
     (Shazeer 2019, arXiv 1911.02150), between them grouped-query (Ainslie et al. 2023, arXiv 2305.13245).
 
     Attributes:
-        kernel: what computes softmax(q k^T / sqrt(E) + mask) v, with the arguments of `attend`.
+        kernel: function for softmax(q k^T / sqrt(E) + mask) v, with the signature of `attend`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -55,10 +55,10 @@ class Attention(nn.Module):
 
         Args:
             x: normalized residual stream.
-            rope: cosines and sines of the tokens' positions; None where positions enter otherwise.
-            mask: what the kernel wants, made once a forward pass.
-            state: this layer's keys and values so far; None outside decoding.
-            span: the slots of these tokens in the state.
+            rope: cosines and sines of the tokens' positions; None for other position encodings.
+            mask: attention mask, made once per forward pass.
+            state: this layer's KV cache; None outside decoding.
+            span: the slots of these tokens in the cache.
         """
         q, k, v = self.heads(x, rope)
         if state is not None and span is not None:
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         return self.o_proj(self.kernel(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, E), keys and values (B, K, T, E) of (B, T, D), turned to their positions."""
+        """Queries (B, H, T, E), keys and values (B, K, T, E) of (B, T, D), rotated by position."""
         if self.fused:
             return self._fused_heads(x, rope)
         parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
@@ -76,14 +76,14 @@ class Attention(nn.Module):
         return q, k, v
 
     def _fused_heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from one product, queries and keys turned together: a decode step is short of operations."""
+        """The same from one matrix product, queries and keys rotated together: fewer operations per decode step."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         count = [width // self.head_dim for width in self.widths]
         if rope is None:
             q, k, v = heads.split(count, dim=1)
             return q, k, v
-        turned, v = heads.split([count[0] + count[1], count[2]], dim=1)
-        q, k = rotate(turned, *rope).split(count[:2], dim=1)
+        rotated, v = heads.split([count[0] + count[1], count[2]], dim=1)
+        q, k = rotate(rotated, *rope).split(count[:2], dim=1)
         return q, k, v
 
     @property
@@ -92,6 +92,6 @@ class Attention(nn.Module):
         return hasattr(self, "qkv_proj")
 
     def fuse(self) -> None:
-        """Put queries, keys and values into one product, for decoding. There is no way back."""
+        """Merge q_proj, k_proj and v_proj into one linear layer, for decoding; irreversible."""
         self.qkv_proj = fused_linear(self.q_proj, self.k_proj, self.v_proj)
         del self.q_proj, self.k_proj, self.v_proj

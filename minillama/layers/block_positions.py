@@ -1,4 +1,4 @@
-"""GLM's two learned position tables: the place in the text, and the place in the blank that is filled."""
+"""Two-dimensional learned position embedding (GLM): position in the text, and in the masked span."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["BlockPositions"]
 
 
 class BlockPositions(nn.Module):
-    """x + P1[place in the corrupted text] + P2[place in the blank, 0 outside]. Du et al. 2022, arXiv 2103.10360, §2.1.
+    """2D position embedding P1[position in the corrupted text] + P2[position in the masked span, 0 outside].
 
-    A token of a blank has the place of the mask that stands for it, so that the model does not know how long
-    the blank is.
+    Du et al. 2022, arXiv 2103.10360, §2.1. Tokens of a span have the position of its mask token, so that the model
+    does not know the span's length.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -23,5 +23,5 @@ class BlockPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Position ids (2, T) or (B, 2, T) -> (T, D) or (B, T, D)."""
-        place, within = positions.unbind(-2)
-        return self.position(place) + self.block_position(within)
+        position_ids, block_position_ids = positions.unbind(-2)
+        return self.position(position_ids) + self.block_position(block_position_ids)

@@ -1,10 +1,10 @@
-"""What a layer remembers between forward passes while decoding.
+"""KV cache with per-row lengths, and recurrent state, for incremental decoding.
 
 A `State` belongs to one batch of sequences. It has one object per layer (here keys and values) and counts,
-once for all layers, how many slots each row has in use. Rows are left-aligned: row b's tokens lie in slots
+once for all layers, the slots in use per row. Rows are left-aligned: row b's tokens lie in slots
 0..lengths[b]-1, whatever the lengths of its neighbors, so that prompts of unequal length share a batch
-without padding in front. Where tokens see a window alone, the oldest ones can be dropped to make room: a row's
-later tokens move up, and `dropped[b]` is what a slot lacks to a position.
+without left padding. With sliding-window attention the oldest tokens can be evicted: a row's later tokens
+move up, and `dropped[b]` is the difference between position and slot.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["CacheRange", "KVCache", "LayerState", "State", "StateSnapshot", "WKV
 
 @dataclass(frozen=True)
 class CacheRange:
-    """The slots that the tokens of one forward pass take.
+    """Slot range of the tokens of one forward pass.
 
     Args:
-        start: the first slot, when it is the same in every row; else None.
+        start: first slot, if it is the same in every row; else None.
         count: T, the number of tokens per row.
-        end: the number of slots in use after this pass, over all rows.
-        starts: the first slot of each row, when they differ.
-        dropped: how many tokens of each row were dropped before; empty where none was.
+        end: slots in use after this pass, the maximum over rows.
+        starts: first slot per row, if they differ.
+        dropped: tokens evicted before, per row; empty if none.
     """
 
     start: int | None
@@ -43,45 +43,45 @@ class CacheRange:
     dropped: tuple[int, ...] = ()
 
     def slots(self, device: torch.device) -> Tensor:
-        """Slot of each token, (T,), or (B, T) where rows differ."""
+        """Slot per token, (T,), or (B, T) where rows differ."""
         steps = torch.arange(self.count, device=device)
         if self.start is not None:
             return steps + self.start
         return torch.tensor(self.starts, device=device)[:, None] + steps
 
     def positions(self, device: torch.device) -> Tensor:
-        """Place of each token in its text, (T,), or (B, T) where tokens were dropped or rows differ."""
+        """Position ids (T,), or (B, T) where tokens were evicted or rows differ."""
         slots = self.slots(device)
         return slots + torch.tensor(self.dropped, device=device)[:, None] if self.dropped else slots
 
 
 class LayerState(Protocol):
-    """One layer's memory: keys and values, or what a recurrence remembers."""
+    """Decode state of one layer: KV cache or recurrent state."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be named twice."""
+        """Keep these rows, in this order; a row may occur twice."""
 
     def replace(self, rows: Tensor, other: Any, length: int) -> None:
-        """Put all rows of `other`, a memory of the same kind of which `length` slots are in use, in place of these."""
+        """Overwrite these rows with all rows of `other`, a state of the same kind with `length` slots in use."""
 
     def drop(self, row: int, start: int, end: int, used: int) -> None:
-        """Forget a row's slots `start` to `end`; those up to `used` move into their place."""
+        """Evict a row's slots `start` to `end`; those up to `used` move up."""
 
     def snapshot(self) -> object:
-        """What `restore` needs to come back to this point."""
+        """Snapshot for `restore`."""
 
     def restore(self, snapshot: object) -> None:
-        """Come back to the point of the snapshot."""
+        """Return to the snapshot."""
 
 
 class Slots:
-    """One tensor (B, K, S, E) of fixed size, written in place."""
+    """Preallocated buffer (B, K, S, E), written in place."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.stored = torch.zeros(tuple(shape), dtype=dtype, device=device)
 
     def write(self, x: Tensor, span: CacheRange) -> None:
-        """Put (B, K, T, E) at the span's slots."""
+        """Write (B, K, T, E) at the span's slots."""
         if span.start is not None:
             self.stored[:, :, span.start : span.end] = x
         else:
@@ -90,7 +90,7 @@ class Slots:
             self.stored[rows, :, slots] = x.transpose(1, 2).to(self.stored.dtype)
 
     def read(self, end: int, dtype: torch.dtype) -> Tensor:
-        """The slots up to `end`: a view where they lie in that type."""
+        """The slots up to `end`: a view if stored in that dtype."""
         return self.stored[:, :, :end].to(dtype)
 
     def select(self, rows: Tensor) -> None:
@@ -98,7 +98,7 @@ class Slots:
         self.stored = self.stored[rows]
 
     def replace(self, rows: Tensor, other: Slots, length: int) -> None:
-        """Overwrite these rows with those of another."""
+        """Overwrite these rows with those of another buffer."""
         self.stored[rows, :, :length] = other.stored[:, :, :length]
 
     def drop(self, row: int, start: int, end: int, used: int) -> None:
@@ -106,17 +106,17 @@ class Slots:
         self.stored[row, :, start : start + used - end] = self.stored[row, :, end:used].clone()
 
     def tensors(self) -> list[Tensor]:
-        """What is kept."""
+        """Stored tensors."""
         return [self.stored]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory."""
+        """Size in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
 class Int8Slots(Slots):
-    """Whole numbers of one byte with a scale for each head of each token, s = max |x| / 127."""
+    """Int8 buffer with one scale per token and head, s = max |x| / 127."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
         super().__init__(shape, torch.int8, device)
@@ -129,7 +129,7 @@ class Int8Slots(Slots):
         self.scale.write(scale, span)
 
     def read(self, end: int, dtype: torch.dtype) -> Tensor:
-        """The slots up to `end`, multiplied out."""
+        """The slots up to `end`, dequantized."""
         return (super().read(end, torch.float32) * self.scale.read(end, torch.float32)).to(dtype)
 
     def select(self, rows: Tensor) -> None:
@@ -153,12 +153,12 @@ class Int8Slots(Slots):
 
 
 class KVCache:
-    """Keys and values of one layer.
+    """KV cache of one layer.
 
     Args:
         shape: (B, K, S, E).
-        dtype: of the memory; int8 is `Int8Slots`.
-        device: where it lies.
+        dtype: of the buffers; int8 is `Int8Slots`.
+        device: of the buffers.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -168,11 +168,11 @@ class KVCache:
         self.keys, self.values = slots(), slots()
 
     def tensors(self) -> list[Tensor]:
-        """What is kept, keys before values."""
+        """Stored tensors, keys before values."""
         return [tensor for part in (self.keys, self.values) for tensor in part.tensors()]
 
     def append(self, keys: Tensor, values: Tensor, span: CacheRange) -> tuple[Tensor, Tensor]:
-        """Write (B, K, T, E) keys and values at the span's slots; return all slots in use, in their type."""
+        """Write (B, K, T, E) keys and values at the span's slots; return all slots in use, in their dtype."""
         self.keys.write(keys, span)
         self.values.write(values, span)
         return self.keys.read(span.end, keys.dtype), self.values.read(span.end, values.dtype)
@@ -193,19 +193,19 @@ class KVCache:
         self.values.drop(row, start, end, used)
 
     def snapshot(self) -> None:
-        """Nothing: slots past the restored length are written again before they are seen."""
+        """None: slots past the restored length are overwritten before they are attended to."""
 
     def restore(self, snapshot: object) -> None:
-        """Nothing, for the same reason."""
+        """No-op, for the same reason."""
 
 
 class WKVState:
-    """What RWKV's layer remembers: two vectors of the last token and three of all before, (B, D) each.
+    """Recurrent state of an RWKV layer: two vectors of the last token and three of all before, (B, D) each.
 
     Attributes:
-        mixed: the last token's input of the time mix.
-        channel: the last token's input of the channel mix.
-        sums: the past of `layers/wkv.py`, (a, b, p), float32.
+        mixed: the last token's input of time mixing.
+        channel: the last token's input of channel mixing.
+        sums: WKV state (a, b, p) of `layers/wkv.py`, float32.
     """
 
     def __init__(self, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -219,26 +219,26 @@ class WKVState:
         self.sums = Sums(*(part[rows] for part in self.sums))
 
     def replace(self, rows: Tensor, other: WKVState, length: int) -> None:
-        """Take these rows from another memory."""
+        """Overwrite these rows with those of another state."""
         self.mixed = self.mixed.index_copy(0, rows, other.mixed)
         self.channel = self.channel.index_copy(0, rows, other.channel)
         self.sums = Sums(*(a.index_copy(0, rows, b) for a, b in zip(self.sums, other.sums, strict=True)))
 
     def drop(self, row: int, start: int, end: int, used: int) -> None:
-        """Nothing: there are no slots."""
+        """No-op: there are no slots."""
 
     def snapshot(self) -> object:
-        """The vectors, which are replaced and never written to."""
+        """The vectors, which are never written in place."""
         return self.mixed, self.channel, self.sums
 
     def restore(self, snapshot: object) -> None:
-        """Take them back."""
+        """Return to the snapshot."""
         self.mixed, self.channel, self.sums = cast(tuple[Tensor, Tensor, Sums], snapshot)
 
 
 @dataclass(frozen=True)
 class StateSnapshot:
-    """A point that a State can return to."""
+    """Snapshot of a `State`."""
 
     lengths: tuple[int, ...]
     dropped: tuple[int, ...]
@@ -246,15 +246,15 @@ class StateSnapshot:
 
 
 class State:
-    """The decode state of a model for a batch of sequences.
+    """Decode state of a batch of sequences: lengths and per-layer caches.
 
     Args:
-        config: the model's shape.
+        config: model configuration.
         batch_size: B.
-        max_len: slots a row; the model's context unless given.
-        dtype: that the model computes in.
-        device: where the memory lies.
-        cache_dtype: that keys and values are kept in: `dtype` unless given, a shorter float, or int8.
+        max_len: slots per row; default: the model's context length.
+        dtype: compute dtype.
+        device: of the buffers.
+        cache_dtype: of stored keys and values: default `dtype`, a lower-precision float, or int8.
     """
 
     def __init__(
@@ -270,20 +270,20 @@ class State:
         shape = (batch_size, config.n_kv_heads, self.max_len, config.head_dim)
         self.device = torch.device(device)
 
-        def memory() -> LayerState:
+        def layer_state() -> LayerState:
             if config.mixer == "wkv":
                 return WKVState(batch_size, config.dim, dtype, self.device)
             return KVCache(shape, cache_dtype or dtype, self.device)
 
-        self.layers: list[LayerState] = [memory() for _ in range(config.n_layers)]
+        self.layers: list[LayerState] = [layer_state() for _ in range(config.n_layers)]
         self.lengths: list[int] = [0] * batch_size  # slots in use
         self.dropped: list[int] = [0] * batch_size
 
     def span(self, count: int) -> CacheRange:
-        """The slots that `count` more tokens per row would take.
+        """Slot range of `count` more tokens per row.
 
         Raises:
-            ValueError: when they do not fit.
+            ValueError: they do not fit.
         """
         end = max(self.lengths) + count
         if end > self.max_len:
@@ -294,67 +294,67 @@ class State:
         return CacheRange(None, count, end, tuple(self.lengths), dropped)
 
     def make_room(self, count: int, window: int, sinks: int) -> None:
-        """Drop, of rows that have no room for `count` more tokens, what these do not see.
+        """Evict tokens outside the attention window from rows without room for `count` more tokens.
 
-        The first `sinks` tokens stay, and the last `window` - 1. Keys stay turned to the positions that they had.
+        The first `sinks` tokens (attention sinks) and the last `window` - 1 stay. Keys keep their rotation.
         """
         for row, used in enumerate(self.lengths):
-            gone = used - sinks - window + 1
-            if used + count <= self.max_len or gone <= 0:
+            evicted = used - sinks - window + 1
+            if used + count <= self.max_len or evicted <= 0:
                 continue
             for layer in self.layers:
-                layer.drop(row, sinks, sinks + gone, used)
-            self.lengths[row] -= gone
-            self.dropped[row] += gone
+                layer.drop(row, sinks, sinks + evicted, used)
+            self.lengths[row] -= evicted
+            self.dropped[row] += evicted
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Count `counts[b]` more tokens of row b as read."""
+        """Increase the length of row b by `counts[b]` tokens."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row named twice is copied."""
+        """Keep these rows, in this order; a repeated row is copied."""
         self.lengths = [self.lengths[row] for row in rows]
         self.dropped = [self.dropped[row] for row in rows]
         for layer in self.layers:
             layer.select(torch.tensor(rows))
 
     def replace(self, rows: Sequence[int], other: State) -> None:
-        """Put the rows of another state in place of these, which have ended."""
+        """Overwrite these rows, of finished sequences, with those of another state."""
         for row, length, dropped in zip(rows, other.lengths, other.dropped, strict=True):
             self.lengths[row], self.dropped[row] = length, dropped
-        places = torch.tensor(rows, device=self.device)
+        indices = torch.tensor(rows, device=self.device)
         for layer, new in zip(self.layers, other.layers, strict=True):
-            layer.replace(places, new, max(other.lengths))
+            layer.replace(indices, new, max(other.lengths))
 
     def snapshot(self) -> StateSnapshot:
-        """A point to come back to, after a draft that was rejected or to continue one prompt twice."""
+        """Snapshot for rollback after a rejected draft, or for several continuations of one prompt."""
         kept = tuple(layer.snapshot() for layer in self.layers)
         return StateSnapshot(tuple(self.lengths), tuple(self.dropped), kept)
 
     def restore(self, snapshot: StateSnapshot) -> None:
-        """Forget what was read after the snapshot.
+        """Roll back to the snapshot.
 
         Raises:
-            ValueError: `make_room` has dropped tokens meanwhile, which moved the others.
+            ValueError: `make_room` has evicted tokens since, which moved the others.
         """
         if tuple(self.dropped) != snapshot.dropped:
-            raise ValueError("tokens that the snapshot had were dropped: there is no way back to it")
+            raise ValueError("tokens of the snapshot were evicted: it cannot be restored")
         self.lengths = list(snapshot.lengths)
         for layer, saved in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(saved)
 
     def truncate(self, length: int) -> None:
-        """Forget what each row read after its first `length` tokens; of keys and values only the count goes back.
+        """Truncate each row to its first `length` tokens; in a KV cache only the lengths change.
 
         Raises:
-            InputError: a recurrent layer, whose past tokens cannot be taken apart.
-            ValueError: `make_room` has dropped tokens.
+            InputError: a recurrent state, which cannot be truncated.
+            ValueError: `make_room` has evicted tokens.
         """
         if any(isinstance(layer, WKVState) for layer in self.layers):
             raise InputError(
-                "a recurrent state cannot forget its last tokens; speculation needs a model with keys and values",
+                "a recurrent state cannot be truncated; speculative decoding needs a model with a KV cache",
                 fix="decode this model without speculation",
             )
         if any(self.dropped):
-            raise ValueError("tokens were dropped: slots are no longer places in the text")
-        self.lengths = [min(read, length) for read in self.lengths]
+            raise ValueError("tokens were evicted: slots are no longer position ids")
+        self.lengths = [min(used, length) for used in self.lengths]

@@ -1,4 +1,4 @@
-"""The loss of a language model."""
+"""Cross-entropy loss of a language model, plain and fused with the output layer."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from minillama.config.cost import loss_rows
 
 __all__ = ["cross_entropy", "linear_cross_entropy", "softmax_grad"]
 
-# logits, targets, weights and z_loss -> what `softmax_grad` returns
+# signature of `softmax_grad`: logits, targets, weights, z_loss -> loss, normalizers
 SoftmaxGrad = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
-CACHED = 2**19  # logits in float32 that a processor's second cache holds
-ADDED = 8  # rows of the head's gradient that are cast at once
+CACHED = 2**19  # float32 logits that fit the L2 cache
+ADDED = 8  # rows of the output layer's gradient cast at once
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-    """-sum_t weights_t log softmax(logits_t)[targets_t], in nats, in float32.
+    """Cross-entropy -sum_t weights_t log softmax(logits_t)[targets_t], in nats, in float32.
 
-    With `z_loss` c log(Z_t)^2 is added to every token's loss, Z_t = sum exp(logits_t), which keeps logits from
-    drifting (PaLM, arXiv 2204.02311, §5).
+    The z-loss adds c log(Z_t)^2 per token, Z_t = sum exp(logits_t), which keeps logits from drifting
+    (PaLM, arXiv 2204.02311, §5).
 
     Args:
         logits: (..., V).
         targets: (...) ids.
-        weights: (...); 1 unless given.
-        z_loss: c.
+        weights: (...); default 1.
+        z_loss: its coefficient c.
 
     Returns:
         A scalar sum; divide by the sum of the weights for nats per token.
@@ -53,27 +53,27 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     kernel: SoftmaxGrad | None = None,
 ) -> Tensor:
-    """`cross_entropy` of hidden @ matrix^T, without ever holding the logits of more than a few tokens.
+    """Fused linear cross-entropy: `cross_entropy` of hidden @ matrix^T, with the logits of one chunk at a time.
 
-    The gradient of a chunk of tokens is made while its logits are there, so that nothing is computed twice:
+    The gradient of a chunk of tokens is computed with its logits, so that nothing is recomputed:
     d loss / d logits_t = weights_t (softmax(logits_t) (1 + 2 c log Z_t) - onehot(targets_t)).
 
     Args:
         hidden: (..., D).
-        matrix: (V, D), of the same type.
+        matrix: (V, D), of the same dtype.
         targets: (...) ids.
-        weights: (...); 1 unless given.
-        z_loss: c.
-        kernel: what computes `softmax_grad`, which is that itself unless given.
+        weights: (...); default 1.
+        z_loss: its coefficient c.
+        kernel: implementation of `softmax_grad`; default: that function.
     """
     flat = hidden.flatten(0, -2)
-    shares = torch.ones(len(flat), device=flat.device) if weights is None else weights.flatten().float()
+    token_weights = torch.ones(len(flat), device=flat.device) if weights is None else weights.flatten().float()
     kind = flat.device.type
-    if torch.is_autocast_enabled(kind):  # as for any product; inside, the types are what they are
+    if torch.is_autocast_enabled(kind):  # as for any linear layer; disabled inside
         flat, matrix = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (flat, matrix))
     with torch.autocast(kind, enabled=False):
         total: Tensor = _LinearCrossEntropy.apply(
-            flat, matrix, targets.flatten(), shares, z_loss, kernel or softmax_grad
+            flat, matrix, targets.flatten(), token_weights, z_loss, kernel or softmax_grad
         )
     return total
 
@@ -85,21 +85,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         trains_hidden, trains_matrix = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if trains_hidden else None
-        # (D, V): a product that is wide and not tall is twice as fast in bfloat16 on a CPU
+        # (D, V): a wide matrix product is twice as fast as a tall one in bfloat16 on a CPU
         grad_matrix = torch.zeros(matrix.shape[::-1], device=matrix.device) if trains_matrix else None
         total = torch.zeros((), device=hidden.device)
         chunks = max(1, math.ceil(len(hidden) / loss_rows(len(matrix), hidden.element_size())))
         rows = math.ceil(len(hidden) / chunks)
-        scores = hidden.new_empty(rows, len(matrix))  # the same memory for all: fresh pages would cost a fault each
+        scores = hidden.new_empty(rows, len(matrix))  # one buffer for all chunks: fresh pages would cost page faults
         for start in range(0, len(hidden), max(1, rows)):
             part = slice(start, start + rows)
-            h, share = hidden[part], weights[part, None]
+            h, weight = hidden[part], weights[part, None]
             grad = torch.mm(h, matrix.T, out=scores[: len(h)])
-            loss, z = kernel(grad, targets[part, None], share, z_loss)
+            loss, z = kernel(grad, targets[part, None], weight, z_loss)
             total += loss
             if grad_hidden is None and grad_matrix is None:
                 continue
-            factor = (share / z).to(hidden.dtype)  # it goes to the narrower side of each product
+            factor = (weight / z).to(hidden.dtype)  # applied to the narrower side of each matrix product
             if grad_hidden is not None:
                 torch.mm(grad, matrix, out=grad_hidden[part]).mul_(factor)
             if grad_matrix is None:
@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 product = (h * factor).T.contiguous() @ grad
                 for to, rows_made in zip(grad_matrix.split(ADDED), product.split(ADDED), strict=True):
-                    to += rows_made  # torch casts all that it is given before it adds
+                    to += rows_made  # torch casts the whole operand before it adds
         ctx.save_for_backward(grad_hidden, grad_matrix)
         ctx.dtype = matrix.dtype
         return total
@@ -119,28 +119,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_matrix = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
-        if grad_matrix is not None:  # never a second time in float32
+        if grad_matrix is not None:  # no second float32 copy
             grad_matrix = torch.mul(grad_matrix, grad, out=torch.empty_like(grad_matrix, dtype=ctx.dtype)).T
         return grad_hidden, grad_matrix, None, None, None, None
 
 
 def softmax_grad(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """Turn logits (rows, V) into d loss / d logits * Z / weight, in place, a few rows at a time that the cache holds.
+    """Softmax gradient: logits (rows, V) become d loss / d logits * Z / weight, in place, by cache-sized blocks.
 
     Returns:
-        The sum of the losses, and Z = sum exp(logits - their maximum), (rows, 1).
+        Sum of the losses, and normalizers Z = sum exp(logits - max), (rows, 1).
     """
     step = max(1, CACHED // scores.shape[1] if scores.device.type == "cpu" else len(scores))
     wide = torch.empty(step, scores.shape[1], device=scores.device)
     losses, sums = [], []
-    for logits, ids, share in zip(scores.split(step), targets.split(step), weights.split(step), strict=True):
-        powers = wide[: len(logits)].copy_(logits)
-        chosen, peak = powers.gather(-1, ids), powers.amax(-1, keepdim=True)
-        z = powers.sub_(peak).exp_().sum(-1, keepdim=True)
+    for logits, ids, weight in zip(scores.split(step), targets.split(step), weights.split(step), strict=True):
+        exps = wide[: len(logits)].copy_(logits)
+        chosen, peak = exps.gather(-1, ids), exps.amax(-1, keepdim=True)
+        z = exps.sub_(peak).exp_().sum(-1, keepdim=True)
         log_z = peak + z.log()
-        losses.append(((log_z - chosen + z_loss * log_z.square()) * share).sum())
+        losses.append(((log_z - chosen + z_loss * log_z.square()) * weight).sum())
         sums.append(z)
         if z_loss:
-            powers.mul_(1 + 2 * z_loss * log_z)
-        logits.copy_(powers.scatter_add_(-1, ids, -z))
+            exps.mul_(1 + 2 * z_loss * log_z)
+        logits.copy_(exps.scatter_add_(-1, ids, -z))
     return torch.stack(losses).sum(), torch.cat(sums)

@@ -1,4 +1,4 @@
-"""ChatGLM-6B's block: the norms' outputs go on, scaled up, and not their inputs."""
+"""DeepNorm-style block (ChatGLM-6B): the residual branch is the norm's output, scaled up, not its input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ScaledBlock"]
 
 
 class ScaledBlock(nn.Module):
-    """n = norm(x); h = a n + attention(n); m = norm(h); y = a m + mlp(m), with a = sqrt(2 L).
+    """Scaled residual block: n = norm(x); h = a n + attention(n); m = norm(h); y = a m + mlp(m), with a = sqrt(2 L).
 
     THUDM/ChatGLM-6B, modeling_chatglm.py.
     """

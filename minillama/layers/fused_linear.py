@@ -1,4 +1,4 @@
-"""Several products of one input as one."""
+"""Fused linear layer: several linear layers of one input as one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["fused_linear", "refuse_subclasses"]
 
 @torch.no_grad()
 def fused_linear(*parts: nn.Linear) -> nn.Linear:
-    """One frozen product whose output is that of the parts, which all have a bias or none, side by side."""
-    weight = _below([part.weight for part in parts])
+    """Fused linear layer, frozen: outputs of the parts concatenated; all parts have a bias, or none."""
+    weight = _concatenate([part.weight for part in parts])
     biases: list[Tensor] = [part.bias for part in parts if part.bias is not None]
     fused = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")
     fused.weight = nn.Parameter(weight, requires_grad=False)
     if biases:
-        fused.bias = nn.Parameter(_below(biases), requires_grad=False)
+        fused.bias = nn.Parameter(_concatenate(biases), requires_grad=False)
     return fused
 
 
-def _below(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of each part below those of the one before."""
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenation by rows."""
     first = parts[0]
     if first.is_meta:  # concatenating there would import torch's compiler, a second or two
         return first.new_empty(sum(map(len, parts)), *first.shape[1:])
@@ -33,7 +33,7 @@ def _below(parts: Sequence[Tensor]) -> Tensor:
 
 
 def refuse_subclasses(model: nn.Module, parts: Iterable[nn.Module], verb: str) -> None:
-    """Only of an `nn.Linear` it is known that its weight and bias are all there is to it.
+    """Reject parts that are not exactly `nn.Linear`: a subclass may compute more than weight and bias.
 
     Raises:
         InputError: a part of another type, by its name in the model.

@@ -1,4 +1,4 @@
-"""Who may attend to whom: described once, turned into what the attention kernel wants in one place."""
+"""Attention mask: described once, converted to the form of the attention kernel in one place."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ __all__ = ["KernelMask", "Mask"]
 
 
 class KernelMask(NamedTuple):
-    """What `scaled_dot_product_attention` takes: a flag where a flag will do, else a boolean tensor."""
+    """Attention mask of `scaled_dot_product_attention`: a flag where that suffices, else a boolean tensor."""
 
     allowed: Tensor | None
     is_causal: bool
     lengths: Tensor | None = None
-    """(B,) real tokens of each row, for what is no attention."""
+    """(B,) tokens per row without padding, for recurrent layers."""
     is_plain: bool = True
-    """Whether the description is causal and nothing else."""
+    """Whether the mask is purely causal."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """A description of the attention pattern of one forward pass. The default is plain causal attention.
+    """Attention mask of one forward pass; causal by default.
 
-    A query at slot i sees a key at slot j where every condition that is given holds.
+    A query at slot i attends to a key at slot j where every given condition holds.
 
     Args:
         causal: j <= i.
-        prefix: (B,) the first `prefix[b]` slots are seen by every query, later ones causally (a prefix LM).
-        documents: (B, T) document ids of packed text; keys of another document are hidden.
-        lengths: (B,) how many tokens of each row are real; the rest is padding on the right. A causal
-            query never sees padding, so this leaves the fused causal kernel in use; it is also what a
-            decode state counts as read.
-        window: only the last `window` slots, the query's own included, are seen.
-        sinks: the first `sinks` slots are seen whatever the window (Xiao et al. 2023, arXiv 2309.17453).
+        prefix: (B,) prefix LM: every query attends to the first `prefix[b]` slots, to later ones causally.
+        documents: (B, T) document ids of packed sequences; keys of another document are masked.
+        lengths: (B,) tokens per row without right padding. A causal query never attends to padding, so the
+            fused causal kernel stays in use; a decode state's lengths grow by it.
+        window: sliding window of the last `window` slots, the query's own included.
+        sinks: attention sinks: the first `sinks` slots stay visible in any window (Xiao et al. 2023, arXiv 2309.17453).
     """
 
     causal: bool = True
@@ -49,18 +48,18 @@ class Mask:
     sinks: int = 0
 
     def for_kernel(self, span: CacheRange, device: torch.device) -> KernelMask:
-        """The description for queries at `span`, as a flag or as (1 or B, 1, T, S) booleans.
+        """Attention mask for queries at `span`, as a flag or as (1 or B, 1, T, S) booleans.
 
         Raises:
-            ValueError: for document ids together with a decode state, whose earlier ids are not known.
+            ValueError: document ids with a decode state, whose earlier ids are unknown.
         """
         if self.documents is not None and span.end != span.count:
-            raise ValueError("document ids describe a whole forward pass; a decode state holds one document a row")
+            raise ValueError("document ids describe a whole forward pass; a decode state holds one document per row")
         return self._kernel(span, device)._replace(lengths=self.lengths, is_plain=self.is_plain)
 
     @property
     def is_plain(self) -> bool:
-        """Causal and nothing else."""
+        """Whether the mask is purely causal."""
         return self.causal and self.prefix is None and self.documents is None and self.window is None
 
     def _kernel(self, span: CacheRange, device: torch.device) -> KernelMask:
@@ -71,7 +70,7 @@ class Mask:
         if plain and self.causal and span.start == 0:
             return KernelMask(None, True)
         if plain and self.causal and span.start is not None and span.count == 1:
-            return KernelMask(None, False)  # one query after everything else: it sees all there is
+            return KernelMask(None, False)  # one query after all keys: nothing is masked
         return KernelMask(self._allowed(span, device), False)
 
     def _allowed(self, span: CacheRange, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The feed-forward sublayer."""
+"""Feed-forward layers: SwiGLU and GELU MLP."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Gelu", "SwiGLU", "swiglu"]
 
 
 def swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    """down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, D). `native/swiglu.py` is faster where it can be compiled."""
+    """SwiGLU down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, D); `native/swiglu.py` is faster where compiled."""
     y: Tensor = down(F.silu(gate(x)) * up(x))
     return y
 
 
 class SwiGLU(nn.Module):
-    """y = down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202, eq. 6.
+    """SwiGLU feed-forward layer y = down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202, eq. 6.
 
     Attributes:
-        kernel: what computes y, with the arguments of `swiglu`.
+        kernel: function for y, with the signature of `swiglu`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -48,15 +48,15 @@ class SwiGLU(nn.Module):
         return hasattr(self, "gate_up_proj")
 
     def fuse(self) -> None:
-        """Put gate and up into one product, for decoding. There is no way back."""
+        """Merge gate_proj and up_proj into one linear layer, for decoding; irreversible."""
         self.gate_up_proj = fused_linear(self.gate_proj, self.up_proj)
         del self.gate_proj, self.up_proj
 
 
 class Gelu(nn.Module):
-    """y = down(gelu(up(x))), gelu(x) = x / 2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+    """GELU MLP y = down(gelu(up(x))), gelu(x) = x / 2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 
-    Hendrycks and Gimpel 2016, arXiv 1606.08415, §2; BLOOM and GLM have it.
+    Hendrycks and Gimpel 2016, arXiv 1606.08415, §2; used by BLOOM and GLM.
     """
 
     fused = False
@@ -72,4 +72,4 @@ class Gelu(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
     def fuse(self) -> None:
-        """There is one product to begin with."""
+        """No-op: there is one input projection."""

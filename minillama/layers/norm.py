@@ -1,4 +1,4 @@
-"""Normalization of the residual stream."""
+"""RMSNorm and LayerNorm."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["RMSNorm", "make_norm"]
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm that the configuration asks for: LLaMA's, or LayerNorm with or without a bias."""
+    """Normalization layer of a configuration: RMSNorm, or LayerNorm with or without a bias."""
     if config.norm == "rms":
         return RMSNorm(config.dim, config.norm_eps)
     return nn.LayerNorm(config.dim, config.norm_eps, bias=config.norm == "layer")
 
 
 class RMSNorm(nn.Module):
-    """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension.
+    """RMSNorm: y = weight * x / sqrt(mean(x^2) + eps), over the last dimension.
 
-    The mean is taken in float32 whatever the input's type. Zhang and Sennrich 2019,
-    arXiv 1910.07467, eq. 4; used before each sublayer as in LLaMA, arXiv 2302.13971, §2.2.
+    The mean is taken in float32 whatever the input's dtype. Zhang and Sennrich 2019,
+    arXiv 1910.07467, eq. 4; pre-normalization as in LLaMA, arXiv 2302.13971, §2.2.
 
     Args:
         dim: D, the width of the last dimension.
@@ -35,6 +35,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D), in the input's type."""
-        # a weight of another type than the input would take the slow, unfused path
+        """(..., D) -> (..., D), in the input's dtype."""
+        # a weight of another dtype than the input would take the slow, unfused path
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)

@@ -1,4 +1,4 @@
-"""PaLM's block: attention and feed-forward read the same norm and are added at once."""
+"""Parallel block (PaLM): attention and feed-forward share one norm and are added at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ParallelBlock"]
 
 
 class ParallelBlock(nn.Module):
-    """y = x + attention(norm(x)) + mlp(norm(x)). Chowdhery et al. 2022, arXiv 2204.02311, §2."""
+    """Parallel block y = x + attention(norm(x)) + mlp(norm(x)). Chowdhery et al. 2022, arXiv 2204.02311, §2."""
 
     def __init__(self, norm: nn.Module, attention: nn.Module, mlp: nn.Module, dropout: float = 0.0) -> None:
         super().__init__()

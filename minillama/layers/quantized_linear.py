@@ -1,6 +1,6 @@
-"""Products with weights of one byte or half a byte, as torch's packed kernels take them.
+"""Int8 and int4 linear layers on torch's packed kernels.
 
-The kernels are vectorized for bfloat16 inputs alone: float32 ones are cast before and the result after, since the
+The kernels are vectorized for bfloat16 inputs only: float32 ones are cast before and the result after, since the
 float32 kernel is ten times slower (benchmarks/README.md). Scales of int8 stay in float32, outside of the kernel.
 """
 
@@ -18,11 +18,11 @@ from minillama.layers.int4 import GROUP, Int4
 __all__ = ["Int4Linear", "Int8Linear", "Quantization", "int8_rows", "takes_int4"]
 
 Quantization = Literal["none", "int8", "int4"]
-ROWS = 32  # from so many rows on unpacking the weights once and multiplying as usual is faster
+ROWS = 32  # from this many rows on dequantizing once and a plain matrix product is faster
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers q and scales s of x = q s, one scale a row, s = max |x| / 127 over the last dimension.
+    """Symmetric int8 quantization x = q s, one scale per row, s = max |x| / 127 over the last dimension.
 
     Args:
         x: (..., I); of a weight (O, I) a row is an output channel.
@@ -36,18 +36,18 @@ def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def takes_int4(linear: nn.Linear, group: int = GROUP) -> bool:
-    """Whether a product has a shape that `Int4Linear` takes."""
+    """Whether `Int4Linear` supports the shape of a linear layer."""
     return linear.in_features % group == 0 and linear.out_features % 16 == 0
 
 
 class Int8Linear(nn.Module):
-    """y = (x q^T) s + b with the numbers of `int8_rows`.
+    """Int8 linear layer y = (x q^T) s + b, one scale per output channel.
 
     Args:
-        linear: the product to replace; its type is that of the inputs.
+        linear: layer to quantize; its dtype is that of the inputs.
 
     Raises:
-        ValueError: the number of inputs is no multiple of 32, which torch's kernel wants.
+        ValueError: in_features is not a multiple of 32, as torch's kernel requires.
     """
 
     quantized: Tensor
@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         if linear.in_features % 32:
-            raise ValueError(f"{linear.in_features} inputs are no multiple of 32")
+            raise ValueError(f"in_features {linear.in_features} is not a multiple of 32")
         self.out_features = linear.out_features
         q, scale = int8_rows(linear.weight.detach())
         self.register_buffer("quantized", q)
@@ -68,13 +68,13 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), what the product multiplies with, in the inputs' type."""
+        """Dequantized weight (O, I), in the inputs' dtype."""
         return (self.quantized * self.scale[:, None]).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         flat = x.flatten(0, -2)
-        if x.dtype == torch.float16:  # sums of whole numbers would leave its range
+        if x.dtype == torch.float16:  # integer sums would overflow it
             return F.linear(x, self.weight, self.bias)
         if len(flat) >= ROWS or x.device.type != "cpu":
             steps = F.linear(flat, self.quantized.to(x.dtype))
@@ -85,15 +85,15 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """y = x (q s + z)^T + b with the numbers of `Int4`, on a CPU. The grid is kept in bfloat16.
+    """Int4 linear layer y = x (q s + z)^T + b on a CPU, with scales and zero points in bfloat16.
 
     Args:
-        numbers: of the matrix (O, I), in groups of 32, 64 or 128.
+        numbers: quantized weight (O, I), in groups of 32, 64 or 128.
         bias: (O,), or None.
         dtype: of the inputs.
 
     Raises:
-        ValueError: outputs that are no multiple of 16, which torch's kernel wants.
+        ValueError: out_features is not a multiple of 16, as torch's kernel requires.
     """
 
     nibbles: Tensor
@@ -103,7 +103,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = len(numbers.nibbles), numbers.nibbles.shape[1] * 2
         if self.out_features % 16:
-            raise ValueError(f"{self.out_features} outputs are no multiple of 16")
+            raise ValueError(f"out_features {self.out_features} is not a multiple of 16")
         self.group = numbers.group
         self.register_buffer("nibbles", numbers.nibbles.contiguous())
         grid = torch.stack((numbers.scale, numbers.offset), dim=-1).transpose(0, 1).contiguous()  # (I / group, O, 2)
@@ -113,23 +113,23 @@ class Int4Linear(nn.Module):
 
     @classmethod
     def of(cls, linear: nn.Linear, group: int = GROUP, importance: Tensor | None = None) -> Int4Linear:
-        """In the place of a product, with the numbers that `Int4.of` finds."""
+        """Quantization of a linear layer by `Int4.of`."""
         return cls(Int4.of(linear.weight.detach(), group, importance), linear.bias, linear.weight.dtype)
 
     @property
     def numbers(self) -> Int4:
-        """What the product multiplies with."""
+        """Quantized weight."""
         scale, offset = self.grid.float().transpose(0, 1).unbind(-1)
         return Int4(self.nibbles, scale, offset)
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), the numbers multiplied out, in the inputs' type."""
+        """Dequantized weight (O, I), in the inputs' dtype."""
         return self.numbers.weight(self.dtype)
 
     @cached_property
     def packed(self) -> Tensor:
-        """The same numbers in the order of torch's kernel, made when a few rows want it."""
+        """Weight in the layout of torch's kernel, packed on first use."""
         return torch._convert_weight_to_int4pack_for_cpu(self.numbers.unsigned.int(), 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotary position embedding, in the half-split layout, and its rescalings for longer contexts."""
+"""Rotary position embedding in the half-split layout, with RoPE scaling for longer contexts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Rope", "Rope2D", "inverse_frequencies", "rotate"]
 
 
 def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
-    """w_i = theta^(-2i/E) for i in 0..E/2-1, in radians a position, rescaled if asked.
+    """Inverse frequencies w_i = theta^(-2i/E), i in 0..E/2-1, in radians per position, with RoPE scaling.
 
-    - `linear`: w / factor, which is the same as positions / factor (Chen et al. 2023, arXiv 2306.15595).
-    - `ntk`: theta * factor^(E/(E-2)), so that the slowest pair turns `factor` times slower and the
-      fastest is left alone.
+    - `linear`: w / factor, the same as positions / factor (Chen et al. 2023, arXiv 2306.15595).
+    - `ntk`: theta * factor^(E/(E-2)), so that the lowest frequency is divided by `factor` and the
+      highest is unchanged.
     - `llama3`: pairs whose wavelength 2 pi / w is over original / low are divided by factor, those under
       original / high are kept, and between them s = (original / wavelength - low) / (high - low) blends
       the two (meta-llama/llama-models, models/llama3/model.py).
@@ -26,7 +26,7 @@ def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScal
     Args:
         head_dim: E, even.
         theta: the base.
-        scaling: the rescaling, or none.
+        scaling: RoPE scaling, or None.
 
     Returns:
         (E/2,) float32 on the CPU or on the device of the surrounding `torch.device` context.
@@ -39,15 +39,15 @@ def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScal
     if scaling.kind == "linear":
         return w / scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_seq_len * w / (2 * math.pi)  # rotations within the original context
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    rotations = scaling.original_max_seq_len * w / (2 * math.pi)  # within the original context
+    blend = ((rotations - low) / (high - low)).clamp(0, 1)
     return w * (blend + (1 - blend) / scaling.factor)
 
 
 class Rope(nn.Module):
-    """Tables of cosines and sines for position ids. Su et al. 2021, arXiv 2104.09864, §3.4.
+    """Rotary position embedding: cosines and sines of position ids. Su et al. 2021, arXiv 2104.09864, §3.4.
 
-    It holds no parameter: the frequencies follow from the configuration and are in no file.
+    No parameters: the frequencies follow from the configuration and are not saved.
     """
 
     frequencies: Tensor
@@ -58,7 +58,7 @@ class Rope(nn.Module):
         self.register_buffer("frequencies", w, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rope:
-        """Follow the model to another device, but not to a shorter type: bfloat16 frequencies are wrong ones."""
+        """Move to another device, but keep the dtype: bfloat16 frequencies would be wrong."""
         exact = self.frequencies
         super()._apply(fn, recurse)
         if self.frequencies.dtype != exact.dtype:
@@ -68,16 +68,16 @@ class Rope(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Position ids (T,) or (B, T) -> cosines and sines, (T, E) or (B, 1, T, E).
 
-        Angles are taken in float32: in bfloat16 positions beyond 256 would run together.
+        Angles are computed in float32: in bfloat16 positions beyond 256 would coincide.
         """
         return _tables(positions[..., None].float() * self.frequencies, dtype)
 
 
 class Rope2D(Rope):
-    """Half of the pairs turn with a token's place in the text, half with its place in a blank.
+    """2D rotary position embedding: half of the pairs for the position in the text, half for that in the masked span.
 
-    ChatGLM-6B. Its heads hold the two halves side by side, each with pairs of its own; `formats` lays them out
-    so that pairs are those of `rotate`.
+    ChatGLM-6B. Its heads hold the two halves side by side, each with its own pairs; `formats` permutes them
+    to the pairs of `rotate`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -98,11 +98,11 @@ def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+R/2}) by its angle: x * cos + (-x2, x1) * sin.
+    """Rotate each pair (x_i, x_{i+R/2}) by its angle: x * cos + (-x2, x1) * sin.
 
     Args:
         x: queries or keys, (B, H, T, E).
-        cos: (T, R) or (B, 1, T, R), from `Rope`; where R < E the last values are left as they are.
+        cos: (T, R) or (B, 1, T, R), from `Rope`; where R < E the last dimensions are not rotated.
         sin: the same shape.
     """
     width = cos.shape[-1]

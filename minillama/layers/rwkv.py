@@ -1,4 +1,4 @@
-"""RWKV-4's block: a recurrence in the place of attention, and a feed-forward layer that looks one token back.
+"""RWKV-4 block: time mixing, a recurrence in place of attention, and channel mixing, a token-shifted MLP.
 
 Peng et al. 2023, arXiv 2305.13048, §3; BlinkDL/RWKV-LM, RWKV-v4neo/src/model.py. Shapes: B batch, T time, D width.
 """
@@ -21,7 +21,7 @@ __all__ = ["ChannelMix", "RecurrentBlock", "TimeMix"]
 
 
 class TimeMix(nn.Module):
-    """o_proj(sigmoid(r) * wkv(k, v)), each of k, v, r a product of a mixture of this token and the one before."""
+    """Time mixing o_proj(sigmoid(r) * wkv(k, v)); k, v and r are linear layers of token-shifted x."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class TimeMix(nn.Module):
         self.k_proj, self.v_proj, self.r_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, before: Tensor, past: Sums, real: Tensor | None) -> tuple[Tensor, Sums]:
-        """(B, T, D) -> (B, T, D), and the sums behind the last real token.
+        """(B, T, D) -> (B, T, D), and the state after the last non-padding token.
 
         Args:
             x: normalized residual stream.
             before: the same, one token earlier.
-            past: the sums so far, (B, D).
-            real: (B, 1) place of each row's last token that is no padding; None for the last of all.
+            past: WKV state so far, (B, D).
+            real: (B, 1) index of each row's last non-padding token; None for the last of all.
         """
         k = self.k_proj(torch.lerp(before, x, self.time_mix_key)).float()
         v = self.v_proj(torch.lerp(before, x, self.time_mix_value)).float()
@@ -55,7 +55,7 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """sigmoid(r_proj(mixed)) * down_proj(relu(up_proj(mixed))^2)."""
+    """Channel mixing sigmoid(r_proj(mixed)) * down_proj(relu(up_proj(mixed))^2)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ChannelMix(nn.Module):
 
 
 class RecurrentBlock(nn.Module):
-    """y = x + time_mix(norm(x)); out = y + channel_mix(norm(y)). It needs five vectors of the past."""
+    """RWKV block y = x + time_mix(norm(x)); out = y + channel_mix(norm(y)). Its state is five vectors."""
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
@@ -94,36 +94,36 @@ class RecurrentBlock(nn.Module):
         Args:
             x: residual stream.
             rope: not used; order is in the recurrence.
-            mask: its lengths, the real tokens of each row; any other pattern than causal is refused.
-            state: the past, which takes these tokens in.
+            mask: its lengths, tokens per row without padding; must be purely causal.
+            state: recurrent state, updated.
             span: not used.
 
         Raises:
-            ValueError: a mask that is not causal, or hides documents; a recurrence sees all of the past.
+            ValueError: a mask that is not purely causal; a recurrence depends on all of the past.
         """
         if not mask.is_plain:
-            raise ValueError("a recurrence reads from left to right and forgets nothing: only a causal mask will do")
-        memory = cast(WKVState, state) if state is not None else WKVState(x.shape[0], x.shape[2], x.dtype, x.device)
+            raise ValueError("a recurrent layer depends on all of the past: only a purely causal mask is supported")
+        past = cast(WKVState, state) if state is not None else WKVState(x.shape[0], x.shape[2], x.dtype, x.device)
         real = None
         if mask.lengths is not None and x.shape[1] > 1:
             real = mask.lengths.to(x.device)[:, None] - 1
         normal = self.input_layernorm(x)
-        change, memory.sums = self.self_attn(normal, _earlier(normal, memory.mixed), memory.sums, real)
-        memory.mixed = _last(normal, real)
+        change, past.sums = self.self_attn(normal, _token_shift(normal, past.mixed), past.sums, real)
+        past.mixed = _last(normal, real)
         x = x + dropout(change, self.dropout, self.training)
         normal = self.post_attention_layernorm(x)
-        change = self.mlp(normal, _earlier(normal, memory.channel))
-        memory.channel = _last(normal, real)
+        change = self.mlp(normal, _token_shift(normal, past.channel))
+        past.channel = _last(normal, real)
         return x + dropout(change, self.dropout, self.training)
 
 
-def _earlier(x: Tensor, last: Tensor) -> Tensor:
-    """Each token's predecessor: (B, T, D) and the one before all of them, (B, D)."""
+def _token_shift(x: Tensor, last: Tensor) -> Tensor:
+    """Token shift: x (B, T, D) delayed by one token, after `last` (B, D)."""
     return torch.cat((last[:, None].to(x.dtype), x[:, :-1]), dim=1)
 
 
 def _last(x: Tensor, index: Tensor | None) -> Tensor:
-    """(B, T, D) -> (B, D), the last token of each row, or that at `index` (B, 1)."""
+    """Last token per row, (B, T, D) -> (B, D), or that at `index` (B, 1)."""
     if index is None:
         return x[:, -1]
     return x[torch.arange(len(x), device=x.device), index[:, 0]]

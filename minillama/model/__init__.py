@@ -1,4 +1,4 @@
-"""The decoder, its initial weights, its linear layers by name."""
+"""Decoder, weight initialization, linear layers by name."""
 
 from minillama.model.decoder import Block, Decoder
 

@@ -1,6 +1,6 @@
-"""How fresh weights are drawn.
+"""Weight initialization.
 
-`normal`, LLaMA's here and its kin's:
+`normal`, the default of LLaMA and similar models:
 
 | parameter                        | distribution                          |
 |----------------------------------|---------------------------------------|
@@ -10,12 +10,12 @@
 | every norm 1, every bias 0       |                                       |
 
 The two scaled matrices write to the residual stream, 2 n_layers times in all, so that its variance does not grow
-with depth (GPT-2, §2.3). Fresh logits are small and the loss starts near ln V.
+with depth (GPT-2, §2.3). Initial logits are small and the loss starts near ln V.
 
-`fan-in` is PaLM's (arXiv 2204.02311, §5): products normal, 1 / sqrt(fan in); the embedding normal, 1, so that the
-tied head's logits have to be scaled by 1 / sqrt(D).
+`fan-in` is PaLM's (arXiv 2204.02311, §5): linear layers normal, 1 / sqrt(fan in); the embedding normal, 1, so that
+the tied output layer's logits have to be scaled by 1 / sqrt(D).
 
-`rwkv` is RWKV-4's (RWKV-v4neo/src/model.py): decays and mixes by channel and depth, matrices orthogonal or zero.
+`rwkv` is RWKV-4's (RWKV-v4neo/src/model.py): decays and token shifts by channel and depth, matrices orthogonal or zero.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ZERO = ("self_attn.k_proj", "self_attn.r_proj", "self_attn.o_proj", "mlp.down_pr
 
 @torch.no_grad()
 def initialize(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
-    """Fill every parameter, by its name and the configuration's `init`."""
+    """Initialize every parameter in place, by its name and the configuration's `init`."""
     for name, parameter in parameters.items():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -1,6 +1,6 @@
-"""The products of a model's blocks, as they lie in memory and as files name them.
+"""Linear layers of a model's blocks, by module and by Hugging Face name.
 
-A file names every product of a layer; in memory those of one input are one (`fuse`), whose rows are those of its parts.
+A file names every linear layer; in memory those of one input may be fused (`fuse`), their rows concatenated.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 class Product(NamedTuple):
-    """A product of a block.
+    """Linear layer of a block.
 
     Attributes:
-        parent: the module that has it.
+        parent: parent module.
         name: its name there.
-        names: Hugging Face's of its parts, without `.weight`; one unless it is fused.
+        names: Hugging Face names of its parts, without `.weight`; one unless fused.
     """
 
     parent: nn.Module
@@ -34,16 +34,16 @@ class Product(NamedTuple):
 
     @property
     def module(self) -> nn.Module:
-        """What multiplies."""
+        """The linear layer."""
         return cast(nn.Module, getattr(self.parent, self.name))
 
     def replace(self, module: nn.Module) -> None:
-        """Have another module multiply."""
+        """Replace the linear layer."""
         setattr(self.parent, self.name, module)
 
 
 def products(model: Decoder) -> Iterator[Product]:
-    """The products of the blocks, in order."""
+    """Linear layers of the blocks, in order."""
     for path, parent in list(model.named_modules()):
         if path.startswith("model.layers."):
             for name, child in list(parent.named_children()):
@@ -52,7 +52,7 @@ def products(model: Decoder) -> Iterator[Product]:
 
 
 def int4_numbers(model: Decoder) -> dict[str, Int4]:
-    """By Hugging Face name, the numbers of a model's int4 products, those of fused ones taken apart."""
+    """Int4 weights by Hugging Face name, those of fused layers split."""
     shapes = model.config.tensors()
     found: dict[str, Int4] = {}
     for product in products(model):
@@ -62,7 +62,7 @@ def int4_numbers(model: Decoder) -> dict[str, Int4]:
 
 
 def plain_tensors(model: Decoder) -> dict[str, Tensor]:
-    """By Hugging Face name, all parameters that `int4_numbers` does not give, multiplied out where they are int8."""
+    """Parameters outside `int4_numbers` by Hugging Face name, int8 weights dequantized."""
     shapes = model.config.tensors()
     found = {name: tensor for name, tensor in model.state_dict().items() if name in shapes}
     for product in products(model):
@@ -73,7 +73,7 @@ def plain_tensors(model: Decoder) -> dict[str, Tensor]:
 
 
 def _spans(product: Product, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The names of a product's matrices, and the rows of each."""
+    """Name and row range of each matrix of a linear layer."""
     end = 0
     for name in product.names:
         start, end = end, end + shapes[f"{name}.weight"][0]

@@ -1,7 +1,7 @@
-// The unit of some processors that multiplies tiles of bfloat16 (Intel's AMX): asking for it, its registers, and the
-// turning of tiles. Where there is none, all says so and does nothing.
+// AMX tiles in bfloat16 (Intel): permission, tile configuration, transposition. Without AMX has_tiles() is false and
+// the rest a no-op.
 //
-// A tile is 16 rows of 64 bytes: 32 numbers in bfloat16, or 16 in float32.
+// A tile is 16 rows of 64 bytes: 32 values in bfloat16, or 16 in float32.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int SIDE = 16;   // rows of a tile, and its columns in float32
-constexpr int DEPTH = 32;  // its columns in bfloat16, which a product of two tiles sums over
+constexpr int DEPTH = 32;  // its columns in bfloat16, the inner dimension of a tile product
 
 template <int S, class T, int... J>
 inline void swap_blocks(T* rows, std::integer_sequence<int, J...>) {
@@ -22,15 +22,14 @@ inline void swap_blocks(T* rows, std::integer_sequence<int, J...>) {
         }
 }
 
-// Rows of a tile, vectors of 16 numbers, become columns: blocks of 8 x 8 change places, then those of 4 x 4 within, and
-// so on.
+// Transpose of a tile of 16 vectors: blocks of 8 x 8 are swapped, then those of 4 x 4 within, and so on.
 template <class T>
 inline void transpose(T* rows) {
-    std::make_integer_sequence<int, SIDE> places;
-    swap_blocks<8>(rows, places);
-    swap_blocks<4>(rows, places);
-    swap_blocks<2>(rows, places);
-    swap_blocks<1>(rows, places);
+    std::make_integer_sequence<int, SIDE> indices;
+    swap_blocks<8>(rows, indices);
+    swap_blocks<4>(rows, indices);
+    swap_blocks<2>(rows, indices);
+    swap_blocks<1>(rows, indices);
 }
 
 }  // namespace
@@ -42,32 +41,32 @@ inline void transpose(T* rows) {
 
 namespace {
 
-// Linux gives a process the unit's registers when it asks for them.
+// Permission for the tile registers, which Linux grants per process on request.
 inline bool has_tiles() {
     constexpr int request = 0x1023, registers = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     static const bool granted = syscall(SYS_arch_prctl, request, registers) == 0;
     return granted;
 }
 
-// This thread's registers as eight whole tiles, while it lives; then they are laid out as they were found, since other
-// libraries of the process lay them out in other ways.
+// Tile configuration of this thread, eight full tiles; the destructor restores the previous one, since other libraries
+// of the process have their own.
 struct TileUnit {
-    alignas(64) char before[64];
+    alignas(64) char saved[64];
     bool used;
     explicit TileUnit(bool used = true) : used(used) {
         if (!used) return;
-        alignas(64) char whole[64] = {1};  // palette 1; then bytes per row and rows of each
+        alignas(64) char config[64] = {1};  // palette 1; then bytes per row and rows of each
         for (int tile = 0; tile < 8; tile++) {
-            whole[16 + 2 * tile] = 64;
-            whole[48 + tile] = SIDE;
+            config[16 + 2 * tile] = 64;
+            config[48 + tile] = SIDE;
         }
-        _tile_storeconfig(before);
-        asm volatile("" ::"r"(whole) : "memory");  // GCC takes the first bytes alone for read
-        _tile_loadconfig(whole);
+        _tile_storeconfig(saved);
+        asm volatile("" ::"r"(config) : "memory");  // GCC assumes that only the first bytes are read
+        _tile_loadconfig(config);
     }
     ~TileUnit() {
-        asm volatile("" ::"r"(before) : "memory");
-        if (used) _tile_loadconfig(before);
+        asm volatile("" ::"r"(saved) : "memory");
+        if (used) _tile_loadconfig(saved);
     }
 };
 

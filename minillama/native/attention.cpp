@@ -1,12 +1,11 @@
-// Causal attention in bfloat16 and its gradients, without ever holding the weights (FlashAttention, Dao et al. 2022,
-// arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691). Compiled by building.py, called by attention.py.
+// Causal FlashAttention in bfloat16, forward and backward, without materialized attention weights (Dao et al. 2022,
+// arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691). Compiled by build.py, called by attention.py.
 //
-// Everything is held by columns of queries: scores S^T (keys, queries) have the queries of a tile in the lanes of a
+// Queries are columns everywhere: transposed scores S^T (keys, queries) have the queries of a tile in the lanes of a
 // vector, so that the softmax needs no sum across lanes, S^T is the left operand of dV = P^T dO and dK = dS^T Q as it is,
 // and two of its rows interleaved are the right operand of O^T = V^T P^T and dQ^T = K^T dS^T.
 //
-// T tokens, E width of a head. Tiles of 16 tokens are counted by t, of 32 tokens by s; products are those of
-// gemm_bf16.h.
+// T tokens, E head width. Index t counts tiles of 16 tokens, s tiles of 32; matrix products are those of gemm_bf16.h.
 
 #include <cmath>
 #include <cstdint>
@@ -19,25 +18,25 @@
 
 namespace {
 
-constexpr int BLOCK = 4;  // keys and queries taken at once, in units of DEPTH: what they make stays in the second cache
+constexpr int BLOCK = 4;  // keys and queries per block, in units of DEPTH: intermediates stay in the L2 cache
 
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
 };
 
 struct Sizes {
-    int tokens, width, t, s, e, wide;  // t, s: tiles of 16 and 32 tokens; e: tiles of 16, wide: of 32 numbers of a head
-    float scale, base2;                // of scores, and of their powers of two
+    int tokens, width, t, s, e, wide;  // t, s: tiles of 16 and 32 tokens; e, wide: tiles of 16 and 32 of the head width
+    float scale, base2;                // of scores, and the same for base-2 exponentials
     Sizes(int tokens, int width)
         : tokens(tokens), width(width), t((tokens + 31) / 32 * 2), s(t / 2), e(width / 16), wide((width + 31) / 32),
           scale(1 / std::sqrt(float(width))), base2(scale * float(M_LOG2E)) {}
 };
 
-constexpr float HIDDEN = -INFINITY;
+constexpr float MASKED = -INFINITY;
 
-// Of a row of scores, keys `key` and queries from `query` on: what a query may not see.
-inline __mmask16 hidden(int key, int query) {
-    int first = key - query;  // the first lane that sees it
+// Causal mask of a row of scores, key `key` and queries from `query` on: the masked lanes.
+inline __mmask16 masked(int key, int query) {
+    int first = key - query;  // the first lane that attends to it
     return first <= 0 ? 0 : first >= SIDE ? 0xffff : __mmask16((1 << first) - 1);
 }
 
@@ -45,7 +44,7 @@ inline __mmask16 hidden(int key, int query) {
 
 extern "C" {
 
-// (B, H, T, E) or (B, K, T, E) in bfloat16, numbers apart; a row's numbers lie side by side.
+// (B, H, T, E) or (B, K, T, E) in bfloat16, with strides in elements; the last dimension is contiguous.
 struct Tensor {
     Half* first;
     int64_t batch, head, token;
@@ -58,8 +57,8 @@ Rows head_of(const Tensor& x, int b, int h, const Sizes& n) {
     return {x.first + b * x.batch + h * x.head, x.token, n.tokens, n.width};
 }
 
-// 16 tokens of X from column `column` of its transpose's tiles (e, t), each token times its factor.
-void write_turned(Sums from, int column, __m512 factors, const Tensor& x, int b, int h, int t, const Sizes& n) {
+// Write 16 tokens of X from column `column` of the tiles (e, t) of X^T, each token times its factor.
+void write_transposed(Sums from, int column, __m512 factors, const Tensor& x, int b, int h, int t, const Sizes& n) {
     Half* to = x.first + b * x.batch + h * x.head;
     for (int e = 0; e < n.e; e++) {
         Row rows[SIDE];
@@ -71,7 +70,7 @@ void write_turned(Sums from, int column, __m512 factors, const Tensor& x, int b,
     }
 }
 
-// 16 tokens of X from its tiles (t, e), times a factor.
+// Write 16 tokens of X from its tiles (t, e), times a factor.
 void write_rows(Sums from, int t, float factor, const Tensor& x, int b, int h, const Sizes& n) {
     Half* to = x.first + b * x.batch + h * x.head;
     for (int e = 0; e < n.e; e++)
@@ -81,7 +80,7 @@ void write_rows(Sums from, int t, float factor, const Tensor& x, int b, int h, c
         }
 }
 
-// Forward pass of one head. Scores of 32 queries and a block of keys at a time, with the running maximum m and sum l.
+// Forward pass of one head, 32 queries and a block of keys at a time: online softmax with running maximum m and sum l.
 struct Forward {
     Sizes n;
     Memory memory;
@@ -102,26 +101,26 @@ struct Forward {
         for (int s = 0; s < n.s; s++) pack_pairs(v, s, values, true);
     }
 
-    // The softmax of queries `q` (0 or 1 of the two tiles) over the keys of a block, and what it does to the rest.
+    // Online softmax of query tile `q` (0 or 1) over a block of keys, with rescaling of previous outputs and sums.
     void softmax(int q, Range block, int s, __m512& peak, __m512& total) {
         int count = 2 * (block.to - block.from), query = (2 * s + q) * SIDE;
         __m512 base2 = _mm512_set1_ps(n.base2), old = peak;
         for (int t = 2 * (s - block.from); t < count; t++)  // the last two tiles of keys
             for (int r = 0; r < SIDE; r++) {
                 float* at = scores(t, q) + r * SIDE;
-                _mm512_mask_store_ps(at, hidden((2 * block.from + t) * SIDE + r, query), _mm512_set1_ps(HIDDEN));
+                _mm512_mask_store_ps(at, masked((2 * block.from + t) * SIDE + r, query), _mm512_set1_ps(MASKED));
             }
-        __m512 highest[4] = {_mm512_set1_ps(HIDDEN), _mm512_set1_ps(HIDDEN), _mm512_set1_ps(HIDDEN), _mm512_set1_ps(HIDDEN)};
+        __m512 highest[4] = {_mm512_set1_ps(MASKED), _mm512_set1_ps(MASKED), _mm512_set1_ps(MASKED), _mm512_set1_ps(MASKED)};
         for (int t = 0; t < count; t++)
             for (int r = 0; r < SIDE; r++)
                 highest[r % 4] = _mm512_max_ps(highest[r % 4], _mm512_load_ps(scores(t, q) + r * SIDE));
         for (__m512 x : highest) peak = _mm512_max_ps(peak, _mm512_mul_ps(x, base2));
-        __m512 kept = fast_exp2(_mm512_sub_ps(old, peak));
-        total = _mm512_mul_ps(total, kept);
+        __m512 rescale = fast_exp2(_mm512_sub_ps(old, peak));
+        total = _mm512_mul_ps(total, rescale);
         for (int e = 0; e < n.e; e++)
             for (int r = 0; r < SIDE; r++) {
                 float* at = out(e, q) + r * SIDE;
-                _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), kept));
+                _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), rescale));
             }
         for (int t = 0; t < count; t++)
             for (int r = 0; r < SIDE; r += 2) {
@@ -133,7 +132,7 @@ struct Forward {
             }
     }
 
-    // O and log2 of the sum of 2^scores.
+    // O and log2 of the softmax normalizers.
     void run(const Rows& q, const Tensor& o, float* log_sums, int b, int h) {
         for (int s = 0; s < n.s; s++) {
             for (int i = 0; i < 2; i++) pack_rows(q, 2 * s + i, query, i, true);
@@ -153,21 +152,21 @@ struct Forward {
                 _mm512_store_ps(sums, total[i]), _mm512_store_ps(peaks, peak[i]);
                 int first = (2 * s + i) * SIDE;
                 for (int r = 0; r < SIDE && first + r < n.tokens; r++) log_sums[first + r] = peaks[r] + std::log2(sums[r]);
-                write_turned(out, i, _mm512_div_ps(_mm512_set1_ps(1), total[i]), o, b, h, 2 * s + i, n);
+                write_transposed(out, i, _mm512_div_ps(_mm512_set1_ps(1), total[i]), o, b, h, 2 * s + i, n);
             }
         }
     }
 };
 
-// Backward pass of the heads that share keys and values, a block of keys against a block of queries at a time:
+// Backward pass of the query heads of one key/value head, a block of keys against a block of queries at a time:
 // P = 2^(S - log Z), dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dK = dS^T Q, dQ = dS K, scaled at the end.
 struct Backward {
     Sizes n;
     Memory memory;
-    Tiles key_rows, keys_turned, value_rows, queries, query_pairs, grads, grad_pairs;
+    Tiles key_rows, keys_transposed, value_rows, queries, query_pairs, grads, grad_pairs;
     Tiles weights, errors, error_pairs;
     Sums score, error, key_sums, value_sums, query_sums;
-    float *log_sums, *shares;
+    float *log_sums, *deltas;
 
     static size_t bytes(const Sizes& n) {
         return size_t(1024) * (4 * n.t * n.wide + 3 * n.e * n.s + 6 * BLOCK * BLOCK + 8 + 3 * n.t * n.e) + 128 * n.t;
@@ -175,18 +174,18 @@ struct Backward {
 
     Backward(const Sizes& n, char* all)
         : n(n), memory{all + omp_get_thread_num() * bytes(n)},
-          key_rows(memory.take<Half>(n.t, n.wide)), keys_turned(memory.take<Half>(n.e, n.s)),
+          key_rows(memory.take<Half>(n.t, n.wide)), keys_transposed(memory.take<Half>(n.e, n.s)),
           value_rows(memory.take<Half>(n.t, n.wide)), queries(memory.take<Half>(n.t, n.wide)),
           query_pairs(memory.take<Half>(n.e, n.s)), grads(memory.take<Half>(n.t, n.wide)),
           grad_pairs(memory.take<Half>(n.e, n.s)), weights(memory.take<Half>(2 * BLOCK, BLOCK)),
           errors(memory.take<Half>(2 * BLOCK, BLOCK)), error_pairs(memory.take<Half>(2 * BLOCK, BLOCK)),
           score(memory.take<float>(2, 2)), error(memory.take<float>(2, 2)), key_sums(memory.take<float>(n.t, n.e)),
           value_sums(memory.take<float>(n.t, n.e)), query_sums(memory.take<float>(n.e, n.t)),
-          log_sums(memory.floats(n.t * SIDE)), shares(memory.floats(n.t * SIDE)) {}
+          log_sums(memory.floats(n.t * SIDE)), deltas(memory.floats(n.t * SIDE)) {}
 
     void load(const Rows& k, const Rows& v) {
         for (int t = 0; t < n.t; t++) pack_rows(k, t, key_rows, t, false), pack_rows(v, t, value_rows, t, false);
-        for (int s = 0; s < n.s; s++) pack_pairs(k, s, keys_turned, true);
+        for (int s = 0; s < n.s; s++) pack_pairs(k, s, keys_transposed, true);
         std::memset(key_sums.first, 0, size_t(n.t) * n.e * 1024);
         std::memset(value_sums.first, 0, size_t(n.t) * n.e * 1024);
     }
@@ -196,22 +195,22 @@ struct Backward {
         for (int s = 0; s < n.s; s++) pack_pairs(q, s, query_pairs, false), pack_pairs(grad, s, grad_pairs, false);
         std::memset(query_sums.first, 0, size_t(n.t) * n.e * 1024);
         for (int i = 0; i < n.t * SIDE; i++) {
-            log_sums[i] = i < n.tokens ? logs[i] : INFINITY;  // no weight for padding
+            log_sums[i] = i < n.tokens ? logs[i] : INFINITY;  // zero weight for padding
             __m512 dot = _mm512_setzero_ps();
             for (int e = 0; e < n.e && i < n.tokens; e++) {
                 __m512 left = bf16_to_f32(_mm256_loadu_si256((const __m256i*)(o.first + i * o.stride + e * SIDE)));
                 dot = _mm512_fmadd_ps(left, bf16_to_f32(_mm256_loadu_si256((const __m256i*)(grad.first + i * grad.stride + e * SIDE))), dot);
             }
-            shares[i] = _mm512_reduce_add_ps(dot);
+            deltas[i] = _mm512_reduce_add_ps(dot);
         }
     }
 
-    // P^T and dS^T of 32 keys and 32 queries, which have their place (k, q) in the block.
-    void softmax(int keys, int queries, int k, int q) {
+    // P^T and dS^T of 32 keys and 32 queries, at tile (k, q) of the block.
+    void softmax_grad(int keys, int queries, int k, int q) {
         __m512 base2 = _mm512_set1_ps(n.base2);
         for (int j = 0; j < 2; j++) {
             int query = queries * DEPTH + j * SIDE;
-            __m512 logs = _mm512_load_ps(log_sums + query), share = _mm512_load_ps(shares + query);
+            __m512 logs = _mm512_load_ps(log_sums + query), delta = _mm512_load_ps(deltas + query);
             for (int i = 0; i < 2; i++)
                 for (int r = 0; r < SIDE; r += 2) {
                     __m512 both[2];
@@ -219,8 +218,8 @@ struct Backward {
                         int row = r + next;
                         __m512 p = fast_exp2(_mm512_fmsub_ps(_mm512_load_ps(score(i, j) + row * SIDE), base2, logs));
                         if (keys == queries)
-                            p = _mm512_mask_mov_ps(p, hidden(i * SIDE + row, j * SIDE), _mm512_setzero_ps());
-                        both[next] = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(error(i, j) + row * SIDE), share));
+                            p = _mm512_mask_mov_ps(p, masked(i * SIDE + row, j * SIDE), _mm512_setzero_ps());
+                        both[next] = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_load_ps(error(i, j) + row * SIDE), delta));
                         int at = row * DEPTH + j * SIDE;
                         _mm256_store_si256((__m256i*)(weights(2 * k + i, q) + at), f32_to_bf16(p));
                         _mm256_store_si256((__m256i*)(errors(2 * k + i, q) + at), f32_to_bf16(both[next]));
@@ -238,17 +237,17 @@ struct Backward {
                 product(true, score, {0, 2}, {0, 2}, left, right, {0, n.wide});
                 left.first = value_rows(2 * k, 0), right.first = grads(2 * q, 0);
                 product(true, error, {0, 2}, {0, 2}, left, right, {0, n.wide});
-                softmax(k, q, k - keys.from, q - queries.from);
+                softmax_grad(k, q, k - keys.from, q - queries.from);
             }
         int count = keys.to - keys.from, across = queries.to - queries.from;
         Tiles these_grads = {grad_pairs(0, queries.from), n.s}, these_queries = {query_pairs(0, queries.from), n.s};
-        for (int k = 0; k < count; k++) {  // of the diagonal, what a query may see alone
-            Range rows = {2 * k, 2 * k + 2}, seen = {diagonal ? k : 0, across};
+        for (int k = 0; k < count; k++) {  // on the diagonal, unmasked tiles only
+            Range rows = {2 * k, 2 * k + 2}, unmasked = {diagonal ? k : 0, across};
             Sums to_values = {value_sums(2 * keys.from, 0), n.e}, to_keys = {key_sums(2 * keys.from, 0), n.e};
-            product(false, to_values, rows, {0, n.e}, weights, these_grads, seen);
-            product(false, to_keys, rows, {0, n.e}, errors, these_queries, seen);
+            product(false, to_values, rows, {0, n.e}, weights, these_grads, unmasked);
+            product(false, to_keys, rows, {0, n.e}, errors, these_queries, unmasked);
         }
-        Tiles these_keys = {keys_turned(0, keys.from), n.s};
+        Tiles these_keys = {keys_transposed(0, keys.from), n.s};
         Sums to_queries = {query_sums(0, 2 * queries.from), n.t};
         for (int q = 0; q < across; q++)
             product(false, to_queries, {0, n.e}, {2 * q, 2 * q + 2}, these_keys, error_pairs, {0, diagonal ? q + 1 : count});
@@ -260,8 +259,8 @@ struct Backward {
     }
 };
 
-// `each(pass, b, k)` for every head of keys and values of a batch, by threads that have a `Pass` each. Returns whether
-// there was memory for them, which is asked for before they start, since none of them could say that there is none.
+// Run `each(pass, b, k)` per key/value head of a batch, with one `Pass` per thread. Returns whether the workspace could
+// be allocated, which happens before the threads start, since they cannot report a failure.
 template <class Pass, class Each>
 int32_t over_heads(int batch, int kv_heads, int threads, const Sizes& n, const Each& each) {
     std::unique_ptr<char, Free> memory((char*)std::aligned_alloc(64, threads * Pass::bytes(n)));
@@ -280,7 +279,7 @@ int32_t over_heads(int batch, int kv_heads, int threads, const Sizes& n, const E
 
 extern "C" {
 
-// Ask Linux for the tile registers, once a process. Returns whether the kernels can run.
+// Request the AMX tile registers from Linux, once per process. Returns whether the kernels can run.
 int32_t minillama_attention_ready() {
 #ifdef __AMX_BF16__
     return has_tiles();
@@ -289,8 +288,8 @@ int32_t minillama_attention_ready() {
 #endif
 }
 
-// O = softmax(Q K^T / sqrt(E)) V, causal, and log2 of the softmax's denominators in `log_sums` (B, H, T). Returns whether
-// there was memory to work in.
+// Causal attention O = softmax(Q K^T / sqrt(E)) V, and log2 of the softmax normalizers in `log_sums` (B, H, T). Returns
+// whether the workspace could be allocated.
 int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
                             int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o,
                             float* log_sums) {
@@ -303,7 +302,7 @@ int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int3
     });
 }
 
-// Gradients of the same with respect to Q, K and V, of `grad`, that with respect to O. Returns the same.
+// Gradients with respect to Q, K and V from `grad`, that with respect to O. Returns the same.
 int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
                                      int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v,
                                      const Tensor* o, const float* log_sums, const Tensor* grad, const Tensor* grad_q,
@@ -317,7 +316,7 @@ int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_he
             pass.load_queries(head_of(*q, b, h, n), head_of(*o, b, h, n), head_of(*grad, b, h, n), logs);
             pass.run();
             for (int t = 0; t < n.t; t++)
-                write_turned(pass.query_sums, t, _mm512_set1_ps(n.scale), *grad_q, b, h, t, n);
+                write_transposed(pass.query_sums, t, _mm512_set1_ps(n.scale), *grad_q, b, h, t, n);
         }
         for (int t = 0; t < n.t; t++) {
             write_rows(pass.key_sums, t, n.scale, *grad_k, b, shared, n);

@@ -1,4 +1,4 @@
-"""Causal attention in bfloat16 by `attention.cpp`, as an operator that autograd and torch.compile know."""
+"""Causal FlashAttention in bfloat16 on the CPU (`attention.cpp`), a custom operator for autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minillama.native.build import CannotBuild, load_library, prepare
 __all__ = ["causal_attention", "native_attend", "unsupported", "use"]
 
 SOURCE = "attention.cpp"
-SIDE, WIDEST = 16, 256  # what a head's width is a multiple of, and its limit
+SIDE, WIDEST = 16, 256  # divisor and maximum of the head width
 
 
 class _Tensor(ctypes.Structure):
@@ -28,20 +28,20 @@ class _Tensor(ctypes.Structure):
 
 
 def unsupported() -> str | None:
-    """Why this processor does not run the kernel, or None: it takes one that multiplies bfloat16."""
+    """Reason why this processor cannot run the kernel, or None; it needs AVX-512 BF16."""
     there = torch.cpu.get_capabilities()
     return None if there.get("avx512_bf16") else "the processor has no AVX-512 BF16"
 
 
 def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
-    """Have a model's attention run on `native_attend` from now on.
+    """Switch a model's attention to `native_attend`.
 
     Args:
-        model: it is changed; what the kernel does not take goes to torch's as before.
-        say: told before anything is compiled, which happens once for a machine.
+        model: modified in place; unsupported inputs still use torch's kernel.
+        say: called before compilation, which happens once per machine.
 
     Raises:
-        CannotBuild: no compiler, or it failed.
+        CannotBuild: no compiler, failed compilation, or unsupported processor.
     """
     parts = [part for part in model.modules() if isinstance(part, Attention)]
     if not parts:
@@ -52,14 +52,14 @@ def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
 
 
 def native_attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
-    """`attend`, by `causal_attention` where that takes it: bfloat16 on the CPU, causal, as many keys as queries."""
-    if not mask.is_causal or not _takes(q, k, v):
+    """Attention by `causal_attention` if supported (bfloat16, CPU, causal, as many keys as queries), else `attend`."""
+    if not mask.is_causal or not _supported(q, k, v):
         return attend(q, k, v, mask)
     out: Tensor = causal_attention(q, k, v)[0]
     return out
 
 
-def _takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     width = q.shape[-1]
     shapes = q.ndim == 4 and k.shape == v.shape == (len(q), k.shape[1], *q.shape[2:]) and q.shape[1] % k.shape[1] == 0
     kinds = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
@@ -68,31 +68,31 @@ def _takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 @torch.library.custom_op("minillama::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(E)) v, each query seeing the keys up to its own place, and what its gradient needs.
+    """Causal attention softmax(q k^T / sqrt(E)) v, with the softmax normalizers for its gradient.
 
-    Heads of keys are shared out among the threads: fewer of them in a batch than threads leave some idle. Sums and the
-    softmax are in float32; its weights are rounded to bfloat16 before they multiply v. Memory grows with T
-    alone (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
+    Key/value heads are distributed over threads: fewer of them per batch than threads leave some idle. Sums and the
+    softmax are in float32; attention weights are rounded to bfloat16 before they multiply v. Memory is linear
+    in T (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
 
     Args:
         q: (B, H, T, E) bfloat16, E a multiple of 16, at most 256.
-        k: (B, K, T, E) bfloat16, H a multiple of K; each head serves H/K consecutive ones of q.
+        k: (B, K, T, E) bfloat16, H a multiple of K; H/K consecutive heads of q per head.
         v: (B, K, T, E) bfloat16.
 
     Returns:
-        (B, H, T, E) bfloat16, and log2 of the softmax's denominators (B, H, T) float32.
+        (B, H, T, E) bfloat16, and log2 of the softmax normalizers (B, H, T) float32.
 
     Raises:
-        ValueError: other types or shapes.
-        MemoryError: no memory for the work of the threads.
+        ValueError: other dtypes or shapes.
+        MemoryError: no memory for the threads' workspace.
     """
-    if not _takes(q, k, v):
+    if not _supported(q, k, v):
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"not the queries, keys and values of causal attention in bfloat16 on a CPU: {shapes}")
-    q, k, v = map(_in_rows, (q, k, v))
+        raise ValueError(f"causal attention in bfloat16 on a CPU does not support q, k, v = {shapes}")
+    q, k, v = map(_contiguous_rows, (q, k, v))
     out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    described = map(_described, (q, k, v, out))
-    _check(_library().minillama_attention(*_sizes(q, k), *described, c_void_p(log_sums.data_ptr())))
+    descriptors = map(_descriptor, (q, k, v, out))
+    _check(_library().minillama_attention(*_sizes(q, k), *descriptors, c_void_p(log_sums.data_ptr())))
     return out, log_sums
 
 
@@ -100,15 +100,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def causal_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of `causal_attention`'s result (FlashAttention-2, arXiv 2307.08691, §3.1)."""
-    q, k, v, out, grad = map(_in_rows, (q, k, v, out, grad))
+    """Gradients of `causal_attention` with respect to q, k and v (FlashAttention-2, arXiv 2307.08691, §3.1)."""
+    q, k, v, out, grad = map(_contiguous_rows, (q, k, v, out, grad))
     grads = tuple(_heads_like(x) for x in (q, k, v))
     log_sums = log_sums.contiguous()
     done = _library().minillama_attention_backward(
         *_sizes(q, k),
-        *map(_described, (q, k, v, out)),
+        *map(_descriptor, (q, k, v, out)),
         c_void_p(log_sums.data_ptr()),
-        *map(_described, (grad, *grads)),
+        *map(_descriptor, (grad, *grads)),
     )
     _check(done)
     return cast(tuple[Tensor, Tensor, Tensor], grads)
@@ -124,38 +124,38 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(_heads_like(x) for x in (q, k, v))
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, *output)
 
 
-def _gradients(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return causal_attention_backward(*ctx.saved_tensors, grad)
 
 
-causal_attention.register_autograd(_gradients, setup_context=_keep)
+causal_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 @cache
 def _library() -> ctypes.CDLL:
     library = load_library(SOURCE)
     if not library.minillama_attention_ready():
-        raise CannotBuild("Linux does not grant the processor's tile registers")
+        raise CannotBuild("Linux does not grant the AMX tile registers")
     return library
 
 
 def _check(done: int) -> None:
     if not done:
-        raise MemoryError("no memory for what attention works in")
+        raise MemoryError("no memory for the attention workspace")
 
 
 def _heads_like(x: Tensor) -> Tensor:
-    """Room for (B, H, T, E) in memory as (B, T, H, E), which is how the products around attention have it."""
+    """Uninitialized (B, H, T, E), stored as (B, T, H, E), the layout of the linear layers around attention."""
     rows, heads, tokens, width = x.shape
     return x.new_empty(rows, tokens, heads, width).transpose(1, 2)
 
 
-def _in_rows(x: Tensor) -> Tensor:
+def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -164,5 +164,5 @@ def _sizes(q: Tensor, k: Tensor) -> list[c_int32]:
     return [c_int32(n) for n in (rows, heads, k.shape[1], tokens, width, torch.get_num_threads())]
 
 
-def _described(x: Tensor) -> Any:
+def _descriptor(x: Tensor) -> Any:
     return ctypes.byref(_Tensor(x.data_ptr(), *x.stride()[:3]))

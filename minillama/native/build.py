@@ -1,4 +1,4 @@
-"""Compiling a C++ file of this folder once for a machine, and finding it again."""
+"""Just-in-time compilation of this folder's C++ sources, cached per machine."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from minillama.files import cache_folder
 __all__ = ["CannotBuild", "can_build", "load_library", "prepare"]
 
 FOLDER = Path(__file__).parent
-KEPT = 8  # libraries of one source: of other versions, and of other machines with the same home folder
+KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
 class CannotBuild(Exception):
-    """Why there is no compiled code on this machine."""
+    """Native library unavailable on this machine; the message is the reason."""
 
 
 def prepare(source: str, missing: str | None, library: Callable[[], ctypes.CDLL], say: Callable[[str], None]) -> None:
-    """Have a library ready before a model is changed that will call it.
+    """Compile and load a library before a model is switched to it.
 
     Args:
-        source: a name in this folder.
-        missing: why this processor does not run it, or None.
-        library: what looks it up for the calls, once a process.
-        say: told before it is compiled.
+        source: file name in this folder.
+        missing: reason why this processor cannot run it, or None.
+        library: its cached getter, once per process.
+        say: called before compilation.
 
     Raises:
-        CannotBuild: something is missing, or `load_library` says so.
+        CannotBuild: `missing` is given, or raised by `load_library`.
     """
     if missing is not None:
         raise CannotBuild(missing)
@@ -49,23 +49,23 @@ def prepare(source: str, missing: str | None, library: Callable[[], ctypes.CDLL]
 
 
 def load_library(source: str, say: Callable[[str], None] = lambda text: None, flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library of a source file, from the cache folder or compiled now, in some seconds.
+    """Shared library of a source file, from the cache folder or compiled now, in some seconds.
 
-    Where a compiler fails the next one is tried. What the last one said is kept too, so that no start after that tries
-    again; a library that cannot be loaded is made anew.
+    If a compiler fails, the next one is tried. Compilation errors are cached too, so that later starts do not retry; a
+    library that cannot be loaded is recompiled.
 
     Args:
-        source: a name in this folder.
-        say: told before it is compiled.
-        flags: for the compiler, beyond `FLAGS`.
+        source: file name in this folder.
+        say: called before compilation.
+        flags: compiler flags beyond `FLAGS`.
 
     Raises:
-        CannotBuild: no compiler, or it failed; a cache folder that cannot be used, or that others may write to.
+        CannotBuild: no compiler, failed compilation, or a cache folder that is unusable or writable by others.
     """
     compilers = _compilers()
-    command = [*FLAGS, *flags, _for_this_processor(), str(FOLDER / source), *_threads()]
+    command = [*FLAGS, *flags, _arch_flag(), str(FOLDER / source), *_openmp_runtime()]
     try:
-        path = _place(source, [*compilers, *command])
+        path = _library_path(source, [*compilers, *command])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(path.parent)
         if path.exists():
@@ -75,17 +75,17 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
         failure = path.with_suffix(".failed")
         if failure.exists():
             raise CannotBuild(f"{failure.read_text(encoding='utf-8')}; remove {failure} to try again")
-        say(f"compiling {source}, once for this machine; it takes some seconds")
+        say(f"compiling {source}, once per machine; it takes some seconds")
         _compile(compilers, command, path)
         with suppress(OSError):  # another process may do the same
-            _forget_old(path)
+            _evict_old(path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, ValueError) as error:  # no home folder is a RuntimeError
         raise CannotBuild(str(error)) from error
 
 
-def _forget_old(path: Path) -> None:
-    """Leave the newest libraries of a source. One that runs now goes on, wherever its file is."""
+def _evict_old(path: Path) -> None:
+    """Keep the newest libraries of a source. A loaded library works on after its file is deleted."""
     source = path.name.rpartition("-")[0]
     found = sorted(path.parent.glob(f"{source}-*"), key=lambda file: file.stat().st_mtime)
     for file in found[:-KEPT]:
@@ -93,12 +93,12 @@ def _forget_old(path: Path) -> None:
 
 
 def can_build() -> bool:
-    """Whether a compiler is there."""
+    """Whether a C++ compiler is available."""
     return sys.platform.startswith("linux") and compiler_missing(torch.device("cpu")) is None
 
 
 def _refuse_foreign(path: Path) -> None:
-    """A library is run: nobody else may have written it."""
+    """Reject a file that others own or may write: a library is executed."""
     found = path.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise CannotBuild(f"others may write to {path}; set XDG_CACHE_HOME to a folder of your own")
@@ -111,17 +111,17 @@ def _compilers() -> list[str]:
     return found
 
 
-def _for_this_processor() -> str:
+def _arch_flag() -> str:
     return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 
 
-def _threads() -> list[str]:
-    """The threads that torch brings, where it does: a second pool would fight with the first for the processor."""
+def _openmp_runtime() -> list[str]:
+    """OpenMP runtime bundled with torch, if any: a second thread pool would oversubscribe the processor."""
     return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]]
 
 
-def _place(source: str, command: Sequence[str]) -> Path:
-    """Where the library of these sources, commands and processor lies: a home folder may serve several machines."""
+def _library_path(source: str, command: Sequence[str]) -> Path:
+    """Cache path per sources, command and processor: a home folder may serve several machines."""
     parts = (
         [path.read_text(encoding="utf-8") for path in (FOLDER / source, *sorted(FOLDER.glob("*.h")))],
         command,
@@ -134,18 +134,18 @@ def _place(source: str, command: Sequence[str]) -> Path:
 
 def _compile(compilers: Sequence[str], command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder, path.name)
-        said = []
+        output = Path(folder, path.name)
+        errors = []
         for compiler in compilers:
-            full = [compiler, *command, "-o", str(made)]
+            full = [compiler, *command, "-o", str(output)]
             done = subprocess.run(full, capture_output=True, text=True, check=False)
             if done.returncode == 0:
-                made.chmod(0o700)
-                os.replace(made, path)  # whole or absent, whoever else compiles it now
+                output.chmod(0o700)
+                os.replace(output, path)  # atomic: other processes may compile it too
                 return
-            said.append(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-        # a compiler that was stopped, or found no memory or disk, ends with a fatal error or says nothing of the source
-        if all(": error: " in text and "fatal error" not in text for text in said):
-            made.write_text(said[0], encoding="utf-8")
-            os.replace(made, path.with_suffix(".failed"))
-        raise CannotBuild(said[0])
+            errors.append(f"{compiler} failed: {done.stderr.strip()[-500:]}")
+        # a compiler that was killed, or ran out of memory or disk, reports a fatal error or no error of the source
+        if all(": error: " in text and "fatal error" not in text for text in errors):
+            output.write_text(errors[0], encoding="utf-8")
+            os.replace(output, path.with_suffix(".failed"))
+        raise CannotBuild(errors[0])

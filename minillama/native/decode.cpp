@@ -1,9 +1,9 @@
-// A step of a LLaMA: some tokens in, logits out. Compiled by building.py, called by decode.py.
+// LLaMA decode step: tokens in, logits out. Compiled by build.py, called by decode.py.
 //
-// A row is a token: of a text of its own, or one of several that a text goes on with, since all keys of a layer are
-// written before any query looks at those up to its own. Every weight is read once, by gemv.h. Sums are taken in
-// float32 whatever the weights' type, and the residual stream stays in it. All threads go through the whole step
-// together and meet at a barrier where one needs what others have made.
+// A row is a token: one per sequence, or one of several consecutive ones of a sequence, since all keys of a layer are
+// written before any query attends to those up to its own. Every weight is read once, by gemv.h. Sums are taken in
+// float32 whatever the weights' dtype, and the residual stream stays in it. All threads run the whole step together,
+// with a barrier where one needs results of others.
 //
 // B rows, D model width, V vocabulary, H query heads, K key/value heads, E head width, F feed-forward width, S slots.
 
@@ -26,16 +26,16 @@ struct Model {
     const float* norm;
     Matrix embedding, head;
     const Layer* layer;
-    float* memory;  // as much as minillama_floats says
+    float* memory;  // workspace of minillama_floats floats
 };
 
-// Keys and values of a layer, (texts, K, S, E), float32 or bfloat16.
+// KV cache of a layer, (sequences, K, S, E), float32 or bfloat16.
 struct Cache {
     void *keys, *values;
 };
 
 struct Token {
-    int64_t id, text, slot, position, last;  // last: of its text, the one behind which logits are wanted
+    int64_t id, sequence, slot, position, last;  // last: of its sequence, the one whose logits are returned
 };
 }
 
@@ -48,7 +48,7 @@ void rms_norm(const float* x, const float* weight, int dim, float eps, float* y)
     for (int i = 0; i < dim; i += WIDTH) store(y + i, load<Vector>(x + i) * factor * load<Vector>(weight + i));
 }
 
-// Turn the pairs (x_i, x_{i + E/2}) by position * frequency_i.
+// Rotary position embedding: rotate the pairs (x_i, x_{i + E/2}) by position * frequency_i.
 void rotate(float* x, int width, const float* cosine, const float* sine) {
     for (int i = 0; i < width / 2; i++) {
         float a = x[i], b = x[i + width / 2];
@@ -70,7 +70,7 @@ void store_kv(T* to, const float* from, int width) {
         else to[i] = f32_to_bf16(from[i]);
 }
 
-// silu(gate) * up of units `begin` to `end`: `gates` holds the F gates, then the F ups.
+// SwiGLU activation silu(gate) * up of channels `begin` to `end`: `gates` holds the F gates, then the F ups.
 void gate(const float* gates, int F, int begin, int end, float* hidden) {
     for (int i = begin; i < end; i += WIDTH) {
         Vector g = load<Vector>(gates + i);
@@ -78,7 +78,7 @@ void gate(const float* gates, int F, int begin, int end, float* hidden) {
     }
 }
 
-// The slots that a query sees: all, or the first `sinks` and the last `window`.
+// Sliding-window mask: all slots, or the first `sinks` (attention sinks) and the last `window`.
 struct VisibleSlots {
     int count, sinks, gap;
     VisibleSlots(int all, int window, int first) : count(all), sinks(all), gap(0) {
@@ -90,20 +90,20 @@ struct VisibleSlots {
     int slot(int i) const { return i < sinks ? i : i + gap; }
 };
 
-// softmax(q k^T / sqrt(E)) v of one query.
+// Attention softmax(q k^T / sqrt(E)) v of one query.
 template <class T>
-void attend(const float* q, const T* keys, const T* values, const VisibleSlots& seen, int width, float* scores, float* out) {
+void attend(const float* q, const T* keys, const T* values, const VisibleSlots& visible, int width, float* scores, float* out) {
     float scale = 1 / std::sqrt(float(width)), peak = -INFINITY;
-    for (int t = 0; t < seen.count; t++) {
+    for (int t = 0; t < visible.count; t++) {
         Vector dot = {};
-        const T* key = keys + size_t(seen.slot(t)) * width;
+        const T* key = keys + size_t(visible.slot(t)) * width;
         for (int i = 0; i < width; i += WIDTH) dot += load<Vector>(q + i) * cached(key + i);
         scores[t] = sum(dot) * scale;
         peak = std::max(peak, scores[t]);
     }
     Vector all = {};
-    store(scores + seen.count, Vector{} - INFINITY);
-    for (int t = 0; t < seen.count; t += WIDTH) {
+    store(scores + visible.count, Vector{} - INFINITY);
+    for (int t = 0; t < visible.count; t += WIDTH) {
         Vector e = exp(load<Vector>(scores + t) - peak);
         store(scores + t, e);
         all += e;
@@ -111,12 +111,12 @@ void attend(const float* q, const T* keys, const T* values, const VisibleSlots& 
     float total = sum(all);
     for (int i = 0; i < width; i += WIDTH) {
         Vector mean = {};
-        for (int t = 0; t < seen.count; t++) mean += scores[t] * cached(values + size_t(seen.slot(t)) * width + i);
+        for (int t = 0; t < visible.count; t++) mean += scores[t] * cached(values + size_t(visible.slot(t)) * width + i);
         store(out + i, mean / total);
     }
 }
 
-struct Share {  // of `count` things, this thread's, in whole vectors
+struct Share {  // this thread's share of `count` channels, in whole vectors
     int begin, end;
     Share(int count) {
         int threads = omp_get_num_threads(), me = omp_get_thread_num(), units = (count + WIDTH - 1) / WIDTH;
@@ -125,46 +125,46 @@ struct Share {  // of `count` things, this thread's, in whole vectors
     }
 };
 
-// Hands out pieces of `memory`, one after the other.
+// Bump allocator over `memory`.
 struct Arena {
-    float* memory;  // null to count alone
+    float* memory;  // null to count only
     size_t used = 0;
 
     float* take(size_t floats) {
-        float* piece = memory ? memory + used : nullptr;
-        used += (floats + WIDTH - 1) / WIDTH * WIDTH;  // whole lines of the cache
-        return piece;
+        float* taken = memory ? memory + used : nullptr;
+        used += (floats + WIDTH - 1) / WIDTH * WIDTH;  // whole cache lines
+        return taken;
     }
 };
 
-// What all threads share, one row after the other.
+// Buffers shared by all threads, by row.
 struct Shared {
     float *x, *qkv, *heads, *hidden, *rotations;
 
-    Shared(const Model& m, Arena& pieces) {
+    Shared(const Model& m, Arena& arena) {
         size_t rows = m.max_rows;
-        x = pieces.take(rows * m.dim);
-        qkv = pieces.take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim);
-        heads = pieces.take(rows * m.heads * m.head_dim);
-        hidden = pieces.take(rows * m.hidden);
-        rotations = pieces.take(rows * m.head_dim);
+        x = arena.take(rows * m.dim);
+        qkv = arena.take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim);
+        heads = arena.take(rows * m.heads * m.head_dim);
+        hidden = arena.take(rows * m.hidden);
+        rotations = arena.take(rows * m.head_dim);
     }
 };
 
-// What each thread has for itself.
+// Buffers per thread.
 struct Own {
-    float *normed, *made, *scores;
+    float *normed, *result, *scores;
     Workspace workspace;
 
-    Own(const Model& m, int slots, Arena& pieces) {
+    Own(const Model& m, int slots, Arena& arena) {
         size_t rows = m.max_rows;
         int widest = std::max({m.dim, m.heads * m.head_dim, m.hidden});
-        normed = pieces.take(rows * m.dim);
-        made = pieces.take(rows * std::max(m.dim, 2 * m.hidden));
-        scores = pieces.take(slots + WIDTH);
-        workspace.sums = pieces.take(rows * widest / GROUP);
-        workspace.expanded = pieces.take(size_t(BLOCK) * widest);
-        workspace.parts = (uint32_t*)pieces.take(parts_size(m.max_rows, widest));
+        normed = arena.take(rows * m.dim);
+        result = arena.take(rows * std::max(m.dim, 2 * m.hidden));
+        scores = arena.take(slots + WIDTH);
+        workspace.sums = arena.take(rows * widest / GROUP);
+        workspace.expanded = arena.take(size_t(BLOCK) * widest);
+        workspace.parts = (uint32_t*)arena.take(parts_size(m.max_rows, widest));
     }
 };
 
@@ -174,13 +174,13 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
     const int D = m.dim, E = m.head_dim, Q = m.heads * E, KV = m.kv_heads * E, all = Q + 2 * KV, F = m.hidden;
 #pragma omp parallel num_threads(m.threads)
     {
-        Arena pieces = {m.memory};
-        Shared shared(m, pieces);
-        Own own(m, slots, pieces);
-        for (int t = 0; t < omp_get_thread_num(); t++) own = Own(m, slots, pieces);
+        Arena arena = {m.memory};
+        Shared shared(m, arena);
+        Own own(m, slots, arena);
+        for (int t = 0; t < omp_get_thread_num(); t++) own = Own(m, slots, arena);
         TileUnit unit(rows >= FEWEST && has_tiles());
 
-        auto normalize = [&](const float* weight) {  // by each thread for itself: sooner than to wait for the others
+        auto normalize = [&](const float* weight) {  // in every thread: faster than a barrier
             for (int b = 0; b < rows; b++)
                 rms_norm(shared.x + size_t(b) * D, weight, D, m.eps, own.normed + size_t(b) * D);
         };
@@ -189,9 +189,9 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
         };
         auto add_product = [&](const Matrix& matrix, const float* from, int width) {
             Share share(D);
-            multiply(matrix, share.begin, share.end, prepared(matrix, from, width), {own.made, size_t(D)}, own.workspace);
+            multiply(matrix, share.begin, share.end, prepared(matrix, from, width), {own.result, size_t(D)}, own.workspace);
             for (int b = 0; b < rows; b++) {
-                float *x = shared.x + size_t(b) * D, *y = own.made + size_t(b) * D;
+                float *x = shared.x + size_t(b) * D, *y = own.result + size_t(b) * D;
                 for (int i = share.begin; i < share.end; i++) x[i] += y[i];
             }
         };
@@ -225,7 +225,7 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 float* key = shared.qkv + size_t(b) * all + Q + k * E;
                 const float* cosine = shared.rotations + size_t(b) * E;
                 rotate(key, E, cosine, cosine + E / 2);
-                size_t at = ((tokens[b].text * m.kv_heads + k) * slots + tokens[b].slot) * E;
+                size_t at = ((tokens[b].sequence * m.kv_heads + k) * slots + tokens[b].slot) * E;
                 store_kv(keys + at, key, E);
                 store_kv(values + at, key + KV, E);
             }
@@ -235,9 +235,9 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 float* q = shared.qkv + size_t(b) * all + h * E;
                 const float* cosine = shared.rotations + size_t(b) * E;
                 rotate(q, E, cosine, cosine + E / 2);
-                size_t at = (tokens[b].text * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
-                VisibleSlots seen(int(tokens[b].slot) + 1, window, sinks);
-                attend(q, keys + at, values + at, seen, E, own.scores, shared.heads + size_t(b) * Q + h * E);
+                size_t at = (tokens[b].sequence * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
+                VisibleSlots visible(int(tokens[b].slot) + 1, window, sinks);
+                attend(q, keys + at, values + at, visible, E, own.scores, shared.heads + size_t(b) * Q + h * E);
             }
             add_product(layer.output, shared.heads, Q);
 #pragma omp barrier
@@ -245,19 +245,19 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
             Inputs in = prepared(layer.gate_up, own.normed, D);
             Share units(F);
             for (int half : {0, F})
-                multiply(layer.gate_up, half + units.begin, half + units.end, in, {own.made, 2 * size_t(F)}, own.workspace);
+                multiply(layer.gate_up, half + units.begin, half + units.end, in, {own.result, 2 * size_t(F)}, own.workspace);
             for (int b = 0; b < rows; b++)
-                gate(own.made + 2 * size_t(b) * F, F, units.begin, units.end, shared.hidden + size_t(b) * F);
+                gate(own.result + 2 * size_t(b) * F, F, units.begin, units.end, shared.hidden + size_t(b) * F);
 #pragma omp barrier
             add_product(layer.down, shared.hidden, F);
 #pragma omp barrier
         }
-        int texts = 0;
+        int sequences = 0;
         for (int b = 0; b < rows; b++)
-            if (tokens[b].last) rms_norm(shared.x + size_t(b) * D, m.norm, D, m.eps, own.normed + size_t(texts++) * D);
-        Share words(m.vocab);
-        Inputs said = prepare(m.head, own.normed, D, texts, own.workspace);
-        multiply(m.head, words.begin, words.end, said, {logits, size_t(m.vocab)}, own.workspace);
+            if (tokens[b].last) rms_norm(shared.x + size_t(b) * D, m.norm, D, m.eps, own.normed + size_t(sequences++) * D);
+        Share vocabulary(m.vocab);
+        Inputs last_hidden = prepare(m.head, own.normed, D, sequences, own.workspace);
+        multiply(m.head, vocabulary.begin, vocabulary.end, last_hidden, {logits, size_t(m.vocab)}, own.workspace);
     }
 }
 
@@ -265,15 +265,15 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
 
 extern "C" {
 
-// Floats of `memory` for caches of so many slots.
+// Workspace in floats for caches of `slots` slots.
 size_t minillama_floats(const Model* model, int32_t slots) {
-    Arena pieces = {nullptr};
-    Shared(*model, pieces);
-    for (int thread = 0; thread < model->threads; thread++) Own(*model, slots, pieces);
-    return pieces.used;
+    Arena arena = {nullptr};
+    Shared(*model, arena);
+    for (int thread = 0; thread < model->threads; thread++) Own(*model, slots, arena);
+    return arena.used;
 }
 
-// How many rows are read together faster than torch's operations read them.
+// Maximum number of rows for which the step is faster than torch's operations.
 int32_t minillama_at_once() {
 #ifdef __AVX512F__
     return has_tiles() ? 96 : 31;
@@ -282,11 +282,11 @@ int32_t minillama_at_once() {
 #endif
 }
 
-// Read tokens, of a text in the order of their positions, keep their keys and values, and write logits (texts, V).
-// `short_caches`: of bfloat16. `window`: 0 sees everything.
+// Decode step of tokens, ordered by position per sequence: append to the KV cache and write logits (sequences, V).
+// `bf16_caches`: of bfloat16. `window`: 0 is unlimited.
 void minillama_step(const Model* model, int32_t rows, const Token* tokens, const Cache* caches, int32_t slots,
-                    int32_t short_caches, int32_t window, int32_t sinks, float* logits) {
-    auto run = short_caches ? step<uint16_t> : step<float>;
+                    int32_t bf16_caches, int32_t window, int32_t sinks, float* logits) {
+    auto run = bf16_caches ? step<uint16_t> : step<float>;
     run(*model, rows, tokens, caches, slots, window, sinks, logits);
 }
 }

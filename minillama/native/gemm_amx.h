@@ -1,12 +1,12 @@
-// Products of some inputs with a matrix unit for bfloat16 (Intel's AMX), with the accuracy of float32.
+// Batched matrix-vector products by AMX in split bfloat16, with float32 accuracy.
 //
-// A float32 is the sum of three numbers of 8 bits each, which bfloat16 holds: x = x0 + x1 + x2, cut off one after the
-// other. The unit multiplies such numbers exactly and adds up in float32. Weights of 8 bits are one part, so that three
-// products are w x; INT4's, multiplied out, are three, of whose nine products the six that float32 would notice are
-// taken. (Henry, Tang and Heinecke 2019, arXiv 1904.06376, have the idea.)
+// A float32 is the sum of three bfloat16 parts of 8 significant bits each, x = x0 + x1 + x2, by successive truncation.
+// AMX multiplies them exactly and accumulates in float32. Weights of 8 bits are one part, so that w x is three
+// products; dequantized INT4 weights are three parts, of whose nine products the six significant in float32 are
+// computed (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
 //
-// A tile is 16 rows of 64 bytes. One of weights holds 16 rows x 32 columns; one of inputs 16 pairs of columns x 16
-// inputs, of each the two numbers side by side; the unit adds their product to a tile of 16 rows x 16 inputs.
+// A tile is 16 rows of 64 bytes. A weight tile holds 16 rows x 32 columns; an input tile 16 pairs of columns x 16
+// inputs, the two of a pair adjacent; their product is added to a tile of 16 rows x 16 inputs.
 
 #pragma once
 
@@ -15,33 +15,33 @@
 
 namespace {
 
-constexpr int FEWEST = 8;  // inputs; for fewer the sums of gemv.h are as fast
+constexpr int FEWEST = 8;  // inputs; for fewer gemv.h is as fast
 
 }  // namespace
 
 #ifdef __AMX_BF16__
 namespace {
 
-constexpr int TILE = SIDE * WIDTH;  // words of a tile
+constexpr int TILE = SIDE * WIDTH;  // 32-bit words per tile
 constexpr int PARTS = 3;
-// Not for FLOAT32: to take its weights apart costs more than to multiply them.
+// Not for FLOAT32: splitting its weights costs more than multiplying them.
 inline bool takes_tiles(const Matrix& m, int inputs) {
     return m.kind != FLOAT32 && inputs >= FEWEST && m.columns % DEPTH == 0 && has_tiles();
 }
 
-// Words of the parts of so many inputs.
+// 32-bit words of the parts of all inputs.
 inline size_t parts_size(int inputs, int columns) {
     return size_t(inputs + SIDE - 1) / SIDE * SIDE * columns * PARTS / 2;
 }
 
-// Two bfloat16 of neighboring columns in a word, for 32 columns; each a float32 whose lower half is to be dropped.
+// Adjacent columns as two bfloat16 per word, for 32 columns; float32 values are truncated.
 inline Words pairs(Vector low, Vector high) {
     Words even = (Words)__builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     Words odd = (Words)__builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     return even >> 16 | (odd & 0xffff0000);
 }
 
-// The parts of 32 numbers.
+// Split of 32 values into bfloat16 parts.
 inline void split(Vector low, Vector high, Words* parts) {
     for (int p = 0; p < PARTS; p++) {
         parts[p] = pairs(low, high);
@@ -50,15 +50,15 @@ inline void split(Vector low, Vector high, Words* parts) {
     }
 }
 
-// Tiles of inputs: for each 16 of them, each 32 columns and each part one, in this order; absent inputs are 0.
+// Pack inputs into tiles: one per 16 inputs, 32 columns and part, in this order; zero-padded.
 void lay_out(const Inputs& in, int columns, uint32_t* parts) {
     for (int first = 0; first < in.count; first += SIDE)
         for (int k = 0; k < columns; k += DEPTH, parts += PARTS * TILE) {
-            Words rows[PARTS][SIDE] = {}, of_input[PARTS];
+            Words rows[PARTS][SIDE] = {}, input_parts[PARTS];
             for (int b = 0; b < SIDE && first + b < in.count; b++) {
                 const float* x = in.row(first + b) + k;
-                split(load<Vector>(x), load<Vector>(x + WIDTH), of_input);
-                for (int p = 0; p < PARTS; p++) rows[p][b] = of_input[p];
+                split(load<Vector>(x), load<Vector>(x + WIDTH), input_parts);
+                for (int p = 0; p < PARTS; p++) rows[p][b] = input_parts[p];
             }
             for (int p = 0; p < PARTS; p++) {
                 transpose(rows[p]);
@@ -67,35 +67,35 @@ void lay_out(const Inputs& in, int columns, uint32_t* parts) {
         }
 }
 
-// 16 rows x 32 columns of weights as tiles, one per part: where they lie, or written to `made`.
+// Weight tiles of 16 rows x 32 columns, one per part: in place, or packed into `packed`.
 struct WeightTiles {
     const void* first;
-    size_t stride;  // bytes of a row
+    size_t stride;  // bytes per row
 };
 
 template <Kind kind>
-inline WeightTiles weight_tiles(const Matrix& m, int row, int k, uint32_t* made) {
+inline WeightTiles weight_tiles(const Matrix& m, int row, int k, uint32_t* packed) {
     size_t at = size_t(row) * m.columns + k;
     if constexpr (kind == BFLOAT16) return {(const uint16_t*)m.weights + at, size_t(m.columns) * 2};
     for (int r = 0; r < SIDE; r++, at += m.columns) {
         Vector wide[2];
         group_at<kind>(m, at, wide);
         if constexpr (kind == INT8) {
-            store(made + r * WIDTH, pairs(wide[0], wide[1]));
+            store(packed + r * WIDTH, pairs(wide[0], wide[1]));
         } else {
             Words parts[PARTS];
             split(wide[0], wide[1], parts);
-            for (int p = 0; p < PARTS; p++) store(made + p * TILE + r * WIDTH, parts[p]);
+            for (int p = 0; p < PARTS; p++) store(packed + p * TILE + r * WIDTH, parts[p]);
         }
     }
     asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from there
-    return {made, 4 * WIDTH};
+    return {packed, 4 * WIDTH};
 }
 
-// Tiles 0 and 1 add up the products of the largest parts for 16 rows each, 2 and 3 the others; 4 to 6 hold the inputs'
-// parts and 7 the weights. The numbers of tiles are part of the instructions.
+// Tiles 0 and 1 accumulate the products of the leading parts for 16 rows each, 2 and 3 the others; 4 to 6 hold the
+// inputs' parts and 7 the weights. Tile numbers are immediates of the instructions.
 template <Kind kind, int R>
-inline void multiply_tiles(const Matrix& m, int row, const uint32_t* parts, uint32_t* made) {
+inline void multiply_tiles(const Matrix& m, int row, const uint32_t* parts, uint32_t* packed) {
     constexpr bool exact = kind == BFLOAT16 || kind == INT8;
     constexpr int side = 4 * WIDTH;
     _tile_zero(0);
@@ -108,36 +108,36 @@ inline void multiply_tiles(const Matrix& m, int row, const uint32_t* parts, uint
         _tile_loadd(4, parts, side);
         _tile_loadd(5, parts + TILE, side);
         _tile_loadd(6, parts + 2 * TILE, side);
-        WeightTiles w = weight_tiles<kind>(m, row, k, made);
+        WeightTiles w = weight_tiles<kind>(m, row, k, packed);
         _tile_loadd(7, w.first, w.stride);
         _tile_dpbf16ps(0, 7, 4);
         _tile_dpbf16ps(2, 7, 5);
         _tile_dpbf16ps(2, 7, 6);
         if (!exact) {
-            _tile_loadd(7, made + TILE, side);
+            _tile_loadd(7, packed + TILE, side);
             _tile_dpbf16ps(2, 7, 4);
             _tile_dpbf16ps(2, 7, 5);
-            _tile_loadd(7, made + 2 * TILE, side);
+            _tile_loadd(7, packed + 2 * TILE, side);
             _tile_dpbf16ps(2, 7, 4);
         }
         if constexpr (R == 2) {
-            w = weight_tiles<kind>(m, row + SIDE, k, made + PARTS * TILE);
+            w = weight_tiles<kind>(m, row + SIDE, k, packed + PARTS * TILE);
             _tile_loadd(7, w.first, w.stride);
             _tile_dpbf16ps(1, 7, 4);
             _tile_dpbf16ps(3, 7, 5);
             _tile_dpbf16ps(3, 7, 6);
             if (!exact) {
-                _tile_loadd(7, made + 4 * TILE, side);
+                _tile_loadd(7, packed + 4 * TILE, side);
                 _tile_dpbf16ps(3, 7, 4);
                 _tile_dpbf16ps(3, 7, 5);
-                _tile_loadd(7, made + 5 * TILE, side);
+                _tile_loadd(7, packed + 5 * TILE, side);
                 _tile_dpbf16ps(3, 7, 4);
             }
         }
     }
 }
 
-// Write 16 rows of results of up to 16 inputs.
+// Write 16 output rows of up to 16 inputs.
 inline void write(const Matrix& m, int row, const float* sums, const float* rest, int inputs, const Outputs& out) {
     Vector y[SIDE];
     for (int i = 0; i < SIDE; i++) y[i] = load<Vector>(sums + i * WIDTH) + load<Vector>(rest + i * WIDTH);
@@ -149,10 +149,10 @@ inline void write(const Matrix& m, int row, const float* sums, const float* rest
 
 template <Kind kind, int R>
 inline void tile_rows(const Matrix& m, int row, const Inputs& in, const Outputs& out) {
-    alignas(64) uint32_t made[2 * PARTS * TILE];
+    alignas(64) uint32_t packed[2 * PARTS * TILE];
     alignas(64) float sums[4][TILE];
     for (int first = 0; first < in.count; first += SIDE) {
-        multiply_tiles<kind, R>(m, row, in.parts + parts_size(first, m.columns), made);
+        multiply_tiles<kind, R>(m, row, in.parts + parts_size(first, m.columns), packed);
         _tile_stored(0, sums[0], 4 * WIDTH);
         _tile_stored(2, sums[2], 4 * WIDTH);
         int count = in.count - first < SIDE ? in.count - first : SIDE;
@@ -166,7 +166,7 @@ inline void tile_rows(const Matrix& m, int row, const Inputs& in, const Outputs&
     }
 }
 
-// Rows from `begin` on, as far as whole tiles go before `end`; returns the first row that is left.
+// Matrix product for rows from `begin` on, in whole tiles up to `end`; returns the first remaining row.
 template <Kind kind>
 int multiply_with_tiles(const Matrix& m, int begin, int end, const Inputs& in, const Outputs& out) {
     int row = begin;

@@ -1,7 +1,7 @@
-// Products of tiles in bfloat16 with sums in float32, by AMX or by AVX-512 BF16, and matrices as tiles.
+// Tiled matrix products in bfloat16 with float32 accumulation, by AMX or AVX-512 BF16, and packing into tiles.
 //
-// A left operand has 16 rows and 32 columns, a right one 32 rows and 16 columns, whose rows lie in pairs, 2p and 2p + 1
-// interleaved, as both want them. Either is a kilobyte.
+// A left operand has 16 rows and 32 columns, a right one 32 rows and 16 columns, with rows 2p and 2p + 1 interleaved
+// (VNNI layout). Either is 1 KiB.
 
 #pragma once
 
@@ -13,12 +13,12 @@
 
 namespace {
 
-constexpr int HALVES = SIDE * DEPTH;  // numbers of a tile in bfloat16
+constexpr int HALVES = SIDE * DEPTH;  // bfloat16 values per tile
 constexpr int FLOATS = SIDE * SIDE;
 
-typedef int32_t Row __attribute__((vector_size(64)));  // of a tile, pairs of numbers in bfloat16 or one in float32
+typedef int32_t Row __attribute__((vector_size(64)));  // of a tile: pairs of bfloat16, or float32
 
-// Tiles in two dimensions. Of both operands the second index is the one that is summed over.
+// 2D array of tiles. The second index of both operands is the inner dimension.
 template <class T>
 struct Grid {
     T* first;
@@ -29,7 +29,7 @@ struct Grid {
 typedef Grid<Half> Tiles;
 typedef Grid<float> Sums;
 
-// Work memory of a thread, handed out in order.
+// Bump allocator of a thread's workspace.
 struct Memory {
     char* next;
     template <class T>
@@ -122,7 +122,7 @@ void product(bool fresh, Sums c, Range rows, Range columns, Tiles a, Tiles b, Ra
         }
 }
 
-// Two rows of a right operand side by side, number by number.
+// Two rows of a right operand, interleaved.
 inline __m512i paired(__m256i even, __m256i odd) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
 }
@@ -137,7 +137,7 @@ struct Rows {
 
     Rows from(int token) const { return {first + token * stride, stride, tokens - token, width}; }
 
-    // 32 numbers of a row, zeros beyond the matrix.
+    // 32 values of a row, zero-padded.
     __m512i load(int token, int from) const {
         int count = token < tokens ? std::min(DEPTH, width - from) : 0;
         return count <= 0 ? _mm512_setzero_si512()
@@ -149,25 +149,25 @@ void store(Half* tile, const Row* rows) {
     for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, (__m512i)rows[r]);
 }
 
-// Row `row` of tiles (t, e) gets 16 tokens of X, a left operand that is summed over the width; or of X^T, a right one.
-void pack_rows(const Rows& x, int t, Tiles to, int row, bool turned) {
+// Pack 16 tokens of X into row `row` of tiles (t, e), a left operand with inner dimension E; or X^T, a right one.
+void pack_rows(const Rows& x, int t, Tiles to, int row, bool transposed) {
     for (int e = 0; e < to.across; e++) {
         Row rows[SIDE];
         for (int r = 0; r < SIDE; r++) rows[r] = (Row)x.load(t * SIDE + r, e * DEPTH);
-        if (turned) transpose(rows);
+        if (transposed) transpose(rows);
         store(to(row, e), rows);
     }
 }
 
-// Column s of tiles (e, s) gets 32 tokens of X, a right operand that is summed over tokens; or of X^T, a left one.
-void pack_pairs(const Rows& x, int s, Tiles to, bool turned) {
+// Pack 32 tokens of X into column s of tiles (e, s), a right operand with inner dimension T; or X^T, a left one.
+void pack_pairs(const Rows& x, int s, Tiles to, bool transposed) {
     for (int e = 0; e * SIDE < x.width; e++) {
         Row rows[SIDE];
         for (int p = 0; p < SIDE; p++) {
             __m512i even = x.load(s * DEPTH + 2 * p, e * SIDE), odd = x.load(s * DEPTH + 2 * p + 1, e * SIDE);
             rows[p] = (Row)paired(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd));
         }
-        if (turned) transpose(rows);
+        if (transposed) transpose(rows);
         store(to(e, s), rows);
     }
 }

@@ -1,4 +1,4 @@
-// y = W x + b for some inputs x at once. Each weight is read once and multiplied in float32.
+// Batched matrix-vector product y = W x + b. Each weight is read once and multiplied in float32.
 
 #pragma once
 
@@ -9,15 +9,15 @@
 
 namespace {
 
-constexpr int BLOCK = 8;  // rows of weights at once, which stay in the nearest cache for all inputs
-constexpr int MANY = 4;   // inputs from which on taking nibbles apart costs more than writing them down in float32
+constexpr int BLOCK = 8;  // weight rows per block, which stay in the L1 cache for all inputs
+constexpr int MANY = 4;   // inputs from which on unpacking nibbles costs more than dequantizing to float32
 
 inline void write(const Matrix& m, int row, float y, float* out) {
     if (m.kind == INT8) y *= m.scale[row];
     out[row] = m.bias ? y + m.bias[row] : y;
 }
 
-// R rows of weights with B inputs, from input `first` on.
+// Matrix product of R weight rows with B inputs, from input `first` on.
 template <Kind kind, int R, int B>
 inline void tile(const Matrix& m, int row, const Inputs& in, int first, const Outputs& out) {
     Vector total[R][B] = {};
@@ -34,7 +34,7 @@ inline void tile(const Matrix& m, int row, const Inputs& in, int first, const Ou
         for (int b = 0; b < B; b++) write(m, row + r, sum(total[r][b]), out.row(first + b));
 }
 
-// The same for INT4, whose offsets multiply the sum of a group's inputs.
+// The same for INT4, whose zero points multiply the sum of a group's inputs.
 template <int R, int B>
 inline void tile_int4(const Matrix& m, int row, const Inputs& in, int first, const Outputs& out) {
     int groups = m.columns / GROUP;
@@ -75,7 +75,7 @@ void all_inputs(const Matrix& m, int begin, int end, const Inputs& in, const Out
     for (; b < in.count; b++) some_inputs<kind, 4, 1>(m, begin, end, in, b, out);
 }
 
-// Rows of INT4 written down in float32, and multiplied so.
+// Matrix product of INT4 rows dequantized to float32.
 void expanded_product(const Matrix& m, int begin, int end, const Inputs& in, const Outputs& out, float* expanded) {
     for (int row = begin; row < end; row++)
         for (int i = 0; i < m.columns; i += GROUP) {
@@ -101,13 +101,13 @@ void product(const Matrix& m, int begin, int end, const Inputs& in, const Output
     }
 }
 
-// Work memory of products of so many inputs with a matrix of so many columns.
+// Workspace of a batched matrix-vector product.
 struct Workspace {
     float *sums, *expanded;
     uint32_t* parts;
 };
 
-// `count` inputs of a matrix, `width` apart, and what its kind of product wants of them besides.
+// `count` inputs of a matrix, with stride `width`, and the group sums or tiles that its kind needs.
 Inputs prepare(const Matrix& m, const float* from, size_t width, int count, const Workspace& workspace) {
     Inputs in = {from, width, count, workspace.sums, nullptr};
     if (m.kind == INT4 && count < MANY)

@@ -1,4 +1,4 @@
-// Weights of four kinds as they lie in memory, and the inputs and outputs of products with them.
+// Weight matrices of four storage formats, and the inputs and outputs of matrix products.
 
 #pragma once
 
@@ -8,8 +8,9 @@ extern "C" {
 
 enum Kind : int32_t { FLOAT32, BFLOAT16, INT8, INT4 };
 
-// (rows, columns) in row order. INT8: w = q scale[row]. INT4: for 32 columns 16 bytes, byte j with column j in its low
-// half and column j + 16 in its high half, and grid[row, group] = (s, z) in bfloat16: w = (q - 8) s + z.
+// (rows, columns), row-major. INT8: w = q scale[row]. INT4: 16 bytes per 32 columns, byte j with column j in its low
+// nibble and column j + 16 in its high one, and scale and zero point grid[row, group] = (s, z) in bfloat16:
+// w = (q - 8) s + z.
 struct Matrix {
     Kind kind;
     int32_t rows, columns;
@@ -22,9 +23,9 @@ struct Matrix {
 
 namespace {
 
-constexpr int GROUP = 32;  // columns of INT4 that share a grid
+constexpr int GROUP = 32;  // INT4 group size, in columns
 
-// 16 weights of the other kinds; INT8's without their scale.
+// 16 weights of the other formats; INT8 without its scale.
 template <Kind kind>
 inline Vector weights_at(const Matrix& m, size_t at) {
     if constexpr (kind == FLOAT32) return load<Vector>((const float*)m.weights + at);
@@ -33,7 +34,7 @@ inline Vector weights_at(const Matrix& m, size_t at) {
         return __builtin_convertvector(whole(load<Bytes>((const int8_t*)m.weights + at)), Vector);
 }
 
-// A group of INT4: w = q s + z, where z takes in that q counts from 8.
+// INT4 group w = q s + z for unsigned q, so that z includes -8 s.
 struct Group {
     Vector low, high;
     float s, z;
@@ -47,7 +48,7 @@ struct Group {
     }
 };
 
-// 32 weights of any kind.
+// 32 weights of any format, dequantized except for the scale of INT8.
 template <Kind kind>
 inline void group_at(const Matrix& m, size_t at, Vector* to) {
     if constexpr (kind == INT4) {
@@ -60,25 +61,25 @@ inline void group_at(const Matrix& m, size_t at, Vector* to) {
     }
 }
 
-// Have weights come that are wanted some rows later: rows are short, and the processor guesses no further than one.
+// Prefetch of weights some rows ahead: rows are short, and the hardware prefetcher stops at the end of one.
 template <Kind kind>
 inline void ahead(const Matrix& m, size_t at) {
     constexpr int bits = kind == FLOAT32 ? 32 : kind == BFLOAT16 ? 16 : kind == INT8 ? 8 : 4;
     __builtin_prefetch((const char*)m.weights + at * bits / 8);
 }
 
-// Inputs of a product, `width` apart, and what `prepare` made of them.
+// Inputs of a matrix product, with stride `width`, and the results of `prepare`.
 struct Inputs {
     const float* x;
     size_t width;
     int count;
-    const float* sums;      // of INT4's groups, (count, columns / 32)
-    const uint32_t* parts;  // for tiles, see gemm_amx.h; null without
+    const float* sums;      // per INT4 group, (count, columns / 32)
+    const uint32_t* parts;  // AMX tiles, see gemm_amx.h; or null
 
     const float* row(int b) const { return x + b * width; }
 };
 
-// Where the results go, an input's `width` after the last one's.
+// Outputs, with stride `width` per input.
 struct Outputs {
     float* y;
     size_t width;

@@ -1,4 +1,4 @@
-// Vectors of 16 numbers, in the compilers' own notation and in AVX-512's, with bfloat16 and exponentials.
+// SIMD vectors of 16 lanes, by compiler extensions and AVX-512 intrinsics: bfloat16 conversion, exponentials.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int WIDTH = 16;  // floats of a vector; the compiler splits it where the processor's are shorter
+constexpr int WIDTH = 16;  // floats per vector; the compiler splits it where the processor's are narrower
 typedef float Vector __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
@@ -50,32 +50,32 @@ inline uint16_t f32_to_bf16(float value) {  // to the nearest bfloat16, ties to 
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-#ifdef __AVX512F__  // one instruction each, which GCC does not find by itself
+#ifdef __AVX512F__  // one instruction each, which GCC does not select by itself
 inline Ints whole(Halves x) { return (Ints)_mm512_cvtepu16_epi32((__m256i)x); }
 inline Ints whole(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
 inline Ints whole(Nibbles x) { return (Ints)_mm512_cvtepu8_epi32((__m128i)x); }
 #else
 inline Ints whole(Halves x) { return __builtin_convertvector(x, Ints); }
-template <class T>  // by way of 16 bits: GCC takes the whole way number by number
+template <class T>  // via 16 bits: GCC scalarizes the direct conversion
 inline Ints whole(T x) { return __builtin_convertvector(__builtin_convertvector(x, Shorts), Ints); }
 #endif
 
 inline Vector bf16_to_f32(Halves x) { return (Vector)(whole(x) << 16); }
 
-// e^x to 2e-7 of it: 2^n (1 + r + r^2 / 2 + ... + r^6 / 720) with n = round(x / ln 2). What leaves the range of float32
-// stops at its ends.
+// e^x with relative error 2e-7: 2^n (1 + r + r^2 / 2 + ... + r^6 / 720), n = round(x / ln 2). Clamped to the range of
+// float32.
 inline Vector exp(Vector x) {
     const Vector top = Vector{} + 88, bottom = Vector{} - 87;
     x = x > top ? top : x;
     x = x < bottom ? bottom : x;
-    // with the exponent's offset n is never negative, so that cutting off rounds down
+    // with the exponent's bias n is never negative, so that truncation rounds down
     Ints n = __builtin_convertvector(x * 1.44269504f + 127.5f, Ints);
     Vector r = x - __builtin_convertvector(n - 127, Vector) * 0.69314718f;
     Vector series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
     return series * (Vector)(n << 23);
 }
 
-#ifdef __AVX512BF16__  // the same for AVX-512's own types
+#ifdef __AVX512BF16__  // the same for AVX-512 types
 typedef uint16_t Half;  // bfloat16 is the upper half of a float32
 
 inline __m512 bf16_to_f32(__m256i halves) {
@@ -84,17 +84,17 @@ inline __m512 bf16_to_f32(__m256i halves) {
 
 inline __m256i f32_to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// 2^x within 3e-6 of it, 0 below 2^-126: on [-1/2, 1/2] the polynomial of least relative error; the whole part, which
-// adding 3 * 2^22 leaves in the lowest bits, goes into the exponent.
+// 2^x with relative error 3e-6, 0 below 2^-126: minimax polynomial on [-1/2, 1/2]; the integer part, which adding
+// 3 * 2^22 leaves in the lowest bits, goes into the exponent.
 inline __m512 fast_exp2(__m512 x) {
     const __m512 shift = _mm512_set1_ps(12582912);
     __m512 whole = _mm512_add_ps(x, shift), f = _mm512_sub_ps(x, _mm512_sub_ps(whole, shift));
     __m512 y = _mm512_set1_ps(9.570100592e-3f);
     for (float c : {5.591786022e-2f, 2.402474486e-1f, 6.931218148e-1f, 9.999992614e-1f})
         y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-    __mmask16 seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);  // and NaN
+    __mmask16 in_range = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);  // and NaN
     __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(whole), 23);
-    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(seen, _mm512_castps_si512(y), exponent));
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(in_range, _mm512_castps_si512(y), exponent));
 }
 #endif
 

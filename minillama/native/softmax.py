@@ -1,4 +1,4 @@
-"""The loss's softmax in bfloat16 by `softmax.cpp`."""
+"""Softmax gradient of the cross-entropy loss in bfloat16 on the CPU (`softmax.cpp`)."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ SOURCE = "softmax.cpp"
 
 
 def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
-    """Have a model's loss compute its softmax in C++ from now on.
+    """Switch a model's loss to `native_softmax_grad`.
 
     Args:
-        model: it is changed; what the kernel does not take goes to torch's operations as before.
-        say: told before anything is compiled, which happens once for a machine.
+        model: modified in place; unsupported inputs still use torch's operations.
+        say: called before compilation, which happens once per machine.
 
     Raises:
-        CannotBuild: no compiler, or it failed; another processor.
+        CannotBuild: no compiler, failed compilation, or unsupported processor.
     """
     prepare(SOURCE, unsupported(), _library, say)
     model.loss_kernel = native_softmax_grad
 
 
 def native_softmax_grad(logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """`softmax_grad`, in C++ where that takes them: bfloat16 on the CPU, one target a row, without a z-loss."""
+    """Softmax gradient in C++ if supported (bfloat16, CPU, one target per row, no z-loss), else `softmax_grad`."""
     kinds = logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and targets.dtype == torch.int64
     if z_loss or not kinds or not logits.is_contiguous() or targets.shape != (len(logits), 1):
         return softmax_grad(logits, targets, weights, z_loss)
     rows, width = logits.shape
     if rows and not 0 <= int(targets.min()) <= int(targets.max()) < width:
-        raise IndexError(f"a target is no id of a vocabulary of {width}")
+        raise IndexError(f"target ids outside a vocabulary of {width}")
     targets = targets.contiguous()
     losses, sums = (logits.new_empty(rows, 1, dtype=torch.float32) for _ in range(2))
     sizes = c_int64(rows), c_int64(width), c_int32(torch.get_num_threads())

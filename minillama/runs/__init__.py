@@ -1,1 +1,1 @@
-"""What a run is told, and what it leaves behind."""
+"""Training runs: configuration, run folder, checkpoints, provenance, progress report."""

@@ -1,9 +1,9 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoint folder: atomic write, manifest with SHA-256.
 
 `checkpoints/step-N/` is a model folder with three files more: optimizer.safetensors (tensors named
 PARAMETER/NAME), run.json (step, tokens, seconds, data fingerprint and so on) and manifest.json, the size and
-SHA-256 of every other file. A checkpoint is written beside its place and renamed into it when all of it is
-on the disk.
+SHA-256 of every other file. A checkpoint is written to a temporary folder beside and renamed when all of it is
+on the disk: it is complete or absent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Checkpoint:
 
     Args:
         path: its folder.
-        verify: read every file and hold its SHA-256 against the manifest's; else sizes alone.
+        verify: compare the SHA-256 of every file with the manifest's; else sizes alone.
 
     Raises:
         InputError: a file is missing or is not what the manifest says.
@@ -47,7 +47,8 @@ class Checkpoint:
         odd = [name for name in manifest if Path(name).name != name]
         if missing or odd:
             found = ", ".join(odd) or f"no entry for {', '.join(missing)}"
-            raise InputError("the manifest of this checkpoint is of another form", where=path / MANIFEST, found=found)
+            what = "the manifest of this checkpoint has an unknown format"
+            raise InputError(what, where=path / MANIFEST, found=found)
         for name, known in manifest.items():
             _check(path / name, known, verify)
         self.run = _read_json(path / "run.json")
@@ -62,7 +63,7 @@ class Checkpoint:
         return int(self.run["step"])
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """What `optimizer_state` gave.
+        """Optimizer state, by PARAMETER/NAME.
 
         Raises:
             InputError: the file is damaged.
@@ -89,7 +90,7 @@ def save_checkpoint(
         run: JSON values, `step` among them.
 
     Raises:
-        InputError: the system refuses, for instance because the disk is full; nothing half is left.
+        InputError: the system refuses, for instance because the disk is full; no partial checkpoint is left.
     """
 
     def write(path: Path) -> None:
@@ -104,7 +105,7 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, dict[Path, str]]:
-    """The complete checkpoint with the most steps, and those that are passed over with the reason.
+    """Newest complete checkpoint, and those passed over, with the reason.
 
     Args:
         folder: of all checkpoints.
@@ -113,7 +114,7 @@ def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | N
     Raises:
         InputError: there are checkpoints, and all of them are damaged.
     """
-    passed = {path: f"{path}: not written to its end" for path in sorted(folder.glob(".step-*.tmp"))}
+    passed = {path: f"{path}: incomplete" for path in sorted(folder.glob(".step-*.tmp"))}
     whole = {folder / f"step-{step}" for step in steps(folder)}
     passed |= {path: f"{path}: there is no {MANIFEST}" for path in sorted({*folder.glob("step-*")} - whole)}
     damaged: dict[Path, str] = {}
@@ -128,7 +129,7 @@ def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | N
             "every checkpoint of this run is damaged",
             where=folder,
             found="; ".join(damaged.values()),
-            fix="bring one back from a copy, or start a new run",
+            fix="restore one from a copy, or start a new run",
         )
     return None, passed
 
@@ -141,13 +142,13 @@ def set_aside(paths: Iterable[Path]) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of all checkpoints that were written to the end, in order."""
+    """Steps of all complete checkpoints, in order."""
     names = (path.name for path in folder.glob("step-*") if (path / MANIFEST).is_file())
     return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
-    """Remove all but the `keep` newest checkpoints and that of step `best`, and what killed processes left."""
+    """Remove all but the `keep` newest checkpoints and that of step `best`, and the remains of killed processes."""
     for step in steps(folder)[:-keep]:
         if step != best:  # renamed first: a process that is killed leaves no half of one under its name
             (folder / f"step-{step}").rename(folder / f".step-{step}.old")
@@ -156,9 +157,9 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
 
 
 def _check(file: Path, known: Any, verify: bool) -> None:
-    """Hold a file against its entry in the manifest."""
+    """Compare a file with its entry in the manifest."""
     if not isinstance(known, dict) or "bytes" not in known or "sha256" not in known:
-        raise InputError("the manifest of this checkpoint is of another form", where=file.parent / MANIFEST)
+        raise InputError("the manifest of this checkpoint has an unknown format", where=file.parent / MANIFEST)
     if not file.is_file():
         raise InputError("a file of the checkpoint is missing", where=file)
     size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""The configuration of a run: TOML on disk, frozen dataclasses here, the same names on the command line.
+"""Run configuration: TOML on disk, frozen dataclasses here, the same names on the command line.
 
 A value comes from the defaults below, then the model preset, then the file, then the command line.
 """
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes tokens."""
+    """Tokenizer settings."""
 
     kind: Kind = "byte-bpe"
     """byte-bpe, bpe, unigram, sentencepiece, wordpiece, word: trained on the data, of model.vocab_size tokens;
@@ -51,115 +51,115 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read."""
+    """Data settings."""
 
     sources: tuple[Source, ...] = (Source("python-docs"),)
     """Built-in name (python-docs, python-code), file, folder, glob, or hf:NAME; several are mixed by weight."""
     val_fraction: float = field(default=0.05, metadata={"above": 0, "below": 1})
-    """Share of the documents (or of the text, where it is one document) that is held out."""
+    """Held-out share of the documents (or of the text, where it is one document)."""
     mask_documents: bool = False
-    """Tokens see only their own document, and positions start anew in each."""
+    """Attention mask per document: tokens attend within their own document, and positions restart in each."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do about text that is not UTF-8 or a line that is not JSON: stop, or count it and go on."""
+    """On text that is not UTF-8 or a line that is not JSON: stop, or count it and continue."""
     cache: str = ""
-    """Folder of the tokenized data; ~/.cache/minillama unless given."""
+    """Cache folder of the tokenized data; ~/.cache/minillama unless given."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """Training loop settings."""
 
     steps: int = field(default=1000, metadata={"min": 1})
     """Optimizer steps."""
     batch_size: int = field(default=16, metadata={"min": 1})
-    """Sequences a step."""
+    """Sequences per step."""
     micro_batch_size: int = field(default=0, metadata={"min": 0})
-    """Sequences in memory at once; the batch is accumulated from as many as it takes. 0: the whole batch."""
+    """Sequences in memory at once; gradients are accumulated over the batch. 0: the whole batch."""
     context: int = field(default=0, metadata={"min": 0})
-    """Tokens a sequence; 0: the model's max_seq_len."""
+    """Tokens per sequence; 0: the model's max_seq_len."""
     init_from: str = ""
-    """A model to start from: its shape replaces [model], its tokenizer is taken unless tokenizer.path is given."""
+    """Model to initialize from: its shape replaces [model], its tokenizer is used unless tokenizer.path is given."""
     init_embeddings: Literal["normal", "mean"] = "normal"
-    """Rows that its embedding lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
+    """Initialization of embedding rows that it lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
     objective: Literal["auto", "lm", "glm", "cloze"] = "auto"
-    """What is minimized; auto: what the model was made for, lm or GLM's blank infilling. cloze: see [cloze]."""
+    """Training objective; auto: the model's own, lm or glm (infilling). cloze: see [cloze]."""
     z_loss: float = field(default=0.0, metadata={"min": 0})
-    """Times log(Z)^2 is added to a token's loss, Z the sum of e^logits; PaLM has 1e-4."""
+    """Weight of the z-loss log(Z)^2 per token, Z the sum of e^logits; PaLM has 1e-4."""
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
-    """Of the embedding and both residual branches."""
+    """Dropout of the embedding and both residual branches."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the processor multiplies it in hardware."""
+    """Dtype of matrix products; auto: bfloat16 where the processor multiplies it in hardware."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     compile: Literal["auto", "true", "false"] = "auto"
-    """torch.compile the blocks; auto: once it has been seen that this pays back within the run. Unless this is false,
-    attention in bfloat16 on a CPU is C++, compiled once for a machine."""
+    """torch.compile the blocks; auto: once measured to pay back within the run. Unless this is false, attention in
+    bfloat16 on a CPU is C++, compiled once per machine."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms, and no compilation whose moment depends on the clock (--deterministic)."""
     checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Activation checkpointing: recomputed in the backward pass; less memory, about a third more time."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and the learning rate."""
+    """Optimizer and learning-rate schedule."""
 
     lr: float = field(default=3e-3, metadata={"above": 0})
     """Peak learning rate."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor: PaLM's, with rates relative to the size of the weights and a decay of lr^2."""
+    """adafactor: PaLM's, with learning rates relative to the parameter scale and a weight decay of lr^2."""
     muon_lr: float = field(default=0.0, metadata={"min": 0})
-    """Peak rate of Muon for the blocks' matrices; 0: AdamW for them too."""
+    """Peak learning rate of Muon for the blocks' matrices; 0: AdamW for them too."""
     schedule: Literal["cosine", "wsd", "constant", "rsqrt"] = "cosine"
-    """After the warm-up: cosine to the floor; wsd: constant, then linear to the floor; constant. rsqrt: PaLM's
+    """After the warm-up: cosine decay to final_fraction; wsd: constant, then linear decay; constant. rsqrt: PaLM's
     min(lr, 1 / sqrt(step)), without warm-up."""
     warmup_steps: int = field(default=50, metadata={"min": 0})
-    """Linear warm-up; cut to the run's length."""
+    """Steps of linear warm-up; at most the run's length."""
     decay_fraction: float = field(default=0.2, metadata={"above": 0, "max": 1})
-    """Share of the run that wsd spends on its descent."""
+    """Decay phase of wsd, as a share of the run."""
     final_fraction: float = field(default=0.1, metadata={"min": 0, "max": 1})
-    """The floor, as a share of lr."""
+    """Final learning rate, as a share of lr."""
     beta1: float = field(default=0.9, metadata={"min": 0, "below": 1})
-    """Of the mean of gradients."""
+    """Decay rate of the first moment, the mean of gradients."""
     beta2: float = field(default=0.95, metadata={"min": 0, "below": 1})
-    """Of the mean of their squares."""
+    """Decay rate of the second moment, the mean of their squares."""
     eps: float = field(default=1e-8, metadata={"above": 0})
-    """Added to the root of the second."""
+    """Added to the square root of the second moment."""
     weight_decay: float = field(default=0.1, metadata={"min": 0})
-    """Of matrices; norms have none."""
+    """Weight decay of matrices; norms have none."""
     decay_embeddings: bool = False
-    """Decay the embedding too."""
+    """Weight decay of the embedding too."""
     grad_clip: float = field(default=1.0, metadata={"min": 0})
-    """Largest norm of the whole gradient; 0: no clipping."""
+    """Maximum global gradient norm; 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class BlankConfig:
-    """GLM's blanks: what kinds there are in the rows of a batch, and how large."""
+    """GLM's masked spans: mixture over the sequences of a batch, and lengths."""
 
     tokens: float = field(default=0.5, metadata={"min": 0})
-    """Share of the rows with short spans, [MASK], relative to the other kinds."""
+    """Weight of sequences with short spans, [MASK], relative to the other kinds."""
     sentences: float = field(default=0.3, metadata={"min": 0})
-    """Of those with whole sentences, [sMASK]."""
+    """Weight of sequences with whole sentences, [sMASK]."""
     document: float = field(default=0.2, metadata={"min": 0})
-    """Of those with one long stretch, [gMASK]."""
+    """Weight of sequences with one long span, [gMASK]."""
     share: float = field(default=0.15, metadata={"above": 0, "max": 0.5})
-    """Share of the text that short spans and sentences cover."""
+    """Share of the tokens masked by short spans and sentences."""
     mean_length: float = field(default=3.0, metadata={"above": 0, "max": 20})
-    """Lambda of the Poisson distribution of the lengths of short spans, in tokens."""
+    """Lambda of the Poisson distribution of short-span lengths, in tokens."""
     document_least: float = field(default=0.5, metadata={"min": 0, "max": 1})
-    """The shortest long stretch, as a share of the document."""
+    """Minimum length of the long span, as a share of the document."""
     document_suffix: float = field(default=0.5, metadata={"min": 0, "max": 1})
-    """Probability that it reaches to the document's end."""
+    """Probability that the long span reaches the document's end."""
 
     def __post_init__(self) -> None:
         if not self.tokens + self.sentences + self.document > 0:
-            raise InputError("one kind of blank needs a share", where="tokens", found=0, expected="more than 0")
+            raise InputError("one kind of masked span needs a weight", where="tokens", found=0, expected="more than 0")
 
 
 @dataclass(frozen=True)
 class ValidateConfig:
-    """Loss on held-out text."""
+    """Validation on held-out text."""
 
     every: int = field(default=100, metadata={"min": 1})
     """Steps between validations; there is one at step 0 and one at the end as well."""
@@ -169,41 +169,41 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """The text that is printed at each validation."""
+    """Samples printed at each validation."""
 
     prompts: tuple[str, ...] = ("The",)
-    """Each is continued."""
+    """Prompts to continue."""
     max_new_tokens: int = field(default=48, metadata={"min": 0})
-    """0 prints none."""
+    """Maximum number of new tokens per sample; 0 prints none."""
     temperature: float = field(default=0.8, metadata={"min": 0})
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept to go on from."""
+    """Checkpoint interval and retention."""
 
     every: int = field(default=500, metadata={"min": 1})
     """Steps between checkpoints; there is one before every validation and at the end as well."""
     keep: int = field(default=2, metadata={"min": 1})
-    """How many of the newest stay, beside the one with the least val_loss."""
+    """Number of newest checkpoints kept, beside the one with the lowest val_loss."""
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Steps that are skipped instead of taken."""
+    """Skipped steps: NaN or infinite loss, loss spikes."""
 
     max_in_a_row: int = field(default=10, metadata={"min": 1})
-    """So many skipped steps in a row end the run."""
+    """Number of skipped steps in a row that ends the run."""
     spike_sigma: float = field(default=0.0, metadata={"min": 0})
     """Skip a step whose loss is more than so many standard deviations above the mean of the last ones; 0: never."""
     window: int = field(default=100, metadata={"min": 10})
-    """How many losses that mean is of."""
+    """Number of losses in that mean."""
 
 
 @dataclass(frozen=True)
 class MetricsConfig:
-    """What else metrics.jsonl records."""
+    """Additional metrics in metrics.jsonl."""
 
     every: int = field(default=0, metadata={"min": 0})
     """Steps between records of update_ratio and attention_logit_max, which cost about a step; 0: none."""
@@ -211,14 +211,14 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run with other optimizer settings or some parameters frozen."""
+    """Training stage with other optimizer settings or frozen parameters."""
 
     until_step: int = field(metadata={"min": 1})
     """The stage ends before this step; the last one lasts to the end."""
     optim: OptimConfig | None = None
     """Overrides of [optim], as a table `optim = {lr = 1e-4}`."""
     trainable: tuple[str, ...] = ("*",)
-    """Globs of the parameter names that are trained; the rest is frozen."""
+    """Globs of trained parameter names; the rest is frozen."""
 
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained in this stage."""
@@ -227,12 +227,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run depends on."""
+    """Configuration of a run."""
 
     name: str = "tiny"
     """The run's folder is runs/NAME unless --out says otherwise."""
     seed: int = field(default=1, metadata={"min": 0})
-    """Of initialization, data order and dropout."""
+    """Random seed of initialization, data order and dropout."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig.load("llama-tiny"))
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -257,7 +257,7 @@ class RunConfig:
             )
         self._check_objective()
         if self.optim.optimizer == "adafactor" and self.optim.muon_lr:
-            what = "Adafactor moves all parameters, and Muon has none to move"
+            what = "Adafactor updates all parameters, and none is left to Muon"
             raise InputError(what, where="optim.muon_lr", found=self.optim.muon_lr, expected=0)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
@@ -272,26 +272,28 @@ class RunConfig:
                 where="train.objective",
                 found=self.train.objective,
                 expected=f"auto or {self.model.objective}, by its {self.model.position} positions",
-                fix="start from a model that fills blanks with train.init_from" if cloze else "leave it out",
+                fix="start from an infilling model with train.init_from" if cloze else "leave it out",
             )
         if self.cloze.pattern and not cloze:
-            what, expected = "a question is asked by another objective", "train.objective = cloze, or no cloze.pattern"
-            raise InputError(what, where="cloze.pattern", found=f"objective {self.objective}", expected=expected)
+            what, found = "a cloze pattern belongs to another objective", f"objective {self.objective}"
+            expected = "train.objective = cloze, or no cloze.pattern"
+            raise InputError(what, where="cloze.pattern", found=found, expected=expected)
         if self.objective == "glm" and self.context < 8:
-            raise InputError("no blank fits", where="train.context", found=self.context, expected="at least 8 slots")
+            expected = "at least 8 tokens"
+            raise InputError("no masked span fits", where="train.context", found=self.context, expected=expected)
         if self.objective != "lm" and self.data.mask_documents:
-            what = "a text with blanks is read as a whole"
+            what = "infilling attends to the whole sequence"
             expected = f"false with objective {self.objective}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
 
     @property
     def objective(self) -> str:
-        """What is minimized: lm, glm or cloze."""
+        """Training objective: lm, glm or cloze."""
         return self.model.objective if self.train.objective == "auto" else self.train.objective
 
     @property
     def context(self) -> int:
-        """T, tokens a training sequence."""
+        """T, tokens per training sequence."""
         return self.train.context or self.model.max_seq_len
 
     @property
@@ -354,7 +356,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
 
 
 def _stages(tables: Sequence[Mapping[str, Any]], origin: Located, base: OptimConfig) -> tuple[Stage, ...]:
-    """Stages whose `optim` starts from the run's, wherever that came from."""
+    """Stages whose `optim` starts from the run's, whatever its origin."""
     made = []
     for i, table in enumerate(tables):
         stage = build(
@@ -368,7 +370,7 @@ def _stages(tables: Sequence[Mapping[str, Any]], origin: Located, base: OptimCon
 
 
 def _check_stage(optim: OptimConfig | None, base: OptimConfig, where: str) -> None:
-    """Which parameters belong to which optimizer is settled for the whole run."""
+    """Refuse a stage that reassigns parameters to another optimizer."""
     if optim is None:
         return
     for name, change in (
@@ -384,7 +386,7 @@ def _check_stage(optim: OptimConfig | None, base: OptimConfig, where: str) -> No
 
 
 def to_table(config: RunConfig) -> dict[str, Any]:
-    """What config.toml holds: every setting, and of a stage's `optim` what is other than the run's."""
+    """Table of config.toml: every setting, and of a stage's `optim` the values that differ from the run's."""
     table = to_dict(config)
     for stage in table.get("stages", ()):
         own = {key: value for key, value in stage.pop("optim", {}).items() if value != table["optim"][key]}

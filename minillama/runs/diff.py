@@ -1,4 +1,4 @@
-"""How two configurations differ, and which differences a run may be resumed with."""
+"""Configuration differences, and those that a run may be resumed with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minillama.runs.config import RunConfig, to_table
 
 __all__ = ["check_resumed", "differences", "flat"]
 
-# What neither the data nor the meaning of what was learned depends on. All else makes it another run.
+# Settings on which neither the data nor the meaning of the parameters depends. All else makes it another run.
 HARMLESS = (
     "name",
     "data.cache",
@@ -42,7 +42,7 @@ HARMLESS = (
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
+    """Flattened table: dotted key -> value."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -56,7 +56,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
 
 
 def check_resumed(saved: RunConfig, wanted: RunConfig, where: object) -> list[str]:
-    """What is other than in the run that goes on, as lines to say.
+    """Differences from the resumed run, one line each.
 
     Raises:
         InputError: a difference that would make it another run.

@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, whose it is, what lies in it.
+"""Run folder: path, lock, metrics, provenance.
 
 OUT/config.toml, OUT/metrics.jsonl, OUT/provenance.jsonl, OUT/checkpoints/step-N/, OUT/model/.
 """
@@ -22,7 +22,7 @@ CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "che
 
 
 def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path:
-    """`out`, or the first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that is not there yet."""
+    """`out`, or the first of runs/NAME, runs/NAME-2, runs/NAME-3 ... that does not exist yet."""
     if out is not None:
         if not out.strip():
             raise InputError("the output folder has no name", where="--out", found=repr(out), fix="name one")
@@ -31,18 +31,18 @@ def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file that a run writes; none where it is not there."""
+    """Complete lines of a JSONL file of a run; none where it does not exist."""
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be incomplete
             records.append(json.loads(line))
     return records
 
 
 def lock_owner(path: Path) -> str | None:
-    """The number of the process that trains in a folder, None where nobody does (or the system has no flock)."""
+    """Id of the process that trains in a folder, None where there is none (or the system has no flock)."""
     try:
         import fcntl
 
@@ -57,11 +57,11 @@ def lock_owner(path: Path) -> str | None:
 
 
 class RunFolder:
-    """An output folder that was made, found writable and locked for this process.
+    """Output folder, created, found writable and locked for this process.
 
     Args:
         path: the folder.
-        resume: it may hold a run, which goes on.
+        resume: it may hold a run, which is resumed.
         overwrite: it may hold a run, which is removed.
 
     Raises:
@@ -82,7 +82,7 @@ class RunFolder:
             raise InputError(
                 "the output folder holds a run already",
                 where=path,
-                fix="add --resume to go on with it, or --overwrite to replace it, or choose another --out",
+                fix="add --resume to continue it, or --overwrite to replace it, or choose another --out",
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """One JSON object per line."""
         return self.path / "metrics.jsonl"
 
     def holds_run(self) -> bool:
@@ -129,9 +129,9 @@ class RunFolder:
         return self.path / "provenance.jsonl"
 
     def start(self, config: str, provenance: Mapping[str, Any]) -> None:
-        """Record the configuration, and where this start came from; what is replaced goes now.
+        """Record configuration and provenance of this start; what is replaced is removed now.
 
-        A model that is there stands for fewer steps than the run will have.
+        An existing model has fewer steps than the run will have.
         """
         if self._replaces:
             self._clear()
@@ -153,10 +153,10 @@ class RunFolder:
             with path.open("a+b") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - 1))
-                # behind a line that a killed process left unfinished a new one begins
+                # after a line that a killed process left incomplete a new one begins
                 file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
         except OSError as error:
-            fix = "make room, then go on with --resume"
+            fix = "free disk space, then continue with --resume"
             raise InputError("cannot write", where=path, found=error.strerror or error, fix=fix) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -164,7 +164,7 @@ class RunFolder:
         return read_lines(self.metrics)
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop what was recorded after `step`, for a run that goes on from there."""
+        """Remove the records after `step`, for a run that is resumed there."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
@@ -194,7 +194,7 @@ class RunFolder:
         return file
 
     def close(self) -> None:
-        """Give the lock back. A folder that was made for a run that never began goes, too."""
+        """Release the lock. A folder created for a run that never began is removed, too."""
         if not self._was_there and not self.holds_run():
             with contextlib.suppress(OSError):
                 (self.path / ".lock").unlink(missing_ok=True)

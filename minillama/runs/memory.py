@@ -1,4 +1,4 @@
-"""Memory and disk that a run needs, before it starts and when they run out."""
+"""Memory and disk requirements of a run, before it starts and when they run out."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ GIB = 2**30
 
 
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
-    """What `minillama plan` says for so many rows at once."""
+    """Training memory of `minillama plan` for a micro-batch of `rows` sequences."""
     width = dtype.itemsize
     checkpointing = config.train.checkpointing
     return training_memory(config.model, rows, config.context, activation_bytes=width, checkpointing=checkpointing)
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had: of the GPU, or of the machine within its control group; None where unknown."""
+    """Available memory in bytes: of the GPU, or of the machine within its control group; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []
@@ -44,7 +44,7 @@ def available_memory(device: torch.device) -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
         used = int((group / "memory.current").read_text(encoding="ascii"))
-        used -= _entry(group / "memory.stat", "inactive_file")  # pages of files, which give way
+        used -= _entry(group / "memory.stat", "inactive_file")  # file pages, which the kernel reclaims
         found.append(int((group / "memory.max").read_text(encoding="ascii")) - used)
     except (OSError, StopIteration, ValueError):
         pass
@@ -52,13 +52,13 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _entry(path: Path, name: str) -> int:
-    """The number behind a name in a file of the kernel's."""
+    """Value of a name in a file of the kernel's."""
     lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
     return int(next(line[1] for line in lines if line[0] == name))
 
 
 def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, below: int) -> int | None:
-    """The batch halved until it fits, at most `below`; None where not even one row does."""
+    """Micro-batch size, halved until it fits, at most `below`; None where not even one sequence does."""
     rows = below
     while rows >= 1:
         if needed_memory(config, dtype, rows).total <= available:
@@ -68,7 +68,7 @@ def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, b
 
 
 def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, report: Report) -> None:
-    """Say before anything is built that memory will not do, and what would. Linux ends such a process wordlessly."""
+    """Warn of too little memory before anything is built. Linux kills such a process without a message."""
     there = available_memory(device)
     if there is None:
         return
@@ -78,13 +78,15 @@ def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, 
     if need > there:
         fits = largest_micro_batch(config, dtype, there, config.micro_batch_size)
         advice = (
-            f"--train.micro_batch_size {fits} fits" if fits else "not one row fits; take a smaller model or context"
+            f"--train.micro_batch_size {fits} fits"
+            if fits
+            else "not one sequence fits; take a smaller model or context"
         )
         report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {there / GIB:.2f} are free: {advice}")
 
 
 def _state_bytes(config: RunConfig) -> int:
-    """Bytes of a checkpoint: the weights and the optimizer's moments in float32, two a weight, with Muon one."""
+    """Bytes of a checkpoint: the weights and the optimizer's moments in float32, two per weight, with Muon one."""
     shapes = config.model.tensors()
     muon = sum(math.prod(s) for n, s in shapes.items() if len(s) > 1 and ".layers." in n) if config.optim.muon_lr else 0
     return 4 * (3 * config.model.num_params() - muon)
@@ -101,12 +103,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explain(
     error: BaseException, config: RunConfig, dtype: torch.dtype, device: torch.device, doing: str
 ) -> InputError:
-    """What was needed, and the setting that fits.
+    """Out-of-memory error with the memory needed, and the setting that fits.
 
     Args:
         error: what was raised.
         config: the run.
-        dtype: of the products.
+        dtype: of the matrix products.
         device: where they ran.
         doing: what the run was at, as "training".
     """
@@ -120,7 +122,7 @@ def explain(
         less, parts_now = needed_memory(config, dtype, half).total / GIB, -(-config.train.batch_size // half)
         fix = (
             f"add --train.micro_batch_size {half}: {less:.2f} GiB, and the same batch of {config.train.batch_size} "
-            f"in {parts_now} parts; then --resume"
+            f"in {parts_now} micro-batches; then --resume"
         )
     elif not config.train.checkpointing:
         fix = "add --train.checkpointing true, or take a smaller model or --train.context; then --resume"
@@ -135,7 +137,7 @@ def explain(
 
 
 def check_disk(config: RunConfig, folder: Path) -> None:
-    """Whether the checkpoints and the model that the run will write fit on the disk.
+    """Disk-space check for the checkpoints and the model that the run will write.
 
     There are as many checkpoints as are kept, the best, and the one that is being written; fewer in a short
     run. What lies in the folder counts as free: it is replaced, or is there already.
@@ -155,5 +157,5 @@ def check_disk(config: RunConfig, folder: Path) -> None:
             found=f"{free / GIB:.2f} GiB free",
             expected=f"{(count * one + model) / GIB:.2f} GiB: {count} checkpoints of {one / GIB:.2f} and a model of "
             f"{model / GIB:.2f}",
-            fix="make room, choose another --out, or lower --checkpoint.keep",
+            fix="free disk space, choose another --out, or lower --checkpoint.keep",
         )

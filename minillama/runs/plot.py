@@ -1,4 +1,4 @@
-"""The loss over the steps: a line of characters always, a PNG where matplotlib is installed."""
+"""Loss curves: sparkline and text chart always, a PNG where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """Values as bars, averaged down to `width` of them; the lowest is the lowest bar."""
+    """Sparkline: values as bars, averaged down to `width` of them; the lowest is the lowest bar."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -28,10 +28,10 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int = 64, height: int = 12) -> str:
-    """Curves of (step, value) on a grid of characters, each drawn with the first letter of its name.
+    """Text chart: curves of (step, value) on a grid of characters, each drawn with the first letter of its name.
 
     Args:
-        curves: by name; values that are no numbers are left out.
+        curves: by name; NaN and infinite values are left out.
         width: columns of the grid.
         height: rows of the grid.
     """

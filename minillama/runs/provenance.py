@@ -1,4 +1,4 @@
-"""Where a run came from: versions, machine, command line, git state, data. One JSON line per start."""
+"""Provenance of a run: versions, machine, command line, git state, data. One JSON line per start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
 
 
 def provenance(config: RunConfig, step: int, data: str, tokenizer: str, device: torch.device) -> dict[str, Any]:
-    """What a start of a run depends on beside config.toml.
+    """Provenance record of a start: all that it depends on beside config.toml.
 
     Args:
         config: the run.
@@ -61,7 +61,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """Commit of the package's checkout and whether files differ from it; None where it is no checkout."""
+    """Commit of the package's git checkout and its changed files; None where it is not a checkout."""
 
     def ask(*words: str) -> str:
         command = ["git", "-C", str(folder), *words]

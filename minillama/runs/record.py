@@ -1,4 +1,4 @@
-"""A run as its folder records it, for those who look at it later."""
+"""Recorded run: configuration, provenance, metrics and checkpoints of a run folder, read-only."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run folder says.
+    """Contents of a run folder.
 
     Args:
         path: the folder.
         config: config.toml, as nested values.
-        starts: one provenance record a start, the newest last.
+        starts: one provenance record per start, the newest last.
         records: the lines of metrics.jsonl.
-        checkpoints: the steps of those that are whole.
+        checkpoints: steps of the complete ones.
     """
 
     path: Path
@@ -59,28 +59,28 @@ class RecordedRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it took all its steps and wrote its model."""
+        """Whether all steps were taken and the model was written."""
         return self.step >= int(self.config["train"]["steps"]) and (self.path / "model").is_dir()
 
     @property
     def state(self) -> str:
-        """Running, finished, or stopped and where it would go on."""
+        """Running, finished, or stopped with the step at which it would resume."""
         owner = lock_owner(self.path)
         if owner is not None:
             return f"running (process {owner})"
         if self.is_finished:
             return "finished"
         behind = f"at step {self.checkpoints[-1]}" if self.checkpoints else "at step 0"
-        return f"stopped after step {self.step}; --resume goes on {behind}"
+        return f"stopped after step {self.step}; --resume continues {behind}"
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """Step and value of the least val_loss behind step 0."""
+        """Step and value of the lowest val_loss after step 0."""
         return min((point for point in self.curve("val_loss") if point[0]), key=lambda point: point[1], default=None)
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
-        """The lines of steps that were not taken."""
+        """Records of skipped steps."""
         return [line for line in self.records if "skipped" in line]
 
     def summary(self) -> dict[str, Any]:

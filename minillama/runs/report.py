@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live line on a terminal, plain lines elsewhere."""
+"""Progress report of a run: progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 
 
 class Report(Protocol):
-    """Takes what happens, in the order in which it happens."""
+    """Receiver of the events of a run, in order."""
 
     def start(self, step: int, steps: int) -> None:
         """The loop begins at `step`."""
@@ -26,14 +26,14 @@ class Report(Protocol):
         """A step was taken; the record is the line of metrics.jsonl."""
 
     def say(self, text: str = "") -> None:
-        """Something else is to be said."""
+        """Print a message."""
 
     def stop(self) -> None:
         """The loop has ended."""
 
 
 def describe(record: Record) -> str:
-    """`loss 3.1416, lr 1.0e-03, 51.2k tok/s, mfu 34%`."""
+    """Metrics of a step: `loss 3.1416, lr 1.0e-03, 51.2k tok/s, mfu 34%`."""
     loss = "skipped" if "skipped" in record else f"loss {record['loss']:.4f}"
     parts = [loss, f"lr {record['lr']:.1e}"]
     parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
@@ -43,16 +43,16 @@ def describe(record: Record) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Pace:
-    """Seconds per step to come: the median of the last steps, and a share of what else took time lately.
+    """Estimate of seconds per step: the median of the last steps, and a share of recent extra time.
 
-    A step that took over three times the median compiled or validated. What it took beyond counts for all steps alike,
+    A step that took over three times the median compiled or validated. Its excess counts for all steps alike,
     but for the longest, which happens once.
     """
 
@@ -61,19 +61,19 @@ class Pace:
         self.beyond: deque[float] = deque(maxlen=200)
 
     def add(self, seconds: float) -> None:
-        """Take the time since the step before."""
+        """Add the time since the step before."""
         self.recent.append(seconds)
         typical = median(self.recent)
         self.beyond.append(seconds - typical if seconds > 3 * typical else 0.0)
 
     def left(self, steps: int) -> str:
-        """The time that so many steps take, for people."""
+        """Estimated duration of so many steps, formatted."""
         beyond = (sum(self.beyond) - max(self.beyond)) / len(self.beyond)
         return duration((median(self.recent) + beyond) * steps)
 
 
 class PlainReport:
-    """A line after the first step and every `every` seconds, for logs and pipes."""
+    """Plain lines after the first step and every `every` seconds, for logs and pipes."""
 
     def __init__(self, console: Console, every: float = 5.0) -> None:
         self.console = console
@@ -81,7 +81,7 @@ class PlainReport:
         self.steps, self.last, self.shown, self.pace = 1, 0.0, 0.0, Pace()
 
     def start(self, step: int, steps: int) -> None:
-        """Begin to count time."""
+        """Start the clock."""
         self.steps, self.last, self.shown, self.pace = steps, time.monotonic(), 0.0, Pace()
 
     def step(self, record: Record) -> None:
@@ -104,7 +104,7 @@ class PlainReport:
 
 
 class TerminalReport:
-    """A progress bar that is redrawn in place."""
+    """Progress bar that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -143,6 +143,6 @@ class TerminalReport:
 
 
 def make_report() -> Report:
-    """The live line on a terminal, the plain one elsewhere."""
+    """Progress bar on a terminal, plain lines elsewhere."""
     console = Console()
     return TerminalReport(console) if console.is_terminal else PlainReport(console)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first leads to a saved state, the second stops at once."""
+"""Signal handling: the first Ctrl-C or SIGTERM saves the state and stops, the second stops at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Interrupted", "Signals"]
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM came; the run was saved. As KeyboardInterrupt, it is no Exception that a library may catch."""
+    """Ctrl-C or SIGTERM; the run was saved. Like KeyboardInterrupt, it is no Exception that a library may catch."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -21,7 +21,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM, so that a step is finished and saved.
+    """Handler of SIGINT and SIGTERM: the first is noted, so that a step is finished and saved.
 
     Args:
         report: told when one came.
@@ -34,7 +34,7 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """While the block runs. In a thread that is not the main one, which alone may handle signals, nothing is."""
+        """Handle signals while the block runs. Only the main thread may; in another one nothing is handled."""
         try:
             before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:

@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training: a step waits for the copy of the tensors, not for the disk."""
+"""Asynchronous checkpoint writing: a step waits for the copy of the tensors, not for the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["CheckpointCopy", "CheckpointWriter"]
 
 @dataclass(frozen=True)
 class CheckpointCopy:
-    """What a checkpoint holds, in tensors that nobody changes any more.
+    """Contents of a checkpoint, in tensors that are no longer changed.
 
     Args:
         model: by parameter name.
@@ -38,15 +38,15 @@ class CheckpointCopy:
         return cls(_copied(model), _copied(optimizer), run)
 
     def check(self) -> None:
-        """Refuse a value that is no number.
+        """Refuse a NaN or infinite value.
 
         Raises:
             InputError: the tensor's name.
         """
         for name, tensor in [*self.model.items(), *self.optimizer.items()]:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                what = f"a checkpoint with values that are no numbers is not written, step {self.run['step']}"
-                raise InputError(what, where=name, fix="lower optim.lr, and go on from an earlier checkpoint")
+                what = f"a checkpoint with NaN or infinite values is not written, step {self.run['step']}"
+                raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -54,13 +54,13 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time in a thread of its own; the next one waits for it.
+    """Background thread that writes one checkpoint at a time; the next one waits for it.
 
     Args:
         folder: of all checkpoints.
-        keep: how many of the newest stay.
+        keep: number of newest checkpoints kept.
         write_model: writes a model folder from tensors into a path.
-        report: told when a checkpoint could not be written. The run goes on, as the one before is still there.
+        report: told when a checkpoint could not be written. The run continues; the one before is intact.
     """
 
     def __init__(
@@ -68,21 +68,21 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.keep, self.write_model, self.report = folder, keep, write_model, report
         self.losses: dict[int, float] = {}
-        """val_loss by step; of the checkpoints that there are, the one with the least stays."""
+        """val_loss by step; of the checkpoints on the disk, the one with the lowest is kept."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the least val_loss, of those that are on the disk."""
+        """The step of the checkpoint with the lowest val_loss, of those that are on the disk."""
         there = [step for step in steps(self.folder) if step in self.losses]
         return min(there, key=lambda step: self.losses[step], default=None)
 
     def submit(self, take: Callable[[], CheckpointCopy]) -> None:
-        """Take a snapshot and write it, after the one before. A failure of that one is said here."""
+        """Take a snapshot and write it, after the one before. A failure of that one is reported here."""
         self._join()
         snapshot = take()  # not before: two of them at once would cost the memory of two
-        # A daemon, so that a second Ctrl-C need not wait for the disk: what is half written stays invisible.
+        # A daemon, so that a second Ctrl-C need not wait for the disk: a partial checkpoint stays invisible.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -98,7 +98,7 @@ class CheckpointWriter:
         self._prune()
 
     def wait(self) -> None:
-        """Wait for the last one; if it could not be written, say so and no more."""
+        """Wait for the last one; if it could not be written, report that and continue."""
         self._join()
 
     def _prune(self) -> None:
@@ -112,7 +112,7 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
             if say and self._failure is not None:
-                self.report.say(f"warning: {self._failure}\n  the run goes on; the checkpoints before are as they were")
+                self.report.say(f"warning: {self._failure}\n  the run continues; the checkpoints before are unchanged")
 
     def _write(self, snapshot: CheckpointCopy) -> None:
         def write(path: Path) -> None:
@@ -123,5 +123,5 @@ class CheckpointWriter:
             snapshot.check()
             save_checkpoint(self.folder, write, snapshot.optimizer, snapshot.run)
             self._prune()
-        except BaseException as error:  # raised again by finish, or said by submit
+        except BaseException as error:  # raised again by finish, or reported by submit
             self._failure = error.with_traceback(None)  # whose frames would keep the tensors

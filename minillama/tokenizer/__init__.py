@@ -1,4 +1,4 @@
-"""Tokenizers: load, save, encode, decode, stream; train BPE, byte and character vocabularies. No torch here."""
+"""Tokenizers: loading, encoding, decoding, streaming, and training of every kind. No torch here."""
 
 from minillama.tokenizer.stream import StreamDecoder
 from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer

@@ -1,7 +1,4 @@
-"""How each kind of vocabulary cuts text, and the backend that a learned vocabulary becomes.
-
-Whether the library or the readable code learned it makes no difference from here on.
-"""
+"""Tokenizer backends: normalization, pre-tokenization and model of each kind of vocabulary."""
 
 from __future__ import annotations
 
@@ -34,33 +31,33 @@ __all__ = [
 ]
 
 UNKNOWN, WORDPIECE_UNKNOWN = "<unk>", "[UNK]"
-RESERVED = 2 + len(BYTES)  # what a vocabulary of characters has beside what is learned
+RESERVED = 2 + len(BYTES)  # special tokens and bytes of a character-based vocabulary
 
 
 def splitter(pattern: str) -> Any:
-    """The library's pre-tokenizer for a pattern of `reference/splitting.py`."""
+    """Regex pre-tokenizer for a pattern of `reference/splitting.py`."""
     if pattern in KEEPING:
         return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
     return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "removed", invert=True)
 
 
 def byte_words(pattern: str) -> Any:
-    """The pre-tokenizer of byte-level BPE: words of a pattern, as printable bytes."""
+    """Byte-level pre-tokenizer: words of a pattern, as printable bytes."""
     return byte_level_bpe([], [], STEPS[pattern], []).pre_tokenizer
 
 
 def blanks() -> Any:
-    """SentencePiece's normalizer: a blank in front, and U+2581 for every blank."""
+    """SentencePiece's normalizer: dummy prefix, and U+2581 for every space."""
     return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
 
 
 def with_blanks(text: str) -> str:
-    """What `blanks` does to a text."""
+    """The normalization of `blanks`, in Python."""
     return SPACE + text.replace(" ", SPACE) if text else text
 
 
 def word(words: Iterable[str]) -> Backend:
-    """Whole words and punctuation; blanks are lost, and all other words are unknown."""
+    """Word-level model: words and punctuation; whitespace is lost, all other words are unknown."""
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([END_OF_TEXT, UNKNOWN, *words]))}
     backend = Backend(models.WordLevel(vocab=vocab, unk_token=UNKNOWN))
     backend.pre_tokenizer = splitter("words")
@@ -69,7 +66,7 @@ def word(words: Iterable[str]) -> Backend:
 
 
 def chars(characters: Iterable[str]) -> Backend:
-    """Single characters, all others unknown."""
+    """Character-level model, all other characters unknown."""
     vocab = {piece: i for i, piece in enumerate([END_OF_TEXT, UNKNOWN, *characters])}
     # BPE without merges is three times as fast here as WordLevel behind a Split, and lines keep its words short.
     backend = Backend(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
@@ -80,7 +77,7 @@ def chars(characters: Iterable[str]) -> Backend:
 
 
 def bpe(alphabet: Iterable[str], merges: Sequence[tuple[str, str]]) -> Backend:
-    """Characters and merges; a character outside the alphabet becomes its bytes."""
+    """BPE on characters, with byte fallback."""
     pieces = dict.fromkeys([END_OF_TEXT, UNKNOWN, *BYTES, *alphabet, *(left + right for left, right in merges)])
     vocab = {piece: i for i, piece in enumerate(pieces)}
     model = models.BPE(vocab=vocab, merges=list(merges), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
@@ -94,14 +91,14 @@ def bpe(alphabet: Iterable[str], merges: Sequence[tuple[str, str]]) -> Backend:
 
 
 def byte_bpe(merges: Sequence[tuple[str, str]], pattern: str) -> Backend:
-    """The 256 bytes and merges; nothing is unknown."""
+    """Byte-level BPE; nothing is unknown."""
     alphabet = sorted(BYTE_TO_CHAR)
     pieces = dict.fromkeys([END_OF_TEXT, *alphabet, *(left + right for left, right in merges)])
     return byte_level_bpe(pieces, list(merges), STEPS[pattern], [END_OF_TEXT])
 
 
 def wordpiece(pieces: Iterable[str]) -> Backend:
-    """BERT's cut by the longest piece from the left; blanks are lost."""
+    """WordPiece: BERT's greedy longest match from the left; whitespace is lost."""
     vocab = {piece: i for i, piece in enumerate(pieces)}
     backend = Backend(models.WordPiece(vocab=vocab, unk_token=WORDPIECE_UNKNOWN))
     backend.pre_tokenizer = splitter("bert")
@@ -111,7 +108,7 @@ def wordpiece(pieces: Iterable[str]) -> Backend:
 
 
 def unigram(scores: Mapping[str, float]) -> Pieces:
-    """Pieces with log probabilities; a character outside of them becomes its bytes."""
+    """Unigram model, with byte fallback."""
     names = [UNKNOWN, END_OF_TEXT, *BYTES, *scores]
     types = [PieceType.UNKNOWN, PieceType.CONTROL, *[PieceType.BYTE] * 256, *[PieceType.NORMAL] * len(scores)]
     return Pieces(names, [0.0] * RESERVED + list(scores.values()), types, ModelKind.UNIGRAM)

@@ -1,6 +1,6 @@
-"""GLM's text with blanks: part A with a mask for each blank, then part B that fills them, one blank after another.
+"""GLM autoregressive blank infilling: part A with mask tokens, then part B, the masked spans one after another.
 
-Du et al. 2022, arXiv 2103.10360, §2.1. Training, infilling, generation and cloze questions all lay text out here.
+Du et al. 2022, arXiv 2103.10360, §2.1. The sequence layout of training, infilling, generation and cloze questions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ BLANK_TOKENS = ("[MASK]", "[sMASK]", "[gMASK]", "<sop>", "<eop>")
 
 
 class Layout(NamedTuple):
-    """Tokens in the order in which they are read, and where each of them stands.
+    """A sequence with its 2D position ids.
 
     Args:
         tokens: (N,) ids.
-        places: (N,) pairs: the place in part A, for a token of part B that of its mask; and the place in the
-            blank, counted from 1, 0 in part A.
-        prefix: |A|, the tokens that see each other in both directions.
+        places: (N,) pairs of position ids: in part A, for a token of part B that of its mask; and within the
+            span, from 1, 0 in part A.
+        prefix: |A|, the length of the bidirectional prefix.
     """
 
     tokens: list[int]
@@ -40,13 +40,13 @@ class Layout(NamedTuple):
         return cls(list(part_a), [(place, 0) for place in range(len(part_a))], len(part_a))
 
     def fill(self, place: int, ids: Sequence[int]) -> Layout:
-        """One more blank of part B: its mask's place, and what is read there, the start token first."""
+        """Append a span to part B: the position of its mask, and its inputs, the start token first."""
         within = [(place, step) for step in range(1, len(ids) + 1)]
         return Layout([*self.tokens, *ids], [*self.places, *within], self.prefix)
 
 
 class Rows(NamedTuple):
-    """Layouts padded on the right to one length T, and what they predict.
+    """A batch of layouts, right-padded to one length T, with targets.
 
     Args:
         tokens: (N, T) ids.
@@ -64,11 +64,11 @@ class Rows(NamedTuple):
 
 
 def collate(layouts: Sequence[Layout], targets: Sequence[Sequence[int]], length: int) -> Rows:
-    """Rows of layouts.
+    """Collate layouts.
 
     Args:
         layouts: N of them.
-        targets: for each what is predicted in part B, slot by slot.
+        targets: the target ids of part B, per layout.
         length: T.
     """
     shape = len(layouts), length
@@ -85,14 +85,14 @@ def collate(layouts: Sequence[Layout], targets: Sequence[Sequence[int]], length:
 
 @dataclass(frozen=True)
 class Blanks:
-    """The ids of the marks.
+    """Ids of GLM's special tokens.
 
     Args:
-        token: stands for a span of tokens.
-        sentence: stands for a sentence.
-        document: stands for a long stretch of text, as a rule up to its end.
-        start: the first token that is read in a blank.
-        end: the last that is predicted there.
+        token: mask of a token span, [MASK].
+        sentence: mask of a sentence, [sMASK].
+        document: mask of a document-level span, as a rule up to the end, [gMASK].
+        start: the first input of a span, <sop>.
+        end: the last target of a span, <eop>.
     """
 
     token: int
@@ -103,17 +103,17 @@ class Blanks:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Blanks:
-        """Those of a tokenizer.
+        """The ids in a tokenizer.
 
         Raises:
-            InputError: it lacks one.
+            InputError: it lacks one of the tokens.
         """
         found = ((name, tokenizer.backend.token_to_id(name)) for name in BLANK_TOKENS)
         ids = {name: i for name, i in found if i is not None}
         missing = [name for name in BLANK_TOKENS if name not in ids]
         if missing:
             raise InputError(
-                "this tokenizer has no marks for blanks",
+                "this tokenizer has no special tokens for infilling",
                 where="tokenizer",
                 found=f"no {', '.join(missing)}",
                 expected=", ".join(BLANK_TOKENS),
@@ -123,9 +123,9 @@ class Blanks:
 
     @property
     def masks(self) -> tuple[int, int, int]:
-        """The ids that stand for a blank in part A."""
+        """Ids of the mask tokens."""
         return self.token, self.sentence, self.document
 
     def continuation(self, ids: Sequence[int]) -> Layout:
-        """A text whose rest is one blank, open for its first token."""
+        """A prompt for left-to-right generation: [gMASK] behind it, and a span open for its first token."""
         return Layout.of([*ids, self.document]).fill(len(ids), [self.start])

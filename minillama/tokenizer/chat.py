@@ -1,7 +1,7 @@
-"""Chat templates: a stranger's program, run in Jinja's sandbox in a process of its own.
+"""Chat templates: untrusted code, run in Jinja's sandbox in a process of its own.
 
-The sandbox keeps a template away from Python's insides, but not from endless loops and not from
-`'A' * 10**9`; a process can be given a limit of memory and be stopped. transformers renders with the same
+The sandbox keeps a template from Python's internals, but not from endless loops and not from
+`'A' * 10**9`; a process has a memory limit and can be stopped. transformers renders with the same
 sandbox and the same settings, so that the text is the same.
 """
 
@@ -24,12 +24,12 @@ SECONDS, MEMORY, SIZE = 5.0, 1 << 30, 10_000_000
 
 
 class ChatTemplate:
-    """Turns conversations into text.
+    """Chat template renderer.
 
     Args:
         template: Jinja.
-        variables: what it may read besides the messages: `bos_token`, `eos_token`.
-        seconds: how long one conversation may take.
+        variables: of the template besides the messages: `bos_token`, `eos_token`.
+        seconds: time limit per conversation.
     """
 
     def __init__(self, template: str, variables: Mapping[str, Any] | None = None, seconds: float = SECONDS) -> None:
@@ -43,25 +43,25 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         **more: Any,
     ) -> str:
-        """The text of one conversation.
+        """The rendered conversation.
 
         Args:
             messages: each with `role` and `content`.
-            add_generation_prompt: end with what an answer starts with.
-            more: further variables, as `tools`.
+            add_generation_prompt: end with the header of an assistant turn.
+            more: further variables, such as `tools`.
 
         Raises:
-            InputError: the template is no Jinja, refuses the messages, reaches for what is not its own, takes
-                too long or grows too large.
+            InputError: the template is not valid Jinja, refuses the messages, violates the sandbox, or exceeds
+                the time or size limit.
         """
         asked = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         values = {"tools": None, "documents": None, **self.variables, **more, **asked}
         request = json.dumps({"template": self.template, "values": values}).encode() + b"\n"
-        with self._lock:  # one question at a time, or the answers would be mixed up
+        with self._lock:  # one request at a time, or the replies would be mixed up
             try:
                 reply = self._ask(request)
             except BaseException:
-                self.close()  # an answer that nobody read must not become the next one
+                self.close()  # a reply that was not read must not become the next one
                 raise
         if "text" not in reply:
             raise InputError("the chat template failed", found=reply["error"])
@@ -71,32 +71,32 @@ class ChatTemplate:
     def _ask(self, request: bytes) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            # -P and our own search path: what lies in the current folder must not be imported
+            # -P and our own search path: modules in the current folder must not be imported
             command = [sys.executable, "-P", "-m", "minillama.tokenizer.chat_worker", str(MEMORY), str(SIZE)]
             path = os.pathsep.join(entry for entry in sys.path if entry)
             environment = os.environ | {"PYTHONPATH": path}
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             assert self._process.stdout is not None
-            if not self._process.stdout.readline():  # it is ready: its start does not count
+            if not self._process.stdout.readline():  # ready: startup is outside the time limit
                 raise InputError("the process that renders chat templates did not start", found=" ".join(command))
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(request)
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it is gone; the empty answer below says so
+            pass  # the process ended; the empty reply below says so
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(self.seconds):
                 raise InputError("the chat template does not end, and was stopped", found=f"{self.seconds:g} s")
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
-            raise InputError("the chat template grew without end, and was stopped")
+            raise InputError("the chat template exceeded its memory limit, and was stopped")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
     def close(self) -> None:
-        """End the process; the next call starts another."""
+        """Stop the process; the next call starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

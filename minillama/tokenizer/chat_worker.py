@@ -1,4 +1,4 @@
-"""The process that renders chat templates: a JSON object a line in, one a line out. See `chat.py`."""
+"""Chat template worker process: one JSON object per line in and out. See `chat.py`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["main"]
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the model writes, and is no text (transformers)."""
+    """`{% generation %} ... {% endgeneration %}`: delimits assistant turns, renders as its body (transformers)."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
     def parse(self, parser: Parser) -> Node | list[Node]:
-        """The block's content as it is."""
+        """The block's body, unchanged."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
@@ -55,11 +55,11 @@ def _compiled(template: str) -> Template:
 
 
 def main(memory: int, size: int) -> None:
-    """Answer until the input ends.
+    """Serve requests until the input ends.
 
     Args:
-        memory: bytes that the process may address, where the system has such a limit.
-        size: characters of an answer at most.
+        memory: address space in bytes, where the system has such a limit.
+        size: characters per reply at most.
     """
     try:
         import resource
@@ -75,7 +75,7 @@ def main(memory: int, size: int) -> None:
             if len(text) > size:
                 raise TemplateError(f"a text of {len(text)} characters, and at most {size} are allowed")
             reply = {"text": text}
-        except Exception as error:  # whatever a stranger's program trips over
+        except Exception as error:  # untrusted code raises anything
             reply = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(reply), flush=True)
 

@@ -1,4 +1,4 @@
-"""Tokenizers side by side on texts: how many tokens they take, and how much they do not know."""
+"""Tokenizer comparison: fertility, compression and coverage."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from minillama.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Figures", "measure", "plot"]
 
-BLANKS = 0.05  # a text with fewer of them a character is written without blanks between words
+BLANKS = 0.05  # whitespace per character; a text with less has no spaces between words
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one tokenizer makes of one text.
+    """Measures of one tokenizer on one text.
 
     Attributes:
         tokens: of the text, its documents encoded one by one.
-        tokens_per_word: fertility; a word is what stands between blanks. None for a text written without them.
+        tokens_per_word: fertility, over whitespace-separated words. None for a text without spaces.
         tokens_per_character: fertility where there are no words.
-        bytes_per_token: of UTF-8; the higher, the shorter the sequences.
-        unknown: share of the tokens that stand for text which is lost.
-        coverage: share of the characters that are in tokens of whole characters, neither unknown nor spelt in
-            parts of their bytes.
+        bytes_per_token: compression, in UTF-8 bytes.
+        unknown: share of unknown tokens.
+        coverage: share of the characters in tokens of whole characters, neither unknown nor byte tokens.
     """
 
     tokens: int
@@ -41,7 +40,7 @@ class Figures:
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
-    """The figures of a text, given as documents.
+    """The measures on a text, given as documents.
 
     Raises:
         InputError: there is no text.
@@ -68,7 +67,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
 
 
 def _lost(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
-    """Characters in unknown tokens, or in runs of tokens that hold parts of characters."""
+    """Number of characters in unknown tokens or in runs of byte tokens."""
     is_byte_level = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
     lost, run = 0, b""
     for token, surface in [*surfaces, (-1, "")]:
@@ -87,10 +86,10 @@ def _lost(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
 
 
 def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
-    """Draw bytes per token, and the share of characters that are covered, as bars.
+    """Bar charts of bytes per token and of coverage.
 
     Args:
-        path: of the picture; its suffix is the format.
+        path: image file; its suffix is the format.
         table: tokenizer -> text -> figures.
 
     Raises:
@@ -109,8 +108,8 @@ def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
     ):
         width = 0.8 / len(table)
         for number, (name, row) in enumerate(table.items()):
-            places = [i + (number - (len(table) - 1) / 2) * width for i in range(len(texts))]
-            axes.bar(places, [pick(row[text]) for text in texts], width, label=name)
+            positions = [i + (number - (len(table) - 1) / 2) * width for i in range(len(texts))]
+            axes.bar(positions, [pick(row[text]) for text in texts], width, label=name)
         axes.set_xticks(range(len(texts)), texts, rotation=20)
         axes.set_ylabel(label)
     figure.axes[0].legend()

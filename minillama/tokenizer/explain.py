@@ -1,4 +1,4 @@
-"""How a tokenizer cuts a text, step by step, told by the readable algorithms on the tokenizer's own vocabulary."""
+"""Segmentation trace: each step, by the reference algorithms on the tokenizer's own vocabulary."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ __all__ = ["explain"]
 
 @dataclass
 class _Word:
-    """What is said of a word, and the pieces that it becomes."""
+    """The trace of a word, and its token pieces."""
 
     lines: list[str]
     pieces: list[str]
 
 
 def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
-    """Lines that tell what happens to a text.
+    """Lines of the segmentation trace of a text.
 
-    Normalization, words, then for each word: BPE's merges with their ranks; or the unigram lattice with each
-    piece's ln p, the best cuts and their share of the probability of all cuts; or WordPiece's longest matches.
-    The last line has the ids that the tokenizer itself gives. Where the steps do not lead there, because an
-    added token cuts the text before anything else, a line says so.
+    Normalization, words, then per word: BPE's merges with their ranks; or the unigram lattice with each
+    token piece's ln p, the best segmentations and their posterior probabilities; or WordPiece's longest matches.
+    The last line has the ids that the tokenizer itself gives. A line says where the steps do not lead there,
+    because added tokens are split off first.
 
     Args:
         tokenizer: of any kind.
-        text: what is cut.
-        n_best: cuts that are shown of a unigram model.
+        text: the text to segment.
+        n_best: segmentations shown for a unigram model.
     """
     backend = tokenizer.backend
     model: dict[str, Any] = json.loads(backend.to_str())["model"]
@@ -48,10 +48,9 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
         yield f"normalized  {normal!r}"
     yield f"model       {model['type']}, {tokenizer.vocab_size} tokens"
     yield f"words       {' '.join(map(_shown, words))}"
-    cutter = {"BPE": _bpe, "Unigram": _unigram(n_best), "WordPiece": _wordpiece}.get(model["type"], _lookup)
-    cut = cutter(model, words)
+    trace = {"BPE": _bpe, "Unigram": _unigram(n_best), "WordPiece": _wordpiece}.get(model["type"], _lookup)
     pieces: list[str] = []
-    for word in cut:
+    for word in trace(model, words):
         yield ""
         yield from word.lines
         pieces += word.pieces
@@ -66,7 +65,7 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
 
 
 def _shown(piece: str) -> str:
-    """A piece on one line and without blanks, which stand between pieces."""
+    """A token piece with spaces and unprintable characters escaped."""
     return "".join(char if char.isprintable() and char != " " else ascii(char)[1:-1] for char in piece).replace(
         " ", "\\x20"
     )
@@ -95,7 +94,7 @@ def _bpe(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
 
 
 def _append(pieces: list[str], symbol: str, model: dict[str, Any], lines: list[str], fuse: bool) -> bool:
-    """Add a symbol, or what stands for it when it is no piece; whether that is the unknown piece."""
+    """Append a symbol, its byte fallback, or the unknown token; returns whether it is unknown."""
     if symbol in model["vocab"]:
         pieces.append(symbol)
         return False
@@ -111,7 +110,7 @@ def _append(pieces: list[str], symbol: str, model: dict[str, Any], lines: list[s
 
 
 def _unigram(n_best: int) -> Any:
-    def cut(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
+    def trace(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
         scores = {piece: score for piece, score in model["vocab"] if piece}
         names = [piece for piece, _ in model["vocab"]]
         table = {"vocab": scores, "byte_fallback": model["byte_fallback"], "unk_token": names[model["unk_id"] or 0]}
@@ -131,7 +130,7 @@ def _unigram(n_best: int) -> Any:
                 unknown_before = _append(pieces, piece, table, lines, unknown_before)
             yield _Word(lines, pieces)
 
-    return cut
+    return trace
 
 
 def _wordpiece(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:

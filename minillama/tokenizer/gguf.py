@@ -1,4 +1,4 @@
-"""Vocabulary of a GGUF file (`tokenizer.*` keys), read."""
+"""GGUF vocabulary import (`tokenizer.*` keys)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(file: Path) -> Parts:
     """Read the vocabulary and the chat template.
 
     Raises:
-        InputError: a damaged file, or a kind of tokenizer that is not known.
+        InputError: a damaged file, or an unknown tokenizer model.
     """
     header = read_header(file)
     names = header.get(f"{PREFIX}tokens", list)
@@ -69,7 +69,7 @@ def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> 
         return [default] * len(names)
     if not isinstance(values, np.ndarray) or len(values) != len(names):
         where, expected = f"{header.path}, {PREFIX}{key}", f"{len(names)} numbers, one per token"
-        raise InputError("not one number a token", where=where, expected=expected)
+        raise InputError("not one number per token", where=where, expected=expected)
     return list(values.tolist())
 
 

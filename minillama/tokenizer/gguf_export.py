@@ -1,4 +1,4 @@
-"""Vocabulary of a GGUF file (`tokenizer.*` keys), written."""
+"""GGUF vocabulary export (`tokenizer.*` keys)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["vocabulary"]
 
 
 def vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """The keys for a model with so many rows of embedding; rows without a token get an unused one.
+    """The keys for an embedding of `rows` rows; rows without a token get an unused one.
 
     Raises:
-        InputError: llama.cpp has no tokenizer that cuts so.
+        InputError: llama.cpp has no equivalent tokenizer.
     """
     backend, pieces, pre = tokenizer.backend, tokenizer.pieces, tokenizer.pre
     values: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         raise InputError(
             "GGUF cannot express this tokenizer",
             found=type(backend.model).__name__,
-            expected=f"byte-level BPE cut as {', '.join(PRE)}, or SentencePiece's BPE with byte fallback",
+            expected=f"byte-level BPE of pattern {', '.join(PRE)}, or SentencePiece's BPE with byte fallback",
         )
     if len(names) > rows:
         found, expected = f"{len(names)} tokens", f"at most the {rows} rows of the embedding"

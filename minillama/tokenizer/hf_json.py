@@ -1,4 +1,4 @@
-"""tokenizer.json, the file of the `tokenizers` library, with the tokenizer_config.json beside it."""
+"""tokenizer.json of the `tokenizers` library, with the tokenizer_config.json beside it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["ENCODE_WITH", "END_OF_TEXT", "read"]
 
 END_OF_TEXT = "<|endoftext|>"
 ENCODE_WITH = "encode_with"  # of tokenizer_config.json: tokenizer.model, where tokenizer.json is not exact
-# Where no file says which they are.
+# Defaults where no file names them.
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
 _BOS_NAMES = (END_OF_TEXT, "<s>", "<|begin_of_text|>")
 
 
 def read(file: Path) -> Parts:
-    """Read the file, and its neighbors if they are there.
+    """Read the file, with tokenizer_config.json and chat_template.jinja if they exist.
 
     Raises:
         InputError: no such file, or it is not a tokenizer.json, or it names no end-of-text token.
@@ -48,14 +48,14 @@ def read(file: Path) -> Parts:
         if backend.token_to_id(token) is None:
             what, expected = "this token is not in the vocabulary", "a token of tokenizer.json"
             raise InputError(what, where=settings_file, found=token, expected=expected)
-    # Without a word in the settings, the file's own post-processor shows what its models were trained with.
+    # Default: the file's own post-processor, as its models were trained.
     starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
     parts = Parts(backend, eos, bos, bool(settings.get("add_bos_token", starts)), settings)
     if settings.get(ENCODE_WITH) is None:
         return parts
     model = file.with_name("tokenizer.model")
     if settings[ENCODE_WITH] != model.name or not model.is_file():
-        what, found = "the file that texts are to be cut with is not there", settings[ENCODE_WITH]
+        what, found = "the SentencePiece model that this tokenizer encodes with is not there", settings[ENCODE_WITH]
         raise InputError(what, where=f"{settings_file}, {ENCODE_WITH}", found=found, expected=model.name)
     exact = sentencepiece.read(model)
     return replace(parts, model=exact.model, encoder=exact.encoder)
@@ -75,13 +75,13 @@ def _backend(file: Path) -> Backend:
 
 
 def _token_name(value: object) -> str | None:
-    """A token of tokenizer_config.json is a string, or an object with its `content`."""
+    """A token of tokenizer_config.json: a string, or an object with its `content`."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def _chat_template(value: object) -> str | None:
-    """A template, or the one called `default` of a list of named ones."""
+    """The chat template, or the one named `default` in a list."""
     if isinstance(value, list):
         named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
         value = named[0].get("template") if named else None

@@ -1,4 +1,4 @@
-"""The names of the kinds of vocabulary. They stand alone so that configurations load without the libraries."""
+"""Tokenizer kinds: the names alone, so that configurations load without the libraries."""
 
 from __future__ import annotations
 

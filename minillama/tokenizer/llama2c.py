@@ -1,4 +1,4 @@
-"""llama2.c's tokenizer.bin: the longest piece, then score, length and bytes of each (tokenizer.py, export)."""
+"""llama2.c's tokenizer.bin: the maximum length, then score, length and bytes per token (tokenizer.py, export)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read(file: Path) -> Parts:
     """Read a tokenizer.bin.
 
     Raises:
-        InputError: cut short, or not such a file.
+        InputError: truncated, or not a tokenizer.bin.
     """
     data, at = read_bytes(file), 4
     names: list[str] = []
@@ -29,15 +29,15 @@ def read(file: Path) -> Parts:
             score, length = struct.unpack_from("<fi", data, at)
             at += 8
             if not 0 <= length <= longest or at + length > len(data):
-                raise ValueError(f"a piece of {length} bytes at byte {at}")
+                raise ValueError(f"a token of {length} bytes at byte {at}")
             names.append(data[at : at + length].decode())
             scores.append(score)
             at += length
         if len(names) < len(NAMES) + 256:
-            raise ValueError(f"{len(names)} pieces")
+            raise ValueError(f"{len(names)} tokens")
     except (struct.error, ValueError) as error:
-        expected = "scores and pieces as llama2.c's tokenizer.py writes them"
-        raise InputError("not a llama2.c tokenizer, or cut short", where=file, found=error, expected=expected) from None
+        expected = "scores and tokens as llama2.c's tokenizer.py writes them"
+        raise InputError("not a llama2.c tokenizer, or truncated", where=file, found=error, expected=expected) from None
     names = [*NAMES, *(name.replace(" ", SPACE) for name in names[len(NAMES) :])]
     types = [PieceType.BYTE if BYTE.fullmatch(name) else PieceType.NORMAL for name in names]
     types[:3] = [PieceType.UNKNOWN, PieceType.CONTROL, PieceType.CONTROL]

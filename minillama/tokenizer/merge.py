@@ -1,8 +1,8 @@
-"""More pieces for a vocabulary that exists: Chinese-LLaMA's merging of two, and Ziya's added characters.
+"""Vocabulary extension: Chinese-LLaMA's merging of two vocabularies, and Ziya's added characters.
 
-Ids that exist stay what they are; what is new comes behind them. Chinese-LLaMA (Cui, Yang and Yao 2023, arXiv
-2304.08177, §3.1): every piece of the second model that the first lacks is appended with score 0, so that it is
-joined before any old one.
+Existing ids are kept; new ones are appended. Chinese-LLaMA (Cui, Yang and Yao 2023, arXiv 2304.08177, §3.1):
+every token piece of the second model that the first lacks is appended with score 0, so that it is merged before
+any old one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from minillama.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["Extended", "extend", "new_characters"]
 
-LOST = ("Cc", "Cs", "Cn", "Co", "Zs", "Zl", "Zp")  # Unicode categories that are no characters to learn
+LOST = ("Cc", "Cs", "Cn", "Co", "Zs", "Zl", "Zp")  # Unicode categories that are not learned
 
 
 @dataclass(frozen=True)
 class Extended:
-    """A longer vocabulary, and how many pieces came from the other one and from texts."""
+    """An extended vocabulary, with the number of token pieces merged, and of characters added."""
 
     tokenizer: Tokenizer
     merged: int = 0
@@ -43,19 +43,19 @@ def extend(
     texts: Iterable[str] = (),
     special: Iterable[str] = (),
 ) -> Extended:
-    """Append pieces to a vocabulary: another's, then characters, then special tokens.
+    """Append token pieces to a vocabulary: another's, then characters, then special tokens.
 
     Args:
         base: a SentencePiece BPE model, or byte-level BPE; a file or folder.
-        extra: SentencePiece of any kind, or byte-level BPE that cuts words as the base does.
-        characters: append so many of the commonest characters of `texts` that are no pieces yet, as Ziya-LLaMA
+        extra: SentencePiece of any kind, or byte-level BPE with the pre-tokenizer of the base.
+        characters: append so many of the most frequent new characters of `texts`, as Ziya-LLaMA
             was given 7,410; fewer where the texts hold no more.
-        texts: where characters are counted.
+        texts: corpus in which characters are counted.
         special: names of special tokens, such as the `[PAD]` that makes Chinese-LLaMA's vocabulary Chinese-Alpaca's.
 
     Raises:
         InputError: the two are of different kinds, or the second has special tokens that the first lacks, or
-            a special token is there already; a base that is byte-level takes neither characters nor marks.
+            a special token is there already; a byte-level base takes neither characters nor special tokens.
     """
     special = list(special)
     if characters < 0:
@@ -95,7 +95,7 @@ def _extend_model(
     names = old.backend.get_vocab(with_added_tokens=True)
     added = {name for name, i in names.items() if i >= len(first.pieces)} - {piece.piece for piece in first.pieces}
     if added:
-        what, found = "tokenizer.json has tokens that tokenizer.model lacks, whose ids would be given away", added
+        what, found = "tokenizer.json has tokens that tokenizer.model lacks, whose ids would be reassigned", added
         raise InputError(what, where=base, found=", ".join(sorted(found)), fix="name the tokenizer.model itself")
     if extra is None and not characters and not special:
         raise InputError("nothing to append", where=base, fix="give EXTRA, --add-characters or --special")
@@ -109,7 +109,7 @@ def _extend_model(
         found_characters = _append(first, new_characters(texts, {piece.piece for piece in first.pieces})[:characters])
     for name in special:
         if not _append(first, [name], PieceType.CONTROL):
-            raise InputError("the vocabulary has this piece already", where=base, found=name)
+            raise InputError("the vocabulary has this token already", where=base, found=name)
     first.trainer_spec.vocab_size = len(first.pieces)
     parts = sentencepiece.parse(first.SerializeToString(), "the merged model")
     parts = replace(parts, add_bos=old.add_bos, config={"chat_template": old.chat_template})
@@ -117,7 +117,7 @@ def _extend_model(
 
 
 def new_characters(texts: Iterable[str], known: set[str]) -> list[str]:
-    """Characters of the texts that are not known, the commonest first, equals by code point; no blanks or controls."""
+    """New characters of the texts by frequency, ties by code point; no whitespace or control characters."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -131,26 +131,26 @@ def _model(path: str | Path) -> Any:
     if file.is_dir():
         file = file / "tokenizer.model"
     if not file.is_file():
-        Tokenizer.load(path)  # says what is wrong with a path that is nothing
+        Tokenizer.load(path)  # raises if there is no tokenizer
         return None
     data = read_bytes(file)
     return sentencepiece.message(data, file) if sentencepiece.is_sentencepiece(data) else None
 
 
 def _kind(path: object) -> str:
-    """What a tokenizer is, for a message."""
+    """The kind of a tokenizer, for a message."""
     tokenizer = Tokenizer.load(str(path))
     steps = steps_of(tokenizer.backend)
     pattern = next((name for name, known in STEPS.items() if known == steps), None)
     return (
-        f"byte-level BPE cut as {pattern}" if pattern else f"{type(tokenizer.backend.model).__name__}, not byte-level"
+        f"byte-level BPE, pattern {pattern}" if pattern else f"{type(tokenizer.backend.model).__name__}, not byte-level"
     )
 
 
 def _check_base(model: Any, base: str | Path) -> None:
     if model.trainer_spec.model_type != ModelKind.BPE:
         kind = ModelKind(model.trainer_spec.model_type).name.lower()
-        what = "pieces can be added to a BPE model alone: there a score is an order, and not a probability"
+        what = "token pieces can be added to a BPE model alone: its scores are ranks, not probabilities"
         raise InputError(what, where=base, found=kind, expected="a SentencePiece BPE model, as Llama 2's")
 
 
@@ -170,7 +170,7 @@ def _mismatch(names: Iterable[str], base: object, extra: object) -> InputError:
 
 
 def _append(model: Any, pieces: Iterable[str], kind: PieceType = PieceType.NORMAL) -> int:
-    """Add the pieces that are not there, with score 0; how many they are."""
+    """Add the missing token pieces with score 0; returns their number."""
     known, before = {piece.piece for piece in model.pieces}, len(model.pieces)
     for name in pieces:
         if name not in known:
@@ -180,7 +180,7 @@ def _append(model: Any, pieces: Iterable[str], kind: PieceType = PieceType.NORMA
 
 
 def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: object) -> Tokenizer:
-    """The second's merges behind the first's, as far as the parts of each are there by then."""
+    """The second's merges behind the first's, where both symbols of the pair are in the vocabulary by then."""
     patterns = [steps_of(tokenizer.backend) for tokenizer in (first, second)]
     if None in patterns or patterns[0] != patterns[1]:
         raise InputError(
@@ -195,7 +195,7 @@ def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: 
     table = first.backend.get_vocab(with_added_tokens=True)
     names = sorted(table, key=lambda name: table[name])
     if [table[name] for name in names] != list(range(len(names))):
-        what = "the ids of this vocabulary have a hole, and those behind it would move"
+        what = "this vocabulary has unassigned ids, and those behind them would move"
         raise InputError(what, where=base, found=f"{len(names)} tokens, the last at {max(table.values())}")
     merges = [(left, right) for left, right in specs[0]["model"]["merges"]]
     known, learned = set(names), set(merges)
@@ -205,9 +205,9 @@ def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: 
             if left + right not in known:
                 names.append(left + right)
                 known.add(left + right)
-    marks = [token["content"] for token in specs[0]["added_tokens"] if token["special"]]
+    specials = [token["content"] for token in specs[0]["added_tokens"] if token["special"]]
     words = [token["content"] for token in specs[0]["added_tokens"] if not token["special"]]
     ignore = bool(specs[0]["model"].get("ignore_merges"))
-    backend = byte_level_bpe(names, merges, patterns[0] or [], marks, words, ignore)
+    backend = byte_level_bpe(names, merges, patterns[0] or [], specials, words, ignore)
     config = {"chat_template": first.chat_template}
     return Tokenizer(backend, eos=first.eos_token, bos=first.bos_token, add_bos=first.add_bos, config=config)

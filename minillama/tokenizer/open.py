@@ -1,4 +1,4 @@
-"""Which reader a tokenizer's path belongs to."""
+"""Tokenizer file formats: detection, and the reader of each."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
 
 def read(path: str | Path) -> Parts:
-    """Read a vocabulary file of any kind, or the one that a folder holds.
+    """Read a vocabulary file of any format, or the one that a folder holds.
 
     Raises:
-        InputError: nothing there, a URL, or no kind that is known; and what the reader finds wrong.
+        InputError: no such file, a URL, or an unknown format; and as the readers.
     """
     refuse_url(path)
     file = Path(path)

@@ -1,7 +1,7 @@
-"""How byte-level BPE cuts text into words, llama.cpp's names for it (tokenizer.ggml.pre), and its printable alphabet.
+"""Byte-level BPE pre-tokenization, its names in llama.cpp (tokenizer.ggml.pre), and the printable byte alphabet.
 
 A tokenizer.json is text, so a byte-level vocabulary writes every byte as one printable character:
-bytes 33-126, 161-172 and 174-255 stand for themselves, the other 68 take U+0100, U+0101, ... in order (GPT-2,
+bytes 33-126, 161-172 and 174-255 map to themselves, the other 68 to U+0100, U+0101, ... in order (GPT-2,
 src/encoder.py: bytes_to_unicode).
 """
 
@@ -40,7 +40,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     ],
     "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
     "llama-3": _pattern(PATTERNS["llama-3"]),
-    # the library reads {1,3}+ as a repetition of repetitions, and not as one that never gives back
+    # the library reads {1,3}+ as a nested repetition, not as a possessive quantifier
     "cl100k": _pattern(PATTERNS["cl100k"].replace("{1,3}+", "{1,3}")),
 }
 # llama.cpp's names; it has none for cl100k
@@ -60,10 +60,10 @@ def byte_level_bpe(
     Args:
         pieces: the vocabulary in the order of its ids, bytes as printable characters.
         merges: in the order of their ranks.
-        steps: how text is cut into words; a value of `STEPS`.
-        special: which pieces are marks and not text.
-        words: which pieces are never cut and stand outside the byte alphabet.
-        ignore_merges: a word that is a piece stays as it is, whatever the merges say; Llama 3's rule.
+        steps: pre-tokenizers; a value of `STEPS`.
+        special: special tokens.
+        words: added tokens that are never split, in plain UTF-8.
+        ignore_merges: a word in the vocabulary is one token, whatever the merges; Llama 3's rule.
     """
     vocab = {piece: i for i, piece in enumerate(pieces)}
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
@@ -77,7 +77,7 @@ def byte_level_bpe(
 
 
 def steps_of(backend: Backend) -> list[dict[str, Any]] | None:
-    """The value of `STEPS` by which a byte-level BPE backend cuts words; None where it is another."""
+    """The value of `STEPS` of a byte-level BPE backend; None for any other pre-tokenizer."""
     spec = json.loads(backend.to_str())
     first = spec["pre_tokenizer"] or {}
     steps = [
@@ -96,7 +96,7 @@ def pre_name(backend: Backend) -> str | None:
 
 
 def piece_bytes(piece: str) -> bytes:
-    """The bytes that a vocabulary entry stands for; an added token outside the alphabet is plain UTF-8."""
+    """The bytes of a token piece; an added token outside the alphabet is plain UTF-8."""
     try:
         return bytes(CHAR_TO_BYTE[char] for char in piece)
     except KeyError:

@@ -1,4 +1,4 @@
-"""SentencePiece .model files: the tokenizer of Llama 1, Llama 2 and their kin."""
+"""SentencePiece .model files: the tokenizers of Llama 1, Llama 2 and derived models."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ def _proto() -> Any:
 
 
 def is_sentencepiece(data: bytes) -> bool:
-    """Whether the bytes start as a ModelProto with a first piece."""
+    """Whether the bytes start as a ModelProto with a first token piece."""
     return data[:1] == b"\x0a" and data[2:3] == b"\x0a"
 
 
 def message(data: bytes, where: object) -> Any:
-    """The file's protocol buffer.
+    """ModelProto of a file.
 
     Raises:
-        InputError: not such a file, or cut short.
+        InputError: not a SentencePiece model, or truncated.
     """
     proto = _proto().ModelProto()
     try:
         proto.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError, whose package may be absent
-        raise InputError("not a SentencePiece model, or cut short", where=where, found=error) from None
+        raise InputError("not a SentencePiece model, or truncated", where=where, found=error) from None
     if not proto.pieces or not proto.IsInitialized():
-        raise InputError("not a SentencePiece model, or cut short", where=where, found="no pieces")
+        raise InputError("not a SentencePiece model, or truncated", where=where, found="no token pieces")
     return proto
 
 
 def pieces_of(proto: Any, where: object) -> Pieces:
-    """The vocabulary of a message.
+    """Vocabulary of a ModelProto.
 
     Raises:
-        InputError: of a kind that a tokenizer.json cannot express.
+        InputError: a model that a tokenizer.json cannot express.
     """
     _refuse(where, proto)
     rules = proto.normalizer_spec
@@ -64,12 +64,12 @@ def pieces_of(proto: Any, where: object) -> Pieces:
         squeeze=rules.remove_extra_whitespaces,
     )
     if pieces.kind == ModelKind.UNIGRAM and pieces.unknown is None:
-        raise InputError("the vocabulary has no unknown piece", where=where)
+        raise InputError("the vocabulary has no unknown token", where=where)
     return pieces
 
 
 def _refuse(where: object, proto: Any) -> None:
-    """Stop at what a tokenizer.json cannot express."""
+    """Refuse models that a tokenizer.json cannot express."""
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     kinds = ", ".join(f"{kind.value} ({kind.name.lower()})" for kind in ModelKind)
     for field, value, expected, accepted in (
@@ -84,18 +84,18 @@ def _refuse(where: object, proto: Any) -> None:
 
 
 def read(file: Path) -> Parts:
-    """Read a .model file. Generation starts with its bos piece, as LLaMA's models were trained."""
+    """Read a .model file. Generation starts with its bos token, as LLaMA's models were trained."""
     return parse(read_bytes(file), file)
 
 
 def parse(data: bytes, where: object) -> Parts:
-    """The parts of a file's bytes."""
+    """Tokenizer parts from the bytes of a .model file."""
     proto = message(data, where)
     pieces, spec = pieces_of(proto, where), proto.trainer_spec
     count = len(pieces.names)
     if not 0 <= spec.eos_id < count:
         field = f"{where}, trainer_spec.eos_id"
-        raise InputError("the vocabulary has no end-of-text piece", where=field, found=spec.eos_id)
+        raise InputError("the vocabulary has no end-of-text token", where=field, found=spec.eos_id)
     bos = pieces.names[spec.bos_id] if 0 <= spec.bos_id < count else None
     backend = _backend(pieces, where)
     encoder = None if pieces.is_exact else SentencePieceEncoder(data)
@@ -103,7 +103,7 @@ def parse(data: bytes, where: object) -> Parts:
 
 
 class SentencePieceEncoder:
-    """SentencePiece's own encoder, for what a tokenizer.json can only come near to."""
+    """SentencePiece's own encoder, for models that a tokenizer.json only approximates."""
 
     def __init__(self, data: bytes) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -111,16 +111,16 @@ class SentencePieceEncoder:
         self._processor: Any = SentencePieceProcessor(model_proto=data)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Token ids per text."""
         ids: list[list[int]] = self._processor.encode(texts)
         return ids
 
     def surfaces(self, text: str) -> list[tuple[int, str]]:
-        """Id and text of each piece; an unknown one has what stood there."""
+        """Id and surface form of each token; an unknown token has the text that it covers."""
         return list(zip(self([text])[0], self._processor.encode(text, out_type=str), strict=True))
 
     def normalize(self, text: str) -> str:
-        """What is cut, with U+2581 for blanks."""
+        """The normalized text, with U+2581 for spaces."""
         normal: str = self._processor.normalize(text)
         return normal
 
@@ -128,11 +128,11 @@ class SentencePieceEncoder:
 def _backend(pieces: Pieces, where: object) -> Backend:
     try:
         backend = pieces.backend()
-        backend.encode("a")  # a damaged normalization shows only in use
+        backend.encode("a")  # a damaged normalization fails only in use
     except InputError:
         raise
     except BaseException as error:
-        # what the library raises for it is no Exception
+        # the library's panic is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         raise InputError("the vocabulary or its normalization is damaged", where=where, found=error) from None
@@ -140,7 +140,7 @@ def _backend(pieces: Pieces, where: object) -> Backend:
 
 
 def serialize(pieces: Pieces, bos_id: int, eos_id: int) -> bytes:
-    """A .model file that SentencePiece reads."""
+    """Bytes of a .model file."""
     proto = _proto().ModelProto()
     for name, score, kind in zip(pieces.names, pieces.scores, pieces.types, strict=True):
         proto.pieces.add(piece=name, score=score, type=int(kind))

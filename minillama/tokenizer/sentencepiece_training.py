@@ -1,4 +1,4 @@
-"""SentencePiece .model files from text: its own trainer, or the readable algorithms written as it writes them."""
+"""SentencePiece training: its own trainer, or the reference algorithms in its file format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["RESERVED", "RULES", "from_merges", "from_scores", "train"]
 RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 MARKS = ("<unk>", "<s>", "</s>")
 RESERVED = len(MARKS) + 256
-LONGEST_LINE = 2**17  # characters; SentencePiece leaves lines over a limit out without a word
+LONGEST_LINE = 2**17  # characters; SentencePiece silently skips lines over a limit
 
 
 def train(
@@ -27,18 +27,18 @@ def train(
     coverage: float,
     rest: int = 0,
 ) -> bytes:
-    """Train with the sentencepiece library, line by line. A text that holds too little gives fewer pieces.
+    """SentencePiece library training, line by line. A short text gives fewer token pieces.
 
     Args:
         texts: documents.
-        vocab_size: pieces, the marks and the 256 bytes among them.
-        model: how text is cut.
-        normalization: of `RULES`; identity keeps every blank, the others make one of several.
-        coverage: share of the text's characters that become pieces; the rest is spelt in bytes.
-        rest: pieces that the caller adds to `vocab_size`, the bytes among them; without any, they are trained in.
+        vocab_size: token pieces, including special tokens and the 256 bytes.
+        model: segmentation algorithm.
+        normalization: of `RULES`; all but identity collapse runs of spaces.
+        coverage: character coverage; the rest falls back to bytes.
+        rest: tokens that the caller adds to `vocab_size`, including the bytes; 0: the bytes are trained in.
 
     Raises:
-        InputError: the package is missing, the text holds nothing, or its characters need more pieces.
+        InputError: the package is missing, the text is empty, or its characters need more token pieces.
     """
     try:
         from sentencepiece import SentencePieceTrainer
@@ -61,12 +61,12 @@ def train(
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise _explained(str(error), vocab_size, rest) from None
+        raise _input_error(str(error), vocab_size, rest) from None
     return written.getvalue()
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines that are not blank, long ones in parts that end at a blank."""
+    """Nonempty lines, long ones split at spaces."""
     for line in (line for text in texts for line in text.split("\n")):
         start = 0
         while start < len(line):
@@ -78,7 +78,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             start += len(part)
 
 
-def _explained(message: str, vocab_size: int, rest: int) -> InputError:
+def _input_error(message: str, vocab_size: int, rest: int) -> InputError:
     high = re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message)
     if high:
         what = "the vocabulary is larger than the text allows"
@@ -93,20 +93,20 @@ def _explained(message: str, vocab_size: int, rest: int) -> InputError:
 
 
 def from_scores(scores: Mapping[str, float]) -> bytes:
-    """A unigram model, without normalization."""
-    pieces, types = _with_marks(scores)
+    """Unigram model, without normalization."""
+    pieces, types = _with_special(scores)
     return sentencepiece.serialize(Pieces(list(pieces), list(pieces.values()), types, ModelKind.UNIGRAM), 1, 2)
 
 
 def from_merges(alphabet: Iterable[str], merges: Iterable[tuple[str, str]]) -> bytes:
-    """A BPE model, without normalization: a merged piece scores minus its rank, the characters come last."""
+    """BPE model, without normalization: scores are minus the merge rank, the characters come last."""
     joined = dict.fromkeys(left + right for left, right in merges)
     scores = {piece: -float(rank) for rank, piece in enumerate([*joined, *(a for a in alphabet if a not in joined)])}
-    pieces, types = _with_marks(scores)
+    pieces, types = _with_special(scores)
     return sentencepiece.serialize(Pieces(list(pieces), list(pieces.values()), types, ModelKind.BPE), 1, 2)
 
 
-def _with_marks(scores: Mapping[str, float]) -> tuple[dict[str, float], list[int]]:
+def _with_special(scores: Mapping[str, float]) -> tuple[dict[str, float], list[int]]:
     types = [PieceType.UNKNOWN, PieceType.CONTROL, PieceType.CONTROL, *[PieceType.BYTE] * 256]
     pieces = dict.fromkeys([*MARKS, *BYTES], 0.0) | dict(scores)
     return pieces, [int(kind) for kind in [*types, *[PieceType.NORMAL] * len(scores)]]

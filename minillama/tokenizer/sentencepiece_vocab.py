@@ -1,7 +1,7 @@
-"""SentencePiece's view of a vocabulary, pieces with scores and types, and the backend that cuts the same.
+"""SentencePiece vocabulary: token pieces with scores and types, and the equivalent backend.
 
-A piece with a higher score is merged earlier. The `tokenizers` library has merges instead, pairs in the order
-of their ranks: every way to cut a piece into two others becomes one, ranked by the piece's score.
+Token pieces of higher score are merged earlier. The `tokenizers` library has ranked merges instead: every split of
+a token piece into two others becomes a merge, ranked by the token piece's score.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from minillama.tokenizer.reference.byte_fallback import BYTE
 __all__ = ["BYTE", "BYTES", "MARKS", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
 
 LONGEST = 1000
-SPACE = "▁"  # U+2581, a blank inside pieces
+SPACE = "▁"  # U+2581, a space inside token pieces
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte fallback: an unknown character becomes these
-MARKS = frozenset([*BYTES, "<unk>", "<s>", "</s>", "<|endoftext|>"])  # what no vocabulary may learn from text
+MARKS = frozenset([*BYTES, "<unk>", "<s>", "</s>", "<|endoftext|>"])  # tokens that are never learned from text
 
 
 class ModelKind(IntEnum):
-    """How text is cut; SentencePiece's numbers (TrainerSpec.ModelType)."""
+    """Segmentation algorithm; SentencePiece's numbers (TrainerSpec.ModelType)."""
 
     UNIGRAM = 1
     BPE = 2
@@ -38,7 +38,7 @@ class ModelKind(IntEnum):
 
 
 class PieceType(IntEnum):
-    """google/sentencepiece, src/sentencepiece_model.proto; GGUF uses the same numbers."""
+    """Token piece type (google/sentencepiece, src/sentencepiece_model.proto); GGUF uses the same numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -50,16 +50,16 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True)
 class Pieces:
-    """A vocabulary in the order of its ids.
+    """SentencePiece vocabulary in the order of its ids.
 
     Attributes:
-        names: with U+2581 for a blank.
+        names: with U+2581 for a space.
         scores: log probabilities (unigram) or minus the merge index (BPE).
         types: of `PieceType`.
-        kind: the best segmentation, merges, or neither.
-        dummy_prefix: a text is given a blank in front.
+        kind: unigram, BPE or characters.
+        dummy_prefix: prepend a space to every text.
         charsmap: SentencePiece's compiled normalization, empty for identity.
-        squeeze: blanks at the ends go, and runs of them become one.
+        squeeze: remove extra whitespace: strip spaces at the ends, collapse runs.
     """
 
     names: Sequence[str]
@@ -72,19 +72,19 @@ class Pieces:
 
     @property
     def unknown(self) -> int | None:
-        """Id of the unknown piece."""
+        """Id of the unknown token."""
         return next((i for i, kind in enumerate(self.types) if kind == PieceType.UNKNOWN), None)
 
     @cached_property
     def is_exact(self) -> bool:
-        """Whether `backend` cuts every text as SentencePiece does.
+        """Whether `backend` segments every text as SentencePiece does.
 
-        Not under a normalization: the library overlooks rules of more than five bytes, as those for half-width
-        kana. Not with user-defined pieces, at which the library cuts before it normalizes, so that each part
-        loses and gains blanks of its own. Not for a unigram model: of two cuts that are equally probable it may
-        take the other. Not where pieces of a BPE model have equal scores: SentencePiece then merges from left to
-        right, the library the smaller id first. Nor where merges lead to a piece that is marked unused, which
-        SentencePiece takes apart again.
+        Not under a normalization: the library ignores rules of more than five bytes, as those for half-width
+        kana. Not with user-defined token pieces: the library splits there before it normalizes, so that each part
+        loses and gains spaces of its own. Not for a unigram model: it may break ties between segmentations
+        otherwise. Not where token pieces of a BPE model have equal scores: SentencePiece then merges from left to
+        right, the library the smaller id first. Nor where merges lead to an unused token piece, which
+        SentencePiece splits again.
         """
         if self.charsmap or self.squeeze or PieceType.USER_DEFINED in self.types or self.kind == ModelKind.UNIGRAM:
             return False
@@ -94,12 +94,12 @@ class Pieces:
         unused = [name for name, kind in zip(self.names, self.types, strict=True) if kind == PieceType.UNUSED]
         if any(merges_by_score({**textual, name: 0.0}, only=name) for name in unused):
             return False
-        # Llama 2's runs of blanks have equal scores, but lead to the longest run in either order
+        # Llama 2's runs of spaces have equal scores, but lead to the longest run in either order
         joined = {left + right for left, right in self._merges() if len({*left, *right}) > 1}
         return len({textual[name] for name in joined}) == len(joined)
 
     def backend(self) -> Backend:
-        """The `tokenizers` object that gives SentencePiece's ids, if `is_exact`."""
+        """Equivalent `tokenizers` backend: SentencePiece's ids, if `is_exact`."""
         byte_fallback = PieceType.BYTE in self.types
         if self.kind == ModelKind.UNIGRAM:
             model: Any = models.Unigram(self._scored(), unk_id=self.unknown, byte_fallback=byte_fallback)
@@ -114,40 +114,40 @@ class Pieces:
         backend = Backend(model)
         backend.normalizer = normalizers.Sequence(self._normalizers())
         if self.kind == ModelKind.UNIGRAM:
-            backend.pre_tokenizer = pre_tokenizers.Split(self._marks(), "merged_with_previous")
+            backend.pre_tokenizer = pre_tokenizers.Split(self._split_pattern(), "merged_with_previous")
         steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
         steps += [decoders.Strip(" ", 1, 0)] if self.dummy_prefix else []
         backend.decoder = decoders.Sequence(steps)
-        marks = (PieceType.CONTROL, PieceType.UNKNOWN)
+        special = (PieceType.CONTROL, PieceType.UNKNOWN)
         named = list(zip(self.names, self.types, strict=True))
         backend.add_special_tokens(
-            [AddedToken(n, normalized=False, special=True) for n, kind in named if kind in marks]
+            [AddedToken(n, normalized=False, special=True) for n, kind in named if kind in special]
         )
         words = [n for n, kind in named if kind == PieceType.USER_DEFINED]
         backend.add_tokens([AddedToken(n, normalized=False) for n in words])
         return backend
 
-    def _silent(self) -> dict[str, int]:
-        """Marks, bytes and unused pieces -> where a cut keeps the library from finding them in a text, 0 for nowhere.
+    def _split_points(self) -> dict[str, int]:
+        """Special, byte and unused tokens -> the offset of a split that keeps text from matching them, 0 for none.
 
-        The library's unigram model takes any piece that it finds; SentencePiece's takes text alone. A cut does no
-        harm between two characters that stand together in no piece of text.
+        The library's unigram model matches every token piece; SentencePiece's matches normal ones alone. A split is
+        safe between two characters that are adjacent in no normal token piece.
         """
         rows = list(zip(self.names, self.types, strict=True))
         together = {pair for name in self._textual() for pair in pairwise(name)}
-        silent = [n for n, kind in rows if kind not in (PieceType.NORMAL, PieceType.USER_DEFINED) and len(n) > 1]
+        names = [n for n, kind in rows if kind not in (PieceType.NORMAL, PieceType.USER_DEFINED) and len(n) > 1]
         return {
-            name: next((i for i in range(1, len(name)) if (name[i - 1], name[i]) not in together), 0) for name in silent
+            name: next((i for i in range(1, len(name)) if (name[i - 1], name[i]) not in together), 0) for name in names
         }
 
     def _scored(self) -> list[tuple[str, float]]:
-        """Names with scores; what no cut can silence costs more than any other way to spell it.
+        """Names with scores; tokens without a split point score below any other segmentation of their text.
 
-        More digits than six would be read back from a tokenizer.json with another last one.
+        Six digits survive the round trip through a tokenizer.json.
         """
-        cuts, worst = self._silent(), min([*self.scores, -1.0])
+        splits, worst = self._split_points(), min([*self.scores, -1.0])
         table = zip(self.names, self.scores, strict=True)
-        return [(name, round(2 * len(name) * worst if cuts.get(name) == 0 else score, 6)) for name, score in table]
+        return [(name, round(2 * len(name) * worst if splits.get(name) == 0 else score, 6)) for name, score in table]
 
     def _merges(self) -> list[tuple[str, str]]:
         return merges_by_score(self._textual()) if self.kind == ModelKind.BPE else []
@@ -155,20 +155,20 @@ class Pieces:
     def _normalizers(self) -> list[Any]:
         steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
         if self.squeeze:
-            # not Strip, which takes other white space as well
+            # not Strip, which removes other whitespace as well
             steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
         return [*steps, *([normalizers.Prepend(SPACE)] if self.dummy_prefix else []), normalizers.Replace(" ", SPACE)]
 
-    def _marks(self) -> Regex:
-        """The beginning, up to the cut, of every text that spells a mark, a byte or an unused piece."""
-        cuts = [(name[:i], name[i:]) for name, i in self._silent().items() if i]
-        return Regex("|".join(f"{re.escape(left)}(?={re.escape(right)})" for left, right in cuts) or "(?!)")
+    def _split_pattern(self) -> Regex:
+        """Prefixes, up to the split point, of texts that spell a special, byte or unused token."""
+        splits = [(name[:i], name[i:]) for name, i in self._split_points().items() if i]
+        return Regex("|".join(f"{re.escape(left)}(?={re.escape(right)})" for left, right in splits) or "(?!)")
 
     @classmethod
     def of(cls, backend: Backend) -> Pieces | None:
-        """The pieces of a BPE backend that cuts as SentencePiece does; None for any other.
+        """Vocabulary of a BPE backend that is equivalent to a SentencePiece model; None for any other.
 
-        Scores are minus the rank of a piece's first merge, which leads to the same merges in the same order.
+        Scores are minus the rank of a token piece's first merge, which gives the same merges in the same order.
         """
         spec = json.loads(backend.to_str())
         model, steps = spec["model"], spec["normalizer"] or {}
@@ -207,34 +207,34 @@ class Pieces:
         return pieces if pieces._merges_like(model["merges"]) else None
 
     def _merges_like(self, merges: list[Any]) -> bool:
-        """Whether these are the merges that follow from the scores, but for the order of cuts of one piece."""
+        """Whether these are the merges of the scores, up to the order of splits of one token piece."""
         pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
         joined = [piece for piece, _ in groupby(left + right for left, right in pairs)]
         return len(joined) == len(set(joined)) and set(pairs) == set(merges_by_score(self._textual()))
 
     def _textual(self) -> dict[str, float]:
-        """Score of every piece that is text: marks and bytes are none, and no merge may lead to them."""
+        """Scores of the normal token pieces: no merge may lead to special tokens or bytes."""
         textual = (PieceType.NORMAL,)
         rows = zip(self.names, self.scores, self.types, strict=True)
         return {name: score for name, score, kind in rows if kind in textual}
 
 
 def merges_by_score(scores: Mapping[str, float], only: str | None = None) -> list[tuple[str, str]]:
-    """Every pair of pieces that joins to a third, in the order in which SentencePiece would merge them.
+    """Merges of a scored vocabulary, in SentencePiece's order.
 
     Args:
-        scores: by piece, which is also the order of equals.
-        only: the one piece that is asked about.
+        scores: by token piece; ties keep this order.
+        only: restrict to the merges that give this token piece.
 
     Raises:
-        InputError: a score is no number, or a piece is so long that it must be forged.
+        InputError: a score is NaN, or a token piece is implausibly long.
     """
     if any(score != score for score in scores.values()):
-        raise InputError("a score of the vocabulary is no number")
+        raise InputError("a score of the vocabulary is NaN")
     longest = max(map(len, scores), default=0)
     if longest > LONGEST:
         expected = f"at most {LONGEST} characters"
-        raise InputError("a piece is longer than any real one", found=longest, expected=expected)
+        raise InputError("a token of the vocabulary is too long", found=longest, expected=expected)
     merges = []
     for order, (piece, score) in enumerate(scores.items() if only is None else [(only, scores[only])]):
         for cut in range(1, len(piece)):

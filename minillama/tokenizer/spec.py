@@ -1,4 +1,4 @@
-"""What a reader of vocabulary files gives, and how it reads them."""
+"""Tokenizer specification: the output of vocabulary readers, and bounded file reads."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ LIMIT = 500_000_000
 
 
 class Encoder(Protocol):
-    """Cuts texts in the place of the backend."""
+    """An encoder that replaces the backend's."""
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Token ids per text."""
 
     def surfaces(self, text: str) -> list[tuple[int, str]]:
-        """Id and text of each piece; an unknown one has what stood there."""
+        """Id and surface form of each token; an unknown token has the text that it covers."""
 
     def normalize(self, text: str) -> str:
-        """What is cut."""
+        """The normalized text."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The arguments of `Tokenizer`, which see."""
+    """The arguments of `Tokenizer`."""
 
     backend: Backend
     eos: str
@@ -72,7 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         found = f"{error}; it starts with {text[:40]!r}"
-        raise InputError("this file is not JSON, or is cut short", where=file, found=found) from None
+        raise InputError("this file is not JSON, or truncated", where=file, found=found) from None
     if not isinstance(value, dict):
         raise InputError("this file is not a JSON object", where=file, found=type(value).__name__)
     return value

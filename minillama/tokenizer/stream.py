@@ -1,4 +1,4 @@
-"""Decoding one token at a time."""
+"""Streaming detokenizer."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ __all__ = ["StreamDecoder"]
 
 
 class StreamDecoder:
-    """Turns token ids into text as they come: all pushes plus the flush equal `decode` of all the ids.
+    """Incremental detokenization: all pushes plus the flush equal `decode` of all the ids.
 
-    Half a character is never given out: its bytes wait for the rest of it. The time of a push does not
-    depend on how much was pushed before. (tokenizers' own DecodeStream waits for ever, and slows down,
-    once a model has written bytes that are no UTF-8, and it has no flush.)
+    Incomplete characters are buffered. The time per push is constant. (tokenizers' own DecodeStream waits
+    forever, and slows down, after bytes that are not valid UTF-8, and it has no flush.)
 
     Args:
-        backend: whose ids they are.
-        special_ids: of special tokens.
-        skip_special: these give no text.
-        after: the ids that the text goes on from.
+        backend: the tokenizer's backend.
+        special_ids: ids of special tokens.
+        skip_special: special tokens give no text.
+        after: ids of the prompt.
     """
 
     def __init__(
@@ -36,14 +35,14 @@ class StreamDecoder:
         self._skipped = special_ids if skip_special else frozenset()
         is_byte_level = isinstance(self._backend.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if is_byte_level else None
-        # the last token given out, or before it all: SentencePiece strips the blank of a text's first token. A byte
-        # token would be decoded together with those that come, and its run of bytes is complete already.
+        # One token of context: SentencePiece strips the space of a sequence's first token. Not a byte token, which
+        # would be decoded together with those that follow, though its run is complete.
         texts = (i for i in reversed(after) if i not in special_ids and not self._is_byte(i))
         self._context = list(islice(texts, 1))
-        self._pending: list[int] = []  # a run of byte tokens, which is text or not as a whole
+        self._pending: list[int] = []  # a run of byte tokens, valid UTF-8 or not as a whole
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; often none, at times several characters."""
+        """The text completed by this token: none or more characters."""
         piece = self._backend.id_to_token(token)
         if piece is None or token in self._skipped:
             return ""
@@ -53,7 +52,7 @@ class StreamDecoder:
         return "" if self._is_byte(token) else self._take()
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for bytes that never became a character. The stream starts anew."""
+        """The rest: U+FFFD for an incomplete character. Resets the stream."""
         text = self._utf8.decode(b"", final=True) if self._utf8 is not None else self._take()
         self._context = []
         return text

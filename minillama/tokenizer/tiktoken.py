@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer.model: tiktoken's ranks, one line each, base64 and number."""
+"""tiktoken ranks, Llama 3's tokenizer.model: base64 and rank per line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPECIAL = [f"<|{_NAMED.get(i) or f'reserved_special_token_{next(_RESERVED)}'}|>"
 
 
 def is_tiktoken(data: bytes) -> bool:
-    """Whether the first line is base64, a blank and a number."""
+    """Whether the first line is base64, a space and a number."""
     token, _, rank = data[:200].split(b"\n")[0].partition(b" ")
     try:
         return rank.strip().isdigit() and len(base64.b64decode(token, validate=True)) > 0
@@ -40,10 +40,10 @@ def is_tiktoken(data: bytes) -> bool:
 
 
 def read(file: Path) -> Parts:
-    """Read the ranks, and put Llama 3's pre-tokenizer and its 256 special tokens with them.
+    """Read the ranks, and add Llama 3's pre-tokenizer and its 256 special tokens.
 
     Raises:
-        InputError: a line that is no rank, or ranks that are not 0, 1, 2, ...
+        InputError: a malformed line, or ranks that are not 0, 1, 2, ...
     """
     pieces: list[str] = []
     for number, line in enumerate(read_bytes(file).splitlines(), 1):
@@ -55,18 +55,17 @@ def read(file: Path) -> Parts:
         except (ValueError, binascii.Error) as error:
             raise InputError("not a line of tiktoken's ranks", where=f"{file}:{number}", found=error) from None
     if len(set(pieces)) < len(pieces) or "" in pieces:
-        raise InputError("a token stands there twice, or is empty", where=file)
+        raise InputError("a token is duplicated or empty", where=file)
     merges = merges_by_score({piece: -float(rank) for rank, piece in enumerate(pieces)})
     backend = byte_level_bpe([*pieces, *SPECIAL], merges, STEPS["llama-3"], SPECIAL, ignore_merges=True)
     return Parts(backend, eos="<|end_of_text|>", bos="<|begin_of_text|>")
 
 
 def write(file: Path, backend: Backend) -> None:
-    """Write the ranks of a backend that `read` could have made.
+    """Write the ranks of a backend of Llama 3's kind.
 
     Raises:
-        InputError: another pre-tokenizer than Llama 3's, which Meta's code does not read from a file, or
-            other special tokens.
+        InputError: another pre-tokenizer than Llama 3's, which Meta's code hard-codes, or other special tokens.
     """
     table = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     names = [name for name, _ in table]

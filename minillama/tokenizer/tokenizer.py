@@ -1,4 +1,4 @@
-"""Text to token ids and back, over the Rust `tokenizers` library and its tokenizer.json."""
+"""Tokenizer: text to token ids and back, over the Rust `tokenizers` library and its tokenizer.json."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from minillama.tokenizer.stream import StreamDecoder
 
 __all__ = ["END_OF_TEXT", "Tokenizer", "check_unicode"]
 
-# What survives from a loaded tokenizer_config.json, beside what save() writes itself.
+# Members kept of a loaded tokenizer_config.json, besides those that save() writes itself.
 _CARRIED = ("unk_token", "pad_token", "chat_template", "model_max_length")
 
 
 class Tokenizer:
-    """A vocabulary and the rules that cut text into it.
+    """A vocabulary and its segmentation rules.
 
     Args:
         backend: the `tokenizers.Tokenizer`; it belongs to this object from here on.
-        eos: the token that ends a text; it must be in the vocabulary.
-        bos: the token that starts one; `eos` where the vocabulary has none of its own, as GPT-2's.
+        eos: the end-of-text token; it must be in the vocabulary.
+        bos: the beginning-of-text token; `eos` where the vocabulary has none of its own, as GPT-2's.
         add_bos: whether generation starts with `bos`, because the model was trained so.
         config: further members of tokenizer_config.json to keep, such as `chat_template`.
         model: the SentencePiece file that the backend was made from; `save` writes it, too.
-        encoder: what cuts texts in the backend's place, where that comes near to the file only.
+        encoder: replaces the backend's encoder where that only approximates the file's.
 
     Raises:
         InputError: `eos` or `bos` is not in the vocabulary.
@@ -57,9 +57,9 @@ class Tokenizer:
         model: bytes = b"",
         encoder: Encoder | None = None,
     ) -> None:
-        backend.no_truncation()  # files in the wild carry a cut at 512 and padding, which would pass unnoticed
+        backend.no_truncation()  # files in the wild set truncation at 512 and padding, which would pass unnoticed
         backend.no_padding()
-        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is these 13 characters
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is its 13 characters
         self.backend = backend
         self.eos_token, self.bos_token = eos, bos or eos
         self.eos_id, self.bos_id = self._id(self.eos_token), self._id(self.bos_token)
@@ -69,7 +69,7 @@ class Tokenizer:
 
     @property
     def add_bos(self) -> bool:
-        """Whether generation starts with `bos_id`. Kept as the post-processor of tokenizer.json, where others look."""
+        """Whether generation starts with `bos_id`: the post-processor of tokenizer.json."""
         return bool(self.backend.encode("").ids[:1] == [self.bos_id])
 
     @add_bos.setter
@@ -100,7 +100,7 @@ class Tokenizer:
 
     @classmethod
     def of(cls, parts: Parts) -> Tokenizer:
-        """The tokenizer of what a reader or a trainer gives."""
+        """The tokenizer of a reader's or a trainer's parts."""
         return cls(
             parts.backend,
             eos=parts.eos,
@@ -117,7 +117,7 @@ class Tokenizer:
         A tokenizer that came from a SentencePiece file has that written beside them as tokenizer.model.
 
         Args:
-            folder: made if it is not there.
+            folder: created if missing.
             max_length: the model's context in tokens, written as `model_max_length`.
         """
         settings: dict[str, Any] = {
@@ -141,23 +141,23 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
     def with_special(self, names: Sequence[str]) -> Tokenizer:
-        """A tokenizer with further special tokens, those that it lacks, behind its highest id.
+        """A tokenizer with the special tokens that it lacks appended behind its highest id.
 
         Raises:
-            InputError: one of them is a piece of text already; or there are ids below the highest that no token
-                has, which the new ones would fill.
+            InputError: one of them is an ordinary token already; or ids below the highest are unassigned, and
+                the new tokens would fill them.
         """
         known = {name: i for name in names if (i := self.backend.token_to_id(name)) is not None}
         pieces = [name for name, i in known.items() if i not in self.special_ids]
         if pieces:
-            what = "a special token is a piece of the vocabulary already, and texts would lose it"
+            what = "this special token is an ordinary token of the vocabulary already, and texts would lose it"
             raise InputError(what, found=", ".join(pieces), fix="give it another name")
         if len(known) == len(names):
             return self
         backend = Backend.from_str(self.backend.to_str())
         if backend.get_vocab_size(with_added_tokens=True) < self.vocab_size:
             found = f"{backend.get_vocab_size(with_added_tokens=True)} tokens, highest id {self.vocab_size - 1}"
-            raise InputError("a vocabulary with holes in its ids takes no further tokens", found=found)
+            raise InputError("a vocabulary with unassigned ids takes no further tokens", found=found)
         backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
         return Tokenizer(
             backend,
@@ -174,12 +174,12 @@ class Tokenizer:
 
         Args:
             text: any Unicode text.
-            bos: put `bos_id` in front.
-            special: read the names of special tokens as these tokens. Only for text that the program
+            bos: prepend `bos_id`.
+            special: parse the names of special tokens as these tokens. Only for text that the program
                 wrote itself (chat templates): in a user's text they are plain characters.
 
         Raises:
-            InputError: the text holds a lone surrogate, which is no character.
+            InputError: the text holds a lone surrogate.
         """
         if not special:
             return [self.bos_id] * bos + self.encode_batch([text])[0]
@@ -192,18 +192,18 @@ class Tokenizer:
         return ids
 
     def encode_inside(self, text: str) -> list[int]:
-        """Ids of a text that stands behind other text.
+        """Token ids of a text that continues another.
 
-        They are `encode`'s but for vocabularies that put a space in front of every text.
+        They are `encode`'s except for vocabularies with a dummy prefix.
         """
         for before in ("\n", "|", "~"):
             start, ids = self.encode_batch([before, before + text])
-            if start and ids[: len(start)] == start:  # nothing of the text became part of a piece before it
+            if start and ids[: len(start)] == start:  # no token crosses the boundary
                 return ids[len(start) :]
         return self.encode(text)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """Token ids per text, encoded on all cores."""
         texts = list(texts)
         if self._encoder is None:
             return _encode(self.backend, texts)
@@ -212,7 +212,7 @@ class Tokenizer:
         return self._encoder(texts)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of token ids; U+FFFD stands for bytes that are no UTF-8.
+        """The text of token ids; U+FFFD replaces bytes that are not valid UTF-8.
 
         Raises:
             InputError: an id outside the vocabulary.
@@ -226,22 +226,22 @@ class Tokenizer:
         return self.backend.decode(kept, skip_special_tokens=False)
 
     def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder for ids that come one at a time, `after` the ids of a prompt."""
+        """A streaming detokenizer, `after` the ids of a prompt."""
         return StreamDecoder(self.backend, self.special_ids, skip_special, after)
 
     @cached_property
     def vocab_size(self) -> int:
-        """The rows that an embedding needs: the highest id plus one, added tokens included."""
+        """Rows of the embedding: the highest id plus one, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of the tokens that are marks and not text."""
+        """Ids of the special tokens."""
         return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """The id of text that the vocabulary cannot spell; None where there is no such text."""
+        """Id of the unknown token; None where there is none."""
         model = json.loads(self.backend.to_str())["model"]
         if model["type"] == "Unigram":
             index: int | None = model["unk_id"]
@@ -250,9 +250,9 @@ class Tokenizer:
         return None if name is None else self.backend.token_to_id(name)
 
     def surfaces(self, text: str) -> list[tuple[int, str]]:
-        """Id of each token, and what stands there: its piece, or for an unknown one the text that is lost.
+        """Id and surface form of each token: its piece, or for an unknown token the text that is lost.
 
-        Parts of one character have it in turn.
+        Byte tokens of one character each have that character.
         """
         if self._encoder is not None:
             return self._encoder.surfaces(text)
@@ -262,14 +262,14 @@ class Tokenizer:
         return [(i, text[start:end] if i == self.unknown_id else name) for i, name, (start, end) in rows]
 
     def normalized(self, text: str) -> str:
-        """The text as it is cut."""
+        """The normalized text."""
         if self._encoder is not None:
             return self._encoder.normalize(text)
         return self.backend.normalizer.normalize_str(text) if self.backend.normalizer is not None else text
 
     @property
     def is_exact(self) -> bool:
-        """Whether tokenizer.json says all; else the SentencePiece library cuts, see `Pieces.is_exact`."""
+        """Whether tokenizer.json is exact; else the SentencePiece library encodes, see `Pieces.is_exact`."""
         return self._encoder is None
 
     @cached_property
@@ -287,7 +287,7 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> Pieces | None:
-        """The vocabulary as SentencePiece's BPE without normalization has it, None where it is no such one."""
+        """The vocabulary as a SentencePiece BPE model without normalization, None where it is none."""
         if self._encoder is None:
             return Pieces.of(self.backend)
         found = sentencepiece.pieces_of(sentencepiece.message(self._model, "tokenizer.model"), "tokenizer.model")
@@ -295,18 +295,18 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template that turns messages into text, where the tokenizer came with one."""
+        """The Jinja chat template, if the tokenizer came with one."""
         return self._config.get("chat_template")
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation by the model's own template; encode it with `special=True`.
+        """A conversation rendered by the model's chat template; encode it with `special=True`.
 
         Args:
             messages: each with `role` and `content`.
-            add_generation_prompt: end with what an answer starts with.
-            variables: what else the template reads, as `tools`.
+            add_generation_prompt: end with the header of an assistant turn.
+            variables: further variables of the template, such as `tools`.
 
         Raises:
             InputError: there is no template, or it fails; see `ChatTemplate`.
@@ -323,8 +323,8 @@ class Tokenizer:
 
     @cached_property
     def _special_backend(self) -> Backend:
-        # A second one instead of a switched flag: an encode in another thread must not see the switch. Files
-        # that call their special tokens `normalized` would have the blank in front of a text become part of them.
+        # A second backend, not a flag: an encode in another thread must not see the switch. In files whose
+        # special tokens are `normalized`, the space in front of a text would become part of them.
         spec = json.loads(self.backend.to_str())
         for token in spec["added_tokens"]:
             token["normalized"] = token["normalized"] and not token["special"]
@@ -341,7 +341,7 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
 
 
 def check_unicode(text: str) -> None:
-    """Refuse a lone surrogate, which is no character."""
+    """Refuse lone surrogates."""
     if any("\ud800" <= char <= "\udfff" for char in text):
         what = "this text is not valid Unicode: it holds a lone surrogate"
         raise InputError(what, found=ascii(text[:80]), fix="give it as UTF-8") from None

@@ -1,4 +1,4 @@
-"""New vocabularies of every kind. The same texts give the same file, byte for byte."""
+"""Tokenizer training, all kinds. The same texts give the same file, byte for byte."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ __all__ = ["Kind", "TokenizerTrainer", "byte_tokenizer", "char_tokenizer", "trai
 
 @dataclass(frozen=True)
 class TokenizerTrainer:
-    """How to make a tokenizer from texts: `TokenizerTrainer("byte-bpe", 4096)(texts)`.
+    """Tokenizer training settings: `TokenizerTrainer("byte-bpe", 4096)(texts)`.
 
-    Id 0 or 1 is `<|endoftext|>` (SentencePiece has `</s>`, 2), the alphabet comes next, then what was learned.
+    Id 0 or 1 is `<|endoftext|>` (SentencePiece has `</s>`, 2), then the alphabet, then the learned tokens.
 
     Args:
-        kind: what the pieces are.
+        kind: algorithm.
 
-            - byte-bpe: bytes and merges of them; nothing is unknown. Text is first cut by `pattern`.
-            - bpe: characters and merges of them, unknown characters as bytes.
-            - unigram: the pieces of the most probable cut, unknown characters as bytes.
+            - byte-bpe: byte-level BPE, no unknown token; pre-tokenized by `pattern`.
+            - bpe: BPE on characters, with byte fallback.
+            - unigram: unigram language model, with byte fallback.
             - sentencepiece: a SentencePiece .model, of kind `model`, with byte fallback.
-            - wordpiece: BERT's; a word that cannot be put together is unknown, blanks are lost.
-            - word: the commonest words; the others are unknown, blanks are lost.
-            - char: the commonest characters. bytes: the 256 bytes, without training.
-        vocab_size: tokens in all. A text that holds too few gives fewer, unless `full` is set. 0: as many as
+            - wordpiece: BERT's; a word without a segmentation is unknown, whitespace is lost.
+            - word: the most frequent words; the others are unknown, whitespace is lost.
+            - char: the most frequent characters. bytes: the 256 bytes, without training.
+        vocab_size: tokens in all. A short text gives fewer, unless `full` is set. 0: as many as
             there are (word, char); bytes always has 257.
-        pattern: of byte-bpe: smollm (digits one by one; llama.cpp knows these four but cl100k), gpt-2, llama-3, cl100k.
-        ties: of byte-bpe and bpe, which of equally common pairs is merged; all but `library` use the readable code.
+        pattern: of byte-bpe: smollm (single digits; llama.cpp knows these four but cl100k), gpt-2, llama-3, cl100k.
+        ties: of byte-bpe and bpe: tie-breaking between equally frequent pairs; all but `library` use the reference
+            code.
         score: of wordpiece: `count` as the library, or `information` as BERT's paper was understood, by the
-            readable code.
+            reference code.
         model: of sentencepiece: unigram or bpe.
-        normalization: of sentencepiece: identity, nmt_nfkc, nfkc, nmt_nfkc_cf or nfkc_cf; the readable code has
+        normalization: of sentencepiece: identity, nmt_nfkc, nfkc, nmt_nfkc_cf or nfkc_cf; the reference code has
             identity alone.
-        coverage: of sentencepiece: the share of the characters of the text that become pieces; all of them by
-            the readable code.
-        reference: learn with the readable code of `tokenizer/reference`, not with a library.
+        coverage: of sentencepiece: character coverage; 1 in the reference code.
+        reference: train with the reference code of `tokenizer/reference`, not with a library.
         full: fewer tokens than `vocab_size` are an error.
-        special: further special tokens, the last of the `vocab_size`, as GLM's marks of blanks.
+        special: further special tokens, the last of the `vocab_size`, such as GLM's mask tokens.
 
     Raises:
-        InputError: an unknown kind, pattern or rule, a vocabulary too small for what it must hold; with
+        InputError: an unknown kind, pattern or rule, a vocabulary too small for its special tokens and bytes; with
             `full`, or of kind sentencepiece, one larger than the text allows.
     """
 
@@ -83,13 +83,11 @@ class TokenizerTrainer:
                 )
         if not 0.98 <= self.coverage <= 1:
             where = "character_coverage"
-            raise InputError(
-                "not a share that SentencePiece takes", where=where, found=self.coverage, expected="0.98 to 1"
-            )
+            raise InputError("character coverage out of range", where=where, found=self.coverage, expected="0.98 to 1")
         self._check_kind()
         own = {"", END_OF_TEXT, backends.UNKNOWN, backends.WORDPIECE_UNKNOWN, "<s>", "</s>"}
         if len(set(self.special)) < len(self.special) or own & set(self.special):
-            raise InputError("special tokens need names of their own", where="special", found=", ".join(self.special))
+            raise InputError("special tokens need unique names", where="special", found=", ".join(self.special))
         reserved = {"byte-bpe": 257, "bpe": 259, "unigram": 259, "sentencepiece": 260, "wordpiece": 3, "bytes": 0}
         least = 257 if self.kind == "bytes" and self.full else reserved.get(self.kind, 3 if self.vocab_size else 0)
         least += len(self.special) if least else 0
@@ -98,7 +96,7 @@ class TokenizerTrainer:
             raise InputError(what, where="vocab_size", found=self.vocab_size, expected=f"at least {least}")
 
     def _check_kind(self) -> None:
-        """Refuse a setting of another kind."""
+        """Refuse settings of another kind."""
         owners: dict[str, tuple[Kind, ...]] = {
             "pattern": ("byte-bpe",),
             "ties": ("byte-bpe", "bpe", "sentencepiece"),
@@ -115,13 +113,13 @@ class TokenizerTrainer:
 
     @property
     def description(self) -> str:
-        """One line that is equal for trainers that make the same file from the same texts."""
+        """Cache key: equal for trainers that make the same file from the same texts."""
         if self.kind == "bytes":
             return " ".join(("bytes", *self.special))
         return " ".join(f"{key}={value}" for key, value in asdict(self).items())
 
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
-        """Train on the texts, which are read once (and not at all for bytes)."""
+        """Train on the texts, in one pass (none for bytes)."""
         plain = replace(self, vocab_size=max(0, self.vocab_size - len(self.special)), special=())
         made = plain._train(map(_checked, texts)).with_special(self.special)
         if self.full and made.vocab_size < self.vocab_size:
@@ -176,22 +174,22 @@ def _checked(text: str) -> str:
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE: `<|endoftext|>` 0, the bytes 1-256, then the merges in order.
 
-    A pair seen once is not merged, so a short text gives fewer tokens than asked for.
+    Minimum pair frequency 2, so a short text gives fewer tokens than `vocab_size`.
     """
     return TokenizerTrainer("byte-bpe", vocab_size)(texts)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """The 256 bytes, each its own id, and `<|endoftext|>` as 256."""
+    """Byte tokenizer: the 256 bytes, each its own id, and `<|endoftext|>` as 256."""
     return Tokenizer(byte_level_bpe([*BYTE_TO_CHAR, END_OF_TEXT], [], STEPS["smollm"], [END_OF_TEXT]))
 
 
 def char_tokenizer(texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
-    """`<|endoftext|>` 0, `<unk>` 1, then the characters of the texts in code point order.
+    """Character tokenizer: `<|endoftext|>` 0, `<unk>` 1, then the characters of the texts in code point order.
 
     Args:
         texts: read once.
-        vocab_size: keep the commonest, `vocab_size` tokens in all; 0 keeps every character.
+        vocab_size: keep the most frequent, `vocab_size` tokens in all; 0 keeps every character.
     """
     counts: Counter[str] = Counter()
     for text in texts:

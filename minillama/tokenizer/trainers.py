@@ -1,7 +1,7 @@
-"""The two learners behind every kind of vocabulary: the libraries, and the readable algorithms.
+"""Vocabulary trainers: the libraries, and the reference algorithms.
 
-Both give the same thing for a kind, so that `recipes.py` makes the tokenizer in either case. For BPE and
-byte-level BPE it is equal, too: the same merges in the same order.
+Both have one interface, so that `backends.py` makes the tokenizer in either case. BPE and byte-level BPE give
+the same merges in the same order.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ __all__ = ["Learner", "Library", "Readable", "Ties"]
 
 ENDS = 3  # <unk>, <s>, </s>
 PRIVATE = 0xF0000  # the first of 65,534 private-use characters
-RARE = 2  # a pair seen once is not merged
+RARE = 2  # minimum pair frequency
 SPECIAL = (backends.WORDPIECE_UNKNOWN, END_OF_TEXT)
 Merges = list[tuple[str, str]]
 Ties = bpe.Ties
 
 
 class Learner(Protocol):
-    """Texts to vocabularies. Sizes do not count special tokens and bytes, wordpiece's excepted."""
+    """Vocabulary trainer. Sizes exclude special tokens and bytes, except wordpiece's."""
 
     def words(self, texts: Iterable[str], size: int | None) -> list[str]:
-        """The commonest words, all of them for None."""
+        """The most frequent words, all of them for None."""
 
     def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
-        """Pieces, special ones first."""
+        """Token pieces, special tokens first."""
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
-        """Piece -> ln p."""
+        """Token piece -> ln p."""
 
     def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
         """Alphabet and merges."""
@@ -66,9 +66,9 @@ class Library:
         return _by_id(backend.get_vocab())
 
     def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
-        """BpeTrainer on words whose later characters are other symbols than the first.
+        """BpeTrainer on words whose later characters are continuation symbols.
 
-        That is what WordPieceTrainer does, too, but it numbers these symbols at random, and with them the ties.
+        As WordPieceTrainer, which numbers these symbols at random and so breaks ties at random.
         """
         words = count_words(texts, "bert")
         later = sorted({char for word in words for char in word[1:]})
@@ -81,14 +81,14 @@ class Library:
             initial_alphabet=sorted({char for word in words for char in word}),
             show_progress=False,
         )
-        spelt = (w[0] + w[1:].translate(inner) for w, count in words.items() for _ in range(count))
-        backend.train_from_iterator(spelt, trainer)
-        marked = [CONTINUATION + piece if ord(piece[0]) in shown else piece for piece in _by_id(backend.get_vocab())]
-        _fits(len(marked) + len(SPECIAL), size, 0)
-        return [*SPECIAL, *(piece.translate(shown) for piece in marked)]
+        spelled = (w[0] + w[1:].translate(inner) for w, count in words.items() for _ in range(count))
+        backend.train_from_iterator(spelled, trainer)
+        pieces = [CONTINUATION + piece if ord(piece[0]) in shown else piece for piece in _by_id(backend.get_vocab())]
+        _check_size(len(pieces) + len(SPECIAL), size, 0)
+        return [*SPECIAL, *(piece.translate(shown) for piece in pieces)]
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
-        """SentencePiece's trainer; that of the tokenizers library gives another vocabulary on every run."""
+        """SentencePiece's trainer; the tokenizers library's is not deterministic."""
         data = sentencepiece_training.train(
             texts, size + ENDS, "unigram", "identity", 1.0, rest=backends.RESERVED - ENDS
         )
@@ -103,7 +103,7 @@ class Library:
         merges = _merges(backend, texts, trainers.BpeTrainer(vocab_size=size, min_frequency=RARE, show_progress=False))
         joined = {left + right for left, right in merges}
         alphabet = [piece for piece in _by_id(backend.get_vocab()) if piece not in joined]
-        _fits(len(alphabet), size)
+        _check_size(len(alphabet), size)
         return alphabet, _textual(merges)
 
     def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
@@ -118,22 +118,22 @@ class Library:
 
 @dataclass(frozen=True)
 class Readable:
-    """The algorithms of `tokenizer/reference`."""
+    """The reference algorithms of `tokenizer/reference`."""
 
     ties: bpe.Ties = "library"
     score: wordpiece.Score = "count"
-    rest: int = backends.RESERVED  # tokens beside what is learned, for messages
+    rest: int = backends.RESERVED  # reserved tokens, for messages
 
     def words(self, texts: Iterable[str], size: int | None) -> list[str]:
-        """By count, equals by code points."""
+        """By frequency, ties by code points."""
         counts = count_words(texts, "words")
         return sorted(counts, key=lambda word: (-counts[word], word))[:size]
 
     def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
-        """By count or by mutual information."""
+        """By frequency or by mutual information."""
         words = count_words(texts, "bert")
         made = wordpiece.train(words, size, self.score, SPECIAL, RARE, {char for word in words for char in word})
-        _fits(len(made), size, 0)
+        _check_size(len(made), size, 0)
         return made
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
@@ -141,7 +141,7 @@ class Readable:
         words = count_words(map(backends.with_blanks, texts), "blanks")
         if not words:
             raise InputError("there is no text to train a tokenizer on")
-        _fits(len({char for word in words for char in word}), size, self.rest)
+        _check_size(len({char for word in words for char in word}), size, self.rest)
         model = unigram.train(words, size)
         scores = {piece: score for piece, score in model.scores.items() if piece not in MARKS}
         return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
@@ -150,7 +150,7 @@ class Readable:
         """Merges of characters."""
         words = count_words(map(backends.with_blanks, texts), "blanks")
         alphabet = sorted({char for word in words for char in word})
-        _fits(len(alphabet), size, self.rest)
+        _check_size(len(alphabet), size, self.rest)
         return alphabet, _textual(bpe.train(words, size - len(alphabet), self.ties, min_count=RARE))
 
     def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
@@ -164,7 +164,7 @@ def _merges(backend: Backend, texts: Iterable[str], trainer: Any) -> Merges:
 
 
 def _textual(merges: Merges) -> Merges:
-    """Without those that spell a mark: a text that holds the letters of one must not become it."""
+    """Without merges that spell a special token: plain text must not become one."""
     return [(left, right) for left, right in merges if MARKS.isdisjoint((left, right, left + right))]
 
 
@@ -172,8 +172,8 @@ def _by_id(vocab: dict[str, int]) -> list[str]:
     return sorted(vocab, key=lambda piece: vocab[piece])
 
 
-def _fits(pieces: int, size: int, rest: int = backends.RESERVED) -> None:
-    """Whether the characters fit, beside the `rest` of the vocabulary."""
+def _check_size(pieces: int, size: int, rest: int = backends.RESERVED) -> None:
+    """Refuse an alphabet larger than the vocabulary without its `rest` reserved tokens."""
     if pieces > size:
         what, expected = "the characters of the text alone do not fit into the vocabulary", f"at least {pieces + rest}"
         raise InputError(what, where="vocab_size", found=size + rest, expected=expected)

@@ -35,7 +35,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
 ) -> None:
     (tmp_path / "there").write_text("mine")
     assert main(["convert", str(folder), str(tmp_path / "there"), "--to", "hf"]) == 1
-    assert "something at the destination" in capsys.readouterr().err
+    assert "the destination exists" in capsys.readouterr().err
     assert (tmp_path / "there").read_text() == "mine"
     char_tokenizer(["abc"]).save(tmp_path / "chars")
     words = ["convert", str(folder), str(tmp_path / "b.gguf"), "--to", "gguf", "--tokenizer", str(tmp_path / "chars")]

@@ -112,7 +112,7 @@ def test_human_units(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "llama-2-70b"]) == 0
     rows = {line[:30].strip(): line.split()[-2:] for line in capsys.readouterr().out.splitlines() if "iB" in line}
     assert rows["weights, bfloat16"] == ["128.5", "GiB"]
-    assert rows["KV cache, bfloat16, a token"] == ["320", "KiB"]
+    assert rows["KV cache, bfloat16, per token"] == ["320", "KiB"]
 
 
 def test_a_hugging_face_folder_and_a_toml_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_merging_and_comparing(
     assert run("merge", llama2, "--add-characters", 50, "--input", text, "--special", "[PAD]", "--output", grown) == 0
     said = capsys.readouterr().err
     assert (
-        "the texts hold 3 new characters, not 50" in said and "added 0 pieces, 3 characters, 1 special tokens" in said
+        "the texts hold 3 new characters, not 50" in said and "added 0 tokens, 3 characters, 1 special tokens" in said
     )
     assert Tokenizer.load(grown).vocab_size == 32_004
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("驴\n".encode())))

@@ -298,7 +298,8 @@ def test_an_old_name_goes_on_working_with_a_line(tmp_path: Path, capsys: pytest.
     values, origin = read_toml(file)
     assert build(Inner, values["inner"], origin, prefix="inner") == Inner(3)
     assert (
-        capsys.readouterr().err == f"{file}:2, inner.old is now called new; the old name goes with the next release\n"
+        capsys.readouterr().err
+        == f"{file}:2, inner.old is now called new; the old name is removed in the next release\n"
     )
     question = ("--cloze.verbalisers", "good=fine", "bad=poor", "--cloze.pattern", "{text} [MASK]")
     changed = overrides(question, RunConfig)["cloze"]

@@ -218,7 +218,7 @@ def test_fault_12_damaged_archive(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl.{suffix}"
     for damaged in (packed[: len(packed) // 2], packed[:-1], data):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="damaged or cut short") as caught:
+        with pytest.raises(InputError, match="damaged or truncated") as caught:
             list(documents(Source(path=str(path))))
         assert str(path) in message(caught)
         report = Skipped()

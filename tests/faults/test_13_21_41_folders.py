@@ -92,9 +92,9 @@ def test_14_truncated(keep: int, folder: Path) -> None:
         (b"<!DOCTYPE html><html>login</html>", "a web page"),
         (b"PK\x03\x04 and so on", "zip archive"),
         (pickle.dumps({"a": 1}, protocol=2), "a pickle"),
-        (with_header(b"[]", b""), "no table"),
-        (with_header(b"{" * 1000, b""), "no JSON"),
-        (with_header(b"[" * 500_000, b""), "no JSON"),
+        (with_header(b"[]", b""), "not a JSON object"),
+        (with_header(b"{" * 1000, b""), "not JSON"),
+        (with_header(b"[" * 500_000, b""), "not JSON"),
     ],
 )
 def test_15_impostors(data: bytes, what: str, tmp_path: Path) -> None:

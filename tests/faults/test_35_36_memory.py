@@ -55,7 +55,7 @@ def test_fault_35_out_of_memory_while_training(words: list[str], tmp_path: Path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "out of memory while training" in done.stderr and "Traceback" not in done.stderr
     assert "train.micro_batch_size = 4096" in done.stderr and "GiB are needed" in done.stderr
-    advice = re.search(r"--train.micro_batch_size (\d+): .* the same batch of 4096 in (\d+) parts", done.stderr)
+    advice = re.search(r"--train.micro_batch_size (\d+): .* the same batch of 4096 in (\d+) micro-batches", done.stderr)
     assert advice is not None and advice.groups() == ("2048", "2")
     options += ["--train.micro_batch_size", "64", "--overwrite"]
     done = limited(tmp_path / "limited.py", 400 * 2**20, *words, *options)

@@ -278,7 +278,7 @@ def test_what_cannot_speculate_is_refused(model: Decoder) -> None:
     wkv = ModelConfig.load("rwkv-tiny")
     recurrent = Decoder(wkv.changed({"dim": 16, "n_layers": 1, "hidden_dim": 16, "vocab_size": 60}))
     for arguments in ((recurrent, None), (model, recurrent)):
-        with pytest.raises(InputError, match="keys and values"):
+        with pytest.raises(InputError, match="KV cache"):
             speculate(arguments[0], [1], 5, draft=arguments[1])
     glm = Decoder(replace(CONFIG, objective="glm", position="rope-2d"))
     for arguments in ((glm, None), (model, glm)):
@@ -336,4 +336,4 @@ def test_the_command_says_what_was_accepted(tmp_path: Path, capsys: pytest.Captu
     assert cli.main([*command, "--prompt", "ab ab", "--speculate", "--draft", path]) == 1
     assert "give either --speculate or --draft" in capsys.readouterr().err
     assert cli.main([*command, "--prompt", "a", "b", "--speculate"]) == 1
-    assert "speculation takes one prompt" in capsys.readouterr().err
+    assert "speculative decoding takes one prompt" in capsys.readouterr().err

@@ -136,8 +136,8 @@ def test_compiled_blocks_change_nothing(model: Decoder) -> None:
         ("llama", "objective", "glm", "objective and position exclude each other"),
         ("chatglm2", "rotary_dim", 3, "this width is odd"),
         ("bloom", "rotary_dim", 4, "position and rotary_dim exclude each other"),
-        ("chatglm2", "rotary_dim", 128, "cannot turn more than a head"),
-        ("chatglm", "head_dim", 6, "turn two halves of pairs"),
+        ("chatglm2", "rotary_dim", 128, "cannot rotate more than a head"),
+        ("chatglm", "head_dim", 6, "rotate two halves of pairs"),
     ],
 )
 def test_switches_that_exclude_each_other(member: str, switch: str, value: object, what: str) -> None:

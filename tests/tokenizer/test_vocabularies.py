@@ -105,7 +105,7 @@ def test_merges_follow_the_scores() -> None:
     """`ab` before `bc`; `abc` can be cut twice, and both cuts are merges."""
     scores = {"a": -9.0, "b": -9.0, "c": -9.0, "ab": -1.0, "bc": -2.0, "abc": -3.0, "xy": -1.0}
     assert merges_by_score(scores) == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
-    with pytest.raises(InputError, match="no number"):
+    with pytest.raises(InputError, match="is NaN"):
         merges_by_score({"a": float("nan")})
 
 

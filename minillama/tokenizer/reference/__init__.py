@@ -1,1 +1,1 @@
-"""The tokenizer algorithms as they are told: one file each, to be read, and checked against the libraries."""
+"""Reference tokenizer algorithms: one readable file each, tested against the libraries."""

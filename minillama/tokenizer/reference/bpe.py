@@ -1,7 +1,7 @@
-"""Byte-pair encoding: merge the commonest pair of neighbors, again and again.
+"""Byte-pair encoding: merge the most frequent pair of adjacent symbols, repeatedly.
 
-Gage 1994; Sennrich, Haddow and Birch 2016 (arXiv 1508.07909, Algorithm 1). The symbols here are whatever the
-words are made of: characters, or bytes written as one character each (`bytelevel.py`).
+Gage 1994; Sennrich, Haddow and Birch 2016 (arXiv 1508.07909, Algorithm 1). Symbols are characters, or bytes as
+one printable character each (`pre.py`).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def train(
     alphabet: Iterable[str] = (),
     min_count: int = 1,
 ) -> list[Merge]:
-    """Learn merges from words and how often each occurs.
+    """BPE training on word counts.
 
-    Count all pairs of adjacent symbols, weighted by the words' counts; join the commonest pair wherever it
-    stands, from left to right; repeat.
+    Count all pairs of adjacent symbols, weighted by the words' counts; merge all occurrences of the most frequent
+    pair, from left to right; repeat.
 
     Args:
-        words: word -> count. No merge crosses from one word to the next.
-        merges: how many to learn at most; fewer when no pair is left.
-        ties: which of several equally common pairs is taken. `library`: the one with the smaller ids, where
+        words: word -> count. No merge crosses word boundaries.
+        merges: number of merges at most; fewer when no pair is left.
+        ties: tie-breaking between equally frequent pairs. `library`: the smaller ids, where
             ids are the sorted alphabet and then the merges in order (the tokenizers library); `first`: the
-            one that stands first in the words as they are cut now; `greatest`: the lexicographically greatest.
-        alphabet: symbols that exist besides those of the words; they matter for ids alone.
-        min_count: pairs rarer than this are left alone.
+            first occurrence in the words as segmented now; `greatest`: the lexicographically greatest.
+        alphabet: symbols besides those of the words; they matter for ids alone.
+        min_count: minimum pair frequency.
 
     Raises:
         InputError: an unknown rule for ties.
@@ -78,7 +78,7 @@ def train(
 
 
 def _pop(heap: list[_Entry], corpus: PairCounts) -> _Entry | None:
-    """The smallest entry that is still true; those whose count has changed have a newer one in the heap."""
+    """The smallest entry that is not stale; a pair whose count has changed has a newer one in the heap."""
     while heap:
         entry = heapq.heappop(heap)
         if entry.count and entry.count == corpus.pairs[entry.pair]:
@@ -88,7 +88,7 @@ def _pop(heap: list[_Entry], corpus: PairCounts) -> _Entry | None:
 
 @dataclass
 class _Entry:
-    """A pair in the heap; the smallest entry is the next merge."""
+    """Heap entry of a pair; the smallest is the next merge."""
 
     count: int
     key: tuple[int, ...]
@@ -104,12 +104,12 @@ class _Entry:
 def encode(
     word: Sequence[str], ranks: Mapping[Merge, int], step: Callable[[Merge, list[str]], object] | None = None
 ) -> list[str]:
-    """Cut a word: of the merges that apply, the earliest learned first, until none does.
+    """BPE segmentation of a word: apply the merge of lowest rank until none applies.
 
     Args:
         word: its symbols.
-        ranks: merge -> place in the order of learning.
-        step: told each merge and the symbols after it.
+        ranks: merge -> rank.
+        step: called with each merge and the symbols after it.
     """
     symbols = list(word)
     while len(symbols) > 1:

@@ -1,4 +1,4 @@
-"""Byte-level BPE: the symbols are the 256 bytes, so that any text can be cut and nothing is unknown.
+"""Byte-level BPE: the symbols are the 256 bytes, so nothing is unknown.
 
 Radford et al. 2019 (GPT-2), §2.2; openai/gpt-2, src/encoder.py.
 """
@@ -15,11 +15,11 @@ __all__ = ["ByteBPE"]
 
 
 class ByteBPE:
-    """A byte-level vocabulary.
+    """Byte-level BPE vocabulary.
 
     Args:
-        merges: in the order of learning, in the printable alphabet.
-        pattern: how text is cut into words first; a key of `splitting.PATTERNS` that keeps every character.
+        merges: by rank, in the printable alphabet.
+        pattern: of the pre-tokenizer; a key of `splitting.PATTERNS` that keeps every character.
 
     Ids are the 256 bytes in the order of their printable characters, then the merges.
     """
@@ -40,26 +40,26 @@ class ByteBPE:
         ties: bpe.Ties = "library",
         min_count: int = 1,
     ) -> ByteBPE:
-        """Learn `vocab_size` - 256 merges.
+        """Byte-level BPE training, `vocab_size` - 256 merges.
 
-        `greatest` compares bytes, not the characters that stand for them.
+        `greatest` compares bytes, not printable characters.
         """
-        # the printable characters are in another order than the bytes; those of the same number are not
+        # the printable characters are in another order than the bytes; code points 0 to 255 are not
         alphabet = [chr(byte) for byte in range(256)] if ties == "greatest" else BYTE_TO_CHAR
-        words = {_spelt(word.encode(), alphabet): count for word, count in count_words(texts, pattern).items()}
+        words = {_to_chars(word.encode(), alphabet): count for word, count in count_words(texts, pattern).items()}
         merges = bpe.train(words, vocab_size - 256, ties, alphabet, min_count)
         printable = str.maketrans(dict(zip(alphabet, BYTE_TO_CHAR, strict=True)))
         return cls([(left.translate(printable), right.translate(printable)) for left, right in merges], pattern)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Token ids of a text."""
         words = split(text, self.pattern)
-        return [self.ids[piece] for word in words for piece in bpe.encode(_spelt(word.encode()), self.ranks)]
+        return [self.ids[piece] for word in words for piece in bpe.encode(_to_chars(word.encode()), self.ranks)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; U+FFFD for bytes that are no UTF-8."""
+        """The text of ids; U+FFFD for bytes that are not valid UTF-8."""
         return b"".join(piece_bytes(self.pieces[i]) for i in ids).decode("utf-8", "replace")
 
 
-def _spelt(data: bytes, alphabet: Sequence[str] = BYTE_TO_CHAR) -> str:
+def _to_chars(data: bytes, alphabet: Sequence[str] = BYTE_TO_CHAR) -> str:
     return "".join(alphabet[byte] for byte in data)

@@ -1,6 +1,6 @@
-"""Byte fallback: a character outside the vocabulary is spelt in byte pieces `<0x00>` to `<0xFF>`.
+"""Byte fallback: a character outside the vocabulary is encoded as byte tokens `<0x00>` to `<0xFF>`.
 
-SentencePiece's `byte_fallback`, as Llama 1 and 2 have it: 256 more pieces, and no text is unknown.
+SentencePiece's `byte_fallback`, as in Llama 1 and 2: 256 more token pieces, and no text is unknown.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def spell(pieces: Iterable[str], known: Container[str]) -> list[str]:
-    """The pieces, with the UTF-8 bytes of each that is not known in its place."""
+    """Byte fallback: unknown token pieces replaced by the byte tokens of their UTF-8."""
     result: list[str] = []
     for piece in pieces:
         result += [piece] if piece in known else [f"<0x{byte:02X}>" for byte in piece.encode()]
@@ -22,7 +22,7 @@ def spell(pieces: Iterable[str], known: Container[str]) -> list[str]:
 
 
 def decode(pieces: Iterable[str]) -> str:
-    """Join the pieces. A run of bytes becomes its characters, or U+FFFD for each byte where it is no UTF-8."""
+    """The text of token pieces. A run of byte tokens that is not valid UTF-8 gives U+FFFD per byte."""
     text, run = "", b""
     for piece in [*pieces, ""]:
         if byte := BYTE.fullmatch(piece):

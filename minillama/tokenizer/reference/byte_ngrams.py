@@ -1,9 +1,9 @@
-"""Byte n-grams of variable length: a text's bytes cut into the fewest pieces of a table of frequent n-grams.
+"""Variable-length byte n-grams: shortest segmentation over a vocabulary of frequent n-grams.
 
-Bytes alone make Chinese text three times as long as its characters. Joining frequent neighbors, across
-character boundaries too, shortens it without a large vocabulary, and languages share pieces whose bytes they
-share (Wang, Cho and Gu 2020, arXiv 1909.03341, §3.1). Here the table is one of counts, not of merges: which
-n-grams save most bytes; and a cut is found by dynamic programming.
+Bytes alone make Chinese text three times as long as its characters. Frequent byte n-grams, across character
+boundaries too, shorten it without a large vocabulary, and languages share them (Wang, Cho and Gu 2020,
+arXiv 1909.03341, §3.1). Here the vocabulary is selected by bytes saved, not by merges; segmentation is by
+dynamic programming.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["ByteNgrams"]
 
 
 class ByteNgrams:
-    """A vocabulary of the 256 bytes, ids 0 to 255, and byte n-grams.
+    """Byte n-gram vocabulary: the 256 bytes, ids 0 to 255, and n-grams.
 
     Args:
         ngrams: of two bytes or more; ids go on from 256 in this order.
@@ -32,16 +32,16 @@ class ByteNgrams:
 
     @classmethod
     def train(cls, words: Mapping[str, int], vocab_size: int, longest: int = 12) -> ByteNgrams:
-        """Find the `vocab_size` - 256 n-grams that save most bytes.
+        """Select the `vocab_size` - 256 n-grams that save most bytes.
 
-        Substrings of a common n-gram are as common, but of no use beside it. So twenty times as many are taken
-        by count times length - 1, the words are cut with them, and the half that saves least in these cuts goes,
-        again and again.
+        Substrings of a frequent n-gram are as frequent, but redundant. So twenty times as many are selected
+        by count times length - 1, the words are segmented with them, and the half that saves least is pruned,
+        repeatedly.
 
         Args:
             words: word -> count.
-            vocab_size: pieces in all, at least 256.
-            longest: bytes of an n-gram at most.
+            vocab_size: token pieces in all, at least 256.
+            longest: bytes per n-gram at most.
 
         Raises:
             InputError: `vocab_size` does not hold the bytes.
@@ -69,7 +69,7 @@ class ByteNgrams:
             size = max(vocab_size - 256, size // 2)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the cut with the fewest pieces; of equals the one whose last piece is longest."""
+        """Token ids of the shortest segmentation; ties: the longest last token piece."""
         data = text.encode()
         fewest, start_of = [0], [0]
         for end in range(1, len(data) + 1):
@@ -84,5 +84,5 @@ class ByteNgrams:
         return ids[::-1]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, as much of it as their bytes hold (`utf8.recover`)."""
+        """The text of ids, invalid UTF-8 recovered by `utf8.recover`."""
         return recover(b"".join(self.pieces[i] for i in ids))

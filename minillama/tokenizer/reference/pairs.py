@@ -1,7 +1,7 @@
-"""Counts of adjacent symbols that are kept up to date while pairs are joined: what BPE and WordPiece share.
+"""Incremental pair counts for BPE and WordPiece training.
 
-A join changes the counts around its own places alone, so only the words that hold the pair are gone through
-again. Counting anew after each join would take as long as the first count every time.
+A merge changes counts only around its own occurrences, so only the words that hold the pair are recounted.
+A full recount per merge would take as long as the first count.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Pair = tuple[str, str]
 
 @dataclass
 class PairCounts:
-    """Words as lists of symbols, with the counts and places of symbols and pairs.
+    """Words as lists of symbols, with counts of symbols and pairs.
 
     Attributes:
         words: each as its symbols now.
-        repeats: how often each word occurs.
-        symbols: count of every symbol.
-        pairs: count of every pair of adjacent symbols.
-        born: a number for every pair, smaller where it was seen earlier.
+        repeats: count per word.
+        symbols: count per symbol.
+        pairs: count per pair of adjacent symbols.
+        born: order of first occurrence per pair.
     """
 
     words: list[list[str]]
@@ -33,7 +33,7 @@ class PairCounts:
     symbols: Counter[str] = field(default_factory=Counter)
     pairs: Counter[Pair] = field(default_factory=Counter)
     born: dict[Pair, int] = field(default_factory=dict)
-    _places: defaultdict[Pair, set[int]] = field(default_factory=lambda: defaultdict(set))
+    _occurrences: defaultdict[Pair, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
         for i in range(len(self.words)):
@@ -41,21 +41,21 @@ class PairCounts:
 
     @classmethod
     def of(cls, table: Mapping[str, int]) -> PairCounts:
-        """From words and how often each occurs; the symbols are their characters."""
+        """Pair counts of words with their counts; the symbols are characters."""
         return cls([list(word) for word in table], list(table.values()))
 
     def first(self, pair: Pair) -> tuple[int, int]:
-        """Word and place where the pair stands first now."""
-        for i in sorted(self._places[pair]):
+        """Word and position of the pair's first occurrence now."""
+        for i in sorted(self._occurrences[pair]):
             for at, two in enumerate(pairwise(self.words[i])):
                 if two == pair:
                     return i, at
         raise KeyError(pair)
 
     def merge(self, pair: Pair, joined: str) -> list[Pair]:
-        """Join the pair everywhere; the pairs whose counts changed, in the order of their places."""
+        """Merge all occurrences of the pair; returns the pairs whose counts changed, in order of occurrence."""
         changed: dict[Pair, None] = {}
-        for i in sorted(self._places.pop(pair)):
+        for i in sorted(self._occurrences.pop(pair)):
             changed |= dict.fromkeys(self._count(i, -1))
             self.words[i] = join(self.words[i], pair, joined)
             changed |= dict.fromkeys(self._count(i, +1))
@@ -69,13 +69,13 @@ class PairCounts:
         for pair in pairs:
             self.pairs[pair] += weight
             if sign > 0:
-                self._places[pair].add(i)
+                self._occurrences[pair].add(i)
                 self.born.setdefault(pair, len(self.born))
         return pairs
 
 
 def join(symbols: Sequence[str], pair: Pair, joined: str) -> list[str]:
-    """The symbols with every occurrence of the pair joined, from left to right."""
+    """The symbols with every occurrence of the pair merged, from left to right."""
     result: list[str] = []
     i = 0
     while i < len(symbols):

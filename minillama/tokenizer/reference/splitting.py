@@ -1,4 +1,4 @@
-"""Words and characters: the oldest ways to cut text, and the patterns that the newer ones start from."""
+"""Regex pre-tokenization, word and character segmentation."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
-    # SmolLM's: digits one by one, GPT-2's words between them
+    # SmolLM's: single digits, GPT-2's words between them
     "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
-    # SentencePiece's: U+2581, a blank, begins a word; here lines end one, too
+    # SentencePiece's: U+2581, a space, begins a word; here newlines end one, too
     "blanks": r"▁?[^▁\n]+|▁|\n",
     "words": r"[\p{L}\p{M}\p{N}_]+|[^\s\p{L}\p{M}\p{N}_]+",
-    # BERT's: punctuation marks and Han characters one by one
+    # BERT's: single punctuation marks and Han characters
     "bert": r"[\p{Han}\p{P}$+<=>^`|~]|[^\s\p{Han}\p{P}$+<=>^`|~]+",
     "spaces": r"\S+",
 }
-KEEPING = ("gpt-2", "cl100k", "llama-3", "smollm", "blanks")  # every character, the others drop the blanks
+KEEPING = ("gpt-2", "cl100k", "llama-3", "smollm", "blanks")  # lossless patterns; the others drop whitespace
 
 
 def split(text: str, pattern: str) -> list[str]:
-    """Cut a text. Those of `KEEPING` keep every character, the others drop the blanks.
+    """Pre-tokenization. Patterns of `KEEPING` are lossless, the others drop whitespace.
 
     Args:
         text: any text.
@@ -52,12 +52,12 @@ def split(text: str, pattern: str) -> list[str]:
 
 
 def characters(text: str) -> list[str]:
-    """Every code point: a small vocabulary and long sequences."""
+    """Character segmentation: code points."""
     return list(text)
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each word occurs, in the order in which they were first seen."""
+    """Word counts, in order of first occurrence."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(split(text, pattern))

@@ -1,8 +1,8 @@
-"""The unigram language model: a text's best cut is the one whose pieces are most probable together.
+"""Unigram language model segmentation: the most probable sequence of token pieces.
 
-Kudo 2018 (arXiv 1804.10959). P(cut) is the product of its pieces' probabilities, which sum to 1 over the
-vocabulary. Training starts from a large vocabulary, estimates probabilities by expectation maximization, and
-drops the pieces whose loss costs least, until the size is right.
+Kudo 2018 (arXiv 1804.10959). P(segmentation) is the product of its token pieces' probabilities, which sum to 1
+over the vocabulary. Training starts from a large seed vocabulary, estimates probabilities by expectation
+maximization, and prunes the token pieces of least likelihood loss, down to the vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from minillama.tokenizer.reference import bpe
 
 __all__ = ["Unigram", "seed_vocabulary", "train"]
 
-UNKNOWN_PENALTY = 10.0  # a character that is no piece costs this many nats more than the rarest piece
+UNKNOWN_PENALTY = 10.0  # nats that an unknown character costs more than the rarest token piece
 
 
 class Unigram:
-    """Pieces with log probabilities.
+    """Unigram language model.
 
     Args:
-        scores: piece -> ln p.
+        scores: token piece -> ln p.
     """
 
     def __init__(self, scores: Mapping[str, float]) -> None:
         if not scores:
-            raise InputError("a vocabulary without pieces")
+            raise InputError("the vocabulary is empty")
         self.scores = dict(scores)
         self.longest = max(map(len, self.scores))
         self.unknown = min(self.scores.values()) - UNKNOWN_PENALTY
 
     def edges(self, text: str) -> Iterator[tuple[int, int, float]]:
-        """The lattice: (start, end, ln p) of every piece that stands in the text, by ascending end.
+        """Lattice: (start, end, ln p) of every token piece in the text, by ascending end.
 
-        A character that is no piece is an edge too, at the unknown score.
+        Unknown characters are edges too, at the unknown score.
         """
         find = self.scores.get
         for end in range(1, len(text) + 1):
@@ -52,7 +52,7 @@ class Unigram:
                     yield start, end, self.unknown
 
     def encode(self, text: str) -> list[str]:
-        """The most probable cut (Viterbi). Of equals the one whose last piece is longest."""
+        """Viterbi segmentation, the most probable. Ties: the longest last token piece."""
         best, start_of = [0.0] + [-math.inf] * len(text), [0] * (len(text) + 1)
         for start, end, score in self.edges(text):
             if best[start] + score > best[end]:
@@ -64,9 +64,9 @@ class Unigram:
         return cut[::-1]
 
     def n_best(self, text: str, count: int) -> list[tuple[list[str], float]]:
-        """The `count` most probable cuts with their ln P, best first.
+        """N-best segmentations with their ln P, best first.
 
-        The recursion of `encode` with a list instead of one entry at each place.
+        Viterbi with a list instead of one entry per position.
         """
         best: list[list[tuple[float, int, int]]] = [[(0.0, 0, 0)]] + [[] for _ in text]  # (ln P, start, its rank)
         for start, end, score in self.edges(text):
@@ -83,16 +83,16 @@ class Unigram:
         return cuts
 
     def log_partition(self, text: str, alpha: float = 1.0) -> float:
-        """Ln of the sum of P^alpha over all cuts."""
+        """Log partition function: ln of the sum of P^alpha over all segmentations."""
         return _forward(len(text), self.edges(text), alpha)[-1]
 
     def sample(self, text: str, alpha: float, generator: random.Random) -> list[str]:
-        """A cut drawn with probability P^alpha / Z: forward filtering, backward sampling.
+        """Segmentation sampled with probability P^alpha / Z: forward filtering, backward sampling.
 
         Args:
-            text: what to cut.
-            alpha: 0 draws all cuts alike, 1 as the model has them, more sharpens towards the best.
-            generator: source of the random numbers.
+            text: the text to segment.
+            alpha: inverse temperature: 0 is uniform, 1 the model, more sharpens towards the best.
+            generator: random number generator.
         """
         edges = list(self.edges(text))
         forward, ending = _forward(len(text), edges, alpha), defaultdict(list)
@@ -107,9 +107,9 @@ class Unigram:
         return cut[::-1]
 
     def expected_counts(self, text: str, weight: float = 1.0) -> tuple[dict[str, float], float]:
-        """How often each piece occurs in a cut of the text on average, times the weight; and ln Z.
+        """Expected count per token piece, times the weight; and ln Z.
 
-        Forward times backward over the lattice: the E step.
+        The E step: forward-backward over the lattice.
         """
         edges = list(self.edges(text))
         forward = _forward(len(text), edges)
@@ -125,18 +125,18 @@ class Unigram:
 def seed_vocabulary(
     words: Mapping[str, int], size: int, longest: int = 16, source: Literal["suffixes", "bpe"] = "suffixes"
 ) -> dict[str, float]:
-    """Every character, and the substrings with the greatest count times length.
+    """Seed vocabulary: every character, and the substrings of greatest count times length.
 
     Args:
         words: word -> count.
         size: substrings at most, besides the characters.
-        longest: characters of a substring at most.
-        source: where substrings come from. `suffixes`: all that occur twice and do not always go on in the same
-            way, from a suffix array (google/sentencepiece, src/unigram_model_trainer.cc, MakeSeedSentencePieces);
-            `bpe`: the pieces of a byte-pair encoding of `size` merges.
+        longest: characters per substring at most.
+        source: of substrings. `suffixes`: all that occur twice and have more than one continuation,
+            from a suffix array (google/sentencepiece, src/unigram_model_trainer.cc, MakeSeedSentencePieces);
+            `bpe`: the token pieces of BPE with `size` merges.
 
     Returns:
-        Piece -> ln of its share of all counts.
+        Token piece -> ln of its share of all counts.
 
     Raises:
         InputError: an unknown source.
@@ -166,9 +166,9 @@ def seed_vocabulary(
 def _repeats(words: Mapping[str, int], longest: int) -> dict[str, int]:
     """Counts of the substrings of 2 to `longest` characters that occur twice or more.
 
-    Those that are always followed by the same character are left out: the others are the inner nodes of the
-    suffix tree. Sorted suffixes that share a prefix stand together, so a stack
-    of the prefixes that are still open finds each with its count in one pass.
+    Those with a single continuation are omitted: the others are the inner nodes of the suffix tree.
+    Sorted suffixes that share a prefix are adjacent, so a stack of open prefixes finds each with its
+    count in one pass.
     """
     suffixes = sorted((word[i : i + longest], count) for word, count in words.items() for i in range(len(word)))
     counts: dict[str, int] = {}
@@ -202,14 +202,14 @@ def train(
     shrinking: float = 0.75,
     sub_iterations: int = 2,
 ) -> Unigram:
-    """Learn pieces and probabilities.
+    """Unigram training: EM and pruning.
 
     Args:
         words: word -> count.
-        vocab_size: pieces; every character of the words is kept.
-        seed: piece -> ln p to start from; `seed_vocabulary` unless given.
-        shrinking: the share of pieces that survives a pruning.
-        sub_iterations: rounds of expectation maximization between two prunings.
+        vocab_size: token pieces; every character of the words is kept.
+        seed: initial token piece -> ln p; default `seed_vocabulary`.
+        shrinking: shrinking factor: the share of token pieces kept per pruning.
+        sub_iterations: EM iterations per pruning.
 
     Raises:
         InputError: more characters than `vocab_size`.
@@ -229,10 +229,10 @@ def train(
 
 
 def _maximize(model: Unigram, words: Mapping[str, int], required: set[str]) -> Unigram:
-    """One round: expected counts, and new probabilities by digamma(count) - digamma(sum).
+    """EM iteration: expected counts, and ln p = digamma(count) - digamma(sum).
 
-    The digamma of a variational Bayes with a vanishing prior weighs rare pieces down; those expected less
-    than half a time go (google/sentencepiece, src/unigram_model_trainer.cc, RunMStep).
+    The digamma, of variational Bayes with a vanishing prior, weighs rare token pieces down; expected counts below
+    0.5 are pruned (google/sentencepiece, src/unigram_model_trainer.cc, RunMStep).
     """
     counts: defaultdict[str, float] = defaultdict(float)
     for word, repeats in words.items():
@@ -244,7 +244,7 @@ def _maximize(model: Unigram, words: Mapping[str, int], required: set[str]) -> U
 
 
 def _prune(model: Unigram, words: Mapping[str, int], required: set[str], size: int) -> Unigram:
-    """Keep the pieces without which the best cuts would lose most; characters in any case."""
+    """Keep the token pieces of greatest likelihood loss, and all characters."""
     uses: Counter[str] = Counter()
     for word, repeats in words.items():
         for piece in model.encode(word):
@@ -254,7 +254,7 @@ def _prune(model: Unigram, words: Mapping[str, int], required: set[str], size: i
         if piece in required:
             continue
         cuts = model.n_best(piece, 2)
-        if cuts[0][0] != [piece]:  # its own best cut is another: nobody misses it
+        if cuts[0][0] != [piece]:  # its own best segmentation is another: no loss
             losses[piece] = 0.0
         elif len(cuts) > 1:
             losses[piece] = uses[piece] * (cuts[0][1] - cuts[1][1])
@@ -264,7 +264,7 @@ def _prune(model: Unigram, words: Mapping[str, int], required: set[str], size: i
 
 
 def digamma(x: float) -> float:
-    """The derivative of ln Gamma: recurrence up to 7, then the asymptotic series (Abramowitz and Stegun 6.3.18)."""
+    """Digamma function: recurrence up to 7, then the asymptotic series (Abramowitz and Stegun 6.3.18)."""
     value = 0.0
     while x < 7:
         value -= 1 / x
@@ -274,7 +274,7 @@ def digamma(x: float) -> float:
 
 
 def _forward(length: int, edges: Iterable[tuple[int, int, float]], alpha: float = 1.0) -> list[float]:
-    """Ln of the sum of P^alpha over all cuts of the first 0, 1, ... characters."""
+    """Forward algorithm: ln of the sum of P^alpha over all segmentations of the first 0, 1, ... characters."""
     forward = [0.0] + [-math.inf] * length
     for start, end, score in edges:
         forward[end] = _log_add(forward[end], forward[start] + alpha * score)

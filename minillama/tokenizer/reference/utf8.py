@@ -1,6 +1,6 @@
-"""Bytes back to text when some of them are wrong: as many characters as can be had, by dynamic programming.
+"""UTF-8 recovery: decoding invalid bytes to the most characters, by dynamic programming.
 
-A model that writes bytes may write some that are no UTF-8. Wang, Cho and Gu 2020 (arXiv 1909.03341, §3.2):
+A model on bytes may generate invalid UTF-8. Wang, Cho and Gu 2020 (arXiv 1909.03341, §3.2):
 f(k) = max over t in 1..4 of f(k - t) + g(k - t, k), where g is 1 if these t bytes are one valid character; the
 choices are traced back from the end. UTF-8 is made so that the answer is unique.
 """
@@ -11,14 +11,14 @@ __all__ = ["is_character", "recover"]
 
 
 def recover(data: bytes, replacement: str = "\ufffd") -> str:
-    """The text with the most characters that the bytes hold; other bytes become `replacement`, each of them.
+    """UTF-8 recovery: the decoding with the most characters; each other byte becomes `replacement`.
 
     Args:
         data: any bytes; valid UTF-8 gives what `decode` gives.
-        replacement: for a byte that belongs to no character; "" leaves it out.
+        replacement: per byte outside any character; "" omits it.
     """
     best = [0] + [-1] * len(data)  # characters in the first k bytes
-    length = [0] * (len(data) + 1)  # of the last of them; 0: the last byte is left over
+    length = [0] * (len(data) + 1)  # bytes of the last of them; 0: the last byte is invalid
     for k in range(1, len(data) + 1):
         best[k] = best[k - 1]
         for t in range(1, min(4, k) + 1):

@@ -1,6 +1,6 @@
-"""WordPiece: join the pair that says most about each other, and cut words by the longest piece from the left.
+"""WordPiece: training by mutual information, and greedy longest-match segmentation.
 
-Schuster and Nakajima 2012; Devlin et al. 2019 (BERT). Pieces that go on within a word start with `##`.
+Schuster and Nakajima 2012; Devlin et al. 2019 (BERT). Continuation token pieces start with `##`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ def train(
     min_count: int = 1,
     alphabet: Iterable[str] = (),
 ) -> list[str]:
-    """Learn a vocabulary from words and how often each occurs.
+    """WordPiece training on word counts.
 
     The score of a pair is freq(ab) / (freq(a) freq(b)), the exponential of its pointwise mutual information
-    but for a constant: `##g ##s` that occur together only win over a pair that is common because its parts
-    are. The tokenizers library joins by count instead, which is BPE with another alphabet; `count` does so.
-    Of equal scores the pair that was seen first wins.
+    up to a constant: `##g ##s` that occur only together win over a pair that is frequent because its parts
+    are. The tokenizers library merges by count instead, which is BPE with another alphabet; `count` does so.
+    Ties: the pair that occurred first.
 
     Args:
         words: word -> count.
-        vocab_size: pieces in all; fewer when no pair is left.
-        score: what is greatest of the pair that is joined.
-        special: pieces that come first.
-        min_count: pairs rarer than this are left alone. Two rare parts that met once have the greatest
+        vocab_size: token pieces in all; fewer when no pair is left.
+        score: merge criterion.
+        special: special tokens, first in the vocabulary.
+        min_count: minimum pair frequency. Two rare parts that occur together once have the greatest
             mutual information of all.
-        alphabet: pieces that are there besides those of the words.
+        alphabet: token pieces besides those of the words.
 
     Returns:
-        The pieces: special ones, the alphabet in order, then the joined ones as they were learned.
+        Token pieces: special tokens, the sorted alphabet, then the merged ones in order.
 
     Raises:
         InputError: an unknown score.
@@ -73,11 +73,11 @@ def train(
     while len(pieces) < vocab_size and heap:
         known, _, best = heapq.heappop(heap)
         if corpus.pairs[best] < min_count or known != -value(best):
-            continue  # changed since; what it became is in the heap as well
+            continue  # stale; the heap has a newer entry
         joined = best[0] + best[1].removeprefix(CONTINUATION)
         pieces[joined] = None
         changed = corpus.merge(best, joined)
-        # the parts have become rarer, which raises the score of all their other pairs
+        # the parts became rarer, which raises the score of all their other pairs
         push(dict.fromkeys([*changed, *partners[best[0]], *partners[best[1]]]))
     return list(pieces)
 
@@ -85,14 +85,14 @@ def train(
 def encode(
     word: str, pieces: Mapping[str, int], unknown: str = "[UNK]", longest: int = 100, continuation: str = CONTINUATION
 ) -> list[str]:
-    """Cut a word: the longest piece that fits, again from where it ends.
+    """WordPiece segmentation: greedy longest match from the left.
 
     Args:
         word: the word.
-        pieces: the vocabulary, by piece.
-        unknown: what the whole word becomes when nothing fits somewhere, or it is too long.
-        longest: characters of a word at most.
-        continuation: what pieces within a word start with.
+        pieces: vocabulary, by token piece.
+        unknown: unknown token, of a word without a match or longer than `longest`.
+        longest: characters per word at most.
+        continuation: prefix of continuation token pieces.
     """
     if len(word) > longest:
         return [unknown]
@@ -110,5 +110,5 @@ def encode(
 
 
 def decode(pieces: Iterable[str]) -> str:
-    """The words with a blank between them; how they stood apart in the text is lost."""
+    """Words separated by single spaces; the original whitespace is lost."""
     return " ".join(pieces).replace(" " + CONTINUATION, "")

@@ -31,6 +31,7 @@ from minillama.evaluate.perplexity import score
 from minillama.inference.calibrate import windows
 from minillama.inference.quantize import quantize
 from minillama.model import Decoder
+from minillama.threads import adapt
 from minillama.tokenizer import Tokenizer
 
 WINDOW = 512
@@ -116,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    adapt()
     main()
