@@ -27,7 +27,7 @@ class Args:
     """Command-line arguments."""
 
     model: str
-    """Folder of a model trained for infilling, best after --train.objective cloze."""
+    """Folder of a model trained for infilling, best after --objective.name cloze."""
     question: Annotated[Question, tyro.conf.arg(name="")]
     text: tuple[str, ...] = ()
     """One or more records, each given by its field `text`."""

@@ -6,8 +6,9 @@ below can be set in the file, as field = value under [section], or on the comman
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from minillama.config.command_line import take_flag, take_option
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig, load_run_config
+from minillama.runs.objectives import OBJECTIVES
 
 __all__ = ["Args", "parse", "run"]
 
@@ -71,6 +73,8 @@ def _print_help() -> None:
     def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         if info.type is bool:
             return _shown("{true,false}", 1, lambda value: [str(value).lower()])
+        if typing.get_args(info.type) == ("lm",):  # of the member that is shown
+            return _shown(f"{{{','.join(OBJECTIVES)}}}", 1, lambda value: [value])
         if info.type == tuple[Source, ...]:
             return _shown("NAME_OR_PATH ...", "*", lambda sources: [s.name or s.path for s in sources])
         return None
@@ -80,9 +84,14 @@ def _print_help() -> None:
 
     options = """
 
---out DIR: the run's folder, runs/NAME unless given. --resume: resume from the newest checkpoint in --out.
---overwrite: replace the run in --out. --model.preset NAME: take the shape from configs/model. --no-verify: do not
-verify the SHA-256 of a checkpoint's files. --deterministic: as --train.deterministic true."""
+--out DIR: the run's folder, runs/NAME unless given. --resume: resume from the newest checkpoint in --out. --overwrite:
+replace the run in --out. --model.preset NAME: take the shape from configs/model. --no-verify: do not verify the
+SHA-256 of a checkpoint's files. --deterministic: as --train.deterministic true.
+
+--objective.name chooses the other settings of that section:"""
+    for name, kind in OBJECTIVES.items():
+        others = [f"--objective.{f.name}" for f in fields(kind) if f.name != "name"]
+        options += f"\n  {name}: {kind.__doc__} {', '.join(others)}"
     config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     tiny = load_run_config("tiny")
     default = replace(tiny, model=replace(tiny.model, rope_scaling=RopeScaling()))

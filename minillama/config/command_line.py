@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union
 
-from minillama.config.loader import nearest, say_renamed
+from minillama.config.loader import nearest, say_renamed, tagged
 from minillama.errors import InputError
 
 __all__ = ["CommandLine", "overrides", "refuse_repeated", "take_flag", "take_option"]
@@ -141,7 +141,11 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         kind = _without_none(hints[f.name])
-        if is_dataclass(kind):
+        if members := tagged(hints[f.name]):
+            for member in members.values():
+                yield from _leaves(member, f"{prefix}{f.name}.")
+            yield f"{prefix}{f.name}.name", str  # which says to which of them the others belong
+        elif is_dataclass(kind):
             yield from _leaves(typing.cast(type, kind), f"{prefix}{f.name}.")
         else:
             yield f"{prefix}{f.name}", kind
@@ -152,8 +156,8 @@ def _renamed(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         kind = _without_none(hints[f.name])
-        if is_dataclass(kind):
-            yield from _renamed(typing.cast(type, kind), f"{prefix}{f.name}.")
+        for part in tagged(hints[f.name]).values() or ((kind,) if is_dataclass(kind) else ()):
+            yield from _renamed(typing.cast(type, part), f"{prefix}{f.name}.")
         if "was" in f.metadata:
             yield f"{prefix}{f.metadata['was']}", f"{prefix}{f.name}"
 

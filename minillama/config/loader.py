@@ -196,6 +196,9 @@ def _unknown(key: str, names: list[str], origin: Located | None, prefix: str) ->
 def _convert(kind: Any, value: Any, origin: Located | None, key: str, base: Any) -> Any:
     """`value` as `kind`, or an InputError. Nothing is converted but int to float and list to tuple."""
     arguments = typing.get_args(kind)
+    members = tagged(kind)
+    if members and isinstance(value, Mapping):
+        return _convert_tagged(members, value, origin, key, base)
     if typing.get_origin(kind) in (Union, types.UnionType):
         return _convert(next(a for a in arguments if a is not type(None)), value, origin, key, base)
     if is_dataclass(kind) and isinstance(value, Mapping):
@@ -213,6 +216,25 @@ def _convert(kind: Any, value: Any, origin: Located | None, key: str, base: Any)
     if type(value) is kind:
         return value
     raise _wrong(value, _type_name(kind), origin, key)
+
+
+def tagged(kind: Any) -> dict[str, type]:
+    """The members of a union of dataclasses by the one value of their field `name`; none of another type."""
+    members = [a for a in typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType)]
+    if len(members) < 2 or not all(is_dataclass(member) for member in members):
+        return {}
+    return {typing.get_args(typing.get_type_hints(member)["name"])[0]: member for member in members}
+
+
+def _convert_tagged(
+    members: Mapping[str, type], value: Mapping[str, Any], origin: Located | None, key: str, base: Any
+) -> Any:
+    """The member that the table's name asks for; without a name the one that there is."""
+    name = value.get("name", getattr(base, "name", None))
+    if name not in members:
+        raise _wrong(name, " or ".join(map(repr, members)), origin, f"{key}.name", members)
+    kind = members[name]
+    return build(kind, value, origin, base if isinstance(base, kind) else None, key)
 
 
 def _type_name(kind: Any) -> str:

@@ -16,17 +16,15 @@ from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, config_path, read_toml, to_dict
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
-from minillama.evaluate.question import Question
+from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
 from minillama.tokenizer.kinds import Kind
 
 __all__ = [
-    "BlankConfig",
     "CheckpointConfig",
     "DataConfig",
     "GuardConfig",
     "MetricsConfig",
     "OptimConfig",
-    "Question",
     "RunConfig",
     "SampleConfig",
     "Stage",
@@ -81,10 +79,6 @@ class TrainConfig:
     """Model to initialize from: its shape replaces [model], its tokenizer is used unless tokenizer.path is given."""
     init_embeddings: Literal["normal", "mean"] = "normal"
     """Initialization of embedding rows that it lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
-    objective: Literal["auto", "lm", "glm", "cloze"] = "auto"
-    """Training objective; auto: the model's own, lm or glm (infilling). cloze: see [cloze]."""
-    z_loss: float = field(default=0.0, metadata={"min": 0})
-    """Weight of the z-loss log(Z)^2 per token, Z the sum of e^logits; PaLM has 1e-4."""
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
     """Dropout of the embedding and both residual branches."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -131,30 +125,6 @@ class OptimConfig:
     """Weight decay of the embedding too."""
     grad_clip: float = field(default=1.0, metadata={"min": 0})
     """Maximum global gradient norm; 0: no clipping."""
-
-
-@dataclass(frozen=True)
-class BlankConfig:
-    """GLM's masked spans: mixture over the sequences of a batch, and lengths."""
-
-    tokens: float = field(default=0.5, metadata={"min": 0})
-    """Weight of sequences with short spans, [MASK], relative to the other kinds."""
-    sentences: float = field(default=0.3, metadata={"min": 0})
-    """Weight of sequences with whole sentences, [sMASK]."""
-    document: float = field(default=0.2, metadata={"min": 0})
-    """Weight of sequences with one long span, [gMASK]."""
-    share: float = field(default=0.15, metadata={"above": 0, "max": 0.5})
-    """Share of the tokens masked by short spans and sentences."""
-    mean_length: float = field(default=3.0, metadata={"above": 0, "max": 20})
-    """Lambda of the Poisson distribution of short-span lengths, in tokens."""
-    document_least: float = field(default=0.5, metadata={"min": 0, "max": 1})
-    """Minimum length of the long span, as a share of the document."""
-    document_suffix: float = field(default=0.5, metadata={"min": 0, "max": 1})
-    """Probability that the long span reaches the document's end."""
-
-    def __post_init__(self) -> None:
-        if not self.tokens + self.sentences + self.document > 0:
-            raise InputError("one kind of masked span needs a weight", where="tokens", found=0, expected="more than 0")
 
 
 @dataclass(frozen=True)
@@ -237,8 +207,8 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    blanks: BlankConfig = field(default_factory=BlankConfig)
-    cloze: Question = field(default_factory=Question)
+    objective: ObjectiveConfig = field(default_factory=LMConfig)
+    """By `name`: lm, glm or cloze, each with settings of its own; the model's own unless given."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -264,32 +234,23 @@ class RunConfig:
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
 
     def _check_objective(self) -> None:
-        cloze = self.train.objective == "cloze"
-        needed = "glm" if cloze else self.train.objective
-        if needed not in ("auto", self.model.objective):
+        wanted = self.objective
+        if wanted.trains != self.model.objective:
+            fix = "leave it out" if wanted.reads == "text" else "start from an infilling model with train.init_from"
             raise InputError(
                 "the model is made for another objective",
-                where="train.objective",
-                found=self.train.objective,
+                where="objective.name",
+                found=wanted.name,
                 expected=f"auto or {self.model.objective}, by its {self.model.position} positions",
-                fix="start from an infilling model with train.init_from" if cloze else "leave it out",
+                fix=fix,
             )
-        if self.cloze.pattern and not cloze:
-            what, found = "a cloze pattern belongs to another objective", f"objective {self.objective}"
-            expected = "train.objective = cloze, or no cloze.pattern"
-            raise InputError(what, where="cloze.pattern", found=found, expected=expected)
-        if self.objective == "glm" and self.context < 8:
+        if wanted.reads == "text" and wanted.special_tokens and self.context < 8:
             expected = "at least 8 tokens"
             raise InputError("no masked span fits", where="train.context", found=self.context, expected=expected)
-        if self.objective != "lm" and self.data.mask_documents:
+        if wanted.special_tokens and self.data.mask_documents:
             what = "infilling attends to the whole sequence"
-            expected = f"false with objective {self.objective}"
+            expected = f"false with objective {wanted.name}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
-
-    @property
-    def objective(self) -> str:
-        """Training objective: lm, glm or cloze."""
-        return self.model.objective if self.train.objective == "auto" else self.train.objective
 
     @property
     def context(self) -> int:
@@ -328,7 +289,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     values.setdefault("name", path.stem)
     stages = values.pop("stages", None)
     staged: Located = origin
-    table = overrides(words, RunConfig, {Source: lambda word: to_dict(parse_source(word))})
+    table = overrides(words_with_new_names(list(words)), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (values.get("train"), table.get("train")) if isinstance(section, Mapping)]
     start = next((s["init_from"] for s in reversed(sections) if isinstance(s.get("init_from"), str)), "")
@@ -343,16 +304,31 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
         model = ModelConfig.load(start)
     else:
         model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
-    config = build(RunConfig, values, origin, RunConfig(model=model))
+    model = model.changed(changes, command_line, "model")
+    values = with_new_names(values, origin, model.objective)
+    _name_objective(values, table, model.objective)
     if "stages" in table:
         stages, staged = table.pop("stages"), command_line
-    config = replace(config, model=config.model.changed(changes, command_line, "model"))
+    config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     if stages is not None:
         config = replace(config, stages=_stages(stages, staged, config.optim))
     if start and not config.tokenizer.path:
         config = replace(config, tokenizer=replace(config.tokenizer, path=start))
     return config
+
+
+def _name_objective(file: dict[str, Any], command_line: dict[str, Any], made_for: str) -> None:
+    """Give both tables the objective's name; of a file's for another one than the command line's nothing counts."""
+    tables = [table.get("objective", {}) for table in (file, command_line)]
+    if not all(isinstance(table, Mapping) for table in tables):
+        return  # which the loader refuses
+    names = [made_for if table.get("name", "auto") == "auto" else table["name"] for table in tables]
+    final = names[1] if "name" in tables[1] else names[0]
+    if "objective" in file:
+        file["objective"] = {**tables[0], "name": final} if names[0] == final else {"name": final}
+    if "objective" in command_line:
+        command_line["objective"] = {**tables[1], "name": final}
 
 
 def _stages(tables: Sequence[Mapping[str, Any]], origin: Located, base: OptimConfig) -> tuple[Stage, ...]:

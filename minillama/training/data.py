@@ -11,8 +11,10 @@ from minillama.data.reading import Record
 from minillama.data.records import Records
 from minillama.errors import InputError
 from minillama.evaluate.cloze import Cloze
+from minillama.evaluate.question import Question
 from minillama.files import cache_folder
 from minillama.runs.config import RunConfig
+from minillama.runs.objectives import ClozeConfig
 from minillama.runs.report import Report
 from minillama.tokenizer import Tokenizer
 from minillama.training.init_model import choose_tokenizer
@@ -27,16 +29,20 @@ def load_data(config: RunConfig, report: Report) -> tuple[Corpus | Records, Toke
         InputError: a source that cannot be read, a tokenizer larger than the model's vocabulary, or too
             little text for one batch.
     """
-    return _load_records(config, report) if config.objective == "cloze" else _load_text(config, report)
+    return (
+        _load_records(config, config.objective, report)
+        if isinstance(config.objective, ClozeConfig)
+        else _load_text(config, report)
+    )
 
 
-def _load_records(config: RunConfig, report: Report) -> tuple[Records, Tokenizer]:
+def _load_records(config: RunConfig, question: Question, report: Report) -> tuple[Records, Tokenizer]:
     tokenizer = choose_tokenizer(config)
     if not isinstance(tokenizer, Tokenizer):
         fix = "give the model that is fine-tuned as train.init_from"
         raise InputError("records train no tokenizer", where="tokenizer.path", found="none", fix=fix)
     _check_vocabulary(tokenizer, config)
-    cloze = Cloze(config.cloze, tokenizer, config.context)
+    cloze = Cloze(question, tokenizer, config.context)
 
     def check(record: Record) -> None:
         cloze.label(record)

@@ -13,7 +13,6 @@ from minillama.formats.open import open_model
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
-from minillama.tokenizer.blanks import BLANK_TOKENS
 
 __all__ = ["build_model", "choose_tokenizer", "with_grown_vocabulary"]
 
@@ -24,15 +23,11 @@ def choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
         return _load_tokenizer(config)
     kind = config.tokenizer.kind
     size = 0 if kind in ("char", "bytes") else config.model.vocab_size
-    return TokenizerTrainer(kind, size, special=_marks(config))
+    return TokenizerTrainer(kind, size, special=config.objective.special_tokens)
 
 
 def _load_tokenizer(config: RunConfig) -> Tokenizer:
-    return Tokenizer.load(config.tokenizer.path).with_special(_marks(config))
-
-
-def _marks(config: RunConfig) -> tuple[str, ...]:
-    return BLANK_TOKENS if config.objective != "lm" else ()
+    return Tokenizer.load(config.tokenizer.path).with_special(config.objective.special_tokens)
 
 
 def build_model(config: RunConfig, is_resumed: bool = False) -> Decoder:

@@ -189,13 +189,7 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     tokenizer = Tokenizer.load(model)
     if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # GGUF has no such thing
         words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
-    commands = {"generate": _command("generate.py", "--model", model, "--prompt", prompt)}
-    if config.objective == "glm":
-        commands["infill"] = shlex.join(["minillama", "infill", "--model", str(model), "--text", f"{prompt} [MASK]."])
-    if config.objective == "cloze":
-        ask = ["--pattern", config.cloze.pattern, "--verbalizers", *config.cloze.verbalizers]
-        commands = {"classify": shlex.join(["minillama", "classify", "--model", str(model), *ask, "--text", "..."])}
-    commands |= {
+    commands = {name: shlex.join(words) for name, words in config.objective.commands(str(model), prompt).items()} | {
         "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),
         "export": f"{shlex.join(['minillama', 'convert', str(model), *words])}  # {remark}",
         "plan": shlex.join(["minillama", "plan", str(model)]),

@@ -17,7 +17,8 @@ from minillama.config import loader
 from minillama.config.command_line import overrides
 from minillama.config.loader import Origin, build, check, config_names, config_path, nearest, read_toml, to_dict
 from minillama.errors import InputError
-from minillama.runs.config import RunConfig
+from minillama.runs.config import RunConfig, load_run_config
+from minillama.runs.objectives import words_with_new_names
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,63 @@ def test_an_old_name_goes_on_working_with_a_line(tmp_path: Path, capsys: pytest.
         capsys.readouterr().err
         == f"{file}:2, inner.old is now called new; the old name is removed in the next release\n"
     )
-    question = ("--cloze.verbalisers", "good=fine", "bad=poor", "--cloze.pattern", "{text} [MASK]")
-    changed = overrides(question, RunConfig)["cloze"]
+    question = ("--cloze.verbalisers", "good=fine", "bad=poor", "--objective.pattern", "{text} [MASK]")
+    changed = overrides(words_with_new_names(list(question)), RunConfig)["objective"]
     assert changed["verbalizers"] == ["good=fine", "bad=poor"]
-    assert "--cloze.verbalisers is now called --cloze.verbalizers" in capsys.readouterr().err
+    assert "--objective.verbalisers is now called --objective.verbalizers" in capsys.readouterr().err
+
+
+OLD = """
+[train]
+objective = "{name}"
+z_loss = 1e-4
+steps = 7
+[blanks]
+tokens = 0.9
+share = 0.2
+[cloze]
+pattern = "{pattern}"
+verbalisers = [{words}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("preset", "name", "expected"),
+    [
+        ("llama-tiny", "auto", {"name": "lm", "z_loss": 1e-4}),
+        ("glm-tiny", "glm", {"name": "glm", "z_loss": 1e-4, "tokens": 0.9, "share": 0.2, "document": 0.2}),
+        ("glm-tiny", "cloze", {"name": "cloze", "pattern": "{a} [MASK]", "verbalizers": ("x=y", "z=w")}),
+    ],
+)
+def test_a_run_of_the_last_release_has_its_objective(
+    preset: str, name: str, expected: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_cloze = name == "cloze"
+    text = OLD.format(name=name, pattern="{a} [MASK]" if is_cloze else "", words="'x=y', 'z=w'" if is_cloze else "")
+    file = tmp_path / "old.toml"
+    file.write_text(f'[model]\npreset = "{preset}"\n{text}')
+    config = load_run_config(str(file))
+    assert config.train.steps == 7
+    assert {key: getattr(config.objective, key) for key in expected} == expected
+    assert "train.objective is now called [objective]" in capsys.readouterr().err
+    again = load_run_config("tiny", ["--train.objective", "lm", "--train.z_loss=0.5"])
+    assert again.objective.name == "lm" and again.objective.z_loss == 0.5  # type: ignore[union-attr]
+    assert "--train.z_loss is now called --objective.z_loss" in capsys.readouterr().err
+
+
+def test_the_name_chooses_the_settings(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('[model]\npreset = "glm-tiny"\n[objective]\nname = "glm"\ntokens = 0.7\n')
+    config = load_run_config(str(file), ["--objective.z_loss", "0.1"])
+    assert (config.objective.name, config.objective.z_loss) == ("glm", 0.1)  # type: ignore[union-attr]
+    assert config.objective.tokens == 0.7  # type: ignore[union-attr]
+    asked = ["--objective.name", "cloze", "--objective.pattern", "{a} [MASK]", "--objective.verbalizers", "x=y", "z=w"]
+    assert load_run_config(str(file), asked).objective.name == "cloze"  # nothing of the file's glm is left
+    for words, said in (
+        (["--objective.name", "gml"], "did you mean 'glm'"),
+        (["--objective.beta", "1"], "--objective.beta"),
+        (["--objective.name", "lm"], "made for another objective"),
+        (["--objective.pattern", "{a} [MASK]"], "unknown key 'pattern'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_run_config(str(file), words)

@@ -31,7 +31,7 @@ GOOD, BAD = ["lovely", "fresh", "warm", "kind"], ["stale", "cold", "rude", "bitt
 THINGS = ["soup", "host", "room", "bread", "song", "walk"]
 FORMS = ["The {} was {} today.", "What a {}: {} all the way.", "My friend called the {} {}."]
 QUESTION = Question("{text} It was [MASK].", ("positive=good", "negative=quite bad"))
-WORDS = ["--cloze.pattern", QUESTION.pattern, "--cloze.verbalizers", *QUESTION.verbalizers]
+WORDS = ["--objective.pattern", QUESTION.pattern, "--objective.verbalizers", *QUESTION.verbalizers]
 
 
 def reviews() -> list[dict[str, str]]:
@@ -119,7 +119,7 @@ def test_fine_tuning_learns_and_classify_tells(
     model.save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
     source = write(tmp_path / "reviews.jsonl", reviews())  # type: ignore[arg-type]
-    words = ["--data.sources", source, "--data.val_fraction", "0.25", "--train.objective", "cloze"]
+    words = ["--data.sources", source, "--data.val_fraction", "0.25", "--objective.name", "cloze"]
     words += ["--train.init_from", str(tmp_path / "base"), "--train.context", "0", *WORDS]
     words += ["--train.steps", "80", "--train.batch_size", "16", "--optim.lr", "3e-3", "--optim.muon_lr", "0"]
     words += ["--train.compile", "false", "--sample.max_new_tokens", "0", "--validate.every", "40"]
@@ -142,7 +142,7 @@ def test_fine_tuning_learns_and_classify_tells(
 
 def test_micro_batches_sum_to_the_whole(model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = load_run_config(
-        "tiny", ["--train.objective", "cloze", "--train.batch_size", "6", "--train.context", "64", *WORDS], "glm-tiny"
+        "tiny", ["--objective.name", "cloze", "--train.batch_size", "6", "--train.context", "64", *WORDS], "glm-tiny"
     )
     data = Records.load([Source(path=write(tmp_path / "r.jsonl", reviews()))], 0.2)  # type: ignore[arg-type]
     objective = make(config, model, tokenizer, data)
@@ -237,7 +237,7 @@ def test_fine_tuning_without_a_model_or_a_question_is_refused(
     model: Decoder, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write(tmp_path / "r.jsonl", reviews())  # type: ignore[arg-type]
-    words = ["--model.preset", "glm-tiny", "--data.sources", source, "--train.objective", "cloze"]
+    words = ["--model.preset", "glm-tiny", "--data.sources", source, "--objective.name", "cloze"]
     assert main(["train", *words, *WORDS, "--out", str(tmp_path / "run")]) == 1
     assert "records train no tokenizer" in capsys.readouterr().err
     model.save_pretrained(tmp_path / "base")
@@ -253,7 +253,7 @@ def test_a_bad_record_is_found_before_step_0(
     model.save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
     source = write(tmp_path / "r.jsonl", [*reviews(), {"label": "positive"}])  # type: ignore[list-item]
-    words = ["train", "--data.sources", source, "--train.objective", "cloze", "--train.init_from"]
+    words = ["train", "--data.sources", source, "--objective.name", "cloze", "--train.init_from"]
     words += [str(tmp_path / "base"), *WORDS, "--train.steps", "1", "--sample.max_new_tokens", "0"]
     assert main([*words, "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr()

@@ -138,8 +138,8 @@ def test_fault_28_cloze_questions(tmp_path: Path) -> None:
     )
     Decoder(base).save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
-    words = [*settings(source, tmp_path), "--train.objective", "cloze", "--train.init_from", str(tmp_path / "base")]
-    words += ["--cloze.pattern", "{text} So: [MASK].", "--cloze.verbalizers", "good=fine", "bad=poor"]
+    words = [*settings(source, tmp_path), "--objective.name", "cloze", "--train.init_from", str(tmp_path / "base")]
+    words += ["--objective.pattern", "{text} So: [MASK].", "--objective.verbalizers", "good=fine", "bad=poor"]
     words += ["--data.val_fraction", "0.3", "--train.dropout", "0.1", "--train.micro_batch_size", "3"]
     assert_equal_runs(load_run_config("tiny", words), tmp_path, (10,))
 

@@ -89,8 +89,8 @@ def test_fault_36_out_of_memory_while_evaluating(tmp_path: Path) -> None:
     Decoder(config).save_pretrained(tmp_path / "base")
     tokenizer.save(tmp_path / "base")
     out = tmp_path / "run"
-    words = ["train", "--train.init_from", str(tmp_path / "base"), "--train.objective", "cloze", "--out", str(out)]
-    words += ["--cloze.pattern", "{text}: [MASK]", "--cloze.verbalizers", "in=in", "out=out", "--data.sources"]
+    words = ["train", "--train.init_from", str(tmp_path / "base"), "--objective.name", "cloze", "--out", str(out)]
+    words += ["--objective.pattern", "{text}: [MASK]", "--objective.verbalizers", "in=in", "out=out", "--data.sources"]
     words += [str(source), "--data.val_fraction", "0.2", "--train.steps", "4", "--validate.every", "2"]
     words += ["--train.compile", "false", "--sample.max_new_tokens", "0", "--train.dtype", "float32"]
     # Step 0 is evaluated as well, so the run begins without a limit and goes on with one.

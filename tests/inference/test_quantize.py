@@ -86,7 +86,7 @@ def test_products_are_those_of_their_weight(
 def test_shapes_that_the_kernels_do_not_take() -> None:
     with pytest.raises(ValueError, match="in_features 20"):
         Int8Linear(nn.Linear(20, 32))
-    with pytest.raises(ValueError, match="24 outputs"):
+    with pytest.raises(ValueError, match="out_features 24"):
         Int4Linear.of(nn.Linear(32, 24))
 
 

@@ -19,7 +19,8 @@ from minillama.evaluate.perplexity import score
 from minillama.layers.cache import CacheRange as Slots
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.runs.config import BlankConfig, load_run_config
+from minillama.runs.config import load_run_config
+from minillama.runs.objectives import GLMConfig
 from minillama.tokenizer.blanks import BLANK_TOKENS, Blanks, Layout
 from minillama.tokenizer.train import TokenizerTrainer
 from minillama.training.objectives.glm import BlankInfilling, Example
@@ -54,7 +55,7 @@ def objective(
     ends = np.zeros(97, bool)
     ends[[5, 17, 33, 60]] = True
     over = model or Decoder(MODEL), data or Corpus([], [], separator=0), seed, 6, context
-    return BlankInfilling(*over, BLANKS, ends, 0, BlankConfig(**config))
+    return BlankInfilling(*over, BLANKS, ends, 0, GLMConfig(**config))
 
 
 # ---------------------------------------------------------------- the worked example of the paper, §2.1 and figure 2
@@ -257,13 +258,17 @@ def test_processes_share_a_batch(corpus: Corpus) -> None:
 @pytest.mark.parametrize(
     ("preset", "words", "what"),
     [
-        ("glm-tiny", ["--train.objective", "lm"], "made for another objective"),
-        ("llama-tiny", ["--train.objective", "glm"], "made for another objective"),
-        ("llama-tiny", ["--train.objective", "cloze"], "made for another objective"),
+        ("glm-tiny", ["--objective.name", "lm"], "made for another objective"),
+        ("llama-tiny", ["--objective.name", "glm"], "made for another objective"),
+        ("llama-tiny", ["--objective.name", "cloze"], "made for another objective"),
         ("glm-tiny", ["--train.context", "4"], "no masked span fits"),
-        ("glm-tiny", ["--cloze.pattern", "{a} [MASK]", "--cloze.verbalizers", "a=b", "c=d"], "to another objective"),
+        ("glm-tiny", ["--objective.pattern", "{a} [MASK]"], "unknown key 'pattern'"),
         ("glm-tiny", ["--data.mask_documents", "true"], "attends to the whole sequence"),
-        ("glm-tiny", ["--blanks.tokens", "0", "--blanks.sentences", "0", "--blanks.document", "0"], "needs a weight"),
+        (
+            "glm-tiny",
+            ["--objective.tokens", "0", "--objective.sentences", "0", "--objective.document", "0"],
+            "needs a weight",
+        ),
     ],
 )
 def test_what_excludes_blank_infilling_is_refused(preset: str, words: list[str], what: str) -> None:
@@ -272,9 +277,9 @@ def test_what_excludes_blank_infilling_is_refused(preset: str, words: list[str],
 
 
 def test_auto_and_the_name_mean_the_same() -> None:
-    assert load_run_config("tiny", [], "chatglm-tiny").objective == "glm"
-    assert load_run_config("tiny", ["--train.objective", "glm"], "glm-tiny").objective == "glm"
-    assert load_run_config("tiny", ["--train.objective", "lm"], "chatglm2-tiny").objective == "lm"
+    assert load_run_config("tiny", [], "chatglm-tiny").objective.name == "glm"
+    assert load_run_config("tiny", ["--objective.name", "glm"], "glm-tiny").objective.name == "glm"
+    assert load_run_config("tiny", ["--objective.name", "lm"], "chatglm2-tiny").objective.name == "lm"
 
 
 def test_a_tokenizer_without_marks_is_named() -> None:

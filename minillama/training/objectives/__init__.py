@@ -7,6 +7,7 @@ from minillama.data.records import Records
 from minillama.evaluate.cloze import Cloze
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
+from minillama.runs.objectives import ClozeConfig, GLMConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
 from minillama.training.objectives.base import MODEL, Batch, Metrics, Objective
@@ -27,11 +28,13 @@ def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus |
         tokenizer: the model's.
         data: what `load_data` found for this objective.
     """
-    rows, context, z_loss = config.train.batch_size, config.context, config.train.z_loss
-    if isinstance(data, Records):
-        return ClozeQuestions(model, data, config.seed, rows, Cloze(config.cloze, tokenizer, context))
+    rows, context, settings = config.train.batch_size, config.context, config.objective
+    if isinstance(settings, ClozeConfig):
+        assert isinstance(data, Records)
+        return ClozeQuestions(model, data, config.seed, rows, Cloze(settings, tokenizer, context))
+    assert isinstance(data, Corpus)
     over = model, data, config.seed, rows, context
-    if config.objective == "glm":
+    if isinstance(settings, GLMConfig):
         ends = sentence_ends(tokenizer, config.model.vocab_size)
-        return BlankInfilling(*over, Blanks.of(tokenizer), ends, data.separator, config.blanks, z_loss)
-    return LanguageModel(*over, data.separator if config.data.mask_documents else None, z_loss)
+        return BlankInfilling(*over, Blanks.of(tokenizer), ends, data.separator, settings)
+    return LanguageModel(*over, data.separator if config.data.mask_documents else None, settings.z_loss)

@@ -14,7 +14,7 @@ from minillama.evaluate.perplexity import Score
 from minillama.inference.engine import evaluating
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.runs.config import BlankConfig
+from minillama.runs.objectives import GLMConfig
 from minillama.tokenizer.blanks import Blanks, Layout, collate
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
@@ -71,7 +71,6 @@ class BlankInfilling(DataObjective[Corpus]):
         ends: (V,) which tokens end a sentence.
         separator: id of the token that opens a document, None where there is none.
         config: kinds and sizes of blanks.
-        z_loss: weight of PaLM's z-loss.
     """
 
     def __init__(
@@ -84,12 +83,11 @@ class BlankInfilling(DataObjective[Corpus]):
         blanks: Blanks,
         ends: NDArray[np.bool_],
         separator: int | None,
-        config: BlankConfig,
-        z_loss: float = 0.0,
+        config: GLMConfig,
     ) -> None:
         super().__init__(model, data, seed, batch_size)
         self.context, self.blanks, self.ends = context, blanks, ends
-        self.separator, self.config, self.z_loss = separator, config, z_loss
+        self.separator, self.config = separator, config
         lengths = span_lengths(config.mean_length)
         mean = float(lengths @ np.arange(1, len(lengths) + 1))
         # A blank takes two slots more than the text it covers: one long one fits into a window of context - 2;
@@ -141,7 +139,7 @@ class BlankInfilling(DataObjective[Corpus]):
         model = self.model
         chosen = batch.weights > 0  # the head is the dearest product, and most slots predict nothing
         hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
-        z_loss = self.z_loss if model.training else 0.0
+        z_loss = self.config.z_loss if model.training else 0.0
         loss = model.loss(hidden, batch.targets[chosen], batch.weights[chosen], z_loss)
         return {"loss": loss}, {}
 
