@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minillama.errors import InputError
 from minillama.inference.engine import evaluating
+from minillama.inference.generate import blanks_of
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks, Layout
 
-__all__ = ["Score", "score"]
+__all__ = ["Score", "perplexity", "score"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,27 @@ def score(
             nats += model.loss(hidden, ids[:, 1:]).item()
             count += ids[:, 1:].numel()
     return Score(nats, count, count * bytes_per_token)
+
+
+def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0) -> Score:
+    """Perplexity and bits per byte of a text, in disjoint windows, each predicted from left to right.
+
+    Args:
+        model: the decoder.
+        tokenizer: its tokenizer.
+        text: of two tokens or more.
+        context: T, tokens per window; the model's context length unless given.
+
+    Raises:
+        InputError: the text has one token or none.
+    """
+    blanks = blanks_of(model, tokenizer)
+    length = (context or model.config.max_seq_len) - (2 if blanks else 0)
+    ids = np.array(tokenizer.encode(text, bos=tokenizer.add_bos), np.int64)
+    if len(ids) < 2:
+        raise InputError("the text is too short to be scored", found=f"{len(ids)} tokens", expected="2 or more")
+    windows = [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+    return score(model, windows, len(text.encode()) / (len(ids) - 1), blanks=blanks)
 
 
 def _as_masked_span(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:
