@@ -19,8 +19,6 @@ from minillama.layers.int4 import Int4
 from minillama.tokenizer import Tokenizer, sentencepiece, tiktoken
 from minillama.tokenizer.gguf_export import vocabulary
 
-__all__ = ["Target", "convert"]
-
 Target = Literal["hf", "meta", "gguf"]
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 

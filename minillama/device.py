@@ -13,15 +13,6 @@ import torch
 
 from minillama.errors import InputError
 
-__all__ = [
-    "choose_device",
-    "choose_dtype",
-    "compiler_missing",
-    "decoding_dtype",
-    "keep_freed_pages",
-    "peak_flops",
-]
-
 # dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {
     "B200": 2250e12,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["InputError"]
-
 
 class InputError(ValueError):
     """Error that a user can correct: in a file, a setting, a command line.
@@ -31,3 +29,7 @@ class InputError(ValueError):
         self.what, self.where, self.found, self.expected, self.fix = what, where, found, expected, fix
         parts = [("where", where), ("found", found), ("expected", expected), ("do", fix)]
         super().__init__("\n".join([what] + [f"  {name}: {value}" for name, value in parts if value is not None]))
+
+    def at(self, where: object) -> InputError:
+        """The same error at another place."""
+        return InputError(self.what, where=where, found=self.found, expected=self.expected, fix=self.fix)

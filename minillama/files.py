@@ -12,8 +12,6 @@ from pathlib import Path
 
 from minillama.errors import InputError
 
-__all__ = ["cache_folder", "digest", "free_name", "refuse_url", "replace_file", "replace_folder"]
-
 
 def cache_folder() -> Path:
     """Cache folder: $XDG_CACHE_HOME/minillama, or ~/.cache/minillama."""

@@ -19,8 +19,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["BLOCKTIME", "VARIABLES", "adapt", "free_threads", "policy"]
-
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # read by libgomp, the first by LLVM's OpenMP too
 BLOCKTIME = "KMP_BLOCKTIME"  # of LLVM's: milliseconds before a thread sleeps
 INTERVAL = 0.1  # seconds between two samples

@@ -19,8 +19,6 @@ from minillama.errors import InputError
 from minillama.evaluate.question import Question
 from minillama.inference.load import DType, load_for_decoding
 
-__all__ = ["Args", "run"]
-
 
 @dataclass(frozen=True)
 class Args:

@@ -14,8 +14,6 @@ from minillama.config.loader import say_renamed
 from minillama.errors import InputError
 from minillama.threads import adapt
 
-__all__ = ["COMMANDS", "main"]
-
 COMMANDS = {
     "train": "train a model; writes a run folder: configuration, metrics, checkpoints, final model",
     "generate": "text generation from prompts: sampling, batching, speculative decoding",

@@ -11,8 +11,6 @@ import tyro
 
 from minillama.errors import InputError
 
-__all__ = ["Args", "run"]
-
 FIGURES = (
     "state",
     "steps",

@@ -14,8 +14,6 @@ from typing import Any
 
 import tyro
 
-__all__ = ["Args", "run"]
-
 UNITS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16")  # they decide dtypes and kernels
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
@@ -75,13 +73,18 @@ def _processor() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
+    from minillama.files import cache_folder
     from minillama.native import attention, build, softmax, swiglu
 
     missing = None if build.can_build() else "it takes g++ or clang++ on Linux"
-    found = {"one token per sequence": missing}
+    found = {"decode step": ("decode", missing)}
     for name, part in (("attention", attention), ("softmax of the loss", softmax), ("SwiGLU", swiglu)):
-        found[name] = missing or part.unsupported()
-    return {name: "C++, compiled at the first use" if why is None else f"torch ({why})" for name, why in found.items()}
+        found[name] = part.SOURCE.removesuffix(".cpp"), missing or part.unsupported()
+    table = {}
+    for name, (source, why) in found.items():
+        is_compiled = any((cache_folder() / "native").glob(f"{source}-*.so"))
+        table[name] = f"torch ({why})" if why else "C++" if is_compiled else "C++, compiled at the first use"
+    return table
 
 
 def _compiler() -> dict[str, str]:
@@ -95,9 +98,9 @@ def _compiler() -> dict[str, str]:
 
 
 def _waiting() -> dict[str, str]:
-    from minillama.threads import BLOCKTIME, VARIABLES, policy
+    from minillama.threads import VARIABLES, policy
 
-    return {"policy": policy()} | {name: os.environ.get(name, "not set") for name in (*VARIABLES, BLOCKTIME)}
+    return {"policy": policy()} | {name: os.environ.get(name, "not set") for name in VARIABLES}
 
 
 def _extras() -> dict[str, str]:
@@ -114,7 +117,7 @@ def _extras() -> dict[str, str]:
         wanted = [need for need in needs if need.marker and not need.marker.evaluate({"extra": ""})]
         asked = [need for need in wanted if need.marker and need.marker.evaluate(there)]
         missing = [need.name for need in asked if (_version(need.name) or "") not in need.specifier]
-        found[extra] = f"missing: {' '.join(missing)}; pip install 'minillama[{extra}]'" if missing else "complete"
+        found[extra] = f"optional, not installed: {' '.join(missing)}; pip install 'minillama[{extra}]'" if missing else "complete"
     return found
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from minillama.inference.engine import Decoding
     from minillama.inference.speculative import Speculation
 
-__all__ = ["Args", "run"]
-
 
 @dataclass(frozen=True)
 class Args:

@@ -14,8 +14,6 @@ from minillama.config.loader import check
 from minillama.inference.load import DType, load_for_decoding, read_texts
 from minillama.inference.sampling import Sampling
 
-__all__ = ["Args", "run"]
-
 
 @dataclass(frozen=True)
 class Args:

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["Args", "run"]
-
 
 @dataclass(frozen=True)
 class Args:

@@ -17,8 +17,6 @@ from minillama.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Args", "figures", "run"]
-
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 
 

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import tyro
 
-__all__ = ["Args", "run"]
-
 
 @dataclass(frozen=True)
 class Args:

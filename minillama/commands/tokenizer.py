@@ -15,11 +15,10 @@ from minillama.data.reading import BadText
 from minillama.data.sources import documents, parse_source
 from minillama.errors import InputError
 from minillama.files import refuse_url
+from minillama.tokenizer.kinds import Kind
 from minillama.tokenizer.tokenizer import Tokenizer
-from minillama.tokenizer.train import Kind, TokenizerTrainer
+from minillama.tokenizer.train import TokenizerTrainer
 from minillama.tokenizer.trainers import Ties
-
-__all__ = ["Args", "run"]
 
 Model = Annotated[str, tyro.conf.arg(name="model", metavar="PATH")]
 
@@ -244,7 +243,7 @@ def _texts(names: tuple[str, ...]) -> Iterator[str]:
         raise InputError(bad.what, where=bad.where, found=bad.found, expected=bad.expected, fix="correct it") from None
     except InputError as error:
         where = "--input" if error.where == "data.sources" else error.where
-        raise InputError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from None
+        raise error.at(where) from None
 
 
 def _text(word: str) -> str:

@@ -19,8 +19,6 @@ from minillama.errors import InputError
 from minillama.runs.config import RunConfig, load_run_config
 from minillama.runs.objectives import OBJECTIVES
 
-__all__ = ["Args", "parse", "run"]
-
 
 @dataclass(frozen=True)
 class Args:

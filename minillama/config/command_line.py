@@ -14,8 +14,6 @@ from typing import Any, Literal, Union
 from minillama.config.loader import nearest, say_renamed, tagged
 from minillama.errors import InputError
 
-__all__ = ["CommandLine", "overrides", "refuse_repeated", "take_flag", "take_option"]
-
 # names of settings in other trainers
 ELSEWHERE = {
     "learning_rate": "optim.lr",

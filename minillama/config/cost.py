@@ -10,16 +10,6 @@ from dataclasses import dataclass
 
 from minillama.config.model import ModelConfig
 
-__all__ = [
-    "InferenceMemory",
-    "TrainingMemory",
-    "cache_slots",
-    "inference_memory",
-    "loss_rows",
-    "training_days",
-    "training_memory",
-]
-
 SPARE = 256  # minimum slots beside a window's: the chunk of chunked prefill
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from minillama.errors import InputError
 
-__all__ = ["KEYS", "from_hf", "model_type", "to_hf"]
-
 # ours -> theirs, where the meaning is the same
 KEYS = {
     "dim": "hidden_size",

@@ -22,20 +22,6 @@ from typing import Any, Literal, Protocol, TypeVar, Union
 from minillama.errors import InputError
 from minillama.files import refuse_url
 
-__all__ = [
-    "Located",
-    "Origin",
-    "build",
-    "check",
-    "config_folder",
-    "config_names",
-    "config_path",
-    "located",
-    "nearest",
-    "read_toml",
-    "to_dict",
-]
-
 T = TypeVar("T")
 
 
@@ -176,7 +162,7 @@ def located(error: InputError, origin: Located | None, prefix: str) -> InputErro
     if not re.fullmatch(r"[\w.]*", field):  # it has a location already
         return error
     where = _location(origin, f"{prefix}.{field}".strip("."))
-    return InputError(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix)
+    return error.at(where)
 
 
 def _location(origin: Located | None, key: str) -> str:

@@ -16,10 +16,8 @@ from typing import Any
 
 from minillama.config import hf, parameters
 from minillama.config.loader import Located, build, config_folder, config_path, located, read_toml, to_dict
-from minillama.config.shape import RopeScaling, Shape, ffn_width
+from minillama.config.shape import Shape, ffn_width
 from minillama.errors import InputError
-
-__all__ = ["ModelConfig", "RopeScaling"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class ModelConfig(Shape):
             if key.startswith(where):  # it has a location already
                 raise
             location = f"{where}, {hf.KEYS.get(key, key)}"
-            raise InputError(error.what, where=location, found=error.found, expected=error.expected) from None
+            raise error.at(location) from None
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The keys of config.json, for transformers 4 and 5 alike."""

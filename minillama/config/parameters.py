@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from minillama.config.shape import Shape
 
-__all__ = ["block", "ends", "norm"]
-
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -13,8 +13,6 @@ from typing import Any, Literal
 from minillama.config.loader import check
 from minillama.errors import InputError
 
-__all__ = ["RopeScaling", "Shape", "ffn_width"]
-
 
 @dataclass(frozen=True)
 class RopeScaling:

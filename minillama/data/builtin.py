@@ -11,8 +11,6 @@ from pathlib import Path
 from minillama.data.reading import BadText, Document, read_file
 from minillama.errors import InputError
 
-__all__ = ["BUILTIN", "builtin_documents"]
-
 BUILTIN = ("python-docs", "python-code")
 
 # Tests, applications, bundled wheels, and generated files: character tables and the topics' text.

@@ -20,8 +20,6 @@ from minillama.data.reading import Skipped
 from minillama.data.shards import Shard
 from minillama.errors import InputError
 
-__all__ = ["BLOCK", "Corpus", "Split"]
-
 BLOCK = 4096
 
 

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["document_ids", "document_positions"]
-
 
 def document_ids(tokens: NDArray[Any], separator: int) -> NDArray[np.int64]:
     """Document ids: id_t = number of separators among tokens 0..t.

@@ -11,8 +11,6 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["derive_keys", "permute"]
-
 _ROUNDS = 6
 
 

@@ -27,8 +27,6 @@ from minillama.errors import InputError
 from minillama.files import digest
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["Progress", "TokenizerFactory", "load_corpus", "prepare"]
-
 VERSION = 1  # of the cache format; a change invalidates the cache
 MEMORY = 256 * 2**20  # bytes of text kept in memory instead of being read again
 SAMPLE = 20_000_000  # characters of tokenizer training

@@ -14,19 +14,6 @@ from typing import Any, BinaryIO, TypeVar
 
 from minillama.errors import InputError
 
-__all__ = [
-    "BadText",
-    "Document",
-    "Record",
-    "Skipped",
-    "clean",
-    "from_record",
-    "is_jsonl",
-    "need_extra",
-    "read_file",
-    "read_records",
-]
-
 _LOCATIONS = 5
 T = TypeVar("T")
 

@@ -15,8 +15,6 @@ from minillama.data.sources import OnError, Source, records
 from minillama.data.split import hash_fraction
 from minillama.errors import InputError
 
-__all__ = ["Records"]
-
 
 @dataclass(frozen=True)
 class Records:

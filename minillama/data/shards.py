@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from minillama.errors import InputError
 
-__all__ = ["Shard", "ShardWriter", "token_dtype"]
-
 HEADER_BYTES = 64
 _HEADER = struct.Struct("<8sIIQ40x")
 _MAGIC = b"mllshard"

@@ -29,8 +29,6 @@ from minillama.data.reading import (
 )
 from minillama.errors import InputError
 
-__all__ = ["Document", "OnError", "Record", "Skipped", "Source", "documents", "identity", "parse_source", "records"]
-
 OnError = Literal["stop", "skip"]
 
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
 
-from minillama.data.sources import Document, OnError, Skipped, Source, documents
+from minillama.data.reading import Document, Skipped
+from minillama.data.sources import OnError, Source, documents
 from minillama.errors import InputError
-
-__all__ = ["Part", "SplitName", "SplitSource", "hash_fraction"]
 
 SplitName = Literal["train", "val"]
 

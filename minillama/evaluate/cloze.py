@@ -21,8 +21,6 @@ from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks, Layout, collate
 
-__all__ = ["Answers", "Cloze"]
-
 STEP = 32  # sequences are padded to a multiple of this, so that compiled code meets few shapes
 
 

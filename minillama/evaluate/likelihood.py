@@ -11,8 +11,6 @@ from minillama.errors import InputError
 from minillama.inference.engine import evaluating
 from minillama.model import Decoder
 
-__all__ = ["Likelihood", "log_likelihoods"]
-
 
 class Likelihood(NamedTuple):
     """Log-likelihood ln P(continuation | context) in nats, and whether greedy decoding gives the continuation."""

@@ -19,8 +19,6 @@ from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks, Layout
 
-__all__ = ["Score", "perplexity", "score"]
-
 
 @dataclass(frozen=True)
 class Score:

@@ -10,8 +10,6 @@ from typing import Any
 
 from minillama.errors import InputError
 
-__all__ = ["MASK", "Question", "label_of"]
-
 MASK = "[MASK]"
 
 

@@ -21,8 +21,6 @@ from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interlea
 from minillama.layers.int4 import Int4
 from minillama.layers.rope import inverse_frequencies
 
-__all__ = ["DTYPES", "read", "write"]
-
 TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -128,7 +126,7 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
         if error.where is not None and str(path) in str(error.where):
             raise
         where = f"{path}, llama.{KEYS.get(str(error.where), str(error.where))}"
-        raise InputError(error.what, where=where, found=error.found, expected=error.expected) from None
+        raise error.at(where) from None
 
 
 def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, Any] | None:

@@ -16,8 +16,6 @@ from torch import Tensor
 from minillama.formats.gguf_header import TensorInfo
 from minillama.layers.int4 import GROUP, LOW, Int4
 
-__all__ = ["INT4", "q4_1_bytes", "read_int4"]
-
 INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes
 
 

@@ -18,8 +18,6 @@ import numpy as np
 
 from minillama.errors import InputError
 
-__all__ = ["GGUFHeader", "TensorInfo", "is_gguf", "read_header"]
-
 T = TypeVar("T")
 MAGIC = b"GGUF"
 # value type -> struct letter; 8 is a string, 9 an array

@@ -20,8 +20,6 @@ from minillama.formats.hf_names import Entry, layout, refuse_unknown
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.safetensors_header import read_header
 
-__all__ = ["GENERATION_CONFIG", "parse_size", "read", "stop_ids", "write", "write_token_ids"]
-
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")

@@ -15,8 +15,6 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 
-__all__ = ["Entry", "layout", "refuse_relatives", "refuse_unknown"]
-
 Shape = tuple[int, ...]
 
 

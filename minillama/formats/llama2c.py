@@ -18,8 +18,6 @@ from minillama.errors import InputError
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, optional
 from minillama.formats.rope_rows import rotary_heads, to_half_split
 
-__all__ = ["is_llama2c", "read"]
-
 MAGIC = b"24ka"  # "ak42" as a little-endian integer
 HEADER = struct.Struct("<7i")
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -22,8 +22,6 @@ from minillama.formats.hf_names import refuse_relatives, refuse_unknown
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
 from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
 
-__all__ = ["read", "write"]
-
 # ours -> theirs, and the axis sharded over ranks: rows 0, columns 1, None: replicated
 TOP = {
     "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # by rows in Llama 3's files
@@ -210,7 +208,7 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
         return ModelConfig.from_table(values)
     except InputError as error:
         where = f"{path}, {error.where}"
-        raise InputError(error.what, where=where, found=error.found, expected=error.expected) from None
+        raise error.at(where) from None
 
 
 def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:

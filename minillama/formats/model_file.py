@@ -14,8 +14,6 @@ from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.layers.int4 import Int4
 
-__all__ = ["LazyTensors", "ModelFile", "Stored", "check_tensors", "optional"]
-
 # axes of each parameter, in fields of ModelConfig
 _AXES = {
     "embed_tokens": ("vocab_size", "dim"),

@@ -14,8 +14,6 @@ from minillama.formats.gguf_header import is_gguf, read_header
 from minillama.formats.model_file import ModelFile, Stored
 from minillama.formats.safetensors_header import read_header as read_safetensors
 
-__all__ = ["Contents", "contents", "open_model"]
-
 EXPECTED = "a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 
-__all__ = ["rotary_heads", "to_half_split", "to_interleaved"]
-
 
 def to_half_split(weight: Tensor, heads: int) -> Tensor:
     """Interleaved to half-split, Meta's order to Hugging Face's: rows 0, 2, 4, ..., 1, 3, 5, ... of every head.

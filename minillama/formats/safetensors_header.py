@@ -14,8 +14,6 @@ from typing import Any
 from minillama.errors import InputError
 from minillama.formats.model_file import Stored
 
-__all__ = ["read_header"]
-
 LIMIT = 100_000_000  # as in the library
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _IMPOSTORS = {

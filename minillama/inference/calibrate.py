@@ -19,8 +19,6 @@ from minillama.model import Decoder
 from minillama.model.linears import int4_numbers
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["by_text", "calibrated", "windows"]
-
 WINDOW = 512  # tokens that are read together
 MOST = 64  # windows to calibrate by
 HELD_OUT = 8  # windows, or a fifth of a short text's

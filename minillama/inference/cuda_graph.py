@@ -14,8 +14,6 @@ from minillama.layers.cache import CacheRange, KVCache, LayerState, State
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
-__all__ = ["CudaRecorder", "GraphStep", "unsupported"]
-
 PAGE = 256  # slots: attention reads whole pages of the memory, so that one recording serves as many tokens
 PATIENCE = 4  # steps through the layers before one is recorded, which is taken to cost as much as about so many
 

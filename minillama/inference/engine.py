@@ -19,8 +19,6 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.tokenizer.blanks import Layout
 
-__all__ = ["GREEDY", "Decoding", "Steps", "decode", "evaluating"]
-
 Steps = Generator[list[tuple[int, int]], set[int] | None, None]
 GREEDY = Sampling(temperature=0)
 

@@ -13,8 +13,6 @@ from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks, Layout
 
-__all__ = ["Chunk", "Completion", "Reason", "StopText", "blanks_of", "check_room", "chunks", "generate", "stream"]
-
 Reason = Literal["eos", "stop", "length", "context"]
 
 

@@ -14,8 +14,6 @@ from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import BLANK_TOKENS, Blanks, Layout
 
-__all__ = ["Cut", "Filled", "infill", "lay_out", "require_infilling"]
-
 # A blank space in front of a mask belongs to what is filled in, as it belongs to a word.
 _MASK = re.compile("( ?)(" + "|".join(map(re.escape, BLANK_TOKENS[:3])) + ")")
 _STRIDE = 1_000_003  # between the seeds of a text's blanks: more texts than that are in no batch

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-__all__ = ["DType", "Quantize", "load_for_decoding", "load_model", "read_texts"]
-
 DType = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 
@@ -79,6 +77,7 @@ def load_model(
 
 
 def attach_fast_step(model: Decoder) -> None:
+    """Give a fused model the fastest step that this machine has: a CUDA graph, the C++, or none."""
     from minillama.inference import cuda_graph
     from minillama.native.build import CannotBuild, can_build
     from minillama.native.decode import NativeStep, unsupported

@@ -28,8 +28,6 @@ from minillama.model.linears import Product, int4_numbers, plain_tensors, produc
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.gguf_export import vocabulary
 
-__all__ = ["importance_matrix", "quantize", "quantized", "save_gguf", "stored_kind"]
-
 TOKENS = 4096  # that are read at once
 
 

@@ -15,17 +15,6 @@ from torch import Tensor
 
 from minillama.errors import InputError
 
-__all__ = [
-    "Sampler",
-    "Sampling",
-    "min_p",
-    "repetition_penalty",
-    "row_generators",
-    "temperature",
-    "top_k",
-    "top_p",
-]
-
 OUT = float("-inf")
 
 

@@ -24,8 +24,6 @@ from minillama.layers.cache import State
 from minillama.model import Decoder
 from minillama.tokenizer.blanks import Layout
 
-__all__ = ["Acceptance", "DraftModel", "PromptLookup", "Speculation", "accept", "speculate"]
-
 LONGEST_SUFFIX = 3
 
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from minillama.layers.cache import CacheRange
 from minillama.layers.mask import KernelMask
 
-__all__ = ["Alibi", "slopes"]
-
 
 def slopes(n_heads: int) -> Tensor:
     """ALiBi slopes (H,): m_i = s^i with s = 2^(-8/H), i = 1..H, for a power of two.

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 
 from minillama.layers.mask import KernelMask
 
-__all__ = ["attend", "blocked_causal"]
-
 BLOCK = 256
 LONG = 1024
 

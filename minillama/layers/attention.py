@@ -15,8 +15,6 @@ from minillama.layers.fused_linear import fused_linear
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
 
-__all__ = ["Attention"]
-
 
 class Attention(nn.Module):
     """Grouped-query attention o_proj(softmax(q k^T / sqrt(E) + mask) v), H/K consecutive query heads per K/V head.

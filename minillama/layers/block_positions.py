@@ -6,8 +6,6 @@ from torch import Tensor, nn
 
 from minillama.config import ModelConfig
 
-__all__ = ["BlockPositions"]
-
 
 class BlockPositions(nn.Module):
     """2D position embedding P1[position in the corrupted text] + P2[position in the masked span, 0 outside].

@@ -21,8 +21,6 @@ from minillama.errors import InputError
 from minillama.layers.quantized_linear import int8_rows
 from minillama.layers.wkv import Sums
 
-__all__ = ["CacheRange", "KVCache", "LayerState", "State", "StateSnapshot", "WKVState"]
-
 
 @dataclass(frozen=True)
 class CacheRange:

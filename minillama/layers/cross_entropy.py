@@ -12,8 +12,6 @@ from torch.nn import functional as F
 
 from minillama.config.cost import loss_rows
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "softmax_grad"]
-
 # signature of `softmax_grad`: logits, targets, weights, z_loss -> loss, normalizers
 SoftmaxGrad = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 

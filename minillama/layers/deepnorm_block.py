@@ -10,8 +10,6 @@ from minillama.layers.cache import CacheRange, LayerState
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 
-__all__ = ["ScaledBlock"]
-
 
 class ScaledBlock(nn.Module):
     """Scaled residual block: n = norm(x); h = a n + attention(n); m = norm(h); y = a m + mlp(m), with a = sqrt(2 L).

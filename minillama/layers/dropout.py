@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dropout"]
-
 LEVELS = 2**16
 # The mask is saved for the backward pass: recomputed, it would differ.
 TAGS = (torch.Tag.nondeterministic_seeded,)

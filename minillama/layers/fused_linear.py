@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from minillama.errors import InputError
 
-__all__ = ["fused_linear", "refuse_subclasses"]
-
 
 @torch.no_grad()
 def fused_linear(*parts: nn.Linear) -> nn.Linear:

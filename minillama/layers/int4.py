@@ -14,8 +14,6 @@ from torch import Tensor
 
 from minillama.errors import InputError
 
-__all__ = ["GROUP", "LOW", "Int4", "search", "storable"]
-
 GROUP = 32
 LOW, HIGH = -8, 7  # range of q
 CHUNK = 2**17  # weights processed at once, so that they stay in the cache

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from minillama.layers.cache import CacheRange
 
-__all__ = ["KernelMask", "Mask"]
-
 
 class KernelMask(NamedTuple):
     """Attention mask of `scaled_dot_product_attention`: a flag where that suffices, else a boolean tensor."""

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 from minillama.config import ModelConfig
 from minillama.layers.fused_linear import fused_linear
 
-__all__ = ["Gelu", "SwiGLU", "swiglu"]
-
 
 def swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """SwiGLU down(silu(gate(x)) * up(x)), (B, T, D) -> (B, T, D); `native/swiglu.py` is faster where compiled."""

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from minillama.config import ModelConfig
 
-__all__ = ["RMSNorm", "make_norm"]
-
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """Normalization layer of a configuration: RMSNorm, or LayerNorm with or without a bias."""

@@ -8,8 +8,6 @@ from minillama.layers.cache import CacheRange, LayerState
 from minillama.layers.dropout import dropout
 from minillama.layers.mask import KernelMask
 
-__all__ = ["ParallelBlock"]
-
 
 class ParallelBlock(nn.Module):
     """Parallel block y = x + attention(norm(x)) + mlp(norm(x)). Chowdhery et al. 2022, arXiv 2204.02311, §2."""

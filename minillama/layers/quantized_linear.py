@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from minillama.layers.int4 import GROUP, Int4
 
-__all__ = ["Int4Linear", "Int8Linear", "Quantization", "int8_rows", "takes_int4"]
-
 Quantization = Literal["none", "int8", "int4"]
 ROWS = 32  # from this many rows on dequantizing once and a plain matrix product is faster
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from minillama.config import ModelConfig, RopeScaling
 
-__all__ = ["Rope", "Rope2D", "inverse_frequencies", "rotate"]
-
 
 def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
     """Inverse frequencies w_i = theta^(-2i/E), i in 0..E/2-1, in radians per position, with RoPE scaling.

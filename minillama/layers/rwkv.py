@@ -17,8 +17,6 @@ from minillama.layers.mask import KernelMask
 from minillama.layers.norm import make_norm
 from minillama.layers.wkv import Sums, wkv_scan, wkv_step
 
-__all__ = ["ChannelMix", "RecurrentBlock", "TimeMix"]
-
 
 class TimeMix(nn.Module):
     """Time mixing o_proj(sigmoid(r) * wkv(k, v)); k, v and r are linear layers of token-shifted x."""

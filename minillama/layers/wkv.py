@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Sums", "wkv_scan", "wkv_step"]
-
 EMPTY = -1e38  # exponent of an empty sum
 
 

@@ -8,8 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["compile_frugally"]
-
 
 def compile_frugally(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Inductor, with what costs next to nothing computed again in the backward pass instead of kept.

@@ -40,8 +40,6 @@ from minillama.layers.rwkv import RecurrentBlock
 from minillama.model.compile import compile_frugally
 from minillama.model.init import initialize
 
-__all__ = ["Block", "Decoder"]
-
 
 class Block(nn.Module):
     """y = x + attention(norm(x)); out = y + mlp(norm(y)). LLaMA, arXiv 2302.13971, §2.2."""

@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 from minillama.config import ModelConfig
 
-__all__ = ["initialize"]
-
 Parameters = Mapping[str, Tensor]
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
 ZERO = ("self_attn.k_proj", "self_attn.r_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.r_proj")  # RWKV's

@@ -14,8 +14,6 @@ from minillama.layers.int4 import Int4
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 from minillama.model import Decoder
 
-__all__ = ["Product", "int4_numbers", "plain_tensors", "products"]
-
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 

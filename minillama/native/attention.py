@@ -17,8 +17,6 @@ from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
 from minillama.native.build import CannotBuild, load_library, prepare
 
-__all__ = ["causal_attention", "native_attend", "unsupported", "use"]
-
 SOURCE = "attention.cpp"
 SIDE, WIDEST = 16, 256  # divisor and maximum of the head width
 

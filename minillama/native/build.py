@@ -19,8 +19,6 @@ import torch
 from minillama.device import compiler_missing
 from minillama.files import cache_folder
 
-__all__ = ["CannotBuild", "can_build", "load_library", "prepare"]
-
 FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")

@@ -23,8 +23,6 @@ from minillama.model import Block, Decoder
 from minillama.native.build import load_library
 from minillama.threads import free_threads
 
-__all__ = ["NativeStep", "unsupported"]
-
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 WIDTH = 16  # floats of a vector of decode.cpp

@@ -15,8 +15,6 @@ from minillama.model import Decoder
 from minillama.native.attention import unsupported
 from minillama.native.build import load_library, prepare
 
-__all__ = ["native_softmax_grad", "unsupported", "use"]
-
 SOURCE = "softmax.cpp"
 
 

@@ -15,8 +15,6 @@ from minillama.layers.mlp import SwiGLU, swiglu
 from minillama.model import Decoder
 from minillama.native.build import CannotBuild, load_library, prepare
 
-__all__ = ["mlp", "native_swiglu", "unsupported", "use"]
-
 SOURCE = "swiglu.cpp"
 DEPTH = 32  # divisor of both widths
 FEWEST = 64  # tokens: for fewer, packing weights into tiles takes longer than multiplying them

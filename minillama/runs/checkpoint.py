@@ -22,8 +22,6 @@ from safetensors.torch import load_file, save_file
 from minillama.errors import InputError
 from minillama.files import digest, free_name, replace_folder
 
-__all__ = ["Checkpoint", "newest_checkpoint", "prune", "save_checkpoint", "set_aside", "steps"]
-
 MANIFEST = "manifest.json"
 NEEDED = ("config.json", "optimizer.safetensors", "run.json")
 RUN = ("step", "tokens", "seconds", "data", "tokenizer", "guard", "record")

@@ -19,22 +19,6 @@ from minillama.errors import InputError
 from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
 from minillama.tokenizer.kinds import Kind
 
-__all__ = [
-    "CheckpointConfig",
-    "DataConfig",
-    "GuardConfig",
-    "MetricsConfig",
-    "OptimConfig",
-    "RunConfig",
-    "SampleConfig",
-    "Stage",
-    "TokenizerConfig",
-    "TrainConfig",
-    "ValidateConfig",
-    "load_run_config",
-    "to_table",
-]
-
 
 @dataclass(frozen=True)
 class TokenizerConfig:

@@ -8,8 +8,6 @@ from typing import Any
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig, to_table
 
-__all__ = ["check_resumed", "differences", "flat"]
-
 # Settings on which neither the data nor the meaning of the parameters depends. All else makes it another run.
 HARMLESS = (
     "name",

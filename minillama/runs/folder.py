@@ -16,8 +16,6 @@ from typing import IO, Any
 from minillama.errors import InputError
 from minillama.files import free_name, replace_file
 
-__all__ = ["RunFolder", "choose_folder", "lock_owner", "read_lines"]
-
 CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
 
 

@@ -14,16 +14,6 @@ from minillama.errors import InputError
 from minillama.runs.config import RunConfig
 from minillama.runs.report import Report
 
-__all__ = [
-    "available_memory",
-    "check_disk",
-    "explain",
-    "is_out_of_memory",
-    "largest_micro_batch",
-    "needed_memory",
-    "warn_of_memory",
-]
-
 GIB = 2**30
 
 

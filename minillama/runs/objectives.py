@@ -11,16 +11,6 @@ from minillama.errors import InputError
 from minillama.evaluate.question import Question
 from minillama.tokenizer.blanks import BLANK_TOKENS
 
-__all__ = [
-    "OBJECTIVES",
-    "ClozeConfig",
-    "GLMConfig",
-    "LMConfig",
-    "ObjectiveConfig",
-    "with_new_names",
-    "words_with_new_names",
-]
-
 
 def generate(model: str, prompt: str) -> list[str]:
     """Arguments that continue a prompt."""

@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["chart", "sparkline", "write_png"]
-
 BARS = "▁▂▃▄▅▆▇█"
 
 

@@ -16,8 +16,6 @@ import torch
 import minillama
 from minillama.runs.config import RunConfig
 
-__all__ = ["provenance"]
-
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
 
 

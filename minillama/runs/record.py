@@ -11,8 +11,6 @@ from minillama.errors import InputError
 from minillama.runs.checkpoint import steps
 from minillama.runs.folder import lock_owner, read_lines
 
-__all__ = ["RecordedRun"]
-
 Curve = list[tuple[int, float]]
 
 

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-__all__ = ["PlainReport", "Report", "TerminalReport", "make_report"]
-
 Record = Mapping[str, Any]
 
 
@@ -57,7 +55,7 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.recent: deque[float] = deque(maxlen=20)
+        self.recent: deque[float] = deque(maxlen=9)
         self.beyond: deque[float] = deque(maxlen=200)
 
     def add(self, seconds: float) -> None:

@@ -9,8 +9,6 @@ from types import FrameType
 
 from minillama.runs.report import Report
 
-__all__ = ["Interrupted", "Signals"]
-
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM; the run was saved. Like KeyboardInterrupt, it is no Exception that a library may catch."""

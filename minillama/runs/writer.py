@@ -15,8 +15,6 @@ from minillama.errors import InputError
 from minillama.runs.checkpoint import prune, save_checkpoint, steps
 from minillama.runs.report import Report
 
-__all__ = ["CheckpointCopy", "CheckpointWriter"]
-
 
 @dataclass(frozen=True)
 class CheckpointCopy:

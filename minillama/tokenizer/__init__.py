@@ -1,7 +1,8 @@
 """Tokenizers: loading, encoding, decoding, streaming, and training of every kind. No torch here."""
 
+from minillama.tokenizer.hf_json import END_OF_TEXT
 from minillama.tokenizer.stream import StreamDecoder
-from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
+from minillama.tokenizer.tokenizer import Tokenizer
 from minillama.tokenizer.train import TokenizerTrainer, byte_tokenizer, char_tokenizer, train_byte_bpe
 
 __all__ = [

@@ -14,22 +14,6 @@ from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS
 from minillama.tokenizer.reference.wordpiece import CONTINUATION
 from minillama.tokenizer.sentencepiece_vocab import BYTES, SPACE, ModelKind, Pieces, PieceType
 
-__all__ = [
-    "RESERVED",
-    "UNKNOWN",
-    "WORDPIECE_UNKNOWN",
-    "blanks",
-    "bpe",
-    "byte_bpe",
-    "byte_words",
-    "chars",
-    "splitter",
-    "unigram",
-    "with_blanks",
-    "word",
-    "wordpiece",
-]
-
 UNKNOWN, WORDPIECE_UNKNOWN = "<unk>", "[UNK]"
 RESERVED = 2 + len(BYTES)  # special tokens and bytes of a character-based vocabulary
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 
-__all__ = ["BLANK_TOKENS", "Blanks", "Layout", "Rows", "collate"]
-
 BLANK_TOKENS = ("[MASK]", "[sMASK]", "[gMASK]", "<sop>", "<eop>")
 
 

@@ -18,8 +18,6 @@ from typing import Any
 
 from minillama.errors import InputError
 
-__all__ = ["ChatTemplate"]
-
 SECONDS, MEMORY, SIZE = 5.0, 1 << 30, 10_000_000
 
 

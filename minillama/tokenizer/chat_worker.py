@@ -14,8 +14,6 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["main"]
-
 
 class Generation(Extension):
     """`{% generation %} ... {% endgeneration %}`: delimits assistant turns, renders as its body (transformers)."""

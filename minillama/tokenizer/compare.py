@@ -10,10 +10,9 @@ from tokenizers import decoders
 
 from minillama.errors import InputError
 from minillama.tokenizer.pre import piece_bytes
-from minillama.tokenizer.sentencepiece_vocab import BYTE, SPACE
+from minillama.tokenizer.reference.byte_fallback import BYTE
+from minillama.tokenizer.sentencepiece_vocab import SPACE
 from minillama.tokenizer.tokenizer import Tokenizer
-
-__all__ = ["Figures", "measure", "plot"]
 
 BLANKS = 0.05  # whitespace per character; a text with less has no spaces between words
 

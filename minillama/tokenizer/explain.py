@@ -12,8 +12,6 @@ from minillama.tokenizer.reference import bpe, byte_fallback, wordpiece
 from minillama.tokenizer.reference.unigram import Unigram
 from minillama.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["explain"]
-
 
 @dataclass
 class _Word:

@@ -14,8 +14,6 @@ from minillama.tokenizer.pre import PRE, byte_level_bpe
 from minillama.tokenizer.sentencepiece_vocab import Pieces, PieceType
 from minillama.tokenizer.spec import Parts
 
-__all__ = ["PREFIX", "read"]
-
 PREFIX = "tokenizer.ggml."
 
 

@@ -14,8 +14,6 @@ from minillama.tokenizer.pre import BYTE_TO_CHAR, PRE
 from minillama.tokenizer.sentencepiece_vocab import PieceType
 from minillama.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["vocabulary"]
-
 
 def vocabulary(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The keys for an embedding of `rows` rows; rows without a token get an unused one.

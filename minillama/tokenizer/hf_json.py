@@ -13,8 +13,6 @@ from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.spec import Parts, read_json, read_text
 
-__all__ = ["ENCODE_WITH", "END_OF_TEXT", "read"]
-
 END_OF_TEXT = "<|endoftext|>"
 ENCODE_WITH = "encode_with"  # of tokenizer_config.json: tokenizer.model, where tokenizer.json is not exact
 # Defaults where no file names them.

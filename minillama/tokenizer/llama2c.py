@@ -6,10 +6,9 @@ import struct
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.tokenizer.sentencepiece_vocab import BYTE, SPACE, Pieces, PieceType
+from minillama.tokenizer.reference.byte_fallback import BYTE
+from minillama.tokenizer.sentencepiece_vocab import SPACE, Pieces, PieceType
 from minillama.tokenizer.spec import Parts, read_bytes
-
-__all__ = ["read"]
 
 NAMES = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2; the file has newlines around the last two
 

@@ -22,8 +22,6 @@ from minillama.tokenizer.sentencepiece_vocab import ModelKind, PieceType
 from minillama.tokenizer.spec import read_bytes
 from minillama.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Extended", "extend", "new_characters"]
-
 LOST = ("Cc", "Cs", "Cn", "Co", "Zs", "Zl", "Zp")  # Unicode categories that are not learned
 
 

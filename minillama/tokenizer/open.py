@@ -10,8 +10,6 @@ from minillama.files import refuse_url
 from minillama.tokenizer import gguf, hf_json, llama2c, sentencepiece, tiktoken
 from minillama.tokenizer.spec import Parts
 
-__all__ = ["read"]
-
 NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
 
@@ -36,7 +34,7 @@ def read(path: str | Path) -> Parts:
     except InputError as error:
         if error.where is not None:
             raise
-        raise InputError(error.what, where=file, found=error.found, expected=error.expected, fix=error.fix) from None
+        raise error.at(file) from None
 
 
 def _reader(file: Path, start: bytes) -> Callable[[Path], Parts]:

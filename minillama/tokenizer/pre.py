@@ -16,8 +16,6 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.reference.splitting import PATTERNS
 
-__all__ = ["BYTE_TO_CHAR", "CHAR_TO_BYTE", "PRE", "STEPS", "byte_level_bpe", "piece_bytes", "pre_name", "steps_of"]
-
 _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
 

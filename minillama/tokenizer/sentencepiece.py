@@ -11,8 +11,6 @@ from minillama.errors import InputError
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces, PieceType
 from minillama.tokenizer.spec import Parts, read_bytes
 
-__all__ = ["SentencePieceEncoder", "is_sentencepiece", "message", "parse", "pieces_of", "read", "serialize"]
-
 
 def _proto() -> Any:
     try:

@@ -11,8 +11,6 @@ from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.sentencepiece_vocab import BYTES, ModelKind, Pieces, PieceType
 
-__all__ = ["RESERVED", "RULES", "from_merges", "from_scores", "train"]
-
 RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 MARKS = ("<unk>", "<s>", "</s>")
 RESERVED = len(MARKS) + 256

@@ -21,8 +21,6 @@ from tokenizers import Tokenizer as Backend
 from minillama.errors import InputError
 from minillama.tokenizer.reference.byte_fallback import BYTE
 
-__all__ = ["BYTE", "BYTES", "MARKS", "ModelKind", "PieceType", "Pieces", "merges_by_score"]
-
 LONGEST = 1000
 SPACE = "▁"  # U+2581, a space inside token pieces
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte fallback: an unknown character becomes these

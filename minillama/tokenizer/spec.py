@@ -12,9 +12,6 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 
-__all__ = ["Encoder", "Parts", "read_bytes", "read_json", "read_text"]
-
-
 LIMIT = 500_000_000
 
 

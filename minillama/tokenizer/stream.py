@@ -12,8 +12,6 @@ from tokenizers import decoders
 from minillama.tokenizer.pre import piece_bytes
 from minillama.tokenizer.reference.byte_fallback import BYTE
 
-__all__ = ["StreamDecoder"]
-
 
 class StreamDecoder:
     """Incremental detokenization: all pushes plus the flush equal `decode` of all the ids.

@@ -13,8 +13,6 @@ from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe, piece_b
 from minillama.tokenizer.sentencepiece_vocab import merges_by_score
 from minillama.tokenizer.spec import Parts, read_bytes
 
-__all__ = ["SPECIAL", "is_tiktoken", "read", "write"]
-
 # Llama 3.1's names for the 256 ids behind the ranks (meta-llama/llama-models, models/llama3/tokenizer.py).
 _NAMED = {
     0: "begin_of_text",

@@ -24,8 +24,6 @@ from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.spec import Encoder, Parts
 from minillama.tokenizer.stream import StreamDecoder
 
-__all__ = ["END_OF_TEXT", "Tokenizer", "check_unicode"]
-
 # Members kept of a loaded tokenizer_config.json, besides those that save() writes itself.
 _CARRIED = ("unk_token", "pad_token", "chat_template", "model_max_length")
 

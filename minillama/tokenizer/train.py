@@ -9,14 +9,13 @@ from typing import Literal, get_args
 
 from minillama.errors import InputError
 from minillama.tokenizer import backends, sentencepiece, sentencepiece_training
+from minillama.tokenizer.hf_json import END_OF_TEXT
 from minillama.tokenizer.kinds import Kind
 from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.reference.wordpiece import Score
-from minillama.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, check_unicode
+from minillama.tokenizer.tokenizer import Tokenizer, check_unicode
 from minillama.tokenizer.trainers import Learner, Library, Readable
-
-__all__ = ["Kind", "TokenizerTrainer", "byte_tokenizer", "char_tokenizer", "train_byte_bpe"]
 
 
 @dataclass(frozen=True)

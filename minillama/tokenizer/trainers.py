@@ -24,8 +24,6 @@ from minillama.tokenizer.reference.splitting import count_words
 from minillama.tokenizer.reference.wordpiece import CONTINUATION
 from minillama.tokenizer.sentencepiece_vocab import MARKS
 
-__all__ = ["Learner", "Library", "Readable", "Ties"]
-
 ENDS = 3  # <unk>, <s>, </s>
 PRIVATE = 0xF0000  # the first of 65,534 private-use characters
 RARE = 2  # minimum pair frequency

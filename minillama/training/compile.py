@@ -12,8 +12,6 @@ from minillama.native import attention, softmax, swiglu
 from minillama.native.build import CannotBuild, can_build
 from minillama.runs.report import Report
 
-__all__ = ["Compiler", "use_native_kernels"]
-
 # seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
 # CPU they are the careful end of what was measured (benchmarks/README.md); for the others they are estimates.
 COST = 12.0

@@ -19,8 +19,6 @@ from minillama.runs.report import Report
 from minillama.tokenizer import Tokenizer
 from minillama.training.init_model import choose_tokenizer
 
-__all__ = ["load_data"]
-
 
 def load_data(config: RunConfig, report: Report) -> tuple[Corpus | Records, Tokenizer]:
     """The data that the objective reads, and the tokenizer.

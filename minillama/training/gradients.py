@@ -11,8 +11,6 @@ from torch import nn
 
 from minillama.training.objectives import MODEL, Batch, Objective
 
-__all__ = ["Losses", "accumulate", "clip", "is_finite"]
-
 
 @dataclass(frozen=True)
 class Losses:

@@ -9,8 +9,6 @@ from typing import Any
 from minillama.errors import InputError
 from minillama.runs.config import GuardConfig
 
-__all__ = ["Guard"]
-
 
 @dataclass
 class Guard:

@@ -14,8 +14,6 @@ from minillama.model import Decoder
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
-__all__ = ["build_model", "choose_tokenizer", "with_grown_vocabulary"]
-
 
 def choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
     """The tokenizer of tokenizer.path, or what trains one; with the marks that the objective needs."""

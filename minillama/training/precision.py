@@ -8,8 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-__all__ = ["WorkingCopy"]
-
 
 class WorkingCopy:
     """The model that forward and backward passes run on.

@@ -18,8 +18,6 @@ from minillama.training.objectives.base import replaced
 
 QUERIES = 256  # whose scores exist at once
 
-__all__ = ["Probes", "attention_logit_max", "update_ratio"]
-
 
 def update_ratio(before: list[Tensor], after: list[Tensor]) -> float:
     """||after - before|| / ||before|| over all of the tensors together; about 1e-3 in a healthy run."""

@@ -31,8 +31,6 @@ from minillama.training.init_model import build_model, with_grown_vocabulary
 from minillama.training.objectives import make
 from minillama.training.trainer import Trainer
 
-__all__ = ["train"]
-
 
 def train(
     config: RunConfig,

@@ -14,18 +14,6 @@ from numpy.typing import NDArray
 
 from minillama.tokenizer import Tokenizer
 
-__all__ = [
-    "LONGEST",
-    "Span",
-    "documents",
-    "long_span",
-    "one_token",
-    "sentence_ends",
-    "sentence_spans",
-    "short_spans",
-    "span_lengths",
-]
-
 LONGEST = 39  # tokens of a short span
 
 _SENTENCE_ENDS = frozenset(".?!;:\n\u3002\uff1f\uff01\uff1b\uff1a\u2026")

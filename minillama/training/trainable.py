@@ -15,8 +15,6 @@ from minillama.errors import InputError
 from minillama.runs.config import RunConfig, Stage
 from minillama.training.optim.groups import named_parameters
 
-__all__ = ["check", "describe", "enter", "trained"]
-
 
 def trained(config: ModelConfig, stage: Stage) -> int:
     """How many parameters a stage trains, by arithmetic."""

@@ -38,8 +38,6 @@ from minillama.training.optim.schedule import learning_rate
 from minillama.training.precision import WorkingCopy
 from minillama.training.probes import Probes
 
-__all__ = ["Trainer"]
-
 PEAK_EVERY = 50  # steps between two measurements of the peak, at least
 NAMED = 8  # rows of a skipped batch whose places are looked up and said
 
@@ -247,6 +245,7 @@ class Trainer:
         if flops > self.peak and self.progress.step >= self.next_peak:
             self.peak = max(self.peak, peak_flops(self.model.device, self.dtype))
             self.next_peak = self.progress.step + PEAK_EVERY
+            self.report.say(f"peak measured again, as a step was faster: {self.peak / 1e9:.0f} GFLOP/s")
         return flops / self.peak if flops <= self.peak else None
 
     def validate(self, record: dict[str, Any] | None = None) -> None:

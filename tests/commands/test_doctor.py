@@ -35,7 +35,7 @@ def test_it_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["extras"]["gguf"] == "missing: gguf; pip install 'minillama[gguf]'"
+    assert found["extras"]["gguf"] == "optional, not installed: gguf; pip install 'minillama[gguf]'"
     assert found["extras"]["plot"] == "complete"
     assert found["kernels"]["attention"] == "torch (it takes g++ or clang++ on Linux)"
     assert found["processor"]["units"] == "none beyond the base"

@@ -15,8 +15,6 @@ from typing import Literal
 from minillama.errors import InputError
 from minillama.tokenizer.reference.pairs import Pair, PairCounts, join
 
-__all__ = ["Merge", "Ties", "encode", "train"]
-
 Merge = Pair
 Ties = Literal["library", "first", "greatest"]
 

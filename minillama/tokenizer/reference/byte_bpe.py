@@ -11,8 +11,6 @@ from minillama.tokenizer.pre import BYTE_TO_CHAR, piece_bytes
 from minillama.tokenizer.reference import bpe
 from minillama.tokenizer.reference.splitting import count_words, split
 
-__all__ = ["ByteBPE"]
-
 
 class ByteBPE:
     """Byte-level BPE vocabulary.

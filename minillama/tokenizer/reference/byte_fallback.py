@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable
 
-__all__ = ["BYTE", "decode", "spell"]
-
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 

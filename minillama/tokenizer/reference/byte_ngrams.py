@@ -15,8 +15,6 @@ from collections.abc import Iterable, Mapping
 from minillama.errors import InputError
 from minillama.tokenizer.reference.utf8 import recover
 
-__all__ = ["ByteNgrams"]
-
 
 class ByteNgrams:
     """Byte n-gram vocabulary: the 256 bytes, ids 0 to 255, and n-grams.

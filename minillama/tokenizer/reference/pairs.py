@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-__all__ = ["Pair", "PairCounts", "join"]
-
 Pair = tuple[str, str]
 
 

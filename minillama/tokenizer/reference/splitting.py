@@ -9,8 +9,6 @@ import regex
 
 from minillama.errors import InputError
 
-__all__ = ["KEEPING", "PATTERNS", "characters", "count_words", "split"]
-
 # openai/gpt-2 src/encoder.py; openai/tiktoken tiktoken_ext/openai_public.py; meta-llama/llama3 llama/tokenizer.py
 PATTERNS = {
     "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

@@ -18,8 +18,6 @@ from typing import Literal
 from minillama.errors import InputError
 from minillama.tokenizer.reference import bpe
 
-__all__ = ["Unigram", "seed_vocabulary", "train"]
-
 UNKNOWN_PENALTY = 10.0  # nats that an unknown character costs more than the rarest token piece
 
 

@@ -7,8 +7,6 @@ choices are traced back from the end. UTF-8 is made so that the answer is unique
 
 from __future__ import annotations
 
-__all__ = ["is_character", "recover"]
-
 
 def recover(data: bytes, replacement: str = "\ufffd") -> str:
     """UTF-8 recovery: the decoding with the most characters; each other byte becomes `replacement`.

@@ -13,8 +13,6 @@ from typing import Literal
 from minillama.errors import InputError
 from minillama.tokenizer.reference.pairs import Pair, PairCounts
 
-__all__ = ["CONTINUATION", "Score", "decode", "encode", "train"]
-
 CONTINUATION = "##"
 Score = Literal["information", "count"]
 

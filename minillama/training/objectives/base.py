@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
-__all__ = ["MODEL", "Batch", "DataObjective", "Metrics", "Objective", "digest", "replaced"]
-
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
 Metrics = Mapping[str, float]
 D = TypeVar("D", bound="Data")

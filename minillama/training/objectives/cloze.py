@@ -15,8 +15,6 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
-__all__ = ["ClozeQuestions"]
-
 
 class ClozeQuestions(DataObjective[Records]):
     """loss = -log p(label | record), p = p(words of the label | text) / sum over the labels.

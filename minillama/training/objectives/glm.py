@@ -19,8 +19,6 @@ from minillama.tokenizer.blanks import Blanks, Layout, collate
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
 
-__all__ = ["BlankInfilling", "Example"]
-
 HELD_OUT = 0x61E1D  # the seed of the blanks in held-out text: the same in every run
 
 

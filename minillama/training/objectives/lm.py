@@ -14,8 +14,6 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
-__all__ = ["LanguageModel"]
-
 
 class LanguageModel(DataObjective[Corpus]):
     """loss = -sum_t log p(token_{t+1} | token_1..t), and PaLM's z-loss where asked for.

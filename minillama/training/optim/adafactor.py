@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Adafactor"]
-
 DECAY = -0.8
 SMALLEST = 1e-3  # the least RMS that a parameter's steps are scaled by
 

@@ -13,15 +13,6 @@ from minillama.runs.config import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
 from minillama.training.optim.muon import Muon
 
-__all__ = [
-    "change_settings",
-    "load_optimizer_state",
-    "make_optimizers",
-    "named_parameters",
-    "optimizer_state",
-    "parameter_groups",
-]
-
 
 def named_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
     """Name and parameter; those of other models than `model` as NAME/PARAMETER. What two models share comes once."""

@@ -17,8 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["Muon", "orthogonalize"]
-
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 BATCH = 2**22  # numbers

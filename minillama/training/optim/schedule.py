@@ -6,8 +6,6 @@ import math
 
 from minillama.runs.config import OptimConfig
 
-__all__ = ["learning_rate"]
-
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Linear warm-up to `lr`, then the schedule down to `lr * final_fraction`.
