@@ -117,7 +117,8 @@ def _extras() -> dict[str, str]:
         wanted = [need for need in needs if need.marker and not need.marker.evaluate({"extra": ""})]
         asked = [need for need in wanted if need.marker and need.marker.evaluate(there)]
         missing = [need.name for need in asked if (_version(need.name) or "") not in need.specifier]
-        found[extra] = f"optional, not installed: {' '.join(missing)}; pip install 'minillama[{extra}]'" if missing else "complete"
+        install = f"optional, not installed: {' '.join(missing)}; pip install 'minillama[{extra}]'"
+        found[extra] = install if missing else "complete"
     return found
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minillama.errors import InputError
-from minillama.inference.engine import GREEDY, decode
+from minillama.inference.engine import decode
 from minillama.inference.generate import Reason, blanks_of, check_room
+from minillama.inference.request import GREEDY
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer

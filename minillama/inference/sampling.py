@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -170,15 +170,19 @@ class Sampler:
         other.seen = None if self.seen is None else self.seen.clone()
         return other
 
-    def replace(self, rows: Sequence[int], other: Sampler) -> None:
-        """Put the rows of another sampler in place of these, which have ended."""
-        for row, generator in zip(rows, other.generators, strict=True):
-            self.generators[row] = generator
-        if self.seen is not None and other.seen is not None:
-            self.seen[list(rows)] = other.seen
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order."""
-        self.generators = [self.generators[row] for row in rows]
-        if self.seen is not None:
-            self.seen = self.seen[list(rows)]
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Logits (B, V) -> token ids (B,), each row by a sampler of one row; those of equal settings together."""
+    groups: dict[Sampling, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        groups.setdefault(replace(sampler.settings, seed=0), []).append(row)
+    tokens = torch.empty(len(samplers), dtype=torch.long)
+    for rows in groups.values():
+        together = copy(samplers[rows[0]])
+        together.generators = [samplers[row].generators[0] for row in rows]
+        seen = [sampler.seen for sampler in (samplers[row] for row in rows) if sampler.seen is not None]
+        together.seen = torch.cat(seen) if seen else None
+        tokens[rows] = together(logits if len(rows) == len(samplers) else logits[rows])
+        for row in rows:
+            samplers[row].take(tokens[row : row + 1])
+    return tokens

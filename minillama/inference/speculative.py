@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minillama.errors import InputError
-from minillama.inference.engine import GREEDY, Steps, evaluating
+from minillama.inference.engine import Steps, evaluating
+from minillama.inference.request import GREEDY
 from minillama.inference.sampling import Sampler, Sampling
 from minillama.layers.cache import State
 from minillama.model import Decoder

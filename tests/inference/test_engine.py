@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minillama.config import ModelConfig
-from minillama.inference.engine import GREEDY, decode
+from minillama.inference.engine import decode
+from minillama.inference.request import GREEDY
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 

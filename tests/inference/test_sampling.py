@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from minillama.errors import InputError
-from minillama.inference.sampling import Sampler, Sampling, min_p, repetition_penalty, temperature, top_k, top_p
+from minillama.inference.request import GREEDY
+from minillama.inference.sampling import (
+    Sampler,
+    Sampling,
+    choose,
+    min_p,
+    repetition_penalty,
+    temperature,
+    top_k,
+    top_p,
+)
 
 P = torch.tensor([[0.15, 0.5, 0.05, 0.3]])
 LOGITS = P.log()
@@ -73,12 +83,21 @@ def test_a_row_draws_the_same_whatever_its_neighbours() -> None:
     assert all(a == b for a, b in both) and len(set(both)) > 5
 
 
-def test_select_keeps_generators_and_history() -> None:
-    settings = Sampling(temperature=1.0, seed=5, repetition_penalty=1.5)
-    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    whole, part = (Sampler(settings, [[1], [2]], 50) for _ in range(2))
-    part.select([1])
-    assert [whole(logits)[1].item() for _ in range(9)] == [part(logits[1:]).item() for _ in range(9)]
+def test_rows_are_chosen_together_as_they_are_alone() -> None:
+    settings = [
+        Sampling(temperature=1.0, seed=5, repetition_penalty=1.5),
+        GREEDY,
+        Sampling(temperature=1.0, seed=7, repetition_penalty=1.5),
+        Sampling(temperature=0.7, top_p=0.8, seed=5),
+    ]
+    together, alone = ([Sampler(each, [[i + 1]], 50) for i, each in enumerate(settings)] for _ in range(2))
+    for step in range(5):
+        logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(step))
+        expected = torch.cat([sampler(logits[i : i + 1]) for i, sampler in enumerate(alone)])
+        assert torch.equal(choose(logits, together), expected)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.seen is None) == (other.seen is None)
+        assert one.seen is None or torch.equal(one.seen, other.seen)  # type: ignore[arg-type]
 
 
 def test_nan_logits_are_refused() -> None:

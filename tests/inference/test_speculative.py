@@ -15,8 +15,9 @@ import torch
 from minillama.commands import cli
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.inference.engine import GREEDY, decode
+from minillama.inference.engine import decode
 from minillama.inference.generate import generate, stream
+from minillama.inference.request import GREEDY
 from minillama.inference.sampling import Sampler, Sampling
 from minillama.inference.speculative import Acceptance, PromptLookup, Speculation, accept, speculate
 from minillama.model import Decoder

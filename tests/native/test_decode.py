@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from minillama.config import ModelConfig, RopeScaling
-from minillama.inference.engine import decode
+from minillama.inference.engine import Engine, decode
 from minillama.inference.quantize import quantize
+from minillama.inference.request import Request
 from minillama.inference.sampling import Sampling
 from minillama.layers.mask import Mask
 from minillama.layers.quantized_linear import Quantization
@@ -60,7 +61,7 @@ def exact(found: Decoder) -> Decoder:
                 part.weight.copy_(other.weight)
     head = found.lm_head if found.lm_head is not None else found.model.embed_tokens
     twin.lm_head = torch.nn.Linear(found.config.dim, found.config.vocab_size, bias=False)
-    twin.lm_head.weight = torch.nn.Parameter(head.weight.detach().float())
+    twin.lm_head.weight = torch.nn.Parameter(head.weight.detach().float().clone())
     return twin
 
 
@@ -156,6 +157,28 @@ def test_batches_that_stay_full_say_the_same(kind: Quantization, sampling: Sampl
             for row, token in found:
                 said.setdefault(row, []).append(token)
     assert steps[0] == steps[1]
+
+
+def test_requests_reach_it_and_go_on_after_a_change_of_weights() -> None:
+    native = model()
+    plain, calls = exact(native), []
+    step = NativeStep(native)
+    native.step = lambda *args: calls.append(1) or step(*args)
+    native.step.refresh = step.refresh  # type: ignore[attr-defined]
+    said: list[list[list[int]]] = []
+    for decoder in (native, plain):
+        engine = Engine(decoder, 3, chunk=4)
+        mine = [engine.submit(Request([i + 1] * (3 * i + 2), 12, Sampling(seed=i), logprobs=True))[0] for i in range(5)]
+        for _ in range(9):
+            engine.step()
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.mul_(1.01)
+        engine.refresh()
+        while engine.is_busy:
+            engine.step()
+        said.append([request.tokens for request in mine])
+    assert said[0] == said[1] and len(calls) > 20
 
 
 def test_what_it_does_not_take() -> None:
