@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +155,9 @@ def test_there_is_one_pool_of_threads(compiled: bool) -> None:
         "print(len({line.split()[-1] for line in lines if 'libgomp' in line or 'libomp' in line}))"
     )
     assert python(code) == "1"
+
+
+def test_the_lines_of_the_documentation_work() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs/runs.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert python(f"import torch\n{block}").startswith("adaptive, now")

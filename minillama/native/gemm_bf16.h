@@ -145,7 +145,7 @@ struct Rows {
     }
 };
 
-void store(Half* tile, const Row* rows) {
+void store_tile(Half* tile, const Row* rows) {
     for (int r = 0; r < SIDE; r++) _mm512_store_si512(tile + r * DEPTH, (__m512i)rows[r]);
 }
 
@@ -155,7 +155,7 @@ void pack_rows(const Rows& x, int t, Tiles to, int row, bool transposed) {
         Row rows[SIDE];
         for (int r = 0; r < SIDE; r++) rows[r] = (Row)x.load(t * SIDE + r, e * DEPTH);
         if (transposed) transpose(rows);
-        store(to(row, e), rows);
+        store_tile(to(row, e), rows);
     }
 }
 
@@ -168,7 +168,7 @@ void pack_pairs(const Rows& x, int s, Tiles to, bool transposed) {
             rows[p] = (Row)paired(_mm512_castsi512_si256(even), _mm512_castsi512_si256(odd));
         }
         if (transposed) transpose(rows);
-        store(to(e, s), rows);
+        store_tile(to(e, s), rows);
     }
 }
 
