@@ -217,7 +217,7 @@ def _convert_tagged(
 ) -> Any:
     """The member that the table's name asks for; without a name the one that there is."""
     name = value.get("name", getattr(base, "name", None))
-    if name not in members:
+    if not isinstance(name, str) or name not in members:
         raise _wrong(name, " or ".join(map(repr, members)), origin, f"{key}.name", members)
     kind = members[name]
     return build(kind, value, origin, base if isinstance(base, kind) else None, key)

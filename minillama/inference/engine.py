@@ -99,7 +99,10 @@ class Engine:
         self.entering: _Batch | None = None
         self.sharing: list[list[Row]] = []  # by row of `entering`, the requests that read it
         self.running = _Batch([], None)
+        self._others_wait = False  # running requests had no pass since others entered
         self._groups = count()
+        if max_rows < 1 or chunk < 1:
+            raise ValueError(f"max_rows and chunk are 1 or more, not {max_rows} and {chunk}")
 
     @property
     def is_busy(self) -> bool:
@@ -121,6 +124,15 @@ class Engine:
             raise ValueError("a prompt without a token")
         if size > context:
             raise ValueError(f"a prompt of {size} tokens is longer than the model's context of {context}")
+        if request.finish_reason is not None or request.tokens:
+            raise ValueError("this request was submitted before")
+        vocab_size = self.model.config.vocab_size
+        ids = request.prompt.tokens if isinstance(request.prompt, Layout) else request.prompt
+        if not all(0 <= token < vocab_size for token in ids):
+            raise ValueError(f"a prompt with a token id outside 0..{vocab_size - 1}")
+        rows = [*self.waiting, *self._entering_rows(), *self.running.rows]
+        if rows and (rows[0].layout is None) == isinstance(request.prompt, Layout):
+            raise ValueError("infilling prompts do not share a batch with others")
         seed = request.sampling.seed if seed is None else seed
         more = [replace(request, seed=seed + i, tokens=[], log_probabilities=[]) for i in range(1, samples)]
         requests = [request, *more]
@@ -129,35 +141,55 @@ class Engine:
             if each.max_new_tokens < 1:
                 each.finish_reason = "length"
                 continue
-            self.waiting.append(Row(each, context, self.model.config.vocab_size, group))
+            self.waiting.append(Row(each, context, vocab_size, group))
         return requests
 
     def cancel(self, request: Request) -> None:
         """End a request; it gets no more tokens, and its place is free."""
         request.finish_reason = request.finish_reason or "cancelled"
+        self._release()
 
     def refresh(self) -> None:
-        """After a change of the model's weights: what was read is read again, and running requests go on from there."""
+        """After a change of weights: the caches are computed again, and running requests go on from there."""
         step: Any = self.model.step
         if hasattr(step, "refresh"):
             step.refresh()
         for row in reversed([row for row in [*self.running.rows, *self._entering_rows()] if not row.finished]):
             row.read = 0
             self.waiting.appendleft(row)
-        self.running, self.entering = _Batch([], None), None
+        self.running, self.entering, self.sharing = _Batch([], None), None, []
+
+    def _release(self) -> None:
+        """Free what is kept for requests that have all ended."""
+        if all(row.finished for row in self._entering_rows()):
+            self.entering, self.sharing = None, []
+        if all(row.finished for row in self.running.rows):
+            self.running = _Batch([], None)
 
     def step(self) -> list[Request]:
-        """One pass, or two where a long prompt is read in chunks; the requests that got a token."""
+        """A pass over prompts or a chunk of them, if there are any, and one over the running requests.
+
+        Returns:
+            The requests that got a token. If a pass fails, what was read is read again in the next step.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self.refresh()
+            raise
+
+    def _step(self) -> list[Request]:
         self.waiting = deque(row for row in self.waiting if not row.finished)
         self._admit()
         with evaluating(self.model):
             if self.entering is not None:
                 logits = self._prefill(self.entering)
                 if logits is not None:
+                    self._others_wait = any(not row.finished for row in self.running.rows)
                     return self._join(self.entering, logits)
+            self._others_wait = False
             keep = [i for i, row in enumerate(self.running.rows) if not row.finished]
             if not keep:
-                self.running = _Batch([], None)
                 return []
             if len(keep) < len(self.running.rows):
                 self.running.select(keep)
@@ -167,7 +199,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Start to read the prompts that wait and for which there is room."""
-        if self.entering is not None or not self.waiting:
+        if self.entering is not None or not self.waiting or self._others_wait:
             return
         room = self.max_rows - sum(not row.finished for row in self.running.rows)
         rows = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
@@ -197,18 +229,15 @@ class Engine:
 
     def _join(self, entering: _Batch, logits: Tensor) -> list[Request]:
         """Sample the first tokens, and put the rows into the running batch."""
-        self.entering = None
         pairs = [(i, row) for i, rows in enumerate(self.sharing) for row in rows if not row.finished]
-        if not pairs:
-            return []
+        self.entering, self.sharing = None, []
         indices = [i for i, _ in pairs]
         if indices != list(range(len(entering.rows))):
             entering.select(indices)
             logits = logits[indices]
         entering.rows = [row for _, row in pairs]
-        moved = self._take(entering.rows, logits)
         self._place(entering)
-        return moved
+        return self._take(entering.rows, logits)
 
     def _place(self, entering: _Batch) -> None:
         """Into the places of finished rows, and more behind them where there are too few."""
@@ -229,7 +258,7 @@ class Engine:
             running.rows[place] = row
 
     def _grown(self, state: State | None, rows: Sequence[Row]) -> Any:
-        """The state, or one of more slots with the same rows, for the longest that these rows can become."""
+        """The state, or one of more slots with the same rows, large enough for these rows' maximum length."""
         limit = max(row.limit for row in rows)
         if state is None or state.max_len >= cache_slots(
             self.model.config, limit, self.mask.window or 0, self.mask.sinks
@@ -246,10 +275,14 @@ class Engine:
         wanted = [i for i, row in enumerate(rows) if row.request.logprobs]
         found: dict[int, float] = {}
         if wanted:
-            chosen = logits[wanted].float().log_softmax(-1).cpu()
-            found = {i: chosen[n, tokens[i]].item() for n, i in enumerate(wanted)}
+            ids = torch.tensor([tokens[i] for i in wanted], device=logits.device)[:, None]
+            chosen = logits[wanted].float().log_softmax(-1).gather(-1, ids)[:, 0].tolist()
+            found = dict(zip(wanted, chosen, strict=True))
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row.append(token, found.get(i))
+        for row in rows:  # after all have theirs: a condition of the caller's may fail
+            row.end_if_done()
+        self._release()
         return [row.request for row in rows]
 
     def _read_on(self, batch: _Batch, size: int | None = None) -> Tensor | None:

@@ -63,7 +63,7 @@ class Row:
         return self.request.finish_reason is not None
 
     def append(self, token: int, log_probability: float | None) -> None:
-        """Take a new token, and end the request if it is its last."""
+        """Take a new token."""
         request = self.request
         self.read = len(self.ids)
         self.ids.append(token)
@@ -73,6 +73,10 @@ class Row:
         if self.places:
             place, within = self.places[-1]
             self.places.append((place, within + 1))
+
+    def end_if_done(self) -> None:
+        """End the request if the last token is its last."""
+        request, token = self.request, self.request.tokens[-1]
         if token in request.stop_ids or (request.stop is not None and request.stop(request.tokens)):
             request.finish_reason = "stop"
         elif len(request.tokens) >= request.max_new_tokens:

@@ -225,6 +225,13 @@ class WKVState:
     def drop(self, row: int, start: int, end: int, used: int) -> None:
         """No-op: there are no slots."""
 
+    def keep(self, rows: Tensor, snapshot: object) -> None:
+        """Return these rows, (B,) booleans, to the snapshot."""
+        mixed, channel, sums = cast(tuple[Tensor, Tensor, Sums], snapshot)
+        chosen = rows[:, None]
+        self.mixed, self.channel = torch.where(chosen, mixed, self.mixed), torch.where(chosen, channel, self.channel)
+        self.sums = Sums(*(torch.where(chosen, old, new) for old, new in zip(sums, self.sums, strict=True)))
+
     def snapshot(self) -> object:
         """The vectors, which are never written in place."""
         return self.mixed, self.channel, self.sums

@@ -104,7 +104,8 @@ class RecurrentBlock(nn.Module):
         past = cast(WKVState, state) if state is not None else WKVState(x.shape[0], x.shape[2], x.dtype, x.device)
         real = None
         if mask.lengths is not None and x.shape[1] > 1:
-            real = mask.lengths.to(x.device)[:, None] - 1
+            real = (mask.lengths.to(x.device)[:, None] - 1).clamp(min=0)
+        before = past.snapshot()
         normal = self.input_layernorm(x)
         change, past.sums = self.self_attn(normal, _token_shift(normal, past.mixed), past.sums, real)
         past.mixed = _last(normal, real)
@@ -112,6 +113,8 @@ class RecurrentBlock(nn.Module):
         normal = self.post_attention_layernorm(x)
         change = self.mlp(normal, _token_shift(normal, past.channel))
         past.channel = _last(normal, real)
+        if mask.lengths is not None and not mask.lengths.all():  # rows of padding alone have read nothing
+            past.keep(mask.lengths.to(x.device) == 0, before)
         return x + dropout(change, self.dropout, self.training)
 
 

@@ -87,7 +87,7 @@ def unsupported(model: Decoder) -> str | None:
 
 def _versions(model: Decoder) -> list[tuple[Tensor, int, int]]:
     """All that a model holds, where it lies, and torch's count of the changes in place."""
-    held = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]  # those cannot change
+    held = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]  # no version is counted there
     return [(tensor, tensor.data_ptr(), tensor._version) for tensor in held]
 
 

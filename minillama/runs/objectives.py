@@ -105,7 +105,7 @@ def words_with_new_names(words: list[str]) -> list[str]:
         key, equals, value = word.partition("=")
         plain = key.removeprefix("--").replace("-", "_")
         section, _, rest = plain.partition(".")
-        new = MOVED.get(plain) or (f"objective.{rest}" if section in SECTIONS else None)
+        new = MOVED.get(plain) or (f"objective.{rest}" if section in SECTIONS and rest else None)
         if key.startswith("--") and new is not None:
             say_renamed(key, f"--{new}")
             word = f"--{new}{equals}{value}"
@@ -133,7 +133,10 @@ def with_new_names(values: Mapping[str, Any], origin: Located, made_for: str) ->
     say_renamed(
         origin.at("train.objective" if "name" in taken else next(iter(sections), "train.z_loss")), "[objective]"
     )
-    name = taken.get("name", "auto")
+    given = values.get("objective", {})
+    if not isinstance(given, Mapping):
+        return dict(values)  # which the loader refuses
+    name = taken.get("name", given.get("name", "auto"))
     name = made_for if name == "auto" else name
     if sections.get("cloze", {}).get("pattern") and name != "cloze":
         where, expected = origin.at("cloze.pattern"), 'objective.name = "cloze", or no pattern'

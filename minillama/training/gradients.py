@@ -27,7 +27,7 @@ class Losses:
     @property
     def loss(self) -> float:
         """The sum of the terms, which is what is minimized."""
-        return math.fsum(self.terms.values()) if len(self.terms) > 1 else next(iter(self.terms.values()))
+        return sum(self.terms.values())
 
     def record(self) -> dict[str, float | None]:
         """What metrics.jsonl has of it: metrics, and the terms by `loss_NAME` where there are several."""
@@ -58,14 +58,16 @@ def accumulate(objective: Objective, batch: Batch, size: int, device: torch.devi
 def clip(models: Mapping[str, nn.Module], limit: float) -> dict[str, float]:
     """Scale each model's gradients so that their norm is at most `limit`, which 0 leaves alone; the norms before.
 
-    The first is `grad_norm`, those of other models than `MODEL` have its name in front.
+    The first is `grad_norm`, those of other models than `MODEL` have its name in front. Parameters that two models
+    share count for the first.
     """
-    return {
-        "grad_norm" if name == MODEL else f"{name}_grad_norm": torch.nn.utils.clip_grad_norm_(
-            model.parameters(), limit or math.inf
-        ).item()
-        for name, model in models.items()
-    }
+    norms, seen = {}, set[int]()
+    for name, model in models.items():
+        own = [parameter for parameter in model.parameters() if id(parameter) not in seen]
+        seen |= set(map(id, own))
+        norm = torch.nn.utils.clip_grad_norm_(own, limit or math.inf).item()
+        norms["grad_norm" if name == MODEL else f"{name}_grad_norm"] = norm
+    return norms
 
 
 @torch.no_grad()

@@ -146,7 +146,8 @@ def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report)
         report.say(f"{trainer.guard.skipped} steps were skipped; metrics.jsonl names them")
     best = trainer.writer.best
     if best is not None:
-        name, value = trainer.objective.best[0], abs(trainer.writer.losses[best])
+        (name, direction), value = trainer.objective.best, trainer.writer.losses[best]
+        value = value if direction == "min" else -value
         report.say(f"best {name} {value:.4f}: {folder.checkpoints / f'step-{best}'}")
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")

@@ -89,9 +89,9 @@ class Trainer:
         model.checkpointing = config.train.checkpointing
         self.writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep, self._write_model, report)
         self._unrecorded: dict[str, Any] | None = None
+        self.companions = {name: digest(companion) for name, companion in objective.companions.items()}
         for companion in objective.companions.values():
             companion.to(self.dtype).eval().requires_grad_(False)
-        self.companions = {name: digest(companion) for name, companion in objective.companions.items()}
         if checkpoint is not None:
             self._restore(checkpoint)
         self.copies = {name: WorkingCopy(master, self.dtype) for name, master in self.masters.items()}
@@ -164,15 +164,14 @@ class Trainer:
         """One optimizer step; its line for metrics.jsonl."""
         began = time.perf_counter()
         step, config = self.progress.step, self.config
-        prepared = self.objective.prepare(step)
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout and rollouts are the same after a resume
+        prepared = {name: _number(value) for name, value in self.objective.prepare(step).items()}
         self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
-        if config.train.dropout:
-            torch.manual_seed(config.seed * 1_000_003 + step)  # the same masks after a resume
         batch = self.objective.batch(step)
         losses = accumulate(self.objective, batch, config.micro_batch_size, self.model.device)
         norms = clip(self.masters, optim.grad_clip)
@@ -321,9 +320,11 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         run = checkpoint.run
-        same = {"data": self.objective.fingerprint, "tokenizer": self.tokenizer.fingerprint} | self.companions
-        for name, found in same.items():
-            expected = run[name] if name in run else run.get("companions", {}).get(name, "none")
+        before, now = dict(run.get("companions", {})), self.companions
+        same = {name: (before.get(name, "none"), now.get(name, "none")) for name in sorted({*before, *now})}
+        same |= {"data": (run["data"], self.objective.fingerprint)}
+        same |= {"tokenizer": (run["tokenizer"], self.tokenizer.fingerprint)}
+        for name, (expected, found) in same.items():
             if expected != found:
                 raise InputError(
                     f"the {name} is not what the checkpoint was trained on",

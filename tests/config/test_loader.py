@@ -354,6 +354,13 @@ def test_the_name_chooses_the_settings(tmp_path: Path) -> None:
     assert config.objective.tokens == 0.7  # type: ignore[union-attr]
     asked = ["--objective.name", "cloze", "--objective.pattern", "{a} [MASK]", "--objective.verbalizers", "x=y", "z=w"]
     assert load_run_config(str(file), asked).objective.name == "cloze"  # nothing of the file's glm is left
+    both = tmp_path / "both.toml"
+    both.write_text('[model]\npreset = "glm-tiny"\n[train]\nz_loss = 0.0\n[objective]\nname = "cloze"\n')
+    assert load_run_config(str(both), asked).objective.name == "cloze"
+    for wrong in ('objective = "lm"\n[train]\nz_loss = 0.1', "[objective]\nname = ['lm']"):
+        both.write_text(wrong)
+        with pytest.raises(InputError, match="objective|z_loss"):
+            load_run_config(str(both))
     for words, said in (
         (["--objective.name", "gml"], "did you mean 'glm'"),
         (["--objective.beta", "1"], "--objective.beta"),

@@ -12,6 +12,7 @@ from minillama.inference.engine import Engine
 from minillama.inference.request import GREEDY, Request
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
+from minillama.tokenizer.blanks import Layout
 
 HOT = Sampling(temperature=1.3, seed=3)
 
@@ -127,6 +128,54 @@ def test_a_long_prompt_holds_nobody_up_for_longer_than_a_chunk(monkeypatch: pyte
     assert len(finished(engine, running)[0]) == 60
 
 
+@pytest.mark.parametrize("mixer", ["attention", "wkv"])
+def test_prompts_of_unequal_length_enter_in_chunks(mixer: str) -> None:
+    decoder = model(mixer)
+    engine = Engine(decoder, 4, chunk=16)
+    running = engine.submit(Request([1, 2], 40))
+    engine.step()
+    prompts = [[5, 3, 9, 1, 4], [(7 * i + 3) % 29 for i in range(40)], [8]]
+    mine = [engine.submit(Request(prompt, 9))[0] for prompt in prompts]
+    found = finished(engine, mine)
+    assert found == [finished(e := Engine(decoder), e.submit(Request(prompt, 9)))[0] for prompt in prompts]
+    other = Engine(decoder)
+    assert finished(engine, running) == finished(other, other.submit(Request([1, 2], 40)))
+
+
+def test_running_requests_are_not_starved_by_those_that_enter() -> None:
+    engine = Engine(model(), 2)
+    (long,) = engine.submit(Request([1, 2], 20))
+    engine.step()
+    for i in range(30):
+        engine.submit(Request([i % 29], 1))
+    for _ in range(30):
+        engine.step()
+    assert len(long.tokens) >= 15
+
+
+def test_a_pass_that_fails_harms_nobody_else() -> None:
+    decoder = model()
+    engine = Engine(decoder, 4)
+
+    def fails(tokens: object) -> bool:
+        raise RuntimeError("the caller's")
+
+    others = [engine.submit(Request([i + 1, 3], 10))[0] for i in range(2)]
+    engine.step()
+    (bad,) = engine.submit(Request([4, 4], 10, stop=fails))
+    failed = 0
+    while any(request.finish_reason is None for request in others):
+        try:
+            engine.step()
+        except RuntimeError:
+            failed += 1
+            engine.cancel(bad)
+    assert failed == 1
+    expected = [finished(e := Engine(decoder), e.submit(Request([i + 1, 3], 10)))[0] for i in range(2)]
+    assert [request.tokens for request in others] == expected
+    assert not engine.is_busy and engine.running.state is None
+
+
 def test_cancelled_requests_leave_from_everywhere() -> None:
     decoder = model()
     engine = Engine(decoder, 2, chunk=2)
@@ -171,7 +220,15 @@ def test_what_no_request_can_be() -> None:
     for prompt, said in (([], "without a token"), ([1] * 25, "longer than the model's context of 24")):
         with pytest.raises(ValueError, match=said):
             engine.submit(Request(prompt, 4))
+    with pytest.raises(ValueError, match=r"outside 0\.\.28"):
+        engine.submit(Request([1, 29], 4))
+    with pytest.raises(ValueError, match="submitted before"):
+        engine.submit(Request([1], 4, tokens=[3]))
+    with pytest.raises(ValueError, match="1 or more"):
+        Engine(engine.model, 0)
     (full,) = engine.submit(Request([1] * 22, 9))
+    with pytest.raises(ValueError, match="do not share"):
+        engine.submit(Request(Layout.of([1, 2]), 3))
     (none,) = engine.submit(Request([1], 0))
     assert none.finish_reason == "length" and not none.tokens
     assert len(finished(engine, [full])[0]) == 2 and full.finish_reason == "context"

@@ -21,6 +21,7 @@ from minillama.model import Decoder
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer
 from minillama.training import run
+from minillama.training.gradients import clip
 from minillama.training.objectives import Batch, LanguageModel, Metrics
 from minillama.training.run import train
 
@@ -156,3 +157,20 @@ def test_another_companion_is_refused(two_models: None, tiny_config: Make, tmp_p
         with pytest.raises(InputError, match="the reference is not what"):
             train(tiny_config(), str(tmp_path / "run"), resume=True, report=Quiet())
     assert train(tiny_config(), str(tmp_path / "run"), resume=True, report=Quiet()) == 0
+
+
+def test_what_two_models_share_is_clipped_once() -> None:
+    trunk = nn.Linear(4, 4, bias=False)
+    one, two = nn.Sequential(trunk, nn.Linear(4, 2)), nn.Sequential(trunk, nn.Linear(4, 1))
+    for parameter in (*one.parameters(), *two.parameters()):
+        parameter.grad = torch.ones_like(parameter) * 5
+    norms = clip({"model": one, "value": two}, 1.0)
+    assert norms == pytest.approx({"grad_norm": 5 * 26**0.5, "value_grad_norm": 5 * 5**0.5})
+    assert sum(float(p.grad.norm()) ** 2 for p in one.parameters()) == pytest.approx(1, rel=1e-4)  # type: ignore[union-attr]
+
+
+def test_a_term_that_a_batch_does_not_have_is_no_division_by_zero() -> None:
+    batch = Batch(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), totals={"policy": 6.0, "sft": 0.0})
+    assert batch.total("sft") == 1 and batch.total("accuracy") == 6
+    with pytest.raises(ValueError, match="no equal parts for 3"):
+        batch.share(0, 3)

@@ -47,11 +47,17 @@ class Batch:
             object.__setattr__(self, "totals", {"loss": self.weights.sum().item()})
 
     def total(self, name: str) -> float:
-        """The divisor of a term, or of a metric, which is summed over what the first term is summed over."""
-        return self.totals.get(name, next(iter(self.totals.values())))
+        """The divisor of a term, or of a metric: where there is none of its name the first term's; 1 instead of 0."""
+        return self.totals.get(name, next(iter(self.totals.values()))) or 1.0
 
     def share(self, rank: int, world: int) -> Batch:
-        """The examples of one process among several, which have equally many; the totals stay those of all."""
+        """The examples of one process among several; the totals stay those of all, so that gradients are summed.
+
+        Raises:
+            ValueError: processes that do not divide the examples.
+        """
+        if len(self.tokens) % world:
+            raise ValueError(f"a batch of {len(self.tokens)} examples has no equal parts for {world} processes")
         size = len(self.tokens) // world
         return self if world == 1 else self.rows(rank * size, (rank + 1) * size)
 
@@ -165,7 +171,7 @@ class DataObjective(Generic[D]):
 
 @contextmanager
 def replaced(objective: Objective, name: str, model: nn.Module) -> Iterator[None]:
-    """Has passes run on another model of that name, while the block runs."""
+    """Temporarily replaces a model of an objective."""
     before = objective.models
     objective.models = {**before, name: model}
     try:

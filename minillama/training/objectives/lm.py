@@ -44,6 +44,8 @@ class LanguageModel(DataObjective[Corpus]):
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of T + 1 consecutive tokens, split into what is read and what is predicted."""
+        if self.batch_size % world:
+            raise ValueError(f"a batch of {self.batch_size} examples has no equal parts for {world} processes")
         rows = self.batch_size // world
         window = self.data.batch(self.seed, step, rows, self.context, rank * rows, self.batch_size)
         ids = torch.from_numpy(window)
