@@ -1,4 +1,4 @@
-"""Int4 weights chosen by a text, and what they cost on the part of it that was held out."""
+"""Calibration of int4 quantization on a text, and its cost on a held-out part."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from minillama.model import Decoder
 from minillama.model.linears import int4_numbers
 from minillama.tokenizer import Tokenizer
 
-WINDOW = 512  # tokens that are read together
-MOST = 64  # windows to calibrate by
+WINDOW = 512  # tokens per window
+MOST = 64  # calibration windows
 HELD_OUT = 8  # windows, or a fifth of a short text's
 
 
 def calibrated(opened: ModelFile, tokenizer: Tokenizer, source: str, say: Callable[[str], None]) -> Decoder:
-    """An int4 model whose numbers are chosen by the beginning of a text, see `importance_matrix`.
+    """Calibrated int4 model: quantized by the beginning of a text, see `importance_matrix`.
 
-    The last windows of the text are held out; the loss on them before and after is told.
+    The last windows of the text are held out; the loss on them before and after is reported.
 
     Args:
         opened: the model, which is read in float32.
@@ -53,20 +53,20 @@ def calibrated(opened: ModelFile, tokenizer: Tokenizer, source: str, say: Callab
 
 
 def by_text(source: str, say: Callable[[str], None]) -> Callable[[ModelFile, Tokenizer], Mapping[str, Int4]]:
-    """`calibrated` by this text, as `convert` wants it: the numbers by tensor."""
+    """Calibration by this text (`calibrated`) for `convert`: int4 weights by tensor."""
     refuse_url(source)
     return lambda opened, tokenizer: int4_numbers(calibrated(opened, tokenizer, source, say))
 
 
 def _nats(model: Decoder, rows: Tensor) -> float:
-    """Mean loss per token of rows (N, T + 1)."""
+    """Nats per token of rows (N, T + 1)."""
     with evaluating(model):
         losses = [model.loss(model.hidden(part[:, :-1]), part[:, 1:]).item() for part in rows.split(16)]
     return sum(losses) / rows[:, 1:].numel()
 
 
 def windows(source: str, tokenizer: Tokenizer, length: int, most: int) -> Tensor:
-    """The beginning of a text in rows of `length` + 1 ids, the last of each being the first of the next.
+    """Windows of the beginning of a text: rows of `length` + 1 ids, the last of each the first of the next.
 
     Args:
         source: as `parse_source` takes it.

@@ -1,4 +1,4 @@
-"""One token a row on a GPU by one launch: the kernels of the layers are recorded once and played again."""
+"""CUDA graph of a decode step of one token per sequence: captured once, replayed by one launch."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from minillama.layers.cache import CacheRange, KVCache, LayerState, State
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
-PAGE = 256  # slots: attention reads whole pages of the memory, so that one recording serves as many tokens
-PATIENCE = 4  # steps through the layers before one is recorded, which is taken to cost as much as about so many
+PAGE = 256  # slots: attention reads whole pages of the KV cache, so that one graph serves as many tokens
+PATIENCE = 4  # eager steps before a capture, which is taken to cost as much as about so many
 
 Play = Callable[[], Tensor]
 
 
 def unsupported(model: Decoder) -> str | None:
-    """Why `GraphStep` does not take a model, or None: it takes keys and values on a CUDA device."""
+    """Why `GraphStep` does not support a model, or None: it needs a KV cache on a CUDA device."""
     if model.config.mixer == "wkv":
         return "a recurrence has no memory of fixed place"
     return None if model.device.type == "cuda" else f"the model lies on {model.device}"
 
 
 class CudaRecorder:
-    """Makes a CUDA graph of the kernels that a function starts; playing it gives that function's tensor, filled anew.
+    """CUDA graph capture of the kernels of a function; its replay returns that function's tensor, overwritten.
 
-    All are recorded on one stream, so that they share what libraries keep for a stream: drop the last one before.
+    All are captured on one stream, so that they share what libraries keep per stream: free the last one before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.beside = device, torch.cuda.Stream(device)
 
     def __call__(self, run: Play) -> Play:
-        """Run it once, and record it."""
+        """Warm up, then capture."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             self.beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.beside):  # a capture that fails would stay on it
-                run()  # what kernels set up when they first run must not be recorded
+            with torch.cuda.stream(self.beside):  # a failed capture would stay on it
+                run()  # first-run setup of kernels must not be captured
                 with torch.cuda.graph(graph, stream=self.beside):
                     result = run()
             torch.cuda.current_stream().wait_stream(self.beside)
@@ -57,7 +57,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class _FixedRange(CacheRange):
-    """One token a row, whose slot and place are read from tensors, (B, 1) each, when the kernels run."""
+    """Slot range of one token per sequence; slot and position, (B, 1) each, are read when the kernels run."""
 
     slot: Tensor | None = None
     place: Tensor | None = None
@@ -70,9 +70,9 @@ class _FixedRange(CacheRange):
 
 
 class _Pass:
-    """A pass whose inputs, (3, B, 1) ids, slots and places, stay where they are, as the state's memory does.
+    """Forward pass with static inputs, (3, B, 1) ids, slots and positions, and static state memory.
 
-    It takes the state's place in `Decoder.hidden`; attention sees the first `end` slots.
+    It takes the state's place in `Decoder.hidden`; attention covers the first `end` slots.
     """
 
     def __init__(self, model: Decoder, layers: Sequence[LayerState], inputs: Tensor, end: int, mask: Mask) -> None:
@@ -84,7 +84,7 @@ class _Pass:
         return self._span
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Nothing: `GraphStep` tells the state."""
+        """No-op: `GraphStep` advances the state."""
 
     def run(self) -> Tensor:
         hidden = self.model.hidden(self.ids, mask=self.mask, state=cast(State, self))
@@ -93,7 +93,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Recording:
-    """What plays a pass, its inputs, and all that must be as it was then."""
+    """Captured graph: its key, static inputs and replay."""
 
     key: tuple[object, ...]
     inputs: Tensor
@@ -101,15 +101,15 @@ class _Recording:
 
 
 class GraphStep:
-    """Reads a token a row and returns logits, for `Decoder.step`; the layers are what computes them.
+    """CUDA graph step, for `Decoder.step`: one token per sequence -> logits, captured from the layers.
 
-    A recording is good for one place of the state in memory, as many rows, and up to 256 more tokens; then another is
-    made. One launch takes the place of Python and of every layer's launches (CUDA Programming Guide, "CUDA Graphs").
+    A graph is valid for one address of the state in memory, one batch size, and up to 256 more tokens; then another is
+    captured. One launch replaces Python and every layer's launches (CUDA Programming Guide, "CUDA Graphs").
 
     Args:
-        model: that `unsupported` has nothing against. Make the step anew when its weights are replaced or moved.
-        say: told when recording fails; the layers go on then.
-        record: makes a pass one that is played; a `CudaRecorder` unless given.
+        model: one for which `unsupported` is None. Rebuild the step when its weights are replaced or moved.
+        say: told when capture fails; the layers go on then.
+        record: captures a pass and returns its replay; a `CudaRecorder` unless given.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class GraphStep:
         self.failed = False
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
-        """Logits (B, V) behind the one token of each row; None while the layers are to read them."""
+        """Logits (B, V) after one token per sequence; None while the layers are to read them."""
         windowed = Mask(window=mask.window, sinks=mask.sinks)
         if self.failed or mask != windowed or any(len(row) != 1 for row in tokens):
             return None
@@ -138,13 +138,13 @@ class GraphStep:
             self.awaited = key
             if self.seen <= PATIENCE:
                 return None
-            self.recording = None  # before there is another: they share a stream
+            self.recording = None  # before the next capture: they share a stream
             self.recording = self._recorded(key, inputs.to(self.model.device), state, end, mask)
             if self.recording is None:
                 return None
         state.advance([1] * len(tokens))
         self.recording.inputs.copy_(inputs)
-        return self.recording.play().clone()  # the next step fills it anew
+        return self.recording.play().clone()  # the next replay overwrites it
 
     def _recorded(
         self, key: tuple[object, ...], inputs: Tensor, state: State, end: int, mask: Mask
@@ -154,14 +154,14 @@ class GraphStep:
             return _Recording(key, inputs, self.record(made.run))
         except RuntimeError as error:
             self.failed = True
-            cause = error.__context__ or error  # ending a capture that failed is an error of its own
+            cause = error.__context__ or error  # ending a failed capture is an error of its own
             self.say(f"the decode step was not recorded, decoding goes on without: {cause}")
             return None
 
     def __deepcopy__(self, memo: object) -> None:
-        """None: it reads the weights of its model, and a copy of the model would go on with those."""
+        """None: it reads its model's weights, and a copy of the model would go on with those."""
 
 
 def _places(layer: LayerState) -> tuple[object, ...]:
-    """Where a layer's memory lies and what it looks like: all of a recording that depends on the state."""
+    """Addresses, shapes and dtypes of a layer's KV cache: all of a graph that depends on the state."""
     return tuple((part.data_ptr(), part.shape, part.dtype) for part in cast(KVCache, layer).tensors())

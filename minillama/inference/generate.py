@@ -1,4 +1,4 @@
-"""Text around the decode loop: prompts in, completions out, stop strings, streaming."""
+"""Text generation: prompts in, completions out, stop strings, streaming."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Reason = Literal["eos", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """One step of one row: new text, and why the row ended, if it did.
+    """Streamed chunk: new text of one sequence, and its finish reason, if it ended.
 
-    `reason` is `eos` (the model wrote the end-of-text token), `stop` (a stop string), `length`
+    `reason` is `eos` (the model generated the end-of-text token), `stop` (a stop string), `length`
     (max_new_tokens) or `context` (the model's context is full).
     """
 
@@ -31,7 +31,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """The whole continuation of one prompt."""
+    """Completion of one prompt, whole."""
 
     text: str
     tokens: tuple[int, ...]
@@ -39,7 +39,7 @@ class Completion:
 
 
 class StopText:
-    """Holds back text that may be the beginning of a stop string, so that no part of one leaks.
+    """Stop-string filter: holds back text that may begin a stop string, so that no part of one leaks.
 
     Args:
         stops: the strings, none empty.
@@ -50,9 +50,9 @@ class StopText:
         self.held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """New text in; text that is safe to show out, and whether a stop string was met.
+        """New text in; text that is safe to emit out, and whether a stop string was matched.
 
-        What precedes the earliest stop string is shown, what follows it is not.
+        Text before the earliest stop string is emitted, text after it is not.
         """
         self.held += text
         found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
@@ -65,18 +65,18 @@ class StopText:
         return shown, False
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Text held back, at the end."""
         held, self.held = self.held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
-    """The marks by which a model that fills blanks continues a text; None for one that reads from left to right.
+    """Special tokens by which an infilling model continues a text; None for a left-to-right model.
 
     Raises:
         InputError: the tokenizer is not the model's.
@@ -86,7 +86,7 @@ def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
 
 
 def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer whose ids the model does not have."""
+    """Vocabulary check: refuse ids the model does not have."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             "the tokenizer is larger than the model's vocabulary",
@@ -107,7 +107,7 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def check_room(lengths: Sequence[int], context: int, name: str) -> None:
-    """Refuse what fills the context; `name` is what it is called, a prompt or a text."""
+    """Context length check; `name` is that in the message, a prompt or a text."""
     for i, length in enumerate(lengths):
         if length >= context:
             raise InputError(
@@ -129,17 +129,17 @@ def chunks(
     ignore_eos: bool = False,
     decoding: Decoding = decode,
 ) -> Iterator[tuple[Chunk, int]]:
-    """Continue prompts together; yield (chunk, token id) as text becomes certain.
+    """Streaming batched generation: yields (chunk, token id) as text becomes final.
 
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
         prompts: texts of any length.
         max_new_tokens: tokens per prompt at most.
-        sampling: how tokens are chosen; `Sampling()` unless given.
-        stop: strings that end a row; they are not part of the text.
+        sampling: sampling settings; `Sampling()` unless given.
+        stop: strings that end a sequence; they are not part of the text.
         ignore_eos: go on after the end-of-text token.
-        decoding: what makes the tokens; `functools.partial` gives `decode` its own options.
+        decoding: decoding strategy; `functools.partial` gives `decode` its own options.
 
     Raises:
         InputError: a prompt that does not fit the context, an empty stop string, a foreign tokenizer.
@@ -195,10 +195,10 @@ def generate(
     ignore_eos: bool = False,
     decoding: Decoding = decode,
 ) -> list[Completion]:
-    """Continue several prompts in one batch. The arguments are those of `chunks`.
+    """Batched generation of several prompts. The arguments are those of `chunks`.
 
     Returns:
-        One completion a prompt, in order, without the prompt.
+        One completion per prompt, in order, without the prompt.
     """
     text = ["" for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -220,7 +220,7 @@ def stream(
     ignore_eos: bool = False,
     decoding: Decoding = decode,
 ) -> Iterator[Chunk]:
-    """Continue one prompt and yield its text chunk by chunk, never half a character or part of a stop string."""
+    """Streaming generation of one prompt, chunk by chunk, never half a character or part of a stop string."""
     for chunk, _ in chunks(model, tokenizer, [prompt], max_new_tokens, sampling, stop, ignore_eos, decoding):
         if chunk.text or chunk.reason:
             yield chunk

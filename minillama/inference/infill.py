@@ -1,4 +1,4 @@
-"""Filling the blanks of a text, with a model that was trained to (GLM)."""
+"""Infilling of masked spans by a model trained for it (GLM)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import BLANK_TOKENS, Blanks, Layout
 
-# A blank space in front of a mask belongs to what is filled in, as it belongs to a word.
+# A space in front of a mask belongs to the infilled span, as it does to a word.
 _MASK = re.compile("( ?)(" + "|".join(map(re.escape, BLANK_TOKENS[:3])) + ")")
-_STRIDE = 1_000_003  # between the seeds of a text's blanks: more texts than that are in no batch
+_STRIDE = 1_000_003  # between the seeds of a sequence's spans; no batch has as many sequences
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A text whose blanks are filled.
+    """Infilled sequence.
 
     Args:
         text: the whole of it.
-        blanks: what stands in each blank, in the order of the text.
-        reasons: why each ended, as of a `Completion`.
+        blanks: the infilled spans, in the order of the text.
+        reasons: finish reason per span, as of a `Completion`.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Filled:
 
 
 def lay_out(texts: Sequence[str], masks: Sequence[int], tokenizer: Tokenizer) -> tuple[Layout, list[int]]:
-    """Part A of texts with a mask between each two, and the masks' places. A text opens as the model's texts do."""
+    """Part A: texts joined by mask tokens, behind BOS if the tokenizer adds it, and the masks' positions."""
     ids = [tokenizer.bos_id] if tokenizer.add_bos else []
     places = []
     for i, text in enumerate(texts):
@@ -48,10 +48,10 @@ def lay_out(texts: Sequence[str], masks: Sequence[int], tokenizer: Tokenizer) ->
 
 
 class Cut:
-    """A text taken apart at its masks.
+    """Text split at its mask tokens.
 
     Args:
-        text: with [MASK], [sMASK] or [gMASK] where something is missing.
+        text: with [MASK], [sMASK] or [gMASK] per masked span.
         tokenizer: its tokenizer.
         where: the text's name in a message.
 
@@ -69,7 +69,7 @@ class Cut:
         self.layout, self.places = lay_out(self.texts, [ids[mask] for mask in parts[2::3]], tokenizer)
 
     def join(self, blanks: Sequence[str]) -> str:
-        """The text with its blanks filled."""
+        """Text with its masked spans filled."""
         out = self.texts[0]
         for space, blank, text in zip(self.spaces, blanks, self.texts[1:], strict=True):
             out += (space if blank and not blank[0].isspace() else "") + blank + text
@@ -83,17 +83,17 @@ def infill(
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
 ) -> list[Filled]:
-    """Fill the blanks of several texts in one batch, those of a text from left to right, each seeing those before.
+    """Infilling of several sequences in one batch: spans from left to right, conditioned on those before.
 
     Args:
         model: a decoder whose objective is blank infilling.
         tokenizer: its tokenizer.
         texts: each with one or more of [MASK] (a few words), [sMASK] (a sentence) and [gMASK] (a long text).
-        max_new_tokens: tokens a blank at most.
-        sampling: how tokens are chosen.
+        max_new_tokens: tokens per span at most.
+        sampling: sampling settings.
 
     Raises:
-        InputError: a model of another objective, a text without a blank, or one that fills the context.
+        InputError: a model of another objective, a text without a mask, or one that fills the context.
     """
     blanks = require_infilling(model, tokenizer)
     cuts = [Cut(text, tokenizer, f"text {i + 1}") for i, text in enumerate(texts)]
@@ -121,10 +121,10 @@ def infill(
 
 
 def require_infilling(model: Decoder, tokenizer: Tokenizer) -> Blanks:
-    """The marks of a model that fills blanks.
+    """Special tokens of an infilling model.
 
     Raises:
-        InputError: it does not, or the tokenizer is not its own.
+        InputError: it is none, or the tokenizer is not its own.
     """
     blanks = blanks_of(model, tokenizer)
     if blanks is None:
@@ -146,7 +146,7 @@ def _fill(
     sampling: Sampling,
     seeds: Sequence[int],
 ) -> list[tuple[list[int], Reason]]:
-    """The tokens of each layout's last blank, and why it ended."""
+    """Tokens of each layout's last masked span, and finish reason."""
     tokens: list[list[int]] = [[] for _ in layouts]
     reasons: list[Reason] = ["context"] * len(layouts)
     steps = decode(model, layouts, max_new_tokens, sampling, seeds=seeds)

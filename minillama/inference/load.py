@@ -1,4 +1,4 @@
-"""What the commands that run a model share: its weights ready to decode, and the texts that they are given."""
+"""Model loading for inference, shared by the commands, and the reading of their input texts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Quantize = Literal["auto", "none", "int8", "int4"]
 def load_for_decoding(
     path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
 ) -> tuple[Decoder, Tokenizer]:
-    """A model as `load_model` gives it, and its tokenizer.
+    """Model, as by `load_model`, and its tokenizer.
 
     Args:
         path: what `open_model` takes.
-        tokenizer: its place, if it does not lie with the model.
+        tokenizer: its path, if it is not beside the model.
         dtype: of the weights.
         device: to decode on.
         quantize: see `load_model`.
@@ -46,16 +46,16 @@ def load_for_decoding(
 def load_model(
     opened: ModelFile, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
 ) -> Decoder:
-    """A model ready to decode, its products fused.
+    """Model ready to decode, its linear layers fused.
 
     Args:
         opened: the model's file or folder.
         dtype: of the weights; auto: as `decoding_dtype` chooses.
         device: as `choose_device` takes it.
-        quantize: make the products' weights int8 or int4, see `quantized`; auto: as they are stored, if
+        quantize: int8 or int4 weights of the linear layers, see `quantized`; auto: as they are stored, if
             `stored_kind` says so.
-        compiles: take the step in C++ where it takes the model and a compiler is there, which is compiled once; on a
-            CUDA device the recorded one.
+        compiles: use the C++ step where it supports the model and a compiler is there, compiled once; on a
+            CUDA device the CUDA graph.
     """
     import torch
 
@@ -77,7 +77,7 @@ def load_model(
 
 
 def attach_fast_step(model: Decoder) -> None:
-    """Give a fused model the fastest step that this machine has: a CUDA graph, the C++, or none."""
+    """Fastest decode step of this machine for a fused model: CUDA graph, C++, or none."""
     from minillama.inference import cuda_graph
     from minillama.native.build import CannotBuild, can_build
     from minillama.native.decode import NativeStep, unsupported
@@ -94,12 +94,12 @@ def attach_fast_step(model: Decoder) -> None:
 
 
 def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[str]:
-    """The texts of the command line, or those of a file.
+    """Input texts of the command line, or of a file.
 
     Args:
         given: of the option --FIELD.
-        file: of the option --FIELDs: JSONL with that field, or plain text with one a line.
-        field: what the texts are called.
+        file: of the option --FIELDs: JSONL with that field, or plain text with one per line.
+        field: name of the texts.
 
     Raises:
         InputError: both or neither is given, or the file does not hold what it should.

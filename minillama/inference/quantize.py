@@ -1,9 +1,9 @@
-"""Weights of one byte or half a byte for decoding: which products take them, from where, and what a text says of them.
+"""Int8 and int4 quantization for decoding: linear layers that take it, loading, and the importance matrix.
 
-An error e_i of the weight of input x_i changes the product by e_i x_i, so that over a text its square counts with the
-mean square of x_i. Some inputs are a thousand times as large as others, and a group of weights has one grid: that grid
-is chosen for the large ones (the activation-aware scales of AWQ, Lin et al. 2023, arXiv 2306.00978, §3, have the same
-ground). GPTQ's compensation of rounding (Frantar et al. 2022, arXiv 2210.17323) on top of it made single products
+An error e_i of the weight of input x_i changes the output by e_i x_i, so that over a text its square counts with the
+mean square of x_i. Some inputs are a thousand times as large as others, and a group of weights has one scale and zero
+point, chosen for the large ones (the activation-aware scales of AWQ, Lin et al. 2023, arXiv 2306.00978, §3, have the
+same motivation). GPTQ's error compensation (Frantar et al. 2022, arXiv 2210.17323) on top of it made single layers
 better and the model worse, see benchmarks/README.md.
 """
 
@@ -28,23 +28,23 @@ from minillama.model.linears import Product, int4_numbers, plain_tensors, produc
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.gguf_export import vocabulary
 
-TOKENS = 4096  # that are read at once
+TOKENS = 4096  # per forward pass
 
 
 @torch.no_grad()
 def quantize(model: Decoder, kind: Quantization, group: int = GROUP, calibration: Tensor | None = None) -> Decoder:
-    """Replace the products of a model in place; there is no way back.
+    """Quantization of a model's linear layers in place, irreversible.
 
     The head takes int8 in both kinds, a copy where it is tied: its errors are the largest in the logits, which is
-    also why GGUF's four-bit files keep more bits there. Embeddings and norms stay as they are, and so does a product
-    whose shape the kernels do not take.
+    also why GGUF's 4-bit files keep more bits there. Embeddings and norms stay as they are, and so does a layer
+    whose shape the kernels do not support.
 
     Args:
         model: a decoder, best after `fuse`.
-        kind: int8, one scale an output channel, or int4, one scale and offset a group of inputs.
+        kind: int8, one scale per output channel, or int4, one scale and zero point per group of inputs.
         group: of int4: 32, 64 or 128.
-        calibration: of int4: (N, T) ids of a text, whose `importance_matrix` weighs the errors;
-            without them they are found from the weights alone.
+        calibration: of int4: (N, T) ids of a text, whose `importance_matrix` weights the errors;
+            without them only the weights are used.
 
     Raises:
         InputError: int4 elsewhere than on a CPU, calibration of another kind, or linear layers that are more than
@@ -73,14 +73,14 @@ def quantized(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """`quantize` of a fused model, read from a file one product at a time.
+    """Quantized loading: `quantize` of a fused model, one linear layer at a time from a file.
 
-    Matrices that the file has in four bits (`ModelFile.int4`) keep their numbers, grids rounded to bfloat16; int4 of
-    others is searched in the stored type.
+    Matrices that the file has in int4 (`ModelFile.int4`) keep their values, scales and zero points rounded to bfloat16;
+    int4 of others is searched in the stored dtype.
 
     Args:
         opened: the model.
-        kind: of its products.
+        kind: of its linear layers.
         dtype: of the inputs, and of embeddings and norms; `ModelFile.default_dtype` unless given.
         device: where to put it.
 
@@ -105,7 +105,7 @@ def quantized(
 
 
 def _refuse_others(model: Decoder) -> None:
-    """Linear layers that the model's files do not name lie inside of others, which would go on multiplying."""
+    """Nested linear layers, unnamed in the model's files, are refused: the outer ones would go on multiplying."""
     sites = list(products(model))
     parts = [site.module for site in sites if not isinstance(site.module, Int4Linear | Int8Linear)]
     refuse_subclasses(model, parts, "quantized")
@@ -126,9 +126,9 @@ def _bias(opened: ModelFile, product: Product, dtype: torch.dtype) -> nn.Paramet
 
 
 def stored_kind(opened: ModelFile, device: torch.device) -> Quantization:
-    """How a file has the products of its blocks, if it is a kind that `quantized` takes on this device.
+    """Stored quantization of a file's block weights, if `quantized` supports it on this device.
 
-    int4 for Q4_0 and Q4_1, int8 for Q8_0, both on a CPU alone. Matrices whose rows fill no blocks do not matter.
+    int4 for Q4_0 and Q4_1, int8 for Q8_0, both on a CPU only. Matrices whose rows fill no blocks do not matter.
     """
     blocks = (item for name, item in opened.stored.items() if name.startswith("blk.") and len(item.shape) > 1)
     kinds = {item.dtype for item in blocks if item.shape[-1] % GROUP == 0}
@@ -157,10 +157,10 @@ def _with_head(model: Decoder) -> Decoder:
 
 @torch.no_grad()
 def importance_matrix(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
-    """By product of the blocks, the mean square (I,) of each of its inputs over a text, float32.
+    """Importance matrix: mean squared activation (I,) per input channel of the blocks' linear layers, float32.
 
     Args:
-        model: the decoder, before its products are replaced; faster after `fuse`.
+        model: the decoder, before quantization; faster after `fuse`.
         ids: (N, T) of the text.
     """
     found: dict[nn.Module, Tensor] = {}
@@ -182,7 +182,7 @@ def importance_matrix(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
 def save_gguf(
     model: Decoder, destination: str | os.PathLike[str], tokenizer: Tokenizer, name: str = "minillama"
 ) -> Path:
-    """Write a model that `quantize` made int4 as a GGUF file of type q4_1, with the numbers that it has.
+    """GGUF export (q4_1) of a model that `quantize` made int4, with the same values.
 
     Args:
         model: the decoder, fused or not.

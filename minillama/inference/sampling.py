@@ -1,7 +1,7 @@
-"""From logits to the next token: pure functions (B, V) -> (B, V), applied in the order of `Sampler`.
+"""Sampling from logits: pure functions (B, V) -> (B, V), applied in the order of `Sampler`.
 
-A token that is ruled out gets -inf. Nothing here keeps state but the random generators, one per row, so
-that a row's text does not depend on its neighbors.
+A token that is ruled out gets -inf. The only state is that of the random generators, one per row, so
+that a row's tokens do not depend on its neighbors.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ OUT = float("-inf")
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive logits of seen tokens by `penalty`, multiply negative ones by it.
+    """Repetition penalty: divides positive logits of seen tokens by `penalty`, multiplies negative ones by it.
 
-    Keskar et al. 2019, arXiv 1909.05858, §4.1, in the form that the field adopted for negative logits.
+    Keskar et al. 2019, arXiv 1909.05858, §4.1, in the form adopted for negative logits.
 
     Args:
         logits: (B, V).
-        seen: (B, V) booleans, true for the tokens of the prompt and of the text so far.
+        seen: (B, V) booleans, true for the tokens of prompt and output so far.
         penalty: 1 changes nothing, 1.1 to 1.3 is usual.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def temperature(logits: Tensor, value: float) -> Tensor:
-    """Logits / value, value > 0."""
+    """Temperature: logits / value, value > 0."""
     return logits / value
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep the k largest logits of each row, and any that equal the k-th."""
+    """Top-k sampling: keeps the k largest logits per row, and any that equal the k-th."""
     kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < kth, OUT)
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the most probable tokens until their sum exceeds p; the one that crosses it is kept.
+    """Nucleus (top-p) sampling: keeps the most probable tokens until their sum exceeds p, with the one that crosses it.
 
-    Token i of the sorted row is dropped when cumsum_i - p_i > p (Holtzman et al. 2020, arXiv 1904.09751,
+    Token i of the sorted row is removed when cumsum_i - p_i > p (Holtzman et al. 2020, arXiv 1904.09751,
     §3.1; Meta's llama/generation.py).
     """
     probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -54,19 +54,19 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """Drop tokens less probable than p times the most probable one. Nguyen et al. 2024, arXiv 2407.01082."""
+    """Min-p sampling: removes tokens less probable than p times the top one. Nguyen et al. 2024, arXiv 2407.01082."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), OUT)
 
 
 def row_generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One generator a row, so that a row alone draws what it draws in a batch."""
+    """Random generators, one per row: a row alone draws what it draws in a batch."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """Sampling settings."""
 
     temperature: float = field(default=0.8, metadata={"min": 0})
     """Divides the logits; 0 takes the most probable token (greedy)."""
@@ -83,7 +83,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses one token a row, and drops rows that have ended.
+    """Sampler of one token per row.
 
     Args:
         settings: the chain.
@@ -111,7 +111,7 @@ class Sampler:
         """Logits (B, V) -> token ids (B,), on the CPU.
 
         Raises:
-            InputError: logits that are no numbers, which a broken model gives.
+            InputError: NaN logits, which a broken model gives.
         """
         logits = self._penalized(logits)
         # `max` is twice as fast as `argmax`, and its index too is the first of equals
@@ -120,10 +120,10 @@ class Sampler:
         return tokens
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) -> what tokens are drawn from after the whole chain, (B, V) on the CPU; greedy: 1 for one.
+        """Sampling distribution after the whole chain: logits (B, V) -> (B, V) on the CPU; greedy: one-hot.
 
         Raises:
-            InputError: logits that are no numbers, which a broken model gives.
+            InputError: NaN logits, which a broken model gives.
         """
         logits = self._penalized(logits)
         if self.settings.temperature == 0:
@@ -150,7 +150,7 @@ class Sampler:
         return logits.softmax(-1)
 
     def draw(self, probabilities: Tensor) -> Tensor:
-        """One token a row, (B,), from (B, V)."""
+        """One token per row, (B,), from (B, V)."""
         if self.settings.temperature == 0:
             return probabilities.argmax(-1)
         rows = [
@@ -165,14 +165,14 @@ class Sampler:
             self.seen.scatter_(1, tokens[:, None], True)
 
     def fork(self) -> Sampler:
-        """The same chain and random generators with a history of its own, for tokens that may be taken back."""
+        """Copy with the same chain and random generators and its own history, for tokens that may be rejected."""
         other = copy(self)
         other.seen = None if self.seen is None else self.seen.clone()
         return other
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Logits (B, V) -> token ids (B,), each row by a sampler of one row; those of equal settings together."""
+    """Batched sampling: logits (B, V) -> token ids (B,), one sampler per row; equal settings together."""
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
         groups.setdefault(replace(sampler.settings, seed=0), []).append(row)

@@ -1,8 +1,8 @@
-"""Speculative decoding of one sequence: a cheap draft of several tokens, checked by the model in one pass.
+"""Speculative decoding of one sequence: a cheap draft of several tokens, verified by the model in one pass.
 
-What comes out is distributed as what plain decoding gives, whatever the draft (Leviathan et al. 2023, arXiv
-2211.17192): a draft costs or saves time and changes nothing else. Two kinds of draft: `PromptLookup` copies
-from the text so far, `DraftModel` asks a smaller model.
+The output distribution is that of plain decoding, whatever the draft (Leviathan et al. 2023, arXiv 2211.17192): a
+draft costs or saves time and changes nothing else. Two kinds of draft: `PromptLookup` copies from the sequence so
+far, `DraftModel` samples from a smaller model.
 
 Shapes: V vocabulary, N drafted tokens.
 """
@@ -30,9 +30,9 @@ LONGEST_SUFFIX = 3
 
 @dataclass
 class Acceptance:
-    """How much of the drafts was of use.
+    """Acceptance statistics.
 
-    `tokens` are those that came out, drafted or not; `passes` are the model's, not the draft's.
+    `tokens` are those emitted, drafted or not; `passes` are the model's, not the draft's.
     """
 
     drafted: int = 0
@@ -42,11 +42,11 @@ class Acceptance:
 
     @property
     def rate(self) -> float:
-        """Accepted / drafted; 0 when nothing was drafted."""
+        """Acceptance rate: accepted / drafted; 0 without a draft."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     def __str__(self) -> str:
-        """In one line."""
+        """One-line summary."""
         each = self.tokens / self.passes if self.passes else 0.0
         return (
             f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.rate:.0%}), {each:.1f} tokens per pass"
@@ -54,23 +54,23 @@ class Acceptance:
 
 
 class Drafter(Protocol):
-    """Guesses how a text goes on."""
+    """Draft of the next tokens."""
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
-        """At most `count` tokens, and q (N, V), what each was drawn from.
+        """Draft of at most `count` tokens, and q (N, V), the distribution of each.
 
         Args:
-            text: all ids so far; those of the call before and what was accepted since.
+            text: all ids so far: those of the previous call and those accepted since.
             count: 0 or more.
             sampler: chain, random generator and a history that may be written to.
         """
 
 
 class PromptLookup:
-    """Copies what followed the text's last words when they were there before (Saxena 2023, prompt lookup decoding).
+    """Prompt lookup decoding (Saxena 2023): the draft is what followed an earlier occurrence of the last n-gram.
 
-    The longest suffix of up to three tokens that occurs earlier decides, and of its occurrences the most recent.
-    A copy that reaches the end of the text runs on into itself, as Lempel-Ziv's (1977) do. q is a point mass.
+    The longest suffix of up to three tokens that occurs earlier is matched, at its most recent occurrence. A copy
+    that reaches the end of the sequence continues into itself, as in Lempel-Ziv (1977). q is a point mass.
 
     Args:
         vocab_size: V.
@@ -78,7 +78,7 @@ class PromptLookup:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> where its most recent follower stands
+        self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> position after its latest occurrence
         self.indexed = 1
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
@@ -95,11 +95,11 @@ class PromptLookup:
 
 
 class DraftModel:
-    """A smaller model with the same vocabulary and a state of its own.
+    """Draft model: a smaller model with the same vocabulary and its own KV cache.
 
     Args:
-        model: the decoder. Where the text outgrows its context, it drafts nothing.
-        max_len: tokens that the text can have.
+        model: the decoder. It drafts nothing beyond its context.
+        max_len: maximum sequence length.
         cache_dtype: of keys and values; the model's unless given.
     """
 
@@ -110,7 +110,7 @@ class DraftModel:
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
         """See `Drafter`."""
-        count = min(count, self.context + 1 - len(text))  # the last token of a draft is not read
+        count = min(count, self.context + 1 - len(text))  # the last drafted token is not read
         self.state.truncate(len(text) - 1)
         unread = list(text[self.state.lengths[0] :])
         tokens: list[int] = []
@@ -128,16 +128,16 @@ class DraftModel:
 
 
 def accept(token: int, p: Tensor, q: Tensor, generator: torch.Generator) -> int:
-    """The token that takes a drafted one's place: itself with probability min(1, p/q), else of max(p - q, 0), scaled.
+    """Speculative sampling: the drafted token with probability min(1, p/q), else one from max(p - q, 0), normalized.
 
     If `token` was drawn from q, the result is distributed as p (Leviathan et al. 2023, theorem in A.1). A
     rejected token has p < q, so that it is never drawn again: the result is `token` where it was accepted.
 
     Args:
         token: drawn from q.
-        p: (V,) what the token should be drawn from.
-        q: (V,) what it was drawn from.
-        generator: of the random choices.
+        p: (V,) target distribution.
+        q: (V,) draft distribution.
+        generator: random generator.
     """
     if float(torch.rand((), generator=generator, dtype=torch.float64)) * float(q[token]) < float(p[token]):
         return token
@@ -156,24 +156,24 @@ def speculate(
     stats: Acceptance | None = None,
     cache_dtype: torch.dtype | None = None,
 ) -> Steps:
-    """Yield [(0, token)], token by token, as `decode` does for one prompt; send {0} to end.
+    """Speculative decoding of one prompt: yields [(0, token)] per token, as `decode` does; send {0} to end.
 
-    Greedy tokens are those of `decode`, but where rounding decides between two tokens: a pass over several
-    tokens adds up in another order than one over each. Sampled ones have `decode`'s distribution and are
+    Greedy tokens are those of `decode`, except where rounding decides between two tokens: a pass over several
+    tokens sums in another order than one over each. Sampled ones have `decode`'s distribution and are
     other draws of it.
 
     Args:
         model: the decoder.
         prompt: at least one id.
-        max_new_tokens: tokens at most. The text also ends when the model's context is full.
-        sampling: how tokens are chosen; the draft's are chosen the same way.
-        draft: a model that drafts; prompt lookup unless given.
-        draft_tokens: drafted before each pass at most.
+        max_new_tokens: tokens at most. The sequence also ends when the context is full.
+        sampling: settings of both the model and the draft.
+        draft: draft model; prompt lookup unless given.
+        draft_tokens: maximum draft length per pass.
         stats: is added to.
         cache_dtype: of keys and values, both models'; their own unless given.
 
     Raises:
-        InputError: a draft of another vocabulary or of no token, a model that fills blanks or is recurrent.
+        InputError: a draft of another vocabulary or of no token, an infilling or a recurrent model.
     """
     vocab_size, end = model.config.vocab_size, len(prompt) + max_new_tokens
     if draft_tokens < 1:
@@ -191,7 +191,7 @@ def speculate(
 
 
 def _state(model: Decoder, max_len: int, cache_dtype: torch.dtype | None) -> State:
-    """An empty decode state for one row that can go back.
+    """Empty decode state of one sequence, with rollback.
 
     Raises:
         InputError: a model that has none.
@@ -201,7 +201,7 @@ def _state(model: Decoder, max_len: int, cache_dtype: torch.dtype | None) -> Sta
             "speculation reads from left to right, and this model fills blanks", fix="decode it without speculation"
         )
     state = model.state(1, min(model.config.max_seq_len, max_len), cache_dtype)
-    state.truncate(0)  # a recurrent state refuses at once
+    state.truncate(0)  # a recurrent state raises here
     return state
 
 
@@ -215,7 +215,7 @@ def _steps(
     draft_tokens: int,
     stats: Acceptance,
 ) -> Steps:
-    end = min(end, max(model.config.max_seq_len, len(text) + 1))  # as `decode`: one token comes before the limit
+    end = min(end, max(model.config.max_seq_len, len(text) + 1))  # as `decode`: one token even at the limit
     while len(text) < end:
         drafted, q = drafter.propose(text, min(draft_tokens, end - len(text) - 1), sampler.fork())
         with evaluating(model):
@@ -234,13 +234,13 @@ def _steps(
 
 
 def _checked(logits: Tensor, drafted: Sequence[int], q: Tensor, sampler: Sampler) -> list[int]:
-    """The accepted tokens and one more: in place of the first that was rejected, or behind them all.
+    """Accepted tokens and one more: in place of the first rejected one, or after them all.
 
     Args:
-        logits: (N + 1, V), of each drafted token's place and the one behind.
+        logits: (N + 1, V), of each drafted token's position and the next.
         drafted: N ids.
-        q: (N, V), what they were drawn from.
-        sampler: its history takes in the result.
+        q: (N, V), draft distributions.
+        sampler: its history is updated with the result.
     """
     logits = logits.float().cpu()
     tokens: list[int] = []
@@ -254,12 +254,12 @@ def _checked(logits: Tensor, drafted: Sequence[int], q: Tensor, sampler: Sampler
 
 @dataclass(frozen=True)
 class Speculation:
-    """`speculate` in place of `decode`, for one prompt: `generate(..., decoding=Speculation())`.
+    """Decoding by `speculate` in place of `decode`, for one prompt: `generate(..., decoding=Speculation())`.
 
     Args:
-        draft: a model that drafts; prompt lookup unless given.
-        draft_tokens: drafted before each pass at most.
-        acceptance: counts all that is decoded with this.
+        draft: draft model; prompt lookup unless given.
+        draft_tokens: maximum draft length per pass.
+        acceptance: statistics of all calls.
         cache_dtype: of keys and values, both models'; their own unless given.
     """
 
@@ -271,7 +271,7 @@ class Speculation:
     def __call__(
         self, model: Decoder, prompts: Sequence[Sequence[int] | Layout], max_new_tokens: int, sampling: Sampling
     ) -> Steps:
-        """The steps of one prompt.
+        """Decoding steps of one prompt.
 
         Raises:
             InputError: several prompts, or what `speculate` refuses.

@@ -1,4 +1,4 @@
-"""What of a run is compiled: its blocks where that pays back within the run, the parts in C++ once for a machine."""
+"""Compilation in a run: the blocks where it pays back within the run, the C++ kernels once per machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minillama.native.build import CannotBuild, can_build
 from minillama.runs.report import Report
 
 # seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
-# CPU they are the careful end of what was measured (benchmarks/README.md); for the others they are estimates.
+# CPU they are the conservative end of measurements (benchmarks/README.md); for the others they are estimates.
 COST = 12.0
 SAVING = {"cpu": 0.04, "cuda": 0.2, "mps": 0.1}
 SAVING_BFLOAT16 = {"cpu": 0.15}
@@ -21,7 +21,7 @@ WATCHED = 10
 
 
 class Compiler:
-    """Watches eager steps and compiles the model's blocks when the rest of the run is long enough.
+    """Compilation policy: times eager steps, compiles the blocks if the rest of the run is long enough.
 
     Args:
         mode: `true` compiles before the first step, `false` never, `auto` as above.
@@ -37,7 +37,7 @@ class Compiler:
             self._compile()
 
     def after_step(self, seconds: float, steps_left: int) -> None:
-        """Take the time of a step; the first ones decide."""
+        """Record the time of a step; the first ones decide."""
         if not self.waiting:
             return
         self.seconds.append(seconds)
@@ -59,10 +59,10 @@ class Compiler:
 
 
 def use_native_kernels(model: Decoder, say: Callable[[str], None]) -> None:
-    """Have what there is of `native` run while training in bfloat16 on a CPU, where a compiler is there.
+    """Native C++ kernels for training in bfloat16 on a CPU, where a compiler is there.
 
     Args:
-        model: what the passes run on.
+        model: that of the forward and backward passes.
         say: told when something is compiled, or why it cannot be.
     """
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not can_build():

@@ -1,4 +1,4 @@
-"""What a run reads: tokenized text, or records for what is fine-tuned."""
+"""Training data: tokenized text, or records for fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minillama.training.init_model import choose_tokenizer
 
 
 def load_data(config: RunConfig, report: Report) -> tuple[Corpus | Records, Tokenizer]:
-    """The data that the objective reads, and the tokenizer.
+    """Training data of the objective, and the tokenizer.
 
     Raises:
         InputError: a source that cannot be read, a tokenizer larger than the model's vocabulary, or too
@@ -54,7 +54,7 @@ def _load_records(config: RunConfig, question: Question, report: Report) -> tupl
 
 
 def _load_text(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
-    """Tokenize the sources, or find them tokenized, and check that all of it fits the model."""
+    """Tokenized corpus, new or from the cache, checked to fit the model."""
     began = time.perf_counter()
     tokenizer = choose_tokenizer(config)
     if isinstance(tokenizer, Tokenizer):

@@ -1,4 +1,4 @@
-"""Steps that must not be taken: a loss or gradient that is no number, and losses far above the usual."""
+"""Loss-spike guard: skips steps with a NaN or infinite loss or gradient, or a loss far above the usual."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from minillama.runs.config import GuardConfig
 
 @dataclass
 class Guard:
-    """Judges each step before the optimizer takes it.
+    """Loss-spike guard, asked before each optimizer step.
 
     Args:
         config: the limits.
-        recent: losses of the last steps that were taken, at most `config.window`.
-        in_a_row: steps skipped since the last one that was taken.
-        skipped: all that were skipped.
+        recent: losses of the last steps taken, at most `config.window`.
+        in_a_row: consecutive skipped steps.
+        skipped: all skipped steps.
     """
 
     config: GuardConfig
@@ -27,7 +27,7 @@ class Guard:
     skipped: int = 0
 
     def judge(self, loss: float, norm: float) -> str | None:
-        """Why the step is skipped, None where it is taken.
+        """Reason to skip the step, None to take it.
 
         A loss is a spike when it is more than `sigma` standard deviations above the mean of the last
         `window` ones, of which there must be at least 10.
@@ -58,11 +58,11 @@ class Guard:
 
     @property
     def is_over(self) -> bool:
-        """Whether as many steps in a row were skipped as the configuration allows."""
+        """Whether the allowed number of consecutive steps was skipped."""
         return self.in_a_row >= self.config.max_in_a_row
 
     def error(self, step: int) -> InputError:
-        """Why the run ends."""
+        """Error that ends the run."""
         return InputError(
             f"{self.in_a_row} steps in a row were skipped, the last one step {step}",
             where="guard.max_in_a_row",
@@ -71,11 +71,11 @@ class Guard:
         )
 
     def state(self) -> dict[str, Any]:
-        """JSON values that `restore` takes."""
+        """JSON state for `restore`."""
         return {key: value for key, value in asdict(self).items() if key != "config"}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from them. A run that stopped for its skips may try as many again."""
+        """Restore that state. A run that stopped for its skips may try as many again."""
         self.recent, self.in_a_row, self.skipped = list(state["recent"]), state["in_a_row"], state["skipped"]
         if self.is_over:
             self.in_a_row = 0

@@ -1,4 +1,4 @@
-"""The weights that a run starts with: drawn from its seed, or those of a model that grows to a new vocabulary."""
+"""Weight initialization: random from the run's seed, or from a model whose vocabulary may grow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
 
 def choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
-    """The tokenizer of tokenizer.path, or what trains one; with the marks that the objective needs."""
+    """Tokenizer of tokenizer.path, or its trainer; with the objective's special tokens."""
     if config.tokenizer.path:
         return _load_tokenizer(config)
     kind = config.tokenizer.kind
@@ -29,11 +29,11 @@ def _load_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def build_model(config: RunConfig, is_resumed: bool = False) -> Decoder:
-    """The decoder on the run's device, in float32.
+    """Decoder on the run's device, in float32.
 
     Args:
         config: the run.
-        is_resumed: a checkpoint's weights will be put in, so that the model to start from is not needed.
+        is_resumed: a checkpoint's weights will be loaded, so that the model to start from is not needed.
     """
     generator, device = torch.Generator().manual_seed(config.seed), choose_device(config.train.device)
     if is_resumed or not config.train.init_from:
@@ -49,7 +49,7 @@ def build_model(config: RunConfig, is_resumed: bool = False) -> Decoder:
 
 
 def with_grown_vocabulary(config: RunConfig) -> RunConfig:
-    """The run with as many rows of embedding as its tokenizer has tokens, if it starts from a model.
+    """Vocabulary extension: as many embedding rows as the tokenizer has tokens, if the run starts from a model.
 
     Raises:
         InputError: the tokenizer gives an id of the model's own another meaning.

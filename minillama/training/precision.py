@@ -1,4 +1,4 @@
-"""Training in bfloat16 with float32 masters."""
+"""Mixed precision with float32 master weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class WorkingCopy:
-    """The model that forward and backward passes run on.
+    """Working copy of the weights, for the forward and backward passes.
 
     In float32 it is the model itself. In bfloat16 it is a copy whose weights are cast from the model's once
-    a step, so that no product has to cast its operands, and whose gradients are added to the model's in
-    float32. The optimizer and every file see the float32 model alone (mixed precision with master weights,
-    Micikevicius et al. 2018, arXiv 1710.03740, §3.1; bfloat16 needs no loss scaling).
+    per step, so that no matrix product casts its operands, and whose gradients are added to the model's in
+    float32. The optimizer and every file see the float32 model alone (Micikevicius et al. 2018, arXiv
+    1710.03740, §3.1; bfloat16 needs no loss scaling).
 
     Args:
         master: the float32 model.
@@ -38,7 +38,7 @@ class WorkingCopy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the master's weights."""
+        """Cast the master weights anew."""
         if self.is_master:
             return
         for working, master in self._pairs:
@@ -46,7 +46,7 @@ class WorkingCopy:
 
 
 def _hand_over(master: Tensor, working: Tensor) -> None:
-    """Add a gradient to the master's as soon as it is there, so that there is never one of each parameter."""
+    """Gradient accumulation into the master weights' as each is computed, so that never all exist at once."""
     assert working.grad is not None
     if master.grad is None:
         master.grad = working.grad.to(master.dtype)

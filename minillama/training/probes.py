@@ -1,4 +1,4 @@
-"""Two measures of a run's health that cost about a step: how far weights move, and how large attention scores get."""
+"""Training diagnostics at about the cost of a step: update-to-weight ratio and largest attention logit."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from minillama.model import Decoder
 from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.objectives.base import replaced
 
-QUERIES = 256  # whose scores exist at once
+QUERIES = 256  # per chunk of scores
 
 
 def update_ratio(before: list[Tensor], after: list[Tensor]) -> float:
-    """||after - before|| / ||before|| over all of the tensors together; about 1e-3 in a healthy run."""
+    """Update-to-weight ratio ||after - before|| / ||before|| over all tensors; about 1e-3 in a healthy run."""
     moved = [torch.linalg.vector_norm(new - old) for old, new in zip(before, after, strict=True)]
     size = [torch.linalg.vector_norm(old) for old in before]
     return float(torch.stack(moved).norm() / torch.stack(size).norm())
 
 
 def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> float | None:
-    """The largest q k^T / sqrt(E) that a query may see, over all heads and layers; None without attention.
+    """Largest attention logit q k^T / sqrt(E) within the mask, over heads and layers; None without attention.
 
     It grows without bound in runs that are about to diverge (Dehghani et al. 2023, arXiv 2302.05442, §2.1).
 
     Args:
         model: not compiled.
         objective: how the batch is read.
-        batch: rows to read; of a step the first ones, a micro-batch.
+        batch: rows to read: a step's first micro-batch.
     """
     found: list[float] = []
 
@@ -66,19 +66,19 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
 
 
 class Probes:
-    """Measures every so many steps.
+    """Diagnostics at an interval of steps.
 
     Args:
         model: the float32 weights.
-        every: steps between measures; 0 measures nothing.
-        rows: of a batch, how many the attention scores are looked at of.
+        every: steps between measurements; 0 measures nothing.
+        rows: per batch, of which attention logits are measured.
     """
 
     def __init__(self, model: Decoder, every: int, rows: int) -> None:
         self.model, self.every, self.rows = model, every, rows
         self.ratio: float | None = None
         self._twin: Decoder | None = None
-        if every:  # blocks that are compiled call no hooks: a second module over the same tensors
+        if every:  # compiled blocks call no hooks: a second module over the same tensors
             with torch.device("meta"):
                 self._twin = Decoder(model.config)
             self._twin.load_state_dict(model.state_dict(), assign=True)
@@ -87,7 +87,7 @@ class Probes:
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
-        """The update of a step, which is measured if it is time."""
+        """Context of a step's update, measured if due."""
         self.ratio = None
         if not (self.every and step % self.every == 0):
             yield
@@ -98,7 +98,7 @@ class Probes:
         self.ratio = update_ratio(before, [p.detach() for p in matrices])
 
     def measures(self, objective: Objective, batch: Batch) -> dict[str, float]:
-        """What was measured in this step, by name; nothing in most."""
+        """Measurements of this step, by name; none in most."""
         if self.ratio is None or self._twin is None:
             return {}
         largest = attention_logit_max(self._twin, objective, batch.rows(0, self.rows).to(self.model.device))

@@ -1,4 +1,4 @@
-"""A whole run: data, tokenizer, model, loop, and what to do next."""
+"""Training run: data, tokenizer, model, loop, and next commands."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def train(
     verify: bool = True,
     report: Report | None = None,
 ) -> int:
-    """Train from the configuration to the final model folder.
+    """Training run from the configuration to the final model folder.
 
     Args:
         config: the run.
         out: its folder; runs/NAME unless given.
-        resume: go on from the newest checkpoint there.
+        resume: from the newest checkpoint there.
         overwrite: replace the run there.
-        verify: hold the checkpoint's files against their SHA-256 before going on from it.
-        report: where to say what happens; standard output unless given.
+        verify: check the checkpoint's files against their SHA-256 before resuming.
+        report: of progress; standard output unless given.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped the run.
 
     Raises:
-        InputError: something that a person can put right; nothing is overwritten then.
+        InputError: an error that the user can correct; nothing is overwritten then.
     """
     report = report or make_report()
     folder = RunFolder(choose_folder(config.name, out), resume, overwrite)
@@ -67,10 +67,10 @@ def train(
 
 @contextmanager
 def _determinism(wanted: bool) -> Iterator[None]:
-    """Kernels that add in a fixed order, while the block runs."""
+    """Deterministic kernels (fixed summation order) in a block."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -125,7 +125,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
 
 
 def _take_on(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, report: Report) -> list[str]:
-    """Hold the checkpoint's run against the one that goes on from it; the changed settings, as they are said."""
+    """Comparison of the checkpoint's run with the resumed one; the changed settings, as reported."""
     _check_shape(checkpoint, config.model)
     saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
     changes = check_resumed(saved, config, folder.config)
@@ -139,7 +139,7 @@ def _take_on(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
 
 
 def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report) -> None:
-    """What came out of a finished run, which had taken `before` seconds when it was resumed."""
+    """Summary of a finished run, which had taken `before` seconds when it was resumed."""
     records = folder.read_metrics()
     report.say(f"loss {sparkline([r['loss'] for r in records if r.get('loss') is not None])}")
     if trainer.guard.skipped:
@@ -156,7 +156,7 @@ def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report)
 
 
 def _as_saved(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
-    """A run that started from a model goes on with the checkpoint's shape and, if need be, its tokenizer."""
+    """Resumed run: one that started from a model takes the checkpoint's shape and, if need be, tokenizer."""
     if not config.train.init_from:
         return config
     place = config.tokenizer.path if Path(config.tokenizer.path).exists() else str(checkpoint.path)
@@ -186,7 +186,7 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     prompt = config.sample.prompts[0] if config.sample.prompts else "The"
     words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
     tokenizer = Tokenizer.load(model)
-    if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # GGUF has no such thing
+    if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
         words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
     commands = {name: shlex.join(words) for name, words in config.objective.commands(str(model), prompt).items()} | {
         "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),

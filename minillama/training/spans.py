@@ -1,7 +1,7 @@
-"""Which stretches of a text become blanks: short spans, whole sentences, or one long stretch.
+"""Masked-span sampling: short spans, whole sentences, or one long span.
 
-Du et al. 2022, arXiv 2103.10360, §2.1 and §2.2. A stretch never holds a separator between documents. All
-functions give (start, stop) pairs that do not overlap, in the order of the text.
+Du et al. 2022, arXiv 2103.10360, §2.1 and §2.2. A span never holds a separator between documents. All
+functions return non-overlapping (start, stop) pairs, in the order of the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Flags = NDArray[np.bool_]
 
 
 def span_lengths(mean: float) -> NDArray[np.float64]:
-    """(39,) probabilities of the lengths 1..39: Poisson's e^-mean mean^k / k!, without k = 0 and made to sum to 1."""
+    """Zero-truncated Poisson distribution of span lengths 1..39, (39,): e^-mean mean^k / k!, normalized."""
     lengths = np.arange(1, LONGEST + 1)
     logs = lengths * math.log(mean) - np.array([math.lgamma(k + 1) for k in lengths.tolist()])
     weights: NDArray[np.float64] = np.exp(logs - logs.max())
@@ -30,7 +30,7 @@ def span_lengths(mean: float) -> NDArray[np.float64]:
 
 
 def sentence_ends(tokenizer: Tokenizer, vocab_size: int) -> Flags:
-    """(vocab_size,) which tokens end a sentence: those with a full stop, a question mark or the like, or a newline."""
+    """Sentence-final tokens, (vocab_size,): those with a full stop, a question mark or the like, or a newline."""
     ends = np.zeros(vocab_size, bool)
     for i in set(range(tokenizer.vocab_size)) - tokenizer.special_ids:
         if tokenizer.backend.id_to_token(i) is not None:
@@ -39,22 +39,22 @@ def sentence_ends(tokenizer: Tokenizer, vocab_size: int) -> Flags:
 
 
 def documents(separators: Flags) -> list[Span]:
-    """The stretches between separators that are not empty."""
+    """Documents: non-empty ranges between separators."""
     edges = [-1, *np.flatnonzero(separators).tolist(), len(separators)]
     pairs = [(left + 1, right) for left, right in pairwise(edges)]
     return [(start, stop) for start, stop in pairs if start < stop]
 
 
 def short_spans(separators: Flags, share: float, mean: float, rng: np.random.Generator) -> list[Span]:
-    """Spans of Poisson lengths until int(share * tokens) of each document are covered, with a token between any two.
+    """Short spans, Poisson lengths, until int(share * tokens) of each document are masked; a token between any two.
 
-    Each way to lay the spans out is equally likely.
+    Each arrangement of the spans is equally likely.
 
     Args:
-        separators: (N,) where documents are set apart.
+        separators: (N,) document separators.
         share: of the tokens.
         mean: of the Poisson distribution, lambda.
-        rng: source of the random numbers.
+        rng: random generator.
     """
     spans: list[Span] = []
     weights = span_lengths(mean)
@@ -62,11 +62,11 @@ def short_spans(separators: Flags, share: float, mean: float, rng: np.random.Gen
         size, lengths = stop - start, list[int]()
         while sum(lengths) < int(share * size):
             length = int(rng.choice(LONGEST, p=weights)) + 1
-            if sum(lengths) + length + len(lengths) > size:  # each but the last needs a token behind it
+            if sum(lengths) + length + len(lengths) > size:  # each but the last needs a token after it
                 break
             lengths.append(length)
         free = size - sum(lengths)
-        # m spans between `free` tokens, no two side by side: m of the free + 1 gaps.
+        # m spans between `free` tokens, no two adjacent: m of the free + 1 gaps.
         gaps = np.sort(rng.choice(free + 1, size=len(lengths), replace=False)).tolist()
         done = 0
         for gap, length in zip(gaps, lengths, strict=True):
@@ -76,24 +76,24 @@ def short_spans(separators: Flags, share: float, mean: float, rng: np.random.Gen
 
 
 def one_token(separators: Flags, rng: np.random.Generator) -> list[Span]:
-    """A span of one token, for a text too short for more. A window of separators alone gives one of these."""
+    """One-token span, for a text too short for more. A window of separators alone gives one of these."""
     places = np.flatnonzero(~separators)
     at = int(rng.choice(places)) if len(places) else 0
     return [(at, at + 1)]
 
 
 def sentence_spans(ends: Flags, separators: Flags, share: float, rng: np.random.Generator) -> list[Span]:
-    """Whole sentences by chance until `share` of the tokens are covered.
+    """Sentence spans: random whole sentences until `share` of the tokens are masked.
 
     Args:
-        ends: (N,) tokens that end a sentence.
-        separators: (N,) where documents are set apart; a document ends its last sentence, too.
+        ends: (N,) sentence-final tokens.
+        separators: (N,) document separators; a document ends its last sentence, too.
         share: of the tokens.
-        rng: source of the random numbers.
+        rng: random generator.
     """
     sentences = []
     for start, stop in documents(separators):
-        # What stands before the first end may have begun before this window, what stands behind the last may go on.
+        # Text before the first end may have begun before this window, text after the last may go on.
         edges = [start] * (start > 0) + (start + 1 + np.flatnonzero(ends[start:stop])).tolist()
         edges += [stop] * (stop < len(ends) and stop not in edges)
         sentences += list(pairwise(edges))
@@ -108,13 +108,13 @@ def sentence_spans(ends: Flags, separators: Flags, share: float, rng: np.random.
 
 
 def long_span(separators: Flags, least: float, suffix: float, rng: np.random.Generator) -> list[Span]:
-    """One span in the longest document, of a length that is uniform from `least` of it to all but two tokens.
+    """Long span in the longest document, of a length uniform from `least` of it to all but two tokens.
 
     Args:
-        separators: (N,) where documents are set apart.
+        separators: (N,) document separators.
         least: share of the document.
-        suffix: the probability that it reaches to the document's end; else it lies anywhere.
-        rng: source of the random numbers.
+        suffix: the probability that it ends with the document; else its position is uniform.
+        rng: random generator.
     """
     start, stop = max(documents(separators), key=lambda span: span[1] - span[0], default=(0, 0))
     size = stop - start

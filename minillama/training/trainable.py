@@ -1,4 +1,4 @@
-"""Which parameters each stage of a run trains, by name; what is frozen keeps its bits and costs no optimizer memory."""
+"""Trainable parameters per stage, by name; frozen ones keep their bits and cost no optimizer memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from minillama.training.optim.groups import named_parameters
 
 
 def trained(config: ModelConfig, stage: Stage) -> int:
-    """How many parameters a stage trains, by arithmetic."""
+    """Trainable parameter count of a stage, from shapes."""
     return sum(math.prod(shape) for name, shape in config.tensors().items() if stage.trains(name))
 
 
 def check(config: RunConfig) -> None:
-    """Every glob of every stage names a parameter, and every stage trains one.
+    """Stage check: every glob of a stage names a parameter, and every stage trains one.
 
     Raises:
         InputError: one names none, or a stage would train nothing.
@@ -51,7 +51,7 @@ def describe(config: RunConfig, step: int) -> str:
 
 
 def enter(stage: Stage, models: Iterable[Mapping[str, nn.Module]], optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Freeze what the stage does not train, and forget what the optimizers remember of it."""
+    """Stage transition: freeze what the stage does not train, and discard its optimizer state."""
     for model in models:
         for name, parameter in named_parameters(model):
             parameter.requires_grad_(stage.trains(name))

@@ -1,4 +1,4 @@
-"""The training loop. Every step is a pure function of the parameters, the optimizer's state, seed and step."""
+"""Training loop. Every step is a pure function of the parameters, the optimizer's state, seed and step."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from minillama.training.precision import WorkingCopy
 from minillama.training.probes import Probes
 
 PEAK_EVERY = 50  # steps between two measurements of the peak, at least
-NAMED = 8  # rows of a skipped batch whose places are looked up and said
+NAMED = 8  # rows of a skipped batch whose sources are reported
 
 
 @dataclass
 class Progress:
-    """What a checkpoint must bring back besides tensors."""
+    """Progress that a checkpoint restores besides tensors."""
 
     step: int = 0
     tokens: int = 0
@@ -52,15 +52,15 @@ class Progress:
 
 
 class Trainer:
-    """Trains a model in a run folder.
+    """Training loop of a model in a run folder.
 
     Args:
         config: the run.
         objective: the loss, its data and its models, on their device.
         tokenizer: saved beside every model.
         folder: where everything is written.
-        report: where everything is said.
-        checkpoint: where to go on from; None starts at step 0.
+        report: where everything is printed.
+        checkpoint: to resume from; None starts at step 0.
 
     Raises:
         InputError: the checkpoint was made with other data, or beside other frozen models.
@@ -104,11 +104,11 @@ class Trainer:
         self.compiler = Compiler(mode, self.working, report)
 
     def train(self) -> None:
-        """Run from the current step to the last.
+        """Training from the current step to the last.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, when the step was finished and a checkpoint written.
-            InputError: too many steps were skipped in a row, memory ran out, or a checkpoint was not written.
+            InputError: too many steps skipped in a row, memory ran out, or a checkpoint was not written.
         """
         with self.signals.handled():
             try:
@@ -120,7 +120,7 @@ class Trainer:
                 self.writer.finish()
                 raise
             except Exception as error:
-                self.writer.wait()  # whatever it was, the checkpoint that is being written is whole
+                self.writer.wait()  # whatever it was, the checkpoint being written is completed
                 if not memory.is_out_of_memory(error):
                     raise
                 raise memory.explain(error, self.config, self.dtype, self.model.device, self.doing) from error
@@ -139,7 +139,7 @@ class Trainer:
         while self.progress.step < steps:
             record = self.step()
             at = self.progress.step
-            is_stopping = self.signals.number is not None  # asked once: what is stopped for is saved for
+            is_stopping = self.signals.number is not None  # read once: a signal that stops also saves
             is_due = self._validates(at) or at % self.config.checkpoint.every == 0
             if is_due or is_stopping or self.guard.is_over:
                 self.save(record)
@@ -154,14 +154,14 @@ class Trainer:
         return step % self.config.validate.every == 0 or step == self.config.train.steps
 
     def _finish_step(self, record: dict[str, Any]) -> None:
-        """Validate if it is time, and write the step's line."""
+        """Validation if due, and the step's line of metrics."""
         if self._validates(self.progress.step):
             self.validate(record)
         else:
             self.folder.append_metrics(record)
 
     def step(self) -> dict[str, Any]:
-        """One optimizer step; its line for metrics.jsonl."""
+        """Optimizer step; its line for metrics.jsonl."""
         began = time.perf_counter()
         step, config = self.progress.step, self.config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout and rollouts are the same after a resume
@@ -198,7 +198,7 @@ class Trainer:
             copy.refresh()
 
     def _skip(self, batch: Batch, reason: str, finite: bool) -> list[str]:
-        """Leave the weights as they are, and say which text it was: the rows whose loss is no number, or all."""
+        """Skipped step: weights unchanged, and the rows with a NaN or infinite loss, or all, reported by source."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         everything = range(len(batch.tokens))
@@ -215,7 +215,7 @@ class Trainer:
     def _enter_stage(self, step: int) -> None:
         if self.config.stages and self.config.stage(step) is not self.stage:
             if self.stage is not None:
-                self.guard.recent.clear()  # losses of the stage before say nothing of this one's
+                self.guard.recent.clear()  # losses of the previous stage do not compare
             self.stage = self.config.stage(step)
             trainable.enter(self.stage, (self.masters, self.objective.models), self.optimizers)
             change_settings(self.optimizers, self.config.optim_at(step))
@@ -240,7 +240,7 @@ class Trainer:
         }
 
     def _share_of_peak(self, flops: float) -> float | None:
-        """FLOP/s over the peak's; a peak that a step beats was measured beside another program, and is again."""
+        """MFU: FLOP/s over the peak; a peak that a step beats was measured under contention, and is again."""
         if flops > self.peak and self.progress.step >= self.next_peak:
             self.peak = max(self.peak, peak_flops(self.model.device, self.dtype))
             self.next_peak = self.progress.step + PEAK_EVERY
@@ -248,7 +248,7 @@ class Trainer:
         return flops / self.peak if flops <= self.peak else None
 
     def validate(self, record: dict[str, Any] | None = None) -> None:
-        """Score held-out data and print a sample; the result goes into the step's line of metrics.jsonl.
+        """Validation on held-out data and a sample; the result goes into the step's line of metrics.jsonl.
 
         Raises:
             Interrupted: a signal came. Nothing is lost: the checkpoint was written before.
@@ -272,7 +272,7 @@ class Trainer:
         self.doing = "training"
 
     def _badness(self, measures: Mapping[str, float]) -> float:
-        """The measure by which the best checkpoint is kept, the less the better."""
+        """Metric by which the best checkpoint is kept, lower is better."""
         name, direction = self.objective.best
         return measures[name] if direction == "min" else -measures[name]
 
@@ -286,7 +286,7 @@ class Trainer:
             self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
 
     def save(self, record: Mapping[str, Any]) -> None:
-        """Have a checkpoint written; `record` is the line of the step that was taken last."""
+        """Checkpoint; `record` is the line of the last step taken."""
         tensors = optimizer_state(self.optimizers)
         tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
         tensors |= {f"models/{name}/{key}": value for name, key, value in self._others()}
@@ -303,13 +303,13 @@ class Trainer:
         self.writer.submit(lambda: CheckpointCopy.of(self.model.state_dict(), tensors, run))
 
     def _others(self) -> Iterator[tuple[str, str, Tensor]]:
-        """The tensors of the models that are no model folder."""
+        """Tensors of the models that have no model folder."""
         for name, master in self.masters.items():
             for key, value in master.state_dict().items() if name != MODEL else ():
                 yield name, key, value
 
     def save_model(self, path: Path) -> None:
-        """Write a model folder that is complete or absent."""
+        """Model folder, complete or absent."""
         replace_folder(path, lambda folder: self._write_model(folder, self.model.state_dict()))
 
     def _write_model(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -346,7 +346,7 @@ class Trainer:
         self._take_up(run["record"])
 
     def _take_up(self, record: dict[str, Any]) -> None:
-        """Bring metrics.jsonl, and what was the best so far, to where the checkpoint is."""
+        """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
         step = self.progress.step
         lines = [line for line in self.folder.read_metrics() if line["step"] <= step]
         self.writer.losses = {
@@ -363,10 +363,10 @@ class Trainer:
 
 
 def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Take out those whose names begin so, without that."""
+    """Tensors removed by name prefix, named without it."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 def _number(value: float) -> float | None:
-    """What JSON can hold."""
+    """JSON number, None if not finite."""
     return value if math.isfinite(value) else None

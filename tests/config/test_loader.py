@@ -359,7 +359,7 @@ def test_the_name_chooses_the_settings(tmp_path: Path) -> None:
     assert load_run_config(str(both), asked).objective.name == "cloze"
     for wrong in ('objective = "lm"\n[train]\nz_loss = 0.1', "[objective]\nname = ['lm']"):
         both.write_text(wrong)
-        with pytest.raises(InputError, match="objective|z_loss"):
+        with pytest.raises(InputError, match=r"objective|z_loss"):
             load_run_config(str(both))
     for words, said in (
         (["--objective.name", "gml"], "did you mean 'glm'"),

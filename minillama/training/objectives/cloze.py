@@ -17,9 +17,9 @@ from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
 
 class ClozeQuestions(DataObjective[Records]):
-    """loss = -log p(label | record), p = p(words of the label | text) / sum over the labels.
+    """Cloze classification: loss = -log p(label | record), p = p(label words | text) / sum over the labels.
 
-    Du et al. 2022, arXiv 2103.10360, §2.4. All answers of a record are read, each in a row of its own.
+    Du et al. 2022, arXiv 2103.10360, §2.4. All answers of a record are read, each in its own row.
 
     Args:
         model: the decoder.
@@ -36,7 +36,7 @@ class ClozeQuestions(DataObjective[Records]):
         self.cloze = cloze
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Records with all their answers; tokens are (B, L, T)."""
+        """Batch of records with all answers; tokens are (B, L, T)."""
         records = self.data.batch(self.seed, step, self.batch_size)
         answers = self.cloze.collate([self.cloze.layouts(record) for record in records])
         labels = torch.tensor([self.cloze.label(record) for record in records])
@@ -50,7 +50,7 @@ class ClozeQuestions(DataObjective[Records]):
         return self.data.where(self.seed, step, self.batch_size, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Sum of nats over the records, and how many are answered rightly."""
+        """Sum of nats over the records, and the number of correct answers."""
         positions, prefix, label = batch.positions, batch.mask.prefix, batch.extras["label"]
         assert positions is not None and prefix is not None
         scores = Answers(batch.tokens, batch.targets, batch.extras["answer"], positions, prefix).scores(self.model)
@@ -58,7 +58,7 @@ class ClozeQuestions(DataObjective[Records]):
         return {"loss": F.cross_entropy(scores, label, reduction="sum")}, {"accuracy": right}
 
     def validate(self, rows: int, limit: int) -> Metrics:
-        """Nats a record and accuracy on the held-out ones, beside that of always giving their commonest label.
+        """Nats per record, accuracy and the majority-label baseline on held-out records.
 
         All held-out records are scored, whatever the limit, so that accuracies compare.
         """

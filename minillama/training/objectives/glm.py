@@ -1,4 +1,4 @@
-"""GLM's autoregressive blank infilling, over windows of packed text."""
+"""Autoregressive blank infilling (GLM) over windows of packed text."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from minillama.tokenizer.blanks import Blanks, Layout, collate
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
 
-HELD_OUT = 0x61E1D  # the seed of the blanks in held-out text: the same in every run
+HELD_OUT = 0x61E1D  # seed of the spans in held-out text, the same in every run
 
 
 class Example:
-    """One text with its blanks: what is read, what is predicted, and where.
+    """Infilling example: one sequence with masked spans, its targets and positions.
 
-    Part A is the text with each span replaced by one mask; it is followed by the spans in the order given, each
-    read behind a start token and predicted with an end token. Du et al. 2022, arXiv 2103.10360, §2.1.
+    Part A is the text with each span replaced by one mask token; part B is the spans in the order given, each
+    read after a start token and predicted with an end token. Du et al. 2022, arXiv 2103.10360, §2.1.
 
     Args:
         text: (N,) token ids.
-        spans: what is cut out, in the order in which it is predicted.
-        mask: the id that stands for each.
+        spans: masked spans, in the order in which they are predicted.
+        mask: id of the mask token.
         blanks: ids of the start and the end token.
     """
 
@@ -54,21 +54,21 @@ class Example:
 
 
 class BlankInfilling(DataObjective[Corpus]):
-    """loss = -sum over blanks, in a random order, of log p(blank | text around the blanks, blanks before it).
+    """Blank infilling: loss = -sum_i log p(span_i | text around the spans, span_<i), spans in random order.
 
-    A row is a window of text in which one kind of blank is chosen by the configured shares: short spans
-    ([MASK]), whole sentences ([sMASK]) or one long stretch ([gMASK]). Rows are padded to the context.
+    A row is a window of text with one kind of masked span, chosen by the configured shares: short spans
+    ([MASK]), whole sentences ([sMASK]) or one long span ([gMASK]). Rows are padded to the context.
 
     Args:
         model: the decoder.
         data: the corpus.
         seed: of its order.
         batch_size: rows per step.
-        context: T, slots a row.
-        blanks: ids of the marks.
-        ends: (V,) which tokens end a sentence.
+        context: T, slots per row.
+        blanks: special token ids.
+        ends: (V,) sentence-final tokens.
         separator: id of the token that opens a document, None where there is none.
-        config: kinds and sizes of blanks.
+        config: kinds and sizes of masked spans.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class BlankInfilling(DataObjective[Corpus]):
         self.separator, self.config = separator, config
         lengths = span_lengths(config.mean_length)
         mean = float(lengths @ np.arange(1, len(lengths) + 1))
-        # A blank takes two slots more than the text it covers: one long one fits into a window of context - 2;
+        # A span takes two slots more than the text it covers: one long one fits into a window of context - 2;
         # for many short ones there is room for a quarter more of them than are expected.
         self.window = context - 2
         self.short = min(int(context / (1 + 2.5 * config.share / mean)), self.window)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows of blanked windows."""
+        """Batch of masked windows."""
         windows = self.data.batch(self.seed, step, self.batch_size, self.window)[:, :-1]
         examples = (
             self.example(window, np.random.default_rng([self.seed, step, row])) for row, window in enumerate(windows)
@@ -102,7 +102,7 @@ class BlankInfilling(DataObjective[Corpus]):
         return self.collate(examples).share(rank, world)
 
     def example(self, text: NDArray[np.int64], rng: np.random.Generator) -> Example:
-        """A window with blanks of one kind."""
+        """Window with one kind of span."""
         config, blanks = self.config, self.blanks
         shares = np.array([config.tokens, config.sentences, config.document])
         kind = int(rng.choice(3, p=shares / shares.sum()))
@@ -122,7 +122,7 @@ class BlankInfilling(DataObjective[Corpus]):
         return Example(text, [spans[i] for i in order.tolist()], blanks.masks[kind], blanks)
 
     def collate(self, examples: Iterable[Example]) -> Batch:
-        """Examples padded to the context; padding has weight 0."""
+        """Batch padded to the context; padding has weight 0."""
         made = list(examples)
         targets = [example.targets[example.layout.prefix :] for example in made]
         rows = collate([example.layout for example in made], targets, self.context)
@@ -133,16 +133,16 @@ class BlankInfilling(DataObjective[Corpus]):
         return self.data.where(self.seed, step, self.batch_size, self.window, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Sum of nats over the tokens of part B and the ends of blanks."""
+        """Sum of nats over the tokens of part B and the end tokens."""
         model = self.model
-        chosen = batch.weights > 0  # the head is the dearest product, and most slots predict nothing
+        chosen = batch.weights > 0  # the head is the costliest layer, and most slots have no target
         hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
         z_loss = self.config.z_loss if model.training else 0.0
         loss = model.loss(hidden, batch.targets[chosen], batch.weights[chosen], z_loss)
         return {"loss": loss}, {}
 
     def validate(self, rows: int, limit: int) -> Metrics:
-        """The objective itself on held-out text with the same blanks every time; bits per byte of what they cover."""
+        """Loss on held-out text with the same masked spans every time; bits per byte of what they cover."""
         whole = Score(0.0, 0, 0.0)
         with evaluating(self.model):
             for split, windows in self.data.held_out(self.window, limit):
@@ -153,6 +153,6 @@ class BlankInfilling(DataObjective[Corpus]):
                 ]:
                     batch = self.collate(part).to(self.model.device)
                     nats, weight = self.loss(batch)[0]["loss"].item(), int(batch.total("loss"))
-                    covered = weight - sum(example.count for example in part)  # the ends stand for no text
+                    covered = weight - sum(example.count for example in part)  # end tokens cover no text
                     whole += Score(nats, weight, covered * split.bytes / split.tokens)
         return whole.measures()

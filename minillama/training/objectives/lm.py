@@ -16,7 +16,7 @@ from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
 
 class LanguageModel(DataObjective[Corpus]):
-    """loss = -sum_t log p(token_{t+1} | token_1..t), and PaLM's z-loss where asked for.
+    """Language modeling: loss = -sum_t log p(token_{t+1} | token_1..t), and optionally PaLM's z-loss.
 
     Args:
         model: the decoder.
@@ -24,8 +24,8 @@ class LanguageModel(DataObjective[Corpus]):
         seed: of its order.
         batch_size: rows per step.
         context: T, tokens per row.
-        separator: id of the token that opens a document; with it, tokens see only their own document and
-            positions start anew in each. None packs documents one behind the other in full view.
+        separator: id of the token that opens a document; with it, attention is within a document and
+            positions restart in each. None packs documents without masking.
         z_loss: its weight.
     """
 
@@ -43,7 +43,7 @@ class LanguageModel(DataObjective[Corpus]):
         self.context, self.separator, self.z_loss = context, separator, z_loss
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows of T + 1 consecutive tokens, split into what is read and what is predicted."""
+        """Rows of T + 1 consecutive tokens, split into inputs and targets."""
         if self.batch_size % world:
             raise ValueError(f"a batch of {self.batch_size} examples has no equal parts for {world} processes")
         rows = self.batch_size // world
@@ -67,7 +67,7 @@ class LanguageModel(DataObjective[Corpus]):
         return {"loss": self.model.loss(hidden, batch.targets, batch.weights, self.z_loss)}, {}
 
     def validate(self, rows: int, limit: int) -> Metrics:
-        """Nats a token and bits per byte of held-out text, at the training context."""
+        """Nats per token and bits per byte of held-out text, at the training context."""
         whole = Score(0.0, 0, 0.0)
         for split, windows in self.data.held_out(self.context, limit):
             whole += score(self.model, windows, split.bytes / split.tokens, rows)

@@ -1,4 +1,4 @@
-"""PaLM's Adafactor: Adam's second moment without factors, steps as large as the parameter is, and momentum.
+"""Adafactor of PaLM: Adam's unfactored second moment, updates scaled by the parameter's RMS, and momentum.
 
 Chowdhery et al. 2022 (arXiv 2204.02311, §5) after Shazeer and Stern 2018 (arXiv 1804.04235). At step k, with
 beta2 = 1 - k^-0.8: V <- beta2 V + (1 - beta2) G^2; U = G / sqrt(V), divided by max(1, RMS(U)); M <- beta1 M +
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 DECAY = -0.8
-SMALLEST = 1e-3  # the least RMS that a parameter's steps are scaled by
+SMALLEST = 1e-3  # least parameter RMS that scales an update
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -25,8 +25,8 @@ class Adafactor(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them.
         lr: relative learning rate; PaLM has min(1e-2, 1 / sqrt(k)).
-        beta1: of the mean of updates; 0 keeps none.
-        decay: whether lr^2 of every weight goes each step.
+        beta1: momentum; 0 keeps none.
+        decay: weight decay of lr^2 per step.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, beta1: float = 0.9, decay: bool = True) -> None:
@@ -34,7 +34,7 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update of each parameter with a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""AdamW, Muon or Adafactor over named parameter groups, with their state kept by parameter name."""
+"""Parameter groups of AdamW, Muon or Adafactor, and optimizer state by parameter name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minillama.training.optim.muon import Muon
 
 
 def named_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter; those of other models than `model` as NAME/PARAMETER. What two models share comes once."""
+    """Named parameters; those of models other than `model` as NAME/PARAMETER. Shared ones come once."""
     if isinstance(models, nn.Module):
         return list(models.named_parameters())
     found: dict[int, tuple[str, nn.Parameter]] = {}
@@ -26,7 +26,7 @@ def named_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[tuple[
 
 
 def parameter_groups(model: nn.Module | Mapping[str, nn.Module], config: OptimConfig) -> list[dict[str, Any]]:
-    """Split parameters by weight decay: matrices decay; norms, biases and (unless asked) embeddings do not.
+    """Parameter groups by weight decay: matrices decay; norms, biases and (unless asked) embeddings do not.
 
     Returns:
         Groups with `params` as (name, Parameter) pairs and `weight_decay`. Every parameter is in exactly
@@ -50,8 +50,8 @@ def parameter_groups(model: nn.Module | Mapping[str, nn.Module], config: OptimCo
 def make_optimizers(model: nn.Module | Mapping[str, nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon; or Adafactor.
 
-    With `muon_lr` the blocks' matrices are moved by Muon instead: momentum, made orthogonal by five
-    Newton-Schulz steps (`muon.py`), in bfloat16 where that is fast. Each group has `lr_scale`, its peak rate
+    With `muon_lr` the blocks' matrices are updated by Muon: momentum, orthogonalized by five
+    Newton-Schulz iterations (`muon.py`), in bfloat16 where that is fast. Each group has `lr_scale`, its peak rate
     relative to `lr`, so that one schedule serves all.
     """
     decayed, kept = parameter_groups(model, config)
@@ -71,7 +71,7 @@ def make_optimizers(model: nn.Module | Mapping[str, nn.Module], config: OptimCon
 
 
 def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimConfig) -> None:
-    """Give groups the settings of another stage; their learning rates follow with every step."""
+    """Group settings of another stage; learning rates follow with every step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if isinstance(optimizer, Muon):
@@ -93,7 +93,7 @@ def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.
 
 
 def optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' tensors as `PARAMETER/NAME`, for instance `model.norm.weight/exp_avg`."""
+    """Optimizer state as `PARAMETER/NAME`, for instance `model.norm.weight/exp_avg`."""
     return {
         f"{name}/{key}": value
         for optimizer, name, parameter in _named(optimizers)
@@ -102,7 +102,7 @@ def optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Te
 
 
 def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Take back what `optimizer_state` gave. Parameters that had no state yet start without."""
+    """Restore what `optimizer_state` gave. Parameters that had no state yet start without."""
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.rpartition("/")

@@ -1,11 +1,11 @@
-"""Muon: momentum whose every matrix is made orthogonal before it is applied.
+"""Muon: momentum, orthogonalized per matrix.
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). B = mu B + (1 - mu) G; U = (1 - mu) G + mu B
-(Nesterov); O is near U's closest orthogonal matrix, by five Newton-Schulz steps X <- a X + (b A + c A^2) X with
-A = X X^T; W <- W - lr wd W - lr sqrt(max(1, rows / columns)) O.
+(Nesterov); O approximates U's nearest orthogonal matrix, by five Newton-Schulz iterations X <- a X + (b A + c A^2) X
+with A = X X^T; W <- W - lr wd W - lr sqrt(max(1, rows / columns)) O.
 
-torch.optim.Muon is the same with products in bfloat16 always, which processors without such units multiply two
-hundred times slower than float32.
+torch.optim.Muon is the same with matrix products always in bfloat16, two hundred times slower than float32 on
+processors without such units.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-BATCH = 2**22  # numbers
+BATCH = 2**22  # elements
 
 
 class Muon(torch.optim.Optimizer):
@@ -28,9 +28,9 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them, all of two dimensions.
         lr: learning rate.
-        weight_decay: share of a weight, times `lr`, that goes each step.
+        weight_decay: decoupled, times `lr` per step.
         momentum: mu.
-        dtype: of the products; bfloat16 is enough where it is fast.
+        dtype: of the matrix products; bfloat16 is enough where it is fast.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update of each parameter with a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for parameters in _batches(p for p in group["params"] if p.grad is not None):
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices of one shape, several where they are small: in one call their products take two thirds of the time."""
+    """Batches of equal shape, several matrices where they are small: batched products take two thirds of the time."""
     alike: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
@@ -76,12 +76,12 @@ def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32, eps: float = 1e-7) -> Tensor:
-    """(..., R, C) -> U S' V^T of its singular value decomposition U S V^T, with S' between about 0.7 and 1.2.
+    """Orthogonalization of (..., R, C) = U S V^T (SVD) to U S' V^T, with S' between about 0.7 and 1.2.
 
     Args:
         matrix: the update, or a batch (N, R, C).
-        dtype: of the products and the result.
-        eps: least norm that is divided by.
+        dtype: of the matrix products and the result.
+        eps: lower bound of the norm.
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[-2] > matrix.shape[-1]

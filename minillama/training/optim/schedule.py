@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step."""
+"""Learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from minillama.runs.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Linear warm-up to `lr`, then the schedule down to `lr * final_fraction`.
+    """Learning rate: linear warmup to `lr`, then the schedule down to `lr * final_fraction`.
 
-    With W warm-up steps (cut to the run's length), S steps in all, u = (step - W) / (S - W) and floor f:
+    With W warmup steps (cut to the run's length), S steps in all, u = (step - W) / (S - W) and floor f:
 
     - `cosine`: lr * (f + (1 - f) * (1 + cos(pi u)) / 2), LLaMA's with f = 0.1 (arXiv 2302.13971, §2.3).
-    - `wsd`: lr, and in the last `decay_fraction` of the run a straight line to lr * f (warm-up, stable,
-      decay; Hu et al. 2024, arXiv 2404.06395, §4).
+    - `wsd`: lr, and in the last `decay_fraction` of the run linear decay to lr * f (warmup-stable-decay;
+      Hu et al. 2024, arXiv 2404.06395, §4).
     - `constant`: lr.
-    - `rsqrt`: min(lr, 1 / sqrt(step)) without warm-up or floor, PaLM's with lr = 1e-2 (arXiv 2204.02311, §5).
+    - `rsqrt`: min(lr, 1 / sqrt(step)) without warmup or floor, PaLM's with lr = 1e-2 (arXiv 2204.02311, §5).
 
     Args:
         config: the `[optim]` section.
-        step: 0..S; step 0 of a warm-up has rate 0, so the loop asks for step + 1.
+        step: 0..S; step 0 of a warmup has rate 0, so the loop asks for step + 1.
         steps: S.
     """
     if config.schedule == "rsqrt":
