@@ -187,7 +187,7 @@ class Decoder(nn.Module):
             tokens: ids.
             positions: (T,) or (B, T) position ids; 0..T-1, or onwards from what the state has read. Models
                 with two places a token take (2, T) or (B, 2, T), and 0 for the second unless given.
-            mask: who sees whom; causal unless given.
+            mask: attention mask; causal unless given.
             state: the decode state, which takes the tokens in. Rows are padded on the right and
                 `mask.lengths` says how much of each is real.
         """

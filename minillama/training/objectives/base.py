@@ -27,7 +27,7 @@ class Batch:
         tokens: (B, T) ids that the model reads.
         targets: (B, T) ids that it should predict.
         weights: (B, T) float weights of the targets; 0 leaves one out. (B,) where a row is judged as a whole.
-        mask: who sees whom.
+        mask: attention mask.
         positions: (B, T) position ids, where they are not 0..T-1.
         extras: further (B, ...) tensors that an objective needs.
         totals: divisor of each named term of the loss, over the whole batch of all micro-batches and processes; of
