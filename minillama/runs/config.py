@@ -140,7 +140,7 @@ class CheckpointConfig:
     every: int = field(default=500, metadata={"min": 1})
     """Steps between checkpoints; there is one before every validation and at the end as well."""
     keep: int = field(default=2, metadata={"min": 1})
-    """Number of newest checkpoints kept, beside the one with the lowest val_loss."""
+    """Number of newest checkpoints kept, beside the best one."""
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,14 @@ class CheckpointCopy:
         return cls(_copied(model), _copied(optimizer), run)
 
     def check(self) -> None:
-        """Refuse a NaN or infinite value.
+        """Refuse a NaN or infinite weight or moment; an objective's own state may have them.
 
         Raises:
             InputError: the tensor's name.
         """
         for name, tensor in [*self.model.items(), *self.optimizer.items()]:
+            if name.startswith("objective/"):
+                continue
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 what = f"a checkpoint with NaN or infinite values is not written, step {self.run['step']}"
                 raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
@@ -66,13 +68,13 @@ class CheckpointWriter:
     ) -> None:
         self.folder, self.keep, self.write_model, self.report = folder, keep, write_model, report
         self.losses: dict[int, float] = {}
-        """val_loss by step; of the checkpoints on the disk, the one with the lowest is kept."""
+        """The objective's measure by step, lower is better; the checkpoint with the lowest is kept."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest val_loss, of those that are on the disk."""
+        """The step of the checkpoint with the lowest measure, of those that are on the disk."""
         there = [step for step in steps(self.folder) if step in self.losses]
         return min(there, key=lambda step: self.losses[step], default=None)
 
