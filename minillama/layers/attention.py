@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from minillama.config import ModelConfig
 from minillama.layers.attend import attend
 from minillama.layers.cache import CacheRange, KVCache, LayerState
-from minillama.layers.fused_linear import fused_linear
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
 
@@ -25,6 +24,8 @@ class Attention(nn.Module):
     Attributes:
         kernel: function for softmax(q k^T / sqrt(E) + mask) v, with the signature of `attend`.
     """
+
+    qkv_proj: nn.Module
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -86,10 +87,5 @@ class Attention(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether `fuse` has been called."""
+        """Whether the three input projections are one, see `model/linears.py`."""
         return hasattr(self, "qkv_proj")
-
-    def fuse(self) -> None:
-        """Merge q_proj, k_proj and v_proj into one linear layer, for decoding; irreversible."""
-        self.qkv_proj = fused_linear(self.q_proj, self.k_proj, self.v_proj)
-        del self.q_proj, self.k_proj, self.v_proj

@@ -29,7 +29,6 @@ from minillama.layers.cache import CacheRange, LayerState, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
-from minillama.layers.fused_linear import refuse_subclasses
 from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import Gelu, SwiGLU
 from minillama.layers.norm import make_norm
@@ -39,6 +38,7 @@ from minillama.layers.rope import Rope, Rope2D
 from minillama.layers.rwkv import RecurrentBlock
 from minillama.model.compile import compile_frugally
 from minillama.model.init import initialize
+from minillama.model.linears import fuse, is_fused, refuse_others
 
 
 class Block(nn.Module):
@@ -306,15 +306,10 @@ class Decoder(nn.Module):
             InputError: after `quantize`, or linear layers that are more than `nn.Linear`, such as an adapter's.
         """
         self._refuse_quantized("fused")
-        refuse_subclasses(self, (part for module in self._fusible() for part in module.children()), "fused")
-        for module in self._fusible():
-            module.fuse()
+        refuse_others(self, self.config.tensors(), "fused")
+        fuse(self)
         self.step = None  # it has the old matrices
         return self
-
-    def _fusible(self) -> list[Any]:
-        parts = (part for layer in self.blocks for part in layer.children())
-        return [part for part in parts if isinstance(part, Attention | SwiGLU)]
 
     def _refuse_quantized(self, verb: str) -> None:
         if any(isinstance(part, Int8Linear | Int4Linear) for part in self.modules()):
@@ -384,6 +379,6 @@ class Decoder(nn.Module):
             InputError: after `fuse` or `quantize`, when the tensors no longer have their names; a size that is none.
         """
         self._refuse_quantized("saved")
-        if any(part.fused for part in self._fusible()):
+        if is_fused(self):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
         hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))
