@@ -38,8 +38,8 @@ def measure(member: str, steps: int, rows: int, folder: Path) -> dict[str, float
     command += ["--train.steps", str(steps), "--train.batch_size", str(rows), "--validate.every", str(steps)]
     command += ["--data.cache", str(folder / "cache"), "--sample.max_new_tokens", "0", "--checkpoint.every", str(steps)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    start = resolve(load_run_config(str(run / "config.toml")))
-    data, tokenizer = load_data(start.config, start.tokenizer, PlainReport(Console(quiet=True)))
+    config = load_run_config(str(run / "config.toml"))
+    data, tokenizer = load_data(config, resolve(config).tokenizer, PlainReport(Console(quiet=True)))
     model = Decoder.from_pretrained(run / "model")
     whole = Score(0.0, 0, 0.0)
     for split, windows in data.held_out(model.config.max_seq_len - 2, HELD_OUT):

@@ -30,10 +30,10 @@ class Losses:
         """The sum of the terms, which is what is minimized."""
         return sum(self.terms.values())
 
-    def record(self) -> dict[str, float | None]:
+    def record(self) -> dict[str, float]:
         """What metrics.jsonl has of it: metrics, and the terms by `loss_NAME` where there are several."""
         terms = {f"loss_{name}": value for name, value in self.terms.items()} if len(self.terms) > 1 else {}
-        return {name: value if math.isfinite(value) else None for name, value in {**self.metrics, **terms}.items()}
+        return {**self.metrics, **terms}
 
 
 def accumulate(

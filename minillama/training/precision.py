@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class Precision(Protocol):
-    """Precision of the passes, for a model whose weights are float32."""
-
-    model: nn.Module
-    """What the forward and backward passes run on."""
-
-    def refresh(self) -> None:
-        """Called after every change of the weights."""
-
-
-class FullPrecision:
-    """Passes on the model itself: in float32, or cast by an engine that the model was given to (FSDP2's policy).
+class Precision:
+    """Full precision: passes on the model itself, in float32 or as an engine casts it that it was given to (FSDP2).
 
     Args:
         master: the model.
@@ -31,10 +20,10 @@ class FullPrecision:
         self.model = master
 
     def refresh(self) -> None:
-        """Nothing was copied."""
+        """Called after every change of the weights."""
 
 
-class WorkingCopy:
+class WorkingCopy(Precision):
     """Working copy of the weights, for the forward and backward passes.
 
     Its weights are cast from the model's once per step, so that no matrix product casts its operands, and its
@@ -47,7 +36,7 @@ class WorkingCopy:
     """
 
     def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
-        self.model = copy.deepcopy(master).to(dtype)
+        super().__init__(copy.deepcopy(master).to(dtype))
         self._pairs = list(zip(self.model.parameters(), master.parameters(), strict=True))
         saved, own = master.state_dict(keep_vars=True), self.model.state_dict(keep_vars=True)
         self._buffers = [(own[name], saved[name]) for name in saved if not isinstance(saved[name], nn.Parameter)]
@@ -68,7 +57,7 @@ class WorkingCopy:
 def choose_precision(master: nn.Module, dtype: torch.dtype) -> Precision:
     """Full precision where the weights have the dtype of the passes already, else a working copy."""
     is_same = dtype == next(master.parameters()).dtype
-    return FullPrecision(master) if is_same else WorkingCopy(master, dtype)
+    return Precision(master) if is_same else WorkingCopy(master, dtype)
 
 
 def _hand_over(master: Tensor, working: Tensor) -> None:

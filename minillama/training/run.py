@@ -18,7 +18,7 @@ from minillama.errors import InputError
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
-from minillama.runs.folder import RunFolder, choose_folder
+from minillama.runs.folder import RunFolder, choose_folder, read_lines
 from minillama.runs.memory import check_disk, warn_of_memory
 from minillama.runs.plot import sparkline, write_png
 from minillama.runs.provenance import provenance
@@ -98,7 +98,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     trainer = Trainer(config, start.dtype, objective, tokenizer, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
-    step, prints = trainer.state.progress.step, (objective.fingerprint, tokenizer.fingerprint)
+    step, prints = trainer.state.step, (objective.fingerprint, tokenizer.fingerprint)
     folder.start(tomli_w.dumps(to_table(config)), provenance(config, step, *prints, start.device))
     set_aside(passed)
     if checkpoint is None:
@@ -110,11 +110,11 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     )
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
-    before = trainer.state.progress.seconds
+    before = trainer.state.seconds
     try:
         trainer.train()
     except Interrupted as stopped:
-        state = f"saved at step {trainer.state.progress.step}" if trainer.state.progress.step else "no step was taken"
+        state = f"saved at step {trainer.state.step}" if trainer.state.step else "no step was taken"
         report.say(f"stopped by {stopped}; {state}. To go on:")
         report.say(f"  {_command('train.py', '--out', folder.path, '--resume')}")
         return 128 + stopped.number
@@ -139,7 +139,7 @@ def _take_on(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
 
 def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report) -> None:
     """Summary of a finished run, which had taken `before` seconds when it was resumed."""
-    records = folder.read_metrics()
+    records = read_lines(folder.metrics)
     report.say(f"loss {sparkline([r['loss'] for r in records if r.get('loss') is not None])}")
     if trainer.guard.skipped:
         report.say(f"{trainer.guard.skipped} steps were skipped; metrics.jsonl names them")
@@ -151,7 +151,7 @@ def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report)
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
     earlier = f" ({before:.0f} s before it was resumed)" if before else ""
-    report.say(f"finished in {trainer.state.progress.seconds - before:.0f} s{earlier}. Next:")
+    report.say(f"finished in {trainer.state.seconds - before:.0f} s{earlier}. Next:")
 
 
 def _as_saved(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:

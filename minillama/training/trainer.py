@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +21,10 @@ from minillama.model import Decoder
 from minillama.runs import memory
 from minillama.runs.checkpoint import Checkpoint
 from minillama.runs.config import RunConfig, Stage
-from minillama.runs.folder import RunFolder
+from minillama.runs.folder import RunFolder, append_line, read_lines
 from minillama.runs.report import Report
 from minillama.runs.signals import Interrupted, Signals
-from minillama.runs.writer import CheckpointCopy, CheckpointWriter
+from minillama.runs.writer import CheckpointWriter
 from minillama.tokenizer import Tokenizer
 from minillama.training import trainable
 from minillama.training.compile import Compiler, use_native_kernels
@@ -106,7 +107,7 @@ class Trainer:
             try:
                 self._run()
                 self.writer.finish()
-                self.save_model(self.folder.model)
+                replace_folder(self.folder.model, lambda path: self._write_model(path, self.model.state_dict()))
                 self.signals.check()
             except Interrupted:
                 self.writer.finish()
@@ -123,20 +124,20 @@ class Trainer:
         steps = self.config.train.steps
         for model in self.objective.models.values():
             model.train()
-        if self.state.progress.step == 0:
+        if self.state.step == 0:
             self.validate()
         elif self._unrecorded is not None:  # the run was stopped after the checkpoint, before its line was written
             self._finish_step(self._unrecorded)
-        self.report.start(self.state.progress.step, steps)
-        while self.state.progress.step < steps:
+        self.report.start(self.state.step, steps)
+        while self.state.step < steps:
             record = self.step()
-            at = self.state.progress.step
+            at = self.state.step
             is_stopping = self.signals.number is not None  # read once: a signal that stops also saves
             is_due = self._validates(at) or at % self.config.checkpoint.every == 0
             if is_due or is_stopping or self.guard.is_over:
-                self.save(record)
+                self.writer.submit(partial(self.state.copy, record))
             if self.guard.is_over:
-                self.folder.append_metrics(record)
+                append_line(self.folder.metrics, record)
                 raise self.guard.error(at)
             if is_stopping:
                 self.signals.check()
@@ -147,17 +148,17 @@ class Trainer:
 
     def _finish_step(self, record: dict[str, Any]) -> None:
         """Validation if due, and the step's line of metrics."""
-        if self._validates(self.state.progress.step):
+        if self._validates(self.state.step):
             self.validate(record)
         else:
-            self.folder.append_metrics(record)
+            append_line(self.folder.metrics, record)
 
     def step(self) -> dict[str, Any]:
         """Optimizer step; its line for metrics.jsonl."""
         began = time.perf_counter()
-        step, config = self.state.progress.step, self.config
+        step, config = self.state.step, self.config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout and rollouts are the same after a resume
-        prepared = {name: _number(value) for name, value in self.objective.prepare(step).items()}
+        prepared = self.objective.prepare(step)
         self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
@@ -168,20 +169,20 @@ class Trainer:
         losses = accumulate(self.objective, batch, config.micro_batch_size, self.model.device, self.ranks)
         self.ranks.sum_gradients(parameter for model in self.masters.values() for parameter in model.parameters())
         norms = clip(self.masters, optim.grad_clip)
-        loss, norm = losses.loss, next((n for n in norms.values() if not math.isfinite(n)), norms["grad_norm"])
-        reason = self.guard.judge(loss, norm)
+        norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
+        reason = self.guard.judge(losses.loss, norm)
         if reason is None:
             with self.probes.around(step + 1):
                 self._update()
         else:
-            places = self._skip(batch, reason, math.isfinite(loss))
-        seconds = time.perf_counter() - began
-        tokens = batch.tokens.numel() * self.ranks.world
-        self._count(tokens, seconds)
-        record = {**prepared, **losses.record()} | self._record(loss, rate, norms, tokens / seconds)
+            places = self._skip(batch, reason, math.isfinite(losses.loss))
+        tokens, seconds = batch.tokens.numel() * self.ranks.world, time.perf_counter() - began
+        self.state.count(tokens, seconds)
+        record = _finite({**prepared, **losses.record(), "step": step + 1, "loss": losses.loss, "lr": rate, **norms})
+        record |= self._costs(tokens / seconds)
         record |= {"skipped": reason, "rows": places} if reason else self.probes.measures(self.objective, batch)
         self.report.step(record)
-        self.compiler.after_step(seconds, config.train.steps - self.state.progress.step)
+        self.compiler.after_step(seconds, config.train.steps - self.state.step)
         return record
 
     def _update(self) -> None:
@@ -199,11 +200,11 @@ class Trainer:
         moved = batch.to(self.model.device)
         bad = [] if finite else [i for i in everything if not is_finite(self.objective, moved.rows(i, i + 1))]
         rows = list(bad or everything)
-        shown = self.objective.where(self.state.progress.step, rows[:NAMED])
+        shown = self.objective.where(self.state.step, rows[:NAMED])
         places = [f"row {row}: {place}" for row, place in zip(rows[:NAMED], shown, strict=True)]
         places += [f"and {len(rows) - NAMED} rows more"] if len(rows) > NAMED else []
         which = "the rows with a NaN or infinite loss" if bad else "all rows"
-        self.report.say(f"step {self.state.progress.step + 1} skipped: {reason}; {which}: {'; '.join(places)}")
+        self.report.say(f"step {self.state.step + 1} skipped: {reason}; {which}: {'; '.join(places)}")
         return places
 
     def _enter_stage(self, step: int) -> None:
@@ -215,31 +216,18 @@ class Trainer:
             change_settings(self.optimizers, self.config.optim_at(step))
             self.report.say(trainable.describe(self.config, self.masters, step))
 
-    def _count(self, tokens: int, seconds: float) -> None:
-        self.state.progress.step += 1
-        self.state.progress.tokens += tokens
-        self.state.progress.seconds += seconds
+    def _costs(self, speed: float) -> dict[str, float | None]:
+        """Tokens and seconds so far, tokens per second, MFU: FLOP/s over the peak.
 
-    def _record(self, loss: float, rate: float, norms: Mapping[str, float], speed: float) -> dict[str, Any]:
+        A peak that a step beats was measured under contention, and is again.
+        """
         flops = self.config.model.flops_per_token(self.config.context) * speed
-        return {
-            "step": self.state.progress.step,
-            "loss": _number(loss),
-            "lr": rate,
-            **{name: _number(norm) for name, norm in norms.items()},
-            "tokens": self.state.progress.tokens,
-            "tokens_per_second": speed,
-            "mfu": self._share_of_peak(flops),
-            "seconds": self.state.progress.seconds,
-        }
-
-    def _share_of_peak(self, flops: float) -> float | None:
-        """MFU: FLOP/s over the peak; a peak that a step beats was measured under contention, and is again."""
-        if flops > self.peak and self.state.progress.step >= self.next_peak:
+        if flops > self.peak and self.state.step >= self.next_peak:
             self.peak = max(self.peak, peak_flops(self.model.device, self.dtype))
-            self.next_peak = self.state.progress.step + PEAK_EVERY
+            self.next_peak = self.state.step + PEAK_EVERY
             self.report.say(f"peak measured again, as a step was faster: {self.peak / 1e9:.0f} GFLOP/s")
-        return flops / self.peak if flops <= self.peak else None
+        mfu, state = flops / self.peak if flops <= self.peak else None, self.state
+        return {"tokens": state.tokens, "tokens_per_second": speed, "mfu": mfu, "seconds": state.seconds}
 
     def validate(self, record: dict[str, Any] | None = None) -> None:
         """Validation on held-out data and a sample; the result goes into the step's line of metrics.jsonl.
@@ -248,19 +236,17 @@ class Trainer:
             Interrupted: a signal came. Nothing is lost: the checkpoint was written before.
         """
         began = time.perf_counter()
-        limit, rows = self.config.validate.tokens, self.config.micro_batch_size
         self.doing = "evaluating"
         with self.signals.leaving_at_once():
-            found = self.objective.validate(rows, limit)
-        self.state.progress.seconds += time.perf_counter() - began
-        base = record or {"step": self.state.progress.step, "tokens": self.state.progress.tokens}
-        measured = {name: _number(value) for name, value in found.items()}
-        self.folder.append_metrics(base | measured | {"seconds": self.state.progress.seconds})
-        if self.state.progress.step and math.isfinite(found[self.objective.best[0]]):
-            self.writer.losses[self.state.progress.step] = self._score(found)
+            found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
+        self.state.seconds += time.perf_counter() - began
+        base = record or {"step": self.state.step, "tokens": self.state.tokens}
+        append_line(self.folder.metrics, base | _finite(found) | {"seconds": self.state.seconds})
+        if self.state.step and math.isfinite(found[self.objective.best[0]]):
+            self.writer.losses[self.state.step] = self._score(found)
         shown = ({"loss": record["loss"]} if record and record["loss"] is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
-        self.report.say(f"step {self.state.progress.step}: {text}")
+        self.report.say(f"step {self.state.step}: {text}")
         with self.signals.leaving_at_once():
             self._sample()
         self.doing = "training"
@@ -279,15 +265,6 @@ class Trainer:
             completion = generate(self.working, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
 
-    def save(self, record: Mapping[str, Any]) -> None:
-        """Checkpoint; `record` is the line of the last step taken."""
-        tensors, run = self.state.tensors(), self.state.run(record)
-        self.writer.submit(lambda: CheckpointCopy.of(self.model.state_dict(), tensors, run))
-
-    def save_model(self, path: Path) -> None:
-        """Model folder, complete or absent."""
-        replace_folder(path, lambda folder: self._write_model(folder, self.model.state_dict()))
-
     def _write_model(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         hf.write(path, self.model.config, tensors)
         self.tokenizer.save(path)
@@ -296,21 +273,20 @@ class Trainer:
 
     def _take_up(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
-        step = self.state.progress.step
-        lines = [line for line in self.folder.read_metrics() if line["step"] <= step]
+        step = self.state.step
+        lines = [line for line in read_lines(self.folder.metrics) if line["step"] <= step]
         self.writer.losses = {
             line["step"]: self._score(line)
             for line in lines
             if line["step"] and line.get(self.objective.best[0]) is not None
         }
         is_complete = bool(lines) and lines[-1]["step"] == step
-        if not is_complete or (self._validates(step) and step not in self.writer.losses):
-            self.folder.rewind_metrics(step - 1)
-            self._unrecorded = record
-        else:
-            self.folder.rewind_metrics(step)
+        if self._validates(step):
+            is_complete = is_complete and step in self.writer.losses
+        self.folder.rewind_metrics(step if is_complete else step - 1)
+        self._unrecorded = None if is_complete else record
 
 
-def _number(value: float) -> float | None:
-    """JSON number, None if not finite."""
-    return value if math.isfinite(value) else None
+def _finite(values: Mapping[str, float]) -> dict[str, Any]:
+    """JSON numbers; None for what is NaN or infinite."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
