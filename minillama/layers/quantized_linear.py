@@ -6,8 +6,9 @@ float32 kernel is ten times slower (benchmarks/README.md). Scales of int8 stay i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,24 @@ def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def takes_int4(linear: nn.Linear, group: int = GROUP) -> bool:
     """Whether `Int4Linear` supports the shape of a linear layer."""
     return linear.in_features % group == 0 and linear.out_features % 16 == 0
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Product x W^T with a weight that is dequantized once more in the backward pass instead of kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.weight(), None
+
+
+def _trains(x: Tensor) -> bool:
+    """Whether a gradient is asked for, which the packed kernels do not have."""
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 class Int8Linear(nn.Module):
@@ -74,8 +93,8 @@ class Int8Linear(nn.Module):
         flat = x.flatten(0, -2)
         if x.dtype == torch.float16:  # integer sums would overflow it
             return F.linear(x, self.weight, self.bias)
-        if len(flat) >= ROWS or x.device.type != "cpu":
-            steps = F.linear(flat, self.quantized.to(x.dtype))
+        if len(flat) >= ROWS or x.device.type != "cpu" or _trains(x):
+            steps: Tensor = _FrozenProduct.apply(flat, lambda: self.quantized.to(x.dtype))
         else:
             steps = torch._weight_int8pack_mm(flat.bfloat16().contiguous(), self.quantized, self.unit)
         y = (steps * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -133,8 +152,11 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         flat = x.flatten(0, -2)
-        if len(flat) >= ROWS:
+        if _trains(x):
+            y: Tensor = _FrozenProduct.apply(flat, lambda: self.weight)
+        elif len(flat) >= ROWS:
             return F.linear(x, self.weight, self.bias)
-        y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16().contiguous(), self.packed, self.group, self.grid)
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16().contiguous(), self.packed, self.group, self.grid)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
