@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,27 @@ def _trains(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-class Int8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
+    """Quantized linear layer; a change of dtype is one of the inputs, and leaves scales and zero points as they are.
+
+    Attributes:
+        dtype: of the inputs.
+    """
+
+    dtype: torch.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+class Int8Linear(QuantizedLinear):
     """Int8 linear layer y = (x q^T) s + b, one scale per output channel.
 
     Args:
@@ -101,7 +121,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(QuantizedLinear):
     """Int4 linear layer y = x (q s + z)^T + b on a CPU, with scales and zero points in bfloat16.
 
     Args:

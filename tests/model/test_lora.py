@@ -38,7 +38,7 @@ from minillama.model.lora import (
     save_adapter,
 )
 from minillama.native import swiglu as native
-from minillama.training.precision import WorkingCopy
+from minillama.training.precision import FullPrecision, WorkingCopy, choose_precision
 
 Kind = Literal["none", "int8", "int4"]
 CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80, max_seq_len=48)
@@ -168,8 +168,7 @@ def test_float32_adapters_over_a_bfloat16_base() -> None:
     model = make().bfloat16()
     randomized(add_lora(model, LoRAConfig(rank=4, use_dora=True, targets=("all-linear", *ENDS))))
     assert {p.dtype for p in lora_parameters(model).values()} == {torch.float32}
-    copy = WorkingCopy(model, torch.bfloat16)
-    assert copy.is_master
+    assert isinstance(choose_precision(model, torch.bfloat16), FullPrecision)
     loss = nats(model, tokens())
     loss.backward()
     assert model(tokens()).dtype == torch.bfloat16
@@ -179,10 +178,14 @@ def test_float32_adapters_over_a_bfloat16_base() -> None:
     assert abs(nats(load, tokens()).item() - loss.item()) < 0.02
 
 
-def test_a_working_copy_hands_gradients_to_the_adapters() -> None:
-    model = add_lora(make(), LoRAConfig(rank=4))
-    copy = WorkingCopy(model, torch.bfloat16)
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_a_working_copy_hands_gradients_to_the_adapters(kind: Kind) -> None:
+    model = make(kind)
+    before = fingerprint(base_tensors(model))
+    copy = WorkingCopy(add_lora(model, LoRAConfig(rank=4)), torch.bfloat16)
     nats(copy.model, tokens()).backward()  # type: ignore[arg-type]
+    copy.refresh()
+    assert fingerprint(base_tensors(model)) == before
     assert all(p.grad is not None and p.grad.any() for n, p in lora_parameters(model).items() if n.endswith("lora_B"))
 
 
