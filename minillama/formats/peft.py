@@ -42,6 +42,7 @@ class AdapterFile:
 
     Attributes:
         path: the folder.
+        config: the shape with the adapter; its vocabulary may be larger than the base's.
         adapters: by our names of the layers.
         base: the model that it was trained on, as its configuration calls it.
         fingerprint: of that model, see `fingerprint`; None where another program wrote the folder.
@@ -49,6 +50,7 @@ class AdapterFile:
     """
 
     path: Path
+    config: ModelConfig
     adapters: Mapping[str, Part]
     base: str
     fingerprint: str | None
@@ -88,6 +90,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def read(folder: str | Path, config: ModelConfig) -> AdapterFile:
     """Read an adapter folder.
 
+    Embedding and head that are stored whole may have more rows than the base's.
+
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
         config: the shape of the base model.
@@ -102,6 +106,7 @@ def read(folder: str | Path, config: ModelConfig) -> AdapterFile:
     if not path.exists():
         raise InputError("no weights in the adapter folder", where=folder, expected=WEIGHTS)
     stored = {key: item.shape for key, item in read_header(path).items()}
+    config = _grown(config, settings, stored)
     sites = _sites(config, settings)
     expected = {key: shape for keys in sites.values() for key, shape in keys.items()}
     copies = {key: name for key, name in _copies(config).items() if key in stored and key not in expected}
@@ -114,7 +119,16 @@ def read(folder: str | Path, config: ModelConfig) -> AdapterFile:
         raise InputError("not a readable safetensors file", where=path, found=error) from None
     adapters = {name: _part(settings, _names(config)[name], [tensors[key] for key in sites[name]]) for name in sites}
     base = settings.base_model_name_or_path
-    return AdapterFile(folder, adapters, base, sha, {name: tensors[key] for key, name in copies.items()})
+    return AdapterFile(folder, config, adapters, base, sha, {name: tensors[key] for key, name in copies.items()})
+
+
+def _grown(config: ModelConfig, settings: PeftConfig, stored: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    """Shape with the rows of an embedding and a head that are both stored whole, where they have more."""
+    names = _names(config)
+    whole = [n for n in (EMBEDDING, HEAD) if any(named(module, [n]) for module in settings.modules_to_save)]
+    rows = {stored.get(f"{PREFIX}{names[name]}.weight", (0,))[0] for name in whole}
+    grows = len(whole) == 2 and len(rows) == 1 and max(rows) > config.vocab_size
+    return replace(config, vocab_size=max(rows)) if grows else config
 
 
 def _sites(config: ModelConfig, settings: PeftConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -274,7 +288,7 @@ def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
     parts = {f"{name}.weight": part for name, part in adapter.adapters.items()}
     readers = {name: partial(_merged, opened.tensors, name, parts.get(name)) for name in opened.tensors}
     int4 = {name: matrix for name, matrix in opened.int4.items() if name not in parts}
-    return replace(opened, tensors=LazyTensors(readers), int4=int4)
+    return replace(opened, config=adapter.config, tensors=LazyTensors(readers), int4=int4)
 
 
 @torch.no_grad()

@@ -264,8 +264,9 @@ class Decoder(nn.Module):
             generator: source of the random numbers; torch's global one unless given.
 
         Raises:
-            InputError: fewer rows than there are, an unknown `init`, adapters.
+            InputError: fewer rows than there are, an unknown `init`, adapters, after `quantize`.
         """
+        self._refuse_quantized("resized")
         old = self.config.vocab_size
         if vocab_size < old:
             raise InputError(

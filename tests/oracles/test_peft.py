@@ -180,6 +180,27 @@ def test_layers_that_are_left_out(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(model(tokens()), other.eval()(tokens()).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_vocabulary_that_grew(base: Path, tmp_path: Path) -> None:
+    """Chinese-LLaMA: more rows, embedding and head trained whole beside the low-rank updates."""
+    model = Decoder.from_pretrained(base)
+    model.resize_embeddings(111)
+    randomized(add_lora(model, LoRAConfig(rank=3, targets=("q_proj",), modules_to_save=ENDS)))
+    opened = open_model(base)
+    save_adapter(model, tmp_path / "a", base=opened)
+    ids = torch.cat((tokens(), tokens() + 14), dim=1)
+    other = transformers.LlamaForCausalLM.from_pretrained(base)
+    other.resize_token_embeddings(111)
+    merged = files.merged(opened, files.read(tmp_path / "a", opened.config))
+    with torch.no_grad():
+        expected = model(ids)
+        loaded = load_adapter(Decoder.from_pretrained(base), tmp_path / "a")
+        assert loaded.config.vocab_size == merged.config.vocab_size == 111
+        for found in (loaded, Decoder.from_pretrained(merged)):
+            torch.testing.assert_close(found(ids), expected, atol=1e-5, rtol=1e-5)
+        found = peft.PeftModel.from_pretrained(other, tmp_path / "a").eval()(ids).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture
 def folder(base: Path, tmp_path: Path) -> Path:
     save_adapter(ours(base, LoRAConfig(rank=3, use_dora=True)), tmp_path / "a")
