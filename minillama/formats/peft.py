@@ -7,6 +7,7 @@ huggingface/peft 0.21.2, utils/save_and_load.py. Rows of query and key projectio
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from minillama.config import ModelConfig
 from minillama.config.lora import EMBEDDING, HEAD, matrices, named, refuse_tied
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file
+from minillama.formats import hf
 from minillama.formats.hf_names import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
@@ -87,7 +89,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read(folder: str | Path, config: ModelConfig) -> AdapterFile:
+def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
     """Read an adapter folder.
 
     Embedding and head that are stored whole may have more rows than the base's.
@@ -275,11 +277,17 @@ def _settings(config: ModelConfig, adapters: Mapping[str, Part], base: str) -> d
     }
 
 
+def with_files(opened: ModelFile, folder: Path) -> ModelFile:
+    """Model with the tokenizer and the stop tokens of an adapter folder, where it has them."""
+    tokenizer = folder if any((folder / name).exists() for name in hf.TOKENIZERS) else opened.tokenizer
+    return replace(opened, tokenizer=tokenizer, stop_ids=hf.stop_ids(folder) or opened.stop_ids)
+
+
 @torch.no_grad()
 def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
     """Model with an adapter in its weights, each computed in float32 when it is read, and not cast.
 
-    int4 and int8 weights of the file are dequantized first.
+    Quantized weights of the file are dequantized first. A tokenizer and stop tokens beside the adapter are taken over.
 
     Raises:
         InputError: the adapter was trained on another model.
@@ -288,7 +296,8 @@ def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
     parts = {f"{name}.weight": part for name, part in adapter.adapters.items()}
     readers = {name: partial(_merged, opened.tensors, name, parts.get(name)) for name in opened.tensors}
     int4 = {name: matrix for name, matrix in opened.int4.items() if name not in parts}
-    return replace(opened, config=adapter.config, tensors=LazyTensors(readers), int4=int4)
+    made = replace(opened, config=adapter.config, tensors=LazyTensors(readers), int4=int4)
+    return with_files(made, adapter.path)
 
 
 @torch.no_grad()

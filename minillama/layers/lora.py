@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
@@ -48,6 +49,8 @@ class Adapter(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(lora_A.float()), nn.Parameter(lora_B.float())
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude.float())
         self.alpha, self.use_rslora, self.dropout = alpha, use_rslora, dropout
+        self.fixed: Tensor | None
+        self.register_buffer("fixed", None, persistent=False)
 
     @classmethod
     def fresh(
@@ -91,17 +94,19 @@ class Adapter(nn.Module):
     def _expand(self, x: Tensor) -> Tensor:
         return F.linear(x * self.scale, self.lora_B.to(x.dtype))
 
-    def gain(self, weight: Tensor) -> Tensor:
-        """DoRA's factor m / ||W + s B A||, (O,) float32."""
+    def gain(self, weight: Callable[[], Tensor]) -> Tensor:
+        """DoRA's factor m / ||W + s B A||, (O,) float32; of a function that gives W."""
+        if self.fixed is not None:
+            return self.fixed
         with torch.no_grad():
-            norm = (weight.float() + self.scale * (self.lora_B @ self.lora_A)).norm(dim=1)
+            norm = (weight().float() + self.scale * (self.lora_B @ self.lora_A)).norm(dim=1)
         assert self.magnitude is not None
         return self.magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny)
 
     def merged(self, weight: Tensor) -> Tensor:
         """W', float32."""
         changed = weight.float() + self.scale * (self.lora_B @ self.lora_A)
-        return changed if self.magnitude is None else changed * self.gain(weight)[:, None]
+        return changed if self.magnitude is None else changed * self.gain(lambda: weight)[:, None]
 
 
 class FullWeight(nn.Module):
@@ -167,10 +172,16 @@ class LoRALayer(nn.Module):
     def _adapted(self, adapter: Adapter, y: Tensor, change: Tensor, bias: Tensor | None = None) -> Tensor:
         if adapter.magnitude is None:
             return y + change
-        gain = adapter.gain(self.matrix()).to(y.dtype)
+        gain = adapter.gain(self.matrix).to(y.dtype)
         if bias is None:
             return (y + change) * gain
         return (y - bias + change) * gain + bias
+
+    @torch.no_grad()
+    def fix_gain(self) -> None:
+        """Compute DoRA's factor of the active adapter once and keep it, for decoding: no later training changes it."""
+        if isinstance(self.adapter, Adapter) and self.adapter.magnitude is not None:
+            self.adapter.fixed = self.adapter.gain(self.matrix)
 
     def merged(self) -> nn.Module:
         """Plain float layer with the active adapter in its weight, computed in float32 and cast once."""
