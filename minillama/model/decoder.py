@@ -29,6 +29,7 @@ from minillama.layers.cache import CacheRange, LayerState, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
+from minillama.layers.lora import LoRALayer, effective_weight
 from minillama.layers.mask import KernelMask, Mask
 from minillama.layers.mlp import Gelu, SwiGLU
 from minillama.layers.norm import make_norm
@@ -171,8 +172,8 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D), the head's matrix; the embedding's when tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """(V, D), the head's matrix with its active adapter; the embedding's when tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else effective_weight(self.lm_head)
 
     def hidden(
         self,
@@ -263,8 +264,9 @@ class Decoder(nn.Module):
             generator: source of the random numbers; torch's global one unless given.
 
         Raises:
-            InputError: fewer rows than there are, or an unknown `init`.
+            InputError: fewer rows than there are, an unknown `init`, adapters, after `quantize`.
         """
+        self._refuse_quantized("resized")
         old = self.config.vocab_size
         if vocab_size < old:
             raise InputError(
@@ -275,6 +277,8 @@ class Decoder(nn.Module):
         for module in (self.model.embed_tokens, self.lm_head):
             if module is None:
                 continue
+            if isinstance(module, LoRALayer):
+                raise InputError("a layer with adapters takes no more rows", fix="resize it before adding them")
             weight = module.weight
             rows = torch.empty(vocab_size - old, weight.shape[1], device=weight.device)
             if init == "mean":

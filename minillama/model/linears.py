@@ -14,6 +14,7 @@ from torch import nn
 
 from minillama.errors import InputError
 from minillama.layers.fused_linear import fused_linear
+from minillama.layers.lora import LoRALayer
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 
 BLOCKS = "model.layers."
@@ -55,7 +56,7 @@ def refuse_others(
     verb: str,
     kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
 ) -> None:
-    """Refuse linear layers that are more than weight and bias, such as an adapter's, and those within them.
+    """Refuse adapters, linear layers that are more than weight and bias, and those within them.
 
     Args:
         model: whose blocks are looked through.
@@ -64,15 +65,18 @@ def refuse_others(
         kinds: exact types that are accepted.
 
     Raises:
-        InputError: a layer of another type, or one without a name in `shapes`.
+        InputError: an adapter anywhere; a layer of another type, or one without a name in `shapes`.
     """
+    fix, modules = "merge adapters into their layers first", dict(model.named_modules())
+    for name, layer in modules.items():
+        if isinstance(layer, LoRALayer):
+            raise InputError(f"this layer cannot be {verb}", where=name, found=", ".join(layer.adapters), fix=fix)
     found = {part: (name, layer) for name, layer in linears(model).items() for part in parts(name)}
     wanted = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_linear(name, shape)}
     for part in [*found, *sorted(wanted - set(found))]:
-        name, layer = found[part] if part in found else (part, model.get_submodule(part))
-        if part not in wanted or type(layer) not in kinds:
-            kind = type(layer).__name__ if part in wanted else "a layer within a layer"
-            fix = "merge adapters into their linear layers first"
+        name, linear = found[part] if part in found else (part, modules.get(part))
+        if part not in wanted or type(linear) not in kinds:
+            kind = type(linear).__name__ if part in wanted else "a layer within a layer"
             raise InputError(f"this layer cannot be {verb}", where=name, found=kind, expected="nn.Linear", fix=fix)
 
 

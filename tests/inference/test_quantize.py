@@ -82,6 +82,17 @@ def test_products_are_those_of_their_weight(
     assert (module.weight.float() - linear.weight).norm() < (0.01 if kind is Int8Linear else 0.1) * linear.weight.norm()
 
 
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear.of])
+def test_a_change_of_dtype_keeps_the_numbers(kind: Callable[[nn.Linear], Int8Linear | Int4Linear]) -> None:
+    torch.manual_seed(2)
+    module = kind(nn.Linear(96, 48))
+    before, numbers = module.weight, {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.bfloat16()
+    assert module.weight.dtype == module.bias.dtype == torch.bfloat16
+    assert all(torch.equal(buffer, numbers[name]) for name, buffer in module.named_buffers())
+    assert torch.equal(module.float().weight, before)
+
+
 def test_shapes_that_the_kernels_do_not_take() -> None:
     with pytest.raises(ValueError, match="in_features 20"):
         Int8Linear(nn.Linear(20, 32))
