@@ -79,7 +79,7 @@ def _kernels() -> dict[str, str]:
     missing = None if build.can_build() else "it takes g++ or clang++ on Linux"
     found = {"decode step": ("decode", missing)}
     for name, part in (("attention", attention), ("softmax of the loss", softmax), ("SwiGLU", swiglu)):
-        found[name] = part.SOURCE.removesuffix(".cpp"), missing or part.unsupported()
+        found[name] = part.KERNEL.source.removesuffix(".cpp"), missing or part.KERNEL.unsupported()
     table = {}
     for name, (source, why) in found.items():
         is_compiled = any((cache_folder() / "native").glob(f"{source}-*.so"))
