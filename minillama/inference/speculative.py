@@ -111,7 +111,7 @@ class DraftModel:
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
         """See `Drafter`."""
         count = min(count, self.context + 1 - len(text))  # the last drafted token is not read
-        self.state.truncate(len(text) - 1)
+        self.state.truncate([len(text) - 1])
         unread = list(text[self.state.lengths[0] :])
         tokens: list[int] = []
         drawn_from = [torch.empty(0, self.model.config.vocab_size)]
@@ -200,9 +200,11 @@ def _state(model: Decoder, max_len: int, cache_dtype: torch.dtype | None) -> Sta
         raise InputError(
             "speculation reads from left to right, and this model fills blanks", fix="decode it without speculation"
         )
-    state = model.state(1, min(model.config.max_seq_len, max_len), cache_dtype)
-    state.truncate(0)  # a recurrent state raises here
-    return state
+    if model.config.mixer == "wkv":
+        raise InputError(
+            "speculative decoding needs a model with a KV cache", fix="decode this model without speculation"
+        )
+    return model.state(1, min(model.config.max_seq_len, max_len), cache_dtype)
 
 
 def _steps(
@@ -222,7 +224,7 @@ def _steps(
             unread = torch.tensor([text[state.lengths[0] :] + drafted], device=model.device)
             hidden = model.hidden(unread, state=state)
             tokens = _checked(model.head(hidden[0, -len(drafted) - 1 :]), drafted, q, sampler)
-        state.truncate(len(text) + len(tokens) - 1)
+        state.truncate([len(text) + len(tokens) - 1])
         stats.passes += 1
         stats.drafted += len(drafted)
         stats.accepted += len(tokens) - 1

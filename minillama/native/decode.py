@@ -163,7 +163,7 @@ class NativeStep:
         if not mask.causal or described != (None, None, None) or mask.window == 0:
             return None
         layers = [layer for layer in state.layers if isinstance(layer, KVCache)]
-        stored = [slots.stored for layer in layers for slots in (layer.keys, layer.values)]
+        stored = [tensor for layer in layers for tensor in layer.tensors]
         kinds = {part.dtype for part in stored}
         if len(kinds) != 1 or not kinds <= set(FLOATS):
             return None
@@ -177,7 +177,7 @@ class NativeStep:
         ids = [token for row in tokens for token in row]
         if not all(0 <= token < native.vocab for token in ids):
             raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(ids)} to {max(ids)}")
-        caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
+        caches = (_Cache * len(layers))(*(_Cache(*(part.data_ptr() for part in layer.tensors)) for layer in layers))
         starts = zip(tokens, state.lengths, state.dropped, strict=True)
         read = [
             _Token(token, text, slot, slot + dropped, slot == start + len(row) - 1)
@@ -185,7 +185,7 @@ class NativeStep:
             for slot, token in enumerate(row, start)
         ]
         logits = torch.empty(len(counts), native.vocab, dtype=torch.float32, device="cpu")
-        if any(t._version != version or t.data_ptr() != place for t, place, version in self.versions):
+        if any(t._version != version or t.data_ptr() != address for t, address, version in self.versions):
             raise RuntimeError("the model's weights have changed since this step read them: call its refresh()")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
             self._make_room(len(ids), state.max_len)

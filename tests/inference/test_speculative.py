@@ -291,9 +291,9 @@ def test_a_state_is_truncated(model: Decoder) -> None:
     state, tokens = model.state(1), torch.tensor([[3, 1, 4, 1, 5]])
     with torch.inference_mode():
         model.hidden(tokens, state=state)
-        state.truncate(9)
+        state.truncate([9])
         assert state.lengths == [5]
-        state.truncate(2)
+        state.truncate([2])
         again = model.hidden(tokens[:, 2:], state=state)
         torch.testing.assert_close(again, model.hidden(tokens)[:, 2:], atol=1e-4, rtol=1e-4)
 
