@@ -14,6 +14,8 @@ from typing import Any
 
 import tyro
 
+from minillama.commands.tables import print_pairs
+
 UNITS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16")  # they decide dtypes and kernels
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
@@ -41,10 +43,8 @@ def run(args: Args) -> int:
         print(json.dumps(table))
         return 0
     width = max(len(name) for part in table.values() for name in part)
-    for head, part in table.items():
-        print(head)
-        for name, value in part.items():
-            print(f"  {name:{width}}  {value}")
+    for title, part in table.items():
+        print_pairs(title, part, width)
     return 0
 
 
