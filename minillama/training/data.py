@@ -69,7 +69,7 @@ def _load_text(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
     )
     _check_vocabulary(trained, config)
     corpus.check(config.context, config.train.batch_size)
-    trained.add_bos = corpus.has_separators
+    trained.add_bos = corpus.separator is not None
     if corpus.skipped.total:
         report.say(str(corpus.skipped))
     tokens = sum(split.tokens for split in corpus.train)
