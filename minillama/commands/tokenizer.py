@@ -15,10 +15,9 @@ from minillama.data.reading import BadText
 from minillama.data.sources import documents, parse_source
 from minillama.errors import InputError
 from minillama.files import refuse_url
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.tokenizer import Tokenizer
-from minillama.tokenizer.train import TokenizerTrainer
-from minillama.tokenizer.trainers import Ties
+from minillama.tokenizer.train import Kind, TokenizerTrainer
 
 Model = Annotated[str, tyro.conf.arg(name="model", metavar="PATH")]
 

@@ -82,13 +82,8 @@ def _load_text(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary",
-            where="model.vocab_size",
-            found=f"a tokenizer of {tokenizer.vocab_size} tokens, a model of {config.model.vocab_size}",
-            fix=f"add --model.vocab_size {tokenizer.vocab_size}",
-        )
+    fix = f"add --model.vocab_size {tokenizer.vocab_size}"
+    tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
 def _cache_folder(config: RunConfig) -> Path:
