@@ -124,13 +124,7 @@ def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
     Raises:
         InputError: the tokenizer is not the model's.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary",
-            found=f"{tokenizer.vocab_size} tokens",
-            expected=f"at most {model.config.vocab_size}",
-            fix="give the tokenizer that the model was trained with",
-        )
+    tokenizer.check_fits(model.config.vocab_size, fix="give the tokenizer that the model was trained with")
     return Blanks.of(tokenizer) if model.config.objective == "glm" else None
 
 

@@ -17,7 +17,7 @@ from minillama.config.loader import Located, build, config_path, read_toml, to_d
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.train import Kind
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, repor
     )
     _check_vocabulary(trained, config)
     corpus.check(config.context, config.train.batch_size)
-    trained.add_bos = corpus.has_separators
+    trained.add_bos = corpus.separator is not None
     if corpus.skipped.total:
         report.say(str(corpus.skipped))
     tokens = sum(split.tokens for split in corpus.train)
@@ -80,13 +80,8 @@ def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, repor
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary",
-            where="model.vocab_size",
-            found=f"a tokenizer of {tokenizer.vocab_size} tokens, a model of {config.model.vocab_size}",
-            fix=f"add --model.vocab_size {tokenizer.vocab_size}",
-        )
+    fix = f"add --model.vocab_size {tokenizer.vocab_size}"
+    tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
 def _names(config: RunConfig) -> str:
