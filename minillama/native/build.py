@@ -23,6 +23,7 @@ from minillama.files import cache_folder
 
 FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
+NO_COMPILER = "it takes g++ or clang++ on Linux"
 FEATURES = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX for bfloat16"}
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
@@ -97,10 +98,11 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
     Raises:
         CannotBuild: no compiler, failed compilation, or a cache folder that is unusable or writable by others.
     """
-    compilers = _compilers()
+    if not compilers() or not can_build():
+        raise CannotBuild(NO_COMPILER)
     command = [*FLAGS, *flags, _arch_flag(), str(FOLDER / source), *_openmp_runtime()]
     try:
-        path = _library_path(source, [*compilers, *command])
+        path = _library_path(source, [*compilers(), *command])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(path.parent)
         if path.exists():
@@ -111,7 +113,7 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
         if failure.exists():
             raise CannotBuild(f"{failure.read_text(encoding='utf-8')}; remove {failure} to try again")
         say(f"compiling {source}, once per machine; it takes some seconds")
-        _compile(compilers, command, path)
+        _compile(command, path)
         with suppress(OSError):  # another process may do the same
             _evict_old(path)
         return ctypes.CDLL(str(path))
@@ -139,11 +141,9 @@ def _refuse_foreign(path: Path) -> None:
         raise CannotBuild(f"others may write to {path}; set XDG_CACHE_HOME to a folder of your own")
 
 
-def _compilers() -> list[str]:
-    found = [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
-    if not found or not can_build():
-        raise CannotBuild("it takes g++ or clang++ on Linux")
-    return found
+def compilers() -> list[str]:
+    """Paths of the C++ compilers, the first to be tried first."""
+    return [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
 
 
 def _arch_flag() -> str:
@@ -167,11 +167,11 @@ def _library_path(source: str, command: Sequence[str]) -> Path:
     return cache_folder() / "native" / name
 
 
-def _compile(compilers: Sequence[str], command: Sequence[str], path: Path) -> None:
+def _compile(command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder, path.name)
         errors = []
-        for compiler in compilers:
+        for compiler in compilers():
             full = [compiler, *command, "-o", str(output)]
             done = subprocess.run(full, capture_output=True, text=True, check=False)
             if done.returncode == 0:
