@@ -26,6 +26,7 @@ from minillama.runs.config import load_run_config
 from minillama.runs.report import PlainReport
 from minillama.threads import adapt
 from minillama.training.data import load_data
+from minillama.training.init_model import resolve
 
 MEMBERS = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
 HELD_OUT = 40_000  # tokens
@@ -37,7 +38,8 @@ def measure(member: str, steps: int, rows: int, folder: Path) -> dict[str, float
     command += ["--train.steps", str(steps), "--train.batch_size", str(rows), "--validate.every", str(steps)]
     command += ["--data.cache", str(folder / "cache"), "--sample.max_new_tokens", "0", "--checkpoint.every", str(steps)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    data, tokenizer = load_data(load_run_config(str(run / "config.toml")), PlainReport(Console(quiet=True)))
+    config = load_run_config(str(run / "config.toml"))
+    data, tokenizer = load_data(config, resolve(config).tokenizer, PlainReport(Console(quiet=True)))
     model = Decoder.from_pretrained(run / "model")
     whole = Score(0.0, 0, 0.0)
     for split, windows in data.held_out(model.config.max_seq_len - 2, HELD_OUT):

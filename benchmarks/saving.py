@@ -23,9 +23,9 @@ from rich.console import Console
 from minillama.config import ModelConfig
 from minillama.formats import hf
 from minillama.model import Decoder
-from minillama.runs.checkpoint import save_checkpoint
+from minillama.runs.checkpoint import CheckpointCopy, save_checkpoint
 from minillama.runs.report import PlainReport
-from minillama.runs.writer import CheckpointCopy, CheckpointWriter
+from minillama.runs.writer import CheckpointWriter
 from minillama.threads import adapt
 
 
@@ -58,12 +58,12 @@ def main() -> None:
         submitted = []
         for i in range(args.repeats + 1):
             began = time.perf_counter()
-            writer.submit(CheckpointCopy.of(weights, moments, {"step": i}))
+            writer.submit(lambda i=i: CheckpointCopy.of(weights, moments, {"step": i}))
             submitted.append(time.perf_counter() - began)
             writer.finish()  # as if the steps between two checkpoints took longer than the disk
         copy = seconds(lambda i: [t.clone() for t in (*weights.values(), *moments.values())], args.repeats)
         write = seconds(
-            lambda i: save_checkpoint(place / "b", lambda path: write_model(path, weights), moments, {"step": i}),
+            lambda i: save_checkpoint(place / "b", CheckpointCopy(weights, moments, {"step": i}), write_model),
             args.repeats,
         )
     found = {

@@ -75,12 +75,12 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
     from minillama.runs.config import OptimConfig
     from minillama.training.compile import use_native_kernels
     from minillama.training.optim.groups import make_optimizers
-    from minillama.training.precision import WorkingCopy
+    from minillama.training.precision import choose_precision
 
     keep_freed_pages()  # as train.py does
     dtype = choose_dtype("auto", torch.device("cpu"))
     model = Decoder(shape.config())
-    working = WorkingCopy(model, dtype)
+    working = choose_precision(model, dtype)
     optimizers = make_optimizers(model, OptimConfig(lr=1e-3))
     if setting != "eager":
         use_native_kernels(working.model, lambda text: None)

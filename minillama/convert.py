@@ -12,7 +12,7 @@ import torch
 
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file, replace_folder
-from minillama.formats import gguf, hf, meta
+from minillama.formats import gguf, hf, meta, peft
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.int4 import Int4
@@ -32,6 +32,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     progress: Callable[[str, int], None] = lambda name, total: None,
     calibrate: Callable[[ModelFile, Tokenizer], Mapping[str, Int4]] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Convert a model to another format, atomically: the output is complete or absent.
 
@@ -45,18 +46,21 @@ def convert(
         max_shard_size: per file of a Hugging Face folder.
         progress: called with each tensor's name and their number.
         calibrate: for q4_1, quantization by importance matrix (`inference.calibrate.by_text`); default: rounding only.
+        adapter: PEFT's folder of an adapter, merged into the weights in float32 before they are cast once.
 
     Raises:
         InputError: the destination exists; the format cannot express the shape, the dtype or the
-            tokenizer; calibration for another dtype.
+            tokenizer; calibration for another dtype; an adapter of another model.
     """
     _check(to, dtype, calibrate)
-    for path in (source, destination, tokenizer or ""):
+    for path in (source, destination, tokenizer or "", adapter or ""):
         refuse_url(path)
     target = Path(destination)
     if target.exists():
         raise InputError("the destination exists", where=target, fix="choose another, or remove it")
     opened = open_model(source)
+    if adapter is not None:
+        opened = peft.merged(opened, peft.read(adapter, opened.config))
     tokenizer_path, vocab = _tokenizer(opened, tokenizer)
     stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
     total = len(opened.config.tensors())
@@ -102,11 +106,7 @@ def _tokenizer(opened: ModelFile, given: str | os.PathLike[str] | None) -> tuple
     if tokenizer_path is None:
         return None, None
     vocab = Tokenizer.load(tokenizer_path)
-    if vocab.vocab_size > opened.config.vocab_size:
-        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary", where=tokenizer_path, found=found, expected=expected
-        )
+    vocab.check_fits(opened.config.vocab_size, tokenizer_path)
     return tokenizer_path, vocab
 
 
@@ -132,7 +132,7 @@ def _to_hf(
     hf.write(folder, opened.config, opened.tensors, dtype, max_shard_size, tell)
     if vocab is not None:
         hf.write_token_ids(folder, bos_id=vocab.bos_id if vocab.add_bos else None, eos_id=vocab.eos_id)
-    carried = opened.path / hf.GENERATION_CONFIG
+    carried = (opened.tokenizer or opened.path) / hf.GENERATION_CONFIG  # with an adapter's tokenizer its own
     if carried.is_file():
         shutil.copyfile(carried, folder / hf.GENERATION_CONFIG)
     if vocab is not None:

@@ -47,7 +47,7 @@ def test_the_names_at_the_top_are_listed() -> None:
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.S | re.M)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     namespace: dict[str, object] = {"__name__": "example"}
     for block in blocks:  # one after the other, as they stand
         exec(compile(block, "docs/api.md", "exec"), namespace)

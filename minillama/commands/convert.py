@@ -26,6 +26,8 @@ class Args:
     """Matrix dtype; q8_0, q4_0 and q4_1 for gguf only. As stored unless given; quantized tensors become f32."""
     calibrate: str | None = None
     """With q4_1: calibration text, like the later input, from which the importance matrix is measured."""
+    merge: str | None = None
+    """Adapter folder (PEFT), merged into the weights in float32; quantized weights are dequantized before."""
     max_shard_size: str = "5GB"
     """Largest file of a Hugging Face folder."""
 
@@ -54,6 +56,7 @@ def run(args: Args) -> int:
         args.max_shard_size,
         progress,
         by_text(args.calibrate, partial(print, file=sys.stderr, flush=True)) if args.calibrate else None,
+        args.merge,
     )
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)

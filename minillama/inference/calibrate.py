@@ -13,10 +13,9 @@ from minillama.errors import InputError
 from minillama.files import refuse_url
 from minillama.formats.model_file import ModelFile
 from minillama.inference.engine import evaluating
-from minillama.inference.quantize import quantize
+from minillama.inference.quantize import int4_numbers, quantize
 from minillama.layers.int4 import Int4
 from minillama.model import Decoder
-from minillama.model.linears import int4_numbers
 from minillama.tokenizer import Tokenizer
 
 WINDOW = 512  # tokens per window

@@ -10,6 +10,8 @@ better and the model worse, see benchmarks/README.md.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,11 +22,10 @@ from minillama.errors import InputError
 from minillama.files import replace_file
 from minillama.formats import gguf
 from minillama.formats.model_file import ModelFile
-from minillama.layers.fused_linear import refuse_subclasses
 from minillama.layers.int4 import GROUP, Int4
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear, Quantization, takes_int4
 from minillama.model import Decoder
-from minillama.model.linears import Product, int4_numbers, plain_tensors, products
+from minillama.model.linears import linears, parts, refuse_others
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.gguf_export import vocabulary
 
@@ -57,12 +58,13 @@ def quantize(model: Decoder, kind: Quantization, group: int = GROUP, calibration
     _check(kind, model.device)
     if calibration is not None and not calibration.numel():
         raise InputError("no text to calibrate by", where="calibration", found=tuple(calibration.shape))
-    _refuse_others(model)
+    refuse_others(model, model.config.tensors(), "quantized", (nn.Linear, Int8Linear, Int4Linear))
     counts = {} if calibration is None else importance_matrix(model, calibration)
     model.step = None  # it has the old weights
-    for product in products(model):
-        if isinstance(product.module, nn.Linear):
-            product.replace(_quantized(product.module, kind, group, counts.get(product.module)))
+    for name in list(linears(model)):  # names alone, so that each layer is freed when it is replaced
+        linear = model.get_submodule(name)
+        if isinstance(linear, nn.Linear):
+            model.set_submodule(name, _quantized(linear, kind, group, counts.get(name)))
     return _with_head(model)
 
 
@@ -91,37 +93,26 @@ def quantized(
     dtype = dtype or opened.default_dtype(device)
     with torch.device("meta"):
         model = Decoder(opened.config)
-    for product in products(model.fuse()):
-        linear = cast(nn.Linear, product.module)
+    for name in list(linears(model.fuse())):
+        linear, names = cast(nn.Linear, model.get_submodule(name)), parts(name)
+        bias = _bias(opened, names, dtype)
         if kind == "int4" and takes_int4(linear, GROUP):
-            parts = [_numbers(opened, f"{name}.weight") for name in product.names]
-            product.replace(Int4Linear(Int4.stacked(parts), _bias(opened, product, dtype), dtype))
+            numbers = Int4.stacked(_numbers(opened, f"{part}.weight") for part in names)
+            model.set_submodule(name, Int4Linear(numbers, bias, dtype))
         else:
-            weight = torch.cat([opened.tensors[f"{name}.weight"] for name in product.names])
+            weight = torch.cat([opened.tensors[f"{part}.weight"] for part in names])
             linear.weight = nn.Parameter(weight.to(device=device, dtype=dtype), requires_grad=False)
-            linear.bias = cast(Any, _bias(opened, product, dtype))
-            product.replace(_quantized(linear, "int8", GROUP))
+            linear.bias = cast(Any, bias)
+            model.set_submodule(name, _quantized(linear, "int8", GROUP))
     return _with_head(model.fill(opened, dtype, device))
-
-
-def _refuse_others(model: Decoder) -> None:
-    """Nested linear layers, unnamed in the model's files, are refused: the outer ones would go on multiplying."""
-    sites = list(products(model))
-    parts = [site.module for site in sites if not isinstance(site.module, Int4Linear | Int8Linear)]
-    refuse_subclasses(model, parts, "quantized")
-    known = model.config.tensors()
-    strange = [name for site in sites for name in site.names if f"{name}.weight" not in known]
-    if strange:
-        fix = "merge adapters into their linear layers first"
-        raise InputError("this layer cannot be quantized", where=strange[0], found="a layer within a layer", fix=fix)
 
 
 def _numbers(opened: ModelFile, name: str) -> Int4:
     return opened.int4[name] if name in opened.int4 else Int4.of(opened.tensors[name])
 
 
-def _bias(opened: ModelFile, product: Product, dtype: torch.dtype) -> nn.Parameter | None:
-    found = [opened.tensors[f"{name}.bias"] for name in product.names if f"{name}.bias" in opened.tensors]
+def _bias(opened: ModelFile, names: Sequence[str], dtype: torch.dtype) -> nn.Parameter | None:
+    found = [opened.tensors[f"{name}.bias"] for name in names if f"{name}.bias" in opened.tensors]
     return nn.Parameter(torch.cat(found).to(dtype), requires_grad=False) if found else None
 
 
@@ -156,20 +147,20 @@ def _with_head(model: Decoder) -> Decoder:
 
 
 @torch.no_grad()
-def importance_matrix(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
-    """Importance matrix: mean squared activation (I,) per input channel of the blocks' linear layers, float32.
+def importance_matrix(model: Decoder, ids: Tensor) -> dict[str, Tensor]:
+    """Importance matrix: mean squared activation (I,) per input channel of each linear layer, by name, float32.
 
     Args:
         model: the decoder, before quantization; faster after `fuse`.
         ids: (N, T) of the text.
     """
-    found: dict[nn.Module, Tensor] = {}
+    found: dict[str, Tensor] = {}
 
-    def called(product: nn.Module, args: tuple[Tensor]) -> None:
+    def called(name: str, linear: nn.Module, args: tuple[Tensor]) -> None:
         squares = args[0].flatten(0, -2).float().square().sum(0) / ids.numel()
-        found[product] = found[product] + squares if product in found else squares
+        found[name] = found[name] + squares if name in found else squares
 
-    handles = [product.module.register_forward_pre_hook(called) for product in products(model)]
+    handles = [part.register_forward_pre_hook(partial(called, name)) for name, part in linears(model).items()]
     try:
         for part in ids.split(max(1, TOKENS // ids.shape[1])):
             model.hidden(part)
@@ -177,6 +168,35 @@ def importance_matrix(model: Decoder, ids: Tensor) -> dict[nn.Module, Tensor]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def int4_numbers(model: Decoder) -> dict[str, Int4]:
+    """Int4 weights by parameter name, those of fused layers split."""
+    shapes = model.config.tensors()
+    found: dict[str, Int4] = {}
+    for name, layer in linears(model).items():
+        if isinstance(layer, Int4Linear):
+            found |= {weight: layer.numbers.rows(*span) for weight, span in _spans(name, shapes)}
+    return found
+
+
+def plain_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Parameters outside `int4_numbers` by name, int8 weights dequantized."""
+    shapes = model.config.tensors()
+    found = {name: tensor for name, tensor in model.state_dict().items() if name in shapes}
+    for name, layer in linears(model).items():
+        if not isinstance(layer, Int4Linear):
+            rows = cast(Any, layer).weight
+            found |= {weight: rows[start:end] for weight, (start, end) in _spans(name, shapes)}
+    return found if model.config.tie_embeddings else found | {"lm_head.weight": model.output_weight}
+
+
+def _spans(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and row range of each weight of a linear layer."""
+    end = 0
+    for part in parts(name):
+        start, end = end, end + shapes[f"{part}.weight"][0]
+        yield f"{part}.weight", (start, end)
 
 
 def save_gguf(

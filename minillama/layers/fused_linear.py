@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from minillama.errors import InputError
 
 
 @torch.no_grad()
@@ -28,17 +26,3 @@ def _concatenate(parts: Sequence[Tensor]) -> Tensor:
     if first.is_meta:  # concatenating there would import torch's compiler, a second or two
         return first.new_empty(sum(map(len, parts)), *first.shape[1:])
     return torch.cat(tuple(parts))
-
-
-def refuse_subclasses(model: nn.Module, parts: Iterable[nn.Module], verb: str) -> None:
-    """Reject parts that are not exactly `nn.Linear`: a subclass may compute more than weight and bias.
-
-    Raises:
-        InputError: a part of another type, by its name in the model.
-    """
-    names = {id(part): name for name, part in model.named_modules()}
-    for part in parts:
-        if type(part) is not nn.Linear:
-            where, found = names.get(id(part)), type(part).__name__
-            fix = "merge adapters into their linear layers first"
-            raise InputError(f"this layer cannot be {verb}", where=where, found=found, expected="nn.Linear", fix=fix)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillama.config import ModelConfig
-from minillama.layers.fused_linear import fused_linear
 
 
 def swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
@@ -23,6 +22,8 @@ class SwiGLU(nn.Module):
     Attributes:
         kernel: function for y, with the signature of `swiglu`.
     """
+
+    gate_up_proj: nn.Module
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,13 +43,8 @@ class SwiGLU(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether `fuse` has been called."""
+        """Whether gate_proj and up_proj are one, see `model/linears.py`."""
         return hasattr(self, "gate_up_proj")
-
-    def fuse(self) -> None:
-        """Merge gate_proj and up_proj into one linear layer, for decoding; irreversible."""
-        self.gate_up_proj = fused_linear(self.gate_proj, self.up_proj)
-        del self.gate_proj, self.up_proj
 
 
 class Gelu(nn.Module):
@@ -56,8 +52,6 @@ class Gelu(nn.Module):
 
     Hendrycks and Gimpel 2016, arXiv 1606.08415, §2; used by BLOOM and GLM.
     """
-
-    fused = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,6 +62,3 @@ class Gelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-
-    def fuse(self) -> None:
-        """No-op: there is one input projection."""

@@ -6,8 +6,9 @@ float32 kernel is ten times slower (benchmarks/README.md). Scales of int8 stay i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,45 @@ def takes_int4(linear: nn.Linear, group: int = GROUP) -> bool:
     return linear.in_features % group == 0 and linear.out_features % 16 == 0
 
 
-class Int8Linear(nn.Module):
+class _FrozenProduct(torch.autograd.Function):
+    """Product x W^T with a weight that is dequantized once more in the backward pass instead of kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.weight(), None
+
+
+def _trains(x: Tensor) -> bool:
+    """Whether a gradient is asked for, which the packed kernels do not have."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+class QuantizedLinear(nn.Module):
+    """Quantized linear layer; a change of dtype is one of the inputs, and leaves scales and zero points as they are.
+
+    Attributes:
+        dtype: of the inputs.
+    """
+
+    dtype: torch.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+
+class Int8Linear(QuantizedLinear):
     """Int8 linear layer y = (x q^T) s + b, one scale per output channel.
 
     Args:
@@ -74,15 +113,15 @@ class Int8Linear(nn.Module):
         flat = x.flatten(0, -2)
         if x.dtype == torch.float16:  # integer sums would overflow it
             return F.linear(x, self.weight, self.bias)
-        if len(flat) >= ROWS or x.device.type != "cpu":
-            steps = F.linear(flat, self.quantized.to(x.dtype))
+        if len(flat) >= ROWS or x.device.type != "cpu" or _trains(x):
+            steps: Tensor = _FrozenProduct.apply(flat, lambda: self.quantized.to(x.dtype))
         else:
             steps = torch._weight_int8pack_mm(flat.bfloat16().contiguous(), self.quantized, self.unit)
         y = (steps * self.scale).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(QuantizedLinear):
     """Int4 linear layer y = x (q s + z)^T + b on a CPU, with scales and zero points in bfloat16.
 
     Args:
@@ -133,8 +172,11 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         flat = x.flatten(0, -2)
-        if len(flat) >= ROWS:
+        if _trains(x):
+            y: Tensor = _FrozenProduct.apply(flat, lambda: self.weight)
+        elif len(flat) >= ROWS:
             return F.linear(x, self.weight, self.bias)
-        y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16().contiguous(), self.packed, self.group, self.grid)
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(flat.bfloat16().contiguous(), self.packed, self.group, self.grid)
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias

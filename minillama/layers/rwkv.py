@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
-from minillama.layers.cache import CacheRange, LayerState, WKVState
+from minillama.layers.attention import AttentionInputs
+from minillama.layers.cache import LayerState, WKVState
 from minillama.layers.dropout import dropout
-from minillama.layers.mask import KernelMask
 from minillama.layers.norm import make_norm
 from minillama.layers.wkv import Sums, wkv_scan, wkv_step
 
@@ -79,26 +79,18 @@ class RecurrentBlock(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = make_norm(config), make_norm(config)
         self.self_attn, self.mlp = TimeMix(config), ChannelMix(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: KernelMask,
-        state: LayerState | None = None,
-        span: CacheRange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         Args:
             x: residual stream.
-            rope: not used; order is in the recurrence.
-            mask: its lengths, tokens per row without padding; must be purely causal.
+            inputs: the mask's lengths, tokens per row without padding; it must be purely causal.
             state: recurrent state, updated.
-            span: not used.
 
         Raises:
             ValueError: a mask that is not purely causal; a recurrence depends on all of the past.
         """
+        mask = inputs.mask
         if not mask.is_plain:
             raise ValueError("a recurrent layer depends on all of the past: only a purely causal mask is supported")
         past = cast(WKVState, state) if state is not None else WKVState(x.shape[0], x.shape[2], x.dtype, x.device)
@@ -106,13 +98,14 @@ class RecurrentBlock(nn.Module):
         if mask.lengths is not None and x.shape[1] > 1:
             real = (mask.lengths.to(x.device)[:, None] - 1).clamp(min=0)
         before = past.snapshot()
+        mixed, channel, *sums = before
         normal = self.input_layernorm(x)
-        change, past.sums = self.self_attn(normal, _token_shift(normal, past.mixed), past.sums, real)
-        past.mixed = _last(normal, real)
+        change, sums = self.self_attn(normal, _token_shift(normal, mixed), Sums(*sums), real)
+        mixed = _last(normal, real)
         x = x + dropout(change, self.dropout, self.training)
         normal = self.post_attention_layernorm(x)
-        change = self.mlp(normal, _token_shift(normal, past.channel))
-        past.channel = _last(normal, real)
+        change = self.mlp(normal, _token_shift(normal, channel))
+        past.tensors = [mixed, _last(normal, real), *sums]
         if mask.lengths is not None and not mask.lengths.all():  # rows of padding alone have read nothing
             past.keep(mask.lengths.to(x.device) == 0, before)
         return x + dropout(change, self.dropout, self.training)

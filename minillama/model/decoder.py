@@ -23,14 +23,14 @@ from minillama.formats import hf
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.alibi import Alibi
-from minillama.layers.attention import Attention
+from minillama.layers.attention import Attention, AttentionInputs
 from minillama.layers.block_positions import BlockPositions
 from minillama.layers.cache import CacheRange, LayerState, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
-from minillama.layers.fused_linear import refuse_subclasses
-from minillama.layers.mask import KernelMask, Mask
+from minillama.layers.lora import LoRALayer, effective_weight
+from minillama.layers.mask import Mask
 from minillama.layers.mlp import Gelu, SwiGLU
 from minillama.layers.norm import make_norm
 from minillama.layers.parallel_block import ParallelBlock
@@ -39,6 +39,7 @@ from minillama.layers.rope import Rope, Rope2D
 from minillama.layers.rwkv import RecurrentBlock
 from minillama.model.compile import compile_frugally
 from minillama.model.init import initialize
+from minillama.model.linears import fuse, is_fused, refuse_others
 
 
 class Block(nn.Module):
@@ -52,16 +53,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = make_mlp(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: KernelMask,
-        state: LayerState | None = None,
-        span: CacheRange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), rope, mask, state, span))
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), inputs, state))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -171,8 +165,8 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D), the head's matrix; the embedding's when tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """(V, D), the head's matrix with its active adapter; the embedding's when tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else effective_weight(self.lm_head)
 
     def hidden(
         self,
@@ -200,15 +194,16 @@ class Decoder(nn.Module):
         kernel_mask = mask.for_kernel(span, tokens.device)
         if self.model.alibi is not None:
             kernel_mask = self.model.alibi(kernel_mask, span, kind)
+        inputs = AttentionInputs(rope, kernel_mask, span)
         x = self.model.embed(tokens, positions)
         x = dropout(x, self.dropout, self.training)
         for i, layer in enumerate(self.blocks):
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)
+                x = checkpoint(layer, x, inputs, use_reentrant=False)
             elif state is None:
-                x = layer(x, rope, kernel_mask, None, span)
+                x = layer(x, inputs)
             else:  # not through compiled code, which would be made anew for every length of the state
-                x = layer.forward(x, rope, kernel_mask, state.layers[i], span)
+                x = layer.forward(x, inputs, state.layers[i])
         if state is None:
             return self.model.norm(x)
         state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
@@ -263,8 +258,9 @@ class Decoder(nn.Module):
             generator: source of the random numbers; torch's global one unless given.
 
         Raises:
-            InputError: fewer rows than there are, or an unknown `init`.
+            InputError: fewer rows than there are, an unknown `init`, adapters, after `quantize`.
         """
+        self._refuse_quantized("resized")
         old = self.config.vocab_size
         if vocab_size < old:
             raise InputError(
@@ -275,6 +271,8 @@ class Decoder(nn.Module):
         for module in (self.model.embed_tokens, self.lm_head):
             if module is None:
                 continue
+            if isinstance(module, LoRALayer):
+                raise InputError("a layer with adapters takes no more rows", fix="resize it before adding them")
             weight = module.weight
             rows = torch.empty(vocab_size - old, weight.shape[1], device=weight.device)
             if init == "mean":
@@ -306,15 +304,10 @@ class Decoder(nn.Module):
             InputError: after `quantize`, or linear layers that are more than `nn.Linear`, such as an adapter's.
         """
         self._refuse_quantized("fused")
-        refuse_subclasses(self, (part for module in self._fusible() for part in module.children()), "fused")
-        for module in self._fusible():
-            module.fuse()
+        refuse_others(self, self.config.tensors(), "fused")
+        fuse(self)
         self.step = None  # it has the old matrices
         return self
-
-    def _fusible(self) -> list[Any]:
-        parts = (part for layer in self.blocks for part in layer.children())
-        return [part for part in parts if isinstance(part, Attention | SwiGLU)]
 
     def _refuse_quantized(self, verb: str) -> None:
         if any(isinstance(part, Int8Linear | Int4Linear) for part in self.modules()):
@@ -384,6 +377,6 @@ class Decoder(nn.Module):
             InputError: after `fuse` or `quantize`, when the tensors no longer have their names; a size that is none.
         """
         self._refuse_quantized("saved")
-        if any(part.fused for part in self._fusible()):
+        if is_fused(self):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
         hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))

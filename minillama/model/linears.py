@@ -1,78 +1,84 @@
-"""Linear layers of a model's blocks, by module and by Hugging Face name.
+"""Linear layers of a model's blocks by name: the sites of fusing, quantization, calibration and adapters.
 
-A file names every linear layer; in memory those of one input may be fused (`fuse`), their rows concatenated.
+A name is that of the weight without `.weight`, `model.layers.0.self_attn.q_proj`. Linear layers of one input may be
+fused in memory (`fuse`), their rows concatenated; the fused one keeps the names of its parts (`parts`). A layer is
+replaced by name with `model.set_submodule`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from minillama.layers.int4 import Int4
+from minillama.errors import InputError
+from minillama.layers.fused_linear import fused_linear
+from minillama.layers.lora import LoRALayer
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
-from minillama.model import Decoder
 
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+BLOCKS = "model.layers."
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-class Product(NamedTuple):
-    """Linear layer of a block.
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> linear layer, float or quantized, of the blocks in order."""
+    kinds = (nn.Linear, Int8Linear, Int4Linear)
+    return {name: part for name, part in model.named_modules() if name.startswith(BLOCKS) and isinstance(part, kinds)}
 
-    Attributes:
-        parent: parent module.
-        name: its name there.
-        names: Hugging Face names of its parts, without `.weight`; one unless fused.
+
+def parts(name: str) -> tuple[str, ...]:
+    """Names of the parts of a fused linear layer; of another its own."""
+    path, _, last = name.rpartition(".")
+    return tuple(f"{path}.{part}" for part in FUSED.get(last, (last,)))
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `fuse` has been called."""
+    return any(len(parts(name)) > 1 for name in linears(model))
+
+
+def fuse(model: nn.Module) -> None:
+    """Fuse the linear layers of one input, for decoding; irreversible."""
+    for name in list(linears(model)):  # names alone, so that the parts are freed one by one
+        path, _, last = name.rpartition(".")
+        parent = model.get_submodule(path)
+        for fused, members in FUSED.items():
+            if last == members[0] and all(hasattr(parent, member) for member in members):
+                parent.add_module(fused, fused_linear(*(cast(nn.Linear, getattr(parent, part)) for part in members)))
+                for member in members:
+                    delattr(parent, member)
+
+
+def refuse_others(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    verb: str,
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear,),
+) -> None:
+    """Refuse adapters, linear layers that are more than weight and bias, and those within them.
+
+    Args:
+        model: whose blocks are looked through.
+        shapes: of its parameters, by name.
+        verb: what cannot be done to it, for the message.
+        kinds: exact types that are accepted.
+
+    Raises:
+        InputError: an adapter anywhere; a layer of another type, or one without a name in `shapes`.
     """
-
-    parent: nn.Module
-    name: str
-    names: tuple[str, ...]
-
-    @property
-    def module(self) -> nn.Module:
-        """The linear layer."""
-        return cast(nn.Module, getattr(self.parent, self.name))
-
-    def replace(self, module: nn.Module) -> None:
-        """Replace the linear layer."""
-        setattr(self.parent, self.name, module)
+    fix, modules = "merge adapters into their layers first", dict(model.named_modules())
+    for name, layer in modules.items():
+        if isinstance(layer, LoRALayer):
+            raise InputError(f"this layer cannot be {verb}", where=name, found=", ".join(layer.adapters), fix=fix)
+    found = {part: (name, layer) for name, layer in linears(model).items() for part in parts(name)}
+    wanted = {name.removesuffix(".weight") for name, shape in shapes.items() if _is_linear(name, shape)}
+    for part in [*found, *sorted(wanted - set(found))]:
+        name, linear = found[part] if part in found else (part, modules.get(part))
+        if part not in wanted or type(linear) not in kinds:
+            kind = type(linear).__name__ if part in wanted else "a layer within a layer"
+            raise InputError(f"this layer cannot be {verb}", where=name, found=kind, expected="nn.Linear", fix=fix)
 
 
-def products(model: Decoder) -> Iterator[Product]:
-    """Linear layers of the blocks, in order."""
-    for path, parent in list(model.named_modules()):
-        if path.startswith("model.layers."):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear | Int4Linear | Int8Linear):
-                    yield Product(parent, name, tuple(f"{path}.{part}" for part in PARTS.get(name, (name,))))
-
-
-def int4_numbers(model: Decoder) -> dict[str, Int4]:
-    """Int4 weights by Hugging Face name, those of fused layers split."""
-    shapes = model.config.tensors()
-    found: dict[str, Int4] = {}
-    for product in products(model):
-        if isinstance(product.module, Int4Linear):
-            found |= {name: product.module.numbers.rows(*span) for name, span in _spans(product, shapes)}
-    return found
-
-
-def plain_tensors(model: Decoder) -> dict[str, Tensor]:
-    """Parameters outside `int4_numbers` by Hugging Face name, int8 weights dequantized."""
-    shapes = model.config.tensors()
-    found = {name: tensor for name, tensor in model.state_dict().items() if name in shapes}
-    for product in products(model):
-        module = cast(Any, product.module)
-        if not isinstance(module, Int4Linear):
-            found |= {name: module.weight[start:end] for name, (start, end) in _spans(product, shapes)}
-    return found if model.config.tie_embeddings else found | {"lm_head.weight": model.output_weight}
-
-
-def _spans(product: Product, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name and row range of each matrix of a linear layer."""
-    end = 0
-    for name in product.names:
-        start, end = end, end + shapes[f"{name}.weight"][0]
-        yield f"{name}.weight", (start, end)
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return name.startswith(BLOCKS) and name.endswith(".weight") and len(shape) == 2

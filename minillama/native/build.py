@@ -12,15 +12,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minillama.device import compiler_missing
 from minillama.files import cache_folder
 
 FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
+NO_COMPILER = "it takes g++ or clang++ on Linux"
+FEATURES = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX for bfloat16"}
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -28,22 +32,56 @@ class CannotBuild(Exception):
     """Native library unavailable on this machine; the message is the reason."""
 
 
-def prepare(source: str, missing: str | None, library: Callable[[], ctypes.CDLL], say: Callable[[str], None]) -> None:
-    """Compile and load a library before a model is switched to it.
+@dataclass(eq=False)
+class Kernel:
+    """Kernel of a model's modules in C++, compiled when a model is switched to it.
 
     Args:
         source: file name in this folder.
-        missing: reason why this processor cannot run it, or None.
-        library: its cached getter, once per process.
-        say: called before compilation.
-
-    Raises:
-        CannotBuild: `missing` is given, or raised by `load_library`.
+        feature: processor feature that it needs, a key of `FEATURES`.
+        owner: type of the modules.
+        attribute: of these, set to `function`.
+        function: calls the library; inputs that it does not support go to torch's operations.
+        ready: exported function that says whether the operating system grants AMX, for a source that uses it.
     """
-    if missing is not None:
-        raise CannotBuild(missing)
-    load_library(source, say)
-    library()
+
+    source: str
+    feature: str
+    owner: type[nn.Module]
+    attribute: str
+    function: Callable[..., object]
+    ready: str | None = None
+    _library: ctypes.CDLL | None = None
+
+    def unsupported(self) -> str | None:
+        """Reason why this processor cannot run it, or None."""
+        there = torch.cpu.get_capabilities().get(self.feature)
+        return None if there else f"the processor has no {FEATURES[self.feature]}"
+
+    def use(self, model: nn.Module, say: Callable[[str], None] = lambda text: None) -> None:
+        """Switch a model's modules to it, in place.
+
+        Raises:
+            CannotBuild: no compiler, failed compilation, or unsupported processor.
+        """
+        parts = [part for part in model.modules() if isinstance(part, self.owner)]
+        if not parts:
+            return
+        missing = self.unsupported()
+        if missing is not None:
+            raise CannotBuild(missing)
+        self.library(say)
+        for part in parts:
+            setattr(part, self.attribute, self.function)
+
+    def library(self, say: Callable[[str], None] = lambda text: None) -> ctypes.CDLL:
+        """Shared library, loaded once per process; see `load_library`."""
+        if self._library is None:
+            library = load_library(self.source, say)
+            if self.ready is not None and not library[self.ready]():
+                raise CannotBuild("Linux does not grant the AMX tile registers")
+            self._library = library
+        return self._library
 
 
 def load_library(source: str, say: Callable[[str], None] = lambda text: None, flags: Sequence[str] = ()) -> ctypes.CDLL:
@@ -60,10 +98,11 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
     Raises:
         CannotBuild: no compiler, failed compilation, or a cache folder that is unusable or writable by others.
     """
-    compilers = _compilers()
+    if not compilers() or not can_build():
+        raise CannotBuild(NO_COMPILER)
     command = [*FLAGS, *flags, _arch_flag(), str(FOLDER / source), *_openmp_runtime()]
     try:
-        path = _library_path(source, [*compilers, *command])
+        path = _library_path(source, [*compilers(), *command])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(path.parent)
         if path.exists():
@@ -74,7 +113,7 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
         if failure.exists():
             raise CannotBuild(f"{failure.read_text(encoding='utf-8')}; remove {failure} to try again")
         say(f"compiling {source}, once per machine; it takes some seconds")
-        _compile(compilers, command, path)
+        _compile(command, path)
         with suppress(OSError):  # another process may do the same
             _evict_old(path)
         return ctypes.CDLL(str(path))
@@ -102,11 +141,9 @@ def _refuse_foreign(path: Path) -> None:
         raise CannotBuild(f"others may write to {path}; set XDG_CACHE_HOME to a folder of your own")
 
 
-def _compilers() -> list[str]:
-    found = [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
-    if not found or not can_build():
-        raise CannotBuild("it takes g++ or clang++ on Linux")
-    return found
+def compilers() -> list[str]:
+    """Paths of the C++ compilers, the first to be tried first."""
+    return [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
 
 
 def _arch_flag() -> str:
@@ -130,11 +167,11 @@ def _library_path(source: str, command: Sequence[str]) -> Path:
     return cache_folder() / "native" / name
 
 
-def _compile(compilers: Sequence[str], command: Sequence[str], path: Path) -> None:
+def _compile(command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder, path.name)
         errors = []
-        for compiler in compilers:
+        for compiler in compilers():
             full = [compiler, *command, "-o", str(output)]
             done = subprocess.run(full, capture_output=True, text=True, check=False)
             if done.returncode == 0:

@@ -12,12 +12,14 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from minillama.errors import InputError
 from minillama.files import digest, free_name, replace_folder
@@ -25,6 +27,9 @@ from minillama.files import digest, free_name, replace_folder
 MANIFEST = "manifest.json"
 NEEDED = ("config.json", "optimizer.safetensors", "run.json")
 RUN = ("step", "tokens", "seconds", "data", "tokenizer", "guard", "record")
+
+WriteModel = Callable[[Path, Mapping[str, Tensor]], None]
+"""Writes a model folder's files from tensors into a path."""
 
 
 class Checkpoint:
@@ -42,7 +47,7 @@ class Checkpoint:
         self.path = path
         manifest = _read_json(path / MANIFEST)
         missing = [name for name in NEEDED if name not in manifest]
-        odd = [name for name in manifest if Path(name).name != name]
+        odd = [name for name, known in manifest.items() if Path(name).name != name or not _is_entry(known)]
         if missing or odd:
             found = ", ".join(odd) or f"no entry for {', '.join(missing)}"
             what = "the manifest of this checkpoint has an unknown format"
@@ -60,7 +65,7 @@ class Checkpoint:
         """Optimizer steps taken."""
         return int(self.run["step"])
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+    def optimizer_tensors(self) -> dict[str, Tensor]:
         """Optimizer state, by PARAMETER/NAME.
 
         Raises:
@@ -73,33 +78,59 @@ class Checkpoint:
             raise InputError("a file of the checkpoint is damaged", where=path, found=error) from error
 
 
-def save_checkpoint(
-    folder: Path,
-    write_model: Callable[[Path], None],
-    optimizer_tensors: Mapping[str, torch.Tensor],
-    run: Mapping[str, Any],
-) -> Path:
-    """Write `folder/step-N`.
+@dataclass(frozen=True)
+class CheckpointCopy:
+    """Contents of a checkpoint, in tensors that are no longer changed.
 
     Args:
-        folder: of all checkpoints.
-        write_model: writes the model folder's files into the path that it is given.
-        optimizer_tensors: by name.
+        model: by parameter name.
+        optimizer: by PARAMETER/NAME.
         run: JSON values, `step` among them.
+    """
+
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    run: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], run: Mapping[str, Any]) -> CheckpointCopy:
+        """Copies of the tensors, on the CPU."""
+        return cls(_copied(model), _copied(optimizer), run)
+
+    def check(self) -> None:
+        """Refuse a NaN or infinite weight or moment; an objective's own state may have them.
+
+        Raises:
+            InputError: the tensor's name.
+        """
+        for name, tensor in [*self.model.items(), *self.optimizer.items()]:
+            if name.startswith("objective/"):
+                continue
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                what = f"a checkpoint with NaN or infinite values is not written, step {self.run['step']}"
+                raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def save_checkpoint(folder: Path, contents: CheckpointCopy, write_model: WriteModel) -> Path:
+    """Write `folder/step-N`.
 
     Raises:
         InputError: the system refuses, for instance because the disk is full; no partial checkpoint is left.
     """
 
     def write(path: Path) -> None:
-        write_model(path)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in optimizer_tensors.items()}
+        write_model(path, contents.model)
+        tensors = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
         save_file(tensors, path / "optimizer.safetensors")
-        (path / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        _write_json(path / "run.json", contents.run)
         known = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(path.iterdir())}
-        (path / MANIFEST).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        _write_json(path / MANIFEST, known)
 
-    return replace_folder(folder / f"step-{run['step']}", write)
+    return replace_folder(folder / f"step-{contents.run['step']}", write)
 
 
 def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, dict[Path, str]]:
@@ -154,10 +185,12 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _check(file: Path, known: Any, verify: bool) -> None:
+def _is_entry(known: object) -> bool:
+    return isinstance(known, dict) and known.keys() >= {"bytes", "sha256"}
+
+
+def _check(file: Path, known: dict[str, Any], verify: bool) -> None:
     """Compare a file with its entry in the manifest."""
-    if not isinstance(known, dict) or "bytes" not in known or "sha256" not in known:
-        raise InputError("the manifest of this checkpoint has an unknown format", where=file.parent / MANIFEST)
     if not file.is_file():
         raise InputError("a file of the checkpoint is missing", where=file)
     size = file.stat().st_size
@@ -167,6 +200,10 @@ def _check(file: Path, known: Any, verify: bool) -> None:
     if verify and (found := digest(file)) != known["sha256"]:
         what = "a file of the checkpoint has changed since it was written"
         raise InputError(what, where=file, found=f"SHA-256 {found}", expected=known["sha256"])
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from minillama.config.loader import Located, build, config_path, read_toml, to_d
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.train import Kind
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class CheckpointConfig:
     every: int = field(default=500, metadata={"min": 1})
     """Steps between checkpoints; there is one before every validation and at the end as well."""
     keep: int = field(default=2, metadata={"min": 1})
-    """Number of newest checkpoints kept, beside the one with the lowest val_loss."""
+    """Number of newest checkpoints kept, beside the best one."""
 
 
 @dataclass(frozen=True)

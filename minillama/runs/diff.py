@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from minillama.errors import InputError
@@ -23,11 +24,11 @@ HARMLESS = (
     "train.init_embeddings",
     "tokenizer.path",
     "model.preset",
-    "validate.",
-    "sample.",
-    "checkpoint.",
-    "guard.",
-    "metrics.",
+    "validate.*",
+    "sample.*",
+    "checkpoint.*",
+    "guard.*",
+    "metrics.*",
     "optim.lr",
     "optim.muon_lr",
     "optim.schedule",
@@ -60,11 +61,11 @@ def check_resumed(saved: RunConfig, wanted: RunConfig, where: object) -> list[st
         InputError: a difference that would make it another run.
     """
     changed = differences(to_table(saved), to_table(wanted))
-    lines = [f"{key} = {after}, was {before}" for key, (before, after) in changed.items()]
-    harmful = [line for key, line in zip(changed, lines, strict=True) if not _is_harmless(key)]
+    lines = {key: f"{key} = {after}, was {before}" for key, (before, after) in changed.items()}
+    harmful = [line for key, line in lines.items() if not any(fnmatchcase(key, pattern) for pattern in HARMLESS)]
     before, after = changed.get("optim.muon_lr", (0, 0))
     if (before > 0) != (after > 0):  # parameters would go to another optimizer
-        harmful.append(f"optim.muon_lr = {after}, was {before}")
+        harmful.append(lines["optim.muon_lr"])
     if harmful:
         raise InputError(
             "a run cannot be resumed with these changes",
@@ -73,8 +74,4 @@ def check_resumed(saved: RunConfig, wanted: RunConfig, where: object) -> list[st
             expected="the run's own settings; others are steps, rates, validation, sampling, checkpoints, the device",
             fix="leave them as they were, or start a new run with --train.init_from of this one's model",
         )
-    return lines
-
-
-def _is_harmless(key: str) -> bool:
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in HARMLESS)
+    return list(lines.values())

@@ -17,6 +17,7 @@ from minillama.errors import InputError
 from minillama.files import free_name, replace_file
 
 CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
+LOCK = ".lock"
 
 
 def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path:
@@ -39,18 +40,41 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a JSONL file of a run.
+
+    Raises:
+        InputError: the system refuses, for instance because the disk is full.
+    """
+    try:
+        with path.open("a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            # after a line that a killed process left incomplete a new one begins
+            file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        fix = "free disk space, then continue with --resume"
+        raise InputError("cannot write", where=path, found=error.strerror or error, fix=fix) from error
+
+
 def lock_owner(path: Path) -> str | None:
     """Id of the process that trains in a folder, None where there is none (or the system has no flock)."""
+    with contextlib.suppress(OSError), (path / LOCK).open(encoding="utf-8") as file:
+        return _lock(file, exclusive=False)
+    return None
+
+
+def _lock(file: IO[str], exclusive: bool) -> str | None:
+    """Take an flock, which ends with the process, however it ends; the id of the process that has it already."""
     try:
         import fcntl
-
-        with (path / ".lock").open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "unknown"
-    except (ImportError, OSError):
-        pass
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip() or "unknown"
     return None
 
 
@@ -69,6 +93,8 @@ class RunFolder:
 
     def __init__(self, path: Path, resume: bool = False, overwrite: bool = False) -> None:
         self.path, self._was_there = path, path.exists()
+        self.config, self.metrics, self.starts = path / "config.toml", path / "metrics.jsonl", path / "provenance.jsonl"
+        self.checkpoints, self.model = path / "checkpoints", path / "model"
         if resume and not self.holds_run():
             raise InputError(
                 "there is no run to resume",
@@ -97,34 +123,9 @@ class RunFolder:
             ) from error
         self._replaces = overwrite and not resume
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.toml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        """The final model folder."""
-        return self.path / "model"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per line."""
-        return self.path / "metrics.jsonl"
-
     def holds_run(self) -> bool:
         """Whether a run has written here."""
         return any((self.path / name).exists() for name in CONTENTS)
-
-    @property
-    def starts(self) -> Path:
-        """One JSON object per start of the run: see `provenance.py`."""
-        return self.path / "provenance.jsonl"
 
     def start(self, config: str, provenance: Mapping[str, Any]) -> None:
         """Record configuration and provenance of this start; what is replaced is removed now.
@@ -136,56 +137,25 @@ class RunFolder:
         elif self.model.exists():
             shutil.rmtree(self.model)
         replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
-        self._append(self.starts, provenance)
-
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl.
-
-        Raises:
-            InputError: the system refuses, for instance because the disk is full.
-        """
-        self._append(self.metrics, record)
-
-    def _append(self, path: Path, record: Mapping[str, Any]) -> None:
-        try:
-            with path.open("a+b") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - 1))
-                # after a line that a killed process left incomplete a new one begins
-                file.write(b"\n" * (file.read(1) not in (b"", b"\n")) + json.dumps(record).encode() + b"\n")
-        except OSError as error:
-            fix = "free disk space, then continue with --resume"
-            raise InputError("cannot write", where=path, found=error.strerror or error, fix=fix) from error
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All complete lines of metrics.jsonl."""
-        return read_lines(self.metrics)
+        append_line(self.starts, provenance)
 
     def rewind_metrics(self, step: int) -> None:
         """Remove the records after `step`, for a run that is resumed there."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        kept = [record for record in read_lines(self.metrics) if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def _take_lock(self) -> IO[str] | None:
-        """An flock that ends with the process, however it ends. Without flock (Windows) there is none."""
-        try:
-            import fcntl
-        except ImportError:
-            return None
-        file = (self.path / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
+    def _take_lock(self) -> IO[str]:
+        file = (self.path / LOCK).open("a+", encoding="utf-8")
+        owner = _lock(file, exclusive=True)
+        if owner is not None:
             file.close()
             raise InputError(
                 "another process is training in the output folder",
                 where=self.path,
                 found=f"process {owner}",
                 fix="wait for it, stop it, or choose another --out",
-            ) from None
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -195,11 +165,11 @@ class RunFolder:
         """Release the lock. A folder created for a run that never began is removed, too."""
         if not self._was_there and not self.holds_run():
             with contextlib.suppress(OSError):
-                (self.path / ".lock").unlink(missing_ok=True)
+                if os.name == "nt":  # where no open file can be removed
+                    self._lock.close()
+                (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.close()
 
     def _clear(self) -> None:
         for name in CONTENTS:

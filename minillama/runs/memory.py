@@ -19,9 +19,8 @@ GIB = 2**30
 
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
     """Training memory of `minillama plan` for a micro-batch of `rows` sequences."""
-    width = dtype.itemsize
-    checkpointing = config.train.checkpointing
-    return training_memory(config.model, rows, config.context, activation_bytes=width, checkpointing=checkpointing)
+    width, recomputes = dtype.itemsize, config.train.checkpointing
+    return training_memory(config.model, rows, config.context, activation_bytes=width, checkpointing=recomputes)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -31,13 +30,11 @@ def available_memory(device: torch.device) -> int | None:
     found = []
     with contextlib.suppress(OSError, StopIteration, ValueError):
         found.append(1024 * _entry(Path("/proc/meminfo"), "MemAvailable:"))
-    group = Path("/sys/fs/cgroup")
-    try:
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text(encoding="ascii"))
         used -= _entry(group / "memory.stat", "inactive_file")  # file pages, which the kernel reclaims
         found.append(int((group / "memory.max").read_text(encoding="ascii")) - used)
-    except (OSError, StopIteration, ValueError):
-        pass
     return min(found, default=None)
 
 
@@ -50,11 +47,9 @@ def _entry(path: Path, name: str) -> int:
 def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, below: int) -> int | None:
     """Micro-batch size, halved until it fits, at most `below`; None where not even one sequence does."""
     rows = below
-    while rows >= 1:
-        if needed_memory(config, dtype, rows).total <= available:
-            return rows
+    while rows and needed_memory(config, dtype, rows).total > available:
         rows //= 2
-    return None
+    return rows or None
 
 
 def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, report: Report) -> None:
@@ -67,11 +62,8 @@ def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, 
     need = needed_memory(config, dtype, config.micro_batch_size).total
     if need > there:
         fits = largest_micro_batch(config, dtype, there, config.micro_batch_size)
-        advice = (
-            f"--train.micro_batch_size {fits} fits"
-            if fits
-            else "not one sequence fits; take a smaller model or context"
-        )
+        largest = f"--train.micro_batch_size {fits} fits"
+        advice = largest if fits else "not one sequence fits; take a smaller model or context"
         report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {there / GIB:.2f} are free: {advice}")
 
 
@@ -108,11 +100,12 @@ def explain(
     sizes = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
     if rows > 1:
         there = available_memory(device)
-        half = (largest_micro_batch(config, dtype, there, rows // 2) if there is not None else None) or rows // 2
-        less, parts_now = needed_memory(config, dtype, half).total / GIB, -(-config.train.batch_size // half)
+        fits = largest_micro_batch(config, dtype, there, rows // 2) if there is not None else None
+        half, batch = fits or rows // 2, config.train.batch_size
+        less = needed_memory(config, dtype, half).total / GIB
         fix = (
-            f"add --train.micro_batch_size {half}: {less:.2f} GiB, and the same batch of {config.train.batch_size} "
-            f"in {parts_now} micro-batches; then --resume"
+            f"add --train.micro_batch_size {half}: {less:.2f} GiB, and the same batch of {batch} "
+            f"in {-(-batch // half)} micro-batches; then --resume"
         )
     elif not config.train.checkpointing:
         fix = "add --train.checkpointing true, or take a smaller model or --train.context; then --resume"

@@ -56,25 +56,15 @@ class RecordedRun:
         return int(self.records[-1]["step"]) if self.records else 0
 
     @property
-    def is_finished(self) -> bool:
-        """Whether all steps were taken and the model was written."""
-        return self.step >= int(self.config["train"]["steps"]) and (self.path / "model").is_dir()
-
-    @property
     def state(self) -> str:
         """Running, finished, or stopped with the step at which it would resume."""
         owner = lock_owner(self.path)
         if owner is not None:
             return f"running (process {owner})"
-        if self.is_finished:
+        if self.step >= int(self.config["train"]["steps"]) and (self.path / "model").is_dir():
             return "finished"
-        behind = f"at step {self.checkpoints[-1]}" if self.checkpoints else "at step 0"
-        return f"stopped after step {self.step}; --resume continues {behind}"
-
-    @property
-    def best(self) -> tuple[int, float] | None:
-        """Step and value of the lowest val_loss after step 0."""
-        return min((point for point in self.curve("val_loss") if point[0]), key=lambda point: point[1], default=None)
+        behind = self.checkpoints[-1] if self.checkpoints else 0
+        return f"stopped after step {self.step}; --resume continues at step {behind}"
 
     @property
     def skipped(self) -> list[dict[str, Any]]:
@@ -85,6 +75,8 @@ class RecordedRun:
         """The figures that `show` and `compare` print, as plain values."""
         last = self.records[-1] if self.records else {}
         speeds = sorted(value for _, value in self.curve("tokens_per_second"))
+        losses, val_losses = self.curve("loss"), self.curve("val_loss")
+        best = min((point for point in val_losses if point[0]), key=lambda point: point[1], default=(None, None))
         return {
             "run": str(self.path),
             "state": self.state,
@@ -92,10 +84,10 @@ class RecordedRun:
             "tokens": last.get("tokens", 0),
             "seconds": round(last.get("seconds", 0.0), 1),
             "tokens_per_second": round(speeds[len(speeds) // 2], 1) if speeds else None,
-            "loss": next((value for _, value in reversed(self.curve("loss"))), None),
-            "val_loss": next((value for _, value in reversed(self.curve("val_loss"))), None),
-            "best_val_loss": self.best[1] if self.best else None,
-            "best_step": self.best[0] if self.best else None,
+            "loss": losses[-1][1] if losses else None,
+            "val_loss": val_losses[-1][1] if val_losses else None,
+            "best_val_loss": best[1],
+            "best_step": best[0],
             "skipped_steps": len(self.skipped),
             "checkpoints": self.checkpoints,
             "starts": len(self.starts),

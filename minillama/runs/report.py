@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 Record = Mapping[str, Any]
 
@@ -33,8 +33,7 @@ class Report(Protocol):
 def describe(record: Record) -> str:
     """Metrics of a step: `loss 3.1416, lr 1.0e-03, 51.2k tok/s, mfu 34%`."""
     loss = "skipped" if "skipped" in record else f"loss {record['loss']:.4f}"
-    parts = [loss, f"lr {record['lr']:.1e}"]
-    parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tok/s")
+    parts = [loss, f"lr {record['lr']:.1e}", f"{record['tokens_per_second'] / 1e3:.1f}k tok/s"]
     if record.get("mfu") is not None:
         parts.append(f"mfu {record['mfu']:.0%}")
     return ", ".join(parts)
@@ -74,66 +73,52 @@ class PlainReport:
     """Plain lines after the first step and every `every` seconds, for logs and pipes."""
 
     def __init__(self, console: Console, every: float = 5.0) -> None:
-        self.console = console
-        self.every = every
+        self.console, self.every = console, every
         self.steps, self.last, self.shown, self.pace = 1, 0.0, 0.0, Pace()
 
     def start(self, step: int, steps: int) -> None:
         """Start the clock."""
         self.steps, self.last, self.shown, self.pace = steps, time.monotonic(), 0.0, Pace()
 
+    def status(self, record: Record) -> str:
+        """Metrics of a step that was just taken, and the time left."""
+        before, self.last = self.last, time.monotonic()
+        self.pace.add(self.last - before)
+        return f"{describe(record)}, eta {self.pace.left(self.steps - record['step'])}"
+
     def step(self, record: Record) -> None:
         """Print the step if the last line is old enough."""
-        now = time.monotonic()
-        self.pace.add(now - self.last)
-        self.last = now
-        if now - self.shown < self.every and record["step"] < self.steps:
-            return
-        self.shown = now
-        eta = self.pace.left(self.steps - record["step"])
-        self.say(f"step {record['step']}/{self.steps}: {describe(record)}, eta {eta}")
+        status = self.status(record)
+        if self.last - self.shown >= self.every or record["step"] >= self.steps:
+            self.shown = self.last
+            self.say(f"step {record['step']}/{self.steps}: {status}")
 
     def say(self, text: str = "") -> None:
-        """Print a line."""
+        """Print a line, above a progress bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Nothing is open."""
 
 
-class TerminalReport:
+class TerminalReport(PlainReport):
     """Progress bar that is redrawn in place."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-        )
+        super().__init__(console)
+        description = TextColumn("{task.description}")
+        columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), description
         self.progress = Progress(*columns, console=console, refresh_per_second=4)
-        self.task: TaskID | None = None
-        self.steps, self.last, self.pace = 1, 0.0, Pace()
 
     def start(self, step: int, steps: int) -> None:
         """Draw the bar."""
-        self.steps, self.last, self.pace = steps, time.monotonic(), Pace()
+        super().start(step, steps)
         self.task = self.progress.add_task("", total=steps, completed=step)
         self.progress.start()
 
     def step(self, record: Record) -> None:
         """Move the bar."""
-        now = time.monotonic()
-        self.pace.add(now - self.last)
-        self.last = now
-        if self.task is not None:
-            text = f"{describe(record)}, eta {self.pace.left(self.steps - record['step'])}"
-            self.progress.update(self.task, completed=record["step"], description=text)
-
-    def say(self, text: str = "") -> None:
-        """Print a line above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.progress.update(self.task, completed=record["step"], description=self.status(record))
 
     def stop(self) -> None:
         """Leave the bar as it is."""

@@ -3,52 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from minillama.errors import InputError
-from minillama.runs.checkpoint import prune, save_checkpoint, steps
+from minillama.runs.checkpoint import CheckpointCopy, WriteModel, prune, save_checkpoint, steps
 from minillama.runs.report import Report
-
-
-@dataclass(frozen=True)
-class CheckpointCopy:
-    """Contents of a checkpoint, in tensors that are no longer changed.
-
-    Args:
-        model: by parameter name.
-        optimizer: by PARAMETER/NAME.
-        run: JSON values, `step` among them.
-    """
-
-    model: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
-    run: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], run: Mapping[str, Any]) -> CheckpointCopy:
-        """Copies of the tensors, on the CPU."""
-        return cls(_copied(model), _copied(optimizer), run)
-
-    def check(self) -> None:
-        """Refuse a NaN or infinite value.
-
-        Raises:
-            InputError: the tensor's name.
-        """
-        for name, tensor in [*self.model.items(), *self.optimizer.items()]:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                what = f"a checkpoint with NaN or infinite values is not written, step {self.run['step']}"
-                raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 class CheckpointWriter:
@@ -61,24 +20,22 @@ class CheckpointWriter:
         report: told when a checkpoint could not be written. The run continues; the one before is intact.
     """
 
-    def __init__(
-        self, folder: Path, keep: int, write_model: Callable[[Path, Mapping[str, Tensor]], None], report: Report
-    ) -> None:
+    def __init__(self, folder: Path, keep: int, write_model: WriteModel, report: Report) -> None:
         self.folder, self.keep, self.write_model, self.report = folder, keep, write_model, report
         self.losses: dict[int, float] = {}
-        """val_loss by step; of the checkpoints on the disk, the one with the lowest is kept."""
+        """The objective's measure by step, lower is better; the checkpoint with the lowest is kept."""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest val_loss, of those that are on the disk."""
+        """The step of the checkpoint with the lowest measure, of those that are on the disk."""
         there = [step for step in steps(self.folder) if step in self.losses]
         return min(there, key=lambda step: self.losses[step], default=None)
 
     def submit(self, take: Callable[[], CheckpointCopy]) -> None:
         """Take a snapshot and write it, after the one before. A failure of that one is reported here."""
-        self._join()
+        self.wait()
         snapshot = take()  # not before: two of them at once would cost the memory of two
         # A daemon, so that a second Ctrl-C need not wait for the disk: a partial checkpoint stays invisible.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -90,14 +47,18 @@ class CheckpointWriter:
         Raises:
             InputError: it could not be written.
         """
-        self._join(say=False)
+        self.wait(says=False)
         if self._failure is not None:
             raise self._failure
         self._prune()
 
-    def wait(self) -> None:
-        """Wait for the last one; if it could not be written, report that and continue."""
-        self._join()
+    def wait(self, says: bool = True) -> None:
+        """Wait for the last one, report that it could not be written, and continue."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if says and self._failure is not None:
+                self.report.say(f"warning: {self._failure}\n  the run continues; the checkpoints before are unchanged")
 
     def _prune(self) -> None:
         try:
@@ -105,21 +66,11 @@ class CheckpointWriter:
         except OSError as error:
             self.report.say(f"warning: old checkpoints cannot be removed: {error}")
 
-    def _join(self, say: bool = True) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            if say and self._failure is not None:
-                self.report.say(f"warning: {self._failure}\n  the run continues; the checkpoints before are unchanged")
-
     def _write(self, snapshot: CheckpointCopy) -> None:
-        def write(path: Path) -> None:
-            self.write_model(path, snapshot.model)
-
         self._failure = None
         try:
             snapshot.check()
-            save_checkpoint(self.folder, write, snapshot.optimizer, snapshot.run)
+            save_checkpoint(self.folder, snapshot, self.write_model)
             self._prune()
         except BaseException as error:  # raised again by finish, or reported by submit
             self._failure = error.with_traceback(None)  # whose frames would keep the tensors

@@ -16,30 +16,31 @@ from minillama.files import cache_folder
 from minillama.runs.config import RunConfig
 from minillama.runs.objectives import ClozeConfig
 from minillama.runs.report import Report
-from minillama.tokenizer import Tokenizer
-from minillama.training.init_model import choose_tokenizer
+from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
 
-def load_data(config: RunConfig, report: Report) -> tuple[Corpus | Records, Tokenizer]:
-    """Training data of the objective, and the tokenizer.
+def load_data(
+    config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
+) -> tuple[Corpus | Records, Tokenizer]:
+    """Training data of the objective, and the tokenizer, trained on them if need be.
 
     Raises:
         InputError: a source that cannot be read, a tokenizer larger than the model's vocabulary, or too
             little text for one batch.
     """
-    return (
-        _load_records(config, config.objective, report)
-        if isinstance(config.objective, ClozeConfig)
-        else _load_text(config, report)
-    )
+    if isinstance(tokenizer, Tokenizer):
+        _check_vocabulary(tokenizer, config)
+    if isinstance(config.objective, ClozeConfig):
+        return _load_records(config, config.objective, tokenizer, report)
+    return _load_text(config, tokenizer, report)
 
 
-def _load_records(config: RunConfig, question: Question, report: Report) -> tuple[Records, Tokenizer]:
-    tokenizer = choose_tokenizer(config)
+def _load_records(
+    config: RunConfig, question: Question, tokenizer: Tokenizer | TokenizerTrainer, report: Report
+) -> tuple[Records, Tokenizer]:
     if not isinstance(tokenizer, Tokenizer):
         fix = "give the model that is fine-tuned as train.init_from"
         raise InputError("records train no tokenizer", where="tokenizer.path", found="none", fix=fix)
-    _check_vocabulary(tokenizer, config)
     cloze = Cloze(question, tokenizer, config.context)
 
     def check(record: Record) -> None:
@@ -53,23 +54,20 @@ def _load_records(config: RunConfig, question: Question, report: Report) -> tupl
     return data, tokenizer
 
 
-def _load_text(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
+def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report) -> tuple[Corpus, Tokenizer]:
     """Tokenized corpus, new or from the cache, checked to fit the model."""
     began = time.perf_counter()
-    tokenizer = choose_tokenizer(config)
-    if isinstance(tokenizer, Tokenizer):
-        _check_vocabulary(tokenizer, config)
     corpus, trained = prepare(
         config.data.sources,
         tokenizer,
-        cache=_cache_folder(config),
+        cache=Path(config.data.cache) if config.data.cache else cache_folder(),
         val_fraction=config.data.val_fraction,
         on_error=config.data.on_error,
         progress=lambda what, share: report.say(f"{what} ...") if share == 0 else None,
     )
     _check_vocabulary(trained, config)
     corpus.check(config.context, config.train.batch_size)
-    trained.add_bos = corpus.has_separators
+    trained.add_bos = corpus.separator is not None
     if corpus.skipped.total:
         report.say(str(corpus.skipped))
     tokens = sum(split.tokens for split in corpus.train)
@@ -82,19 +80,8 @@ def _load_text(config: RunConfig, report: Report) -> tuple[Corpus, Tokenizer]:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary",
-            where="model.vocab_size",
-            found=f"a tokenizer of {tokenizer.vocab_size} tokens, a model of {config.model.vocab_size}",
-            fix=f"add --model.vocab_size {tokenizer.vocab_size}",
-        )
-
-
-def _cache_folder(config: RunConfig) -> Path:
-    if config.data.cache:
-        return Path(config.data.cache)
-    return cache_folder()
+    fix = f"add --model.vocab_size {tokenizer.vocab_size}"
+    tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
 def _names(config: RunConfig) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from minillama.training.objectives import MODEL, Batch, Objective
+from minillama.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,26 @@ class Losses:
         """The sum of the terms, which is what is minimized."""
         return sum(self.terms.values())
 
-    def record(self) -> dict[str, float | None]:
+    def record(self) -> dict[str, float]:
         """What metrics.jsonl has of it: metrics, and the terms by `loss_NAME` where there are several."""
         terms = {f"loss_{name}": value for name, value in self.terms.items()} if len(self.terms) > 1 else {}
-        return {name: value if math.isfinite(value) else None for name, value in {**self.metrics, **terms}.items()}
+        return {**self.metrics, **terms}
 
 
-def accumulate(objective: Objective, batch: Batch, size: int, device: torch.device) -> Losses:
+def accumulate(
+    objective: Objective, batch: Batch, size: int, device: torch.device, ranks: Ranks | None = None
+) -> Losses:
     """Add the gradients of a batch to the parameters', `size` examples at a time.
 
-    Each term's sum is divided by its total over the whole batch, so that the size changes nothing but rounding.
+    Each term's sum is divided by its total over the whole batch, so that neither the size nor the number of
+    ranks changes anything but rounding.
+
+    Args:
+        objective: its loss, on the models of the passes.
+        batch: the examples of this rank.
+        size: examples per micro-batch.
+        device: of the passes.
+        ranks: over which the losses are summed, so that each has the same; the gradients are not.
     """
     sums: dict[str, float] = {}
     measured: dict[str, float] = {}
@@ -49,6 +60,7 @@ def accumulate(objective: Objective, batch: Batch, size: int, device: torch.devi
         for into, found in ((sums, terms), (measured, metrics)):
             for name, value in found.items():
                 into[name] = into.get(name, 0.0) + value.item()
+    sums, measured = ((ranks or Ranks()).sum(values) for values in (sums, measured))
     return Losses(
         {name: value / batch.total(name) for name, value in sums.items()},
         {name: value / batch.total(name) for name, value in measured.items()},
@@ -59,14 +71,15 @@ def clip(models: Mapping[str, nn.Module], limit: float) -> dict[str, float]:
     """Scale each model's gradients so that their norm is at most `limit`, which 0 leaves alone; the norms before.
 
     The first is `grad_norm`, those of other models than `MODEL` have its name in front. Parameters that two models
-    share count for the first.
+    share count for the first. Of sharded tensors the norm is that of the whole.
     """
     norms, seen = {}, set[int]()
     for name, model in models.items():
         own = [parameter for parameter in model.parameters() if id(parameter) not in seen]
         seen |= set(map(id, own))
-        norm = torch.nn.utils.clip_grad_norm_(own, limit or math.inf).item()
-        norms["grad_norm" if name == MODEL else f"{name}_grad_norm"] = norm
+        norm = torch.nn.utils.clip_grad_norm_(own, limit or math.inf)
+        whole = getattr(norm, "full_tensor", lambda norm=norm: norm)()  # a DTensor's, whose class is slow to import
+        norms["grad_norm" if name == MODEL else f"{name}_grad_norm"] = whole.item()
     return norms
 
 

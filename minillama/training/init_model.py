@@ -1,67 +1,80 @@
-"""Weight initialization: random from the run's seed, or from a model whose vocabulary may grow."""
+"""Start of a run: device, dtype, tokenizer and initial weights, each found once."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from minillama.device import choose_device
+from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
+from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
 
-def choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
-    """Tokenizer of tokenizer.path, or its trainer; with the objective's special tokens."""
-    if config.tokenizer.path:
-        return _load_tokenizer(config)
-    kind = config.tokenizer.kind
-    size = 0 if kind in ("char", "bytes") else config.model.vocab_size
-    return TokenizerTrainer(kind, size, special=config.objective.special_tokens)
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Args:
+        config: the run, with as many embedding rows as the tokenizer has tokens if it starts from a model.
+        device: of the model.
+        dtype: of the forward and backward passes.
+        tokenizer: that of tokenizer.path, or its trainer; with the objective's special tokens.
+        initial: the model to initialize from; None for random weights, or those of a checkpoint.
+    """
+
+    config: RunConfig
+    device: torch.device
+    dtype: torch.dtype
+    tokenizer: Tokenizer | TokenizerTrainer
+    initial: ModelFile | None
+
+    def build_model(self) -> Decoder:
+        """Decoder on the device, in float32: drawn from the run's seed, or the initial one's, its vocabulary grown."""
+        train, generator = self.config.train, torch.Generator().manual_seed(self.config.seed)
+        if self.initial is None:
+            model = Decoder(self.config.model, train.dropout)
+            model.init_weights(generator)
+            return model.to(self.device)
+        model = Decoder(self.initial.config, train.dropout)
+        model.load_state_dict({name: tensor.float() for name, tensor in self.initial.tensors.items()})
+        if self.config.model.vocab_size > self.initial.config.vocab_size:
+            model.resize_embeddings(self.config.model.vocab_size, train.init_embeddings, generator)
+        return model.to(self.device)
 
 
-def _load_tokenizer(config: RunConfig) -> Tokenizer:
-    return Tokenizer.load(config.tokenizer.path).with_special(config.objective.special_tokens)
-
-
-def build_model(config: RunConfig, is_resumed: bool = False) -> Decoder:
-    """Decoder on the run's device, in float32.
+def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
+    """Find what a run starts from.
 
     Args:
         config: the run.
         is_resumed: a checkpoint's weights will be loaded, so that the model to start from is not needed.
-    """
-    generator, device = torch.Generator().manual_seed(config.seed), choose_device(config.train.device)
-    if is_resumed or not config.train.init_from:
-        model = Decoder(config.model, config.train.dropout)
-        model.init_weights(generator)
-        return model.to(device)
-    opened = open_model(config.train.init_from)
-    model = Decoder(opened.config, config.train.dropout)
-    model.load_state_dict({name: tensor.float() for name, tensor in opened.tensors.items()})
-    if config.model.vocab_size > opened.config.vocab_size:
-        model.resize_embeddings(config.model.vocab_size, config.train.init_embeddings, generator)
-    return model.to(device)
-
-
-def with_grown_vocabulary(config: RunConfig) -> RunConfig:
-    """Vocabulary extension: as many embedding rows as the tokenizer has tokens, if the run starts from a model.
 
     Raises:
-        InputError: the tokenizer gives an id of the model's own another meaning.
+        InputError: a device that is not there, a file that cannot be read, or a tokenizer that gives an id of the
+            initial model's own another meaning.
     """
-    if not config.train.init_from:
-        return config
-    tokenizer = _load_tokenizer(config)
-    own = open_model(config.train.init_from).tokenizer
-    if own is not None and Path(own) != Path(config.tokenizer.path):
-        _check_ids(Tokenizer.load(own), tokenizer, config.tokenizer.path)
-    rows = max(config.model.vocab_size, tokenizer.vocab_size)
-    return replace(config, model=replace(config.model, vocab_size=rows))
+    device = choose_device(config.train.device)
+    tokenizer = _choose_tokenizer(config)
+    initial = open_model(config.train.init_from) if config.train.init_from and not is_resumed else None
+    if initial is not None and isinstance(tokenizer, Tokenizer):
+        if initial.tokenizer is not None and Path(initial.tokenizer) != Path(config.tokenizer.path):
+            _check_ids(Tokenizer.load(initial.tokenizer), tokenizer, config.tokenizer.path)
+        rows = max(config.model.vocab_size, tokenizer.vocab_size)
+        config = replace(config, model=replace(config.model, vocab_size=rows))
+    return Start(config, device, choose_dtype(config.train.dtype, device), tokenizer, initial)
+
+
+def _choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
+    kind, special = config.tokenizer.kind, config.objective.special_tokens
+    if config.tokenizer.path:
+        return Tokenizer.load(config.tokenizer.path).with_special(special)
+    return TokenizerTrainer(kind, 0 if kind in ("char", "bytes") else config.model.vocab_size, special=special)
 
 
 def _check_ids(own: Tokenizer, new: Tokenizer, where: str) -> None:

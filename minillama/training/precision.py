@@ -9,13 +9,26 @@ import torch
 from torch import Tensor, nn
 
 
-class WorkingCopy:
+class Precision:
+    """Full precision: passes on the model itself, in float32 or as an engine casts it that it was given to (FSDP2).
+
+    Args:
+        master: the model.
+    """
+
+    def __init__(self, master: nn.Module) -> None:
+        self.model = master
+
+    def refresh(self) -> None:
+        """Called after every change of the weights."""
+
+
+class WorkingCopy(Precision):
     """Working copy of the weights, for the forward and backward passes.
 
-    In float32 it is the model itself. In bfloat16 it is a copy whose weights are cast from the model's once
-    per step, so that no matrix product casts its operands, and whose gradients are added to the model's in
-    float32. The optimizer and every file see the float32 model alone (Micikevicius et al. 2018, arXiv
-    1710.03740, §3.1; bfloat16 needs no loss scaling).
+    Its weights are cast from the model's once per step, so that no matrix product casts its operands, and its
+    gradients are added to the model's in float32. The optimizer and every file see the float32 model alone
+    (Micikevicius et al. 2018, arXiv 1710.03740, §3.1; bfloat16 needs no loss scaling).
 
     Args:
         master: the float32 model.
@@ -23,26 +36,28 @@ class WorkingCopy:
     """
 
     def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
-        self.master = master
-        self.model = master if dtype == next(master.parameters()).dtype else copy.deepcopy(master).to(dtype)
+        super().__init__(copy.deepcopy(master).to(dtype))
         self._pairs = list(zip(self.model.parameters(), master.parameters(), strict=True))
-        for working, parameter in () if self.is_master else self._pairs:
+        saved, own = master.state_dict(keep_vars=True), self.model.state_dict(keep_vars=True)
+        self._buffers = [(own[name], saved[name]) for name in saved if not isinstance(saved[name], nn.Parameter)]
+        for working, parameter in self._pairs:
             trains = working.requires_grad
             working.requires_grad_().register_post_accumulate_grad_hook(partial(_hand_over, parameter))
             working.requires_grad_(trains)  # a later stage may train what is frozen now
 
-    @property
-    def is_master(self) -> bool:
-        """Whether there is no copy."""
-        return self.model is self.master
-
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the master weights anew."""
-        if self.is_master:
-            return
+        """Cast the master weights anew; running statistics, which the passes change, go the other way."""
         for working, master in self._pairs:
             working.copy_(master)
+        for working, master in self._buffers:
+            master.copy_(working)
+
+
+def choose_precision(master: nn.Module, dtype: torch.dtype) -> Precision:
+    """Full precision where the weights have the dtype of the passes already, else a working copy."""
+    is_same = dtype == next(master.parameters()).dtype
+    return Precision(master) if is_same else WorkingCopy(master, dtype)
 
 
 def _hand_over(master: Tensor, working: Tensor) -> None:

@@ -14,7 +14,6 @@ from minillama.inference.engine import evaluating
 from minillama.layers.attention import Attention
 from minillama.model import Decoder
 from minillama.training.objectives import MODEL, Batch, Objective
-from minillama.training.objectives.base import replaced
 
 QUERIES = 256  # per chunk of scores
 
@@ -32,7 +31,7 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
     It grows without bound in runs that are about to diverge (Dehghani et al. 2023, arXiv 2302.05442, §2.1).
 
     Args:
-        model: not compiled.
+        model: float32 weights.
         objective: how the batch is read.
         batch: rows to read: a step's first micro-batch.
     """
@@ -55,11 +54,13 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
                 scores.masked_fill_(~mask.allowed[..., part, :], -torch.inf)
             found.append(scores.max().item())
 
+    before, objective.models = objective.models, {**objective.models, MODEL: model}
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
     try:
-        with evaluating(model), replaced(objective, MODEL, model):
+        with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled blocks call no hooks
             objective.loss(batch)
     finally:
+        objective.models = before
         for hook in hooks:
             hook.remove()
     return max(found, default=None)
@@ -77,13 +78,6 @@ class Probes:
     def __init__(self, model: Decoder, every: int, rows: int) -> None:
         self.model, self.every, self.rows = model, every, rows
         self.ratio: float | None = None
-        self._twin: Decoder | None = None
-        if every:  # compiled blocks call no hooks: a second module over the same tensors
-            with torch.device("meta"):
-                self._twin = Decoder(model.config)
-            self._twin.load_state_dict(model.state_dict(), assign=True)
-            with torch.device(model.device):
-                self._twin.model.reset_position_tables(model.config)
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
@@ -99,8 +93,8 @@ class Probes:
 
     def measures(self, objective: Objective, batch: Batch) -> dict[str, float]:
         """Measurements of this step, by name; none in most."""
-        if self.ratio is None or self._twin is None:
+        if self.ratio is None:
             return {}
-        largest = attention_logit_max(self._twin, objective, batch.rows(0, self.rows).to(self.model.device))
+        largest = attention_logit_max(self.model, objective, batch.rows(0, self.rows).to(self.model.device))
         found = {"update_ratio": self.ratio} | ({} if largest is None else {"attention_logit_max": largest})
         return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -14,12 +14,11 @@ import torch
 
 from minillama.config import ModelConfig
 from minillama.config.loader import to_dict
-from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
-from minillama.runs.folder import RunFolder, choose_folder
+from minillama.runs.folder import RunFolder, choose_folder, read_lines
 from minillama.runs.memory import check_disk, warn_of_memory
 from minillama.runs.plot import sparkline, write_png
 from minillama.runs.provenance import provenance
@@ -27,7 +26,7 @@ from minillama.runs.report import Report, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
 from minillama.training.data import load_data
-from minillama.training.init_model import build_model, with_grown_vocabulary
+from minillama.training.init_model import resolve
 from minillama.training.objectives import make
 from minillama.training.trainer import Trainer
 
@@ -82,7 +81,9 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, {})
     for line in passed.values():
         report.say(f"passing over {line}")
-    config = with_grown_vocabulary(config) if checkpoint is None else _as_saved(config, checkpoint)
+    config = config if checkpoint is None else _as_saved(config, checkpoint)
+    start = resolve(config, checkpoint is not None)
+    config = start.config
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
     changes = [] if checkpoint is None else _take_on(checkpoint, config, folder, report)
@@ -91,16 +92,14 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         _say_next(folder, config, report)
         return 0
     check_disk(config, folder.path)
-    device = choose_device(config.train.device)
-    warn_of_memory(config, choose_dtype(config.train.dtype, device), device, report)
-    data, tokenizer = load_data(config, report)
-    model = build_model(config, checkpoint is not None)
-    objective = make(config, model, tokenizer, data)
-    trainer = Trainer(config, objective, tokenizer, folder, report, checkpoint)
+    warn_of_memory(config, start.dtype, start.device, report)
+    data, tokenizer = load_data(config, start.tokenizer, report)
+    objective = make(config, start.build_model(), tokenizer, data)
+    trainer = Trainer(config, start.dtype, objective, tokenizer, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
-    step, prints = trainer.progress.step, (objective.fingerprint, tokenizer.fingerprint)
-    folder.start(tomli_w.dumps(to_table(config)), provenance(config, step, *prints, device))
+    step, prints = trainer.state.step, (objective.fingerprint, tokenizer.fingerprint)
+    folder.start(tomli_w.dumps(to_table(config)), provenance(config, step, *prints, start.device))
     set_aside(passed)
     if checkpoint is None:
         folder.rewind_metrics(-1)
@@ -111,11 +110,11 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     )
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
-    before = trainer.progress.seconds
+    before = trainer.state.seconds
     try:
         trainer.train()
     except Interrupted as stopped:
-        state = f"saved at step {trainer.progress.step}" if trainer.progress.step else "no step was taken"
+        state = f"saved at step {trainer.state.step}" if trainer.state.step else "no step was taken"
         report.say(f"stopped by {stopped}; {state}. To go on:")
         report.say(f"  {_command('train.py', '--out', folder.path, '--resume')}")
         return 128 + stopped.number
@@ -140,7 +139,7 @@ def _take_on(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
 
 def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report) -> None:
     """Summary of a finished run, which had taken `before` seconds when it was resumed."""
-    records = folder.read_metrics()
+    records = read_lines(folder.metrics)
     report.say(f"loss {sparkline([r['loss'] for r in records if r.get('loss') is not None])}")
     if trainer.guard.skipped:
         report.say(f"{trainer.guard.skipped} steps were skipped; metrics.jsonl names them")
@@ -152,7 +151,7 @@ def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report)
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
     earlier = f" ({before:.0f} s before it was resumed)" if before else ""
-    report.say(f"finished in {trainer.progress.seconds - before:.0f} s{earlier}. Next:")
+    report.say(f"finished in {trainer.state.seconds - before:.0f} s{earlier}. Next:")
 
 
 def _as_saved(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:

@@ -176,7 +176,7 @@ def test_the_rest_goes_on_or_stops(tmp_path: Path) -> None:
     report = Skipped()
     assert [found.where for found in read(file, on_error="skip", report=report)] == [f"{file}:1", f"{file}:4"]
     assert report.counts == {"no conversation": 1, "malformed JSON": 1}
-    assert report.places == [f"{file}:2", f"{file}:3"]
+    assert report.locations == [f"{file}:2", f"{file}:3"]
 
 
 # --- files of JSON

@@ -202,7 +202,7 @@ def test_fault_26_a_disk_that_is_too_small_is_refused(words: list[str], tmp_path
 
 
 def test_a_checkpoint_with_values_that_are_no_numbers_is_never_written(tmp_path: Path) -> None:
-    from minillama.runs.writer import CheckpointCopy
+    from minillama.runs.checkpoint import CheckpointCopy
 
     snapshot = CheckpointCopy.of(
         {"a.weight": torch.ones(3)}, {"a.weight/exp_avg": torch.tensor([1.0, torch.nan])}, {"step": 4}
@@ -222,8 +222,9 @@ def test_the_best_and_the_newest_checkpoints_stay(words: list[str], tmp_path: Pa
 
 
 def test_a_best_step_without_a_checkpoint_evicts_nothing(words: list[str], tmp_path: Path) -> None:
+    from minillama.runs.checkpoint import CheckpointCopy
     from minillama.runs.report import make_report
-    from minillama.runs.writer import CheckpointCopy, CheckpointWriter
+    from minillama.runs.writer import CheckpointWriter
 
     def write(path: Path, tensors: object) -> None:
         if len(steps(tmp_path)) == 2:

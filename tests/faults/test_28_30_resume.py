@@ -245,8 +245,7 @@ def test_another_error_does_not_lose_the_checkpoint_that_is_being_written(
     import time
 
     from minillama.errors import InputError
-    from minillama.runs.checkpoint import newest_checkpoint
-    from minillama.runs.writer import CheckpointCopy
+    from minillama.runs.checkpoint import CheckpointCopy, newest_checkpoint
 
     config = load_run_config("tiny", [*shape("llama"), *settings(text, tmp_path)], "llama-tiny")
     monkeypatch.setattr(CheckpointCopy, "check", lambda snapshot: time.sleep(1))

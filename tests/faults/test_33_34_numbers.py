@@ -59,7 +59,7 @@ def test_fault_33_the_step_is_skipped_and_its_text_is_named(
     skipped = [line for line in lines(out) if "skipped" in line]
     assert skipped and all(line["loss"] is None or line["grad_norm"] is None for line in skipped)
     tokens = (tmp_path / "text.txt").read_text()
-    places = re.findall(r"skipped: .* the rows whose loss is no number: row \d: .*, tokens (\d+)\.\.(\d+)", said)
+    places = re.findall(r"skipped: .* the rows with a NaN or infinite loss: row \d: .*, tokens (\d+)\.\.(\d+)", said)
     assert places and all("#" in tokens[int(start) : int(stop) + 1] for start, stop in places)
     assert all(f"tokens {start}..{stop}" in str(skipped) for start, stop in places)
     assert said.count("skipped: ") == len(skipped) and f"{len(skipped)} steps were skipped" in said

@@ -20,7 +20,7 @@ from minillama.native.swiglu import native_swiglu
 from minillama.runs.config import OptimConfig
 from minillama.training.compile import use_native_kernels
 from minillama.training.optim.groups import make_optimizers
-from minillama.training.precision import WorkingCopy
+from minillama.training.precision import choose_precision
 
 STEPS = 500
 
@@ -41,7 +41,7 @@ def curve(plain_loss: bool = False, dtype: torch.dtype = torch.float32, native: 
     config = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=96, max_seq_len=48)
     model = Decoder(config)
     model.init_weights(generator)
-    working = WorkingCopy(model, dtype)
+    working = choose_precision(model, dtype)
     if native:
         use_native_kernels(working.model, lambda said: None)
         assert all(

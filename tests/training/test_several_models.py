@@ -18,12 +18,14 @@ from torch.nn import functional as F
 from minillama.data.corpus import Corpus
 from minillama.errors import InputError
 from minillama.model import Decoder
-from minillama.runs.config import RunConfig
+from minillama.runs.config import RunConfig, load_run_config
 from minillama.tokenizer import Tokenizer
 from minillama.training import run
 from minillama.training.gradients import clip
 from minillama.training.objectives import Batch, LanguageModel, Metrics
+from minillama.training.precision import choose_precision
 from minillama.training.run import train
+from minillama.training.state import TrainingState
 
 from .test_trainer import Quiet
 
@@ -174,3 +176,40 @@ def test_a_term_that_a_batch_does_not_have_is_no_division_by_zero() -> None:
     assert batch.total("sft") == 1 and batch.total("accuracy") == 6
     with pytest.raises(ValueError, match="no equal parts for 3"):
         batch.share(0, 3)
+
+
+def test_stages_name_the_parameters_of_every_model(two_models: None, tiny_config: Make, tmp_path: Path) -> None:
+    stages = '[[stages]]\nuntil_step = 2\ntrainable = ["value/*"]\n[[stages]]\nuntil_step = 4\ntrainable = ["*norm*"]\n'
+    tiny_config()
+    file = tmp_path / "fixture.toml"
+    file.write_text(file.read_text() + stages)
+    words = ("--train.steps", "4", "--train.batch_size", "4", "--checkpoint.every", "2", "--checkpoint.keep", "9")
+    assert train(load_run_config(str(file), words), str(tmp_path / "run"), report=Quiet()) == 0
+    names = ("models/value/weight", "models/value/bias")
+    states = [load_file(tmp_path / f"run/checkpoints/step-{at}/optimizer.safetensors") for at in (2, 4)]
+    weights = [load_file(tmp_path / f"run/checkpoints/step-{at}/model.safetensors") for at in (2, 4)]
+    assert states[0]["models/value/bias"].abs().max() > 0  # where it starts at 0
+    assert all(torch.equal(states[0][name], states[1][name]) for name in names)  # frozen in the second stage
+    moved = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert moved and all("norm" in name for name in moved)
+    file.write_text(file.read_text().replace("value/*", "critic/*"))
+    with pytest.raises(InputError, match="no parameter has such a name"):
+        train(load_run_config(str(file), words), str(tmp_path / "other"), report=Quiet())
+
+
+def test_a_working_copys_running_statistics_reach_the_model() -> None:
+    master = nn.Sequential(nn.BatchNorm1d(3))
+    precision = choose_precision(master, torch.bfloat16)
+    precision.model(torch.full((4, 3), 2.0, dtype=torch.bfloat16))
+    precision.refresh()
+    assert torch.allclose(master[0].running_mean, torch.full((3,), 0.2), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["objective", "models", "a/b"])
+def test_a_reserved_name_of_a_model_is_refused(name: str) -> None:
+    class Odd:
+        models: Mapping[str, nn.Module] = {name: nn.Linear(1, 1)}
+        companions: Mapping[str, nn.Module] = {}
+
+    with pytest.raises(ValueError, match="cannot be named"):
+        TrainingState(Odd(), None, [], None)  # type: ignore[arg-type]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from minillama.data.corpus import Corpus
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
 Metrics = Mapping[str, float]
-D = TypeVar("D", bound="Data")
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,8 @@ class Batch:
         Raises:
             ValueError: processes that do not divide the examples.
         """
-        if len(self.tokens) % world:
-            raise ValueError(f"a batch of {len(self.tokens)} examples has no equal parts for {world} processes")
-        size = len(self.tokens) // world
-        return self if world == 1 else self.rows(rank * size, (rank + 1) * size)
+        own = rows_of(len(self.tokens), rank, world)
+        return self.rows(own.start, own.stop)
 
     def rows(self, start: int, stop: int) -> Batch:
         """The examples start..stop-1."""
@@ -83,6 +79,18 @@ class Batch:
         )
 
 
+def rows_of(batch_size: int, rank: int, world: int) -> range:
+    """The rows of one process among several.
+
+    Raises:
+        ValueError: processes that do not divide the rows.
+    """
+    if batch_size % world:
+        raise ValueError(f"a batch of {batch_size} examples has no equal parts for {world} processes")
+    size = batch_size // world
+    return range(rank * size, (rank + 1) * size)
+
+
 class Objective(Protocol):
     """A loss with its data and its models. One file per objective; `objectives.make` chooses.
 
@@ -98,13 +106,14 @@ class Objective(Protocol):
     """Frozen: a reference, a reward model. Cast once, in eval mode, never saved; checkpoints have their SHA-256."""
     fingerprint: str
     """Of the data."""
-    best: tuple[str, Literal["min", "max"]]
+    best: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
     """The measure by which the best checkpoint is kept, and its direction."""
-    writes_text: bool
+    writes_text: bool = True
     """Whether a sample of the model's text shows what it learns."""
 
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
+        return {}
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The batch of a step, or a process's part of it: a pure function of (seed, step)."""
@@ -120,6 +129,7 @@ class Objective(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take it back."""
@@ -133,57 +143,53 @@ class Data(Protocol):
         """SHA-256 of all of it."""
 
 
-class DataObjective(Generic[D]):
+D = TypeVar("D", bound=Data)
+
+
+@dataclass(eq=False)
+class DataObjective(Objective, Generic[D]):
     """An objective of one model, whose batches follow from (seed, step) alone.
 
     Args:
-        model: the decoder.
+        decoder: the model.
         data: what is read.
         seed: of the order of the data.
         batch_size: rows per step.
     """
 
-    writes_text = True
-    best: tuple[str, Literal["min", "max"]] = ("val_loss", "min")
+    decoder: InitVar[Decoder]
+    data: D
+    seed: int
+    batch_size: int
 
-    def __init__(self, model: Decoder, data: D, seed: int, batch_size: int) -> None:
-        self.models: Mapping[str, nn.Module] = {MODEL: model}
-        self.companions: Mapping[str, nn.Module] = {}
-        self.data, self.seed, self.batch_size = data, seed, batch_size
-        self.fingerprint = data.fingerprint
+    def __post_init__(self, decoder: Decoder) -> None:
+        self.models, self.companions = {MODEL: decoder}, {}
+        self.fingerprint = self.data.fingerprint
 
     @property
     def model(self) -> Decoder:
         """What the passes run on."""
         return cast(Decoder, self.models[MODEL])
 
-    def prepare(self, step: int) -> Metrics:
-        """Nothing to prepare: the data is there already."""
-        return {}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing to keep."""
-        return {}
-
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Nothing to take back."""
 
 
-@contextmanager
-def replaced(objective: Objective, name: str, model: nn.Module) -> Iterator[None]:
-    """Temporarily replaces a model of an objective."""
-    before = objective.models
-    objective.models = {**before, name: model}
-    try:
-        yield
-    finally:
-        objective.models = before
+@dataclass(eq=False)
+class TextObjective(DataObjective[Corpus]):
+    """An objective over windows of packed text.
 
+    Args:
+        context: T, tokens per row.
+    """
 
-def digest(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors, in the order of their names."""
-    found = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    context: int
+
+    @property
+    def window(self) -> int:
+        """Tokens of text per row."""
+        return self.context
+
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
+        """Source, document and tokens of these rows."""
+        return self.data.where(self.seed, step, self.batch_size, self.window, rows)

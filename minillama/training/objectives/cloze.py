@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,35 +13,28 @@ from torch.nn import functional as F
 from minillama.data.records import Records
 from minillama.evaluate.cloze import Answers, Cloze
 from minillama.layers.mask import Mask
-from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
 
+@dataclass(eq=False)
 class ClozeQuestions(DataObjective[Records]):
     """Cloze classification: loss = -log p(label | record), p = p(label words | text) / sum over the labels.
 
     Du et al. 2022, arXiv 2103.10360, §2.4. All answers of a record are read, each in its own row.
 
     Args:
-        model: the decoder.
-        data: the records.
-        seed: of their order.
-        batch_size: records per step.
         cloze: the question.
     """
 
+    cloze: Cloze
     writes_text = False
-
-    def __init__(self, model: Decoder, data: Records, seed: int, batch_size: int, cloze: Cloze) -> None:
-        super().__init__(model, data, seed, batch_size)
-        self.cloze = cloze
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch of records with all answers; tokens are (B, L, T)."""
         records = self.data.batch(self.seed, step, self.batch_size)
         answers = self.cloze.collate([self.cloze.layouts(record) for record in records])
         labels = torch.tensor([self.cloze.label(record) for record in records])
-        extras = {"answer": answers.answer, "label": labels}
+        extras = {"answer": answers.weights, "label": labels}
         mask, weights = Mask(prefix=answers.prefix), torch.ones(len(records))
         batch = Batch(answers.tokens, answers.targets, weights, mask, answers.positions, extras)
         return batch.share(rank, world)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minillama.data.corpus import Corpus
 from minillama.evaluate.perplexity import Score
 from minillama.inference.engine import evaluating
 from minillama.layers.mask import Mask
-from minillama.model import Decoder
 from minillama.runs.objectives import GLMConfig
 from minillama.tokenizer.blanks import Blanks, Layout, collate
-from minillama.training.objectives.base import Batch, DataObjective, Metrics
+from minillama.training.objectives.base import Batch, Metrics, TextObjective
 from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
 
 HELD_OUT = 0x61E1D  # seed of the spans in held-out text, the same in every run
@@ -53,45 +53,36 @@ class Example:
             self.targets += [*ids[start:stop], blanks.end]
 
 
-class BlankInfilling(DataObjective[Corpus]):
+@dataclass(eq=False)
+class BlankInfilling(TextObjective):
     """Blank infilling: loss = -sum_i log p(span_i | text around the spans, span_<i), spans in random order.
 
     A row is a window of text with one kind of masked span, chosen by the configured shares: short spans
     ([MASK]), whole sentences ([sMASK]) or one long span ([gMASK]). Rows are padded to the context.
 
     Args:
-        model: the decoder.
-        data: the corpus.
-        seed: of its order.
-        batch_size: rows per step.
-        context: T, slots per row.
         blanks: special token ids.
         ends: (V,) sentence-final tokens.
         separator: id of the token that opens a document, None where there is none.
         config: kinds and sizes of masked spans.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        data: Corpus,
-        seed: int,
-        batch_size: int,
-        context: int,
-        blanks: Blanks,
-        ends: NDArray[np.bool_],
-        separator: int | None,
-        config: GLMConfig,
-    ) -> None:
-        super().__init__(model, data, seed, batch_size)
-        self.context, self.blanks, self.ends = context, blanks, ends
-        self.separator, self.config = separator, config
-        lengths = span_lengths(config.mean_length)
+    blanks: Blanks
+    ends: NDArray[np.bool_]
+    separator: int | None
+    config: GLMConfig
+
+    @property
+    def window(self) -> int:
+        """Tokens of text per row: one long span takes two slots more than the text that it covers."""
+        return self.context - 2
+
+    @cached_property
+    def short(self) -> int:
+        """The same for many short spans, with room for a quarter more of them than are expected."""
+        lengths = span_lengths(self.config.mean_length)
         mean = float(lengths @ np.arange(1, len(lengths) + 1))
-        # A span takes two slots more than the text it covers: one long one fits into a window of context - 2;
-        # for many short ones there is room for a quarter more of them than are expected.
-        self.window = context - 2
-        self.short = min(int(context / (1 + 2.5 * config.share / mean)), self.window)
+        return min(int(self.context / (1 + 2.5 * self.config.share / mean)), self.window)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch of masked windows."""
@@ -127,10 +118,6 @@ class BlankInfilling(DataObjective[Corpus]):
         targets = [example.targets[example.layout.prefix :] for example in made]
         rows = collate([example.layout for example in made], targets, self.context)
         return Batch(rows.tokens, rows.targets, rows.weights, Mask(prefix=rows.prefix), rows.positions)
-
-    def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """Source, document and tokens of these rows."""
-        return self.data.where(self.seed, step, self.batch_size, self.window, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of nats over the tokens of part B and the end tokens."""

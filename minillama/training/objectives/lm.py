@@ -2,52 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minillama.data.corpus import Corpus
 from minillama.data.packing import document_ids, document_positions
 from minillama.evaluate.perplexity import Score, score
 from minillama.layers.mask import Mask
-from minillama.model import Decoder
-from minillama.training.objectives.base import Batch, DataObjective, Metrics
+from minillama.training.objectives.base import Batch, Metrics, TextObjective, rows_of
 
 
-class LanguageModel(DataObjective[Corpus]):
+@dataclass(eq=False)
+class LanguageModel(TextObjective):
     """Language modeling: loss = -sum_t log p(token_{t+1} | token_1..t), and optionally PaLM's z-loss.
 
     Args:
-        model: the decoder.
-        data: the corpus.
-        seed: of its order.
-        batch_size: rows per step.
-        context: T, tokens per row.
         separator: id of the token that opens a document; with it, attention is within a document and
             positions restart in each. None packs documents without masking.
         z_loss: its weight.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        data: Corpus,
-        seed: int,
-        batch_size: int,
-        context: int,
-        separator: int | None = None,
-        z_loss: float = 0.0,
-    ) -> None:
-        super().__init__(model, data, seed, batch_size)
-        self.context, self.separator, self.z_loss = context, separator, z_loss
+    separator: int | None = None
+    z_loss: float = 0.0
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of T + 1 consecutive tokens, split into inputs and targets."""
-        if self.batch_size % world:
-            raise ValueError(f"a batch of {self.batch_size} examples has no equal parts for {world} processes")
-        rows = self.batch_size // world
-        window = self.data.batch(self.seed, step, rows, self.context, rank * rows, self.batch_size)
+        own = rows_of(self.batch_size, rank, world)
+        window = self.data.batch(self.seed, step, len(own), self.context, own.start, self.batch_size)
         ids = torch.from_numpy(window)
         tokens, targets = ids[:, :-1], ids[:, 1:]
         weights, totals = torch.ones(targets.shape), {"loss": float(self.batch_size * self.context)}
@@ -56,10 +39,6 @@ class LanguageModel(DataObjective[Corpus]):
         mask = Mask(documents=torch.from_numpy(document_ids(window[:, :-1], self.separator)))
         positions = torch.from_numpy(document_positions(window[:, :-1], self.separator))
         return Batch(tokens, targets, weights, mask, positions, totals=totals)
-
-    def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """Source, document and tokens of these rows."""
-        return self.data.where(self.seed, step, self.batch_size, self.context, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of nats over the batch's targets."""

@@ -16,10 +16,8 @@ from minillama.training.optim.muon import Muon
 
 def named_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
     """Named parameters; those of models other than `model` as NAME/PARAMETER. Shared ones come once."""
-    if isinstance(models, nn.Module):
-        return list(models.named_parameters())
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for key, model in models.items():
+    for key, model in models.items() if isinstance(models, Mapping) else [("model", models)]:
         for name, parameter in model.named_parameters():
             found.setdefault(id(parameter), (name if key == "model" else f"{key}/{name}", parameter))
     return list(found.values())
@@ -29,22 +27,18 @@ def parameter_groups(model: nn.Module | Mapping[str, nn.Module], config: OptimCo
     """Parameter groups by weight decay: matrices decay; norms, biases and (unless asked) embeddings do not.
 
     Returns:
-        Groups with `params` as (name, Parameter) pairs and `weight_decay`. Every parameter is in exactly
-        one of them, which is asserted.
+        Two groups with `params` as (name, Parameter) pairs and `weight_decay`.
     """
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.dim() >= 2 and (config.decay_embeddings or not name.endswith("embed_tokens.weight"))
+
     named = named_parameters(model)
-    tables = {name for name, p in named if p.dim() >= 2 and name.endswith("embed_tokens.weight")}
-    decayed = [(n, p) for n, p in named if p.dim() >= 2 and (config.decay_embeddings or n not in tables)]
-    kept_names = {name for name, _ in decayed}
-    kept = [(n, p) for n, p in named if n not in kept_names]
-    groups: list[dict[str, Any]] = [
+    decayed, kept = [pair for pair in named if decays(*pair)], [pair for pair in named if not decays(*pair)]
+    return [
         {"params": decayed, "weight_decay": config.weight_decay, "name": "decay"},
         {"params": kept, "weight_decay": 0.0, "name": "no_decay"},
     ]
-    covered = [id(p) for _, p in decayed + kept]
-    assert len(covered) == len(set(covered)), "a parameter is in two groups"
-    assert len(covered) == len(named), "a parameter is in no group"
-    return groups
 
 
 def make_optimizers(model: nn.Module | Mapping[str, nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -58,9 +52,9 @@ def make_optimizers(model: nn.Module | Mapping[str, nn.Module], config: OptimCon
     if config.optimizer == "adafactor":
         named = [*decayed["params"], *kept["params"]]
         return [Adafactor([{"params": named, "lr_scale": 1.0}], config.lr, config.beta1)]
-    blocks = [(n, p) for n, p in decayed["params"] if ".layers." in n] if config.muon_lr else []
-    names = {name for name, _ in blocks}
-    decayed["params"] = [(n, p) for n, p in decayed["params"] if n not in names]
+    blocks = [(name, p) for name, p in decayed["params"] if config.muon_lr and ".layers." in name]
+    if blocks:
+        decayed["params"] = [(name, p) for name, p in decayed["params"] if ".layers." not in name]
     groups = [group | {"lr_scale": 1.0} for group in (decayed, kept) if group["params"]]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     if not blocks:
@@ -109,8 +103,8 @@ def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: d
         state.setdefault(name, {})[part] = value
     for optimizer, name, parameter in _named(optimizers):
         if name in state:
-            # A step count stays on the CPU unless the fused kernel reads it.
-            moved = {part for part, value in state[name].items() if value.dim() or optimizer.defaults.get("fused")}
-            optimizer.state[parameter] = {
-                part: value.to(parameter.device) if part in moved else value for part, value in state[name].items()
+            is_fused = optimizer.defaults.get("fused")
+            optimizer.state[parameter] = {  # a step count stays on the CPU unless the fused kernel reads it
+                part: value.to(parameter.device) if value.dim() or is_fused else value
+                for part, value in state[name].items()
             }

@@ -1,0 +1,398 @@
+"""Low-rank adapters: formulas, training over float and quantized bases, several at once, merging, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.config.lora import LoRAConfig
+from minillama.errors import InputError
+from minillama.formats.open import open_model
+from minillama.formats.peft import fingerprint
+from minillama.inference.engine import decode
+from minillama.inference.quantize import quantize
+from minillama.layers.lora import Adapter, LoRALinear
+from minillama.layers.mlp import swiglu
+from minillama.layers.quantized_linear import Int4Linear, Int8Linear
+from minillama.model import Decoder
+from minillama.model.linears import linears
+from minillama.model.lora import (
+    activate,
+    active,
+    adapter_names,
+    add_lora,
+    base_tensors,
+    load_adapter,
+    lora_layers,
+    lora_parameters,
+    merge,
+    save_adapter,
+)
+from minillama.native import swiglu as native
+from minillama.training.precision import FullPrecision, WorkingCopy, choose_precision
+
+Kind = Literal["none", "int8", "int4"]
+CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80, max_seq_len=48)
+ENDS = ("embed_tokens", "lm_head")
+
+
+def make(kind: Kind = "none", **changes: Any) -> Decoder:
+    torch.manual_seed(3)
+    model = Decoder(replace(CONFIG, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms that are no ones, biases that are no zeros
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return quantize(model, kind)
+
+
+def tokens(rows: int = 4, length: int = 12) -> torch.Tensor:
+    return torch.randint(0, 80, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+def randomized(model: Decoder) -> Decoder:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name in adapter_names(model):
+            for parameter in lora_parameters(model, name).values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def nats(model: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    return model.loss(model.hidden(ids[:, :-1]), ids[:, 1:]) / ids[:, 1:].numel()
+
+
+def test_dora_by_hand() -> None:
+    adapter = Adapter(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0], [2.0]]), 0.5, torch.tensor([5.0, 2.0]))
+    merged = adapter.merged(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    torch.testing.assert_close(merged, torch.tensor([[3.2925230, 3.7628835], [0.8944272, 1.7888544]]))
+
+
+def test_scales() -> None:
+    a, b = torch.zeros(8, 4), torch.zeros(6, 8)
+    assert Adapter(a, b, 32).scale == LoRAConfig(8, 32).scale == 4
+    assert Adapter(a, b, 32, use_rslora=True).scale == pytest.approx(11.3137085)
+
+
+def test_parameter_counts_of_chinese_llama() -> None:
+    """Ymcui/Chinese-LLaMA-Alpaca: its README's 6.06% and 6.22% are these numbers."""
+    model = replace(ModelConfig.load("llama-7b"), vocab_size=49953)
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert LoRAConfig(8).num_params(model) == 19_988_480
+    assert LoRAConfig(8, targets=attention).num_params(model) == 8_388_608
+    assert LoRAConfig(8, targets=attention, modules_to_save=ENDS).num_params(model) == 417_603_584
+    assert LoRAConfig(8, modules_to_save=ENDS).num_params(model) == 429_203_456
+    small = LoRAConfig(3, targets=("all-linear", *ENDS), use_dora=True)
+    made = lora_parameters(add_lora(Decoder(CONFIG), small))
+    assert sum(p.numel() for p in made.values()) == small.num_params(CONFIG)
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_fresh_adapter_changes_nothing(kind: Kind, dora: bool) -> None:
+    model = make(kind)
+    with torch.no_grad():
+        expected = model(tokens())
+        targets = ("all-linear", *ENDS) if kind == "none" else ("all-linear",)
+        assert torch.equal(add_lora(model, LoRAConfig(use_dora=dora, targets=targets))(tokens()), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_training_leaves_the_base_as_it_is(kind: Kind, checkpointing: bool) -> None:
+    model = make(kind)
+    before = fingerprint(base_tensors(model))
+    add_lora(model, LoRAConfig(rank=4, alpha=8, dropout=0.05), generator=torch.Generator().manual_seed(1))
+    model.train().checkpointing = checkpointing
+    torch.manual_seed(0)
+    trained = lora_parameters(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    losses = []
+    for step in range(12):
+        loss = nats(model, tokens())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step == 0:
+            assert all(p.any() for name, p in trained.items() if name.endswith("lora_B"))
+    assert losses[-1] < losses[0] - 0.3
+    assert fingerprint(base_tensors(model)) == before
+    assert len(trained) == 2 * 7 * CONFIG.n_layers
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_gradients_pass_a_quantized_base(kind: Kind, dora: bool, rows: int) -> None:
+    """They are those over a float model of the dequantized weights, also where the packed kernels would be used."""
+    small, twin = make(kind), make()
+    assert {type(part) for part in linears(small).values()} == {Int8Linear if kind == "int8" else Int4Linear}
+    with torch.no_grad():
+        for name, part in linears(small).items():
+            twin.get_submodule(name).weight.copy_(part.weight)  # type: ignore[union-attr, operator]
+        twin.lm_head.weight.copy_(small.lm_head.weight)  # type: ignore[union-attr]
+    config = LoRAConfig(rank=4, alpha=8, use_dora=dora)
+    gradients = []
+    for model in (small, twin):
+        randomized(add_lora(model, config, generator=torch.Generator().manual_seed(1)))
+        nats(model, tokens(rows, 9)).backward()
+        gradients.append({name: p.grad for name, p in lora_parameters(model).items()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and gradient.any()
+        expected = gradients[1][name]
+        assert expected is not None
+        # of few tokens the first products, which pass no gradient, round their inputs to bfloat16
+        assert (gradient - expected).norm() < (0.03 if rows == 1 else 1e-4) * expected.norm(), name
+
+
+def test_a_quantized_weight_is_not_kept_for_the_backward_pass() -> None:
+    kept: list[int] = []
+    linear = Int8Linear(nn.Linear(64, 96, bias=False))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        linear(torch.randn(40, 64, requires_grad=True)).sum().backward()
+    assert max(kept, default=0) < 64 * 96
+
+
+def test_float32_adapters_over_a_bfloat16_base() -> None:
+    model = make().bfloat16()
+    randomized(add_lora(model, LoRAConfig(rank=4, use_dora=True, targets=("all-linear", *ENDS))))
+    assert {p.dtype for p in lora_parameters(model).values()} == {torch.float32}
+    assert isinstance(choose_precision(model, torch.bfloat16), FullPrecision)
+    loss = nats(model, tokens())
+    loss.backward()
+    assert model(tokens()).dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.any() for p in lora_parameters(model).values())
+    exact = make().bfloat16().float()
+    load = randomized(add_lora(exact, LoRAConfig(rank=4, use_dora=True, targets=("all-linear", *ENDS))))
+    assert abs(nats(load, tokens()).item() - loss.item()) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_a_working_copy_hands_gradients_to_the_adapters(kind: Kind) -> None:
+    model = make(kind)
+    before = fingerprint(base_tensors(model))
+    copy = WorkingCopy(add_lora(model, LoRAConfig(rank=4)), torch.bfloat16)
+    nats(copy.model, tokens()).backward()  # type: ignore[arg-type]
+    copy.refresh()
+    assert fingerprint(base_tensors(model)) == before
+    assert all(p.grad is not None and p.grad.any() for n, p in lora_parameters(model).items() if n.endswith("lora_B"))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_head_has_its_adapter_in_the_loss_too(use_dora: bool) -> None:
+    model = randomized(add_lora(make(logit_scale=0.5), LoRAConfig(rank=3, targets=ENDS, use_dora=use_dora)))
+    gradients = []
+    for fused in (True, False):
+        hidden = model.hidden(tokens())
+        loss = (
+            model.loss(hidden, tokens())
+            if fused
+            else F.cross_entropy(model.head(hidden).flatten(0, 1), tokens().flatten(), reduction="sum")
+        )
+        loss.backward()
+        gradients.append([(loss.detach(), *(p.grad.clone() for p in lora_parameters(model).values()))])  # type: ignore[union-attr]
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_several_adapters_by_name() -> None:
+    model = make()
+    plain = model(tokens())
+    add_lora(model, LoRAConfig(rank=2, targets=("q_proj", "down_proj")), "first")
+    add_lora(model, LoRAConfig(rank=3, targets=("v_proj", "down_proj"), use_dora=True), "second")
+    randomized(model)
+    assert adapter_names(model) == ["first", "second"] and len(lora_layers(model)) == 6
+    assert not set(lora_parameters(model, "first")) & set(lora_parameters(model, "second"))
+    second = model(tokens())
+    activate(model, "first")
+    first = model(tokens())
+    assert not torch.equal(first, second) and not torch.equal(first, plain)
+    with active(model, None):
+        assert torch.equal(model(tokens()), plain)
+        with active(model, "second"):
+            assert torch.equal(model(tokens()), second)
+        assert torch.equal(model(tokens()), plain)
+    assert torch.equal(model(tokens()), first)
+    nats(model, tokens()).backward()
+    assert all(p.grad is not None for p in lora_parameters(model, "first").values())
+    assert all(p.grad is None and p.requires_grad for p in lora_parameters(model, "second").values())
+    assert torch.equal(copy.deepcopy(model)(tokens()), first)
+    with pytest.raises(InputError, match="no adapter of this name"):
+        activate(model, "third")
+
+
+def test_a_faster_step_does_not_outlive_the_model_that_it_was_made_of() -> None:
+    model = make()
+    model.step = lambda tokens, state, mask: None
+    add_lora(model, LoRAConfig(rank=2))
+    assert model.step is None
+    model.step = step = lambda tokens, state, mask: None
+    with active(model, None):
+        assert model.step is None
+    assert model.step is step
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_decoding_with_an_adapter(kind: Kind) -> None:
+    model = make(kind).eval()
+    before = fingerprint(base_tensors(model))
+    randomized(add_lora(model, LoRAConfig(rank=4, use_dora=True)))
+    rows = [[3, 1, 2], [4, 5, 6, 7, 8]]
+    cached, whole = (
+        [token for step in decode(model, rows, 12, use_state=used) for token in step] for used in (True, False)
+    )
+    assert cached == whole and fingerprint(base_tensors(model)) == before
+
+
+def test_dropout_is_that_of_the_adapters() -> None:
+    model = randomized(add_lora(make(), LoRAConfig(rank=4, dropout=0.5)))
+    model.train()
+    torch.manual_seed(1)
+    first, second = model(tokens()), model(tokens())
+    torch.manual_seed(1)
+    assert torch.equal(model(tokens()), first) and not torch.equal(first, second)
+    with active(model, None):
+        assert torch.equal(model(tokens()), model(tokens()))
+    model.eval()
+    assert torch.equal(model(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+def test_merging(kind: Kind, dora: bool) -> None:
+    model = make(kind, bias="all")
+    shared = {name: tensor.clone() for name, tensor in base_tensors(model).items()}
+    targets = ("all-linear", *ENDS) if kind == "none" else ("all-linear",)
+    randomized(add_lora(model, LoRAConfig(rank=4, use_dora=dora, targets=targets)))
+    held = base_tensors(model)
+    with torch.no_grad():
+        expected = model(tokens())
+        merged = merge(model)
+        torch.testing.assert_close(merged(tokens()), expected, atol=1e-5, rtol=1e-4)
+    assert not lora_layers(merged) and all(type(part) is nn.Linear for part in linears(merged).values())
+    assert all(torch.equal(held[name], tensor) for name, tensor in shared.items())
+
+
+def test_merging_casts_once() -> None:
+    linear = nn.Linear(64, 96, bias=False).bfloat16()
+    layer = LoRALinear.from_base(linear)
+    layer.adapters["a"] = Adapter(torch.randn(4, 64) * 1e-2, torch.randn(96, 4), 4)
+    layer.active = "a"
+    update = layer.part("a").lora_B @ layer.part("a").lora_A  # type: ignore[union-attr]
+    assert torch.equal(layer.merged().weight, (linear.weight.float() + update).bfloat16())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ENDS, ("down_proj",)])
+def test_nothing_computes_without_the_adapter(targets: tuple[str, ...], tmp_path: Path) -> None:
+    model = randomized(add_lora(make(), LoRAConfig(rank=4, targets=targets)))
+    for change in (model.fuse, lambda: quantize(model, "int8")):
+        with pytest.raises(InputError, match="merge adapters"):
+            change()
+    with pytest.raises(InputError, match="would not be written"):
+        model.save_pretrained(tmp_path)
+    if targets is ENDS:
+        with pytest.raises(InputError, match="adapters"):
+            model.resize_embeddings(90)
+    with pytest.raises(InputError, match="fused model"):
+        add_lora(make().fuse(), LoRAConfig(rank=4, targets=targets))
+
+
+def test_swiglu_in_cpp_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "mlp", lambda *parts: pytest.fail("computed without the adapter"))
+    model = randomized(add_lora(make().bfloat16(), LoRAConfig(rank=4, targets=("up_proj",))))
+    mlp: Any = model.blocks[0].mlp
+    x = torch.randn(1, 80, 64).bfloat16()
+    parts = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    assert torch.equal(native.native_swiglu(x, *parts), swiglu(x, *parts))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoRAConfig(targets=("q_projj",)), "q_proj"),
+        (LoRAConfig(targets=()), "targets"),
+        (LoRAConfig(targets=("lm_head",), dropout=0.1), "dropout"),
+        (LoRAConfig(targets=("lm_head",), modules_to_save=("lm_head",)), "lm_head"),
+        (LoRAConfig(modules_to_save=("norm",)), "norm"),
+        (LoRAConfig(rank=0), "lora.rank"),
+        (LoRAConfig(alpha=math.nan), "lora.alpha"),
+    ],
+)
+def test_settings_that_make_no_adapter(config: LoRAConfig, words: str) -> None:
+    model = make()
+    with pytest.raises(InputError) as error:
+        add_lora(model, config)
+    assert words in str(error.value) and not lora_layers(model)
+
+
+def test_names_of_adapters() -> None:
+    model = add_lora(make(), LoRAConfig())
+    for name in ("default", "a.b", ""):
+        with pytest.raises(InputError, match="adapter"):
+            add_lora(model, LoRAConfig(), name)
+
+
+RELATIVES: dict[str, dict[str, Any]] = {
+    "rwkv": {"mixer": "wkv", "mlp": "channel-mix", "position": "none", "norm": "layer", "n_kv_heads": 4},
+    "gelu": {"mlp": "gelu", "bias": "all", "norm": "layer", "position": "alibi"},
+    "parallel": {"parallel_block": True, "n_kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives(name: str) -> None:
+    model = make(**RELATIVES[name])
+    randomized(add_lora(model, LoRAConfig(rank=4)))
+    nats(model, tokens()).backward()
+    assert len(lora_layers(model)) == len(linears(model))
+    assert all(p.grad is not None and p.grad.any() for p in lora_parameters(model).values())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_adapter_of_a_quantized_model_is_one_of_its_base(kind: Kind, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "base")
+    opened = open_model(tmp_path / "base")
+    model = randomized(add_lora(quantize(Decoder.from_pretrained(opened), kind), LoRAConfig(rank=4)))
+    with pytest.raises(InputError, match="give base"):
+        save_adapter(model, tmp_path / "a")
+    save_adapter(model, tmp_path / "a", base=opened)
+    again = quantize(Decoder.from_pretrained(opened), kind)
+    with pytest.raises(InputError, match="give base"):
+        load_adapter(again, tmp_path / "a")
+    load_adapter(again, tmp_path / "a", "mine", opened)
+    with torch.no_grad():
+        assert torch.equal(again(tokens()), model(tokens()))
+    assert not any(p.requires_grad for p in again.parameters())
+    load_adapter(Decoder.from_pretrained(opened), tmp_path / "a")  # the float model is the same base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_compiled_blocks(kind: Kind, tmp_path: Path) -> None:
+    plain = make(kind).train()
+    compiled = copy.deepcopy(plain)
+    compiled.compile_blocks()
+    for model in (plain, compiled):
+        randomized(add_lora(model, LoRAConfig(rank=4), generator=torch.Generator().manual_seed(1)))
+        nats(model, tokens()).backward()
+    for name, parameter in lora_parameters(plain).items():
+        other = lora_parameters(compiled)[name]
+        assert parameter.grad is not None and other.grad is not None
+        torch.testing.assert_close(other.grad, parameter.grad, atol=2e-5, rtol=1e-3)
+    if kind == "none":
+        with active(plain, None), active(compiled, None):  # not what was compiled
+            torch.testing.assert_close(nats(compiled, tokens()), nats(plain, tokens()), atol=1e-5, rtol=1e-5)
+        save_adapter(compiled, tmp_path)
+        again = load_adapter(make(), tmp_path)
+        torch.testing.assert_close(nats(again, tokens()), nats(plain, tokens()), atol=1e-5, rtol=1e-5)
