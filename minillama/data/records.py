@@ -31,8 +31,6 @@ class Records:
     val: Sequence[Record]
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
-    separator: int | None = None
-    """None: records are not packed."""
 
     @classmethod
     def load(
