@@ -48,9 +48,7 @@ def _load_records(
         cloze.layouts(record)
 
     data = Records.load(config.data.sources, config.data.val_fraction, config.data.on_error, check)
-    if data.skipped.total:
-        report.say(str(data.skipped))
-    report.say(f"data: {_names(config)}: {len(data.train):,} records, {len(data.val):,} held out")
+    _say_size(data, f"{len(data.train):,} records, {len(data.val):,} held out", config, report)
     return data, tokenizer
 
 
@@ -68,14 +66,10 @@ def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, repor
     _check_vocabulary(trained, config)
     corpus.check(config.context, config.train.batch_size)
     trained.add_bos = corpus.separator is not None
-    if corpus.skipped.total:
-        report.say(str(corpus.skipped))
-    tokens = sum(split.tokens for split in corpus.train)
-    held_out = sum(split.tokens for split in corpus.val)
-    report.say(
-        f"data: {_names(config)}: {tokens:,} tokens, "
-        f"{held_out:,} held out, vocabulary {trained.vocab_size} ({time.perf_counter() - began:.1f} s)"
-    )
+    tokens, held_out = (sum(split.tokens for split in splits) for splits in (corpus.train, corpus.val))
+    seconds = time.perf_counter() - began
+    size = f"{tokens:,} tokens, {held_out:,} held out, vocabulary {trained.vocab_size} ({seconds:.1f} s)"
+    _say_size(corpus, size, config, report)
     return corpus, trained
 
 
@@ -84,5 +78,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
     tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
-def _names(config: RunConfig) -> str:
-    return ", ".join(source.label for source in config.data.sources)
+def _say_size(data: Corpus | Records, size: str, config: RunConfig, report: Report) -> None:
+    if data.skipped.total:
+        report.say(str(data.skipped))
+    report.say(f"data: {', '.join(source.label for source in config.data.sources)}: {size}")

@@ -28,8 +28,6 @@ class TrainingState:
     Args:
         objective: its state, its data's fingerprint and its companions' SHA-256.
         tokenizer: its fingerprint.
-        optimizers: their state, by parameter name.
-        guard: the last losses.
         step: optimizer steps taken.
         tokens: read in them.
         seconds: spent, over all starts of the run.
@@ -51,7 +49,7 @@ class TrainingState:
         odd = [name for name in self.masters if name in RESERVED or "/" in name]
         if odd:
             raise ValueError(f"models of an objective cannot be named {odd}")
-        self.prints = {"data": self.objective.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        self.fingerprints = {"data": self.objective.fingerprint, "tokenizer": self.tokenizer.fingerprint}
         self.companions = {name: digest(companion) for name, companion in self.objective.companions.items()}
 
     def count(self, tokens: int, seconds: float) -> None:
@@ -60,27 +58,27 @@ class TrainingState:
         self.tokens += tokens
         self.seconds += seconds
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Optimizer state as PARAMETER/NAME, the objective's as objective/NAME, further models as models/NAME/KEY."""
-        found = optimizer_state(self.optimizers)
-        found |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
+    def copy(self, record: Mapping[str, Any]) -> CheckpointCopy:
+        """Contents of a checkpoint; `record` is the line of the last step taken.
+
+        Beside optimizer state (PARAMETER/NAME) are the objective's own (objective/NAME) and further models
+        (models/NAME/KEY).
+        """
+        tensors = optimizer_state(self.optimizers)
+        tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
         for name, master in self.masters.items():
             if name != MODEL:
-                found |= {f"models/{name}/{key}": value for key, value in master.state_dict().items()}
-        return found
-
-    def copy(self, record: Mapping[str, Any]) -> CheckpointCopy:
-        """Contents of a checkpoint; `record` is the line of the last step taken."""
+                tensors |= {f"models/{name}/{key}": value for key, value in master.state_dict().items()}
         run = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            **self.prints,
+            **self.fingerprints,
             "guard": self.guard.state(),
             "record": dict(record),
             **({"companions": self.companions} if self.companions else {}),
         }
-        return CheckpointCopy.of(self.masters[MODEL].state_dict(), self.tensors(), run)
+        return CheckpointCopy.of(self.masters[MODEL].state_dict(), tensors, run)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint's state.
@@ -93,18 +91,18 @@ class TrainingState:
         device = next(model.parameters()).device
         model.load_state_dict(Decoder.from_pretrained(checkpoint.path, torch.float32, device).state_dict())
         tensors = checkpoint.optimizer_tensors()
-        self.objective.load_state_dict(_taken(tensors, "objective/"))
+        self.objective.load_state_dict(_pop(tensors, "objective/"))
         for name, master in self.masters.items():
             if name != MODEL:
-                master.load_state_dict(_taken(tensors, f"models/{name}/"))
+                master.load_state_dict(_pop(tensors, f"models/{name}/"))
         load_optimizer_state(self.optimizers, tensors)
         run = checkpoint.run
         self.step, self.tokens, self.seconds = run["step"], run["tokens"], run["seconds"]
         self.guard.restore(run["guard"])
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        saved = {name: checkpoint.run[name] for name in self.prints} | checkpoint.run.get("companions", {})
-        own = self.prints | self.companions
+        saved = {name: checkpoint.run[name] for name in self.fingerprints} | checkpoint.run.get("companions", {})
+        own = self.fingerprints | self.companions
         for name in sorted({*saved, *own}):
             expected, found = saved.get(name, "none"), own.get(name, "none")
             if expected != found:
@@ -126,6 +124,6 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _pop(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Tensors removed by name prefix, named without it."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

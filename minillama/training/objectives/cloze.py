@@ -40,7 +40,6 @@ class ClozeQuestions(DataObjective[Records]):
         return batch.share(rank, world)
 
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """File and line of these records."""
         return self.data.where(self.seed, step, self.batch_size, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
