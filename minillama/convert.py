@@ -12,7 +12,7 @@ import torch
 
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file, replace_folder
-from minillama.formats import gguf, hf, meta, peft
+from minillama.formats import generation_config, gguf, hf, meta, peft
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.int4 import Int4
@@ -83,6 +83,9 @@ def convert(
             _to_hf(folder, opened, vocab, floats, hf.parse_size(max_shard_size), tell)
         else:
             _write_meta_tokenizer(folder / "tokenizer.model", vocab, tokenizer_path)
+            _write_generation(folder, opened, vocab)  # not Meta's, and read by `open_model` and `Tokenizer.load`
+            if vocab is not None:
+                vocab.save_settings(folder, opened.config.max_seq_len)
             meta.write(folder, opened.config, opened.tensors, floats, progress=tell)
 
     return replace_folder(target, write)
@@ -118,7 +121,8 @@ def _keys(opened: ModelFile, vocab: Tokenizer | None) -> Mapping[str, object]:
             where=opened.path,
             fix="name one with --tokenizer FILE",
         )
-    return vocabulary(vocab, opened.config.vocab_size)
+    sampling = generation_config.gguf_keys(opened.sampling)
+    return vocabulary(vocab, opened.config.vocab_size, opened.stop_ids) | sampling
 
 
 def _to_hf(
@@ -130,13 +134,18 @@ def _to_hf(
     tell: Callable[[str], None],
 ) -> None:
     hf.write(folder, opened.config, opened.tensors, dtype, max_shard_size, tell)
-    if vocab is not None:
-        hf.write_token_ids(folder, bos_id=vocab.bos_id if vocab.add_bos else None, eos_id=vocab.eos_id)
-    carried = (opened.tokenizer or opened.path) / hf.GENERATION_CONFIG  # with an adapter's tokenizer its own
-    if carried.is_file():
-        shutil.copyfile(carried, folder / hf.GENERATION_CONFIG)
+    _write_generation(folder, opened, vocab)
     if vocab is not None:
         vocab.save(folder, opened.config.max_seq_len)
+
+
+def _write_generation(folder: Path, opened: ModelFile, vocab: Tokenizer | None) -> None:
+    """Write the tokens that end a text, the tokenizer's own first, and the sampling defaults."""
+    own = [vocab.eos_id, *sorted(vocab.stop_ids)] if vocab is not None else []
+    bos = vocab.bos_id if vocab is not None and vocab.add_bos else None
+    stops = [*own, *sorted(opened.stop_ids)]
+    if stops or opened.sampling:
+        generation_config.write(folder, bos_id=bos, eos_ids=stops, sampling=opened.sampling)
 
 
 def _write_meta_tokenizer(file: Path, vocab: Tokenizer | None, tokenizer_path: Path | None) -> None:

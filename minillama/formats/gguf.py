@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
+from minillama.formats import generation_config
 from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
 from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
 from minillama.formats.hf_names import refuse_relatives, refuse_unknown
@@ -93,10 +94,9 @@ def read(path: Path) -> ModelFile:
     )
     stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
-    ids = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
-    stops = frozenset(i for i in ids if isinstance(i, int))
-    name = f"GGUF version {header.version}"
-    return ModelFile(path, name, config, tensors, stored, tokenizer, header.metadata, stops, int4)
+    metadata, name = header.metadata, f"GGUF version {header.version}"
+    stops, sampling = generation_config.gguf_stop_ids(metadata), generation_config.gguf_defaults(metadata)
+    return ModelFile(path, name, config, tensors, stored, tokenizer, metadata, stops, int4, sampling)
 
 
 def _config(header: GGUFHeader, path: Path) -> ModelConfig:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.formats import generation_config
 from minillama.formats.hf_names import Entry, layout, refuse_unknown
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
 from minillama.formats.safetensors_header import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-GENERATION_CONFIG = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
@@ -59,7 +59,8 @@ def read(folder: Path) -> ModelFile:
         for ours in entry.ours
     }
     ordered = LazyTensors({name: makers[name] for name in shapes})
-    return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {}, stop_ids(folder))
+    stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)
+    return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {}, stops, sampling=sampling)
 
 
 def _part(read_stored: Callable[[], Tensor], entry: Entry, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -187,26 +188,6 @@ def parse_size(size: int | str) -> int:
         raise InputError("not a size", where="max_shard_size", found=size, expected=expected)
     power = " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
-def stop_ids(folder: Path) -> frozenset[int]:
-    """Tokens that end a text: `eos_token_id`, one or a list, of generation_config.json or else config.json."""
-    for name in (GENERATION_CONFIG, "config.json"):
-        try:
-            ids = json.loads((folder / name).read_text(encoding="utf-8"))["eos_token_id"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
-    return frozenset()
-
-
-def write_token_ids(folder: Path, *, bos_id: int | None, eos_id: int | None) -> None:
-    """Write generation_config.json, which says how to start and when to stop, and the same into config.json."""
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-    config = folder / "config.json"
-    _write_json(config, json.loads(config.read_text(encoding="utf-8")) | ids)
-    values = ids | {"do_sample": True}
-    _write_json(folder / GENERATION_CONFIG, {k: v for k, v in values.items() if v is not None})
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

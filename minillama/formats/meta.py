@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
+from minillama.formats import generation_config
 from minillama.formats.hf_names import refuse_relatives, refuse_unknown
 from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
 from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
@@ -93,7 +94,10 @@ def read(folder: Path) -> ModelFile:
         for name, tensor in rank.items()
     }
     tokenizer = optional(folder / "tokenizer.model")
-    return ModelFile(folder, f"Meta folder, {len(paths)} ranks", config, tensors, stored, tokenizer, {})
+    # not Meta's: written beside by `convert`
+    stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)
+    kind = f"Meta folder, {len(paths)} ranks"
+    return ModelFile(folder, kind, config, tensors, stored, tokenizer, {}, stops, sampling=sampling)
 
 
 def _compare_ranks(paths: list[Path], ranks: list[dict[str, Tensor]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class ModelFile:
         metadata: further metadata of the file, for `inspect`.
         stop_ids: stop tokens besides the tokenizer's own.
         int4: int4 matrices, where the file has Q4_0 or Q4_1; a subset of `tensors`.
+        sampling: members of generation_config.json besides the stop tokens, such as `temperature`.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class ModelFile:
     metadata: Mapping[str, object]
     stop_ids: frozenset[int] = frozenset()
     int4: Mapping[str, Int4] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def tokenizer_path(self) -> Path:
         """The file or folder for `Tokenizer.load`.

@@ -25,7 +25,7 @@ from minillama.config import ModelConfig
 from minillama.config.lora import EMBEDDING, HEAD, matrices, named, refuse_tied
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file
-from minillama.formats import hf
+from minillama.formats import generation_config, hf
 from minillama.formats.hf_names import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
@@ -280,7 +280,9 @@ def _settings(config: ModelConfig, adapters: Mapping[str, Part], base: str) -> d
 def with_files(opened: ModelFile, folder: Path) -> ModelFile:
     """Model with the tokenizer and the stop tokens of an adapter folder, where it has them."""
     tokenizer = folder if any((folder / name).exists() for name in hf.TOKENIZERS) else opened.tokenizer
-    return replace(opened, tokenizer=tokenizer, stop_ids=hf.stop_ids(folder) or opened.stop_ids)
+    stops = generation_config.stop_ids(folder) or opened.stop_ids
+    sampling = generation_config.defaults(folder) or opened.sampling
+    return replace(opened, tokenizer=tokenizer, stop_ids=stops, sampling=sampling)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def finish_reason(request: Request) -> Reason | None:
 def end_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's, the model's own, and of an infilling model the end of a span."""
     blanks = blanks_of(model, tokenizer)
-    ids = {tokenizer.eos_id, *model.stop_ids, blanks.end if blanks else None}
+    ids = {*tokenizer.stop_ids, *model.stop_ids, blanks.end if blanks else None}
     return frozenset(token for token in ids if token is not None)
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.formats import hf
+from minillama.formats import generation_config, hf
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.alibi import Alibi
@@ -118,6 +118,7 @@ class Decoder(nn.Module):
 
     Attributes:
         stop_ids: tokens that end a text besides the tokenizer's own, as the model's folder says.
+        sampling: sampling defaults of the model's folder, which a saved model keeps.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
         loss_kernel: what computes the loss's `softmax_grad`; that itself unless one is set, see `native`.
         step: reads more tokens per row into a state and returns logits (B, V) behind the last, or None where it
@@ -132,6 +133,7 @@ class Decoder(nn.Module):
         self.dropout = dropout
         self.checkpointing = False
         self.stop_ids: frozenset[int] = frozenset()
+        self.sampling: Mapping[str, Any] = {}
         self.step: Callable[[Sequence[Sequence[int]], State, Mask], Tensor | None] | None = None
         self.loss_kernel: SoftmaxGrad | None = None
         self.model = Backbone(config, dropout)
@@ -363,7 +365,7 @@ class Decoder(nn.Module):
         self.load_state_dict(weights, strict=False, assign=True)
         self.model.reset_position_tables(source.config)
         self.to(device)
-        self.stop_ids = source.stop_ids
+        self.stop_ids, self.sampling = source.stop_ids, source.sampling
         return self.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
@@ -380,3 +382,5 @@ class Decoder(nn.Module):
         if is_fused(self):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
         hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))
+        if self.stop_ids or self.sampling:
+            generation_config.write(Path(path), bos_id=None, eos_ids=sorted(self.stop_ids), sampling=self.sampling)

@@ -73,7 +73,11 @@ class ChatTemplate:
         """
         values = {"tools": None, "documents": None, **self.variables, **more, "messages": messages}
         request = {"template": self.template, "values": values, "prefixes": prefixes, "mark": mark}
-        data = json.dumps(request).encode() + b"\n"
+        try:
+            data = json.dumps(request).encode() + b"\n"
+        except TypeError as error:
+            fix = "give each tool as a JSON schema, and not as a function"
+            raise InputError("a message or a tool is not JSON", found=error, fix=fix) from None
         with self._lock:  # one request at a time, or the replies would be mixed up
             try:
                 reply = self._ask(data)

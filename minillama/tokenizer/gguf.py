@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,18 @@ from minillama.tokenizer.pre import PRE, byte_level_bpe
 from minillama.tokenizer.sentencepiece_vocab import Pieces, PieceType
 from minillama.tokenizer.spec import Parts
 
-PREFIX = "tokenizer.ggml."
+PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
+END_OF_TURN = frozenset(
+    {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "<end_of_utterance>", "[e~["}
+    | {"<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "[EOS]", "<EOT>", "_<EOT>", "[EOT]"}
+    | {"<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>"}
+)
+"""Names at which llama.cpp stops, whatever ids a file gives (src/llama-vocab.cpp); besides those of infilling."""
+_HARMONY = ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"})  # where <|end|> ends a part of a turn
 
 
 def read(file: Path) -> Parts:
-    """Read the vocabulary and the chat template.
+    """Read the vocabulary, the chat templates, and the tokens that end a turn.
 
     Raises:
         InputError: a damaged file, or an unknown tokenizer model.
@@ -32,18 +40,31 @@ def read(file: Path) -> Parts:
     scores = _numbers(header, "scores", names, 0.0)
     pieces = Pieces(names, scores, types, dummy_prefix=header.get(f"{PREFIX}add_space_prefix", bool, True))
     if kind == "llama":
-        backend, defaults, add_bos = pieces.backend(), (1, 2), True
+        backend, bos, eos, add_bos = pieces.backend(), _name(header, "bos", 1), _name(header, "eos", 2), True
     elif kind == "gpt2":
         pre = header.get(f"{PREFIX}pre", str)
         backend = _byte_level(header, pre, pieces)
-        defaults, add_bos = (11, 11), pre == "llama-bpe"  # llama.cpp, src/llama-vocab.cpp
+        bos, eos, add_bos = _name(header, "bos"), _name(header, "eos", 11), pre == "llama-bpe"  # llama.cpp's defaults
     else:
         where = f"{file}, {PREFIX}model"
         raise InputError("this kind of tokenizer is not supported", where=where, found=kind, expected="llama or gpt2")
-    bos, eos = _named(header, "bos", defaults[0], names), _named(header, "eos", defaults[1], names)
-    template = header.get("tokenizer.chat_template", str, "")
-    add_bos = header.get(f"{PREFIX}add_bos_token", bool, add_bos)
-    return Parts(backend, eos, bos, add_bos, {"chat_template": template} if template else {})
+    stops = [name for key in ("eot", "eom") if (name := _name(header, key))]
+    stops += end_of_turn(names)
+    add_bos = bos is not None and header.get(f"{PREFIX}add_bos_token", bool, add_bos)
+    return Parts(backend, eos or "", bos, add_bos, {"chat_template": _templates(header)}, stops=stops)
+
+
+def end_of_turn(names: Iterable[str]) -> frozenset[str]:
+    """Tokens of a vocabulary at which llama.cpp stops by their name."""
+    found = END_OF_TURN.intersection(names)
+    return found - {"<|end|>"} if any(found >= pair for pair in _HARMONY) else found
+
+
+def _templates(header: GGUFHeader) -> dict[str, str]:
+    """Chat templates by name."""
+    names = [name for name in header.get(f"{TEMPLATE}s", list, []) if isinstance(name, str)]
+    keys = {"default": TEMPLATE} | {name: f"{TEMPLATE}.{name}" for name in names}
+    return {name: header.get(key, str) for name, key in keys.items() if key in header.metadata}
 
 
 def _byte_level(header: GGUFHeader, pre: str, pieces: Pieces) -> Backend:
@@ -68,8 +89,12 @@ def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> 
     return list(values.tolist())
 
 
-def _named(header: GGUFHeader, key: str, default: int, names: list[str]) -> str:
-    index = header.get(f"{PREFIX}{key}_token_id", int, default)
+def _name(header: GGUFHeader, key: str, default: int | None = None) -> str | None:
+    """Name of a special token, None where the file has neither its id nor a default."""
+    names, where = header.get(f"{PREFIX}tokens", list), f"{PREFIX}{key}_token_id"
+    if default is None and where not in header.metadata:
+        return None
+    index = header.get(where, int, default)
     if not 0 <= index < len(names):
         where, expected = f"{header.path}, {PREFIX}{key}_token_id", f"below {len(names)}"
         raise InputError("this token is not in the vocabulary", where=where, found=index, expected=expected)

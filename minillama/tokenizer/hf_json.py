@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
@@ -14,6 +15,7 @@ from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.spec import Parts, read_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
+SETTINGS, _ADDITIONAL = "tokenizer_config.json", "additional_chat_templates"
 ENCODE_WITH = "encode_with"  # of tokenizer_config.json: tokenizer.model, where tokenizer.json is not exact
 # Defaults where no file names them.
 _EOS_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
@@ -27,14 +29,12 @@ def read(file: Path) -> Parts:
         InputError: no such file, or it is not a tokenizer.json, or it names no end-of-text token.
     """
     backend = _backend(file)
-    settings_file = file.with_name("tokenizer_config.json")
-    settings = read_json(settings_file) if settings_file.exists() else {}
-    template = file.with_name("chat_template.jinja")
-    if template.exists():
-        settings["chat_template"] = read_text(template)
-    settings["chat_template"] = _chat_template(settings.get("chat_template"))
+    settings_file = file.with_name(SETTINGS)
+    settings = _settings(file.parent)
     eos = _token_name(settings.get("eos_token")) or _first_known(backend, _EOS_NAMES)
-    bos = _token_name(settings.get("bos_token")) or _first_known(backend, _BOS_NAMES)
+    bos = _token_name(settings.get("bos_token"))
+    if not settings_file.exists():  # otherwise there is none
+        bos = _first_known(backend, _BOS_NAMES)
     if eos is None:
         raise InputError(
             "the tokenizer names no end-of-text token",
@@ -48,7 +48,8 @@ def read(file: Path) -> Parts:
             raise InputError(what, where=settings_file, found=token, expected=expected)
     # Default: the file's own post-processor, as its models were trained.
     starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
-    parts = Parts(backend, eos, bos, bool(settings.get("add_bos_token", starts)), settings)
+    add_bos = bool(settings.get("add_bos_token", starts)) and (bos is not None or starts)
+    parts = Parts(backend, eos, bos, add_bos, settings)
     if settings.get(ENCODE_WITH) is None:
         return parts
     model = file.with_name("tokenizer.model")
@@ -78,12 +79,38 @@ def _token_name(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _chat_template(value: object) -> str | None:
-    """The chat template, or the one named `default` in a list."""
-    if isinstance(value, list):
-        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
-        value = named[0].get("template") if named else None
-    return value if isinstance(value, str) else None
+def with_settings(parts: Parts, folder: Path) -> Parts:
+    """Parts of a vocabulary of another format with the tokenizer_config.json and the chat templates beside it."""
+    settings = _settings(folder)
+    names = {key: _token_name(settings.get(f"{key}_token")) for key in ("eos", "bos")}
+    known = {key: name for key, name in names.items() if name and parts.backend.token_to_id(name) is not None}
+    add_bos = bool(settings.get("add_bos_token", parts.add_bos))
+    eos, bos = known.get("eos", parts.eos), known.get("bos", parts.bos)
+    return replace(parts, eos=eos, bos=bos, add_bos=add_bos, config={**parts.config, **settings})
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a folder, its chat templates by name, or the only one if it is the default."""
+    file, default = folder / SETTINGS, folder / "chat_template.jinja"
+    settings = read_json(file) if file.exists() else {}
+    templates = dict(_named(settings.pop("chat_template", None)))
+    if default.exists():
+        templates["default"] = read_text(default)
+    templates |= {path.stem: read_text(path) for path in sorted((folder / _ADDITIONAL).glob("*.jinja"))}
+    if templates:
+        settings["chat_template"] = templates["default"] if templates.keys() == {"default"} else templates
+    return settings
+
+
+def _named(value: object) -> Iterator[tuple[str, str]]:
+    """Chat templates of tokenizer_config.json: one, a table, or a list of names and templates."""
+    if isinstance(value, str):
+        value = {"default": value}
+    elif isinstance(value, list):
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+    for name, template in value.items() if isinstance(value, dict) else ():
+        if isinstance(name, str) and isinstance(template, str):
+            yield name, template
 
 
 def _first_known(backend: Backend, names: Iterable[str]) -> str | None:

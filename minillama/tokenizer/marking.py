@@ -44,7 +44,7 @@ class Marking:
     def __init__(self, conversation: Conversation, template: Template, encoder: SpecialEncoder) -> None:
         self.conversation, self.template, self._encoder = conversation, template, encoder
         messages = [message.for_template() for message in conversation.messages]
-        everything = json.dumps([messages, conversation.tools, template.source], ensure_ascii=False)
+        everything = json.dumps([messages, conversation.tools, template.source_for(conversation)], ensure_ascii=False)
         try:
             check_unicode(everything)
             refuse_stand_ins(everything)

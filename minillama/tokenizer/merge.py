@@ -103,7 +103,7 @@ def _extend_sentencepiece(
             raise InputError("the vocabulary has this token already", where=base, found=name)
     model.trainer_spec.vocab_size = len(model.pieces)
     parts = sentencepiece.parse(model.SerializeToString(), "the merged model")
-    parts = replace(parts, add_bos=old.add_bos, config={"chat_template": old.chat_template})
+    parts = replace(parts, add_bos=old.add_bos, config={"chat_template": old.chat_templates})
     return Extended(Tokenizer.of(parts), merged, found)
 
 
@@ -129,7 +129,7 @@ def _extend_byte_level(base: str | Path, extra: str | Path) -> Extended:
     special = [token["content"] for token in spec["added_tokens"] if token["special"]]
     words = [token["content"] for token in spec["added_tokens"] if not token["special"]]
     backend = byte_level_bpe(names, list(merges), steps, special, words, spec["model"]["ignore_merges"])
-    made = Tokenizer.of(replace(first.parts, backend=backend, config={"chat_template": first.chat_template}))
+    made = Tokenizer.of(replace(first.parts, backend=backend, config={"chat_template": first.chat_templates}))
     return Extended(made, made.vocab_size - first.vocab_size)
 
 

@@ -26,7 +26,9 @@ def read(path: str | Path) -> Parts:
     with reading(file), file.open("rb") as stream:
         start = stream.read(4096)
     try:
-        return _reader(file, start)(file)
+        reader = _reader(file, start)
+        parts = reader(file)
+        return parts if reader in (hf_json.read, gguf.read) else hf_json.with_settings(parts, file.parent)
     except InputError as error:
         if error.where is not None:
             raise

@@ -155,7 +155,7 @@ def truncated(rendered: Rendered, context: int, bos_id: int | None = None) -> Re
 
 def _read(marking: Marking, weights: Sequence[float], add_generation_prompt: bool = False) -> tuple[str, list[_Span]]:
     """The conversation and the span of each answer, trained or not."""
-    find = _marked if marking.template.marks_answers else _differences
+    find = _marked if marking.template.marks_answers(marking.conversation) else _differences
     coded, spans = find(marking, weights, add_generation_prompt)
     marking.check_tools(coded)
     return coded, spans

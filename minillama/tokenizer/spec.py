@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ class Parts:
     config: Mapping[str, Any] = field(default_factory=dict)
     model: bytes = b""
     encoder: Any = None
+    stops: Sequence[str] = ()
 
 
 def to_dict(backend: Backend) -> dict[str, Any]:

@@ -52,18 +52,31 @@ class Template:
         name: for messages.
         source: Jinja.
         variables: of the template besides the conversation, such as `bos_token`.
+        tool_use: Jinja for conversations with tools, where it is another.
         begins: whether a sequence begins with BOS where the tokenizer adds one; GLM's begin with tokens of their own.
     """
 
     name: str
     source: str
     variables: Mapping[str, str] = field(default_factory=dict)
+    tool_use: str = ""
     begins: bool = True
 
-    @property
-    def marks_answers(self) -> bool:
-        """Whether `{% generation %}` encloses the answers."""
-        return _GENERATION.search(self.source) is not None
+    def marks_answers(self, conversation: Conversation) -> bool:
+        """Whether `{% generation %}` encloses the answers of a conversation."""
+        return _GENERATION.search(self.source_for(conversation)) is not None
+
+    def source_for(self, conversation: Conversation) -> str:
+        """The Jinja of a conversation, with tools or without.
+
+        Raises:
+            InputError: there is a template for tools alone.
+        """
+        source = self.tool_use if self.tool_use and conversation.tools else self.source
+        if not source:
+            what, found = "this template is for conversations with tools", f"template {self.name}"
+            raise InputError(what, where=conversation.where or None, found=found, fix="name another template")
+        return source
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The text of a conversation.
@@ -86,16 +99,17 @@ class Template:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[str]:
         """Renderings of prefixes of a conversation, see `ChatTemplate.renderings`."""
-        tools = conversation.tools if tools is None else tools
+        tools, source = conversation.tools if tools is None else tools, self.source_for(conversation)
+        chat = self._chats.setdefault(source, ChatTemplate(source, self.variables))
         try:
-            return self._chat.renderings(messages, prefixes, mark, tools=list(tools) or None)
+            return chat.renderings(messages, prefixes, mark, tools=list(tools) or None)
         except InputError as error:
             what = f"{error.what}: template {self.name}"
             raise InputError(what, where=conversation.where or None, found=error.found) from None
 
     @cached_property
-    def _chat(self) -> ChatTemplate:
-        return ChatTemplate(self.source, self.variables)
+    def _chats(self) -> dict[str, ChatTemplate]:
+        return {}
 
 
 def special_tokens(name: str) -> tuple[str, ...]:
@@ -117,10 +131,11 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     glm = {f"{bare}_token": bare if is_special(bare) and not is_special(full) else full for full, bare in _BARE.items()}
     variables = tokenizer.template_variables | glm
     if name in ("", OWN):
-        if tokenizer.chat_template is None:
-            what, expected = "the tokenizer has no chat template", f"{', '.join(BUILTIN)}, or a Jinja file"
+        templates = tokenizer.chat_templates
+        if not templates.keys() & {"default", "tool_use"}:
+            what, expected = tokenizer.no_chat_template().what, f"{', '.join(BUILTIN)}, or a Jinja file"
             raise InputError(what, where="template", expected=expected, fix="name a template")
-        return Template(OWN, tokenizer.chat_template, variables)
+        return Template(OWN, templates.get("default", ""), variables, templates.get("tool_use", ""))
     if name in BUILTIN:
         _check_special(name, tokenizer)
         source = read_text(_FOLDER / f"{name}.jinja")

@@ -56,7 +56,8 @@ def read(file: Path) -> Parts:
         raise InputError("a token is duplicated or empty", where=file)
     merges = merges_by_score({piece: -float(rank) for rank, piece in enumerate(pieces)})
     backend = byte_level_bpe([*pieces, *SPECIAL], merges, STEPS["llama-3"], SPECIAL, ignore_merges=True)
-    return Parts(backend, eos="<|end_of_text|>", bos="<|begin_of_text|>")
+    # where Meta's own code stops
+    return Parts(backend, eos="<|end_of_text|>", bos="<|begin_of_text|>", stops=("<|eom_id|>", "<|eot_id|>"))
 
 
 def write(file: Path, backend: Backend) -> None:

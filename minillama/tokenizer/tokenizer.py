@@ -41,6 +41,7 @@ class Tokenizer:
         config: further members of tokenizer_config.json to keep, such as `chat_template`.
         model: the SentencePiece file that the backend was made from; `save` writes it, too.
         encoder: the file's SentencePieceProcessor, which encodes where the backend only approximates it.
+        stops: further tokens that end a turn, by the file's format; unknown ones are left out.
 
     Raises:
         InputError: `eos` or `bos` is not in the vocabulary.
@@ -56,6 +57,7 @@ class Tokenizer:
         config: Mapping[str, Any] | None = None,
         model: bytes = b"",
         encoder: Any = None,
+        stops: Sequence[str] = (),
     ) -> None:
         backend.no_truncation()  # files in the wild set truncation at 512 and padding, which would pass unnoticed
         backend.no_padding()
@@ -63,7 +65,7 @@ class Tokenizer:
         self.backend = backend
         self.eos_token, self.bos_token = eos, bos or eos
         self.eos_id, self.bos_id = self._id(self.eos_token), self._id(self.bos_token)
-        self.add_bos = add_bos
+        self.add_bos, self._bos, self._stops = add_bos, bos, tuple(stops)
         self._model, self._encoder = model, encoder
         self._config = {key: value for key, value in (config or {}).items() if key in _CARRIED and value is not None}
 
@@ -79,6 +81,17 @@ class Tokenizer:
         bos, id_ = self.bos_token, self.bos_id
         template = TemplateProcessing(single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, id_)])
         self.backend.post_processor = template if value else None
+
+    @property
+    def has_bos(self) -> bool:
+        """Whether there is a beginning-of-text token: one of its own, or `eos` in its place."""
+        return self._bos is not None or self.add_bos
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a text or a turn, as the vocabulary's file says."""
+        ids = map(self.backend.token_to_id, self._stops)
+        return frozenset([self.eos_id, *(i for i in ids if i is not None)])
 
     def _id(self, token: str) -> int:
         index = self.backend.token_to_id(token)
@@ -106,8 +119,8 @@ class Tokenizer:
     @property
     def parts(self) -> Parts:
         """The arguments of this tokenizer."""
-        names = self.eos_token, self.bos_token
-        return Parts(self.backend, *names, self.add_bos, self._config, self._model, self._encoder)
+        own = self.eos_token, self._bos, self.add_bos
+        return Parts(self.backend, *own, self._config, self._model, self._encoder, self._stops)
 
     def save(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
@@ -118,23 +131,31 @@ class Tokenizer:
             folder: created if missing.
             max_length: the model's context in tokens, written as `model_max_length`.
         """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
+        if self._model:
+            (folder / "tokenizer.model").write_bytes(self._model)
+        self.save_settings(folder, max_length)
+
+    def save_settings(self, folder: Path, max_length: int | None = None) -> None:
+        """Write tokenizer_config.json alone, beside a vocabulary of any format; see `save`."""
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": self.bos_token,
+            "bos_token": self.bos_token if self.has_bos else None,
             "eos_token": self.eos_token,
             "add_bos_token": self.add_bos,
             "clean_up_tokenization_spaces": False,
             **self._config,
         }
+        settings.pop("chat_template", None)
+        if templates := self.chat_templates:
+            named = [{"name": name, "template": template} for name, template in templates.items()]
+            settings["chat_template"] = named if templates.keys() != {"default"} else self.chat_template
         if max_length is not None:
             settings["model_max_length"] = max_length
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
         if self._encoder is not None:
             settings[ENCODE_WITH] = "tokenizer.model"
-        if self._model:
-            (folder / "tokenizer.model").write_bytes(self._model)
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
@@ -287,36 +308,56 @@ class Tokenizer:
         return found if found.kind == ModelKind.BPE and not found.charsmap and not found.squeeze else None
 
     @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The Jinja chat templates that the tokenizer came with, by name: `default`, `tool_use` ..."""
+        found: str | Mapping[str, str] = self._config.get("chat_template") or {}
+        return {"default": found} if isinstance(found, str) else found
+
+    @property
     def chat_template(self) -> str | None:
         """The Jinja chat template, if the tokenizer came with one."""
-        return self._config.get("chat_template")
+        return self.chat_templates.get("default")
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> str:
         """A conversation rendered by the model's chat template; encode it with `special=True`.
 
         Args:
             messages: each with `role` and `content`.
             add_generation_prompt: end with the header of an assistant turn.
-            variables: further variables of the template, such as `tools`.
+            tools: descriptions of functions; with them the template `tool_use` is taken where there is one.
+            variables: further variables of the template.
 
         Raises:
             InputError: there is no template, or it fails; see `ChatTemplate`.
         """
-        if self.chat_template is None:
-            raise InputError("the tokenizer has no chat template", fix="use a model that was trained on conversations")
-        return self._chat(messages, add_generation_prompt, **variables)
+        name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
+        if name not in self.chat_templates:
+            raise self.no_chat_template()
+        return self._chats[name](messages, add_generation_prompt, tools=tools, **variables)
+
+    def no_chat_template(self) -> InputError:
+        """Error of a conversation for which the tokenizer has no chat template."""
+        if self.chat_templates:
+            found, fix = ", ".join(self.chat_templates), "give tools, for which tool_use is, or a template"
+            return InputError("the tokenizer has no default chat template", found=found, fix=fix)
+        return InputError("the tokenizer has no chat template", fix="use a model that was trained on conversations")
 
     @property
     def template_variables(self) -> dict[str, Any]:
         """Variables of chat templates: the names of special tokens."""
-        names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        names = {"eos_token": self.eos_token} | ({"bos_token": self.bos_token} if self.has_bos else {})
         return {key: self._config[key] for key in ("unk_token", "pad_token") if key in self._config} | names
 
     @cached_property
-    def _chat(self) -> ChatTemplate:
-        return ChatTemplate(self.chat_template or "", self.template_variables)
+    def _chats(self) -> dict[str, ChatTemplate]:
+        variables = self.template_variables
+        return {name: ChatTemplate(template, variables) for name, template in self.chat_templates.items()}
 
     @cached_property
     def special(self) -> SpecialEncoder:

@@ -65,7 +65,8 @@ def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, repor
     )
     _check_vocabulary(trained, config)
     corpus.check(config.context, config.train.batch_size)
-    trained.add_bos = corpus.separator is not None
+    if not config.train.init_from:  # a model goes on as it was
+        trained.add_bos = corpus.separator is not None
     tokens, held_out = (sum(split.tokens for split in splits) for splits in (corpus.train, corpus.val))
     seconds = time.perf_counter() - began
     size = f"{tokens:,} tokens, {held_out:,} held out, vocabulary {trained.vocab_size} ({seconds:.1f} s)"

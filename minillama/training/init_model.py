@@ -41,6 +41,7 @@ class Start:
             return model.to(self.device)
         model = Decoder(self.initial.config, train.dropout)
         model.load_state_dict({name: tensor.float() for name, tensor in self.initial.tensors.items()})
+        model.stop_ids, model.sampling = self.initial.stop_ids, self.initial.sampling
         if self.config.model.vocab_size > self.initial.config.vocab_size:
             model.resize_embeddings(self.config.model.vocab_size, train.init_embeddings, generator)
         return model.to(self.device)

@@ -89,7 +89,10 @@ class TrainingState:
         self._check(checkpoint)
         model = self.masters[MODEL]
         device = next(model.parameters()).device
-        model.load_state_dict(Decoder.from_pretrained(checkpoint.path, torch.float32, device).state_dict())
+        saved = Decoder.from_pretrained(checkpoint.path, torch.float32, device)
+        model.load_state_dict(saved.state_dict())
+        if isinstance(model, Decoder):
+            model.stop_ids, model.sampling = saved.stop_ids, saved.sampling
         tensors = checkpoint.optimizer_tensors()
         self.objective.load_state_dict(_pop(tensors, "objective/"))
         for name, master in self.masters.items():

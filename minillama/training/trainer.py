@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minillama.device import peak_flops
 from minillama.files import replace_folder
-from minillama.formats import hf
+from minillama.formats import generation_config, hf
 from minillama.inference.generate import generate
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -271,7 +271,8 @@ class Trainer:
         hf.write(path, self.model.config, tensors)
         self.tokenizer.save(path)
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        hf.write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
+        stops = [self.tokenizer.eos_id, *sorted(self.tokenizer.stop_ids | self.model.stop_ids)]
+        generation_config.write(path, bos_id=bos, eos_ids=stops, sampling=self.model.sampling)
 
     def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""

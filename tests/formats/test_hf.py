@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from minillama import Decoder, ModelConfig, Tokenizer, generate
 from minillama.errors import InputError
-from minillama.formats.hf import parse_size, write_token_ids
+from minillama.formats import generation_config
+from minillama.formats.hf import parse_size
 from minillama.inference.sampling import Sampling
 
 Make = Callable[..., Decoder]
@@ -111,7 +112,7 @@ def test_token_ids_are_said_or_null(make: Make, bpe: Tokenizer, tmp_path: Path) 
     make().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["bos_token_id"] is None and config["eos_token_id"] is None
-    write_token_ids(tmp_path, bos_id=None, eos_id=7)
+    generation_config.write(tmp_path, bos_id=None, eos_ids=[7], sampling={})
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7
     assert Decoder.from_pretrained(tmp_path).stop_ids == {7}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9, "x"]}')
