@@ -11,7 +11,9 @@ from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
+from minillama.inference.quantize import quantize
 from minillama.model import Decoder
+from minillama.model.lora import add_lora
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
@@ -25,7 +27,7 @@ class Start:
         device: of the model.
         dtype: of the forward and backward passes.
         tokenizer: that of tokenizer.path, or its trainer; with the objective's special tokens.
-        initial: the model to initialize from; None for random weights, or those of a checkpoint.
+        initial: the model to initialize from, or under an adapter; None for random weights, or those of a checkpoint.
     """
 
     config: RunConfig
@@ -35,17 +37,23 @@ class Start:
     initial: ModelFile | None
 
     def build_model(self) -> Decoder:
-        """Decoder on the device, in float32: drawn from the run's seed, or the initial one's, its vocabulary grown."""
-        train, generator = self.config.train, torch.Generator().manual_seed(self.config.seed)
+        """Decoder on the device: drawn from the run's seed, or the initial one's, its vocabulary grown.
+
+        In float32; under an adapter the weights are frozen, and as the passes read them.
+        """
+        train, lora, generator = self.config.train, self.config.lora, torch.Generator().manual_seed(self.config.seed)
         if self.initial is None:
             model = Decoder(self.config.model, train.dropout)
             model.init_weights(generator)
             return model.to(self.device)
-        model = Decoder(self.initial.config, train.dropout)
-        model.load_state_dict({name: tensor.float() for name, tensor in self.initial.tensors.items()})
+        model = Decoder(self.initial.config, train.dropout).to(torch.float32 if lora is None else self.dtype)
+        model.load_state_dict({name: tensor.to(model.dtype) for name, tensor in self.initial.tensors.items()})
         if self.config.model.vocab_size > self.initial.config.vocab_size:
             model.resize_embeddings(self.config.model.vocab_size, train.init_embeddings, generator)
-        return model.to(self.device)
+        model = model.to(self.device)
+        if lora is None:
+            return model
+        return add_lora(quantize(model, train.quantize), lora, generator=generator)
 
 
 def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
@@ -53,7 +61,8 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
 
     Args:
         config: the run.
-        is_resumed: a checkpoint's weights will be loaded, so that the model to start from is not needed.
+        is_resumed: a checkpoint's weights will be loaded, so that the model to start from is not needed, unless it is
+            under an adapter.
 
     Raises:
         InputError: a device that is not there, a file that cannot be read, or a tokenizer that gives an id of the
@@ -61,7 +70,7 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
     """
     device = choose_device(config.train.device)
     tokenizer = _choose_tokenizer(config)
-    initial = open_model(config.train.init_from) if config.train.init_from and not is_resumed else None
+    initial = open_model(config.train.init_from) if config.train.init_from and (config.lora or not is_resumed) else None
     if initial is not None and isinstance(tokenizer, Tokenizer):
         if initial.tokenizer is not None and Path(initial.tokenizer) != Path(config.tokenizer.path):
             _check_ids(Tokenizer.load(initial.tokenizer), tokenizer, config.tokenizer.path)

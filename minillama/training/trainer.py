@@ -6,15 +6,12 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from minillama.device import peak_flops
 from minillama.files import replace_folder
-from minillama.formats import hf
 from minillama.inference.generate import generate
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -25,11 +22,11 @@ from minillama.runs.folder import RunFolder, append_line, read_lines
 from minillama.runs.report import Report
 from minillama.runs.signals import Interrupted, Signals
 from minillama.runs.writer import CheckpointWriter
-from minillama.tokenizer import Tokenizer
 from minillama.training import trainable
 from minillama.training.compile import Compiler, use_native_kernels
 from minillama.training.gradients import accumulate, clip, is_finite
 from minillama.training.guard import Guard
+from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.optim.groups import change_settings, make_optimizers
 from minillama.training.optim.schedule import learning_rate
@@ -49,7 +46,7 @@ class Trainer:
         config: the run.
         dtype: of the forward and backward passes.
         objective: the loss, its data and its models, on their device.
-        tokenizer: saved beside every model.
+        saved: how the model is written.
         folder: where everything is written.
         report: where everything is printed.
         checkpoint: to resume from; None starts at step 0.
@@ -63,12 +60,12 @@ class Trainer:
         config: RunConfig,
         dtype: torch.dtype,
         objective: Objective,
-        tokenizer: Tokenizer,
+        saved: ModelFolder,
         folder: RunFolder,
         report: Report,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        self.config, self.dtype, self.objective, self.tokenizer = config, dtype, objective, tokenizer
+        self.config, self.dtype, self.objective, self.saved = config, dtype, objective, saved
         self.folder, self.report = folder, report
         self.masters, self.ranks = dict(objective.models), Ranks.current()
         self.model = model = cast(Decoder, self.masters[MODEL])
@@ -79,9 +76,9 @@ class Trainer:
         self.doing = "training"
         trainable.check(config.stages, self.masters)
         model.checkpointing = config.train.checkpointing
-        self.writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep, self._write_model, report)
+        self.writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep, saved.write, report)
         self._unrecorded: dict[str, Any] | None = None
-        self.state = TrainingState(objective, tokenizer, self.optimizers, self.guard)
+        self.state = TrainingState(objective, saved, self.optimizers, self.guard)
         for companion in objective.companions.values():
             companion.to(dtype).eval().requires_grad_(False)
         if checkpoint is not None:
@@ -107,7 +104,7 @@ class Trainer:
             try:
                 self._run()
                 self.writer.finish()
-                replace_folder(self.folder.model, lambda path: self._write_model(path, self.model.state_dict()))
+                replace_folder(self.folder.model, lambda path: self.saved.write(path, self.saved.tensors()))
                 self.signals.check()
             except Interrupted:
                 self.writer.finish()
@@ -262,14 +259,8 @@ class Trainer:
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
         for prompt in wanted.prompts:
-            completion = generate(self.working, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
+            completion = generate(self.working, self.saved.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
-
-    def _write_model(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        hf.write(path, self.model.config, tensors)
-        self.tokenizer.save(path)
-        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        hf.write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
 
     def _take_up(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
