@@ -14,11 +14,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
 
 SECONDS, MEMORY, SIZE = 5.0, 1 << 30, 10_000_000
+_WORKER = Path(__file__).with_name("chat_worker.py")  # run as a file: the package would take longer to import
 
 
 class ChatTemplate:
@@ -52,25 +54,42 @@ class ChatTemplate:
             InputError: the template is not valid Jinja, refuses the messages, violates the sandbox, or exceeds
                 the time or size limit.
         """
-        asked = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        values = {"tools": None, "documents": None, **self.variables, **more, **asked}
-        request = json.dumps({"template": self.template, "values": values}).encode() + b"\n"
+        return self.renderings(messages, [(len(messages), add_generation_prompt)], **more)[0]
+
+    def renderings(
+        self, messages: Sequence[Mapping[str, Any]], prefixes: Sequence[tuple[int, bool]], mark: str = "", **more: Any
+    ) -> list[str]:
+        """Renderings of prefixes of a conversation.
+
+        Args:
+            messages: the whole conversation.
+            prefixes: number of messages and `add_generation_prompt` of each rendering.
+            mark: a character that is nowhere in the messages. Each `{% generation %}` block is rendered as
+                mark + "(" + body + mark + ")".
+            more: further variables, such as `tools`.
+
+        Raises:
+            InputError: as for a call.
+        """
+        values = {"tools": None, "documents": None, **self.variables, **more, "messages": messages}
+        request = {"template": self.template, "values": values, "prefixes": prefixes, "mark": mark}
+        data = json.dumps(request).encode() + b"\n"
         with self._lock:  # one request at a time, or the replies would be mixed up
             try:
-                reply = self._ask(request)
+                reply = self._ask(data)
             except BaseException:
                 self.close()  # a reply that was not read must not become the next one
                 raise
-        if "text" not in reply:
+        if "texts" not in reply:
             raise InputError("the chat template failed", found=reply["error"])
-        text: str = reply["text"]
-        return text
+        texts: list[str] = reply["texts"]
+        return texts
 
     def _ask(self, request: bytes) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
             self.close()
             # -P and our own search path: modules in the current folder must not be imported
-            command = [sys.executable, "-P", "-m", "minillama.tokenizer.chat_worker", str(MEMORY), str(SIZE)]
+            command = [sys.executable, "-P", str(_WORKER), str(MEMORY), str(SIZE)]
             path = os.pathsep.join(entry for entry in sys.path if entry)
             environment = os.environ | {"PYTHONPATH": path}
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

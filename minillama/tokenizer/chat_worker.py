@@ -6,7 +6,7 @@ import json
 import sys
 from datetime import datetime
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
@@ -16,9 +16,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: delimits assistant turns, renders as its body (transformers)."""
+    """`{% generation %} ... {% endgeneration %}`: delimits assistant turns, renders as its body (transformers).
+
+    Where a request gives a mark, the body is rendered as mark + "(" + body + mark + ")".
+    """
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
+    mark: ClassVar[str] = ""
 
     def parse(self, parser: Parser) -> Node | list[Node]:
         """The block's body, unchanged."""
@@ -28,7 +32,7 @@ class Generation(Extension):
 
     def _content(self, caller: Any) -> str:
         text: str = caller()
-        return text
+        return f"{self.mark}({text}{self.mark})" if self.mark else text
 
 
 def _refuse(message: str) -> NoReturn:
@@ -52,6 +56,26 @@ def _compiled(template: str) -> Template:
     return environment.from_string(template)
 
 
+def _render(request: dict[str, Any], size: int) -> list[str]:
+    """Texts of a request: for each `prefixes` pair, the first n messages, with or without the generation prompt."""
+    template, values = _compiled(request["template"]), dict(request["values"])
+    messages = values.pop("messages")
+    texts = []
+    for count, prompt in request["prefixes"]:
+        values |= {"messages": messages[:count], "add_generation_prompt": prompt}
+        Generation.mark = request["mark"]
+        text = template.render(**values)
+        if request["mark"] and f"{request['mark']}(" in text:
+            Generation.mark = ""
+            plain = template.render(**values)
+            if plain != text.replace(f"{request['mark']}(", "").replace(f"{request['mark']})", ""):
+                raise TemplateError("generation: a filter on the block changes its ends; apply it inside the block")
+        if len(text) > size:
+            raise TemplateError(f"a text of {len(text)} characters, and at most {size} are allowed")
+        texts.append(text)
+    return texts
+
+
 def main(memory: int, size: int) -> None:
     """Serve requests until the input ends.
 
@@ -68,11 +92,7 @@ def main(memory: int, size: int) -> None:
     print(flush=True)
     for line in sys.stdin:
         try:
-            request = json.loads(line)
-            text = _compiled(request["template"]).render(**request["values"])
-            if len(text) > size:
-                raise TemplateError(f"a text of {len(text)} characters, and at most {size} are allowed")
-            reply = {"text": text}
+            reply: dict[str, Any] = {"texts": _render(json.loads(line), size)}
         except Exception as error:  # untrusted code raises anything
             reply = {"error": f"{type(error).__name__}: {error}"[:300]}
         print(json.dumps(reply), flush=True)

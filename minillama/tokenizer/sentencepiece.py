@@ -117,6 +117,18 @@ class SentencePieceEncoder:
         """Id and surface form of each token; an unknown token has the text that it covers."""
         return list(zip(self([text])[0], self._processor.encode(text, out_type=str), strict=True))
 
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and the range of characters that each covers."""
+        from sentencepiece import sentencepiece_pb2
+
+        protos: Any = sentencepiece_pb2
+        found = protos.SentencePieceText()
+        found.ParseFromString(self._processor.encode(text, out_type="serialized_proto"))
+        places = [0]  # of a byte: the character that it belongs to
+        for number, character in enumerate(text, 1):
+            places += [number] * len(character.encode())
+        return [p.id for p in found.pieces], [(places[p.begin], places[p.end]) for p in found.pieces]
+
     def normalize(self, text: str) -> str:
         """The normalized text, with U+2581 for spaces."""
         normal: str = self._processor.normalize(text)

@@ -24,6 +24,9 @@ class Encoder(Protocol):
     def surfaces(self, text: str) -> list[tuple[int, str]]:
         """Id and surface form of each token; an unknown token has the text that it covers."""
 
+    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and the range of characters that each covers."""
+
     def normalize(self, text: str) -> str:
         """The normalized text."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from hashlib import sha256
@@ -22,6 +21,7 @@ from minillama.tokenizer.hf_json import ENCODE_WITH, END_OF_TEXT
 from minillama.tokenizer.pre import pre_name
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.spec import Encoder, Parts
+from minillama.tokenizer.special import SpecialEncoder
 from minillama.tokenizer.stream import StreamDecoder
 
 # Members kept of a loaded tokenizer_config.json, besides those that save() writes itself.
@@ -181,13 +181,8 @@ class Tokenizer:
         """
         if not special:
             return [self.bos_id] * bos + self.encode_batch([text])[0]
-        if self._encoder is None:
-            return [self.bos_id] * bos + _encode(self._special_backend, [text])[0]
-        names = {name: i for i in self.special_ids if (name := self.backend.id_to_token(i))}
-        ids = [self.bos_id] * bos
-        for part in re.split("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")", text):
-            ids += [names[part]] if part in names else self.encode_batch([part])[0] if part else []
-        return ids
+        check_unicode(text)
+        return [self.bos_id] * bos + self.special(self.special.code(text)).ids
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that continues another.
@@ -313,20 +308,22 @@ class Tokenizer:
             raise InputError("the tokenizer has no chat template", fix="use a model that was trained on conversations")
         return self._chat(messages, add_generation_prompt, **variables)
 
-    @cached_property
-    def _chat(self) -> ChatTemplate:
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of chat templates: the names of special tokens."""
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        carried = {key: self._config[key] for key in ("unk_token", "pad_token") if key in self._config}
-        return ChatTemplate(self.chat_template or "", carried | names)
+        return {key: self._config[key] for key in ("unk_token", "pad_token") if key in self._config} | names
 
     @cached_property
-    def _special_backend(self) -> Backend:
-        # A second backend, not a flag: an encode in another thread must not see the switch. In files whose
-        # special tokens are `normalized`, the space in front of a text would become part of them.
-        spec = json.loads(self.backend.to_str())
-        for token in spec["added_tokens"]:
-            token["normalized"] = token["normalized"] and not token["special"]
-        return Backend.from_str(json.dumps(spec))
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.chat_template or "", self.template_variables)
+
+    @cached_property
+    def special(self) -> SpecialEncoder:
+        """Encoder of texts in which special tokens stand beside plain text."""
+        names = {name: i for i in self.special_ids if (name := self.backend.id_to_token(i))}
+        own = {self.bos_token: self.bos_id, self.eos_token: self.eos_id}
+        return SpecialEncoder(self.backend, names | own, self._encoder)
 
 
 def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
@@ -340,6 +337,8 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
 
 def check_unicode(text: str) -> None:
     """Refuse lone surrogates."""
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        what = "this text is not valid Unicode: it holds a lone surrogate"
-        raise InputError(what, found=ascii(text[:80]), fix="give it as UTF-8") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what, found = "this text is not valid Unicode: it holds a lone surrogate", ascii(text[error.start :][:80])
+        raise InputError(what, found=found, fix="give it as UTF-8") from None

@@ -1,0 +1,153 @@
+"""Chat templates: the built-in ones, a file of one's own, and that of a tokenizer; all of them Jinja.
+
+`{% generation %}` encloses what the assistant writes, up to the token that ends its turn: the trained span. The
+built-in templates are the files of the folder `templates`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from minillama.errors import InputError
+from minillama.tokenizer.chat import ChatTemplate
+from minillama.tokenizer.conversation import Conversation
+from minillama.tokenizer.spec import read_text
+from minillama.tokenizer.tokenizer import Tokenizer
+
+OWN = "own"
+"""Name of the template that comes with the tokenizer."""
+
+_FOLDER = Path(__file__).with_name("templates")
+_GLM = ("[gMASK]", "<sop>", "<eop>")
+# special tokens that each template writes, besides BOS and EOS
+_SPECIAL: Mapping[str, tuple[str, ...]] = {
+    "alpaca": (),
+    "chatglm": _GLM,
+    "chatglm2": _GLM[:2],
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama-2": (),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "plain": (),
+    "vicuna": (),
+    "ziya": (),
+}
+BUILTIN = tuple(_SPECIAL)
+_WITH_ROLES = ("chatml", "llama-3")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+# GLM's tokenizers have these names with or without brackets
+_BARE = {"<sop>": "sop", "<eop>": "eop"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """Chat template.
+
+    Args:
+        name: for messages.
+        source: Jinja.
+        variables: of the template besides the conversation, such as `bos_token`.
+        begins: whether a sequence begins with BOS where the tokenizer adds one; GLM's begin with tokens of their own.
+    """
+
+    name: str
+    source: str
+    variables: Mapping[str, str] = field(default_factory=dict)
+    begins: bool = True
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether `{% generation %}` encloses the answers."""
+        return _GENERATION.search(self.source) is not None
+
+    def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
+        """The text of a conversation.
+
+        Encode a conversation with `encode` or `encode_prompt` instead of its text: in a text, the name of a special
+        token in a user's message is not to be told from the template's own.
+
+        Raises:
+            InputError: the template refuses the conversation, or fails; see `ChatTemplate`.
+        """
+        messages = [message.for_template() for message in conversation.messages]
+        return self.renderings(conversation, messages, [(len(messages), add_generation_prompt)])[0]
+
+    def renderings(
+        self,
+        conversation: Conversation,
+        messages: Sequence[Mapping[str, Any]],
+        prefixes: Sequence[tuple[int, bool]],
+        mark: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[str]:
+        """Renderings of prefixes of a conversation, see `ChatTemplate.renderings`."""
+        tools = conversation.tools if tools is None else tools
+        try:
+            return self._chat.renderings(messages, prefixes, mark, tools=list(tools) or None)
+        except InputError as error:
+            what = f"{error.what}: template {self.name}"
+            raise InputError(what, where=conversation.where or None, found=error.found) from None
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self.source, self.variables)
+
+
+def special_tokens(name: str) -> tuple[str, ...]:
+    """Special tokens that a built-in template needs, besides BOS and EOS; none for others."""
+    return _SPECIAL.get(name, ())
+
+
+def load_template(name: str, tokenizer: Tokenizer) -> Template:
+    """Chat template for a tokenizer.
+
+    Args:
+        name: one of `BUILTIN`; `own` or nothing for the tokenizer's; or the path of a Jinja file.
+        tokenizer: its special tokens are variables of the template.
+
+    Raises:
+        InputError: no such template, or the tokenizer lacks special tokens that it needs.
+    """
+    is_special = tokenizer.special.names.fullmatch
+    glm = {f"{bare}_token": bare if is_special(bare) and not is_special(full) else full for full, bare in _BARE.items()}
+    variables = tokenizer.template_variables | glm
+    if name in ("", OWN):
+        if tokenizer.chat_template is None:
+            what, expected = "the tokenizer has no chat template", f"{', '.join(BUILTIN)}, or a Jinja file"
+            raise InputError(what, where="template", expected=expected, fix="name a template")
+        return Template(OWN, tokenizer.chat_template, variables)
+    if name in BUILTIN:
+        _check_special(name, tokenizer)
+        source = read_text(_FOLDER / f"{name}.jinja")
+        if name not in _WITH_ROLES:
+            source = read_text(_FOLDER / "turns.jinja") + source
+        return Template(name, source, variables, begins=not name.startswith("chatglm"))
+    if not Path(name).is_file():
+        near = get_close_matches(name, BUILTIN, n=1)
+        raise InputError(
+            "no such template",
+            where="template",
+            found=name,
+            expected=f"{', '.join(BUILTIN)}, {OWN} for the tokenizer's, or the path of a Jinja file",
+            fix=f"did you mean {near[0]!r}?" if near else None,
+        )
+    return Template(name, read_text(Path(name)), variables)
+
+
+def _check_special(name: str, tokenizer: Tokenizer) -> None:
+    known = tokenizer.special.names
+    missing = [token for token in _SPECIAL[name] if not known.fullmatch(token)]
+    missing = [token for token in missing if not known.fullmatch(_BARE.get(token, token))]
+    if missing:
+        raise InputError(
+            f"the tokenizer lacks special tokens of the template {name}",
+            where="template",
+            found=f"no {', '.join(missing)}",
+            expected="a tokenizer with them",
+            fix="choose a template of plain text such as alpaca or vicuna, or add the tokens",
+        )
