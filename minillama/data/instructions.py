@@ -36,6 +36,12 @@ class Example:
     prompt: Sequence[int] = ()
     where: str = ""
 
+    @classmethod
+    def of(cls, ids: Sequence[int], weights: Sequence[float], where: str = "") -> Example:
+        """Example of lists."""
+        prompt = ids[: next((i for i, weight in enumerate(weights) if weight), 0)]
+        return cls(np.asarray(ids, np.int32), np.asarray(weights, np.float32), prompt, where)
+
 
 class Rows(NamedTuple):
     """Batch of rows; B rows of T slots.
@@ -92,7 +98,6 @@ class Instructions:
             joined and cut into rows (LLaMA 2, arXiv 2307.09288, §3.1); `none`, one per row.
         fingerprint: SHA-256 of ids, weights and the split.
         skipped: records left out.
-        truncated: records that were cut to the context.
     """
 
     train: Sequence[Example]
@@ -101,7 +106,6 @@ class Instructions:
     packing: Packing = "best-fit"
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
-    truncated: int = 0
 
     @classmethod
     def of(
@@ -111,7 +115,6 @@ class Instructions:
         context: int,
         packing: Packing,
         skipped: Skipped | None = None,
-        truncated: int = 0,
     ) -> Instructions:
         """Data set of two splits, with its fingerprint.
 
@@ -132,7 +135,7 @@ class Instructions:
             digest.update(f"{len(split)}".encode())
             for example in split:
                 digest.update(example.ids.tobytes() + example.weights.tobytes())
-        return cls(train, val, context, packing, digest.hexdigest(), skipped or Skipped(), truncated)
+        return cls(train, val, context, packing, digest.hexdigest(), skipped or Skipped())
 
     def rows(self, seed: int, step: int, count: int) -> Rows:
         """Rows of a step, without replacement within an epoch: a pure function of the arguments."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from minillama.data.builtin import modules, parse, signature
+from minillama.data.permutation import hash_fraction
 from minillama.data.reading import Document, Record, read_file
-from minillama.data.split import hash_fraction
 
-NAME = "python-qa"
+PYTHON_QA = "python-qa"
 LONGEST = 200  # characters of an answer
 
 WHAT = ("What does {name} do?", "Explain {name} in one sentence.", "What is {name} for?")
@@ -36,7 +36,7 @@ def python_qa() -> Iterator[Record]:
                 for name, node in _public(parse(source.text), ""):
                     conversation = _conversation(module, name, node)
                     if conversation is not None:
-                        yield Record(conversation, f"{NAME}, {module}.{name}")
+                        yield Record(conversation, f"{PYTHON_QA}, {module}.{name}")
 
 
 def _public(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, Documented]]:

@@ -6,13 +6,18 @@ import codecs
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from minillama.errors import InputError
+
+RECORDS = (".jsonl", ".json", ".ndjson")
+"""Suffixes of files with records."""
 
 _LOCATIONS = 5
 T = TypeVar("T")
@@ -60,10 +65,12 @@ class Skipped:
     Args:
         counts: by reason.
         places: locations of the first few, as file:line.
+        notes: number of documents that were changed, by the change.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     places: list[str] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, bad: BadText) -> None:
         """Add a document."""
@@ -71,10 +78,16 @@ class Skipped:
         if len(self.places) < _LOCATIONS:
             self.places.append(str(bad.where))
 
+    def note(self, change: str) -> None:
+        """Count a document that was changed."""
+        self.notes[change] = self.notes.get(change, 0) + 1
+
     def merge(self, other: Skipped) -> None:
         """Add another's counts."""
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
+        for change, count in other.notes.items():
+            self.notes[change] = self.notes.get(change, 0) + count
         self.places = (self.places + other.places)[:_LOCATIONS]
 
     @property
@@ -84,7 +97,8 @@ class Skipped:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        return f"{self.total} documents left out: {reasons} ({', '.join(self.places)})" if self.total else ""
+        left_out = [f"{self.total} documents left out: {reasons} ({', '.join(self.places)})"] if self.total else []
+        return "; ".join(left_out + [f"{count} {change}" for change, count in self.notes.items()])
 
 
 def need_extra(package: str, what: str) -> InputError:
@@ -113,13 +127,25 @@ def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
 
 
 def read_records(path: Path) -> Iterator[Record | BadText]:
-    """Objects of a JSONL file, .gz and .zst decompressed; see `read_file`."""
-    yield from _guarded(path, lambda stream: _json_lines(stream, path))
+    """Objects of a JSONL file, or of a JSON file with an array; .gz and .zst decompressed; see `read_file`.
+
+    The content says which of the two it is. JSONL is read line by line, an array as a whole.
+    """
+    yield from _guarded(path, lambda stream: _json_records(stream, path))
 
 
 def is_jsonl(path: Path) -> bool:
     """Whether a file has the suffix of JSONL: one JSON object per line."""
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix == ".jsonl"
+    return _format(path) == ".jsonl"
+
+
+def holds_records(path: Path) -> bool:
+    """Whether a file has the suffix of JSON or JSONL."""
+    return _format(path) in RECORDS
+
+
+def _format(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
 
 
 def _guarded(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
@@ -158,15 +184,80 @@ def from_record(record: object, key: str, where: str) -> Document | BadText:
     return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r} (source field)")
 
 
-def _no_object(value: object, where: str) -> BadText:
-    what, found = "this line is not a JSON object", type(value).__name__
-    return BadText("malformed JSON", what, where=where, found=found)
+def _no_object(value: object, where: str, what: str = "this line") -> BadText:
+    return BadText("malformed JSON", f"{what} is not a JSON object", where=where, found=type(value).__name__)
 
 
 def _text(data: bytes, path: str) -> Document | BadText:
     data = data.removeprefix(codecs.BOM_UTF8)
     text = _decode(data, path, None)
     return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), path)
+
+
+def _json_records(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadText]:
+    lines = iter(stream)
+    head = list(_until_text(lines))
+    first = head[-1].removeprefix(codecs.BOM_UTF8).strip() if head else b""
+    after = list(_until_text(lines)) if first.startswith(b"[") else []
+    text = chain(head, after, lines)
+    if not _is_whole(first, is_last=not b"".join(after).strip(), is_jsonl=is_jsonl(path)):
+        yield from _json_lines(text, path)
+        return
+    whole = _decode(b"".join(text).removeprefix(codecs.BOM_UTF8), str(path), None)
+    if isinstance(whole, BadText):
+        yield whole
+    else:
+        yield from _json_values(whole, path)
+
+
+def _is_whole(first: bytes, is_last: bool, is_jsonl: bool) -> bool:
+    """Whether the first line begins a value of several lines, or is an array that is all of the file."""
+    if first.startswith(b"[") and is_last:
+        return True
+    if is_jsonl and first != b"[" and not first.startswith(b"[{"):
+        return False  # a damaged line
+    return first[:1] in (b"[", b"{") and not _is_json(first)
+
+
+def _until_text(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines up to the next that is not blank."""
+    for line in lines:
+        yield line
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            return
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_values(text: str, path: Path) -> Iterator[Record | BadText]:
+    """Objects of an array, or one behind the other."""
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    text = text.strip()
+    place, end = (1, "]") if text.startswith("[") else (0, "")
+    number = 0
+    while (place := _behind(blank, text, place)) < len(text) and text[place] != end:
+        number += 1
+        where = f"{path}, record {number}"
+        try:
+            value, place = decode(text, place)
+        except (ValueError, RecursionError) as error:
+            yield BadText("malformed JSON", "the file is not JSON from here on", where=where, found=error)
+            return
+        yield Record(value, where) if isinstance(value, dict) else _no_object(value, where, "this record")
+    if text[place:] != end:
+        what, where = "the file's array does not end with it", f"{path}, behind record {number}"
+        yield BadText("malformed JSON", what, where=where, found=repr(text[place:][:60]), expected="]")
+
+
+def _behind(pattern: re.Pattern[str], text: str, place: int) -> int:
+    match = pattern.match(text, place)
+    return match.end() if match else place
 
 
 def _json_lines(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadText]:

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minillama.data.builtin import BUILTIN, builtin_documents
+from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
+    RECORDS,
     BadText,
     Document,
     Record,
     Skipped,
     from_record,
-    is_jsonl,
+    holds_records,
     need_extra,
     read_file,
     read_records,
@@ -45,7 +47,7 @@ class Source:
     """
 
     name: str = ""
-    """python-docs, python-code, hf:NAME or hf:NAME:CONFIG of the Hugging Face hub, or anything `path` can be."""
+    """python-docs, python-code, python-qa, hf:NAME or hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
     path: str = ""
     """A text file (one document), a .jsonl file (one per line), a folder of them, a glob; .gz and .zst as well."""
     field: str = "text"
@@ -92,24 +94,26 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
 
 
 def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
-    """JSON objects of a source's .jsonl files, in the order of the files. The arguments are those of `documents`.
+    """JSON objects of a source's .jsonl, .json and .ndjson files, or rows of a data set of the hub.
+
+    The order is that of the files, and the arguments are those of `documents`.
 
     Raises:
         InputError: as `documents`; a source of text, not records.
     """
-    if source.name in BUILTIN or source.name.startswith(_HF):
+    if source.name in BUILTIN:
         what = "this source gives texts, not records"
-        raise InputError(what, where="data.sources", found=source.name, expected=".jsonl files")
-    for path in _files(source.label):
-        if not is_jsonl(path):
-            raise InputError("this file holds no records", where=path, expected="a .jsonl file, perhaps .gz or .zst")
-        for item in read_records(path):
-            if isinstance(item, Record):
-                yield item
-            elif on_error == "stop":
-                raise item
-            elif report is not None:
-                report.add(item)
+        raise InputError(what, where="data.sources", found=source.name, expected=".jsonl or .json files")
+    if source.name == PYTHON_QA:
+        yield from python_qa()
+        return
+    for item in _record_items(source):
+        if isinstance(item, Record):
+            yield item
+        elif on_error == "stop":
+            raise item
+        elif report is not None:
+            report.add(item)
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def identity(source: Source) -> dict[str, Any]:
     if source.name.startswith(_HF) and not Path(source.name.removeprefix(_HF)).is_dir():
         return known
     lines = []
-    for path in _files(source.label.removeprefix(_HF), every=source.name.startswith(_HF)):
+    for path in _files(source.label.removeprefix(_HF), ("",) if source.name.startswith(_HF) else _SUFFIXES):
         try:
             status = path.stat()
         except OSError as error:
@@ -137,37 +141,51 @@ def identity(source: Source) -> dict[str, Any]:
 
 
 def _items(source: Source) -> Iterator[Document | BadText]:
+    if source.name == PYTHON_QA:
+        what, fix = "this source gives conversations, not texts", "add --data.template auto"
+        raise InputError(what, where="data.sources", found=source.name, fix=fix)
     if source.name in BUILTIN:
         yield from builtin_documents(source.name)
     elif source.name.startswith(_HF):
-        yield from _data_set(source)
+        yield from (from_record(row, source.field, where) for row, where in _rows(source))
     else:
         for path in _files(source.label):
             yield from read_file(path, source.field)
 
 
-def _files(name: str, every: bool = False) -> list[Path]:
-    """Files of a path or a glob, sorted by name; at least one."""
+def _record_items(source: Source) -> Iterator[Record | BadText]:
+    if source.name.startswith(_HF):
+        yield from (Record(row, where) for row, where in _rows(source))
+        return
+    for path in _files(source.label, RECORDS):
+        if not holds_records(path):
+            expected = f"a file ending in {' '.join(RECORDS)}, perhaps with .gz or .zst behind"
+            raise InputError("this file holds no records", where=path, expected=expected)
+        yield from read_records(path)
+
+
+def _files(name: str, suffixes: tuple[str, ...] = _SUFFIXES) -> list[Path]:
+    """Files of a path or a glob, sorted by name; at least one. A folder gives those with the suffixes."""
     path = Path(name).expanduser()
     if "://" in name:
         raise InputError("a URL instead of a path", found=name, fix="download it first")
     if path.is_dir():
-        found = list(_walk(path, frozenset(), every))
-        expected = f"files ending in {' '.join(_SUFFIXES)}, perhaps with .gz or .zst behind"
+        found = list(_walk(path, frozenset(), suffixes))
+        expected = f"files ending in {' '.join(suffixes)}, perhaps with .gz or .zst behind"
     elif path.exists() or path.is_symlink():
         return [path]
     else:
         found = [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if not match.is_dir()]
-        expected = f"a file, a folder, a glob that matches something, {', '.join(BUILTIN)}, or hf:NAME"
+        expected = f"a file, a folder, a glob that matches something, {', '.join((*BUILTIN, PYTHON_QA))}, or hf:NAME"
     if not found:
-        close = get_close_matches(name, BUILTIN, n=1)
+        close = get_close_matches(name, (*BUILTIN, PYTHON_QA), n=1)
         fix = f"did you mean {close[0]!r}?" if close else None
         raise InputError("this source holds no files", where="data.sources", found=name, expected=expected, fix=fix)
     return found
 
 
-def _walk(folder: Path, above: frozenset[Path], every: bool) -> Iterator[Path]:
-    """Text files below a folder, except hidden ones. Links are followed, circular ones refused."""
+def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """Files below a folder with one of the suffixes, except hidden ones. Links are followed, circular ones refused."""
     real = folder.resolve()
     if real in above:
         raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
@@ -179,13 +197,13 @@ def _walk(folder: Path, above: frozenset[Path], every: bool) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _walk(path, above | {real}, every)
-        elif every or path.name.removesuffix(".gz").removesuffix(".zst").endswith(_SUFFIXES):
+            yield from _walk(path, above | {real}, suffixes)
+        elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(suffixes):
             yield path
 
 
-def _data_set(source: Source) -> Iterator[Document | BadText]:
-    """Streamed rows of split `train`."""
+def _rows(source: Source) -> Iterator[tuple[Any, str]]:
+    """Streamed rows of split `train` of a data set of the hub, and where each is."""
     try:
         import datasets
     except ImportError:
@@ -194,7 +212,7 @@ def _data_set(source: Source) -> Iterator[Document | BadText]:
     try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
-            yield from_record(row, source.field, f"{source.name}, row {number}")
+            yield row, f"{source.name}, row {number}"
     except Exception as error:  # the library and its dependencies raise anything
         found = f"{type(error).__name__}: {error}"
         raise InputError("the datasets library cannot read this", where=source.name, found=found) from error

@@ -43,7 +43,18 @@ class DataConfig:
     mask_documents: bool = False
     """Attention mask per document: tokens attend within their own document, and positions restart in each."""
     on_error: Literal["stop", "skip"] = "stop"
-    """On text that is not UTF-8 or a line that is not JSON: stop, or count it and continue."""
+    """On text that is not UTF-8, a line that is not JSON or a record that is no conversation: stop, or count it and
+    continue."""
+    template: str = ""
+    """Chat template; with one the sources are conversations and the answers are trained. auto: the model's own, or
+    chatml; alpaca, chatglm, chatglm2, chatml, llama-2, llama-3, plain, vicuna, ziya; or a Jinja file."""
+    format: Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "pairs", "seed-tasks"] = "auto"
+    """Format of the conversations; auto: each record's fields say it."""
+    train_on: Literal["all", "last"] = "all"
+    """Trained answers of a conversation."""
+    packing: Literal["best-fit", "wrap", "none"] = "best-fit"
+    """Conversations per sequence. best-fit: as many whole ones as fit, isolated; wrap: all joined and cut (LLaMA 2);
+    none: one, padded."""
     cache: str = ""
     """Cache folder of the tokenized data; ~/.cache/minillama unless given."""
 

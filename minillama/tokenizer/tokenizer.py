@@ -157,14 +157,16 @@ class Tokenizer:
             found = f"{backend.get_vocab_size(with_added_tokens=True)} tokens, highest id {self.vocab_size - 1}"
             raise InputError("a vocabulary with unassigned ids takes no further tokens", found=found)
         backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+        return self._changed(backend, self._config)
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The tokenizer with another chat template, Jinja."""
+        return self._changed(self.backend, {**self._config, "chat_template": template})
+
+    def _changed(self, backend: Backend, config: Mapping[str, Any]) -> Tokenizer:
+        eos, bos, add_bos = self.eos_token, self.bos_token, self.add_bos
         return Tokenizer(
-            backend,
-            eos=self.eos_token,
-            bos=self.bos_token,
-            add_bos=self.add_bos,
-            config=self._config,
-            model=self._model,
-            encoder=self._encoder,
+            backend, eos=eos, bos=bos, add_bos=add_bos, config=config, model=self._model, encoder=self._encoder
         )
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:

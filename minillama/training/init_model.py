@@ -16,6 +16,7 @@ from minillama.model import Decoder
 from minillama.model.lora import add_lora
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
+from minillama.tokenizer.template import OWN, special_tokens
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
     tokenizer = _choose_tokenizer(config)
     initial = open_model(config.train.init_from) if config.train.init_from and (config.lora or not is_resumed) else None
     if initial is not None and isinstance(tokenizer, Tokenizer):
+        _check_new_tokens(config, tokenizer, initial)
         if initial.tokenizer is not None and Path(initial.tokenizer) != Path(config.tokenizer.path):
             _check_ids(Tokenizer.load(initial.tokenizer), tokenizer, config.tokenizer.path)
         rows = max(config.model.vocab_size, tokenizer.vocab_size)
@@ -82,8 +84,29 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
 def _choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
     kind, special = config.tokenizer.kind, config.objective.special_tokens
     if config.tokenizer.path:
-        return Tokenizer.load(config.tokenizer.path).with_special(special)
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        return tokenizer.with_special((*special, *special_tokens(template_name(config, tokenizer))))
     return TokenizerTrainer(kind, 0 if kind in ("char", "bytes") else config.model.vocab_size, special=special)
+
+
+def template_name(config: RunConfig, tokenizer: Tokenizer) -> str:
+    """Name of the chat template: that of the settings, where they leave it open the tokenizer's own, or chatml."""
+    if config.data.template != "auto":
+        return config.data.template
+    return "chatml" if tokenizer.chat_template is None else OWN
+
+
+def _check_new_tokens(config: RunConfig, tokenizer: Tokenizer, initial: ModelFile) -> None:
+    """Refuse tokens that no one trains: the embedding's new rows are frozen under an adapter."""
+    rows, lora = initial.config.vocab_size, config.lora
+    if lora is None or tokenizer.vocab_size <= rows or any("embed_tokens" in name for name in lora.modules_to_save):
+        return
+    raise InputError(
+        "the template's special tokens are new to the model, and an adapter does not train them",
+        where="data.template",
+        found=", ".join(str(tokenizer.backend.id_to_token(i)) for i in range(rows, tokenizer.vocab_size)[:4]),
+        fix="take a template of plain text, --data.template vicuna, or add --lora.modules_to_save embed_tokens lm_head",
+    )
 
 
 def _check_ids(own: Tokenizer, new: Tokenizer, where: str) -> None:

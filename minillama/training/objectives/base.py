@@ -110,6 +110,8 @@ class Objective(Protocol):
     """The measure by which the best checkpoint is kept, and its direction."""
     writes_text: bool = True
     """Whether a sample of the model's text shows what it learns."""
+    prompts: Sequence[Sequence[int]] = ()
+    """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
 
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""

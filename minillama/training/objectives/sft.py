@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,22 +15,21 @@ from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 
 
+@dataclass(eq=False)
 class FineTuning(DataObjective[Instructions]):
     """Supervised fine-tuning: loss = -sum_t w_t log p(token_t | token_1..t-1) over a conversation, w = 0 on prompts.
 
     Ouyang et al. 2022, arXiv 2203.02155, §3.5. Packed conversations do not see one another.
 
     Args:
-        model: the decoder.
-        data: the conversations.
-        seed: of their order.
-        batch_size: rows per step.
         z_loss: weight of PaLM's z-loss.
     """
 
-    def __init__(self, model: Decoder, data: Instructions, seed: int, batch_size: int, z_loss: float = 0.0) -> None:
-        super().__init__(model, data, seed, batch_size)
-        self.z_loss = z_loss
+    z_loss: float = 0.0
+
+    def __post_init__(self, decoder: Decoder) -> None:
+        super().__post_init__(decoder)
+        self.prompts = [example.prompt for example in self.data.val[:1]]
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of conversations; the divisor is the sum of their weights."""
