@@ -57,12 +57,16 @@ def training(shape: Shape) -> Iterator[int]:
 
 
 def decoding(path: str) -> Iterator[int]:
-    from minillama.inference.engine import decode
-    from minillama.inference.load import load_for_decoding
+    from minillama.inference.engine import Engine
+    from minillama.inference.load import ModelArgs
+    from minillama.inference.request import Request
 
-    model, _ = load_for_decoding(path, None, "auto", "cpu", "auto", True)
+    model, _ = ModelArgs(path).load("auto", True)
+    engine = Engine(model)
     while True:
-        for _ in decode(model, [list(range(5, 37))], 200):
+        engine.submit(Request(range(5, 37), 200))
+        while engine.is_busy:
+            engine.step()
             yield 1
 
 

@@ -65,16 +65,20 @@ def ours(models: Path, dtype: str, quantize: str) -> Engine:
     """As the command `generate` loads and decodes."""
     import torch
 
-    from minillama.inference.engine import decode
-    from minillama.inference.load import load_for_decoding
+    from minillama.inference import engine
+    from minillama.inference.load import ModelArgs
+    from minillama.inference.request import Request
 
     torch.set_num_threads(THREADS)
-    model, _ = load_for_decoding(str(models / "hf"), None, cast(Any, dtype), "cpu", cast(Any, quantize), True)
+    model, _ = ModelArgs(str(models / "hf"), None, cast(Any, dtype), "cpu").load(cast(Any, quantize), True)
 
     def run(prompts: Prompts, tokens: int, stop: int) -> Times:
-        steps = decode(model, prompts, tokens)
+        rows = engine.Engine(model, len(prompts), chunk=None)
+        for prompt in prompts:
+            rows.submit(Request(prompt, tokens))
         ends = [time.perf_counter()]
-        for _, _ in zip(range(stop), steps, strict=False):
+        while rows.is_busy and len(ends) <= stop:
+            rows.step()
             ends.append(time.perf_counter())
         return Times(ends[1] - ends[0], ends[-1] - ends[1])
 

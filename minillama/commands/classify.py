@@ -17,28 +17,22 @@ from minillama.data.reading import BadText, Record
 from minillama.data.sources import Source, records
 from minillama.errors import InputError
 from minillama.evaluate.question import Question
-from minillama.inference.load import DType, load_for_decoding
+from minillama.inference.load import ModelArgs
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(ModelArgs):
     """Command-line arguments."""
 
     model: str
     """Folder of a model trained for infilling, best after --objective.name cloze."""
-    question: Annotated[Question, tyro.conf.arg(name="")]
+    question: Annotated[Question, tyro.conf.arg(name="")] = field(default_factory=Question)
     text: tuple[str, ...] = ()
     """One or more records, each given by its field `text`."""
     records: Path | None = None
     """A .jsonl file of records."""
-    tokenizer: str | None = None
-    """A tokenizer.json or its folder, if it is not in the model folder."""
     batch_size: int = field(default=16, metadata={"min": 1})
     """Records per forward pass."""
-    dtype: DType = "auto"
-    """Weight dtype; auto: as stored, but float32 for a type that the CPU does not multiply."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 def run(args: Args) -> int:
@@ -49,7 +43,7 @@ def run(args: Args) -> int:
     asked = _records(args)
     from minillama.evaluate.cloze import Cloze
 
-    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
+    model, tokenizer = args.load()
     cloze, labels = Cloze(args.question, tokenizer, model.config.max_seq_len), args.question.labels
     known: Counter[str] = Counter()
     right = 0

@@ -14,6 +14,8 @@ from typing import Any
 
 import tyro
 
+from minillama.commands.tables import print_pairs
+
 UNITS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16")  # they decide dtypes and kernels
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 
@@ -41,10 +43,8 @@ def run(args: Args) -> int:
         print(json.dumps(table))
         return 0
     width = max(len(name) for part in table.values() for name in part)
-    for head, part in table.items():
-        print(head)
-        for name, value in part.items():
-            print(f"  {name:{width}}  {value}")
+    for title, part in table.items():
+        print_pairs(title, part, width)
     return 0
 
 
@@ -79,7 +79,7 @@ def _kernels() -> dict[str, str]:
     missing = None if build.can_build() else "it takes g++ or clang++ on Linux"
     found = {"decode step": ("decode", missing)}
     for name, part in (("attention", attention), ("softmax of the loss", softmax), ("SwiGLU", swiglu)):
-        found[name] = part.SOURCE.removesuffix(".cpp"), missing or part.unsupported()
+        found[name] = part.KERNEL.source.removesuffix(".cpp"), missing or part.KERNEL.unsupported()
     table = {}
     for name, (source, why) in found.items():
         is_compiled = any((cache_folder() / "native").glob(f"{source}-*.so"))

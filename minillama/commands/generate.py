@@ -5,36 +5,29 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.inference.load import DType, Quantize, load_for_decoding, load_model, read_texts
+from minillama.inference.load import ModelArgs, Quantize, load_model, read_texts
 from minillama.inference.sampling import Sampling
 
 if TYPE_CHECKING:
-    import torch
-
-    from minillama.inference.engine import Decoding
-    from minillama.inference.speculative import Speculation
+    from minillama.inference.engine import Engine
+    from minillama.model import Decoder
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(ModelArgs):
     """Command-line arguments."""
 
-    model: str
-    """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
     prompt: tuple[str, ...] = ()
     """One or more prompts; several are decoded in one batch."""
     prompts: Path | None = None
     """A file of prompts: JSONL with a field `prompt`, or plain text with one per line."""
-    tokenizer: str | None = None
-    """A tokenizer.json, .model or .bin, or its folder, if it is not in the model folder."""
     max_new_tokens: int = field(default=128, metadata={"min": 1})
     """Maximum number of new tokens per prompt."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -42,14 +35,10 @@ class Args:
     """Stop strings; they are not written."""
     ignore_eos: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue after the end-of-text token."""
-    dtype: DType = "auto"
-    """Weight dtype; auto: as stored, but float32 for quantized ones and for a type that the CPU does not multiply."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
     speculate: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One prompt: speculative decoding by prompt lookup, the tokens that followed the same ones before."""
+    """Speculative decoding by prompt lookup, the tokens that followed the same ones before."""
     draft: str | None = None
-    """One prompt: speculative decoding with this draft model, a smaller one of the same vocabulary."""
+    """Speculative decoding with this draft model, a smaller one of the same vocabulary."""
     draft_tokens: int = field(default=8, metadata={"min": 1})
     """Maximum number of draft tokens per verification."""
     quantize: Quantize = "auto"
@@ -75,67 +64,47 @@ def run(args: Args) -> int:
     speculates = args.speculate or args.draft is not None
     if args.speculate and args.draft is not None:
         raise InputError("give either --speculate or --draft, not both", where="command line")
-    if speculates and len(prompts) > 1:
-        raise InputError(
-            "speculative decoding takes one prompt",
-            where="command line",
-            found=f"{len(prompts)} prompts",
-            fix="leave out --speculate and --draft, or give the prompts one by one",
-        )
     if speculates and args.window:
         what = "speculative decoding attends to the whole sequence"
         raise InputError(what, where="--window", fix="leave out one of the two")
     from minillama.inference.generate import generate, stream
 
-    model, tokenizer = load_for_decoding(
-        args.model, args.tokenizer, args.dtype, args.device, args.quantize, args.compile and not speculates
-    )
-    options: dict[str, Any] = {
-        "max_new_tokens": args.max_new_tokens,
-        "sampling": args.sampling,
-        "stop": args.stop,
-        "ignore_eos": args.ignore_eos,
-        "decoding": _speculation(args) if speculates else _batches(args),
-    }
+    model, tokenizer = args.load(args.quantize, args.compile and not speculates)
+    engine = _engine(args, model)
+    options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine)
     if len(prompts) == 1 and args.prompts is None:
-        for piece in stream(model, tokenizer, prompts[0], **options):
-            sys.stdout.write(piece.text)
+        for chunk in stream(model, tokenizer, prompts[0], *options):
+            sys.stdout.write(chunk.text)
             sys.stdout.flush()
-            _explain(piece.reason, 0, model.config.max_seq_len)
+            _explain(chunk.reason, 0, model.config.max_seq_len)
         if sys.stdout.isatty():
             sys.stdout.write("\n")  # for the prompt that follows; a file gets the completion alone
             sys.stdout.flush()
     else:
-        for i, completion in enumerate(generate(model, tokenizer, prompts, **options)):
+        for i, completion in enumerate(generate(model, tokenizer, prompts, *options)):
             line = {"prompt": prompts[i], "completion": completion.text, "finish_reason": completion.reason}
             print(json.dumps(line, ensure_ascii=False))
             _explain(completion.reason, i, model.config.max_seq_len)
-    if speculates:
-        print(f"speculation: {options['decoding'].acceptance}", file=sys.stderr)
+    if engine.speculation is not None:
+        print(f"speculation: {engine.speculation.acceptance}", file=sys.stderr)
     return 0
 
 
-def _batches(args: Args) -> Decoding:
-    from minillama.inference.engine import decode
-
-    seen = args.window or None
-    return partial(decode, batch_size=args.batch_size, cache_dtype=_cache_dtype(args), window=seen, sinks=args.sinks)
-
-
-def _speculation(args: Args) -> Speculation:
-    from minillama.formats.open import open_model
-    from minillama.inference.speculative import Speculation
-
-    draft = None
-    if args.draft is not None:
-        draft = load_model(open_model(args.draft), args.dtype, args.device, args.quantize)
-    return Speculation(draft, args.draft_tokens, cache_dtype=_cache_dtype(args))
-
-
-def _cache_dtype(args: Args) -> torch.dtype | None:
+def _engine(args: Args, model: Decoder) -> Engine:
     import torch
 
-    return None if args.cache_dtype == "auto" else getattr(torch, args.cache_dtype)
+    from minillama.formats.open import open_model
+    from minillama.inference.engine import Engine
+    from minillama.inference.speculative import Speculation
+
+    speculation = None
+    if args.draft is not None:
+        draft = load_model(open_model(args.draft), args.dtype, args.device, args.quantize)
+        speculation = Speculation(draft, args.draft_tokens)
+    elif args.speculate:
+        speculation = Speculation(None, args.draft_tokens)
+    cache_dtype = None if args.cache_dtype == "auto" else getattr(torch, args.cache_dtype)
+    return Engine(model, args.batch_size, None, cache_dtype, args.window or None, args.sinks, speculation)
 
 
 def _explain(reason: str | None, row: int, context: int) -> None:

@@ -11,12 +11,12 @@ from typing import Annotated
 import tyro
 
 from minillama.config.loader import check
-from minillama.inference.load import DType, load_for_decoding, read_texts
+from minillama.inference.load import ModelArgs, read_texts
 from minillama.inference.sampling import Sampling
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(ModelArgs):
     """Command-line arguments."""
 
     model: str
@@ -25,15 +25,9 @@ class Args:
     """One or more texts; each holds [MASK] (a few words), [sMASK] (a sentence) or [gMASK] (a long text)."""
     texts: Path | None = None
     """A file of texts: JSONL with a field `text`, or plain text with one per line."""
-    tokenizer: str | None = None
-    """A tokenizer.json or its folder, if it is not in the model folder."""
     max_new_tokens: int = field(default=64, metadata={"min": 1})
     """Maximum number of tokens per masked span."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=lambda: Sampling(temperature=0))
-    dtype: DType = "auto"
-    """Weight dtype; auto: as stored, but float32 for a type that the CPU does not multiply."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
 
 
 def run(args: Args) -> int:
@@ -42,12 +36,12 @@ def run(args: Args) -> int:
     texts = read_texts(args.text, args.texts, "text")
     from minillama.inference.infill import infill
 
-    model, tokenizer = load_for_decoding(args.model, args.tokenizer, args.dtype, args.device)
+    model, tokenizer = args.load()
     for i, filled in enumerate(infill(model, tokenizer, texts, args.max_new_tokens, args.sampling)):
         if len(texts) == 1 and args.texts is None:
             print(filled.text)
         else:
-            line = {"text": texts[i], "filled": filled.text, "blanks": filled.blanks, "finish_reasons": filled.reasons}
+            line = {"text": texts[i], "filled": filled.text, "blanks": filled.spans, "finish_reasons": filled.reasons}
             print(json.dumps(line, ensure_ascii=False))
         if "context" in filled.reasons:
             print(f"text {i + 1}: stopped, the model's context is full", file=sys.stderr)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from minillama.commands.tables import print_pairs
+
 
 @dataclass(frozen=True)
 class Args:
@@ -30,14 +32,16 @@ def run(args: Args) -> int:
     model, numbers = held.model, Counter[str]()
     for item in held.stored.values():
         numbers[item.dtype] += math.prod(item.shape)
+    config = to_dict(model.config) if model else {}
+    metadata = {key: _short(value) for key, value in held.metadata.items()}
     table = {
         "path": args.path,
         "format": held.format,
-        "config": to_dict(model.config) if model else None,
+        "config": config or None,
         "parameters": model.config.num_params() if model else None,
         "numbers": dict(numbers),
         "tokenizer": str(model.tokenizer) if model and model.tokenizer else None,
-        "metadata": {key: _short(value) for key, value in held.metadata.items()},
+        "metadata": metadata,
         "tensors": {name: {"dtype": item.dtype, "shape": item.shape} for name, item in held.stored.items()},
     }
     if args.json:
@@ -48,22 +52,11 @@ def run(args: Args) -> int:
     if model:
         print(f"parameters: {model.config.num_params():,}")
         print(f"tokenizer: {model.tokenizer or 'none'}")
-        _print("config", {key: value for key, value in to_dict(model.config).items() if value not in (None, "")})
-    _print("metadata", {key: _short(value) for key, value in held.metadata.items()})
+    print_pairs("\nconfig", {key: str(value) for key, value in config.items() if value not in (None, "")})
+    print_pairs("\nmetadata", metadata)
     lines = {name: f"{item.dtype:<5} {' x '.join(map(str, item.shape))}" for name, item in held.stored.items()}
-    _print("tensors", lines)
+    print_pairs("\ntensors", lines)
     return 0
-
-
-def _print(title: str, values: dict[str, Any]) -> None:
-    if not values:
-        return
-    print(f"\n{title}")
-    width = max(map(len, values))
-    for key, value in values.items():
-        line = f"  {key:{width}}  {value}"
-        # untrusted text: control characters are escaped
-        print("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
 
 
 def _short(value: Any) -> Any:

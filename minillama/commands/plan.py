@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from minillama.commands.tables import print_table
 from minillama.config import ModelConfig
 from minillama.config.cost import cache_slots, inference_memory, training_days, training_memory
 from minillama.config.loader import check, to_dict
 from minillama.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 
@@ -115,48 +113,30 @@ def figures(config: ModelConfig, args: Args) -> dict[str, Any]:
 
 
 def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
-    from rich.console import Console
-
     count, flops, training = table["parameters"], table["flops_per_token"], table["training"]
     memory, inference = table["training_bytes"], table["inference_bytes"]
     size, kept = (f"{args.batch_size} x {n} tokens" for n in (table["seq_len"], inference["state_tokens"]))
     parts = ("total", "embedding", "head", "layer", "non_embedding")
     names = {"layer": f"one of {config.n_layers} layers", "non_embedding": "without embedding and head"}
-    tables = [
-        _table("tensors", "shape", "parameters", rows=_tensors(config)),
-        _table("parameters", "", rows=[(names.get(part, part), f"{count[part]:,}") for part in parts]),
-        _table(
-            "training memory",
-            size,
-            "with checkpointing",
-            rows=[(part, *(_bytes(memory[kind][part]) for kind in memory)) for part in memory["plain"]],
-        ),
-        _table(
-            "inference memory",
-            "",
-            rows=[
-                *((f"weights, {name}", _bytes(number)) for name, number in inference["weights"].items()),
-                (f"KV cache, {args.dtype}, per token", _bytes(inference["state_per_token"])),
-                (f"KV cache, {args.dtype}, {kept}", _bytes(inference["state"])),
-                (f"KV cache, int8, {kept}", _bytes(inference["state_int8"])),
-            ],
-        ),
-        _table(
-            "computation",
-            "",
-            rows=[
-                ("forward, FLOPs per token", f"{flops['forward']:.4g}"),
-                ("training, FLOPs per token", f"{flops['training']:.4g}"),
-                (f"training on {training['tokens']:.4g} tokens, FLOPs", f"{training['flops']:.4g}"),
-                (f"days on {args.devices} x {args.tflops:g} TFLOP/s", f"{training['days']:,.4g}"),
-            ],
-        ),
-    ]
-    console = Console(highlight=False)
     heads = f"{config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} key/value heads)"
-    console.print(f"{args.model}: {config.n_layers} layers, {heads}, context {config.max_seq_len}")
-    for one in tables:
-        console.print("", one, sep="\n")
+    print(f"{args.model}: {config.n_layers} layers, {heads}, context {config.max_seq_len}\n")
+    print_table("tensors", ("shape", "parameters"), _tensors(config))
+    print_table("parameters", ("",), [(names.get(part, part), f"{count[part]:,}") for part in parts])
+    rows = [(part, *(_bytes(memory[kind][part]) for kind in memory)) for part in memory["plain"]]
+    print_table("training memory", (size, "with checkpointing"), rows)
+    lines = {f"weights, {name}": number for name, number in inference["weights"].items()} | {
+        f"KV cache, {args.dtype}, per token": inference["state_per_token"],
+        f"KV cache, {args.dtype}, {kept}": inference["state"],
+        f"KV cache, int8, {kept}": inference["state_int8"],
+    }
+    print_table("inference memory", ("",), [(name, _bytes(number)) for name, number in lines.items()])
+    figures = {
+        "forward, FLOPs per token": f"{flops['forward']:.4g}",
+        "training, FLOPs per token": f"{flops['training']:.4g}",
+        f"training on {training['tokens']:.4g} tokens, FLOPs": f"{training['flops']:.4g}",
+        f"days on {args.devices} x {args.tflops:g} TFLOP/s": f"{training['days']:,.4g}",
+    }
+    print_table("computation", ("",), figures.items())
 
 
 def _tensors(config: ModelConfig) -> list[tuple[str, ...]]:
@@ -168,18 +148,6 @@ def _tensors(config: ModelConfig) -> list[tuple[str, ...]]:
     first, *rest = [row(*pair) for pair in config.tensors().items() if not pair[0].startswith("model.layers.")]
     layer = [row(f"  {name}", shape) for name, shape in config.layer_tensors().items()]
     return [first, (f"model.layers.N, {config.n_layers} of", "", ""), *layer, *rest]
-
-
-def _table(title: str, *headers: str, rows: list[tuple[str, ...]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title, no_wrap=True)
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _bytes(number: float) -> str:

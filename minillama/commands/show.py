@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
+
+from minillama.commands.tables import print_pairs
 
 
 @dataclass(frozen=True)
@@ -30,28 +32,12 @@ def run(args: Args) -> int:
     if args.json:
         print(json.dumps({"summary": found.summary(), "starts": found.starts, "config": found.config}))
         return 0
-    _print_pairs(found.summary())
+    print_pairs("", found.summary())
     for number, start in enumerate(found.starts, 1):
-        print(f"\nstart {number} of {len(found.starts)}")
-        _print_pairs({key: _plain(value) for key, value in flat(start).items()})
-    print("\nconfiguration")
-    _print_pairs({key: _plain(value) for key, value in flat(found.config).items()})
+        print_pairs(f"\nstart {number} of {len(found.starts)}", flat(start))
+    print_pairs("\nconfiguration", flat(found.config))
     for line in found.skipped[:10]:
         print(f"\nstep {line['step']} was skipped: {line['skipped']}")
     print()
     print(chart({"loss": found.curve("loss"), "val_loss": found.curve("val_loss")}))
     return 0
-
-
-def _print_pairs(pairs: dict[str, Any]) -> None:
-    width = max(map(len, pairs), default=0)
-    for key, value in pairs.items():
-        print(f"  {key:{width}}  {_plain(value)}")
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value)) or "none"
-    if value is None:
-        return "none"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

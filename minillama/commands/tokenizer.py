@@ -11,16 +11,16 @@ from typing import Annotated, Literal
 
 import tyro
 
+from minillama.commands.tables import print_table
 from minillama.data.reading import BadText
 from minillama.data.sources import documents, parse_source
 from minillama.errors import InputError
-from minillama.files import refuse_url
+from minillama.files import refuse_url, replace_folder
+from minillama.tokenizer.compare import Figures, measure, plot
 from minillama.tokenizer.kinds import Kind
 from minillama.tokenizer.tokenizer import Tokenizer
 from minillama.tokenizer.train import TokenizerTrainer
 from minillama.tokenizer.trainers import Ties
-
-Model = Annotated[str, tyro.conf.arg(name="model", metavar="PATH")]
 
 
 @dataclass(frozen=True)
@@ -107,19 +107,27 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class Encode:
+class _Loaded:
+    model: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """Tokenizer file or folder."""
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of that file."""
+        return Tokenizer.load(self.model)
+
+
+@dataclass(frozen=True)
+class Encode(_Loaded):
     """Print the token ids of a text."""
 
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """The text, or - for standard input."""
-    model: Model
-    """Tokenizer file or folder."""
     pieces: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the token pieces, too, one per line."""
 
     def run(self) -> int:
         """Encode."""
-        tokenizer = Tokenizer.load(self.model)
+        tokenizer = self.tokenizer()
         ids = tokenizer.encode(_text(self.text))
         if self.pieces:
             print("\n".join(f"{i}\t{tokenizer.backend.id_to_token(i)!r}" for i in ids))
@@ -129,28 +137,24 @@ class Encode:
 
 
 @dataclass(frozen=True)
-class Decode:
+class Decode(_Loaded):
     """Print the text of token ids."""
 
     ids: Annotated[tuple[int, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
     """Token ids, one or more."""
-    model: Model
-    """Tokenizer file or folder."""
 
     def run(self) -> int:
         """Decode."""
-        print(Tokenizer.load(self.model).decode(self.ids, skip_special=False))
+        print(self.tokenizer().decode(self.ids, skip_special=False))
         return 0
 
 
 @dataclass(frozen=True)
-class Explain:
+class Explain(_Loaded):
     """Show the segmentation of a text: merges with their ranks, or the lattice with its scores, step by step."""
 
     text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
     """The text, or - for standard input."""
-    model: Model
-    """Tokenizer file or folder."""
     n_best: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Number of best segmentations shown of a unigram model."""
 
@@ -158,7 +162,7 @@ class Explain:
         """Explain."""
         from minillama.tokenizer.explain import explain
 
-        for line in explain(Tokenizer.load(self.model), _text(self.text), self.n_best):
+        for line in explain(self.tokenizer(), _text(self.text), self.n_best):
             print(line)
         return 0
 
@@ -178,60 +182,42 @@ class Compare:
 
     def run(self) -> int:
         """Compare."""
-        from minillama.tokenizer.compare import measure, plot
-
         if not self.models:
-            raise InputError(
-                "no tokenizer is named", where="command line", fix="name one or more, by path or NAME=PATH"
-            )
-        pairs = [
-            (word, word) if Path(word).exists() else (word.split("=")[0], word.split("=", 1)[-1])
-            for word in self.models
-        ]
-        named = dict(pairs)
-        if len(named) < len(pairs):
+            fix = "name one or more, by path or NAME=PATH"
+            raise InputError("no tokenizer is named", where="command line", fix=fix)
+        pairs = [(w, w) if Path(w).exists() else (w.split("=")[0], w.split("=", 1)[-1]) for w in self.models]
+        if len(dict(pairs)) < len(pairs):
             raise InputError("two tokenizers have one name", found=", ".join(name for name, _ in pairs))
         is_short = len({Path(name).name for name in self.input}) == len(self.input)
         texts = {
             Path(name).name if is_short else name: [line for text in _texts((name,)) for line in text.split("\n")]
             for name in self.input
         }
-        table = {}
-        for name, path in named.items():
-            tokenizer = Tokenizer.load(path)
-            table[name] = {text: measure(tokenizer, lines) for text, lines in texts.items()}
+        loaded = [(name, Tokenizer.load(path)) for name, path in pairs]
+        table = {name: {text: measure(made, lines) for text, lines in texts.items()} for name, made in loaded}
         if self.plot is not None:
             plot(Path(self.plot), table)
         if self.json:
             print(json.dumps({name: {t: asdict(f) for t, f in row.items()} for name, row in table.items()}))
             return 0
         for text in texts:
-            print(text)
-            head = (
-                f"{'tokens':>9} {'per word':>8} {'per char':>8} {'bytes per token':>15} {'unknown':>8} {'covered':>8}"
-            )
-            print(f"  {'':24} {head}")
-            for name, row in table.items():
-                f = row[text]
-                word = "-" if f.tokens_per_word is None else f"{f.tokens_per_word:.3f}"
-                figures = f"{f.tokens:9,} {word:>8} {f.tokens_per_character:8.3f} {f.bytes_per_token:15.3f}"
-                print(f"  {name[-24:]:24} {figures} {f.unknown:8.2%} {f.coverage:8.2%}")
+            headers = ("tokens", "per word", "per char", "bytes per token", "unknown", "covered")
+            print_table(text, headers, [(name[-24:], *_cells(row[text])) for name, row in table.items()])
         return 0
 
 
-Args = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Merge, tyro.conf.subcommand("merge")]
-    | Annotated[Encode, tyro.conf.subcommand("encode")]
-    | Annotated[Decode, tyro.conf.subcommand("decode")]
-    | Annotated[Explain, tyro.conf.subcommand("explain")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-)
+Args = Train | Merge | Encode | Decode | Explain | Compare
 
 
-def run(args: Train | Merge | Encode | Decode | Explain | Compare) -> int:
+def run(args: Args) -> int:
     """Run the subcommand."""
     return args.run()
+
+
+def _cells(f: Figures) -> tuple[str, ...]:
+    word = "-" if f.tokens_per_word is None else f"{f.tokens_per_word:.3f}"
+    ratios = f"{f.tokens_per_character:.3f}", f"{f.bytes_per_token:.3f}", f"{f.unknown:.2%}", f"{f.coverage:.2%}"
+    return f"{f.tokens:,}", word, *ratios
 
 
 def _texts(names: tuple[str, ...]) -> Iterator[str]:
@@ -262,8 +248,6 @@ def _free(output: str) -> None:
 
 
 def _save(tokenizer: Tokenizer, output: str) -> int:
-    from minillama.files import replace_folder
-
     replace_folder(Path(output), tokenizer.save)
     names = ", ".join(sorted(file.name for file in Path(output).iterdir()))
     print(f"wrote {output}: {tokenizer.vocab_size} tokens ({names})", file=sys.stderr)

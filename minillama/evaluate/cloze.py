@@ -16,6 +16,7 @@ from minillama.errors import InputError
 from minillama.evaluate.question import MASK, Question, label_of
 from minillama.inference.engine import evaluating
 from minillama.inference.infill import lay_out, require_infilling
+from minillama.layers.cross_entropy import log_probabilities
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ class Answers(NamedTuple):
         mask = Mask(prefix=self.prefix.flatten())
         hidden = model.hidden(self.tokens.flatten(0, 1), self.positions.flatten(0, 1), mask)[chosen]
         targets = self.targets.flatten(0, 1)[chosen]
-        nats = model.head(hidden).float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        nats = log_probabilities(model.head(hidden), targets)
         rows = torch.arange(size.numel(), device=chosen.device)[:, None].expand_as(chosen)[chosen]
         return torch.zeros(size.numel(), device=nats.device).index_add(0, rows, nats).view(size)
 

@@ -9,6 +9,7 @@ import torch
 
 from minillama.errors import InputError
 from minillama.inference.engine import evaluating
+from minillama.layers.cross_entropy import log_probabilities
 from minillama.model import Decoder
 
 
@@ -50,9 +51,9 @@ def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Seque
         scores = []
         for continuation in continuations:
             state.restore(point)
-            logits = model(_row([context[-1], *continuation[:-1]], model), state=state)[0].float()
+            logits = model(_row([context[-1], *continuation[:-1]], model), state=state)[0]
             chosen = _row(continuation, model)[0]
-            nats = logits.log_softmax(-1).gather(-1, chosen[:, None]).sum().item()
+            nats = log_probabilities(logits, chosen).sum().item()
             scores.append(Likelihood(nats, bool((logits.argmax(-1) == chosen).all())))
     return scores
 

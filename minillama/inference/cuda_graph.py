@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from minillama.layers.cache import CacheRange, KVCache, LayerState, State
+from minillama.layers.cache import CacheRange, LayerState, State
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
@@ -164,4 +164,4 @@ class GraphStep:
 
 def _places(layer: LayerState) -> tuple[object, ...]:
     """Addresses, shapes and dtypes of a layer's KV cache: all of a graph that depends on the state."""
-    return tuple((part.data_ptr(), part.shape, part.dtype) for part in cast(KVCache, layer).tensors())
+    return tuple((part.data_ptr(), part.shape, part.dtype) for part in layer.tensors)

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minillama.config.cost import cache_slots
-from minillama.inference.request import GREEDY, Request, Row
-from minillama.inference.sampling import Sampling, choose
+from minillama.inference.request import Request, Row
+from minillama.inference.sampling import choose
+from minillama.inference.speculative import Speculation
 from minillama.layers.cache import State
+from minillama.layers.cross_entropy import log_probabilities
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.tokenizer.blanks import Layout
 
-Steps = Generator[list[tuple[int, int]], set[int] | None, None]
 CHUNK = 512  # prompt tokens per pass while other requests wait for their next token
-
-
-class Decoding(Protocol):
-    """Token source with the yields and sends of `decode`, such as `speculative.Speculation`."""
-
-    def __call__(
-        self, model: Decoder, prompts: Sequence[Sequence[int] | Layout], max_new_tokens: int, sampling: Sampling
-    ) -> Steps:
-        """The steps of these prompts."""
 
 
 @contextmanager
@@ -50,17 +42,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class _Batch:
-    """Rows and their decode state, None where each pass reads everything again."""
+    """Rows and their decode state.
+
+    Attributes:
+        samples: in a batch of prompts, the requests that share each row.
+        logits: (B, V) behind the tokens that have been read.
+    """
 
     rows: list[Row]
-    state: State | None
-    logits: Tensor | None = None  # behind the rows whose prompt has been read, while others' are
+    state: State
+    samples: Sequence[Sequence[Row]] = ()
+    logits: Tensor | None = None
+
+    def unfinished(self) -> list[Row]:
+        """Rows of requests that have not ended."""
+        return [row for same in self.samples or [self.rows] for row in same if not row.finished]
 
     def select(self, indices: Sequence[int]) -> None:
         """Keep these rows, in this order; a repeated row is copied."""
+        if [*indices] == [*range(len(self.rows))]:
+            return
         self.rows = [self.rows[i] for i in indices]
-        if self.state is not None:
-            self.state.select(indices)
+        self.state.select(indices)
+        if self.logits is not None:
+            self.logits = self.logits[indices]
 
 
 class Engine:
@@ -74,43 +79,49 @@ class Engine:
         model: the decoder.
         max_rows: requests that run at once.
         chunk: prompt tokens per pass while others run; infilling prompts, which attend to all of themselves, are read
-            whole.
-        use_state: keep keys and values between passes. Without, each pass reads everything again; the tokens are the
-            same, and a test holds the two against each other.
+            whole. None: all prompts are.
         cache_dtype: of keys and values: the model's type unless given, a lower-precision float, or int8.
         window: sliding window: a token attends to the last `window` tokens; all unless given.
         sinks: attention sinks: the first `sinks` tokens stay visible (Xiao et al. 2023, arXiv 2309.17453).
+        speculation: speculative decoding, by a draft model or prompt lookup.
+
+    Raises:
+        InputError: a model or draft model that does not support speculative decoding.
     """
 
     def __init__(
         self,
         model: Decoder,
         max_rows: int = 16,
-        chunk: int = CHUNK,
-        use_state: bool = True,
+        chunk: int | None = CHUNK,
         cache_dtype: torch.dtype | None = None,
         window: int | None = None,
         sinks: int = 0,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model, self.max_rows, self.chunk = model, max_rows, chunk
-        self.use_state, self.cache_dtype = use_state, cache_dtype
+        self.cache_dtype, self.speculation = cache_dtype, speculation
         self.mask = Mask(window=window, sinks=sinks)
         self.waiting: deque[Row] = deque()
-        self.entering: _Batch | None = None
-        self.sharing: list[list[Row]] = []  # by row of `entering`, the requests that read it
-        self.running = _Batch([], None)
+        self.entering: _Batch | None = None  # while one of its requests has not ended, as `running`
+        self.running: _Batch | None = None
         self._others_wait = False  # running requests had no pass since others entered
-        self._groups = count()
-        if max_rows < 1 or chunk < 1:
+        if max_rows < 1 or (chunk is not None and chunk < 1):
             raise ValueError(f"max_rows and chunk are 1 or more, not {max_rows} and {chunk}")
+        if speculation is not None:
+            speculation.check(model)
+            if window is not None:
+                raise ValueError("speculative decoding needs the keys and values of all tokens, not of a window")
 
     @property
     def is_busy(self) -> bool:
         """Whether a request is unfinished."""
-        return any(not row.finished for row in [*self.waiting, *self._entering_rows(), *self.running.rows])
+        return bool(self._unfinished())
 
-    def _entering_rows(self) -> list[Row]:
-        return [row for rows in self.sharing for row in rows] if self.entering else []
+    def _unfinished(self) -> list[Row]:
+        """All rows of requests that have not ended, the running ones first."""
+        batches = [batch.unfinished() for batch in (self.running, self.entering) if batch is not None]
+        return [*chain(*batches), *(row for row in self.waiting if not row.finished)]
 
     def submit(self, request: Request, samples: int = 1) -> list[Request]:
         """Queue a request; with several samples as many, with seeds from its own on, which read the prompt once.
@@ -118,34 +129,39 @@ class Engine:
         Raises:
             ValueError: a prompt without a token, or longer than the model's context.
         """
-        context, seed = self.model.config.max_seq_len, request.seed
-        size = len(request.prompt.tokens if isinstance(request.prompt, Layout) else request.prompt)
-        if not size:
+        context, vocab_size = self.model.config.max_seq_len, self.model.config.vocab_size
+        if not len(request.ids):
             raise ValueError("a prompt without a token")
-        if size > context:
-            raise ValueError(f"a prompt of {size} tokens is longer than the model's context of {context}")
+        if len(request.ids) > context:
+            raise ValueError(f"a prompt of {len(request.ids)} tokens is longer than the model's context of {context}")
         if request.finish_reason is not None or request.tokens:
             raise ValueError("this request was submitted before")
-        vocab_size = self.model.config.vocab_size
-        ids = request.prompt.tokens if isinstance(request.prompt, Layout) else request.prompt
-        if not all(0 <= token < vocab_size for token in ids):
+        if not all(0 <= token < vocab_size for token in request.ids):
             raise ValueError(f"a prompt with a token id outside 0..{vocab_size - 1}")
-        rows = [*self.waiting, *self._entering_rows(), *self.running.rows]
-        if rows and (rows[0].layout is None) == isinstance(request.prompt, Layout):
+        infills = isinstance(request.prompt, Layout)
+        if infills and self.speculation is not None:
+            raise ValueError("infilling prompts are decoded without speculation")
+        if any((row.layout is not None) != infills for row in self._unfinished()[:1]):
             raise ValueError("infilling prompts do not share a batch with others")
-        seed = request.sampling.seed if seed is None else seed
+        seed = request.sampling.seed if request.seed is None else request.seed
         more = [replace(request, seed=seed + i, tokens=[], log_probabilities=[]) for i in range(1, samples)]
-        requests = [request, *more]
-        group = next(self._groups)
-        for each in requests:
+        for each in (request, *more):
             if each.max_new_tokens < 1:
                 each.finish_reason = "length"
-                continue
-            self.waiting.append(Row(each, context, vocab_size, group))
+            else:
+                self.waiting.append(Row(each, context, vocab_size, request))
+        return [request, *more]
+
+    def run(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Submit requests, and step until they have ended."""
+        for request in requests:
+            self.submit(request)
+        while any(request.finish_reason is None for request in requests):
+            self.step()
         return requests
 
     def cancel(self, request: Request) -> None:
-        """End a request; it gets no more tokens, and its place is free."""
+        """End a request; it gets no more tokens, and its row is free."""
         request.finish_reason = request.finish_reason or "cancelled"
         self._release()
 
@@ -154,190 +170,207 @@ class Engine:
         step: Any = self.model.step
         if hasattr(step, "refresh"):
             step.refresh()
-        for row in reversed([row for row in [*self.running.rows, *self._entering_rows()] if not row.finished]):
+        self.waiting = deque(self._unfinished())
+        for row in self.waiting:
             row.read = 0
-            self.waiting.appendleft(row)
-        self.running, self.entering, self.sharing = _Batch([], None), None, []
+        self.running = self.entering = None
 
     def _release(self) -> None:
         """Free what is kept for requests that have all ended."""
-        if all(row.finished for row in self._entering_rows()):
-            self.entering, self.sharing = None, []
-        if all(row.finished for row in self.running.rows):
-            self.running = _Batch([], None)
+        if self.entering is not None and not self.entering.unfinished():
+            self.entering = None
+        if self.running is not None and not self.running.unfinished():
+            self.running = None
 
     def step(self) -> list[Request]:
         """A pass over prompts or a chunk of them, if there are any, and one over the running requests.
 
         Returns:
-            The requests that got a token. If a pass fails, what was read is read again in the next step.
+            The requests that got a token, with speculation several. If a pass fails, what was read is read again in
+            the next step.
         """
+        draft = self.speculation.draft if self.speculation is not None else None
         try:
-            return self._step()
+            with evaluating(self.model), evaluating(draft or self.model):
+                return self._step()
         except BaseException:
             self.refresh()
             raise
 
     def _step(self) -> list[Request]:
-        self.waiting = deque(row for row in self.waiting if not row.finished)
         self._admit()
-        with evaluating(self.model):
-            if self.entering is not None:
-                logits = self._prefill(self.entering)
-                if logits is not None:
-                    self._others_wait = any(not row.finished for row in self.running.rows)
-                    return self._join(self.entering, logits)
-            self._others_wait = False
-            keep = [i for i, row in enumerate(self.running.rows) if not row.finished]
-            if not keep:
-                return []
-            if len(keep) < len(self.running.rows):
-                self.running.select(keep)
-            logits = self._read_on(self.running)
-            assert logits is not None  # it reads all
-            return self._take(self.running.rows, logits)
+        entering = self.entering
+        if entering is not None and self._prefill(entering):
+            self._others_wait = self.running is not None and self.speculation is None
+            self._join(entering)
+            if self.speculation is None:
+                return self._take(entering)
+        self._others_wait = False
+        running = self.running
+        if running is None:
+            return []
+        running.select([i for i, row in enumerate(running.rows) if not row.finished])
+        if self.speculation is not None:
+            return self._verify(running, self.speculation)
+        self._read_on(running)
+        return self._take(running)
 
     def _admit(self) -> None:
         """Start to read the prompts that wait and for which there is room."""
-        if self.entering is not None or not self.waiting or self._others_wait:
+        self.waiting = deque(row for row in self.waiting if not row.finished)
+        room = self.max_rows - (len(self.running.unfinished()) if self.running is not None else 0)
+        if self.entering is not None or not self.waiting or self._others_wait or room < 1:
             return
-        room = self.max_rows - sum(not row.finished for row in self.running.rows)
         rows = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
-        if not rows:
-            return
-        sharing: dict[tuple[int, tuple[int, ...]], list[Row]] = {}
+        samples: dict[tuple[Request, tuple[int, ...]], list[Row]] = {}
         for row in rows:
-            sharing.setdefault((row.group, tuple(row.ids)), []).append(row)
-        self.sharing = list(sharing.values())
-        unique = [same[0] for same in self.sharing]
+            samples.setdefault((row.first, tuple(row.ids)), []).append(row)
         # the state of the first ones serves all that wait; what enters later is copied into it
-        later = any(not row.finished for row in self.running.rows)
+        later = self.running is not None
         slots = max(len(row.ids) for row in rows) if later else max(row.limit for row in (*rows, *self.waiting))
-        self.entering = _Batch(unique, self._state(len(unique), slots))
+        unique = [same[0] for same in samples.values()]
+        self.entering = _Batch(unique, self._state(len(unique), slots), [*samples.values()])
 
-    def _state(self, rows: int, slots: int) -> State | None:
-        if not self.use_state:
-            return None
-        slots = cache_slots(self.model.config, slots, self.mask.window or 0, self.mask.sinks)
-        return self.model.state(rows, slots, self.cache_dtype)
+    def _slots(self, tokens: int) -> int:
+        padding = self.speculation.draft_tokens if self.speculation is not None else 0  # drafts differ in length
+        return cache_slots(self.model.config, tokens, self.mask.window or 0, self.mask.sinks) + padding
 
-    def _prefill(self, batch: _Batch) -> Tensor | None:
-        """Read the prompts, or a chunk of them if others run; the logits (B, V) behind them when all has been read."""
-        others = any(not row.finished for row in self.running.rows) and batch.rows[0].layout is None
-        size = max(1, self.chunk // len(batch.rows)) if others and batch.state is not None else None
-        return self._read_on(batch, size)
+    def _state(self, rows: int, tokens: int) -> State:
+        return self.model.state(rows, self._slots(tokens), self.cache_dtype)
 
-    def _join(self, entering: _Batch, logits: Tensor) -> list[Request]:
-        """Sample the first tokens, and put the rows into the running batch."""
-        pairs = [(i, row) for i, rows in enumerate(self.sharing) for row in rows if not row.finished]
-        self.entering, self.sharing = None, []
-        indices = [i for i, _ in pairs]
-        if indices != list(range(len(entering.rows))):
-            entering.select(indices)
-            logits = logits[indices]
-        entering.rows = [row for _, row in pairs]
-        self._place(entering)
-        return self._take(entering.rows, logits)
+    def _prefill(self, batch: _Batch) -> bool:
+        """Read the prompts, or a chunk of them if others run; whether all has been read.
 
-    def _place(self, entering: _Batch) -> None:
-        """Into the places of finished rows, and more behind them where there are too few."""
-        running, new = self.running, entering.rows
-        keep = [row for row in running.rows if not row.finished]
-        if running.state is None or entering.state is None or not keep:
-            self.running = _Batch([*keep, *new], self._grown(entering.state, [*keep, *new]))
-            return
-        running.state = self._grown(running.state, [*keep, *new])
+        With speculation the last token is left: it is read with the first draft.
+        """
+        size = None
+        if self.chunk is not None and self.running is not None and batch.rows[0].layout is None:
+            size = max(1, self.chunk // len(batch.rows))
+        return self._read_on(batch, size, leave=0 if self.speculation is None else 1)
+
+    def _join(self, entering: _Batch) -> None:
+        """Put the rows of prompts that have been read into the running batch, one per request."""
+        pairs = [(i, row) for i, same in enumerate(entering.samples) for row in same if not row.finished]
+        for i, row in pairs:
+            row.read = entering.rows[i].read
+        entering.select([i for i, _ in pairs])
+        entering.rows, entering.samples, self.entering = [row for _, row in pairs], (), None
+        if self.running is None:
+            self.running = _Batch(entering.rows, self._grown(entering.state, entering.rows))
+        else:
+            self._merge(self.running, entering)
+
+    def _merge(self, running: _Batch, entering: _Batch) -> None:
+        """Rows into the running batch: over finished ones, and behind the others where these are too few."""
+        running.state = self._grown(running.state, [*running.unfinished(), *entering.rows])
         free = [i for i, row in enumerate(running.rows) if row.finished]
-        missing = len(new) - len(free)
+        size, missing = len(running.rows), len(entering.rows) - len(free)
         if missing > 0:  # copies of any row, which are overwritten
-            size = len(running.rows)
             running.select([*range(size), *[0] * missing])
             free += range(size, size + missing)
-        running.state.replace(free[: len(new)], entering.state)
-        for place, row in zip(free, new, strict=False):
-            running.rows[place] = row
+        running.state.replace(free[: len(entering.rows)], entering.state)
+        for i, row in zip(free, entering.rows, strict=False):
+            running.rows[i] = row
 
-    def _grown(self, state: State | None, rows: Sequence[Row]) -> Any:
-        """The state, or one of more slots with the same rows, large enough for these rows' maximum length."""
+    def _grown(self, state: State, rows: Sequence[Row]) -> State:
+        """The state, or one of more slots with the same tokens, large enough for these rows' maximum length."""
         limit = max(row.limit for row in rows)
-        if state is None or state.max_len >= cache_slots(
-            self.model.config, limit, self.mask.window or 0, self.mask.sinks
-        ):
+        if state.max_len >= self._slots(limit):
             return state
         grown = self._state(len(state.lengths), limit)
-        assert grown is not None
         grown.replace(range(len(state.lengths)), state)
         return grown
 
-    def _take(self, rows: Sequence[Row], logits: Tensor) -> list[Request]:
-        """Choose a token per row, and append it."""
-        tokens = choose(logits, [row.sampler for row in rows]).tolist()
-        wanted = [i for i, row in enumerate(rows) if row.request.logprobs]
+    def _take(self, batch: _Batch) -> list[Request]:
+        """Choose a token per row from its logits, and append it."""
+        rows, logits, batch.logits = batch.rows, batch.logits, None
+        assert logits is not None
+        tokens = choose(logits, [row.sampler for row in rows])
         found: dict[int, float] = {}
+        wanted = [i for i, row in enumerate(rows) if row.request.logprobs]
         if wanted:
-            ids = torch.tensor([tokens[i] for i in wanted], device=logits.device)[:, None]
-            chosen = logits[wanted].float().log_softmax(-1).gather(-1, ids)[:, 0].tolist()
-            found = dict(zip(wanted, chosen, strict=True))
-        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            chosen = log_probabilities(logits[wanted], tokens[wanted].to(logits.device))
+            found = dict(zip(wanted, chosen.tolist(), strict=True))
+        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             row.append(token, found.get(i))
         for row in rows:  # after all have theirs: a condition of the caller's may fail
             row.end_if_done()
         self._release()
         return [row.request for row in rows]
 
-    def _read_on(self, batch: _Batch, size: int | None = None) -> Tensor | None:
-        """Read what is unread, by pieces for which there is room; logits (B, V) behind each row.
+    def _verify(self, batch: _Batch, speculation: Speculation) -> list[Request]:
+        """Draft some tokens per row, read them in one pass, and append those that are accepted and the next."""
+        vocab_size = self.model.config.vocab_size
+        drafts = [speculation.propose(row, vocab_size, self.cache_dtype) for row in batch.rows]
+        unread = [row.ids[row.read :] + draft.tokens for row, draft in zip(batch.rows, drafts, strict=True)]
+        sizes = [len(draft.tokens) + 1 for draft in drafts]
+        for row, draft, logits in zip(batch.rows, drafts, self._read(batch, unread, sizes).split(sizes), strict=True):
+            speculation.verify(row, draft, logits)
+        batch.state.truncate([row.read for row in batch.rows])
+        requests = [row.request for row in batch.rows]
+        self._release()
+        return requests
+
+    def _read_on(self, batch: _Batch, size: int | None = None, leave: int = 0) -> bool:
+        """Read what is unread, in pieces for which there is room; `batch.logits` are those behind it.
 
         Args:
-            batch: its rows' `read` is brought forward by `size` alone; else `append` does that.
-            size: tokens per row to read at most; None where that leaves some unread.
+            batch: rows, whose `read` is brought forward.
+            size: tokens per row to read at most; unlimited unless given.
+            leave: last tokens not to read.
+
+        Returns:
+            Whether nothing is left.
         """
-        rows, state = batch.rows, batch.state
-        if state is None:
-            return self._read(rows, [0] * len(rows), [row.ids for row in rows], None)
-        counts = [len(row.ids) - row.read for row in rows]
-        piece = max(counts) if size is None else min(size, max(counts))
-        if self.mask.window is not None and max(state.lengths) + piece > state.max_len:
-            piece = min(piece, state.max_len - self.mask.sinks - self.mask.window + 1)
-        for start in range(0, max(counts) if size is None else piece, piece):
-            since = [row.read + start for row in rows]
-            unread = [row.ids[begin : begin + piece] for row, begin in zip(rows, since, strict=True)]
-            if self.mask.window is not None:
-                state.make_room(max(map(len, unread)), self.mask.window, self.mask.sinks)
-            logits = self._read(rows, since, unread, state)
+        rows, state, window, sinks = batch.rows, batch.state, self.mask.window, self.mask.sinks
+        while any(row.read < len(row.ids) - leave for row in rows):
+            unread = [row.ids[row.read : len(row.ids) - leave] for row in rows]
+            piece = max(map(len, unread)) if size is None else min(size, max(map(len, unread)))
+            if window is not None:
+                if max(state.lengths) + piece > state.max_len:
+                    piece = min(piece, state.max_len - sinks - window + 1)
+                state.make_room(piece, window, sinks)
+            unread = [ids[:piece] for ids in unread]
+            logits = self._read(batch, unread)
             if batch.logits is not None:  # a prompt that ended in an earlier piece has its own
-                reached = torch.tensor([length > start for length in counts], device=logits.device)
+                reached = torch.tensor([len(ids) > 0 for ids in unread], device=logits.device)
                 logits = torch.where(reached[:, None], logits, batch.logits)
             batch.logits = logits
-        if size is not None:
-            for row in rows:
-                row.read = min(row.read + piece, len(row.ids))
-            if any(row.read < len(row.ids) for row in rows):
-                return None
-        found, batch.logits = batch.logits, None
-        return found
+            for row, ids in zip(rows, unread, strict=True):
+                row.read += len(ids)
+            if size is not None:
+                break
+        return all(row.read == len(row.ids) - leave for row in rows)
 
-    def _read(
-        self, rows: Sequence[Row], since: Sequence[int], unread: Sequence[Sequence[int]], state: State | None
-    ) -> Tensor:
-        """Logits (B, V) behind `unread`, some tokens of each row from `since` on; of no use for a row of none."""
-        model = self.model
-        counts = [len(ids) for ids in unread]
+    def _read(self, batch: _Batch, unread: Sequence[Sequence[int]], last: Sequence[int] | None = None) -> Tensor:
+        """Forward pass over some unread tokens of each row.
+
+        Args:
+            batch: rows and state, which takes the tokens in.
+            unread: the next tokens of each row.
+            last: tokens of each row whose logits are wanted, the last ones; one unless given.
+
+        Returns:
+            Logits (sum of `last`, V), or (B, V); of no use for a row of none.
+        """
+        model, rows, state, counts = self.model, batch.rows, batch.state, [len(ids) for ids in unread]
         positions = prefix = None
-        if rows[0].places:
-            places = [row.places[start : start + n] for row, start, n in zip(rows, since, counts, strict=True)]
-            positions = _padded(places).mT.to(model.device)
-            if (
-                state is None or not rows[0].read or self.mask.window is not None
-            ):  # else one more token sees all there is
+        if rows[0].layout is not None:
+            spans = [row.positions[row.read : row.read + n] for row, n in zip(rows, counts, strict=True)]
+            positions = _padded(spans).mT.to(model.device)
+            # one more token attends to all there is
+            if not rows[0].read or self.mask.window is not None:
                 prefix = torch.tensor([row.layout.prefix for row in rows if row.layout is not None])
-        elif model.step is not None and state is not None and min(counts):
+        elif model.step is not None and min(counts) and last is None:
             logits = model.step(unread, state, self.mask)
             if logits is not None:
                 return logits
         lengths = torch.tensor(counts) if min(counts) < max(counts) else None
         mask = replace(self.mask, lengths=lengths, prefix=prefix)
         hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
+        if last is not None:
+            ends = zip(hidden, counts, last, strict=True)
+            return model.head(torch.cat([row[end - size : end] for row, end, size in ends]))
         return model.head(hidden[:, -1] if lengths is None else hidden[torch.arange(len(rows)), lengths - 1])
 
 
@@ -346,50 +379,3 @@ def _padded(rows: Sequence[Sequence[Any]]) -> Tensor:
     if len({len(row) for row in rows}) == 1:
         return torch.tensor(rows)
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-
-
-def decode(
-    model: Decoder,
-    prompts: Sequence[Sequence[int] | Layout],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    use_state: bool = True,
-    seeds: Sequence[int] | None = None,
-    batch_size: int | None = None,
-    cache_dtype: torch.dtype | None = None,
-    window: int | None = None,
-    sinks: int = 0,
-) -> Steps:
-    """Token steps of several prompts: yields (row, token) for rows that are still going, by an `Engine`.
-
-    Send a set of rows into the generator to end them. A prompt that waits takes the place of a row that has ended.
-
-    Args:
-        model: the decoder.
-        prompts: token ids, one sequence per row, each at least one token long; or for all rows infilling layouts.
-        max_new_tokens: tokens per row at most. A row also ends when the model's context is full.
-        sampling: how tokens are chosen.
-        use_state: see `Engine`.
-        seeds: of each row's random choices; `sampling.seed` + i for row i unless given.
-        batch_size: rows at once; all unless given.
-        cache_dtype: see `Engine`.
-        window: see `Engine`.
-        sinks: see `Engine`.
-
-    Raises:
-        ValueError: a prompt longer than the context.
-    """
-    chunk = model.config.max_seq_len * max(1, len(prompts))  # whole prompts: nobody else waits for these rows
-    engine = Engine(model, batch_size or max(1, len(prompts)), chunk, use_state, cache_dtype, window, sinks)
-    seeds = seeds or [sampling.seed + row for row in range(len(prompts))]
-    rows: dict[int, int] = {}
-    requests = []
-    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        requests += engine.submit(Request(prompt, max_new_tokens, sampling, seed))
-        rows[id(requests[row])] = row
-    while engine.is_busy:
-        moved = engine.step()
-        if moved:
-            ended = (yield [(rows[id(request)], request.tokens[-1]) for request in moved]) or ()
-            for row in ended:
-                engine.cancel(requests[row])

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minillama.errors import InputError
-from minillama.inference.engine import Decoding, decode
+from minillama.inference.engine import Engine
+from minillama.inference.request import Request
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
-from minillama.tokenizer.blanks import Blanks, Layout
+from minillama.tokenizer.blanks import Blanks
 
 Reason = Literal["eos", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Streamed chunk: new text of one sequence, and its finish reason, if it ended.
+    """Streamed chunk: new text of one sequence, its tokens, and its finish reason, if it ended.
 
     `reason` is `eos` (the model generated the end-of-text token), `stop` (a stop string), `length`
     (max_new_tokens) or `context` (the model's context is full).
@@ -26,6 +27,7 @@ class Chunk:
 
     row: int
     text: str
+    tokens: tuple[int, ...]
     reason: Reason | None = None
 
 
@@ -55,14 +57,11 @@ class StopText:
         Text before the earliest stop string is emitted, text after it is not.
         """
         self.held += text
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            shown, self.held = self.held[: min(found)], ""
-            return shown, True
-        keep = max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        cut = len(self.held) - keep
-        shown, self.held = self.held[:cut], self.held[cut:]
-        return shown, False
+        found = [at for at in map(self.held.find, self.stops) if at >= 0]
+        begun = [n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])]
+        end = min(found) if found else len(self.held) - max(begun, default=0)
+        shown, self.held = self.held[:end], "" if found else self.held[end:]
+        return shown, bool(found)
 
     def flush(self) -> str:
         """Text held back, at the end."""
@@ -70,9 +69,53 @@ class StopText:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+class _Text:
+    """Text of a request's tokens as it becomes final; the request's stop condition.
+
+    Args:
+        row: index of the prompt.
+        tokenizer: decodes.
+        prompt: ids before.
+        stop: stop strings.
+    """
+
+    def __init__(self, row: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self.row, self.decoder, self.filter = row, tokenizer.stream(after=prompt), StopText(stop)
+        self.text, self.stopped, self.taken = "", False, 0
+
+    def __call__(self, tokens: Sequence[int]) -> bool:
+        """Decode the last token; whether a stop string ends the text."""
+        self._push(self.decoder.push(tokens[-1]))
+        return self.stopped
+
+    def _push(self, text: str) -> None:
+        shown, self.stopped = self.filter.push(text)
+        self.text += shown
+
+    def chunk(self, request: Request) -> Chunk | None:
+        """Text and tokens since the last chunk, if there is text or the request has ended."""
+        if request.finish_reason is not None and not self.stopped:
+            self._push(self.decoder.flush())
+            self.text += self.filter.flush()
+        reason = finish_reason(request)
+        if not self.text and reason is None:
+            return None
+        text, start = self.text, self.taken
+        self.text, self.taken = "", len(request.tokens)
+        return Chunk(self.row, text, tuple(request.tokens[start:]), "stop" if self.stopped else reason)
+
+
+def finish_reason(request: Request) -> Reason | None:
+    """Finish reason of a request whose stop ids are those of `end_ids`, but for stop strings."""
+    reasons: dict[str | None, Reason] = {"stop": "eos", "length": "length", "context": "context"}
+    return reasons.get(request.finish_reason)
+
+
+def end_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, the model's own, and of an infilling model the end of a span."""
+    blanks = blanks_of(model, tokenizer)
+    ids = {tokenizer.eos_id, *model.stop_ids, blanks.end if blanks else None}
+    return frozenset(token for token in ids if token is not None)
 
 
 def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
@@ -81,12 +124,6 @@ def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
     Raises:
         InputError: the tokenizer is not the model's.
     """
-    check_vocabulary(model, tokenizer)
-    return Blanks.of(tokenizer) if model.config.objective == "glm" else None
-
-
-def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
-    """Vocabulary check: refuse ids the model does not have."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             "the tokenizer is larger than the model's vocabulary",
@@ -94,95 +131,80 @@ def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
             expected=f"at most {model.config.vocab_size}",
             fix="give the tokenizer that the model was trained with",
         )
+    return Blanks.of(tokenizer) if model.config.objective == "glm" else None
 
 
-def _encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    encoded = [tokenizer.encode(prompt, bos=tokenizer.add_bos) for prompt in prompts]
-    for i, ids in enumerate(encoded):
-        if not ids:
-            if tokenizer.bos_id is None:
-                raise InputError("an empty prompt", where=f"prompt {i + 1}", fix="give at least one character")
-            ids.append(tokenizer.bos_id)
-    return encoded
+def check_room(length: int, context: int, where: str) -> None:
+    """Context length check; `where` names a prompt or a text and its number."""
+    if length >= context:
+        name = where.split()[0]
+        raise InputError(
+            f"the {name} fills the model's context and leaves no room for an answer",
+            where=where,
+            found=f"{length} tokens",
+            expected=f"fewer than {context}",
+            fix=f"shorten the {name}",
+        )
 
 
-def check_room(lengths: Sequence[int], context: int, name: str) -> None:
-    """Context length check; `name` is that in the message, a prompt or a text."""
-    for i, length in enumerate(lengths):
-        if length >= context:
-            raise InputError(
-                f"the {name} fills the model's context and leaves no room for an answer",
-                where=f"{name} {i + 1}",
-                found=f"{length} tokens",
-                expected=f"fewer than {context}",
-                fix=f"shorten the {name}",
-            )
-
-
-def chunks(
+def stream(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompt: str | Sequence[str],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
-    decoding: Decoding = decode,
-) -> Iterator[tuple[Chunk, int]]:
-    """Streaming batched generation: yields (chunk, token id) as text becomes final.
+    engine: Engine | None = None,
+) -> Iterator[Chunk]:
+    """Streaming generation, chunk by chunk, never half a character or part of a stop string.
 
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
-        prompts: texts of any length.
+        prompt: a text, or several, of any length, which share a batch.
         max_new_tokens: tokens per prompt at most.
-        sampling: sampling settings; `Sampling()` unless given.
+        sampling: sampling settings; `Sampling()` unless given. Prompt i has seed + i.
         stop: strings that end a sequence; they are not part of the text.
         ignore_eos: go on after the end-of-text token.
-        decoding: decoding strategy; `functools.partial` gives `decode` its own options.
+        engine: of this model; one for all prompts at once unless given.
 
     Raises:
         InputError: a prompt that does not fit the context, an empty stop string, a foreign tokenizer.
     """
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
-    blanks = blanks_of(model, tokenizer)
-    texts = _encode(tokenizer, prompts)
-    read = [blanks.continuation(ids) for ids in texts] if blanks else texts
-    stop_ids = {tokenizer.eos_id, *model.stop_ids} | ({blanks.end} if blanks else set())
-    starts = [len(layout.tokens) if isinstance(layout, Layout) else len(layout) for layout in read]
-    check_room(starts, model.config.max_seq_len, "prompt")
-    lengths = list(starts)
-    decoders = [tokenizer.stream(after=ids) for ids in texts]
-    filters = [StopText(stop) for _ in texts]
-    steps = decoding(model, read, max_new_tokens, sampling or Sampling())
-    ended: set[int] | None = None
-    while True:
-        try:
-            step = steps.send(ended)
-        except StopIteration:
-            return
-        ended = set()
-        for row, token in step:
-            lengths[row] += 1
-            reason: Reason | None = None
-            if token in stop_ids and not ignore_eos:
-                text, reason = decoders[row].flush(), "eos"
-            else:
-                text = decoders[row].push(token)
-            last_step = lengths[row] - starts[row] >= max_new_tokens
-            full = lengths[row] >= model.config.max_seq_len
-            if reason is None and (last_step or full):
-                text += decoders[row].flush()
-                reason = "length" if last_step else "context"
-            shown, stopped = filters[row].push(text)
-            if stopped:
-                reason = "stop"
-            elif reason is not None:
-                shown += filters[row].flush()
-            if reason is not None:
-                ended.add(row)
-            yield Chunk(row, shown, reason), token
+    prompts, sampling = [prompt] if isinstance(prompt, str) else prompt, sampling or Sampling()
+    blanks, ends = blanks_of(model, tokenizer), frozenset() if ignore_eos else end_ids(model, tokenizer)
+    texts: dict[Request, _Text] = {}
+    for row, each in enumerate(prompts):
+        ids = encode(tokenizer, each, f"prompt {row + 1}")
+        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop)
+        request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text)
+        check_room(len(request.ids), model.config.max_seq_len, f"prompt {row + 1}")
+        texts[request] = text
+    engine = engine or Engine(model, max(1, len(texts)), chunk=None)
+    try:
+        for request in texts:
+            engine.submit(request)
+        while any(request.finish_reason is None for request in texts):
+            moved = [request for request in engine.step() if request in texts]
+            yield from filter(None, (texts[request].chunk(request) for request in moved))
+    finally:
+        for request in texts:
+            engine.cancel(request)
+
+
+def encode(tokenizer: Tokenizer, prompt: str, where: str) -> list[int]:
+    """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one.
+
+    Raises:
+        InputError: an empty prompt, and a tokenizer without BOS.
+    """
+    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    if not ids and tokenizer.bos_id is None:
+        raise InputError("an empty prompt", where=where, fix="give at least one character")
+    return ids or [tokenizer.bos_id]
 
 
 def generate(
@@ -193,34 +215,21 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
-    decoding: Decoding = decode,
+    engine: Engine | None = None,
 ) -> list[Completion]:
-    """Batched generation of several prompts. The arguments are those of `chunks`.
+    """Batched generation of several prompts. The arguments are those of `stream`.
 
     Returns:
         One completion per prompt, in order, without the prompt.
     """
-    text = ["" for _ in prompts]
-    tokens: list[list[int]] = [[] for _ in prompts]
-    reasons: list[Reason] = ["length" for _ in prompts]
-    for chunk, token in chunks(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, decoding):
-        text[chunk.row] += chunk.text
-        tokens[chunk.row].append(token)
-        reasons[chunk.row] = chunk.reason or reasons[chunk.row]
-    return [Completion(t, tuple(ids), r) for t, ids, r in zip(text, tokens, reasons, strict=True)]
-
-
-def stream(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    prompt: str,
-    max_new_tokens: int = 128,
-    sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
-    ignore_eos: bool = False,
-    decoding: Decoding = decode,
-) -> Iterator[Chunk]:
-    """Streaming generation of one prompt, chunk by chunk, never half a character or part of a stop string."""
-    for chunk, _ in chunks(model, tokenizer, [prompt], max_new_tokens, sampling, stop, ignore_eos, decoding):
-        if chunk.text or chunk.reason:
-            yield chunk
+    rows: list[list[Chunk]] = [[] for _ in prompts]
+    for chunk in stream(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, engine):
+        rows[chunk.row].append(chunk)
+    return [
+        Completion(
+            "".join(chunk.text for chunk in row),
+            tuple(token for chunk in row for token in chunk.tokens),
+            (row[-1].reason if row else None) or "length",
+        )
+        for row in rows
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,27 +21,29 @@ DType = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 
 
-def load_for_decoding(
-    path: str, tokenizer: str | None, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
-) -> tuple[Decoder, Tokenizer]:
-    """Model, as by `load_model`, and its tokenizer.
+@dataclass(frozen=True)
+class ModelArgs:
+    """Command-line arguments of a model that decodes."""
 
-    Args:
-        path: what `open_model` takes.
-        tokenizer: its path, if it is not beside the model.
-        dtype: of the weights.
-        device: to decode on.
-        quantize: see `load_model`.
-        compiles: see `load_model`.
-    """
-    from minillama.device import keep_freed_pages
-    from minillama.formats.open import open_model
-    from minillama.tokenizer import Tokenizer
+    model: str
+    """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
+    tokenizer: str | None = None
+    """A tokenizer.json, .model or .bin, or its folder, if it is not in the model folder."""
+    dtype: DType = "auto"
+    """Weight dtype; auto: as stored, but float32 for quantized ones and for a type that the CPU does not multiply."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
 
-    keep_freed_pages()
-    opened = open_model(path)
-    model = load_model(opened, dtype, device, quantize, compiles)
-    return model, Tokenizer.load(tokenizer or opened.tokenizer_path())
+    def load(self, quantize: Quantize = "none", compiles: bool = False) -> tuple[Decoder, Tokenizer]:
+        """Model, as by `load_model`, and its tokenizer."""
+        from minillama.device import keep_freed_pages
+        from minillama.formats.open import open_model
+        from minillama.tokenizer import Tokenizer
+
+        keep_freed_pages()
+        opened = open_model(self.model)
+        model = load_model(opened, self.dtype, self.device, quantize, compiles)
+        return model, Tokenizer.load(self.tokenizer or opened.tokenizer_path())
 
 
 def load_model(
@@ -63,14 +66,13 @@ def load_model(
     from minillama.inference.quantize import quantized, stored_kind
     from minillama.model import Decoder
 
-    place = choose_device(device, "--device")
-    stored = opened.default_dtype(place)
-    kind = decoding_dtype(stored, place) if dtype == "auto" else getattr(torch, dtype)
-    weights = stored_kind(opened, place) if quantize == "auto" else quantize
+    on = choose_device(device, "--device")
+    kind = decoding_dtype(opened.default_dtype(on), on) if dtype == "auto" else getattr(torch, dtype)
+    weights = stored_kind(opened, on) if quantize == "auto" else quantize
     if weights == "none":
-        model = Decoder.from_pretrained(opened, kind, place).fuse()
+        model = Decoder.from_pretrained(opened, kind, on).fuse()
     else:
-        model = quantized(opened, weights, kind, place)
+        model = quantized(opened, weights, kind, on)
     if compiles:
         attach_fast_step(model)
     return model

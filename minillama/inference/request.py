@@ -1,4 +1,4 @@
-"""Generation requests, and their place in the engine."""
+"""Generation requests, and their rows in the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Request:
         sampling: how tokens are chosen.
         seed: of the random choices; `sampling.seed` unless given.
         stop_ids: tokens that end it; the last of `tokens` then.
-        stop: called with the new tokens so far; whether they end it, as for stop strings.
+        stop: called once per token with the new tokens so far, but for one of `stop_ids`; whether they end it, as for
+            stop strings.
         logprobs: keep ln p of each token, of the model's distribution before temperature and the other settings.
         tokens: the new ones.
         log_probabilities: of these, where `logprobs` is set.
@@ -42,17 +43,28 @@ class Request:
     log_probabilities: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    @property
+    def ids(self) -> Sequence[int]:
+        """Token ids of the prompt."""
+        return self.prompt.tokens if isinstance(self.prompt, Layout) else self.prompt
+
 
 class Row:
-    """Request in the engine: all its ids and position ids, how many of them the state has, and its sampler."""
+    """Request in the engine: all its ids and position ids, how many of them the state has, and its sampler.
 
-    def __init__(self, request: Request, context: int, vocab_size: int, group: int) -> None:
-        prompt = request.prompt
-        self.request, self.group = request, group
-        self.layout = prompt if isinstance(prompt, Layout) else None
-        self.ids = list(prompt.tokens if isinstance(prompt, Layout) else prompt)
-        self.places = list(prompt.places) if isinstance(prompt, Layout) else []
-        self.context, self.limit = context, min(context, len(self.ids) + request.max_new_tokens)
+    Args:
+        request: the request.
+        context: the model's context.
+        vocab_size: V.
+        first: the first of several samples of one prompt.
+    """
+
+    def __init__(self, request: Request, context: int, vocab_size: int, first: Request) -> None:
+        self.request, self.first = request, first
+        self.layout = request.prompt if isinstance(request.prompt, Layout) else None
+        self.ids = list(request.ids)
+        self.positions = list(self.layout.places) if self.layout is not None else []
+        self.limit = min(context, len(self.ids) + request.max_new_tokens)
         self.read = 0
         seed = request.sampling.seed if request.seed is None else request.seed
         self.sampler = Sampler(request.sampling, [self.ids], vocab_size, [seed])
@@ -62,17 +74,16 @@ class Row:
         """Whether the request has ended."""
         return self.request.finish_reason is not None
 
-    def append(self, token: int, log_probability: float | None) -> None:
-        """Take a new token."""
-        request = self.request
+    def append(self, token: int, log_probability: float | None = None) -> None:
+        """Append a new token."""
         self.read = len(self.ids)
         self.ids.append(token)
-        request.tokens.append(token)
+        self.request.tokens.append(token)
         if log_probability is not None:
-            request.log_probabilities.append(log_probability)
-        if self.places:
-            place, within = self.places[-1]
-            self.places.append((place, within + 1))
+            self.request.log_probabilities.append(log_probability)
+        if self.positions:
+            position, within = self.positions[-1]
+            self.positions.append((position, within + 1))
 
     def end_if_done(self) -> None:
         """End the request if the last token is its last."""

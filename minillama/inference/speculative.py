@@ -1,4 +1,4 @@
-"""Speculative decoding of one sequence: a cheap draft of several tokens, verified by the model in one pass.
+"""Speculative decoding: a cheap draft of several tokens per sequence, verified by the model in one pass.
 
 The output distribution is that of plain decoding, whatever the draft (Leviathan et al. 2023, arXiv 2211.17192): a
 draft costs or saves time and changes nothing else. Two kinds of draft: `PromptLookup` copies from the sequence so
@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from minillama.errors import InputError
-from minillama.inference.engine import Steps, evaluating
-from minillama.inference.request import GREEDY
-from minillama.inference.sampling import Sampler, Sampling
-from minillama.layers.cache import State
+from minillama.inference.request import Row
+from minillama.inference.sampling import Sampler
+from minillama.layers.cross_entropy import log_probabilities
 from minillama.model import Decoder
-from minillama.tokenizer.blanks import Layout
 
 LONGEST_SUFFIX = 3
 
@@ -53,11 +52,18 @@ class Acceptance:
         )
 
 
-class Drafter(Protocol):
-    """Draft of the next tokens."""
+class Draft(NamedTuple):
+    """Drafted tokens, N ids, and their draft distributions q (N, V)."""
 
-    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
-        """Draft of at most `count` tokens, and q (N, V), the distribution of each.
+    tokens: list[int]
+    q: Tensor
+
+
+class Drafter(Protocol):
+    """Draft of the next tokens of one sequence."""
+
+    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
+        """Draft of at most `count` tokens.
 
         Args:
             text: all ids so far: those of the previous call and those accepted since.
@@ -81,17 +87,17 @@ class PromptLookup:
         self.follows: dict[tuple[int, ...], int] = {}  # n-gram -> position after its latest occurrence
         self.indexed = 1
 
-    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
+    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
         """See `Drafter`."""
-        for place in range(self.indexed, len(text)):
-            for n in range(1, min(LONGEST_SUFFIX, place) + 1):
-                self.follows[tuple(text[place - n : place])] = place
+        for end in range(self.indexed, len(text)):
+            for n in range(1, min(LONGEST_SUFFIX, end) + 1):
+                self.follows[tuple(text[end - n : end])] = end
         self.indexed = len(text)
         suffixes = (tuple(text[-n:]) for n in range(min(LONGEST_SUFFIX, len(text)), 0, -1))
-        place = next((self.follows[suffix] for suffix in suffixes if suffix in self.follows), len(text))
-        copied = text[place:]
+        start = next((self.follows[suffix] for suffix in suffixes if suffix in self.follows), len(text))
+        copied = text[start:]
         tokens = [copied[i % len(copied)] for i in range(count)] if copied else []
-        return tokens, F.one_hot(torch.tensor(tokens, dtype=torch.long), self.vocab_size).float()
+        return Draft(tokens, F.one_hot(torch.tensor(tokens, dtype=torch.long), self.vocab_size).float())
 
 
 class DraftModel:
@@ -104,27 +110,25 @@ class DraftModel:
     """
 
     def __init__(self, model: Decoder, max_len: int, cache_dtype: torch.dtype | None = None) -> None:
-        self.model = model
-        self.context = model.config.max_seq_len
-        self.state = _state(model, max_len, cache_dtype)
+        self.model, self.context = model, model.config.max_seq_len
+        self.state = model.state(1, min(self.context, max_len), cache_dtype)
 
-    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> tuple[list[int], Tensor]:
+    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
         """See `Drafter`."""
         count = min(count, self.context + 1 - len(text))  # the last drafted token is not read
-        self.state.truncate(len(text) - 1)
+        self.state.truncate([len(text) - 1])
         unread = list(text[self.state.lengths[0] :])
         tokens: list[int] = []
         drawn_from = [torch.empty(0, self.model.config.vocab_size)]
-        with evaluating(self.model):
-            for _ in range(count):
-                hidden = self.model.hidden(torch.tensor([unread], device=self.model.device), state=self.state)
-                q = sampler.probabilities(self.model.head(hidden[:, -1]))
-                token = sampler.draw(q)
-                sampler.take(token)
-                unread = token.tolist()
-                tokens += unread
-                drawn_from.append(q)
-        return tokens, torch.cat(drawn_from)
+        for _ in range(count):
+            hidden = self.model.hidden(torch.tensor([unread], device=self.model.device), state=self.state)
+            q = sampler.probabilities(self.model.head(hidden[:, -1]))
+            token = sampler.draw(q)
+            sampler.take(token)
+            unread = token.tolist()
+            tokens += unread
+            drawn_from.append(q)
+        return Draft(tokens, torch.cat(drawn_from))
 
 
 def accept(token: int, p: Tensor, q: Tensor, generator: torch.Generator) -> int:
@@ -146,138 +150,91 @@ def accept(token: int, p: Tensor, q: Tensor, generator: torch.Generator) -> int:
     return int(torch.multinomial(rest if rest.sum() > 0 else p, 1, generator=generator))
 
 
-def speculate(
-    model: Decoder,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    draft: Decoder | None = None,
-    draft_tokens: int = 8,
-    stats: Acceptance | None = None,
-    cache_dtype: torch.dtype | None = None,
-) -> Steps:
-    """Speculative decoding of one prompt: yields [(0, token)] per token, as `decode` does; send {0} to end.
-
-    Greedy tokens are those of `decode`, except where rounding decides between two tokens: a pass over several
-    tokens sums in another order than one over each. Sampled ones have `decode`'s distribution and are
-    other draws of it.
-
-    Args:
-        model: the decoder.
-        prompt: at least one id.
-        max_new_tokens: tokens at most. The sequence also ends when the context is full.
-        sampling: settings of both the model and the draft.
-        draft: draft model; prompt lookup unless given.
-        draft_tokens: maximum draft length per pass.
-        stats: is added to.
-        cache_dtype: of keys and values, both models'; their own unless given.
-
-    Raises:
-        InputError: a draft of another vocabulary or of no token, an infilling or a recurrent model.
-    """
-    vocab_size, end = model.config.vocab_size, len(prompt) + max_new_tokens
-    if draft_tokens < 1:
-        raise InputError("a draft of no token", where="draft_tokens", found=draft_tokens, expected="1 or more")
-    if draft is not None and draft.config.vocab_size != vocab_size:
-        raise InputError(
-            "the draft model has another vocabulary",
-            found=f"{draft.config.vocab_size} tokens",
-            expected=f"{vocab_size}, the model's",
-            fix="give a draft model that was trained with the same tokenizer",
-        )
-    drafter = PromptLookup(vocab_size) if draft is None else DraftModel(draft, end, cache_dtype)
-    sampler, state = Sampler(sampling, [prompt], vocab_size), _state(model, end, cache_dtype)
-    return _steps(model, state, list(prompt), end, sampler, drafter, draft_tokens, stats or Acceptance())
-
-
-def _state(model: Decoder, max_len: int, cache_dtype: torch.dtype | None) -> State:
-    """Empty decode state of one sequence, with rollback.
-
-    Raises:
-        InputError: a model that has none.
-    """
-    if model.config.objective == "glm":
-        raise InputError(
-            "speculation reads from left to right, and this model fills blanks", fix="decode it without speculation"
-        )
-    state = model.state(1, min(model.config.max_seq_len, max_len), cache_dtype)
-    state.truncate(0)  # a recurrent state raises here
-    return state
-
-
-def _steps(
-    model: Decoder,
-    state: State,
-    text: list[int],
-    end: int,
-    sampler: Sampler,
-    drafter: Drafter,
-    draft_tokens: int,
-    stats: Acceptance,
-) -> Steps:
-    end = min(end, max(model.config.max_seq_len, len(text) + 1))  # as `decode`: one token even at the limit
-    while len(text) < end:
-        drafted, q = drafter.propose(text, min(draft_tokens, end - len(text) - 1), sampler.fork())
-        with evaluating(model):
-            unread = torch.tensor([text[state.lengths[0] :] + drafted], device=model.device)
-            hidden = model.hidden(unread, state=state)
-            tokens = _checked(model.head(hidden[0, -len(drafted) - 1 :]), drafted, q, sampler)
-        state.truncate(len(text) + len(tokens) - 1)
-        stats.passes += 1
-        stats.drafted += len(drafted)
-        stats.accepted += len(tokens) - 1
-        for token in tokens:
-            text.append(token)
-            stats.tokens += 1
-            if 0 in ((yield [(0, token)]) or ()):
-                return
-
-
-def _checked(logits: Tensor, drafted: Sequence[int], q: Tensor, sampler: Sampler) -> list[int]:
-    """Accepted tokens and one more: in place of the first rejected one, or after them all.
-
-    Args:
-        logits: (N + 1, V), of each drafted token's position and the next.
-        drafted: N ids.
-        q: (N, V), draft distributions.
-        sampler: its history is updated with the result.
-    """
-    logits = logits.float().cpu()
-    tokens: list[int] = []
-    for i, token in enumerate(drafted):
-        tokens.append(accept(token, sampler.probabilities(logits[i : i + 1])[0], q[i], sampler.generators[0]))
-        sampler.take(torch.tensor(tokens[-1:]))
-        if tokens[-1] != token:
-            return tokens
-    return tokens + sampler(logits[-1:]).tolist()
-
-
-@dataclass(frozen=True)
+@dataclass
 class Speculation:
-    """Decoding by `speculate` in place of `decode`, for one prompt: `generate(..., decoding=Speculation())`.
+    """Speculative decoding in an engine: `Engine(model, speculation=Speculation(draft))`.
+
+    Greedy tokens are those of plain decoding, except where rounding decides between two tokens: a pass over several
+    tokens sums in another order than one over each. Sampled ones have the same distribution and are other draws of it.
 
     Args:
-        draft: draft model; prompt lookup unless given.
+        draft: draft model, which drafts for one row after the other; prompt lookup unless given.
         draft_tokens: maximum draft length per pass.
-        acceptance: statistics of all calls.
-        cache_dtype: of keys and values, both models'; their own unless given.
+        acceptance: statistics of all requests.
     """
 
     draft: Decoder | None = None
     draft_tokens: int = 8
     acceptance: Acceptance = field(default_factory=Acceptance)
-    cache_dtype: torch.dtype | None = None
 
-    def __call__(
-        self, model: Decoder, prompts: Sequence[Sequence[int] | Layout], max_new_tokens: int, sampling: Sampling
-    ) -> Steps:
-        """Decoding steps of one prompt.
+    def __post_init__(self) -> None:
+        self.drafters: WeakKeyDictionary[Row, Drafter] = WeakKeyDictionary()
+
+    def check(self, model: Decoder) -> None:
+        """Refuse models that cannot speculate together.
 
         Raises:
-            InputError: several prompts, or what `speculate` refuses.
+            InputError: a draft model of another vocabulary, a draft of no token, an infilling or a recurrent model.
         """
-        if len(prompts) != 1:
-            raise InputError("speculation takes one prompt", found=f"{len(prompts)} prompts")
-        prompt = cast(Sequence[int], prompts[0])  # models with layouts are refused
-        options = (self.draft, self.draft_tokens, self.acceptance, self.cache_dtype)
-        return speculate(model, prompt, max_new_tokens, sampling, *options)
+        if self.draft_tokens < 1:
+            raise InputError("a draft of no token", where="draft_tokens", found=self.draft_tokens, expected="1 or more")
+        for each in (model, self.draft or model):
+            if each.config.objective == "glm":
+                what = "speculative decoding needs a left-to-right model, and this one is for infilling"
+                raise InputError(what, fix="decode it without speculation")
+            if each.config.mixer == "wkv":
+                what = "speculative decoding needs a model with a KV cache"
+                raise InputError(what, fix="decode it without speculation")
+            if each.config.vocab_size != model.config.vocab_size:
+                raise InputError(
+                    "the draft model has another vocabulary",
+                    found=f"{each.config.vocab_size} tokens",
+                    expected=f"{model.config.vocab_size}, the model's",
+                    fix="give a draft model that was trained with the same tokenizer",
+                )
+
+    def propose(self, row: Row, vocab_size: int, cache_dtype: torch.dtype | None) -> Draft:
+        """Draft of the next tokens of a row, none beyond its limit.
+
+        Args:
+            row: the row, whose own drafter goes on.
+            vocab_size: V.
+            cache_dtype: of the draft model's keys and values; its own type unless given.
+        """
+        if row not in self.drafters and self.draft is not None:
+            self.drafters[row] = DraftModel(self.draft, row.limit, cache_dtype)
+        drafter = self.drafters.setdefault(row, PromptLookup(vocab_size))
+        count = max(0, min(self.draft_tokens, row.limit - len(row.ids) - 1))
+        return drafter.propose(row.ids, count, row.sampler.fork())
+
+    def verify(self, row: Row, draft: Draft, logits: Tensor) -> None:
+        """Append the accepted tokens and one more: in place of the first rejected one, or after them all.
+
+        Args:
+            row: the row.
+            draft: its draft.
+            logits: (N + 1, V), of each drafted token's position and the next.
+        """
+        tokens = _accepted(logits.float().cpu(), draft, row.sampler)
+        self.acceptance.passes += 1
+        self.acceptance.drafted += len(draft.tokens)
+        self.acceptance.accepted += len(tokens) - 1
+        ids = torch.tensor(tokens, device=logits.device)
+        kept = log_probabilities(logits[: len(tokens)], ids).tolist() if row.request.logprobs else [None] * len(tokens)
+        for token, log_probability in zip(tokens, kept, strict=True):
+            row.append(token, log_probability)
+            self.acceptance.tokens += 1
+            row.end_if_done()
+            if row.finished:
+                return
+
+
+def _accepted(logits: Tensor, draft: Draft, sampler: Sampler) -> list[int]:
+    """Accepted tokens and one more; the sampler's history is updated with them."""
+    tokens: list[int] = []
+    for i, token in enumerate(draft.tokens):
+        tokens.append(accept(token, sampler.probabilities(logits[i : i + 1])[0], draft.q[i], sampler.generators[0]))
+        sampler.take(torch.tensor(tokens[-1:]))
+        if tokens[-1] != token:
+            return tokens
+    return tokens + sampler(logits[-1:]).tolist()

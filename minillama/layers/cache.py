@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
-from minillama.errors import InputError
 from minillama.layers.quantized_linear import int8_rows
 from minillama.layers.wkv import Sums
 
@@ -53,14 +52,23 @@ class CacheRange:
         return slots + torch.tensor(self.dropped, device=device)[:, None] if self.dropped else slots
 
 
-class LayerState(Protocol):
-    """Decode state of one layer: KV cache or recurrent state."""
+class LayerState:
+    """Decode state of one layer.
+
+    Attributes:
+        tensors: all of it, the batch along the first axis.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may occur twice."""
+        self.tensors = [tensor[rows] for tensor in self.tensors]
 
-    def replace(self, rows: Tensor, other: Any, length: int) -> None:
+    def replace(self, rows: Tensor, other: LayerState, length: int) -> None:
         """Overwrite these rows with all rows of `other`, a state of the same kind with `length` slots in use."""
+        raise NotImplementedError
 
     def drop(self, row: int, start: int, end: int, used: int) -> None:
         """Evict a row's slots `start` to `end`; those up to `used` move up."""
@@ -68,177 +76,86 @@ class LayerState(Protocol):
     def snapshot(self) -> object:
         """Snapshot for `restore`."""
 
-    def restore(self, snapshot: object) -> None:
+    def restore(self, snapshot: Any) -> None:
         """Return to the snapshot."""
 
 
-class Slots:
-    """Preallocated buffer (B, K, S, E), written in place."""
+class KVCache(LayerState):
+    """KV cache of one layer: preallocated keys and values (B, K, S, E), written in place.
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.stored = torch.zeros(tuple(shape), dtype=dtype, device=device)
-
-    def write(self, x: Tensor, span: CacheRange) -> None:
-        """Write (B, K, T, E) at the span's slots."""
-        if span.start is not None:
-            self.stored[:, :, span.start : span.end] = x
-        else:
-            slots = span.slots(x.device)
-            rows = torch.arange(len(slots), device=x.device)[:, None]
-            self.stored[rows, :, slots] = x.transpose(1, 2).to(self.stored.dtype)
-
-    def read(self, end: int, dtype: torch.dtype) -> Tensor:
-        """The slots up to `end`: a view if stored in that dtype."""
-        return self.stored[:, :, :end].to(dtype)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
-        self.stored = self.stored[rows]
-
-    def replace(self, rows: Tensor, other: Slots, length: int) -> None:
-        """Overwrite these rows with those of another buffer."""
-        self.stored[rows, :, :length] = other.stored[:, :, :length]
-
-    def drop(self, row: int, start: int, end: int, used: int) -> None:
-        """See `LayerState.drop`."""
-        self.stored[row, :, start : start + used - end] = self.stored[row, :, end:used].clone()
-
-    def tensors(self) -> list[Tensor]:
-        """Stored tensors."""
-        return [self.stored]
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors())
-
-
-class Int8Slots(Slots):
-    """Int8 buffer with one scale per token and head, s = max |x| / 127."""
-
-    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
-        super().__init__(shape, torch.int8, device)
-        self.scale = Slots((*shape[:-1], 1), torch.float32, device)
-
-    def write(self, x: Tensor, span: CacheRange) -> None:
-        """See `Slots.write`."""
-        q, scale = int8_rows(x)
-        super().write(q, span)
-        self.scale.write(scale, span)
-
-    def read(self, end: int, dtype: torch.dtype) -> Tensor:
-        """The slots up to `end`, dequantized."""
-        return (super().read(end, torch.float32) * self.scale.read(end, torch.float32)).to(dtype)
-
-    def select(self, rows: Tensor) -> None:
-        """See `Slots.select`."""
-        super().select(rows)
-        self.scale.select(rows)
-
-    def replace(self, rows: Tensor, other: Slots, length: int) -> None:
-        """See `Slots.replace`."""
-        super().replace(rows, other, length)
-        self.scale.replace(rows, cast(Int8Slots, other).scale, length)
-
-    def drop(self, row: int, start: int, end: int, used: int) -> None:
-        """See `Slots.drop`."""
-        super().drop(row, start, end, used)
-        self.scale.drop(row, start, end, used)
-
-    def tensors(self) -> list[Tensor]:
-        """See `Slots.tensors`."""
-        return [self.stored, *self.scale.tensors()]
-
-
-class KVCache:
-    """KV cache of one layer.
+    In int8 they have one scale per token and head, s = max |x| / 127; `tensors` are keys, values and the scales of
+    both, (B, K, S, 1) float32. A snapshot is empty: slots past the restored length are overwritten before they are
+    attended to.
 
     Args:
         shape: (B, K, S, E).
-        dtype: of the buffers; int8 is `Int8Slots`.
+        dtype: of the buffers.
         device: of the buffers.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        def slots() -> Slots:
-            return Int8Slots(shape, device) if dtype == torch.int8 else Slots(shape, dtype, device)
-
-        self.keys, self.values = slots(), slots()
-
-    def tensors(self) -> list[Tensor]:
-        """Stored tensors, keys before values."""
-        return [tensor for part in (self.keys, self.values) for tensor in part.tensors()]
+        super().__init__([torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)])
+        if dtype == torch.int8:
+            self.tensors += [torch.zeros(*shape[:-1], 1, device=device) for _ in range(2)]
 
     def append(self, keys: Tensor, values: Tensor, span: CacheRange) -> tuple[Tensor, Tensor]:
         """Write (B, K, T, E) keys and values at the span's slots; return all slots in use, in their dtype."""
-        self.keys.write(keys, span)
-        self.values.write(values, span)
-        return self.keys.read(span.end, keys.dtype), self.values.read(span.end, values.dtype)
+        if len(self.tensors) == 2:
+            k, v = self._write([keys, values], span)
+            return k.to(keys.dtype), v.to(values.dtype)
+        (k, k_scale), (v, v_scale) = int8_rows(keys), int8_rows(values)
+        k, v, k_scale, v_scale = self._write([k, v, k_scale, v_scale], span)
+        return (k.float() * k_scale).to(keys.dtype), (v.float() * v_scale).to(values.dtype)
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
-        self.keys.select(rows)
-        self.values.select(rows)
+    def _write(self, parts: Sequence[Tensor], span: CacheRange) -> list[Tensor]:
+        """Write a part (B, K, T, ...) into each tensor; views of the slots in use."""
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            if span.start is not None:
+                tensor[:, :, span.start : span.end] = part
+            else:
+                slots = span.slots(part.device)
+                rows = torch.arange(len(slots), device=part.device)[:, None]
+                tensor[rows, :, slots] = part.transpose(1, 2).to(tensor.dtype)
+        return [tensor[:, :, : span.end] for tensor in self.tensors]
 
-    def replace(self, rows: Tensor, other: KVCache, length: int) -> None:
-        """Overwrite these rows with those of another cache."""
-        self.keys.replace(rows, other.keys, length)
-        self.values.replace(rows, other.values, length)
+    def replace(self, rows: Tensor, other: LayerState, length: int) -> None:
+        """See `LayerState.replace`."""
+        for tensor, new in zip(self.tensors, other.tensors, strict=True):
+            tensor[rows, :, :length] = new[:, :, :length]
 
     def drop(self, row: int, start: int, end: int, used: int) -> None:
         """See `LayerState.drop`."""
-        self.keys.drop(row, start, end, used)
-        self.values.drop(row, start, end, used)
-
-    def snapshot(self) -> None:
-        """None: slots past the restored length are overwritten before they are attended to."""
-
-    def restore(self, snapshot: object) -> None:
-        """No-op, for the same reason."""
+        for tensor in self.tensors:
+            tensor[row, :, start : start + used - end] = tensor[row, :, end:used].clone()
 
 
-class WKVState:
-    """Recurrent state of an RWKV layer: two vectors of the last token and three of all before, (B, D) each.
+class WKVState(LayerState):
+    """Recurrent state of an RWKV layer, five vectors (B, D); they are never written in place, and there are no slots.
 
-    Attributes:
-        mixed: the last token's input of time mixing.
-        channel: the last token's input of channel mixing.
-        sums: WKV state (a, b, p) of `layers/wkv.py`, float32.
+    `tensors` are the last token's inputs of time mixing and of channel mixing, and the WKV state (a, b, p) of
+    `layers/wkv.py`, float32.
     """
 
     def __init__(self, batch: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.mixed = torch.zeros(batch, width, dtype=dtype, device=device)
-        self.channel = torch.zeros(batch, width, dtype=dtype, device=device)
-        self.sums = Sums.empty(batch, width, device)
+        mixed, channel = (torch.zeros(batch, width, dtype=dtype, device=device) for _ in range(2))
+        super().__init__([mixed, channel, *Sums.empty(batch, width, device)])
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order."""
-        self.mixed, self.channel = self.mixed[rows], self.channel[rows]
-        self.sums = Sums(*(part[rows] for part in self.sums))
+    def replace(self, rows: Tensor, other: LayerState, length: int) -> None:
+        """See `LayerState.replace`."""
+        self.tensors = [old.index_copy(0, rows, new) for old, new in zip(self.tensors, other.tensors, strict=True)]
 
-    def replace(self, rows: Tensor, other: WKVState, length: int) -> None:
-        """Overwrite these rows with those of another state."""
-        self.mixed = self.mixed.index_copy(0, rows, other.mixed)
-        self.channel = self.channel.index_copy(0, rows, other.channel)
-        self.sums = Sums(*(a.index_copy(0, rows, b) for a, b in zip(self.sums, other.sums, strict=True)))
-
-    def drop(self, row: int, start: int, end: int, used: int) -> None:
-        """No-op: there are no slots."""
-
-    def keep(self, rows: Tensor, snapshot: object) -> None:
+    def keep(self, rows: Tensor, snapshot: list[Tensor]) -> None:
         """Return these rows, (B,) booleans, to the snapshot."""
-        mixed, channel, sums = cast(tuple[Tensor, Tensor, Sums], snapshot)
-        chosen = rows[:, None]
-        self.mixed, self.channel = torch.where(chosen, mixed, self.mixed), torch.where(chosen, channel, self.channel)
-        self.sums = Sums(*(torch.where(chosen, old, new) for old, new in zip(sums, self.sums, strict=True)))
+        pairs = zip(snapshot, self.tensors, strict=True)
+        self.tensors = [torch.where(rows[:, None], old, new) for old, new in pairs]
 
-    def snapshot(self) -> object:
-        """The vectors, which are never written in place."""
-        return self.mixed, self.channel, self.sums
+    def snapshot(self) -> list[Tensor]:
+        """See `LayerState.snapshot`."""
+        return self.tensors
 
-    def restore(self, snapshot: object) -> None:
-        """Return to the snapshot."""
-        self.mixed, self.channel, self.sums = cast(tuple[Tensor, Tensor, Sums], snapshot)
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """See `LayerState.restore`."""
+        self.tensors = snapshot
 
 
 @dataclass(frozen=True)
@@ -348,18 +265,14 @@ class State:
         for layer, saved in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(saved)
 
-    def truncate(self, length: int) -> None:
-        """Truncate each row to its first `length` tokens; in a KV cache only the lengths change.
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Truncate row b to its first `lengths[b]` tokens; in a KV cache only the lengths change.
 
         Raises:
-            InputError: a recurrent state, which cannot be truncated.
-            ValueError: `make_room` has evicted tokens.
+            ValueError: a recurrent state, which cannot be truncated, or `make_room` has evicted tokens.
         """
-        if any(isinstance(layer, WKVState) for layer in self.layers):
-            raise InputError(
-                "a recurrent state cannot be truncated; speculative decoding needs a model with a KV cache",
-                fix="decode this model without speculation",
-            )
+        if not all(isinstance(layer, KVCache) for layer in self.layers):
+            raise ValueError("a recurrent state cannot be truncated")
         if any(self.dropped):
             raise ValueError("tokens were evicted: slots are no longer position ids")
-        self.lengths = [min(used, length) for used in self.lengths]
+        self.lengths = [min(used, length) for used, length in zip(self.lengths, lengths, strict=True)]

@@ -43,6 +43,11 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None
     return (F.cross_entropy(flat, ids, reduction="none") * weights.flatten()).sum()
 
 
+def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities log softmax(logits)[ids] in nats, in float32: (..., V) logits and (...) ids -> (...)."""
+    return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     matrix: Tensor,

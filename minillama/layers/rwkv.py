@@ -106,13 +106,14 @@ class RecurrentBlock(nn.Module):
         if mask.lengths is not None and x.shape[1] > 1:
             real = (mask.lengths.to(x.device)[:, None] - 1).clamp(min=0)
         before = past.snapshot()
+        mixed, channel, *sums = before
         normal = self.input_layernorm(x)
-        change, past.sums = self.self_attn(normal, _token_shift(normal, past.mixed), past.sums, real)
-        past.mixed = _last(normal, real)
+        change, sums = self.self_attn(normal, _token_shift(normal, mixed), Sums(*sums), real)
+        mixed = _last(normal, real)
         x = x + dropout(change, self.dropout, self.training)
         normal = self.post_attention_layernorm(x)
-        change = self.mlp(normal, _token_shift(normal, past.channel))
-        past.channel = _last(normal, real)
+        change = self.mlp(normal, _token_shift(normal, channel))
+        past.tensors = [mixed, _last(normal, real), *sums]
         if mask.lengths is not None and not mask.lengths.all():  # rows of padding alone have read nothing
             past.keep(mask.lengths.to(x.device) == 0, before)
         return x + dropout(change, self.dropout, self.training)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
-from functools import cache
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,39 +12,13 @@ from torch import Tensor
 from minillama.layers.attend import attend
 from minillama.layers.attention import Attention
 from minillama.layers.mask import KernelMask
-from minillama.model import Decoder
-from minillama.native.build import CannotBuild, load_library, prepare
+from minillama.native.build import Kernel
 
-SOURCE = "attention.cpp"
 SIDE, WIDEST = 16, 256  # divisor and maximum of the head width
 
 
 class _Tensor(ctypes.Structure):
     _fields_: ClassVar = [("first", c_void_p), *((name, c_int64) for name in ("batch", "head", "token"))]
-
-
-def unsupported() -> str | None:
-    """Reason why this processor cannot run the kernel, or None; it needs AVX-512 BF16."""
-    there = torch.cpu.get_capabilities()
-    return None if there.get("avx512_bf16") else "the processor has no AVX-512 BF16"
-
-
-def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
-    """Switch a model's attention to `native_attend`.
-
-    Args:
-        model: modified in place; unsupported inputs still use torch's kernel.
-        say: called before compilation, which happens once per machine.
-
-    Raises:
-        CannotBuild: no compiler, failed compilation, or unsupported processor.
-    """
-    parts = [part for part in model.modules() if isinstance(part, Attention)]
-    if not parts:
-        return
-    prepare(SOURCE, unsupported(), _library, say)
-    for part in parts:
-        part.kernel = native_attend
 
 
 def native_attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
@@ -90,7 +62,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = map(_contiguous_rows, (q, k, v))
     out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     descriptors = map(_descriptor, (q, k, v, out))
-    _check(_library().minillama_attention(*_sizes(q, k), *descriptors, c_void_p(log_sums.data_ptr())))
+    _check(KERNEL.library().minillama_attention(*_sizes(q, k), *descriptors, c_void_p(log_sums.data_ptr())))
     return out, log_sums
 
 
@@ -102,7 +74,7 @@ def causal_attention_backward(
     q, k, v, out, grad = map(_contiguous_rows, (q, k, v, out, grad))
     grads = tuple(_heads_like(x) for x in (q, k, v))
     log_sums = log_sums.contiguous()
-    done = _library().minillama_attention_backward(
+    done = KERNEL.library().minillama_attention_backward(
         *_sizes(q, k),
         *map(_descriptor, (q, k, v, out)),
         c_void_p(log_sums.data_ptr()),
@@ -134,12 +106,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor,
 causal_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    library = load_library(SOURCE)
-    if not library.minillama_attention_ready():
-        raise CannotBuild("Linux does not grant the AMX tile registers")
-    return library
+KERNEL = Kernel("attention.cpp", "avx512_bf16", Attention, "kernel", native_attend, ready="minillama_attention_ready")
 
 
 def _check(done: int) -> None:

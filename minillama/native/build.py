@@ -12,15 +12,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minillama.device import compiler_missing
 from minillama.files import cache_folder
 
 FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
+FEATURES = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX for bfloat16"}
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -28,22 +31,56 @@ class CannotBuild(Exception):
     """Native library unavailable on this machine; the message is the reason."""
 
 
-def prepare(source: str, missing: str | None, library: Callable[[], ctypes.CDLL], say: Callable[[str], None]) -> None:
-    """Compile and load a library before a model is switched to it.
+@dataclass(eq=False)
+class Kernel:
+    """Kernel of a model's modules in C++, compiled when a model is switched to it.
 
     Args:
         source: file name in this folder.
-        missing: reason why this processor cannot run it, or None.
-        library: its cached getter, once per process.
-        say: called before compilation.
-
-    Raises:
-        CannotBuild: `missing` is given, or raised by `load_library`.
+        feature: processor feature that it needs, a key of `FEATURES`.
+        owner: type of the modules.
+        attribute: of these, set to `function`.
+        function: calls the library; inputs that it does not support go to torch's operations.
+        ready: exported function that says whether the operating system grants AMX, for a source that uses it.
     """
-    if missing is not None:
-        raise CannotBuild(missing)
-    load_library(source, say)
-    library()
+
+    source: str
+    feature: str
+    owner: type[nn.Module]
+    attribute: str
+    function: Callable[..., object]
+    ready: str | None = None
+    _library: ctypes.CDLL | None = None
+
+    def unsupported(self) -> str | None:
+        """Reason why this processor cannot run it, or None."""
+        there = torch.cpu.get_capabilities().get(self.feature)
+        return None if there else f"the processor has no {FEATURES[self.feature]}"
+
+    def use(self, model: nn.Module, say: Callable[[str], None] = lambda text: None) -> None:
+        """Switch a model's modules to it, in place.
+
+        Raises:
+            CannotBuild: no compiler, failed compilation, or unsupported processor.
+        """
+        parts = [part for part in model.modules() if isinstance(part, self.owner)]
+        if not parts:
+            return
+        missing = self.unsupported()
+        if missing is not None:
+            raise CannotBuild(missing)
+        self.library(say)
+        for part in parts:
+            setattr(part, self.attribute, self.function)
+
+    def library(self, say: Callable[[str], None] = lambda text: None) -> ctypes.CDLL:
+        """Shared library, loaded once per process; see `load_library`."""
+        if self._library is None:
+            library = load_library(self.source, say)
+            if self.ready is not None and not library[self.ready]():
+                raise CannotBuild("Linux does not grant the AMX tile registers")
+            self._library = library
+        return self._library
 
 
 def load_library(source: str, say: Callable[[str], None] = lambda text: None, flags: Sequence[str] = ()) -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""Some tokens through `decode.cpp`: what it takes, and a model's weights as it reads them."""
+"""LLaMA decode step in C++ (`decode.cpp`) over a snapshot of a model's weights."""
 
 from __future__ import annotations
 
@@ -27,46 +27,44 @@ FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 WIDTH = 16  # floats of a vector of decode.cpp
 GROUP = 32  # columns that share a scale there
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 # Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
 REORDERED = ("-fassociative-math", "-fno-signed-zeros")
 
 
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
 class _Matrix(ctypes.Structure):
-    _fields_: ClassVar = [
-        *((name, c_int32) for name in ("kind", "rows", "columns")),
-        *((name, c_void_p) for name in ("weights", "scale", "grid", "bias")),
-    ]
+    _fields_: ClassVar = _fields(c_int32, "kind", "rows", "columns") + _fields(
+        c_void_p, "weights", "scale", "grid", "bias"
+    )
 
 
 class _Layer(ctypes.Structure):
-    _fields_: ClassVar = [
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm")),
-        *((name, _Matrix) for name in ("qkv", "output", "gate_up", "down")),
-    ]
+    _fields_: ClassVar = _fields(c_void_p, "attention_norm", "mlp_norm") + _fields(
+        _Matrix, "qkv", "output", "gate_up", "down"
+    )
 
 
 class _Model(ctypes.Structure):
     _fields_: ClassVar = [
-        *((name, c_int32) for name in ("dim", "layers", "heads", "kv_heads", "head_dim", "hidden", "vocab")),
-        *((name, c_int32) for name in ("max_rows", "threads")),
+        *_fields(c_int32, *SHAPE, "max_rows", "threads"),
         ("eps", c_float),
-        *((name, c_void_p) for name in ("frequencies", "norm")),
-        *((name, _Matrix) for name in ("embedding", "head")),
+        *_fields(c_void_p, "frequencies", "norm"),
+        *_fields(_Matrix, "embedding", "head"),
         ("layer", ctypes.POINTER(_Layer)),
         ("memory", c_void_p),
     ]
 
 
-class _Cache(ctypes.Structure):
-    _fields_: ClassVar = [("keys", c_void_p), ("values", c_void_p)]
-
-
 class _Token(ctypes.Structure):
-    _fields_: ClassVar = [(name, c_int64) for name in ("id", "text", "slot", "position", "last")]
+    _fields_: ClassVar = _fields(c_int64, "id", "sequence", "slot", "position", "last")
 
 
 def unsupported(model: Decoder) -> str | None:
-    """Why `NativeStep` does not take a model, or None: it takes LLaMA's layers on a CPU, after `fuse`."""
+    """Reason why `NativeStep` does not support a model, or None; it needs LLaMA's layers on a CPU, after `fuse`."""
     config = model.config
     if model.device.type != "cpu":
         return f"the model lies on {model.device}"
@@ -86,24 +84,24 @@ def unsupported(model: Decoder) -> str | None:
 
 
 def _versions(model: Decoder) -> list[tuple[Tensor, int, int]]:
-    """All that a model holds, where it lies, and torch's count of the changes in place."""
+    """Tensors of a model, their addresses, and torch's version counters of changes in place."""
     held = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]  # no version is counted there
     return [(tensor, tensor.data_ptr(), tensor._version) for tensor in held]
 
 
 class NativeStep:
-    """Reads a token a row, or the few of short prompts, and returns logits, for `Decoder.step`.
+    """Decode step in C++, for `Decoder.step`: one token per sequence, or a few of short prompts, to logits.
 
     Sums and the residual stream are in float32 whatever the weights' type, so that bfloat16 weights give what they
     give in float32 arithmetic; keys and values are kept in the state's type.
 
     Args:
-        model: a fused decoder that `unsupported` has nothing against. Its matrices are shared, its norms, biases and
-            int4 grids are copied: the step is a snapshot of the weights, see `refresh`.
-        say: told before anything is compiled.
+        model: a fused decoder for which `unsupported` is None. Its matrices are shared, its norms, biases and int4
+            grids are copied: the step is a snapshot of the weights, see `refresh`.
+        say: called before compilation, which happens once per machine.
 
     Raises:
-        CannotBuild: no compiler, or it failed.
+        CannotBuild: no compiler, or failed compilation.
     """
 
     def __init__(self, model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
@@ -127,13 +125,7 @@ class NativeStep:
         head = backbone.embed_tokens if model.lm_head is None else model.lm_head
         assert backbone.rope is not None
         self.native = _Model(
-            dim=config.dim,
-            layers=config.n_layers,
-            heads=config.n_heads,
-            kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            hidden=config.hidden_dim,
-            vocab=config.vocab_size,
+            *(getattr(config, name) for name in SHAPE),
             eps=config.norm_eps,
             frequencies=self._floats(backbone.rope.frequencies),
             norm=self._floats(cast(RMSNorm, backbone.norm).weight),
@@ -144,11 +136,11 @@ class NativeStep:
         self.slots = self.threads = 0  # the work memory is made anew
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
-        """Logits (B, V) behind each row's new tokens, float32; None for what the layers know alone, or do faster.
+        """Logits (B, V) after each row's new tokens, float32; None where the layers are needed, or faster.
 
         Args:
             tokens: of B rows, at least one each.
-            state: takes them in.
+            state: KV cache, which they are appended to.
             mask: causal, with a window or without.
 
         Raises:
@@ -163,29 +155,28 @@ class NativeStep:
         if not mask.causal or described != (None, None, None) or mask.window == 0:
             return None
         layers = [layer for layer in state.layers if isinstance(layer, KVCache)]
-        stored = [slots.stored for layer in layers for slots in (layer.keys, layer.values)]
+        stored = [tensor for layer in layers for tensor in layer.tensors]
         kinds = {part.dtype for part in stored}
         if len(kinds) != 1 or not kinds <= set(FLOATS):
             return None
         state.span(max(counts))  # refuses what does not fit
         native = self.native
-        shape = (len(tokens), native.kv_heads, state.max_len, native.head_dim)
-        if len(layers) != native.layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
+        shape = (len(tokens), native.n_kv_heads, state.max_len, native.head_dim)
+        if len(layers) != native.n_layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
             raise ValueError(f"the decode state is not one of {len(tokens)} rows of this model")
         if min(counts) == 0:
             raise ValueError("a row without a token")
         ids = [token for row in tokens for token in row]
-        if not all(0 <= token < native.vocab for token in ids):
-            raise IndexError(f"a token id that is not in 0..{native.vocab - 1}: {min(ids)} to {max(ids)}")
-        caches = (_Cache * len(layers))(*(_Cache(x.keys.stored.data_ptr(), x.values.stored.data_ptr()) for x in layers))
+        if not all(0 <= token < native.vocab_size for token in ids):
+            raise IndexError(f"a token id that is not in 0..{native.vocab_size - 1}: {min(ids)} to {max(ids)}")
         starts = zip(tokens, state.lengths, state.dropped, strict=True)
         read = [
-            _Token(token, text, slot, slot + dropped, slot == start + len(row) - 1)
-            for text, (row, start, dropped) in enumerate(starts)
+            _Token(token, sequence, slot, slot + dropped, slot == start + len(row) - 1)
+            for sequence, (row, start, dropped) in enumerate(starts)
             for slot, token in enumerate(row, start)
         ]
-        logits = torch.empty(len(counts), native.vocab, dtype=torch.float32, device="cpu")
-        if any(t._version != version or t.data_ptr() != place for t, place, version in self.versions):
+        logits = torch.empty(len(counts), native.vocab_size, dtype=torch.float32, device="cpu")
+        if any(t._version != version or t.data_ptr() != address for t, address, version in self.versions):
             raise RuntimeError("the model's weights have changed since this step read them: call its refresh()")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
             self._make_room(len(ids), state.max_len)
@@ -193,7 +184,7 @@ class NativeStep:
                 ctypes.byref(native),
                 c_int32(len(ids)),
                 (_Token * len(read))(*read),
-                caches,
+                (c_void_p * len(stored))(*(part.data_ptr() for part in stored)),
                 c_int32(state.max_len),
                 c_int32(kinds == {torch.bfloat16}),
                 *map(c_int32, (mask.window or 0, mask.sinks)),
@@ -203,7 +194,7 @@ class NativeStep:
         return logits
 
     def __deepcopy__(self, memo: object) -> None:
-        """None: it reads the weights of its model, and a copy of the model would go on with those."""
+        """None: it reads its model's weights, and a copy of the model would go on with those."""
 
     def _make_room(self, rows: int, slots: int) -> None:
         """Work memory for all of torch's threads, of which those run that have a processor for themselves."""
@@ -218,14 +209,9 @@ class NativeStep:
 
     def _layer(self, block: Block) -> _Layer:
         attention, mlp = block.self_attn, cast(Any, block.mlp)
-        return _Layer(
-            attention_norm=self._floats(cast(Any, block.input_layernorm).weight),
-            mlp_norm=self._floats(cast(Any, block.post_attention_layernorm).weight),
-            qkv=self._matrix(attention.qkv_proj),
-            output=self._matrix(attention.o_proj),
-            gate_up=self._matrix(mlp.gate_up_proj),
-            down=self._matrix(mlp.down_proj),
-        )
+        norms = (cast(Any, norm).weight for norm in (block.input_layernorm, block.post_attention_layernorm))
+        matrices = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        return _Layer(*map(self._floats, norms), *map(self._matrix, matrices))
 
     def _pointer(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from minillama.layers.cross_entropy import softmax_grad
 from minillama.model import Decoder
-from minillama.native.attention import unsupported
-from minillama.native.build import load_library, prepare
-
-SOURCE = "softmax.cpp"
-
-
-def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
-    """Switch a model's loss to `native_softmax_grad`.
-
-    Args:
-        model: modified in place; unsupported inputs still use torch's operations.
-        say: called before compilation, which happens once per machine.
-
-    Raises:
-        CannotBuild: no compiler, failed compilation, or unsupported processor.
-    """
-    prepare(SOURCE, unsupported(), _library, say)
-    model.loss_kernel = native_softmax_grad
+from minillama.native.build import Kernel
 
 
 def native_softmax_grad(logits: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
@@ -43,10 +23,8 @@ def native_softmax_grad(logits: Tensor, targets: Tensor, weights: Tensor, z_loss
     targets = targets.contiguous()
     losses, sums = (logits.new_empty(rows, 1, dtype=torch.float32) for _ in range(2))
     sizes = c_int64(rows), c_int64(width), c_int32(torch.get_num_threads())
-    _library().minillama_softmax_grad(*sizes, *(c_void_p(x.data_ptr()) for x in (logits, targets, losses, sums)))
+    KERNEL.library().minillama_softmax_grad(*sizes, *(c_void_p(x.data_ptr()) for x in (logits, targets, losses, sums)))
     return (losses * weights).sum(), sums
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    return load_library(SOURCE)
+KERNEL = Kernel("softmax.cpp", "avx512_bf16", Decoder, "loss_kernel", native_softmax_grad)

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
-from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from minillama.layers.mlp import SwiGLU, swiglu
-from minillama.model import Decoder
-from minillama.native.build import CannotBuild, load_library, prepare
+from minillama.native.build import Kernel
 
-SOURCE = "swiglu.cpp"
 DEPTH = 32  # divisor of both widths
 FEWEST = 64  # tokens: for fewer, packing weights into tiles takes longer than multiplying them
-
-
-def unsupported() -> str | None:
-    """Reason why this processor cannot run the kernel, or None; it needs AMX for bfloat16."""
-    return None if torch.cpu.get_capabilities().get("amx_bf16") else "the processor has no AMX for bfloat16"
-
-
-def use(model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
-    """Switch a model's SwiGLU to `native_swiglu`.
-
-    Args:
-        model: modified in place; unsupported inputs still use torch's operations.
-        say: called before compilation, which happens once per machine.
-
-    Raises:
-        CannotBuild: no compiler, failed compilation, or unsupported processor.
-    """
-    parts = [part for part in model.modules() if isinstance(part, SwiGLU)]
-    if not parts:
-        return
-    prepare(SOURCE, unsupported(), _library, say)
-    for part in parts:
-        part.kernel = native_swiglu
 
 
 def native_swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
@@ -84,7 +56,7 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     inputs = [t.contiguous() for t in (x, gate, up, down)]
     y = torch.empty_like(inputs[0])
     sizes, work = _sizes(x, gate, backward=False)
-    _library().minillama_mlp(*sizes, *map(_pointer, (work, *inputs, y)))
+    KERNEL.library().minillama_mlp(*sizes, *map(_pointer, (work, *inputs, y)))
     return y
 
 
@@ -97,7 +69,7 @@ def mlp_backward(
     grads = [torch.empty_like(t) if x.numel() else torch.zeros_like(t) for t in inputs[:4]]
     sizes, work = _sizes(x, gate, backward=True)
     wanted = [_pointer(t) if weights else c_void_p(None) for t in grads[1:]]
-    _library().minillama_mlp_backward(*sizes, *map(_pointer, (work, *inputs, grads[0])), *wanted)
+    KERNEL.library().minillama_mlp_backward(*sizes, *map(_pointer, (work, *inputs, grads[0])), *wanted)
     return grads[0], grads[1], grads[2], grads[3]
 
 
@@ -124,19 +96,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
-@cache
-def _library() -> ctypes.CDLL:
-    library = load_library(SOURCE)
-    if not library.minillama_mlp_ready():
-        raise CannotBuild("Linux does not grant the AMX tile registers")
-    library.minillama_mlp_work.restype = c_int64
-    return library
+KERNEL = Kernel("swiglu.cpp", "amx_bf16", SwiGLU, "kernel", native_swiglu, ready="minillama_mlp_ready")
 
 
 def _sizes(x: Tensor, gate: Tensor, backward: bool) -> tuple[list[c_int32], Tensor]:
     """Tokens, widths and threads, and the workspace."""
     sizes = [c_int32(n) for n in (x.numel() // x.shape[-1], gate.shape[1], len(gate), torch.get_num_threads())]
-    return sizes, torch.empty(_library().minillama_mlp_work(*sizes, c_int32(backward)), dtype=torch.uint8, device="cpu")
+    work = KERNEL.library().minillama_mlp_work
+    work.restype = c_int64
+    return sizes, torch.empty(work(*sizes, c_int32(backward)), dtype=torch.uint8, device="cpu")
 
 
 def _pointer(x: Tensor) -> c_void_p:

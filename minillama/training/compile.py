@@ -69,9 +69,9 @@ def use_native_kernels(model: Decoder, say: Callable[[str], None]) -> None:
         return
     parts = (attention, "attention"), (swiglu, "the feed-forward layers"), (softmax, "the loss")
     for part, name in parts:
-        if part.unsupported() is not None:
+        if part.KERNEL.unsupported() is not None:
             continue
         try:
-            part.use(model, say)
+            part.KERNEL.use(model, say)
         except CannotBuild as error:
             say(f"C++ for {name} was not compiled, the run goes on without: {error}")

@@ -112,7 +112,7 @@ def test_inference_memory() -> None:
     assert memory.total == memory.weights + memory.state
     assert inference_memory(config, 1, 1, weight_bytes=0.5).weights == 34_488_324_096
     small = Decoder(CONFIG).state(B, T)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in small.layers)
+    held = sum(tensor.nbytes for layer in small.layers for tensor in layer.tensors)
     assert inference_memory(CONFIG, B, T, kv_bytes=4).state == held
 
 

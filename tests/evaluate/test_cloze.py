@@ -18,7 +18,7 @@ from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.evaluate.cloze import Cloze
 from minillama.evaluate.question import Question
-from minillama.inference.infill import Cut
+from minillama.inference.infill import MaskedText
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.runs.config import load_run_config
@@ -278,7 +278,7 @@ def test_text_around_a_blank_is_cut_as_the_whole_text_is(kind: str) -> None:
     place = layout.tokens.index(blanks.token)
     filled = [*layout.tokens[:place], *layout.tokens[layout.prefix + 1 :], *layout.tokens[place + 1 : layout.prefix]]
     assert filled == made.encode("The soup. It was good today.")
-    cut = Cut("un[MASK]able", made)
+    cut = MaskedText("un[MASK]able", made)
     inside = made.encode_inside("able")
     assert cut.layout.tokens[-len(inside) :] == inside and made.decode([*made.encode("un"), *inside]) == "unable"
 
@@ -291,7 +291,7 @@ def test_classify_and_infill_name_what_is_wrong(
     tokenizer.save(tmp_path / "llama")
     ask = ["--pattern", QUESTION.pattern, "--verbalizers", *QUESTION.verbalizers]
     assert main(["classify", "--model", str(tmp_path / "llama"), *ask, "--text", "a"]) == 1
-    assert "not trained to fill blanks" in capsys.readouterr().err
+    assert "not trained for infilling" in capsys.readouterr().err
     assert main(["classify", "--model", str(tmp_path / "llama"), "--text", "a"]) == 1
     assert "--pattern" in capsys.readouterr().err
     model.save_pretrained(tmp_path / "glm")

@@ -17,8 +17,9 @@ from minillama.config import ModelConfig
 from minillama.formats.open import open_model
 from minillama.inference import cuda_graph, engine
 from minillama.inference.cuda_graph import CudaRecorder, GraphStep, Play, unsupported
-from minillama.inference.engine import decode
+from minillama.inference.engine import Engine
 from minillama.inference.load import load_model
+from minillama.inference.request import Request
 from minillama.inference.sampling import Sampling
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -40,19 +41,12 @@ def model(**changes: object) -> Decoder:
     return decoder.fuse()
 
 
-def said(decoder: Decoder, **options: object) -> list[list[int]]:
+def said(decoder: Decoder, **options: Any) -> list[list[int]]:
     """What four prompts go on with, of which the third stops early."""
-    rows: list[list[int]] = [[] for _ in PROMPTS]
-    steps = decode(decoder, PROMPTS, 80, Sampling(temperature=0.8, seed=3), **options)  # type: ignore[arg-type]
-    ended: set[int] | None = None
-    while True:
-        try:
-            step = steps.send(ended) if ended is not None else next(steps)
-        except StopIteration:
-            return rows
-        for row, token in step:
-            rows[row].append(token)
-        ended = {2} if len(rows[2]) == 40 else set()
+    engine = Engine(decoder, chunk=None, **{"max_rows": len(PROMPTS)} | options)
+    mine = [Request(prompt, 80, Sampling(temperature=0.8), seed=3 + i) for i, prompt in enumerate(PROMPTS)]
+    mine[2].stop = lambda tokens: len(tokens) == 40
+    return [request.tokens for request in engine.run(mine)]
 
 
 class Operations(TorchDispatchMode):
@@ -115,7 +109,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         *itertools.product(
             [{}, {"position": "alibi"}, {"tie_embeddings": True, "bias": "qkv"}, {"logit_scale": 0.5}],
-            [{}, {"batch_size": 2}, {"cache_dtype": torch.int8}, {"cache_dtype": torch.bfloat16}],
+            [{}, {"max_rows": 2}, {"cache_dtype": torch.int8}, {"cache_dtype": torch.bfloat16}],
         ),
         ({}, WINDOW),
     ],
@@ -219,7 +213,7 @@ def test_generate_takes_it_where_it_can(tmp_path: Any, monkeypatch: pytest.Monke
 @pytest.mark.cuda
 @pytest.mark.parametrize(
     ("changes", "options"),
-    [({}, {}), ({}, {"batch_size": 2}), ({}, WINDOW), ({}, {"cache_dtype": torch.int8}), ({"position": "alibi"}, {})],
+    [({}, {}), ({}, {"max_rows": 2}), ({}, WINDOW), ({}, {"cache_dtype": torch.int8}), ({"position": "alibi"}, {})],
     ids=str,
 )
 def test_played_tokens_are_those_of_the_layers(changes: dict[str, object], options: dict[str, object]) -> None:

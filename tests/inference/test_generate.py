@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from minillama.config import ModelConfig
 from minillama.device import decoding_dtype
 from minillama.errors import InputError
-from minillama.inference.engine import decode
 from minillama.inference.generate import StopText, generate, stream
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -41,11 +40,12 @@ def model() -> Decoder:
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=50, top_p=0.95, min_p=0.01, seed=3)])
 def test_batch_equals_single_and_cached_equals_uncached(
-    model: Decoder, tokenizer: Tokenizer, sampling: Sampling
+    model: Decoder, tokenizer: Tokenizer, sampling: Sampling, uncached: Callable[..., list[list[int]]]
 ) -> None:
     together = generate(model, tokenizer, PROMPTS, 20, sampling)
-    uncached = generate(model, tokenizer, PROMPTS, 20, sampling, decoding=partial(decode, use_state=False))
-    assert together == uncached
+    encoded = [tokenizer.encode(prompt, bos=tokenizer.add_bos) for prompt in PROMPTS]
+    expected = uncached(model, encoded, 20, sampling, [tokenizer.eos_id])
+    assert [list(completion.tokens) for completion in together] == expected
     for row, prompt in enumerate(PROMPTS):
         own = Sampling(**{**sampling.__dict__, "seed": sampling.seed + row})
         assert generate(model, tokenizer, [prompt], 20, own) == [together[row]]

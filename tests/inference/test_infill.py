@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,8 @@ import torch
 from minillama.commands.cli import main
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.inference.engine import decode
 from minillama.inference.generate import generate
-from minillama.inference.infill import Cut, infill
+from minillama.inference.infill import MaskedText, infill
 from minillama.inference.sampling import Sampling
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -77,14 +77,14 @@ def test_blanks_are_filled_as_full_passes_fill_them(model: Decoder, tokenizer: T
     blanks = Blanks.of(tokenizer)
     texts = ["the [MASK] heron stands [MASK] water", "[sMASK] a fish to pass", "the grey heron [gMASK]"]
     for text, filled in zip(texts, infill(model, tokenizer, texts, 7), strict=True):
-        cut = Cut(text, tokenizer)
-        layout, written = cut.layout, []
-        for place in cut.places:
+        masked = MaskedText(text, tokenizer)
+        layout, written = masked.layout, []
+        for place in masked.positions:
             ids = greedy(model, layout.fill(place, [blanks.start]), blanks.end, 7)
             layout = layout.fill(place, [blanks.start, *ids])
             written.append(tokenizer.decode(ids))
-        assert filled.blanks == tuple(written)
-        assert filled.text == cut.join(written)
+        assert filled.spans == tuple(written)
+        assert filled.text == masked.join(written)
 
 
 def test_a_batch_equals_one_by_one(model: Decoder, tokenizer: Tokenizer) -> None:
@@ -95,11 +95,16 @@ def test_a_batch_equals_one_by_one(model: Decoder, tokenizer: Tokenizer) -> None
         assert together[i] == infill(model, tokenizer, [text], 6, Sampling(temperature=1, seed=5 + i))[0]
 
 
-def test_decoding_with_and_without_a_state_agree(model: Decoder, tokenizer: Tokenizer) -> None:
+def test_decoding_with_and_without_a_state_agree(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    decode: Callable[..., list[list[int]]],
+    uncached: Callable[..., list[list[int]]],
+) -> None:
     blanks = Blanks.of(tokenizer)
     prompts = [blanks.continuation(tokenizer.encode(text)) for text in ("the grey", "the shallow water and waits")]
-    runs = [list(decode(model, prompts, 12, GREEDY, use_state)) for use_state in (True, False)]
-    assert runs[0] == runs[1] and len(runs[0]) == 12
+    runs = [run(model, prompts, 12) for run in (decode, uncached)]
+    assert runs[0] == runs[1] and [len(tokens) for tokens in runs[0]] == [12, 12]
 
 
 def test_generate_continues_a_text_as_one_long_blank(model: Decoder, tokenizer: Tokenizer) -> None:
@@ -120,7 +125,7 @@ def test_a_blank_ends_where_the_model_says(model: Decoder, tokenizer: Tokenizer)
         model.model.norm.bias.copy_(torch.ones(48))  # type: ignore[arg-type]
         model.output_weight[blanks.end] = 9
     filled = infill(model, tokenizer, ["the [MASK] heron"], 5)[0]
-    assert filled.blanks == ("",) and filled.reasons == ("eos",) and filled.text == "the heron"
+    assert filled.spans == ("",) and filled.reasons == ("eos",) and filled.text == "the heron"
     assert generate(model, tokenizer, ["the"], 5, GREEDY)[0].reason == "eos"
 
 
@@ -137,26 +142,26 @@ def test_a_blank_ends_where_the_model_says(model: Decoder, tokenizer: Tokenizer)
 def test_the_space_before_a_mask_belongs_to_the_blank(
     text: str, blanks: list[str], whole: str, tokenizer: Tokenizer
 ) -> None:
-    assert Cut(text, tokenizer).join(blanks) == whole
+    assert MaskedText(text, tokenizer).join(blanks) == whole
 
 
 def test_part_a_is_the_text_with_the_masks_in_their_places(tokenizer: Tokenizer) -> None:
     tokenizer.add_bos = False
-    cut = Cut("the [MASK] heron[gMASK]", tokenizer)
+    masked = MaskedText("the [MASK] heron[gMASK]", tokenizer)
     the, heron = tokenizer.encode("the"), tokenizer.encode(" heron")
     blanks = Blanks.of(tokenizer)
-    assert cut.layout.tokens == [*the, blanks.token, *heron, blanks.document]
-    assert cut.places == [len(the), len(the) + 1 + len(heron)]
+    assert masked.layout.tokens == [*the, blanks.token, *heron, blanks.document]
+    assert masked.positions == [len(the), len(the) + 1 + len(heron)]
 
 
 def test_sentencepiece_puts_no_second_space_behind_a_mask() -> None:
     made = TokenizerTrainer("bpe", 400, special=BLANK_TOKENS)([TEXT * 9])
     made.add_bos = False
-    assert Cut("the [MASK] heron", made).layout.tokens[-len(made.encode("heron")) :] == made.encode("heron")
+    assert MaskedText("the [MASK] heron", made).layout.tokens[-len(made.encode("heron")) :] == made.encode("heron")
 
 
 @pytest.mark.parametrize(
-    ("text", "what"), [("no blank", "no blank to fill"), (TEXT * 9 + " [MASK]", "leaves no room"), ("", "no blank")]
+    ("text", "what"), [("no mask", "no mask to fill"), (TEXT * 9 + " [MASK]", "leaves no room"), ("", "no mask")]
 )
 def test_texts_that_cannot_be_filled(model: Decoder, tokenizer: Tokenizer, text: str, what: str) -> None:
     with pytest.raises(InputError, match=what):
@@ -167,12 +172,12 @@ def test_a_blank_without_room_is_left_empty_and_the_rest_is_kept(model: Decoder,
     text = TEXT + " [MASK] and [MASK] then [MASK]"
     filled = infill(model, tokenizer, ["the [MASK]", text + " x" * 20], 90)
     assert filled[0] == infill(model, tokenizer, ["the [MASK]"], 90)[0]
-    assert "context" in filled[1].reasons and filled[1].reasons[-1] == "context" and filled[1].blanks[-1] == ""
+    assert "context" in filled[1].reasons and filled[1].reasons[-1] == "context" and filled[1].spans[-1] == ""
 
 
 def test_a_model_of_another_objective_is_refused(tokenizer: Tokenizer) -> None:
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=16, vocab_size=300, max_seq_len=32)
-    with pytest.raises(InputError, match="not trained to fill blanks"):
+    with pytest.raises(InputError, match="not trained for infilling"):
         infill(Decoder(config), tokenizer, ["a [MASK]"])
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats.open import open_model
-from minillama.inference.engine import decode
 from minillama.inference.quantize import importance_matrix, int4_numbers, quantize, quantized, save_gguf, stored_kind
 from minillama.layers.int4 import Int4, search, storable
 from minillama.layers.quantized_linear import ROWS, Int4Linear, Int8Linear, int8_rows
@@ -110,7 +109,13 @@ def model(tied: bool, **changes: object) -> Decoder:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("kind", "bound"), [("int8", 0.03), ("int4", 0.3)])
-def test_a_model_is_nearly_what_it_was(tied: bool, kind: str, bound: float) -> None:
+def test_a_model_is_nearly_what_it_was(
+    tied: bool,
+    kind: str,
+    bound: float,
+    decode: Callable[..., list[list[int]]],
+    uncached: Callable[..., list[list[int]]],
+) -> None:
     plain, changed = model(tied), quantize(model(tied).fuse(), kind)  # type: ignore[arg-type]
     assert not [name for name, part in changed.named_modules() if isinstance(part, nn.Linear)]
     tokens = torch.randint(0, 80, (4, 9), generator=torch.Generator().manual_seed(4))  # over ROWS
@@ -120,9 +125,7 @@ def test_a_model_is_nearly_what_it_was(tied: bool, kind: str, bound: float) -> N
         torch.testing.assert_close(changed.loss(changed.hidden(tokens), tokens), plain_loss(changed, tokens))
 
     few = [tokens[0, :3].tolist()]
-    one_by_one = [token for step in decode(changed, few, 12) for _, token in step]
-    again = [token for step in decode(changed, few, 12, use_state=False) for _, token in step]
-    assert one_by_one == again
+    assert decode(changed, few, 12) == uncached(changed, few, 12)
 
 
 def plain_loss(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
@@ -235,10 +238,9 @@ def test_int4_elsewhere_than_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_a_batch_in_bfloat16(kind: str) -> None:
+def test_a_batch_in_bfloat16(kind: str, decode: Callable[..., list[list[int]]]) -> None:
     changed = quantize(model(True).bfloat16().fuse(), kind)  # type: ignore[arg-type]
-    out = [token for step in decode(changed, [[3, 1, 2], [4, 5, 6]], 3) for _, token in step]
-    assert len(out) == 6
+    assert sum(map(len, decode(changed, [[3, 1, 2], [4, 5, 6]], 3))) == 6
 
 
 def test_a_recurrent_model_and_widths_that_no_kernel_takes() -> None:

@@ -173,7 +173,7 @@ def test_a_pass_that_fails_harms_nobody_else() -> None:
     assert failed == 1
     expected = [finished(e := Engine(decoder), e.submit(Request([i + 1, 3], 10)))[0] for i in range(2)]
     assert [request.tokens for request in others] == expected
-    assert not engine.is_busy and engine.running.state is None
+    assert not engine.is_busy and engine.running is None
 
 
 def test_cancelled_requests_leave_from_everywhere() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 from minillama.commands import cli
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.inference.engine import decode
+from minillama.inference.engine import Engine
 from minillama.inference.generate import generate, stream
-from minillama.inference.request import GREEDY
+from minillama.inference.request import GREEDY, Request
 from minillama.inference.sampling import Sampler, Sampling
-from minillama.inference.speculative import Acceptance, PromptLookup, Speculation, accept, speculate
+from minillama.inference.speculative import Acceptance, PromptLookup, Speculation, accept
 from minillama.model import Decoder
 from minillama.tokenizer import byte_tokenizer
 
@@ -66,12 +66,22 @@ def drafts(model: Decoder) -> dict[str, Decoder | None]:
     return {"lookup": None, "itself": model, "near": near(model, 0.05), "strange": sharp(narrow, 3)}
 
 
-def run(steps: Any) -> list[int]:
-    return [token for step in steps for _, token in step]
+def plain(model: Decoder, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY, **options: Any) -> list[int]:
+    return Engine(model, chunk=None, **options).run([Request(prompt, count, sampling)])[0].tokens
 
 
-def plain(model: Decoder, prompt: Sequence[int], count: int, sampling: Sampling = GREEDY) -> list[int]:
-    return run(decode(model, [prompt], count, sampling))
+def speculate(
+    model: Decoder,
+    prompt: Sequence[int],
+    count: int,
+    sampling: Sampling = GREEDY,
+    draft: Decoder | None = None,
+    draft_tokens: int = 8,
+    stats: Acceptance | None = None,
+    **options: Any,
+) -> list[int]:
+    speculation = Speculation(draft, draft_tokens, stats or Acceptance())
+    return plain(model, prompt, count, sampling, speculation=speculation, **options)
 
 
 @pytest.mark.parametrize("name", ["lookup", "itself", "near", "strange"])
@@ -84,14 +94,14 @@ def test_greedy_tokens_are_those_of_plain_decoding(
             expected = plain(model, prompt, count, sampling)
             for draft_tokens in (1, 5):
                 stats = Acceptance()
-                tokens = run(speculate(model, prompt, count, sampling, drafts[name], draft_tokens, stats))
+                tokens = speculate(model, prompt, count, sampling, drafts[name], draft_tokens, stats)
                 assert tokens == expected
                 assert stats.tokens == len(tokens) == stats.accepted + stats.passes
 
 
 def test_a_draft_that_is_the_model_is_always_accepted(model: Decoder) -> None:
     stats = Acceptance()
-    run(speculate(model, [5, 6, 7], 25, draft=model, draft_tokens=4, stats=stats))
+    speculate(model, [5, 6, 7], 25, draft=model, draft_tokens=4, stats=stats)
     assert (stats.rate, stats.passes) == (1.0, 5)
     assert str(stats) == "20 of 20 drafted tokens accepted (100%), 5.0 tokens per pass"
     assert str(Acceptance()) == "0 of 0 drafted tokens accepted (0%), 0.0 tokens per pass"
@@ -100,13 +110,13 @@ def test_a_draft_that_is_the_model_is_always_accepted(model: Decoder) -> None:
 def test_other_layers_take_their_state_back() -> None:
     for change in ({"position": "alibi"}, {"parallel_block": True, "n_kv_heads": 1}, {"position": "rope-2d"}):
         model = sharp(replace(CONFIG, head_dim=8, **change), 4)
-        assert run(speculate(model, [1, 2], 30, draft=near(model, 0.1))) == plain(model, [1, 2], 30)
+        assert speculate(model, [1, 2], 30, draft=near(model, 0.1)) == plain(model, [1, 2], 30)
 
 
 def test_keys_and_values_of_one_byte_go_back_too(model: Decoder) -> None:
-    expected = run(decode(model, [PROMPTS[2]], 30, cache_dtype=torch.int8))
+    expected = plain(model, PROMPTS[2], 30, cache_dtype=torch.int8)
     for draft in (None, near(model, 0.05)):
-        assert run(speculate(model, PROMPTS[2], 30, draft=draft, cache_dtype=torch.int8)) == expected
+        assert speculate(model, PROMPTS[2], 30, draft=draft, cache_dtype=torch.int8) == expected
 
 
 def test_a_repeating_text_is_looked_up() -> None:
@@ -119,7 +129,7 @@ def test_a_repeating_text_is_looked_up() -> None:
             return super().hidden(tokens, *args, **options)
 
     stats = Acceptance()
-    tokens = run(speculate(Repeating(CONFIG), [0, 1, 2, 3, 4, 5, 6, 0], 28, stats=stats))
+    tokens = speculate(Repeating(CONFIG), [0, 1, 2, 3, 4, 5, 6, 0], 28, stats=stats)
     assert tokens == [i % 7 for i in range(1, 29)]
     assert (stats.rate, stats.passes) == (1.0, 4)  # 9 + 9 + 9 + 1
 
@@ -147,14 +157,47 @@ def test_lookup_goes_on_with_the_text_as_one_that_starts_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["lookup", "itself"])
-def test_a_sent_set_ends_the_text_in_the_middle_of_a_draft(
+def test_a_condition_ends_the_text_in_the_middle_of_a_draft(
     model: Decoder, drafts: dict[str, Decoder | None], name: str
 ) -> None:
-    steps = speculate(model, PROMPTS[2], 30, draft=drafts[name])
-    tokens = [token for step in islice(steps, 3) for _, token in step]
-    assert steps.send(set()) and tokens == plain(model, PROMPTS[2], 3)
-    with pytest.raises(StopIteration):
-        steps.send({0})
+    speculation = Speculation(drafts[name])
+    engine = Engine(model, speculation=speculation)
+    (request,) = engine.submit(Request(PROMPTS[2], 30, stop=lambda tokens: len(tokens) == 3))
+    while engine.is_busy:
+        assert engine.step() == [request]
+    assert request.tokens == plain(model, PROMPTS[2], 3) and request.finish_reason == "stop"
+    assert speculation.acceptance.tokens == 3
+
+
+@pytest.mark.parametrize("name", ["lookup", "near", "strange"])
+def test_requests_with_drafts_come_and_leave_like_others(
+    model: Decoder, drafts: dict[str, Decoder | None], name: str
+) -> None:
+    hot = Sampling(temperature=1.2, seed=3)
+    asked = [(PROMPTS[3], 20, GREEDY), ([1], 31, hot), (PROMPTS[2], 9, GREEDY), ([7, 8], 50, hot)]
+    alone = [speculate(model, *each, drafts[name], 5) for each in asked]
+    engine = Engine(model, 3, chunk=6, speculation=Speculation(drafts[name], 5))
+    mine = [Request(prompt, count, sampling, logprobs=True) for prompt, count, sampling in asked]
+    engine.submit(mine[0])
+    engine.step()
+    engine.submit(mine[1])
+    (other,) = engine.submit(Request([2, 3], 40))
+    engine.submit(mine[2])  # it waits
+    mine[3:] = twice = engine.submit(mine[3], samples=2)
+    for _ in range(4):
+        engine.step()
+    engine.cancel(other)
+    engine.refresh()
+    while engine.is_busy:
+        assert engine.step()
+    assert other.finish_reason == "cancelled" and len(other.tokens) < 40
+    assert [request.tokens for request in mine[:4]] == alone and twice[0].tokens != twice[1].tokens
+    for request in mine:
+        ids = torch.tensor([[*request.ids, *request.tokens]])
+        with torch.no_grad():
+            expected = model(ids).log_softmax(-1)[0, len(request.ids) - 1 : -1]
+        chosen = expected.gather(-1, torch.tensor(request.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(request.log_probabilities), chosen, atol=1e-4, rtol=0)
 
 
 def bound(freedom: int) -> float:
@@ -221,7 +264,7 @@ def test_the_first_tokens_have_the_distribution_of_plain_decoding(kind: str, sam
     assert abs(expected.sum() - 1) < 1e-4
     stats, seen = Acceptance(), Counter[int]()
     for seed in range(draws):
-        a, b, c = run(speculate(model, prompt, count, replace(sampling, seed=seed), draft, 2, stats))
+        a, b, c = speculate(model, prompt, count, replace(sampling, seed=seed), draft, 2, stats)
         seen[(a * 8 + b) * 8 + c] += 1
     counts = torch.tensor([seen[i] for i in range(512)])
     statistic, cells = chi_square(counts, expected * draws)
@@ -236,7 +279,7 @@ class Bigram(Decoder):
         super().__init__(ModelConfig(dim=8, n_layers=1, n_heads=1, hidden_dim=8, vocab_size=8, max_seq_len=10**4))
         self.table = 1.5 * torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))
 
-    def hidden(self, tokens: torch.Tensor, *args: Any, state: Any = None, **options: Any) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, positions: Any = None, mask: Any = None, state: Any = None) -> torch.Tensor:
         state.advance([tokens.shape[1]])
         return self.table[tokens]
 
@@ -249,7 +292,7 @@ class Bigram(Decoder):
 def test_a_long_text_has_the_distribution_of_plain_decoding(kind: str, sampling: Sampling) -> None:
     model, draft = Bigram(1), Bigram(2) if kind == "model" else None
     prompt, stats = [*range(8)], Acceptance()  # with every token seen, the repetition penalty stays the same
-    text = prompt[-1:] + run(speculate(model, prompt, 2000, sampling, draft, 4, stats))
+    text = prompt[-1:] + speculate(model, prompt, 2000, sampling, draft, 4, stats)
     pairs = torch.zeros(8, 8)
     for pair in pairwise(text):
         pairs[pair] += 1
@@ -264,8 +307,8 @@ def test_a_long_text_has_the_distribution_of_plain_decoding(kind: str, sampling:
 
 def test_a_seed_decides_and_without_drafts_draws_are_those_of_plain_decoding(model: Decoder) -> None:
     chain = Sampling(temperature=1.0, seed=4)
-    assert run(speculate(model, [1, 2, 3], 1, chain)) == plain(model, [1, 2, 3], 1, chain)
-    first, again, other = (run(speculate(model, [1], 20, replace(chain, seed=s), model)) for s in (4, 4, 5))
+    assert speculate(model, [1, 2, 3], 1, chain) == plain(model, [1, 2, 3], 1, chain)
+    first, again, other = (speculate(model, [1], 20, replace(chain, seed=s), model) for s in (4, 4, 5))
     assert first == again != other
 
 
@@ -283,7 +326,7 @@ def test_what_cannot_speculate_is_refused(model: Decoder) -> None:
             speculate(arguments[0], [1], 5, draft=arguments[1])
     glm = Decoder(replace(CONFIG, objective="glm", position="rope-2d"))
     for arguments in ((glm, None), (model, glm)):
-        with pytest.raises(InputError, match="fills blanks"):
+        with pytest.raises(InputError, match="for infilling"):
             speculate(arguments[0], [1], 5, draft=arguments[1])
 
 
@@ -291,9 +334,9 @@ def test_a_state_is_truncated(model: Decoder) -> None:
     state, tokens = model.state(1), torch.tensor([[3, 1, 4, 1, 5]])
     with torch.inference_mode():
         model.hidden(tokens, state=state)
-        state.truncate(9)
+        state.truncate([9])
         assert state.lengths == [5]
-        state.truncate(2)
+        state.truncate([2])
         again = model.hidden(tokens[:, 2:], state=state)
         torch.testing.assert_close(again, model.hidden(tokens)[:, 2:], atol=1e-4, rtol=1e-4)
 
@@ -309,14 +352,17 @@ def test_text_stops_as_with_plain_decoding() -> None:
             stops = [(), (whole.text[-2:],)]
             for stop in stops:
                 speculation = Speculation(draft, 5)
+                engine = Engine(model, speculation=speculation)
                 expected = generate(model, tokenizer, [prompt], 30, GREEDY, stop)
-                assert generate(model, tokenizer, [prompt], 30, GREEDY, stop, decoding=speculation) == expected
-                pieces = list(stream(model, tokenizer, prompt, 30, GREEDY, stop, decoding=Speculation(draft, 5)))
+                assert generate(model, tokenizer, [prompt], 30, GREEDY, stop, engine=engine) == expected
+                again = Engine(model, speculation=Speculation(draft, 5))
+                pieces = list(stream(model, tokenizer, prompt, 30, GREEDY, stop, engine=again))
                 assert "".join(piece.text for piece in pieces) == expected[0].text
                 assert pieces[-1].reason == expected[0].reason
                 assert speculation.acceptance.tokens == len(expected[0].tokens)
-    with pytest.raises(InputError, match="one prompt"):
-        generate(model, tokenizer, prompts, 3, decoding=Speculation())
+        engine = Engine(model, speculation=Speculation(draft))
+        whole = generate(model, tokenizer, prompts, 30, GREEDY)
+        assert generate(model, tokenizer, prompts, 30, GREEDY, engine=engine) == whole
 
 
 def test_the_command_says_what_was_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,5 +382,9 @@ def test_the_command_says_what_was_accepted(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == expected
     assert cli.main([*command, "--prompt", "ab ab", "--speculate", "--draft", path]) == 1
     assert "give either --speculate or --draft" in capsys.readouterr().err
-    assert cli.main([*command, "--prompt", "a", "b", "--speculate"]) == 1
-    assert "speculative decoding takes one prompt" in capsys.readouterr().err
+    assert cli.main([*command, "--prompt", "a", "b"]) == 0
+    several = capsys.readouterr().out
+    assert cli.main([*command, "--prompt", "a", "b", "--speculate"]) == 0
+    assert capsys.readouterr().out == several
+    assert cli.main([*command, "--prompt", "a", "--speculate", "--window", "3"]) == 1
+    assert "speculative decoding attends to the whole sequence" in capsys.readouterr().err

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -27,18 +26,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Has the kernels of a test's module, its `KERNELS`, come from the build of that name."""
-    part: ModuleType = request.module.KERNELS
-    library = part._library
+    kernel: build.Kernel = request.module.KERNELS.KERNEL
+    monkeypatch.setattr(kernel, "_library", None)
     if request.param != "processor":
-        load = partial(build.load_library, flags=FLAGS[request.param])
-        monkeypatch.setattr(part, "load_library", load)
-        monkeypatch.setattr(build, "load_library", load)
-        monkeypatch.setattr(part, "unsupported", lambda: None)
-        library.cache_clear()
-    yield request.param
-    library.cache_clear()
+        monkeypatch.setattr(build, "load_library", partial(build.load_library, flags=FLAGS[request.param]))
+        monkeypatch.setattr(kernel, "unsupported", lambda: None)
+    return request.param
 
 
 @pytest.fixture

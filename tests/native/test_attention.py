@@ -15,7 +15,7 @@ from minillama.layers.attend import attend
 from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
 from minillama.native import attention, build
-from minillama.native.attention import causal_attention, native_attend, use
+from minillama.native.attention import causal_attention, native_attend
 
 KERNELS, UNITS, EMULATED = attention, ("avx512_bf16",), ("tiles", "vectors")
 pytestmark = [
@@ -70,10 +70,10 @@ def test_values_and_gradients(rows: int, count: int, shared: int, tokens: int, w
 
 @pytest.mark.hardware("avx512_bf16")
 def test_without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors = build.load_library(attention.SOURCE, flags=[f"-mno-amx-{part}" for part in ("bf16", "int8", "tile")])
+    vectors = build.load_library("attention.cpp", flags=[f"-mno-amx-{part}" for part in ("bf16", "int8", "tile")])
     tensors = [heads(2, count, 161, 80, seed=i) for i, count in enumerate((6, 2, 2, 6))]
     expected = results(*tensors, torch.bfloat16, native=True)
-    monkeypatch.setattr(attention, "_library", lambda: vectors)
+    monkeypatch.setattr(attention.KERNEL, "_library", vectors)
     for one, two in zip(expected, results(*tensors, torch.bfloat16, native=True), strict=True):
         assert (one - two).norm() < 1e-3 * one.norm()
 
@@ -140,7 +140,7 @@ def test_a_model_has_the_same_loss_and_gradients(
     config = ModelConfig(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=128, vocab_size=64, max_seq_len=80)
     plain = Decoder(config).bfloat16()
     native = copy.deepcopy(plain)
-    use(native)
+    attention.KERNEL.use(native)
     assert native.blocks[0].self_attn.kernel is native_attend
     if compiled:
         native.compile_blocks()

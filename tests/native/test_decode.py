@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from minillama.config import ModelConfig, RopeScaling
-from minillama.inference.engine import Engine, decode
+from minillama.inference.engine import Engine
 from minillama.inference.quantize import quantize
 from minillama.inference.request import Request
 from minillama.inference.sampling import Sampling
@@ -130,33 +130,36 @@ def test_several_tokens_a_row(kind: Quantization) -> None:
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (5, 9), (40, 4)])
-def test_a_window_with_sinks(window: int, sinks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_with_sinks(
+    window: int,
+    sinks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    decode: Callable[..., list[list[int]]],
+    uncached: Callable[..., list[list[int]]],
+) -> None:
     monkeypatch.setattr("minillama.config.cost.SPARE", 1)
     plain, native = model(), model()
     native.step = NativeStep(native)
     prompts = [[5, 6, 7, 8, 9, 10, 11] * (1 + sinks // 2), [1, 2]]
-    sees = partial(decode, window=window, sinks=sinks)
-    expected = [list(sees(plain, prompts, 20, use_state=use_state)) for use_state in (True, False)]
+    expected = [run(plain, prompts, 20, window=window, sinks=sinks) for run in (decode, uncached)]
     assert expected[0] == expected[1]
-    assert list(sees(native, prompts, 20)) == expected[0]
-    everything = list(decode(plain, prompts, 20))
+    assert decode(native, prompts, 20, window=window, sinks=sinks) == expected[0]
+    everything = decode(plain, prompts, 20)
     assert (everything == expected[0]) == (window == 40)
 
 
 @pytest.mark.parametrize("kind", ["none", "int8", "int4"])
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.0, top_p=0.9, seed=3)])
-def test_batches_that_stay_full_say_the_same(kind: Quantization, sampling: Sampling) -> None:
+def test_batches_that_stay_full_say_the_same(
+    kind: Quantization, sampling: Sampling, decode: Callable[..., list[list[int]]]
+) -> None:
     native = model(kind=kind)
     plain = exact(native)
     native.step = step = NativeStep(native)
     step.at_once = 31  # also where torch would read prompts, whose quantized kernels round
     prompts = [[5, 6, 7], [1], [8, 9, 10, 11, 12], [3, 4], [80, 2, 2]]
-    steps = [{}, {}]
-    for said, decoder in zip(steps, (native, plain), strict=True):
-        for found in decode(decoder, prompts, 12, sampling, batch_size=2):
-            for row, token in found:
-                said.setdefault(row, []).append(token)
-    assert steps[0] == steps[1]
+    said = [decode(decoder, prompts, 12, sampling, max_rows=2) for decoder in (native, plain)]
+    assert said[0] == said[1]
 
 
 def test_requests_reach_it_and_go_on_after_a_change_of_weights() -> None:
@@ -242,12 +245,12 @@ def test_other_weights_leave_no_step() -> None:
     assert native.step is None
 
 
-def test_a_copy_of_the_model_has_no_step() -> None:
+def test_a_copy_of_the_model_has_no_step(decode: Callable[..., list[list[int]]]) -> None:
     native = model()
     native.step = NativeStep(native)
     twin = copy.deepcopy(native)
     assert twin.step is None
-    assert list(decode(twin, [[5, 6, 7]], 5)) == list(decode(native, [[5, 6, 7]], 5))
+    assert decode(twin, [[5, 6, 7]], 5) == decode(native, [[5, 6, 7]], 5)
 
 
 PROMPTS = [  # of over 32 tokens each, so that quantized weights are multiplied out to read them
@@ -269,7 +272,9 @@ PROMPTS = [  # of over 32 tokens each, so that quantized weights are multiplied 
     ("dtype", "kind"),
     [(torch.float32, "none"), (torch.float32, "int8"), (torch.float32, "int4"), (torch.bfloat16, "none")],
 )
-def test_greedy_tokens_of_a_real_model(smollm2: Path, dtype: torch.dtype, kind: Quantization) -> None:
+def test_greedy_tokens_of_a_real_model(
+    smollm2: Path, dtype: torch.dtype, kind: Quantization, decode: Callable[..., list[list[int]]]
+) -> None:
     """256 tokens of five prompts: equal in float32; in bfloat16 they part where two tokens are as good as equal."""
     tokenizer = Tokenizer.load(smollm2)
     native = quantize(Decoder.from_pretrained(smollm2, dtype).fuse(), kind)
@@ -277,13 +282,7 @@ def test_greedy_tokens_of_a_real_model(smollm2: Path, dtype: torch.dtype, kind: 
     native.step = NativeStep(native)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     assert min(map(len, prompts)) >= 32
-    said: list[list[list[int]]] = []
-    for decoder in (native, plain):
-        rows: list[list[int]] = [[] for _ in prompts]
-        for found in decode(decoder, prompts, 256):
-            for row, token in found:
-                rows[row].append(token)
-        said.append(rows)
+    said = [decode(decoder, prompts, 256) for decoder in (native, plain)]
     parted = [
         (prompt, a, next(i for i in range(256) if a[i] != b[i]))
         for prompt, a, b in zip(prompts, *said, strict=True)

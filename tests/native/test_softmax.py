@@ -10,7 +10,7 @@ from minillama.config import ModelConfig
 from minillama.layers.cross_entropy import cross_entropy, linear_cross_entropy, softmax_grad
 from minillama.model import Decoder
 from minillama.native import build, softmax
-from minillama.native.softmax import native_softmax_grad, use
+from minillama.native.softmax import native_softmax_grad
 
 KERNELS, UNITS, EMULATED = softmax, ("avx512_bf16",), ("vectors",)
 pytestmark = [
@@ -89,7 +89,7 @@ def test_a_target_that_is_no_id_is_refused(target: int) -> None:
 
 
 def test_the_rest_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax, "_library", lambda: pytest.fail("taken"))
+    monkeypatch.setattr(softmax.KERNEL, "library", lambda: pytest.fail("taken"))
     logits, targets, weights = scores(4, 50)
     apart = torch.cat([logits, logits], 1)[:, :50]
     for given, ids, z_loss in (
@@ -107,6 +107,6 @@ def test_a_model_takes_it() -> None:
     model = Decoder(ModelConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, vocab_size=64, max_seq_len=8)).bfloat16()
     hidden, targets = torch.randn(2, 8, 32).bfloat16(), torch.randint(0, 64, (2, 8))
     before = model.loss(hidden, targets)
-    use(model)
+    softmax.KERNEL.use(model)
     assert model.loss_kernel is native_softmax_grad
     torch.testing.assert_close(model.loss(hidden, targets), before, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from minillama.layers.mlp import swiglu
 from minillama.model import Decoder
 from minillama.native import build
 from minillama.native import swiglu as native
-from minillama.native.swiglu import native_swiglu, use
+from minillama.native.swiglu import native_swiglu
 
 KERNELS, UNITS, EMULATED = native, ("amx_bf16",), ("tiles",)
 pytestmark = [
@@ -142,7 +142,7 @@ def test_a_model_has_the_same_loss_and_gradients(
     config = ModelConfig(dim=96, n_layers=2, n_heads=6, hidden_dim=160, vocab_size=64, max_seq_len=80)
     plain = Decoder(config).bfloat16()
     ours = copy.deepcopy(plain)
-    use(ours)
+    native.KERNEL.use(ours)
     assert ours.blocks[0].mlp.kernel is native_swiglu
     if compiled:
         ours.compile_blocks()
