@@ -150,7 +150,7 @@ def check_room(length: int, context: int, where: str) -> None:
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str | Sequence[int]],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
@@ -162,7 +162,7 @@ def stream(
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
-        prompt: a text, or several, of any length, which share a batch.
+        prompt: a text, or several, of any length, which share a batch; token ids are taken as they are.
         max_new_tokens: tokens per prompt at most.
         sampling: sampling settings; `Sampling()` unless given. Prompt i has seed + i.
         stop: strings that end a sequence; they are not part of the text.
@@ -195,13 +195,13 @@ def stream(
             engine.cancel(request)
 
 
-def encode(tokenizer: Tokenizer, prompt: str, where: str) -> list[int]:
-    """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one.
+def encode(tokenizer: Tokenizer, prompt: str | Sequence[int], where: str) -> list[int]:
+    """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one. Ids stay as they are.
 
     Raises:
         InputError: an empty prompt, and a tokenizer without BOS.
     """
-    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos) if isinstance(prompt, str) else list(prompt)
     if not ids and tokenizer.bos_id is None:
         raise InputError("an empty prompt", where=where, fix="give at least one character")
     return ids or [tokenizer.bos_id]
@@ -210,7 +210,7 @@ def encode(tokenizer: Tokenizer, prompt: str, where: str) -> list[int]:
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),

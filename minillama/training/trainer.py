@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -254,13 +254,15 @@ class Trainer:
         return measures[name] if direction == "min" else -measures[name]
 
     def _sample(self) -> None:
-        wanted = self.config.sample
-        if not (wanted.max_new_tokens and wanted.prompts and self.objective.writes_text):
+        wanted, tokenizer = self.config.sample, self.saved.tokenizer
+        if not (wanted.max_new_tokens and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
-        for prompt in wanted.prompts:
-            completion = generate(self.working, self.saved.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
-            self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
+        prompts: Sequence[str | Sequence[int]] = self.objective.prompts or wanted.prompts
+        for prompt in prompts:
+            completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            self.report.say("  | " + (text + completion.text).strip().replace("\n", "\n  | "))
 
     def _take_up(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
