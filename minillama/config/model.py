@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillama.config import hf, parameters
+from minillama.config import hf
 from minillama.config.loader import Located, build, config_folder, config_path, located, read_toml, to_dict
+from minillama.config.parameters import Parameter, block, table
 from minillama.config.shape import Shape, ffn_width
 from minillama.errors import InputError
 
@@ -94,16 +95,17 @@ class ModelConfig(Shape):
         """The keys of config.json, for transformers 4 and 5 alike."""
         return hf.to_hf(to_dict(self), self.switches(), dtype)
 
-    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name within a block -> shape, (out, in) for linear layers; see `config/parameters.py`."""
-        return parameters.block(self)
+    def parameters(self) -> dict[str, Parameter]:
+        """Parameters by Hugging Face name, in the order of the model; see `config/parameters.py`."""
+        return table(self)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face name -> shape of every parameter, in the order of the model."""
-        first, last = parameters.ends(self)
-        layer = self.layer_tensors()
-        blocks = {f"model.layers.{i}.{name}": shape for i in range(self.n_layers) for name, shape in layer.items()}
-        return first | blocks | last
+        """Shapes of the parameters by Hugging Face name, (out, in) for linear layers."""
+        return {name: row.shape(self) for name, row in self.parameters().items()}
+
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one block's parameters, by name within it."""
+        return {name: row.shape(self) for name, row in block(self).items()}
 
     def num_params(self, embedding: bool = True) -> int:
         """Parameter count; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
@@ -112,10 +114,8 @@ class ModelConfig(Shape):
             embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
                 once, as the head.
         """
-        first, last = (sum(map(math.prod, table.values())) for table in parameters.ends(self))
-        layer = sum(map(math.prod, self.layer_tensors().values()))
-        counted = embedding or self.tie_embeddings
-        return first + self.n_layers * layer + last - (0 if counted else self.vocab_size * self.dim)
+        count = sum(map(math.prod, self.tensors().values()))
+        return count if embedding or self.tie_embeddings else count - self.vocab_size * self.dim
 
     def flops_per_token(self, seq_len: int, training: bool = True) -> float:
         """FLOPs per token, averaged over a causal sequence of T tokens.

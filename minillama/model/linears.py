@@ -10,11 +10,10 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from minillama.config.parameters import FUSED
 from minillama.layers.int4 import Int4
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 from minillama.model import Decoder
-
-PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Product(NamedTuple):
@@ -46,7 +45,7 @@ def products(model: Decoder) -> Iterator[Product]:
         if path.startswith("model.layers."):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear | Int4Linear | Int8Linear):
-                    yield Product(parent, name, tuple(f"{path}.{part}" for part in PARTS.get(name, (name,))))
+                    yield Product(parent, name, tuple(f"{path}.{part}" for part in FUSED.get(name, (name,))))
 
 
 def int4_numbers(model: Decoder) -> dict[str, Int4]:
