@@ -82,14 +82,22 @@ class ModelConfig(Shape):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """A shape from the keys of a Hugging Face config.json. `to_hf` is the way back."""
+        return cls.from_keys(hf.from_hf(values, where), where, hf.KEYS)
+
+    @classmethod
+    def from_keys(cls, values: Mapping[str, Any], where: object, keys: Mapping[str, str] | None = None) -> ModelConfig:
+        """A shape from the header of a file.
+
+        Args:
+            values: the fields.
+            where: the file, for messages.
+            keys: names of the fields in the file, where they have others.
+        """
         try:
-            return build(cls, hf.from_hf(values, where))
+            return build(cls, values)
         except InputError as error:
-            key = str(error.where)
-            if key.startswith(where):  # it has a location already
-                raise
-            location = f"{where}, {hf.KEYS.get(key, key)}"
-            raise error.at(location) from None
+            field = str(error.where)
+            raise error.at(f"{where}, {(keys or {}).get(field, field)}") from None
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The keys of config.json, for transformers 4 and 5 alike."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from minillama.errors import InputError
+from minillama.formats.model_file import Stored
 
 T = TypeVar("T")
 MAGIC = b"GGUF"
@@ -54,6 +55,11 @@ class GGUFHeader:
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+
+    @property
+    def stored(self) -> dict[str, Stored]:
+        """Type and shape of each tensor."""
+        return {name: Stored(info.dtype, info.shape) for name, info in self.tensors.items()}
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Metadata value of a key.

@@ -9,7 +9,6 @@ import re
 import stat
 import zipfile
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +17,27 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
-from minillama.formats.hf_names import refuse_relatives, refuse_unknown
-from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
-from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
+from minillama.formats.layout import Entry, by_parameter, check_tensors, check_writable, layout
+from minillama.formats.model_file import LazyTensors, ModelFile, Stored, optional
 
-# ours -> theirs, and the axis sharded over ranks: rows 0, columns 1, None: replicated
-TOP = {
-    "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # by rows in Llama 3's files
-    "model.norm.weight": ("norm.weight", None),
-    "lm_head.weight": ("output.weight", 0),
+NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "model.layers": "layers",
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
 }
-LAYER = {
-    "input_layernorm": ("attention_norm", None),
-    "self_attn.q_proj": ("attention.wq", 0),
-    "self_attn.k_proj": ("attention.wk", 0),
-    "self_attn.v_proj": ("attention.wv", 0),
-    "self_attn.o_proj": ("attention.wo", 1),
-    "post_attention_layernorm": ("ffn_norm", None),
-    "mlp.gate_proj": ("feed_forward.w1", 0),
-    "mlp.down_proj": ("feed_forward.w2", 1),
-    "mlp.up_proj": ("feed_forward.w3", 0),
-}
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 PARAMS = "params.json"
-_IGNORED = ("rope.freqs",)
 _SAFE_TORCH = (2, 10)  # CVE-2025-32434, CVE-2026-24747
-
-
-def name_in_file(name: str) -> tuple[str, int | None]:
-    """Meta's name: `model.layers.3.self_attn.q_proj.weight` -> `layers.3.attention.wq.weight` and the sharded axis."""
-    if name in TOP:
-        return TOP[name]
-    _, _, layer, rest = name.split(".", 3)
-    theirs, axis = LAYER[rest.removesuffix(".weight")]
-    return f"layers.{layer}.{theirs}.weight", axis
 
 
 def read(folder: Path) -> ModelFile:
@@ -70,30 +57,35 @@ def read(folder: Path) -> ModelFile:
     ranks = [_load(path) for path in paths]
     _compare_ranks(paths, ranks)
     config = _config(folder, ranks)
-    parts: dict[str, tuple[str, int | None]] = {}
-    for name in config.tensors():
-        theirs, axis = name_in_file(name)
-        if name == "model.embed_tokens.weight" and theirs in ranks[0] and ranks[0][theirs].shape[-1] == config.dim:
-            axis = 0
-        parts[name] = theirs, axis
-    back = {theirs: name for name, (theirs, _) in parts.items()}
-    shapes = {
-        back.get(name, name): _whole_shape(ranks, name, parts.get(back.get(name, ""), ("", None))[1])
-        for name in ranks[0]
-    }
-    ignored = {*_IGNORED, *(["output.weight"] if config.tie_embeddings else [])}
-    check_tensors(config.tensors(), shapes, folder, frozenset(ignored))
-    tensors = LazyTensors(
-        {name: partial(_tensor, ranks, *part, rotary_heads(config, name)) for name, part in parts.items()}
-    )
+    entries = by_parameter(layout(config, NAMES, interleaved=True))
+    axes = _axes(config, entries, _embedding_axis(ranks, config.dim))
+    shapes = {name: _whole_shape(ranks, name, axes.get(name)) for name in ranks[0]}
+    ignored = {"rope.freqs", *([HEAD] if config.tie_embeddings else [])}
+    check_tensors({entry.name: entry for entry in entries.values()}, shapes, folder, ignored)
+
+    def tensor(ours: str) -> Tensor:
+        entry = entries[ours]
+        return entry.unpack(_whole(ranks, entry.name, axes[entry.name]), ours)
+
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     stored = {
         f"{path.name}: {name}": Stored(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         for path, rank in zip(paths, ranks, strict=True)
         for name, tensor in rank.items()
     }
-    tokenizer = optional(folder / "tokenizer.model")
+    tensors, tokenizer = LazyTensors(entries, tensor), optional(folder / "tokenizer.model")
     return ModelFile(folder, f"Meta folder, {len(paths)} ranks", config, tensors, stored, tokenizer, {})
+
+
+def _axes(config: ModelConfig, entries: Mapping[str, Entry], embedding_axis: int) -> dict[str, int | None]:
+    """Axis of each tensor of a file that is split over the ranks."""
+    axes = {entries[name].name: row.split_axis for name, row in config.parameters().items()}
+    return axes | {EMBEDDING: embedding_axis}
+
+
+def _embedding_axis(ranks: list[dict[str, Tensor]], dim: int) -> int:
+    """Llama 3 splits the embedding by rows, as the head; Llama 1 and 2 by columns."""
+    return 0 if ranks[0][EMBEDDING].shape[-1] == dim else 1
 
 
 def _compare_ranks(paths: list[Path], ranks: list[dict[str, Tensor]]) -> None:
@@ -167,10 +159,9 @@ def _whole_shape(ranks: list[dict[str, Tensor]], name: str, axis: int | None) ->
     return tuple(shape)
 
 
-def _tensor(ranks: list[dict[str, Tensor]], name: str, axis: int | None, heads: int | None) -> Tensor:
+def _whole(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> Tensor:
     parts = [rank[name] for rank in ranks]
-    tensor = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
-    return to_half_split(tensor, heads) if heads else tensor
+    return parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
@@ -179,21 +170,18 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
         params = json.loads(path.read_text(encoding="utf-8"))
         dim, n_layers, n_heads = int(params["dim"]), int(params["n_layers"]), int(params["n_heads"])
         scaled = bool(params.get("use_scaled_rope"))
-        rank = ranks[0]
-        table, gate = rank["tok_embeddings.weight"], "layers.0.feed_forward.w1.weight"
-        rows = sum(r["tok_embeddings.weight"].shape[0] for r in ranks) if table.shape[1] == dim else table.shape[0]
-        theta = float(params.get("rope_theta", 10000.0))
+        theta, axis = float(params.get("rope_theta", 10000.0)), _embedding_axis(ranks, dim)
         values: dict[str, Any] = {
             "dim": dim,
             "n_layers": n_layers,
             "n_heads": n_heads,
             "n_kv_heads": params.get("n_kv_heads") or n_heads,
-            "hidden_dim": sum(r[gate].shape[0] for r in ranks),
-            "vocab_size": int(rows),
+            "hidden_dim": _whole_shape(ranks, "layers.0.feed_forward.w1.weight", 0)[0],
+            "vocab_size": _whole_shape(ranks, EMBEDDING, axis)[0],
             "max_seq_len": _context(theta, scaled),
             "norm_eps": float(params.get("norm_eps", 1e-5)),
             "rope_theta": theta,
-            "tie_embeddings": _is_tied(ranks, 0 if table.shape[1] == dim else 1),
+            "tie_embeddings": _is_tied(ranks, axis),
         }
         if scaled:
             values["rope_scaling"] = {
@@ -204,23 +192,19 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         found = f"{type(error).__name__}: {error}"[:200]
         raise InputError("not a readable params.json", where=path, found=found) from None
-    try:
-        return ModelConfig.from_table(values)
-    except InputError as error:
-        where = f"{path}, {error.where}"
-        raise error.at(where) from None
+    return ModelConfig.from_keys(values, path)
 
 
 def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
     """Whether the head is absent or a copy of the embedding, which may be sharded by another axis."""
-    if "output.weight" not in ranks[0]:
+    if HEAD not in ranks[0]:
         return True
-    if sum(rank["output.weight"].shape[0] for rank in ranks) != _whole_shape(ranks, "tok_embeddings.weight", axis)[0]:
+    if _whole_shape(ranks, HEAD, 0)[0] != _whole_shape(ranks, EMBEDDING, axis)[0]:
         return False
-    first = ranks[0]["output.weight"][0, :1], ranks[0]["tok_embeddings.weight"][0, :1]
+    first = ranks[0][HEAD][0, :1], ranks[0][EMBEDDING][0, :1]
     if not torch.equal(*first):  # so that both are read in full only where they may be equal
         return False
-    return torch.equal(_tensor(ranks, "output.weight", 0, None), _tensor(ranks, "tok_embeddings.weight", axis, None))
+    return torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
 
 
 def _context(theta: float, scaled: bool) -> int:
@@ -251,23 +235,22 @@ def write(
     Raises:
         InputError: params.json cannot express the shape, or the ranks do not divide it.
     """
-    refuse_relatives(config, "Meta's layout")
-    refuse_unknown(tensors, config)
+    check_writable(tensors, config, "Meta's layout")
     if any(number % ranks for number in (config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size)):
         expected = "a number that divides heads, key/value heads, hidden_dim and vocab_size"
         raise InputError("the ranks do not divide the shape", where="ranks", found=ranks, expected=expected)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
     tables: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    for name in config.tensors():
-        theirs, axis = name_in_file(name)
-        tensor = tensors[name].detach().to("cpu", dtype)
-        count = rotary_heads(config, name)
-        tensor = to_interleaved(tensor, count) if count else tensor
-        parts = [tensor] * ranks if axis is None or ranks == 1 else list(tensor.chunk(ranks, dim=axis))
+    entries = by_parameter(layout(config, NAMES, interleaved=True))
+    axes = _axes(config, entries, 1)
+    for entry in entries.values():
+        tensor = entry.pack(tensors).detach().to("cpu", dtype)
+        axis = axes[entry.name]
+        parts = [tensor] * ranks if axis is None else tensor.chunk(ranks, dim=axis)
         for table, part in zip(tables, parts, strict=True):
-            table[theirs] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
-        progress(name)
+            table[entry.name] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
+        progress(entry.name)
     if config.tie_embeddings:
         for table, part in zip(
             tables, tensors["model.embed_tokens.weight"].detach().to("cpu", dtype).chunk(ranks), strict=True

@@ -39,8 +39,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         path = Path(path)
         if path.is_file() and is_gguf(path):
             header = read_header(path)
-            stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
-            return Contents(f"GGUF version {header.version}", stored, header.metadata, None)
+            return Contents(f"GGUF version {header.version}", header.stored, header.metadata, None)
         if path.is_file() and path.suffix == ".safetensors":
             return Contents("safetensors", read_safetensors(path), {}, None)
         raise
