@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union
 
-from minillama.config.loader import nearest, say_renamed, tagged
+from minillama.config.loader import Located, nearest, say_renamed, tagged
 from minillama.errors import InputError
 
 # names of settings in other trainers
@@ -28,7 +28,7 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Located):
     """Origin of a value on the command line, for messages."""
 
     def at(self, key: str) -> str:

@@ -15,17 +15,18 @@ from minillama.config import ModelConfig, RopeScaling
 from minillama.config.parameters import V
 from minillama.errors import InputError
 from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
-from minillama.formats.gguf_header import GGUFHeader, TensorInfo, read_header
+from minillama.formats.gguf_header import GGUFHeader, read_header
 from minillama.formats.layout import (
     Entry,
-    by_parameter,
     check_tensors,
     check_writable,
     layout,
+    lazy_tensors,
     to_half_split,
     to_interleaved,
 )
 from minillama.formats.model_file import LazyTensors, ModelFile
+from minillama.formats.stored import Stored
 from minillama.layers.int4 import Int4
 from minillama.layers.rope import inverse_frequencies
 
@@ -75,22 +76,20 @@ def read(path: Path) -> ModelFile:
     config = _config(header, path)
     table = layout(config, NAMES, interleaved=True)
     check_tensors(table, {name: info.shape for name, info in header.tensors.items()}, path, {ROPE_FREQS})
-    entries = by_parameter(table)
+    packed = {
+        name: entry for entry in table.values() for name in entry.ours if header.tensors[entry.name].dtype in INT4
+    }
 
-    def tensor(ours: str) -> Tensor:
-        return entries[ours].unpack(_tensor(path, header.tensors[entries[ours].name]), ours)
-
-    def int4(ours: str) -> Int4:
-        numbers, heads = read_int4(path, header.tensors[entries[ours].name]), entries[ours].heads
+    def int4(name: str) -> Int4:
+        numbers, heads = read_int4(path, header.tensors[packed[name].name]), packed[name].heads
         return Int4(*(to_half_split(part, heads) for part in numbers)) if heads else numbers
 
-    quantized = [ours for ours, entry in entries.items() if header.tensors[entry.name].dtype in INT4]
+    tensors = lazy_tensors(config, table, lambda name: _tensor(path, header.tensors[name]))
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
     ids = (header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     stops = frozenset(i for i in ids if isinstance(i, int))
-    tensors, matrices = LazyTensors(entries, tensor), LazyTensors(quantized, int4)
-    name = f"GGUF version {header.version}"
-    return ModelFile(path, name, config, tensors, header.stored, tokenizer, header.metadata, stops, matrices)
+    kind, quantized = f"GGUF version {header.version}", LazyTensors(packed, int4)
+    return ModelFile(path, kind, config, tensors, header.tensors, tokenizer, header.metadata, stops, quantized)
 
 
 def _config(header: GGUFHeader, path: Path) -> ModelConfig:
@@ -145,7 +144,7 @@ def rope_divisors(config: ModelConfig) -> Tensor | None:
     return plain / inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
-def _tensor(path: Path, info: TensorInfo) -> Tensor:
+def _tensor(path: Path, info: Stored) -> Tensor:
     if info.dtype in _PLAIN:
         numbers, dtype = _PLAIN[info.dtype]
         return torch.from_numpy(np.memmap(path, numbers, "c", info.start, info.shape)).view(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.config import ModelConfig
+from minillama.config.loader import read_json
 from minillama.errors import InputError
 from minillama.formats.hf_names import NAMES
-from minillama.formats.layout import Entry, by_parameter, check_tensors, check_writable, layout
-from minillama.formats.model_file import LazyTensors, ModelFile, Stored
+from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
+from minillama.formats.model_file import ModelFile
 from minillama.formats.safetensors_header import read_header
+from minillama.formats.stored import Stored
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -53,13 +56,7 @@ def read(folder: Path) -> ModelFile:
     table = layout(config, names)
     check_tensors(table, {name: item.shape for name, item in stored.items()}, folder, ignored)
     tokenizer = folder if any((folder / name).exists() for name in TOKENIZERS) else None
-    entries = by_parameter(table)
-
-    def tensor(ours: str) -> Tensor:
-        entry = entries[ours]
-        return entry.unpack(_tensor(shards[entry.name], entry.name), ours)
-
-    tensors = LazyTensors(config.tensors(), tensor)
+    tensors = lazy_tensors(config, table, lambda name: _tensor(shards[name], name))
     return ModelFile(folder, "Hugging Face folder", config, tensors, stored, tokenizer, {}, stop_ids(folder))
 
 
@@ -78,20 +75,19 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
                 fix="ask for safetensors, or convert it with transformers if you trust where it came from",
             )
         raise InputError("no weights in the model folder", where=folder, expected=f"{WEIGHTS} or {INDEX}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), shard) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"{type(error).__name__}: {error}"[:200]
-        raise InputError("not a readable index", where=index, found=found, expected="a table weight_map") from None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError("not a readable index", where=index, found=weight_map, expected="a table weight_map")
     shards: dict[Path, set[str]] = {}
-    for name, shard in pairs:
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+", shard) or shard in (".", ".."):
             raise InputError(
                 "the index leads out of its folder", where=f"{index}, {name}", found=shard, expected="a plain file name"
             )
         shards.setdefault(folder / shard, set()).add(name)
-    missing = sorted(path.name for path in shards if not _is_file(path))
+    missing = sorted(
+        path.name for path in shards if not os.path.isfile(path)
+    )  # False too for a name that no file can have
     extra = sorted(path.name for path in folder.glob("model-*-of-*.safetensors") if path not in shards)
     if missing or extra:
         found = "; ".join(
@@ -99,13 +95,6 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
         )
         raise InputError(f"the shards are not those of {INDEX}", where=folder, found=found)
     return shards
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def _tensor(path: Path, name: str) -> Tensor:
@@ -189,8 +178,8 @@ def stop_ids(folder: Path) -> frozenset[int]:
     """Tokens that end a text: `eos_token_id`, one or a list, of generation_config.json or else config.json."""
     for name in (GENERATION_CONFIG, "config.json"):
         try:
-            ids = json.loads((folder / name).read_text(encoding="utf-8"))["eos_token_id"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            ids = read_json(folder / name)["eos_token_id"]
+        except (InputError, KeyError):
             continue
         return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
     return frozenset()
@@ -200,7 +189,7 @@ def write_token_ids(folder: Path, *, bos_id: int | None, eos_id: int | None) -> 
     """Write generation_config.json, which says how to start and when to stop, and the same into config.json."""
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
     config = folder / "config.json"
-    _write_json(config, json.loads(config.read_text(encoding="utf-8")) | ids)
+    _write_json(config, read_json(config) | ids)
     values = ids | {"do_sample": True}
     _write_json(folder / GENERATION_CONFIG, {k: v for k, v in values.items() if v is not None})
 

@@ -7,7 +7,7 @@ llama2.c and GGUF pair row 2i with row 2i + 1 (interleaved).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.formats.model_file import LazyTensors
 
 Shape = tuple[int, ...]
 
@@ -103,11 +104,6 @@ def layout(config: ModelConfig, names: Mapping[str, str], interleaved: bool = Fa
     return table
 
 
-def by_parameter(table: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Tensor of the file in which each parameter is."""
-    return {name: entry for entry in table.values() for name in entry.ours}
-
-
 def check_tensors(
     table: Mapping[str, Entry], found: Mapping[str, Shape], where: object, ignored: Iterable[str] = ()
 ) -> None:
@@ -134,6 +130,18 @@ def check_tensors(
                 found=found[name],
                 expected=f"{entry.shape}, which is {', '.join(entry.axes)}",
             )
+
+
+def lazy_tensors(config: ModelConfig, table: Mapping[str, Entry], read: Callable[[str], Tensor]) -> LazyTensors[Tensor]:
+    """Parameters by Hugging Face name, in the order of the model.
+
+    Args:
+        config: the shape.
+        table: the layout.
+        read: tensor of the file from its name there.
+    """
+    entries = {ours: entry for entry in table.values() for ours in entry.ours}
+    return LazyTensors(config.tensors(), lambda ours: entries[ours].unpack(read(entries[ours].name), ours))
 
 
 def check_writable(tensors: Iterable[str], config: ModelConfig, llama_only: str = "") -> None:

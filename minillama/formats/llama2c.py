@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.formats.layout import layout
-from minillama.formats.model_file import LazyTensors, ModelFile, Stored, optional
+from minillama.formats.layout import layout, lazy_tensors
+from minillama.formats.model_file import ModelFile, optional
+from minillama.formats.stored import Stored
 
 MAGIC = b"24ka"  # "ak42" as a little-endian integer
 HEADER = struct.Struct("<7i")
@@ -56,14 +56,13 @@ def read(path: Path) -> ModelFile:
     if size != expected:
         what = "the file is cut short" if size < expected else "the file is longer than its header says"
         raise InputError(what, where=path, found=f"{size} bytes", expected=f"{expected} bytes")
-    entries = layout(config, {}, interleaved=True)
-
-    def tensor(name: str) -> Tensor:
-        entry = entries[name]
-        return entry.unpack(torch.from_numpy(np.memmap(path, np.float32, "c", starts[name], entry.shape)), name)
-
-    tensors = LazyTensors(entries, tensor)
-    stored = {name: Stored("F32", entry.shape) for name, entry in entries.items()}
+    table = layout(config, {}, interleaved=True)
+    tensors = lazy_tensors(
+        config,
+        table,
+        lambda name: torch.from_numpy(np.memmap(path, np.float32, "c", starts[name], table[name].shape)),
+    )
+    stored = {name: Stored("F32", entry.shape) for name, entry in table.items()}
     kind = "llama2.c, version 1" if start[:4] == MAGIC else "llama2.c, legacy"
     tokenizer = optional(path.with_name("tokenizer.bin"))
     return ModelFile(path, kind, config, tensors, stored, tokenizer, {}, frozenset({BOS}))

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
+from minillama.config.loader import read_json
 from minillama.errors import InputError
-from minillama.formats.layout import Entry, by_parameter, check_tensors, check_writable, layout
-from minillama.formats.model_file import LazyTensors, ModelFile, Stored, optional
+from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors, rename
+from minillama.formats.model_file import DTYPES, ModelFile, optional
+from minillama.formats.stored import Stored
 
 NAMES = {
     "model.embed_tokens": "tok_embeddings",
@@ -57,30 +59,24 @@ def read(folder: Path) -> ModelFile:
     ranks = [_load(path) for path in paths]
     _compare_ranks(paths, ranks)
     config = _config(folder, ranks)
-    entries = by_parameter(layout(config, NAMES, interleaved=True))
-    axes = _axes(config, entries, _embedding_axis(ranks, config.dim))
+    table = layout(config, NAMES, interleaved=True)
+    axes = _axes(config) | {EMBEDDING: _embedding_axis(ranks, config.dim)}
     shapes = {name: _whole_shape(ranks, name, axes.get(name)) for name in ranks[0]}
-    ignored = {"rope.freqs", *([HEAD] if config.tie_embeddings else [])}
-    check_tensors({entry.name: entry for entry in entries.values()}, shapes, folder, ignored)
-
-    def tensor(ours: str) -> Tensor:
-        entry = entries[ours]
-        return entry.unpack(_whole(ranks, entry.name, axes[entry.name]), ours)
-
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    check_tensors(table, shapes, folder, {"rope.freqs", *([HEAD] if config.tie_embeddings else [])})
     stored = {
-        f"{path.name}: {name}": Stored(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        f"{path.name}: {name}": Stored(DTYPES[tensor.dtype], tuple(tensor.shape))
         for path, rank in zip(paths, ranks, strict=True)
         for name, tensor in rank.items()
     }
-    tensors, tokenizer = LazyTensors(entries, tensor), optional(folder / "tokenizer.model")
+    tensors = lazy_tensors(config, table, lambda name: _whole(ranks, name, axes[name]))
+    tokenizer = optional(folder / "tokenizer.model")
     return ModelFile(folder, f"Meta folder, {len(paths)} ranks", config, tensors, stored, tokenizer, {})
 
 
-def _axes(config: ModelConfig, entries: Mapping[str, Entry], embedding_axis: int) -> dict[str, int | None]:
-    """Axis of each tensor of a file that is split over the ranks."""
-    axes = {entries[name].name: row.split_axis for name, row in config.parameters().items()}
-    return axes | {EMBEDDING: embedding_axis}
+def _axes(config: ModelConfig) -> dict[str, int | None]:
+    """Axis of each tensor that is split over the ranks, the embedding's as in Llama 1 and 2."""
+    axes = {rename(name, NAMES): row.split_axis for name, row in config.parameters().items()}
+    return axes | {EMBEDDING: 1}
 
 
 def _embedding_axis(ranks: list[dict[str, Tensor]], dim: int) -> int:
@@ -89,14 +85,13 @@ def _embedding_axis(ranks: list[dict[str, Tensor]], dim: int) -> int:
 
 
 def _compare_ranks(paths: list[Path], ranks: list[dict[str, Tensor]]) -> None:
+    first = {name: tuple(tensor.shape) for name, tensor in ranks[0].items()}
     for path, rank in zip(paths, ranks, strict=True):
-        for name in set(rank) & set(ranks[0]):
-            if rank[name].shape != ranks[0][name].shape:
-                found, expected = tuple(rank[name].shape), tuple(ranks[0][name].shape)
-                raise InputError("the ranks disagree", where=f"{path}, {name}", found=found, expected=expected)
-        if set(rank) != set(ranks[0]):
-            odd = sorted(set(rank) ^ set(ranks[0]))[:8]
-            raise InputError("the ranks do not hold the same tensors", where=path, found=", ".join(odd))
+        shapes = {name: tuple(tensor.shape) for name, tensor in rank.items()}
+        odd = sorted(name for name in first | shapes if first.get(name) != shapes.get(name))
+        if odd:
+            found, expected = (f"{table.get(odd[0], 'no tensor')}" for table in (shapes, first))
+            raise InputError("the ranks disagree", where=f"{path}, {odd[0]}", found=found, expected=expected)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -117,16 +112,16 @@ def _load(path: Path) -> dict[str, Tensor]:
     if not isinstance(table, dict):
         raise InputError("the file is not a table of tensors", where=path)
     for name, tensor in table.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_sound(tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor):
             raise InputError("not a dense tensor with all values in the file", where=f"{path}, {str(name)[:80]}")
     return table
 
 
-def _is_sound(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is as Meta writes it: dense, with all values in the file (a stride of 0 repeats one)."""
     return (
         tensor.layout == torch.strided
-        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and tensor.dtype in DTYPES
         and tensor.dim() in (1, 2)
         and tensor.is_contiguous()
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
@@ -166,8 +161,8 @@ def _whole(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> Tenso
 
 def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
     path = folder / PARAMS
+    params = read_json(path)
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
         dim, n_layers, n_heads = int(params["dim"]), int(params["n_layers"]), int(params["n_heads"])
         scaled = bool(params.get("use_scaled_rope"))
         theta, axis = float(params.get("rope_theta", 10000.0)), _embedding_axis(ranks, dim)
@@ -178,7 +173,8 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
             "n_kv_heads": params.get("n_kv_heads") or n_heads,
             "hidden_dim": _whole_shape(ranks, "layers.0.feed_forward.w1.weight", 0)[0],
             "vocab_size": _whole_shape(ranks, EMBEDDING, axis)[0],
-            "max_seq_len": _context(theta, scaled),
+            # absent from params.json: Llama 1 and 2 share their keys, Llama 3 and 3.1 differ
+            "max_seq_len": 131072 if scaled else 8192 if theta == 500000.0 else 2048,
             "norm_eps": float(params.get("norm_eps", 1e-5)),
             "rope_theta": theta,
             "tie_embeddings": _is_tied(ranks, axis),
@@ -189,7 +185,7 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
                 "factor": float(params.get("rope_scaling_factor") or 8.0),
                 "high_freq_factor": float(params.get("rope_high_freq_factor") or 4.0),
             }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
         found = f"{type(error).__name__}: {error}"[:200]
         raise InputError("not a readable params.json", where=path, found=found) from None
     return ModelConfig.from_keys(values, path)
@@ -205,13 +201,6 @@ def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
     if not torch.equal(*first):  # so that both are read in full only where they may be equal
         return False
     return torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
-
-
-def _context(theta: float, scaled: bool) -> int:
-    """Context length, absent from params.json: Llama 1 and 2 share their keys, Llama 3 and 3.1 differ."""
-    if scaled:
-        return 131072
-    return 8192 if theta == 500000.0 else 2048
 
 
 def write(
@@ -242,54 +231,34 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
     tables: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    entries = by_parameter(layout(config, NAMES, interleaved=True))
-    axes = _axes(config, entries, 1)
-    for entry in entries.values():
-        tensor = entry.pack(tensors).detach().to("cpu", dtype)
-        axis = axes[entry.name]
+    axes = _axes(config)
+    for name, entry in layout(config, NAMES, interleaved=True).items():
+        tensor, axis = entry.pack(tensors).detach().to("cpu", dtype), axes[name]
         parts = [tensor] * ranks if axis is None else tensor.chunk(ranks, dim=axis)
         for table, part in zip(tables, parts, strict=True):
-            table[entry.name] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
-        progress(entry.name)
+            table[name] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
+        progress(name)
     if config.tie_embeddings:
-        for table, part in zip(
-            tables, tensors["model.embed_tokens.weight"].detach().to("cpu", dtype).chunk(ranks), strict=True
-        ):
-            table["output.weight"] = part.contiguous().clone()
+        embedding = tensors["model.embed_tokens.weight"].detach().to("cpu", dtype)
+        for table, part in zip(tables, embedding.chunk(ranks), strict=True):
+            table[HEAD] = part.contiguous().clone()
     for rank, table in enumerate(tables):
         torch.save(table, folder / f"consolidated.{rank:02}.pth")
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    faults = {
-        "head_dim": config.head_dim * config.n_heads != config.dim and f"{config.head_dim}, which is not dim / n_heads",
-        "rope_scaling": scaling is not None and not _is_meta_scaling(scaling) and scaling,
-    }
-    for field, found in faults.items():
-        if found:
-            raise InputError("Meta's params.json cannot express this", where=field, found=found)
-    params: dict[str, Any] = {
-        "dim": config.dim,
-        "n_layers": config.n_layers,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "vocab_size": config.vocab_size,
-        "norm_eps": config.norm_eps,
-        "rope_theta": config.to_hf()["rope_theta"],
-        **_width(config.dim, config.hidden_dim),
-    }
-    if scaling is not None and scaling.kind == "llama3":
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
-        params |= {"rope_high_freq_factor": scaling.high_freq_factor}
-    return params
-
-
-def _is_meta_scaling(scaling: RopeScaling) -> bool:
-    """Whether params.json has it: Llama 3.1's bands but for the upper one; `ntk` is a larger base, without a key."""
-    return scaling.kind == "ntk" or (
-        scaling.kind == "llama3" and scaling.low_freq_factor == 1 and scaling.original_max_seq_len == 8192
-    )
+    what, scaling = "Meta's params.json cannot express this", config.rope_scaling
+    if config.head_dim * config.n_heads != config.dim:
+        raise InputError(what, where="head_dim", found=f"{config.head_dim}, which is not dim / n_heads")
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps")
+    params = {key: getattr(config, key) for key in keys} | {"rope_theta": config.to_hf()["rope_theta"]}
+    params |= _width(config.dim, config.hidden_dim)
+    if scaling is None or scaling.kind == "ntk":  # ntk is a larger base
+        return params
+    if scaling != RopeScaling("llama3", scaling.factor, high_freq_factor=scaling.high_freq_factor):
+        raise InputError(what, where="rope_scaling", found=scaling)
+    params |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
+    return params | {"rope_high_freq_factor": scaling.high_freq_factor}
 
 
 def _width(dim: int, hidden_dim: int) -> dict[str, Any]:

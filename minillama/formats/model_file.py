@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.formats.stored import Stored
 from minillama.layers.int4 import Int4
 
-
-class Stored(NamedTuple):
-    """Stored tensor: dtype as the format names it, and shape in torch's order."""
-
-    dtype: str
-    shape: tuple[int, ...]
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 T = TypeVar("T")
