@@ -214,8 +214,8 @@ def _convert(kind: Any, value: Any, origin: Located, key: str, base: Any) -> Any
     members = tagged(kind)
     if members and isinstance(value, Mapping):
         return _convert_tagged(members, value, origin, key, base)
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        return _convert(next(a for a in arguments if a is not type(None)), value, origin, key, base)
+    if without_none(kind) is not kind:
+        return _convert(without_none(kind), value, origin, key, base)
     if is_dataclass(kind) and isinstance(value, Mapping):
         return build(typing.cast(type, kind), value, origin, base, key)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
@@ -231,6 +231,13 @@ def _convert(kind: Any, value: Any, origin: Located, key: str, base: Any) -> Any
     if type(value) is kind:
         return value
     raise _wrong(value, _type_name(kind), origin.at(key), key)
+
+
+def without_none(kind: Any) -> Any:
+    """The type T of an optional `T | None`, others as they are."""
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return next(a for a in typing.get_args(kind) if a is not type(None))
+    return kind
 
 
 def tagged(kind: Any) -> dict[str, type]:
