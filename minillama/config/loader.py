@@ -165,16 +165,16 @@ def build(
         if key in renamed:
             say_renamed(origin.at(_join(prefix, key)), renamed[key])
         elif key not in settings:
-            raise _unknown(key, list(settings), origin.at(_join(prefix, key)))
+            fix = suggestion(key, settings)
+            expected = None if fix else f"one of {', '.join(settings)}"
+            raise InputError(f"unknown key {key!r}", where=origin.at(_join(prefix, key)), expected=expected, fix=fix)
     values = {renamed.get(key, key): value for key, value in values.items()}
-    made: dict[str, Any] = {}
+    made: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in settings}
     for name, f in settings.items():
         key = _join(prefix, name)
         if name in values:
-            made[name] = _convert(hints[name], values[name], origin, key, getattr(base, name, None))
-        elif base is not None:
-            made[name] = getattr(base, name)
-        elif f.default is MISSING and f.default_factory is MISSING:
+            made[name] = _convert(hints[name], values[name], origin, key, made.get(name))
+        elif name not in made and f.default is MISSING and f.default_factory is MISSING:
             raise InputError(f"{name} is missing", where=origin.at(key))
     try:
         instance = cls(**made)
@@ -201,36 +201,39 @@ def located(error: InputError, origin: Located | None, prefix: str) -> InputErro
     return error.at((origin or Located()).at(_join(prefix, field)))
 
 
-def _unknown(key: str, names: list[str], where: str) -> InputError:
-    fix = suggestion(key, names)
-    return InputError(
-        f"unknown key {key!r}", where=where, expected=None if fix else f"one of {', '.join(names)}", fix=fix
-    )
-
-
 def _convert(kind: Any, value: Any, origin: Located, key: str, base: Any) -> Any:
     """`value` as `kind`, or an InputError. Nothing is converted but int to float and list to tuple."""
-    arguments = typing.get_args(kind)
-    members = tagged(kind)
-    if members and isinstance(value, Mapping):
-        return _convert_tagged(members, value, origin, key, base)
-    if without_none(kind) is not kind:
-        return _convert(without_none(kind), value, origin, key, base)
+    if (members := tagged(kind)) and isinstance(value, Mapping):
+        name = value.get("name", getattr(base, "name", None))  # without a name the member that there is
+        member = members[_choice(name, tuple(members), origin, f"{key}.name")]
+        return build(member, value, origin, base if isinstance(base, member) else None, key)
+    kind = without_none(kind)
     if is_dataclass(kind) and isinstance(value, Mapping):
         return build(typing.cast(type, kind), value, origin, base, key)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], item, origin, f"{key}.{i}", None) for i, item in enumerate(value))
+        (item, _) = typing.get_args(kind)
+        return tuple(_convert(item, each, origin, f"{key}.{i}", None) for i, each in enumerate(value))
     if typing.get_origin(kind) is Literal:
-        if isinstance(value, bool) and str(value).lower() in arguments:
-            return str(value).lower()  # compile = true, where a third value is a string
-        if value in arguments and not isinstance(value, bool):
-            return value
-        raise _wrong(value, " or ".join(map(repr, arguments)), origin.at(key), key, arguments)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return _choice(value, typing.get_args(kind), origin, key)
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is kind:
         return value
-    raise _wrong(value, _type_name(kind), origin.at(key), key)
+    raise _wrong(value, _type_name(kind), origin, key)
+
+
+def _choice(value: Any, choices: tuple[Any, ...], origin: Located, key: str) -> Any:
+    """`value` if it is one of the choices."""
+    word = str(value).lower() if isinstance(value, bool) else value  # compile = true, where a third value is a string
+    if isinstance(word, str) and word in choices:
+        return word
+    fix = suggestion(value, choices) if isinstance(value, str) else None
+    raise _wrong(value, " or ".join(map(repr, choices)), origin, key, fix)
+
+
+def _wrong(value: Any, expected: str, origin: Located, key: str, fix: str | None = None) -> InputError:
+    what = f"{key} has a value of the wrong type"
+    return InputError(what, where=origin.at(key), found=repr(value), expected=expected, fix=fix)
 
 
 def without_none(kind: Any) -> Any:
@@ -248,26 +251,11 @@ def tagged(kind: Any) -> dict[str, type]:
     return {typing.get_args(typing.get_type_hints(member)["name"])[0]: member for member in members}
 
 
-def _convert_tagged(members: Mapping[str, type], value: Mapping[str, Any], origin: Located, key: str, base: Any) -> Any:
-    """The member that the table's name asks for; without a name the one that there is."""
-    name = value.get("name", getattr(base, "name", None))
-    if not isinstance(name, str) or name not in members:
-        raise _wrong(name, " or ".join(map(repr, members)), origin.at(f"{key}.name"), f"{key}.name", members)
-    kind = members[name]
-    return build(kind, value, origin, base if isinstance(base, kind) else None, key)
-
-
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return f"a list of {_type_name(typing.get_args(kind)[0])}"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind, "a table")
-
-
-def _wrong(value: Any, expected: str, where: str, key: str, choices: Iterable[Any] = ()) -> InputError:
-    fix = suggestion(value, map(str, choices)) if isinstance(value, str) else None
-    what = f"{key} has a value of the wrong type"
-    return InputError(what, where=where, found=repr(value), expected=expected, fix=fix)
 
 
 def check(instance: Any, origin: Located | None = None, prefix: str = "") -> None:
@@ -284,16 +272,16 @@ def check(instance: Any, origin: Located | None = None, prefix: str = "") -> Non
             if is_dataclass(item):
                 check(item, origin, name)
             elif isinstance(item, int | float) and not isinstance(item, bool):
-                _check_number(item, f.metadata, origin.at(name), name)
+                _check_number(item, f.metadata, origin, name)
 
 
-def _check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:
+def _check_number(value: float, limits: Mapping[str, float], origin: Located, key: str) -> None:
     bounds = {name: limits[name] for name in LIMITS if name in limits}
     finite = value == value and abs(value) != math.inf  # isfinite takes no integer over 1e308
     if not finite or not all(LIMITS[name][1](value, bound) for name, bound in bounds.items()):
         words = " and ".join(f"{LIMITS[name][0]} {bound}" for name, bound in bounds.items())
         expected = ", ".join(part for part in ("" if finite else "a finite number", words) if part)
-        raise InputError(f"{key} is out of range", where=where, found=value, expected=expected)
+        raise InputError(f"{key} is out of range", where=origin.at(key), found=value, expected=expected)
 
 
 def config_folder(kind: str) -> Path:
