@@ -289,9 +289,10 @@ class Engine:
         found: dict[int, float] = {}
         wanted = [i for i, row in enumerate(rows) if row.request.logprobs]
         if wanted:
-            chosen = log_probabilities(logits[wanted], tokens[wanted].to(logits.device))
+            ids = torch.tensor([tokens[i] for i in wanted], device=logits.device)
+            chosen = log_probabilities(logits[wanted], ids)
             found = dict(zip(wanted, chosen.tolist(), strict=True))
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row.append(token, found.get(i))
         for row in rows:  # after all have theirs: a condition of the caller's may fail
             row.end_if_done()

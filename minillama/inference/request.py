@@ -66,8 +66,7 @@ class Row:
         self.positions = list(self.layout.places) if self.layout is not None else []
         self.limit = min(context, len(self.ids) + request.max_new_tokens)
         self.read = 0
-        seed = request.sampling.seed if request.seed is None else request.seed
-        self.sampler = Sampler(request.sampling, [self.ids], vocab_size, [seed])
+        self.sampler = Sampler(request.sampling, self.ids, vocab_size, request.seed)
 
     @property
     def finished(self) -> bool:

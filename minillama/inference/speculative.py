@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from minillama.errors import InputError
 from minillama.inference.request import Row
-from minillama.inference.sampling import Sampler
+from minillama.inference.sampling import Sampler, choose
 from minillama.layers.cross_entropy import log_probabilities
 from minillama.model import Decoder
 
@@ -59,19 +59,6 @@ class Draft(NamedTuple):
     q: Tensor
 
 
-class Drafter(Protocol):
-    """Draft of the next tokens of one sequence."""
-
-    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """Draft of at most `count` tokens.
-
-        Args:
-            text: all ids so far: those of the previous call and those accepted since.
-            count: 0 or more.
-            sampler: chain, random generator and a history that may be written to.
-        """
-
-
 class PromptLookup:
     """Prompt lookup decoding (Saxena 2023): the draft is what followed an earlier occurrence of the last n-gram.
 
@@ -88,7 +75,13 @@ class PromptLookup:
         self.indexed = 1
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """See `Drafter`."""
+        """Draft of at most `count` tokens.
+
+        Args:
+            text: all ids so far: those of the previous call and those accepted since.
+            count: 0 or more.
+            sampler: not used.
+        """
         for end in range(self.indexed, len(text)):
             for n in range(1, min(LONGEST_SUFFIX, end) + 1):
                 self.follows[tuple(text[end - n : end])] = end
@@ -114,7 +107,7 @@ class DraftModel:
         self.state = model.state(1, min(self.context, max_len), cache_dtype)
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """See `Drafter`."""
+        """Draft as by `PromptLookup.propose`; the sampler has chain, random generator and a history of its own."""
         count = min(count, self.context + 1 - len(text))  # the last drafted token is not read
         self.state.truncate([len(text) - 1])
         unread = list(text[self.state.lengths[0] :])
@@ -122,12 +115,11 @@ class DraftModel:
         drawn_from = [torch.empty(0, self.model.config.vocab_size)]
         for _ in range(count):
             hidden = self.model.hidden(torch.tensor([unread], device=self.model.device), state=self.state)
-            q = sampler.probabilities(self.model.head(hidden[:, -1]))
-            token = sampler.draw(q)
-            sampler.take(token)
-            unread = token.tolist()
-            tokens += unread
-            drawn_from.append(q)
+            q = sampler.probabilities(self.model.head(hidden[0, -1]))
+            tokens.append(sampler.draw(q))
+            sampler.take(tokens[-1])
+            unread = tokens[-1:]
+            drawn_from.append(q[None])
         return Draft(tokens, torch.cat(drawn_from))
 
 
@@ -168,7 +160,7 @@ class Speculation:
     acceptance: Acceptance = field(default_factory=Acceptance)
 
     def __post_init__(self) -> None:
-        self.drafters: WeakKeyDictionary[Row, Drafter] = WeakKeyDictionary()
+        self.drafters: WeakKeyDictionary[Row, PromptLookup | DraftModel] = WeakKeyDictionary()
 
     def check(self, model: Decoder) -> None:
         """Refuse models that cannot speculate together.
@@ -233,8 +225,8 @@ def _accepted(logits: Tensor, draft: Draft, sampler: Sampler) -> list[int]:
     """Accepted tokens and one more; the sampler's history is updated with them."""
     tokens: list[int] = []
     for i, token in enumerate(draft.tokens):
-        tokens.append(accept(token, sampler.probabilities(logits[i : i + 1])[0], draft.q[i], sampler.generators[0]))
-        sampler.take(torch.tensor(tokens[-1:]))
+        tokens.append(accept(token, sampler.probabilities(logits[i]), draft.q[i], sampler.generator))
+        sampler.take(tokens[-1])
         if tokens[-1] != token:
             return tokens
-    return tokens + sampler(logits[-1:]).tolist()
+    return tokens + choose(logits[-1:], [sampler])

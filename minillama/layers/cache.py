@@ -192,12 +192,12 @@ class State:
         shape = (batch_size, config.n_kv_heads, self.max_len, config.head_dim)
         self.device = torch.device(device)
 
-        def layer_state() -> LayerState:
-            if config.mixer == "wkv":
-                return WKVState(batch_size, config.dim, dtype, self.device)
-            return KVCache(shape, cache_dtype or dtype, self.device)
-
-        self.layers: list[LayerState] = [layer_state() for _ in range(config.n_layers)]
+        self.layers: list[LayerState] = [
+            WKVState(batch_size, config.dim, dtype, self.device)
+            if config.mixer == "wkv"
+            else KVCache(shape, cache_dtype or dtype, self.device)
+            for _ in range(config.n_layers)
+        ]
         self.lengths: list[int] = [0] * batch_size  # slots in use
         self.dropped: list[int] = [0] * batch_size
 
