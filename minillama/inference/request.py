@@ -11,7 +11,7 @@ from minillama.tokenizer.blanks import Layout
 
 GREEDY = Sampling(temperature=0)
 
-FinishReason = Literal["stop", "length", "context", "cancelled"]
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 
 
 @dataclass(eq=False)
@@ -29,7 +29,8 @@ class Request:
         logprobs: keep ln p of each token, of the model's distribution before temperature and the other settings.
         tokens: the new ones.
         log_probabilities: of these, where `logprobs` is set.
-        finish_reason: why it ended: `stop`, `length`, `context` (the model's is full), `cancelled`; None before.
+        finish_reason: `eos` (one of `stop_ids`), `stop` (the condition), `length` (max_new_tokens), `context` (the
+            model's is full), `cancelled`; None before it ends.
     """
 
     prompt: Sequence[int] | Layout
@@ -87,7 +88,9 @@ class Row:
     def end_if_done(self) -> None:
         """End the request if the last token is its last."""
         request, token = self.request, self.request.tokens[-1]
-        if token in request.stop_ids or (request.stop is not None and request.stop(request.tokens)):
+        if token in request.stop_ids:
+            request.finish_reason = "eos"
+        elif request.stop is not None and request.stop(request.tokens):
             request.finish_reason = "stop"
         elif len(request.tokens) >= request.max_new_tokens:
             request.finish_reason = "length"
