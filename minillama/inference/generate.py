@@ -66,14 +66,7 @@ class StopText:
 
 
 class _Text:
-    """Text of a request's tokens as it becomes final; the request's stop condition.
-
-    Args:
-        row: index of the prompt.
-        tokenizer: decodes.
-        prompt: ids before.
-        stop: stop strings.
-    """
+    """Text of a request's tokens, behind the ids of its prompt, as it becomes final; the request's stop condition."""
 
     def __init__(self, row: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self.row, self.decoder, self.filter = row, tokenizer.stream(after=prompt), StopText(stop)

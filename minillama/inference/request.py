@@ -53,11 +53,7 @@ class Request:
 class Row:
     """Request in the engine: all its ids and position ids, how many of them the state has, and its sampler.
 
-    Args:
-        request: the request.
-        context: the model's context.
-        vocab_size: V.
-        first: the first of several samples of one prompt.
+    `first` is the first of several samples of one prompt.
     """
 
     def __init__(self, request: Request, context: int, vocab_size: int, first: Request) -> None:

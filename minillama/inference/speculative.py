@@ -47,9 +47,8 @@ class Acceptance:
     def __str__(self) -> str:
         """One-line summary."""
         each = self.tokens / self.passes if self.passes else 0.0
-        return (
-            f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.rate:.0%}), {each:.1f} tokens per pass"
-        )
+        accepted = f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.rate:.0%})"
+        return f"{accepted}, {each:.1f} tokens per pass"
 
 
 class Draft(NamedTuple):
@@ -171,12 +170,10 @@ class Speculation:
         if self.draft_tokens < 1:
             raise InputError("a draft of no token", where="draft_tokens", found=self.draft_tokens, expected="1 or more")
         for each in (model, self.draft or model):
-            if each.config.objective == "glm":
-                what = "speculative decoding needs a left-to-right model, and this one is for infilling"
-                raise InputError(what, fix="decode it without speculation")
-            if each.config.mixer == "wkv":
-                what = "speculative decoding needs a model with a KV cache"
-                raise InputError(what, fix="decode it without speculation")
+            if each.config.objective == "glm" or each.config.mixer == "wkv":
+                what = "speculative decoding needs a left-to-right model with a KV cache"
+                found = "an infilling model" if each.config.objective == "glm" else "a recurrent model"
+                raise InputError(what, found=found, fix="decode it without speculation")
             if each.config.vocab_size != model.config.vocab_size:
                 raise InputError(
                     "the draft model has another vocabulary",
@@ -186,13 +183,7 @@ class Speculation:
                 )
 
     def propose(self, row: Row, vocab_size: int, cache_dtype: torch.dtype | None) -> Draft:
-        """Draft of the next tokens of a row, none beyond its limit.
-
-        Args:
-            row: the row, whose own drafter goes on.
-            vocab_size: V.
-            cache_dtype: of the draft model's keys and values; its own type unless given.
-        """
+        """Draft of the next tokens of a row by its own drafter, none beyond its limit; `cache_dtype` as of `Engine`."""
         if row not in self.drafters and self.draft is not None:
             self.drafters[row] = DraftModel(self.draft, row.limit, cache_dtype)
         drafter = self.drafters.setdefault(row, PromptLookup(vocab_size))
@@ -200,12 +191,9 @@ class Speculation:
         return drafter.propose(row.ids, count, row.sampler.fork())
 
     def verify(self, row: Row, draft: Draft, logits: Tensor) -> None:
-        """Append the accepted tokens and one more: in place of the first rejected one, or after them all.
+        """Append the accepted tokens and one more, in place of the first rejected one or after them all.
 
-        Args:
-            row: the row.
-            draft: its draft.
-            logits: (N + 1, V), of each drafted token's position and the next.
+        Logits (N + 1, V) are those of each drafted token's position and the next.
         """
         tokens = _accepted(logits.float().cpu(), draft, row.sampler)
         self.acceptance.passes += 1

@@ -41,7 +41,6 @@ class Kernel:
         owner: type of the modules.
         attribute: of these, set to `function`.
         function: calls the library; inputs that it does not support go to torch's operations.
-        ready: exported function that says whether the operating system grants AMX, for a source that uses it.
     """
 
     source: str
@@ -49,7 +48,6 @@ class Kernel:
     owner: type[nn.Module]
     attribute: str
     function: Callable[..., object]
-    ready: str | None = None
     _library: ctypes.CDLL | None = None
 
     def unsupported(self) -> str | None:
@@ -77,7 +75,7 @@ class Kernel:
         """Shared library, loaded once per process; see `load_library`."""
         if self._library is None:
             library = load_library(self.source, say)
-            if self.ready is not None and not library[self.ready]():
+            if hasattr(library, "minillama_ready") and not library.minillama_ready():
                 raise CannotBuild("Linux does not grant the AMX tile registers")
             self._library = library
         return self._library
@@ -99,7 +97,8 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
     """
     if not can_build():
         raise CannotBuild(NO_COMPILER)
-    command = [*FLAGS, *flags, _arch_flag(), str(FOLDER / source), *_openmp_runtime()]
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    command = [*FLAGS, *flags, native, str(FOLDER / source), *_openmp_runtime()]
     try:
         path = _library_path(source, [*compilers(), *command])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -143,10 +142,6 @@ def _refuse_foreign(path: Path) -> None:
 def compilers() -> list[str]:
     """Paths of the C++ compilers, the first to be tried first."""
     return [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
-
-
-def _arch_flag() -> str:
-    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 
 
 def _openmp_runtime() -> list[str]:
