@@ -19,7 +19,7 @@ from typing import get_args
 
 from minillama import Tokenizer
 from minillama.tokenizer import TokenizerTrainer
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.train import Kind
 
 
 def median(call: Callable[[], object], repeats: int = 5) -> float:

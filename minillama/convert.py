@@ -106,11 +106,7 @@ def _tokenizer(opened: ModelFile, given: str | os.PathLike[str] | None) -> tuple
     if tokenizer_path is None:
         return None, None
     vocab = Tokenizer.load(tokenizer_path)
-    if vocab.vocab_size > opened.config.vocab_size:
-        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary", where=tokenizer_path, found=found, expected=expected
-        )
+    vocab.check_fits(opened.config.vocab_size, tokenizer_path)
     return tokenizer_path, vocab
 
 

@@ -1,6 +1,9 @@
-"""User error: what, where, found, expected, fix."""
+"""User error: what, where, found, expected, fix; the error of an optional package."""
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
 
 
 class InputError(ValueError):
@@ -33,3 +36,16 @@ class InputError(ValueError):
     def at(self, where: object) -> InputError:
         """The same error at another place."""
         return InputError(self.what, where=where, found=self.found, expected=self.expected, fix=self.fix)
+
+
+def optional_import(module: str, purpose: str, extra: str) -> Any:
+    """Module of an optional package.
+
+    Raises:
+        InputError: it cannot be imported; `purpose` needs it, `extra` of this package installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        what = f"{purpose} needs the package {module.partition('.')[0]}"
+        raise InputError(what, found=error, fix=f"pip install 'minillama[{extra}]'") from None

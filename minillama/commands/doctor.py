@@ -30,12 +30,19 @@ class Args:
 
 def run(args: Args) -> int:
     """Print the report."""
+    import torch
+
+    from minillama.device import compiler_missing
+    from minillama.native.build import compilers
+    from minillama.threads import VARIABLES, policy
+
+    missing = compiler_missing(torch.device("cpu"))
     table = {
         "versions": _versions(),
         "processor": _processor(),
         "kernels": _kernels(),
-        "compiler": _compiler(),
-        "waiting": _waiting(),
+        "compiler": {"c++": " ".join(compilers()) or "none", "torch.compile": missing or "available"},
+        "waiting": {"policy": policy()} | {name: os.environ.get(name, "not set") for name in VARIABLES},
         "extras": _extras(),
         "folders": _folders(),
     }
@@ -76,31 +83,15 @@ def _kernels() -> dict[str, str]:
     from minillama.files import cache_folder
     from minillama.native import attention, build, softmax, swiglu
 
-    missing = None if build.can_build() else "it takes g++ or clang++ on Linux"
-    found = {"decode step": ("decode", missing)}
-    for name, part in (("attention", attention), ("softmax of the loss", softmax), ("SwiGLU", swiglu)):
-        found[name] = part.KERNEL.source.removesuffix(".cpp"), missing or part.KERNEL.unsupported()
+    named = {"attention": attention, "softmax of the loss": softmax, "SwiGLU": swiglu}
+    sources: dict[str, tuple[str, str | None]] = {"decode step": ("decode.cpp", None)}
+    sources |= {name: (part.KERNEL.source, part.KERNEL.unsupported()) for name, part in named.items()}
     table = {}
-    for name, (source, why) in found.items():
-        is_compiled = any((cache_folder() / "native").glob(f"{source}-*.so"))
-        table[name] = f"torch ({why})" if why else "C++" if is_compiled else "C++, compiled at the first use"
+    for name, (source, unsupported) in sources.items():
+        missing = unsupported if build.can_build() else build.NO_COMPILER
+        is_compiled = any((cache_folder() / "native").glob(f"{Path(source).stem}-*.so"))
+        table[name] = f"torch ({missing})" if missing else "C++" if is_compiled else "C++, compiled at the first use"
     return table
-
-
-def _compiler() -> dict[str, str]:
-    import torch
-
-    from minillama.device import compiler_missing
-
-    found = [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
-    missing = compiler_missing(torch.device("cpu"))
-    return {"c++": " ".join(found) or "none", "torch.compile": missing or "available"}
-
-
-def _waiting() -> dict[str, str]:
-    from minillama.threads import VARIABLES, policy
-
-    return {"policy": policy()} | {name: os.environ.get(name, "not set") for name in VARIABLES}
 
 
 def _extras() -> dict[str, str]:
@@ -111,11 +102,10 @@ def _extras() -> dict[str, str]:
     except PackageNotFoundError:
         return {"none known": "the package is not installed"}
     needs = [Requirement(line) for line in declared.get_all("Requires-Dist") or ()]
+    wanted = [need for need in needs if need.marker and not need.marker.evaluate({"extra": ""})]
     found = {}
     for extra in declared.get_all("Provides-Extra") or ():
-        there = {"extra": extra}
-        wanted = [need for need in needs if need.marker and not need.marker.evaluate({"extra": ""})]
-        asked = [need for need in wanted if need.marker and need.marker.evaluate(there)]
+        asked = [need for need in wanted if need.marker and need.marker.evaluate({"extra": extra})]
         missing = [need.name for need in asked if (_version(need.name) or "") not in need.specifier]
         install = f"optional, not installed: {' '.join(missing)}; pip install 'minillama[{extra}]'"
         found[extra] = install if missing else "complete"

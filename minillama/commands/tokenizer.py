@@ -17,10 +17,9 @@ from minillama.data.sources import documents, parse_source
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_folder
 from minillama.tokenizer.compare import Figures, measure, plot
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.tokenizer import Tokenizer
-from minillama.tokenizer.train import TokenizerTrainer
-from minillama.tokenizer.trainers import Ties
+from minillama.tokenizer.train import Kind, TokenizerTrainer
 
 
 @dataclass(frozen=True)

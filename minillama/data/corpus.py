@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from minillama.data.permutation import derive_keys, permute
 from minillama.data.reading import Skipped
-from minillama.data.shards import Shard
+from minillama.data.shards import Shard, damaged
 from minillama.errors import InputError
 
 BLOCK = 4096
@@ -28,7 +28,7 @@ class Split:
 
     Args:
         shards: in order.
-        vocab_size: ids must be below it.
+        vocab_size: ids are below it.
         bytes: UTF-8 bytes of the tokens.
         name: for messages.
     """
@@ -58,9 +58,11 @@ class Split:
             shard = self.shards[index]
             first = start + done - (int(self._ends[index]) - len(shard.tokens))
             part = shard.tokens[first : first + length - done]
-            out[done : done + len(part)] = part
             if part.size and part.max() >= self.vocab_size:
-                raise self._too_large(shard, first, out[done : done + len(part)])
+                index = int(np.argmax(part >= self.vocab_size))
+                what, expected = "a token id lies outside the vocabulary", f"less than {self.vocab_size}"
+                raise damaged(shard.path, what, int(part[index]), expected, f", token {first + index}")
+            out[done : done + len(part)] = part
             done += len(part)
         return out
 
@@ -99,23 +101,13 @@ class Split:
             out[chosen] = order * length + keys[-1] % (slack + 1)
         return out
 
-    def document(self, place: int, separator: int) -> int:
-        """Index of the document of the token at position `place`, from 0. Reads all tokens before it."""
+    def document(self, position: int, separator: int) -> int:
+        """Index of the document of the token at a position, from 0. Reads all tokens before it."""
         before = 0
         for shard, end in zip(self.shards, self._ends.tolist(), strict=True):
-            part = shard.tokens[: max(0, place + 1 - (end - len(shard.tokens)))]
+            part = shard.tokens[: max(0, position + 1 - (end - len(shard.tokens)))]
             before += int(np.count_nonzero(part == separator))
         return max(0, before - 1)
-
-    def _too_large(self, shard: Shard, first: int, ids: NDArray[np.int64]) -> InputError:
-        position = int(np.argmax(ids >= self.vocab_size))
-        return InputError(
-            "a token id lies outside the vocabulary",
-            where=f"{shard.path}, token {first + position}",
-            found=int(ids[position]),
-            expected=f"less than {self.vocab_size}",
-            fix="delete the folder it is in; the next start writes it again",
-        )
 
 
 class Corpus:
@@ -146,20 +138,13 @@ class Corpus:
         self.train, self.val = list(train), list(val)
         self.weights = list(weights or [1.0] * len(self.train))
         self.separator, self.fingerprint, self.skipped = separator, fingerprint, skipped or Skipped()
-        self.places = _apportion(self.weights)
-        if not all(self.places):
-            index = self.places.index(0)
-            raise InputError(
-                "the weight of a source is too small: it would never be read",
-                where=f"data.sources.{index}.weight ({self.train[index].name})",
-                found=self.weights[index],
-                expected=f"at least {sum(self.weights) / BLOCK:g}, 1/{BLOCK} of the sum",
-            )
-
-    @property
-    def has_separators(self) -> bool:
-        """Whether documents of any source start with the separator token."""
-        return self.separator is not None
+        self.block_counts = _apportion(self.weights)
+        if not all(self.block_counts):
+            index = self.block_counts.index(0)
+            what = "the weight of a source is too small: it would never be read"
+            where = f"data.sources.{index}.weight ({self.train[index].name})"
+            expected = f"at least {sum(self.weights) / BLOCK:g}, 1/{BLOCK} of the sum"
+            raise InputError(what, where=where, found=self.weights[index], expected=expected)
 
     def batch(
         self, seed: int, step: int, rows: int, length: int, first_row: int = 0, total_rows: int | None = None
@@ -229,17 +214,17 @@ class Corpus:
         """
         self._check_train(length, rows)
         if not any(split.tokens > 1 for split in self.val):
+            held_out, training = (sum(split.tokens for split in side) for side in (self.val, self.train))
             raise InputError(
                 "there is no held-out text",
                 where="data.val_fraction",
-                found=f"{sum(split.tokens for split in self.val)} held-out tokens, "
-                f"{sum(split.tokens for split in self.train)} training tokens",
+                found=f"{held_out} held-out tokens, {training} training tokens",
                 expected="at least 2 held-out tokens",
                 fix="raise data.val_fraction, or give more text",
             )
 
     def _check_train(self, length: int, rows: int) -> None:
-        for split, count in zip(self.train, self.places, strict=True):
+        for split, count in zip(self.train, self.block_counts, strict=True):
             needed = -(-rows * count // BLOCK)
             if split.tokens <= length:
                 raise InputError(
@@ -264,10 +249,10 @@ class Corpus:
             return np.zeros_like(samples), samples
         blocks, within = np.divmod(samples, BLOCK)
         sources, indices = np.empty_like(samples), np.empty_like(samples)
-        counts = np.asarray(self.places)
+        counts = np.asarray(self.block_counts)
         for block in np.unique(blocks).tolist():
             chosen = blocks == block
-            order, ranks = _block(seed, block, tuple(self.places))
+            order, ranks = _block(seed, block, tuple(self.block_counts))
             sources[chosen] = order[within[chosen]]
             indices[chosen] = block * counts[sources[chosen]] + ranks[within[chosen]]
         return sources, indices
@@ -286,9 +271,8 @@ def _apportion(weights: Sequence[float]) -> list[int]:
 def _block(seed: int, block: int, counts: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(4096,) source of each sample of a block, and its rank within that source."""
     labels = np.repeat(np.arange(len(counts)), counts)
-    order = labels[
-        permute(np.arange(BLOCK, dtype=np.uint64), BLOCK, derive_keys("block", seed, block)).astype(np.int64)
-    ]
+    shuffled = permute(np.arange(BLOCK, dtype=np.uint64), BLOCK, derive_keys("block", seed, block))
+    order = labels[shuffled.astype(np.int64)]
     ranks = np.empty(BLOCK, np.int64)
     for source, count in enumerate(counts):
         ranks[order == source] = np.arange(count)

@@ -98,6 +98,7 @@ class Instructions:
             joined and cut into rows (LLaMA 2, arXiv 2307.09288, §3.1); `none`, one per row.
         fingerprint: SHA-256 of ids, weights and the split.
         skipped: records left out.
+        stop_ids: special tokens that end an answer.
     """
 
     train: Sequence[Example]
@@ -106,6 +107,7 @@ class Instructions:
     packing: Packing = "best-fit"
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
+    stop_ids: frozenset[int] = frozenset()
 
     @classmethod
     def of(
@@ -115,6 +117,7 @@ class Instructions:
         context: int,
         packing: Packing,
         skipped: Skipped | None = None,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> Instructions:
         """Data set of two splits, with its fingerprint.
 
@@ -135,7 +138,7 @@ class Instructions:
             digest.update(f"{len(split)}".encode())
             for example in split:
                 digest.update(example.ids.tobytes() + example.weights.tobytes())
-        return cls(train, val, context, packing, digest.hexdigest(), skipped or Skipped())
+        return cls(train, val, context, packing, digest.hexdigest(), skipped or Skipped(), stop_ids)
 
     def rows(self, seed: int, step: int, count: int) -> Rows:
         """Rows of a step, without replacement within an epoch: a pure function of the arguments."""

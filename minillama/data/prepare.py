@@ -11,26 +11,25 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 from uuid import uuid4
 
 from minillama.data.corpus import Corpus, Split
 from minillama.data.reading import Skipped
-from minillama.data.shards import Shard, ShardWriter, token_dtype
+from minillama.data.shards import Shard, ShardWriter, damaged, token_dtype
 from minillama.data.sources import OnError, Source, identity
 from minillama.data.split import Part, SplitName, SplitSource
 from minillama.errors import InputError
 from minillama.files import digest
-from minillama.tokenizer import Tokenizer
+from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
 VERSION = 1  # of the cache format; a change invalidates the cache
 MEMORY = 256 * 2**20  # bytes of text kept in memory instead of being read again
 SAMPLE = 20_000_000  # characters of tokenizer training
-PIECE = 2**20  # characters per chunk to encode
+CHUNK = 2**20  # characters to encode at once
 VERIFIED = 2**30  # bytes of shards whose checksums are verified on every start
 
 Progress = Callable[[str, float], None]
@@ -41,20 +40,9 @@ Progress = Callable[[str, float], None]
 _BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
 
 
-class TokenizerFactory(Protocol):
-    """Tokenizer trainer."""
-
-    @property
-    def description(self) -> str:
-        """Cache key: equal for trainers that make the same tokenizer from the same texts."""
-
-    def __call__(self, texts: Iterable[str]) -> Tokenizer:
-        """Train."""
-
-
 def prepare(
     sources: Sequence[Source],
-    tokenizer: Tokenizer | TokenizerFactory,
+    tokenizer: Tokenizer | TokenizerTrainer,
     *,
     cache: Path,
     val_fraction: float = 0.05,
@@ -86,12 +74,9 @@ def prepare(
         tokenizer = _trained(tokenizer, readers, known, settings, cache, tell)
     settings |= {"tokenizer": tokenizer.fingerprint, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     folders = []
-    for reader, who in zip(readers, known, strict=True):
-        folder = cache / _key(settings | {"identity": who})
-        if not folder.is_dir():
-            with _complete(folder) as temporary:
-                _tokenize(reader, tokenizer, temporary, settings | {"identity": who}, tell)
-        folders.append(folder)
+    for reader, source in zip(readers, known, strict=True):
+        table = settings | {"identity": source}
+        folders.append(_cached(cache / _key(table), partial(_tokenize, reader, tokenizer, table, tell)))
     return load_corpus(folders, [source.weight for source in sources]), tokenizer
 
 
@@ -113,25 +98,22 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     splits: dict[SplitName, list[Split]] = {"train": [], "val": []}
     skipped = Skipped()
     for folder, table in zip(folders, tables, strict=True):
-        skipped.merge(Skipped(**table["skipped"]))
+        skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"]))
         for side, made in splits.items():
             entry = table["splits"][side]
-            opened = [
-                _open_shard(folder / shard["file"], shard["sha256"] if verify else None) for shard in entry["shards"]
-            ]
+            opened = [_open_shard(folder, shard, verify) for shard in entry["shards"]]
             name = f"{table['identity']['source']} ({side})"
             made.append(Split(opened, table["vocab_size"], entry["bytes"], name))
     # Not the identities: a copy of the data on another machine has other modification times, and the same tokens.
     content = [{key: table[key] for key in ("splits", "vocab_size", "separator", "tokenizer")} for table in tables]
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
     separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
-    return Corpus(
-        splits["train"], splits["val"], weights, separator=separator, fingerprint=fingerprint, skipped=skipped
-    )
+    train, val = splits["train"], splits["val"]
+    return Corpus(train, val, weights, separator=separator, fingerprint=fingerprint, skipped=skipped)
 
 
 def _trained(
-    trainer: TokenizerFactory,
+    trainer: TokenizerTrainer,
     readers: Sequence[SplitSource],
     known: list[dict[str, Any]],
     settings: dict[str, Any],
@@ -140,19 +122,20 @@ def _trained(
 ) -> Tokenizer:
     """The trained tokenizer, cached."""
     weights = [reader.source.weight for reader in readers]
-    folder = cache / f"tokenizer-{_key(settings | {'from': known, 'weights': weights, 'by': trainer.description})}"
-    if not folder.is_dir():
-        with _complete(folder) as temporary:
-            tell("training the tokenizer", 0.0)
-            shares = [int(SAMPLE * weight / sum(weights)) for weight in weights]
-            pairs = zip(readers, shares, strict=True)
-            trainer(text for reader, share in pairs for text in reader.sample(share)).save(temporary)
-            tell("training the tokenizer", 1.0)
-    return Tokenizer.load(folder)
+
+    def train(folder: Path) -> None:
+        tell("training the tokenizer", 0.0)
+        shares = [int(SAMPLE * weight / sum(weights)) for weight in weights]
+        pairs = zip(readers, shares, strict=True)
+        trainer(text for reader, share in pairs for text in reader.sample(share)).save(folder)
+        tell("training the tokenizer", 1.0)
+
+    key = _key(settings | {"from": known, "weights": weights, "by": trainer.description})
+    return Tokenizer.load(_cached(cache / f"tokenizer-{key}", train))
 
 
 def _tokenize(
-    reader: SplitSource, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], tell: Progress
+    reader: SplitSource, tokenizer: Tokenizer, settings: dict[str, Any], tell: Progress, folder: Path
 ) -> None:
     """Write a source's shards and its dataset.json."""
     reader.scan()
@@ -162,7 +145,7 @@ def _tokenize(
     writers = {side: ShardWriter(folder, side, tokenizer.vocab_size) for side in get_args(SplitName)}
     counts = {side: {"documents": 0, "bytes": 0} for side in writers}
     done, total = 0, sum(reader.chars.values())
-    for parts in _batches(_pieces(reader.parts())):
+    for parts in _batches(_chunks(reader.parts())):
         tell(f"tokenizing {reader.source.label}", done / total)
         for part, ids in zip(parts, tokenizer.encode_batch(part.text for part in parts), strict=True):
             writers[part.split].write(before * part.starts + ids + after * part.ends)
@@ -175,7 +158,7 @@ def _tokenize(
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "separator": None if single else tokenizer.bos_id,
-        "skipped": asdict(reader.skipped),
+        "skipped": {"counts": reader.skipped.counts, "places": reader.skipped.locations},
         "splits": {
             side: counts[side] | {"tokens": writer.tokens, "shards": [_listed(path) for path in writer.paths]}
             for side, writer in writers.items()
@@ -185,13 +168,13 @@ def _tokenize(
     tell(f"tokenizing {reader.source.label}", 1.0)
 
 
-def _pieces(parts: Iterable[Part]) -> Iterator[Part]:
+def _chunks(parts: Iterable[Part]) -> Iterator[Part]:
     """Chunks of long documents, split between words, to bound the memory of encoding."""
     for part in parts:
         start = 0
         while start < len(part.text):
-            found = _BREAK.search(part.text, start + PIECE - 1, start + 2 * PIECE)
-            stop = found.end() if found else min(start + 2 * PIECE, len(part.text))
+            found = _BREAK.search(part.text, start + CHUNK - 1, start + 2 * CHUNK)
+            stop = found.end() if found else min(start + 2 * CHUNK, len(part.text))
             ends = part.ends and stop == len(part.text)
             yield Part(part.split, part.text[start:stop], part.starts and not start, ends)
             start = stop
@@ -204,20 +187,21 @@ def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
     for part in parts:
         batch.append(part)
         size += len(part.text)
-        if size >= 4 * PIECE:
+        if size >= 4 * CHUNK:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-@contextmanager
-def _complete(folder: Path) -> Iterator[Path]:
-    """Atomic folder write: a temporary folder, renamed to `folder` on success; another process may be first."""
+def _cached(folder: Path, write: Callable[[Path], object]) -> Path:
+    """A folder of the cache, written where it is absent: complete or not at all. Another process may be first."""
+    if folder.is_dir():
+        return folder
     temporary = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        write(temporary)
         try:
             os.replace(temporary, folder)
         except OSError:
@@ -228,6 +212,7 @@ def _complete(folder: Path) -> Iterator[Path]:
         raise InputError(f"cannot write the cache: {error.strerror}", where=folder.parent, fix=fix) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def _key(parts: dict[str, Any]) -> str:
@@ -238,16 +223,12 @@ def _listed(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
 
 
-def _open_shard(path: Path, expected: str | None) -> Shard:
+def _open_shard(folder: Path, listed: dict[str, Any], verify: bool) -> Shard:
+    path, expected = folder / listed["file"], listed["sha256"]
     shard = Shard.open(path)
-    if expected is not None and (found := digest(path)) != expected:
-        raise InputError(
-            "the checksum of a data shard does not match: it was damaged or replaced",
-            where=path,
-            found=f"SHA-256 {found}",
-            expected=expected,
-            fix=f"delete {path.parent}; the next start writes it again",
-        )
+    if verify and (found := digest(path)) != expected:
+        what = "the checksum of a data shard does not match: it was damaged or replaced"
+        raise damaged(path, what, f"SHA-256 {found}", expected)
     return shard
 
 
@@ -260,5 +241,4 @@ def _read_table(folder: Path) -> dict[str, Any]:
         problem = f"version {table['version']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    fix = f"delete {folder}; the next start writes it again"
-    raise InputError("this is not the table of a tokenized source", where=path, found=problem, fix=fix)
+    raise damaged(path, "this is not the table of a tokenized source", problem)

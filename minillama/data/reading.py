@@ -14,12 +14,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from minillama.errors import InputError
+from minillama.errors import InputError, optional_import
 
 RECORDS = (".jsonl", ".json", ".ndjson")
 """Suffixes of files with records."""
 
 _LOCATIONS = 5
+_CHUNK = 2**20
 T = TypeVar("T")
 
 
@@ -38,12 +39,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Record:
-    """An object of a JSONL file.
-
-    Args:
-        value: the object.
-        where: file and line.
-    """
+    """An object of a JSONL file, with file and line."""
 
     value: dict[str, Any]
     where: str
@@ -53,7 +49,7 @@ class BadText(InputError):
     """Error of an invalid document. `reason` is the error class, for counting."""
 
     def __init__(self, reason: str, what: str, *, where: object, found: object = None, expected: object = None) -> None:
-        fix = 'mend it, or leave such text out with data.on_error = "skip"'
+        fix = 'correct it, or skip such documents with data.on_error = "skip"'
         super().__init__(what, where=where, found=found, expected=expected, fix=fix)
         self.reason = reason
 
@@ -64,19 +60,17 @@ class Skipped:
 
     Args:
         counts: by reason.
-        places: locations of the first few, as file:line.
+        locations: of the first few, as file:line.
         notes: number of documents that were changed, by the change.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
-    places: list[str] = field(default_factory=list)
+    locations: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, bad: BadText) -> None:
         """Add a document."""
-        self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
-        if len(self.places) < _LOCATIONS:
-            self.places.append(str(bad.where))
+        self.merge(Skipped({bad.reason: 1}, [str(bad.where)]))
 
     def note(self, change: str) -> None:
         """Count a document that was changed."""
@@ -88,7 +82,7 @@ class Skipped:
             self.counts[reason] = self.counts.get(reason, 0) + count
         for change, count in other.notes.items():
             self.notes[change] = self.notes.get(change, 0) + count
-        self.places = (self.places + other.places)[:_LOCATIONS]
+        self.locations = (self.locations + other.locations)[:_LOCATIONS]
 
     @property
     def total(self) -> int:
@@ -97,13 +91,8 @@ class Skipped:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        left_out = [f"{self.total} documents left out: {reasons} ({', '.join(self.places)})"] if self.total else []
+        left_out = [f"{self.total} documents left out: {reasons} ({', '.join(self.locations)})"] if self.total else []
         return "; ".join(left_out + [f"{count} {change}" for change, count in self.notes.items()])
-
-
-def need_extra(package: str, what: str) -> InputError:
-    """Error of a missing package."""
-    return InputError(f"{what} needs the package {package}", fix="pip install 'minillama[data]'")
 
 
 def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
@@ -119,11 +108,11 @@ def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
     Raises:
         InputError: the file cannot be opened, or needs a package that is not installed.
     """
-    if is_jsonl(path):
-        for item in read_records(path):
-            yield item if isinstance(item, BadText) else from_record(item.value, key, item.where)
+    if not is_jsonl(path):
+        yield from _items(path, lambda stream: [_document(stream.read(), path)])
         return
-    yield from _guarded(path, lambda stream: [_text(stream.read(), str(path))])
+    for item in read_records(path):
+        yield item if isinstance(item, BadText) else from_record(item.value, key, item.where)
 
 
 def read_records(path: Path) -> Iterator[Record | BadText]:
@@ -131,7 +120,7 @@ def read_records(path: Path) -> Iterator[Record | BadText]:
 
     The content says which of the two it is. JSONL is read line by line, an array as a whole.
     """
-    yield from _guarded(path, lambda stream: _json_records(stream, path))
+    return _items(path, lambda stream: _json_records(stream, path))
 
 
 def is_jsonl(path: Path) -> bool:
@@ -148,15 +137,14 @@ def _format(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
 
 
-def _guarded(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
-    """Items of `read` on an open file, and an error for the rest of a damaged archive."""
-    try:
-        with _open(path) as stream:
-            yield from read(stream)
-    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
-        yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
-    except OSError as error:
-        raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
+def from_record(record: dict[str, Any], key: str, where: str) -> Document | BadText:
+    """Document of a JSON object or a data set row: its field `key`."""
+    value = record.get(key)
+    if isinstance(value, str):
+        return clean(value, where)
+    what = f"field {key!r} is not a string" if key in record else f"there is no field {key!r}"
+    found = repr(value)[:80] if key in record else f"fields {', '.join(map(repr, record)) or 'none'}"
+    return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r} (source field)")
 
 
 def clean(text: str, where: str) -> Document | BadText:
@@ -172,26 +160,26 @@ def clean(text: str, where: str) -> Document | BadText:
     return Document(text.replace("\r\n", "\n"), where)
 
 
-def from_record(record: object, key: str, where: str) -> Document | BadText:
-    """Document of a JSON object or a data set row: its field `key`."""
-    if not isinstance(record, dict):
-        return _no_object(record, where)
-    value = record.get(key)
-    if isinstance(value, str):
-        return clean(value, where)
-    what = f"field {key!r} is not a string" if key in record else f"there is no field {key!r}"
-    found = repr(value)[:80] if key in record else f"fields {', '.join(map(repr, record)) or 'none'}"
-    return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r} (source field)")
+def _items(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
+    """Items of `read` on an open file, and an error for the rest of a damaged archive."""
+    try:
+        with _open(path) as stream:
+            yield from read(stream)
+    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
+        yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
+    except OSError as error:
+        raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
 
 
-def _no_object(value: object, where: str, what: str = "this line") -> BadText:
+def _object(value: object, where: str, what: str) -> Record | BadText:
+    if isinstance(value, dict):
+        return Record(value, where)
     return BadText("malformed JSON", f"{what} is not a JSON object", where=where, found=type(value).__name__)
 
 
-def _text(data: bytes, path: str) -> Document | BadText:
-    data = data.removeprefix(codecs.BOM_UTF8)
-    text = _decode(data, path, None)
-    return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), path)
+def _document(data: bytes, path: Path) -> Document | BadText:
+    text = _decode(data.removeprefix(codecs.BOM_UTF8), path)
+    return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), str(path))
 
 
 def _json_records(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadText]:
@@ -203,7 +191,7 @@ def _json_records(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadT
     if not _is_whole(first, is_last=not b"".join(after).strip(), is_jsonl=is_jsonl(path)):
         yield from _json_lines(text, path)
         return
-    whole = _decode(b"".join(text).removeprefix(codecs.BOM_UTF8), str(path), None)
+    whole = _decode(b"".join(text).removeprefix(codecs.BOM_UTF8), path)
     if isinstance(whole, BadText):
         yield whole
     else:
@@ -249,7 +237,7 @@ def _json_values(text: str, path: Path) -> Iterator[Record | BadText]:
         except (ValueError, RecursionError) as error:
             yield BadText("malformed JSON", "the file is not JSON from here on", where=where, found=error)
             return
-        yield Record(value, where) if isinstance(value, dict) else _no_object(value, where, "this record")
+        yield _object(value, where, "this record")
     if text[place:] != end:
         what, where = "the file's array does not end with it", f"{path}, behind record {number}"
         yield BadText("malformed JSON", what, where=where, found=repr(text[place:][:60]), expected="]")
@@ -261,37 +249,36 @@ def _behind(pattern: re.Pattern[str], text: str, place: int) -> int:
 
 
 def _json_lines(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadText]:
-    for number, raw in enumerate(stream, 1):
-        where = f"{path}:{number}"
-        line = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, str(path), number)
+    for number, data in enumerate(stream, 1):
+        line = _decode(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, path, number)
         if isinstance(line, BadText):
             yield line
         elif line := line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield BadText("malformed JSON", "this line is not JSON", where=where, found=f"{error}: {line[:60]!r}")
-            else:
-                yield Record(value, where) if isinstance(value, dict) else _no_object(value, where)
+            yield _record(line, f"{path}:{number}")
 
 
-def _decode(data: bytes, path: str, line: int | None) -> str | BadText:
+def _record(line: str, where: str) -> Record | BadText:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        found = f"{error}: {line[:60]!r}"
+        return BadText("malformed JSON", "this line is not JSON", where=where, found=found)
+    return _object(value, where, "this line")
+
+
+def _decode(data: bytes, path: Path, line: int | None = None) -> str | BadText:
     """UTF-8 decoding without NUL; `line` is the line number of the data, None counts it in them."""
-    nul = data.find(0)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        where = f"{path}:{line or data.count(10, 0, error.start) + 1}"
-        found = f"byte 0x{data[error.start]:02x}, {error.reason}"
-        return BadText("invalid UTF-8", "this text is not UTF-8", where=where, found=found)
-    if nul >= 0:
-        where = f"{path}:{line or data.count(10, 0, nul) + 1}"
-        return BadText("NUL", "there is a NUL byte in this text", where=where, found=f"at byte {nul}")
-    return text
-
-
-class _DamagedError(Exception):
-    """Invalid or truncated zstd stream."""
+        start, reason, what = error.start, "invalid UTF-8", "this text is not UTF-8"
+        found = f"byte 0x{data[start]:02x}, {error.reason}"
+    else:
+        start, reason, what = data.find(0), "NUL", "there is a NUL byte in this text"
+        found = f"at byte {start}"
+        if start < 0:
+            return text
+    return BadText(reason, what, where=f"{path}:{line or data.count(10, 0, start) + 1}", found=found)
 
 
 def _open(path: Path) -> io.BufferedIOBase:
@@ -299,46 +286,45 @@ def _open(path: Path) -> io.BufferedIOBase:
         return gzip.open(path, "rb")
     if path.suffix != ".zst":
         return path.open("rb")
-    try:
-        import zstandard
-    except ImportError:
-        raise need_extra("zstandard", "a .zst file") from None
-    return io.BufferedReader(_Zstd(path.open("rb"), zstandard), 2**20)
+    zstandard = optional_import("zstandard", "a .zst file", "data")
+    return io.BufferedReader(_Chunks(_zstd_frames(path.open("rb"), zstandard)), _CHUNK)
 
 
-class _Zstd(io.RawIOBase):
-    """Multi-frame zstd reader. The library's own does not detect a truncated file."""
+class _DamagedError(Exception):
+    """Invalid or truncated zstd stream."""
 
-    def __init__(self, file: BinaryIO, zstandard: Any) -> None:
-        self._file, self._zstandard = file, zstandard
-        self._frame: Any = None
-        self._raw = self._ready = b""
+
+def _zstd_frames(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
+    """Decompressed chunks of all frames. The library's own reader does not detect a truncated file."""
+    frame, data = None, b""
+    with file:
+        while data := data or file.read(_CHUNK):
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise _DamagedError(error) from None
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise _DamagedError("the last zstd frame is not complete")
+
+
+class _Chunks(io.RawIOBase):
+    """Binary file of an iterator's chunks."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._ready = chunks, b""
 
     def readable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._raw = self._raw or self._file.read(2**20)
-            if not self._raw:
-                if self._frame is not None:
-                    raise _DamagedError("the last zstd frame is not complete")
+            chunk = next(self._chunks, None)
+            if chunk is None:
                 return 0
-            self._decompress()
+            self._ready = chunk
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
-
-    def _decompress(self) -> None:
-        self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
-        try:
-            self._ready = self._frame.decompress(self._raw)
-        except self._zstandard.ZstdError as error:
-            raise _DamagedError(error) from None
-        self._raw = self._frame.unused_data if self._frame.eof else b""
-        if self._frame.eof:
-            self._frame = None

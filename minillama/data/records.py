@@ -10,7 +10,7 @@ from hashlib import sha256
 import numpy as np
 
 from minillama.data.permutation import derive_keys, hash_fraction, permute
-from minillama.data.reading import BadText, Record, Skipped
+from minillama.data.reading import Record, Skipped
 from minillama.data.sources import OnError, Source, records
 from minillama.errors import InputError
 
@@ -30,8 +30,6 @@ class Records:
     val: Sequence[Record]
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
-    separator: int | None = None
-    """None: records are not packed."""
 
     @classmethod
     def load(
@@ -41,47 +39,35 @@ class Records:
         on_error: OnError = "stop",
         check: Callable[[Record], object] = lambda record: None,
     ) -> Records:
-        """Read all sources. A record is held out when a hash of its JSON falls below `val_fraction`.
+        """Read all sources once, whatever their weight; `on_error` and `check` are those of `records`.
 
-        Args:
-            sources: .jsonl files, each read once, whatever its weight.
-            val_fraction: held-out fraction.
-            on_error: stop at a line that is not a JSON object or fails the check, or skip and count it.
-            check: raises BadText for an invalid record.
+        A record is held out when a hash of its JSON falls below `val_fraction`.
 
         Raises:
             InputError: no records to train on, or none to hold out.
         """
         skipped = Skipped()
-        split: dict[bool, list[Record]] = {True: [], False: []}
+        train: list[Record] = []
+        val: list[Record] = []
         digest = sha256(str(val_fraction).encode())
         for source in sources:
-            for record in records(source, on_error, skipped):
-                try:
-                    check(record)
-                except BadText as bad:
-                    if on_error == "stop":
-                        raise
-                    skipped.add(bad)
-                    continue
+            for record in records(source, on_error, skipped, check):
                 text = json.dumps(record.value, sort_keys=True)
                 digest.update(text.encode() + b"\n")
-                split[hash_fraction(text, "held out") < val_fraction].append(record)
-        if not (split[True] and split[False]):
+                side = val if hash_fraction(text, "held out") < val_fraction else train
+                side.append(record)
+        if not (train and val):
+            found = f"{len(train)} to train on, {len(val)} held out" + (f"; {skipped}" if skipped.total else "")
+            fix = "give more records, or another data.val_fraction"
             raise InputError(
-                "too few records",
-                where="data.sources",
-                found=f"{len(split[False])} to train on, {len(split[True])} held out"
-                + (f"; {skipped}" if skipped.total else ""),
-                expected="at least one of each",
-                fix="give more records, or another data.val_fraction",
+                "too few records", where="data.sources", found=found, expected="at least one of each", fix=fix
             )
-        return cls(split[False], split[True], digest.hexdigest(), skipped)
+        return cls(train, val, digest.hexdigest(), skipped)
 
     def where(self, seed: int, step: int, rows: int, chosen: Sequence[int]) -> list[str]:
         """Locations (file and line) of the chosen records of a step."""
-        records = self.batch(seed, step, rows)
-        return [records[row].where for row in chosen]
+        batch = self.batch(seed, step, rows)
+        return [batch[row].where for row in chosen]
 
     def batch(self, seed: int, step: int, rows: int) -> list[Record]:
         """Batch of a step, without replacement within an epoch: a pure function of the arguments."""

@@ -22,7 +22,12 @@ _HEADER = struct.Struct("<8sIIQ40x")
 _MAGIC = b"mllshard"
 _VERSION = 1
 _DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
-_AGAIN = "delete the folder it is in; the next start writes it again"
+
+
+def damaged(path: Path, what: str, found: object = None, expected: object = None, at: str = "") -> InputError:
+    """Error of a file in the cache; `at` is the location within it."""
+    fix = f"delete {path.parent}; the next start writes it again"
+    return InputError(what, where=f"{path}{at}", found=found, expected=expected, fix=fix)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -55,29 +60,21 @@ class Shard:
             with path.open("rb") as file:
                 header = file.read(HEADER_BYTES)
         except OSError as error:
-            raise InputError(f"cannot read a data shard: {error.strerror}", where=path, fix=_AGAIN) from None
+            raise damaged(path, f"cannot read a data shard: {error.strerror}") from None
         if header[:8] != _MAGIC:
-            raise InputError("this is not a data shard", where=path, found=header[:8], expected=_MAGIC, fix=_AGAIN)
+            raise damaged(path, "this is not a data shard", header[:8], _MAGIC)
         if len(header) < HEADER_BYTES:
-            expected = f"at least {HEADER_BYTES} bytes"
-            raise InputError(
-                "this data shard is truncated", where=path, found=f"{actual} bytes", expected=expected, fix=_AGAIN
-            )
+            raise damaged(path, "this data shard is truncated", f"{actual} bytes", f"at least {HEADER_BYTES} bytes")
         _, version, width, count = _HEADER.unpack(header)
         if version != _VERSION or width not in _DTYPES:
-            found, expected = (
-                f"version {version}, {width} bytes per token",
-                f"version {_VERSION}, 2 or 4 bytes per token",
-            )
-            raise InputError("this data shard has an unknown format", where=path, found=found, expected=expected)
-        if actual != HEADER_BYTES + count * width:
-            raise InputError(
-                f"this data shard is {'truncated' if actual < HEADER_BYTES + count * width else 'too long'}",
-                where=path,
-                found=f"{actual} bytes",
-                expected=f"{HEADER_BYTES + count * width} bytes ({HEADER_BYTES} + {count} tokens of {width})",
-                fix=_AGAIN,
-            )
+            expected = f"version {_VERSION}, 2 or 4 bytes per token"
+            found = f"version {version}, {width} bytes per token"
+            raise damaged(path, "this data shard has an unknown format", found, expected)
+        size = HEADER_BYTES + count * width
+        if actual != size:
+            what = f"this data shard is {'truncated' if actual < size else 'too long'}"
+            expected = f"{size} bytes ({HEADER_BYTES} + {count} tokens of {width})"
+            raise damaged(path, what, f"{actual} bytes", expected)
         if not count:  # an empty file cannot be mapped
             return cls(path, np.empty(0, _DTYPES[width]))
         return cls(path, np.memmap(path, _DTYPES[width], mode="r", offset=HEADER_BYTES, shape=(count,)))

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import glob
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
@@ -25,12 +25,12 @@ from minillama.data.reading import (
     Skipped,
     from_record,
     holds_records,
-    need_extra,
     read_file,
     read_records,
 )
-from minillama.errors import InputError
+from minillama.errors import InputError, optional_import
 
+T = TypeVar("T")
 OnError = Literal["stop", "skip"]
 
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
@@ -83,20 +83,22 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     Raises:
         InputError: bad text, with file and line; nothing of that name; a file that cannot be opened.
     """
-    for item in _items(source):
-        if isinstance(item, Document):
-            if item.text:
-                yield item
-        elif on_error == "stop":
-            raise item
-        elif report is not None:
-            report.add(item)
+    yield from (document for document in _valid(_items(source), on_error, report) if document.text)
 
 
-def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
+def records(
+    source: Source,
+    on_error: OnError = "stop",
+    report: Skipped | None = None,
+    check: Callable[[Record], object] = lambda record: None,
+) -> Iterator[Record]:
     """JSON objects of a source's .jsonl, .json and .ndjson files, or rows of a data set of the hub.
 
-    The order is that of the files, and the arguments are those of `documents`.
+    Args:
+        source: the source.
+        on_error: as for `documents`.
+        report: counts of skipped records.
+        check: raises BadText for an invalid record.
 
     Raises:
         InputError: as `documents`; a source of text, not records.
@@ -105,15 +107,30 @@ def records(source: Source, on_error: OnError = "stop", report: Skipped | None =
         what = "this source gives texts, not records"
         raise InputError(what, where="data.sources", found=source.name, expected=".jsonl or .json files")
     if source.name == PYTHON_QA:
-        yield from python_qa()
-        return
-    for item in _record_items(source):
-        if isinstance(item, Record):
+        yield from _valid(python_qa(), on_error, report, check)
+    else:
+        yield from _valid(_record_items(source), on_error, report, check)
+
+
+def _valid(
+    items: Iterable[T | BadText],
+    on_error: OnError,
+    report: Skipped | None,
+    check: Callable[[T], object] = lambda item: None,
+) -> Iterator[T]:
+    """The valid items; the error of an invalid one is raised, or counted in `report`."""
+    for item in items:
+        try:
+            if isinstance(item, BadText):
+                raise item
+            check(item)
+        except BadText as bad:
+            if on_error == "stop":
+                raise
+            if report is not None:
+                report.add(bad)
+        else:
             yield item
-        elif on_error == "stop":
-            raise item
-        elif report is not None:
-            report.add(item)
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -204,10 +221,7 @@ def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> It
 
 def _rows(source: Source) -> Iterator[tuple[Any, str]]:
     """Streamed rows of split `train` of a data set of the hub, and where each is."""
-    try:
-        import datasets
-    except ImportError:
-        raise need_extra("datasets", source.name) from None
+    datasets = optional_import("datasets", source.name, "data")
     name, _, config = source.name.removeprefix(_HF).partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split="train", streaming=True)

@@ -6,7 +6,6 @@ Schick and Schuetze 2021, arXiv 2001.07676; Du et al. 2022, arXiv 2103.10360, §
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,32 +19,18 @@ from minillama.layers.cross_entropy import log_probabilities
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
-from minillama.tokenizer.blanks import Blanks, Layout, collate
+from minillama.tokenizer.blanks import Blanks, Layout, Rows, collate
 
 STEP = 32  # sequences are padded to a multiple of this, so that compiled code meets few shapes
 
 
-class Answers(NamedTuple):
-    """Batch of records with all their candidate answers, L labels each; T positions.
-
-    Args:
-        tokens: (B, L, T) ids.
-        targets: (B, L, T) ids.
-        answer: (B, L, T) loss mask, 1 where a token of the answer is predicted, its end included.
-        positions: (B, L, 2, T).
-        prefix: (B, L).
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    answer: Tensor
-    positions: Tensor
-    prefix: Tensor
+class Answers(Rows):
+    """Batch of records with all their candidate answers, L labels each: the tensors of `Rows` with (B, L) for (N)."""
 
     def scores(self, model: Decoder) -> Tensor:
         """(B, L) log p(words of the label, end | text of the record), in nats."""
         size = self.tokens.shape[:2]
-        chosen = self.answer.flatten(0, 1) > 0
+        chosen = self.weights.flatten(0, 1) > 0
         mask = Mask(prefix=self.prefix.flatten())
         hidden = model.hidden(self.tokens.flatten(0, 1), self.positions.flatten(0, 1), mask)[chosen]
         targets = self.targets.flatten(0, 1)[chosen]

@@ -12,11 +12,12 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from minillama.errors import InputError
+from minillama.formats.stored import Stored
 
 T = TypeVar("T")
 MAGIC = b"GGUF"
@@ -37,15 +38,6 @@ _TYPES = {
 }  # fmt: skip
 
 
-class TensorInfo(NamedTuple):
-    """Tensor info: type name, shape in torch's order, first byte and number of bytes in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
 @dataclass(frozen=True)
 class GGUFHeader:
     """GGUF header: version, metadata (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
@@ -53,7 +45,7 @@ class GGUFHeader:
     path: Path
     version: int
     metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, Stored]
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Metadata value of a key.
@@ -173,8 +165,8 @@ class _Reader:
 
     def placed(
         self, infos: list[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int
-    ) -> dict[str, TensorInfo]:
-        tensors: dict[str, TensorInfo] = {}
+    ) -> dict[str, Stored]:
+        tensors: dict[str, Stored] = {}
         for name, shape, kind, offset in infos:
             if name in tensors:
                 raise self.error("duplicate tensor", name)
@@ -187,7 +179,7 @@ class _Reader:
             if offset % alignment or base + offset + size > self.size:
                 found = f"{shape} of {dtype}, {size} bytes at {base + offset} of {self.size}"
                 raise self.error("the tensor does not lie in the file, or the file is cut short", name, found=found)
-            tensors[name] = TensorInfo(dtype, shape, base + offset, size)
+            tensors[name] = Stored(dtype, shape, base + offset, size)
         end = base
         for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
             if info.start < end:

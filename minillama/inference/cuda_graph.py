@@ -21,10 +21,10 @@ Play = Callable[[], Tensor]
 
 
 def unsupported(model: Decoder) -> str | None:
-    """Why `GraphStep` does not support a model, or None: it needs a KV cache on a CUDA device."""
+    """Reason why `GraphStep` does not support a model, or None; it needs a KV cache on a CUDA device."""
     if model.config.mixer == "wkv":
-        return "a recurrence has no memory of fixed place"
-    return None if model.device.type == "cuda" else f"the model lies on {model.device}"
+        return "a recurrent state has no fixed address"
+    return None if model.device.type == "cuda" else f"the model is on {model.device}"
 
 
 class CudaRecorder:
@@ -56,48 +56,30 @@ class CudaRecorder:
 
 
 @dataclass(frozen=True)
-class _FixedRange(CacheRange):
+class _StaticRange(CacheRange):
     """Slot range of one token per sequence; slot and position, (B, 1) each, are read when the kernels run."""
 
     slot: Tensor | None = None
-    place: Tensor | None = None
+    position: Tensor | None = None
 
     def slots(self, device: torch.device) -> Tensor:
         return cast(Tensor, self.slot)
 
     def positions(self, device: torch.device) -> Tensor:
-        return cast(Tensor, self.place)
+        return cast(Tensor, self.position)
 
 
-class _Pass:
-    """Forward pass with static inputs, (3, B, 1) ids, slots and positions, and static state memory.
+class _StaticState:
+    """State for `Decoder.hidden` over the same memory, with static inputs; attention covers the first `end` slots."""
 
-    It takes the state's place in `Decoder.hidden`; attention covers the first `end` slots.
-    """
-
-    def __init__(self, model: Decoder, layers: Sequence[LayerState], inputs: Tensor, end: int, mask: Mask) -> None:
-        self.model, self.layers, self.mask = model, layers, mask
-        self.ids, slot, place = inputs
-        self._span = _FixedRange(None, 1, end, slot=slot, place=place)
+    def __init__(self, layers: Sequence[LayerState], slot: Tensor, position: Tensor, end: int) -> None:
+        self.layers, self._range = layers, _StaticRange(None, 1, end, slot=slot, position=position)
 
     def span(self, count: int) -> CacheRange:
-        return self._span
+        return self._range
 
     def advance(self, counts: Sequence[int]) -> None:
         """No-op: `GraphStep` advances the state."""
-
-    def run(self) -> Tensor:
-        hidden = self.model.hidden(self.ids, mask=self.mask, state=cast(State, self))
-        return self.model.head(hidden[:, -1])
-
-
-@dataclass(frozen=True)
-class _Recording:
-    """Captured graph: its key, static inputs and replay."""
-
-    key: tuple[object, ...]
-    inputs: Tensor
-    play: Play
 
 
 class GraphStep:
@@ -119,9 +101,11 @@ class GraphStep:
         record: Callable[[Play], Play] | None = None,
     ) -> None:
         self.model, self.say, self.record = model, say, record or CudaRecorder(model.device)
-        self.awaited: tuple[object, ...] = ()
+        self.key: tuple[object, ...] = ()  # all that the captured graph depends on
+        self.awaited: tuple[object, ...] = ()  # the same of the last eager steps, `seen` of them
         self.seen = 0
-        self.recording: _Recording | None = None
+        self.inputs = torch.empty(0)  # (3, B, 1) ids, slots and positions
+        self.play: Play | None = None
         self.failed = False
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
@@ -130,38 +114,32 @@ class GraphStep:
         if self.failed or mask != windowed or any(len(row) != 1 for row in tokens):
             return None
         end = min(math.ceil(state.span(1).end / PAGE) * PAGE, state.max_len)
-        key = (len(tokens), end, mask.window, mask.sinks, *map(_places, state.layers))
+        memory = [(part.data_ptr(), part.shape, part.dtype) for layer in state.layers for part in layer.tensors]
+        key = (len(tokens), end, mask.window, mask.sinks, *memory)
         rows = zip(tokens, state.lengths, state.dropped, strict=True)
         inputs = torch.tensor([(ids[0], used, used + gone) for ids, used, gone in rows]).T[..., None]
-        if self.recording is None or key != self.recording.key:
-            self.seen = self.seen + 1 if key == self.awaited else 1
-            self.awaited = key
+        if key != self.key:
+            self.awaited, self.seen = key, self.seen + 1 if key == self.awaited else 1
             if self.seen <= PATIENCE:
                 return None
-            self.recording = None  # before the next capture: they share a stream
-            self.recording = self._recorded(key, inputs.to(self.model.device), state, end, mask)
-            if self.recording is None:
-                return None
+            self.key, self.play = key, None  # freed before the next capture: they share a stream
+            self._capture(inputs.to(self.model.device), state, end, mask)
+        if self.play is None:
+            return None
         state.advance([1] * len(tokens))
-        self.recording.inputs.copy_(inputs)
-        return self.recording.play().clone()  # the next replay overwrites it
+        self.inputs.copy_(inputs)
+        return self.play().clone()  # the next replay overwrites it
 
-    def _recorded(
-        self, key: tuple[object, ...], inputs: Tensor, state: State, end: int, mask: Mask
-    ) -> _Recording | None:
-        made = _Pass(self.model, state.layers, inputs, end, mask)
+    def _capture(self, inputs: Tensor, state: State, end: int, mask: Mask) -> None:
+        self.inputs = inputs
+        ids, slot, position = inputs
+        static = cast(State, _StaticState(state.layers, slot, position, end))
         try:
-            return _Recording(key, inputs, self.record(made.run))
+            self.play = self.record(lambda: self.model.head(self.model.hidden(ids, mask=mask, state=static)[:, -1]))
         except RuntimeError as error:
             self.failed = True
             cause = error.__context__ or error  # ending a failed capture is an error of its own
-            self.say(f"the decode step was not recorded, decoding goes on without: {cause}")
-            return None
+            self.say(f"the CUDA graph was not captured, decoding goes on without: {cause}")
 
     def __deepcopy__(self, memo: object) -> None:
         """None: it reads its model's weights, and a copy of the model would go on with those."""
-
-
-def _places(layer: LayerState) -> tuple[object, ...]:
-    """Addresses, shapes and dtypes of a layer's KV cache: all of a graph that depends on the state."""
-    return tuple((part.data_ptr(), part.shape, part.dtype) for part in layer.tensors)

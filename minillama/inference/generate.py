@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from minillama.errors import InputError
 from minillama.inference.engine import Engine
-from minillama.inference.request import Request
+from minillama.inference.request import FinishReason, Request
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
-
-Reason = Literal["eos", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Streamed chunk: new text of one sequence, its tokens, and its finish reason, if it ended.
 
-    `reason` is `eos` (the model generated the end-of-text token), `stop` (a stop string), `length`
-    (max_new_tokens) or `context` (the model's context is full).
+    `reason` is `eos` (the model generated the end-of-text token), `stop` (a stop string), or another of a `Request`.
     """
 
     row: int
     text: str
     tokens: tuple[int, ...]
-    reason: Reason | None = None
+    reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Completion:
 
     text: str
     tokens: tuple[int, ...]
-    reason: Reason
+    reason: FinishReason
 
 
 class StopText:
@@ -70,14 +66,7 @@ class StopText:
 
 
 class _Text:
-    """Text of a request's tokens as it becomes final; the request's stop condition.
-
-    Args:
-        row: index of the prompt.
-        tokenizer: decodes.
-        prompt: ids before.
-        stop: stop strings.
-    """
+    """Text of a request's tokens, behind the ids of its prompt, as it becomes final; the request's stop condition."""
 
     def __init__(self, row: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self.row, self.decoder, self.filter = row, tokenizer.stream(after=prompt), StopText(stop)
@@ -94,21 +83,15 @@ class _Text:
 
     def chunk(self, request: Request) -> Chunk | None:
         """Text and tokens since the last chunk, if there is text or the request has ended."""
-        if request.finish_reason is not None and not self.stopped:
+        reason = request.finish_reason
+        if reason is not None and not self.stopped:
             self._push(self.decoder.flush())
             self.text += self.filter.flush()
-        reason = finish_reason(request)
         if not self.text and reason is None:
             return None
         text, start = self.text, self.taken
         self.text, self.taken = "", len(request.tokens)
         return Chunk(self.row, text, tuple(request.tokens[start:]), "stop" if self.stopped else reason)
-
-
-def finish_reason(request: Request) -> Reason | None:
-    """Finish reason of a request whose stop ids are those of `end_ids`, but for stop strings."""
-    reasons: dict[str | None, Reason] = {"stop": "eos", "length": "length", "context": "context"}
-    return reasons.get(request.finish_reason)
 
 
 def end_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
@@ -124,13 +107,7 @@ def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
     Raises:
         InputError: the tokenizer is not the model's.
     """
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary",
-            found=f"{tokenizer.vocab_size} tokens",
-            expected=f"at most {model.config.vocab_size}",
-            fix="give the tokenizer that the model was trained with",
-        )
+    tokenizer.check_fits(model.config.vocab_size, fix="give the tokenizer that the model was trained with")
     return Blanks.of(tokenizer) if model.config.objective == "glm" else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import NamedTuple, cast
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,6 +13,20 @@ from minillama.layers.attend import attend
 from minillama.layers.cache import CacheRange, KVCache, LayerState
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
+
+
+class AttentionInputs(NamedTuple):
+    """Inputs that all layers of one forward pass share, beside the residual stream.
+
+    Attributes:
+        rope: cosines and sines of the tokens' positions; None for other position encodings.
+        mask: attention mask.
+        span: slots of the tokens in the decode state.
+    """
+
+    rope: tuple[Tensor, Tensor] | None
+    mask: KernelMask
+    span: CacheRange
 
 
 class Attention(nn.Module):
@@ -31,38 +45,26 @@ class Attention(nn.Module):
         super().__init__()
         self.kernel: Callable[[Tensor, Tensor, Tensor, KernelMask], Tensor] = attend
         self.head_dim = config.head_dim
-        self.widths = (
-            config.n_heads * config.head_dim,
-            config.n_kv_heads * config.head_dim,
-            config.n_kv_heads * config.head_dim,
-        )
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.widths = (width, kv_width, kv_width)
         bias = config.bias != "none"
         self.q_proj = nn.Linear(config.dim, self.widths[0], bias=bias)
         self.k_proj = nn.Linear(config.dim, self.widths[1], bias=bias)
         self.v_proj = nn.Linear(config.dim, self.widths[2], bias=bias)
         self.o_proj = nn.Linear(self.widths[0], config.dim, bias=config.bias == "all")
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: KernelMask,
-        state: LayerState | None = None,
-        span: CacheRange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         Args:
             x: normalized residual stream.
-            rope: cosines and sines of the tokens' positions; None for other position encodings.
-            mask: attention mask, made once per forward pass.
+            inputs: shared by all layers.
             state: this layer's KV cache; None outside decoding.
-            span: the slots of these tokens in the cache.
         """
-        q, k, v = self.heads(x, rope)
-        if state is not None and span is not None:
-            k, v = cast(KVCache, state).append(k, v, span)
-        return self.o_proj(self.kernel(q, k, v, mask).transpose(1, 2).flatten(2))
+        q, k, v = self.heads(x, inputs.rope)
+        if state is not None:
+            k, v = cast(KVCache, state).append(k, v, inputs.span)
+        return self.o_proj(self.kernel(q, k, v, inputs.mask).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, K, T, E) of (B, T, D), rotated by position."""

@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor, nn
 
-from minillama.layers.cache import CacheRange, LayerState
+from minillama.layers.attention import AttentionInputs
+from minillama.layers.cache import LayerState
 from minillama.layers.dropout import dropout
-from minillama.layers.mask import KernelMask
 
 
 class ScaledBlock(nn.Module):
@@ -30,16 +30,9 @@ class ScaledBlock(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = norms
         self.self_attn, self.mlp = attention, mlp
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: KernelMask,
-        state: LayerState | None = None,
-        span: CacheRange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
         x = self.input_layernorm(x)
-        x = x * self.scale + dropout(self.self_attn(x, rope, mask, state, span), self.dropout, self.training)
+        x = x * self.scale + dropout(self.self_attn(x, inputs, state), self.dropout, self.training)
         x = self.post_attention_layernorm(x)
         return x * self.scale + dropout(self.mlp(x), self.dropout, self.training)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from minillama.layers.cache import CacheRange, LayerState
+from minillama.layers.attention import AttentionInputs
+from minillama.layers.cache import LayerState
 from minillama.layers.dropout import dropout
-from minillama.layers.mask import KernelMask
 
 
 class ParallelBlock(nn.Module):
@@ -17,15 +17,8 @@ class ParallelBlock(nn.Module):
         self.dropout = dropout
         self.input_layernorm, self.self_attn, self.mlp = norm, attention, mlp
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: KernelMask,
-        state: LayerState | None = None,
-        span: CacheRange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
         normal = self.input_layernorm(x)
-        change = self.self_attn(normal, rope, mask, state, span) + self.mlp(normal)
+        change = self.self_attn(normal, inputs, state) + self.mlp(normal)
         return x + dropout(change, self.dropout, self.training)

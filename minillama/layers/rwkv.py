@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
-from minillama.layers.cache import CacheRange, LayerState, WKVState
+from minillama.layers.attention import AttentionInputs
+from minillama.layers.cache import LayerState, WKVState
 from minillama.layers.dropout import dropout
-from minillama.layers.mask import KernelMask
 from minillama.layers.norm import make_norm
 from minillama.layers.wkv import Sums, wkv_scan, wkv_step
 
@@ -25,9 +25,8 @@ class TimeMix(nn.Module):
         super().__init__()
         d = config.dim
         self.time_decay, self.time_first = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
-        self.time_mix_key = nn.Parameter(torch.full((d,), 0.5))
-        self.time_mix_value = nn.Parameter(torch.full((d,), 0.5))
-        self.time_mix_receptance = nn.Parameter(torch.full((d,), 0.5))
+        mix = (nn.Parameter(torch.full((d,), 0.5)) for _ in range(3))
+        self.time_mix_key, self.time_mix_value, self.time_mix_receptance = mix
         self.k_proj, self.v_proj, self.r_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, before: Tensor, past: Sums, real: Tensor | None) -> tuple[Tensor, Sums]:
@@ -58,8 +57,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, f = config.dim, config.hidden_dim
-        self.time_mix_key = nn.Parameter(torch.full((d,), 0.5))
-        self.time_mix_receptance = nn.Parameter(torch.full((d,), 0.5))
+        self.time_mix_key, self.time_mix_receptance = (nn.Parameter(torch.full((d,), 0.5)) for _ in range(2))
         self.up_proj, self.down_proj = nn.Linear(d, f, bias=False), nn.Linear(f, d, bias=False)
         self.r_proj = nn.Linear(d, d, bias=False)
 
@@ -79,33 +77,25 @@ class RecurrentBlock(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = make_norm(config), make_norm(config)
         self.self_attn, self.mlp = TimeMix(config), ChannelMix(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: KernelMask,
-        state: LayerState | None = None,
-        span: CacheRange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D).
 
         Args:
             x: residual stream.
-            rope: not used; order is in the recurrence.
-            mask: its lengths, tokens per row without padding; must be purely causal.
+            inputs: the mask's lengths, tokens per row without padding; it must be purely causal.
             state: recurrent state, updated.
-            span: not used.
 
         Raises:
             ValueError: a mask that is not purely causal; a recurrence depends on all of the past.
         """
+        mask = inputs.mask
         if not mask.is_plain:
             raise ValueError("a recurrent layer depends on all of the past: only a purely causal mask is supported")
         past = cast(WKVState, state) if state is not None else WKVState(x.shape[0], x.shape[2], x.dtype, x.device)
         real = None
         if mask.lengths is not None and x.shape[1] > 1:
             real = (mask.lengths.to(x.device)[:, None] - 1).clamp(min=0)
-        before = past.snapshot()
+        before = past.tensors
         mixed, channel, *sums = before
         normal = self.input_layernorm(x)
         change, sums = self.self_attn(normal, _token_shift(normal, mixed), Sums(*sums), real)

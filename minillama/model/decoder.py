@@ -23,14 +23,14 @@ from minillama.formats import hf
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.alibi import Alibi
-from minillama.layers.attention import Attention
+from minillama.layers.attention import Attention, AttentionInputs
 from minillama.layers.block_positions import BlockPositions
 from minillama.layers.cache import CacheRange, LayerState, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
 from minillama.layers.lora import LoRALayer, effective_weight
-from minillama.layers.mask import KernelMask, Mask
+from minillama.layers.mask import Mask
 from minillama.layers.mlp import Gelu, SwiGLU
 from minillama.layers.norm import make_norm
 from minillama.layers.parallel_block import ParallelBlock
@@ -53,16 +53,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = make_mlp(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: KernelMask,
-        state: LayerState | None = None,
-        span: CacheRange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), rope, mask, state, span))
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), inputs, state))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -201,15 +194,16 @@ class Decoder(nn.Module):
         kernel_mask = mask.for_kernel(span, tokens.device)
         if self.model.alibi is not None:
             kernel_mask = self.model.alibi(kernel_mask, span, kind)
+        inputs = AttentionInputs(rope, kernel_mask, span)
         x = self.model.embed(tokens, positions)
         x = dropout(x, self.dropout, self.training)
         for i, layer in enumerate(self.blocks):
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, rope, kernel_mask, use_reentrant=False)
+                x = checkpoint(layer, x, inputs, use_reentrant=False)
             elif state is None:
-                x = layer(x, rope, kernel_mask, None, span)
+                x = layer(x, inputs)
             else:  # not through compiled code, which would be made anew for every length of the state
-                x = layer.forward(x, rope, kernel_mask, state.layers[i], span)
+                x = layer.forward(x, inputs, state.layers[i])
         if state is None:
             return self.model.norm(x)
         state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillama.device import compiler_missing
 from minillama.files import cache_folder
 
 FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
+NO_COMPILER = "it takes g++ or clang++ on Linux"
 FEATURES = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX for bfloat16"}
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
@@ -41,7 +41,6 @@ class Kernel:
         owner: type of the modules.
         attribute: of these, set to `function`.
         function: calls the library; inputs that it does not support go to torch's operations.
-        ready: exported function that says whether the operating system grants AMX, for a source that uses it.
     """
 
     source: str
@@ -49,7 +48,6 @@ class Kernel:
     owner: type[nn.Module]
     attribute: str
     function: Callable[..., object]
-    ready: str | None = None
     _library: ctypes.CDLL | None = None
 
     def unsupported(self) -> str | None:
@@ -77,7 +75,7 @@ class Kernel:
         """Shared library, loaded once per process; see `load_library`."""
         if self._library is None:
             library = load_library(self.source, say)
-            if self.ready is not None and not library[self.ready]():
+            if hasattr(library, "minillama_ready") and not library.minillama_ready():
                 raise CannotBuild("Linux does not grant the AMX tile registers")
             self._library = library
         return self._library
@@ -97,10 +95,12 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
     Raises:
         CannotBuild: no compiler, failed compilation, or a cache folder that is unusable or writable by others.
     """
-    compilers = _compilers()
-    command = [*FLAGS, *flags, _arch_flag(), str(FOLDER / source), *_openmp_runtime()]
+    if not can_build():
+        raise CannotBuild(NO_COMPILER)
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    command = [*FLAGS, *flags, native, str(FOLDER / source), *_openmp_runtime()]
     try:
-        path = _library_path(source, [*compilers, *command])
+        path = _library_path(source, [*compilers(), *command])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _refuse_foreign(path.parent)
         if path.exists():
@@ -111,7 +111,7 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
         if failure.exists():
             raise CannotBuild(f"{failure.read_text(encoding='utf-8')}; remove {failure} to try again")
         say(f"compiling {source}, once per machine; it takes some seconds")
-        _compile(compilers, command, path)
+        _compile(command, path)
         with suppress(OSError):  # another process may do the same
             _evict_old(path)
         return ctypes.CDLL(str(path))
@@ -129,7 +129,7 @@ def _evict_old(path: Path) -> None:
 
 def can_build() -> bool:
     """Whether a C++ compiler is available."""
-    return sys.platform.startswith("linux") and compiler_missing(torch.device("cpu")) is None
+    return sys.platform.startswith("linux") and bool(compilers())
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -139,15 +139,9 @@ def _refuse_foreign(path: Path) -> None:
         raise CannotBuild(f"others may write to {path}; set XDG_CACHE_HOME to a folder of your own")
 
 
-def _compilers() -> list[str]:
-    found = [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
-    if not found or not can_build():
-        raise CannotBuild("it takes g++ or clang++ on Linux")
-    return found
-
-
-def _arch_flag() -> str:
-    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+def compilers() -> list[str]:
+    """Paths of the C++ compilers, the first to be tried first."""
+    return [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
 
 
 def _openmp_runtime() -> list[str]:
@@ -167,11 +161,11 @@ def _library_path(source: str, command: Sequence[str]) -> Path:
     return cache_folder() / "native" / name
 
 
-def _compile(compilers: Sequence[str], command: Sequence[str], path: Path) -> None:
+def _compile(command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder, path.name)
         errors = []
-        for compiler in compilers:
+        for compiler in compilers():
             full = [compiler, *command, "-o", str(output)]
             done = subprocess.run(full, capture_output=True, text=True, check=False)
             if done.returncode == 0:

@@ -67,7 +67,7 @@ def unsupported(model: Decoder) -> str | None:
     """Reason why `NativeStep` does not support a model, or None; it needs LLaMA's layers on a CPU, after `fuse`."""
     config = model.config
     if model.device.type != "cpu":
-        return f"the model lies on {model.device}"
+        return f"the model is on {model.device}"
     if not all(type(block) is Block for block in model.blocks) or type(model.model.rope) is not Rope:
         return "its layers are not LLaMA's"
     parts = [part for block in model.blocks for part in block.children()]

@@ -36,7 +36,6 @@ class Checkpoint:
     """A complete checkpoint on disk.
 
     Args:
-        path: its folder.
         verify: compare the SHA-256 of every file with the manifest's; else sizes alone.
 
     Raises:
@@ -104,9 +103,8 @@ class CheckpointCopy:
             InputError: the tensor's name.
         """
         for name, tensor in [*self.model.items(), *self.optimizer.items()]:
-            if name.startswith("objective/"):
-                continue
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            is_checked = tensor.is_floating_point() and not name.startswith("objective/")
+            if is_checked and not torch.isfinite(tensor).all():
                 what = f"a checkpoint with NaN or infinite values is not written, step {self.run['step']}"
                 raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
 
@@ -135,10 +133,6 @@ def save_checkpoint(folder: Path, contents: CheckpointCopy, write_model: WriteMo
 
 def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, dict[Path, str]]:
     """Newest complete checkpoint, and those passed over, with the reason.
-
-    Args:
-        folder: of all checkpoints.
-        verify: as for `Checkpoint`.
 
     Raises:
         InputError: there are checkpoints, and all of them are damaged.

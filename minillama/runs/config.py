@@ -18,7 +18,7 @@ from minillama.config.lora import LoRAConfig
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.train import Kind
 
 
 @dataclass(frozen=True)
@@ -270,8 +270,8 @@ class RunConfig:
 
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to; one that changes nothing when there are none."""
-        ends = next((stage for stage in self.stages if step < stage.until_step), None)
-        return ends or (self.stages[-1] if self.stages else Stage(self.train.steps))
+        last = self.stages[-1] if self.stages else Stage(self.train.steps)
+        return next((stage for stage in self.stages if step < stage.until_step), last)
 
     def optim_at(self, step: int) -> OptimConfig:
         """The `[optim]` section with the stage's overrides."""
@@ -293,12 +293,10 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     values, origin = read_toml(path)
     shape = values.pop("model", {"preset": "llama-tiny"})
     values.setdefault("name", path.stem)
-    stages = values.pop("stages", None)
-    staged: Located = origin
-    table = overrides(words_with_new_names(list(words)), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
+    table = overrides(words_with_new_names(words), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line, changes = CommandLine(), table.pop("model", {})
-    sections = [section for section in (values.get("train"), table.get("train")) if isinstance(section, Mapping)]
-    start = next((s["init_from"] for s in reversed(sections) if isinstance(s.get("init_from"), str)), "")
+    sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
+    start = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
     if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",
@@ -313,12 +311,9 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     model = model.changed(changes, command_line, "model")
     values = with_new_names(values, origin, model.objective)
     _name_objective(values, table, model.objective)
-    if "stages" in table:
-        stages, staged = table.pop("stages"), command_line
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
-    if stages is not None:
-        config = replace(config, stages=_stages(stages, staged, config.optim))
+    config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
     if start and not config.tokenizer.path:
         config = replace(config, tokenizer=replace(config.tokenizer, path=start))
     return config
@@ -326,45 +321,36 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
 
 def _name_objective(file: dict[str, Any], command_line: dict[str, Any], made_for: str) -> None:
     """Give both tables the objective's name; of a file's for another one than the command line's nothing counts."""
-    tables = [table.get("objective", {}) for table in (file, command_line)]
-    if not all(isinstance(table, Mapping) for table in tables):
+    settings, changes = file.get("objective", {}), command_line.get("objective", {})
+    if not isinstance(settings, Mapping):
         return  # which the loader refuses
-    names = [made_for if table.get("name", "auto") == "auto" else table["name"] for table in tables]
-    final = names[1] if "name" in tables[1] else names[0]
-    if "objective" in file:
-        file["objective"] = {**tables[0], "name": final} if names[0] == final else {"name": final}
-    if "objective" in command_line:
-        command_line["objective"] = {**tables[1], "name": final}
+    own, other = (made_for if table.get("name", "auto") == "auto" else table["name"] for table in (settings, changes))
+    final = other if "name" in changes else own
+    file["objective"] = {**settings, "name": own} if own == final else {}
+    command_line["objective"] = {**changes, "name": final}
 
 
-def _stages(tables: Sequence[Mapping[str, Any]], origin: Located, base: OptimConfig) -> tuple[Stage, ...]:
+def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:
     """Stages whose `optim` starts from the run's, whatever its origin."""
     made = []
-    for i, table in enumerate(tables):
-        stage = build(
-            Stage, {key: value for key, value in table.items() if key != "optim"}, origin, None, f"stages.{i}"
-        )
+    for i, (stage, table) in enumerate(zip(config.stages, tables, strict=True)):
         if "optim" in table:
-            stage = replace(stage, optim=build(OptimConfig, table["optim"], origin, base, f"stages.{i}.optim"))
-            _check_stage(stage.optim, base, f"stages.{i}.optim")
+            where = f"stages.{i}.optim"
+            optim = build(OptimConfig, table["optim"], origin, config.optim, where)
+            _check_stage(optim, config.optim, where)
+            stage = replace(stage, optim=optim)
         made.append(stage)
     return tuple(made)
 
 
-def _check_stage(optim: OptimConfig | None, base: OptimConfig, where: str) -> None:
-    """Refuse a stage that reassigns parameters to another optimizer."""
-    if optim is None:
-        return
-    for name, change in (
-        ("optimizer", optim.optimizer != base.optimizer),
-        ("decay_embeddings", optim.decay_embeddings != base.decay_embeddings),
-        ("muon_lr", (optim.muon_lr > 0) != (base.muon_lr > 0)),
-    ):
-        if change:
-            what, found = "a stage cannot move parameters from one optimizer to another", getattr(optim, name)
-            raise InputError(
-                what, where=f"{where}.{name}", found=found, expected=f"as in [optim], {getattr(base, name)}"
-            )
+def _check_stage(optim: OptimConfig, base: OptimConfig, where: str) -> None:
+    """Refuse a stage that moves parameters from one optimizer to another."""
+    for name in ("optimizer", "decay_embeddings", "muon_lr"):
+        found, expected = getattr(optim, name), getattr(base, name)
+        is_same = (found > 0) == (expected > 0) if name == "muon_lr" else found == expected
+        if not is_same:
+            what = "a stage cannot move parameters from one optimizer to another"
+            raise InputError(what, where=f"{where}.{name}", found=found, expected=f"as in [optim], {expected}")
 
 
 def to_table(config: RunConfig) -> dict[str, Any]:

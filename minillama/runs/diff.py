@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from minillama.errors import InputError
@@ -11,32 +11,10 @@ from minillama.runs.config import RunConfig, to_table
 
 # Settings on which neither the data nor the meaning of the parameters depends. All else makes it another run.
 HARMLESS = (
-    "name",
-    "data.cache",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.dtype",
-    "train.device",
-    "train.compile",
-    "train.checkpointing",
-    "train.deterministic",
-    "train.init_from",
-    "train.init_embeddings",
-    "tokenizer.path",
-    "model.preset",
-    "validate.*",
-    "sample.*",
-    "checkpoint.*",
-    "guard.*",
-    "metrics.*",
-    "optim.lr",
-    "optim.muon_lr",
-    "optim.schedule",
-    "optim.warmup_steps",
-    "optim.decay_fraction",
-    "optim.final_fraction",
-    "optim.weight_decay",
-    "optim.grad_clip",
+    r"name|data\.cache|tokenizer\.path|model\.preset"
+    r"|(validate|sample|checkpoint|guard|metrics)\..*"
+    r"|train\.(steps|micro_batch_size|dtype|device|compile|checkpointing|deterministic|init_from|init_embeddings)"
+    r"|optim\.(lr|muon_lr|schedule|warmup_steps|decay_fraction|final_fraction|weight_decay|grad_clip)"
 )
 
 
@@ -48,10 +26,11 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> both values, of the keys whose values differ; None for a key that is missing."""
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> `KEY = AFTER, was BEFORE`, of the keys whose values differ; None for a key that is missing."""
     a, b = flat(before), flat(after)
-    return {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)}
+    changed = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    return {key: f"{key} = {b.get(key)}, was {a.get(key)}" for key in changed}
 
 
 def check_resumed(saved: RunConfig, wanted: RunConfig, where: object) -> list[str]:
@@ -60,11 +39,9 @@ def check_resumed(saved: RunConfig, wanted: RunConfig, where: object) -> list[st
     Raises:
         InputError: a difference that would make it another run.
     """
-    changed = differences(to_table(saved), to_table(wanted))
-    lines = {key: f"{key} = {after}, was {before}" for key, (before, after) in changed.items()}
-    harmful = [line for key, line in lines.items() if not any(fnmatchcase(key, pattern) for pattern in HARMLESS)]
-    before, after = changed.get("optim.muon_lr", (0, 0))
-    if (before > 0) != (after > 0):  # parameters would go to another optimizer
+    lines = differences(to_table(saved), to_table(wanted))
+    harmful = [line for key, line in lines.items() if not re.fullmatch(HARMLESS, key)]
+    if (saved.optim.muon_lr > 0) != (wanted.optim.muon_lr > 0):  # parameters would go to another optimizer
         harmful.append(lines["optim.muon_lr"])
     if harmful:
         raise InputError(

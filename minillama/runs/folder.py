@@ -82,7 +82,6 @@ class RunFolder:
     """Output folder, created, found writable and locked for this process.
 
     Args:
-        path: the folder.
         resume: it may hold a run, which is resumed.
         overwrite: it may hold a run, which is removed.
 
@@ -132,10 +131,11 @@ class RunFolder:
 
         An existing model has fewer steps than the run will have.
         """
-        if self._replaces:
-            self._clear()
-        elif self.model.exists():
-            shutil.rmtree(self.model)
+        for target in [self.path / name for name in (CONTENTS if self._replaces else ["model"])]:
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
         replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
         append_line(self.starts, provenance)
 
@@ -170,11 +170,3 @@ class RunFolder:
                 (self.path / LOCK).unlink(missing_ok=True)
                 self.path.rmdir()
         self._lock.close()
-
-    def _clear(self) -> None:
-        for name in CONTENTS:
-            target = self.path / name
-            if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)

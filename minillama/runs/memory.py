@@ -54,17 +54,17 @@ def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, b
 
 def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, report: Report) -> None:
     """Warn of too little memory before anything is built. Linux kills such a process without a message."""
-    there = available_memory(device)
-    if there is None:
+    free = available_memory(device)
+    if free is None:
         return
     if device.type == "cpu":
-        there -= _state_bytes(config)  # a checkpoint is a copy in memory while it is written
+        free -= _state_bytes(config)  # a checkpoint is a copy in memory while it is written
     need = needed_memory(config, dtype, config.micro_batch_size).total
-    if need > there:
-        fits = largest_micro_batch(config, dtype, there, config.micro_batch_size)
+    if need > free:
+        fits = largest_micro_batch(config, dtype, free, config.micro_batch_size)
         largest = f"--train.micro_batch_size {fits} fits"
         advice = largest if fits else "not one sequence fits; take a smaller model or context"
-        report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {there / GIB:.2f} are free: {advice}")
+        report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {free / GIB:.2f} are free: {advice}")
 
 
 def _state_bytes(config: RunConfig) -> int:
@@ -82,25 +82,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
-def explain(
-    error: BaseException, config: RunConfig, dtype: torch.dtype, device: torch.device, doing: str
-) -> InputError:
+def explain(error: Exception, config: RunConfig, dtype: torch.dtype, device: torch.device, phase: str) -> InputError:
     """Out-of-memory error with the memory needed, and the setting that fits.
 
     Args:
-        error: what was raised.
-        config: the run.
-        dtype: of the matrix products.
-        device: where they ran.
-        doing: what the run was at, as "training".
+        error: as torch raised it.
+        phase: of the run, as "training".
     """
     rows = config.micro_batch_size
     need = needed_memory(config, dtype, rows)
     parts = "weights", "gradients", "optimizer", "casts", "activations", "logits"
     sizes = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
     if rows > 1:
-        there = available_memory(device)
-        fits = largest_micro_batch(config, dtype, there, rows // 2) if there is not None else None
+        free = available_memory(device)
+        fits = largest_micro_batch(config, dtype, free, rows // 2) if free is not None else None
         half, batch = fits or rows // 2, config.train.batch_size
         less = needed_memory(config, dtype, half).total / GIB
         fix = (
@@ -112,7 +107,7 @@ def explain(
     else:
         fix = "take a smaller model, or a shorter --train.context"
     return InputError(
-        f"out of memory while {doing}",
+        f"out of memory while {phase}",
         where=f"train.micro_batch_size = {rows}, on {device}",
         found=f"{str(error).splitlines()[0]}; {need.total / GIB:.2f} GiB are needed (GiB: {sizes})",
         fix=fix,
@@ -131,9 +126,9 @@ def check_disk(config: RunConfig, folder: Path) -> None:
     steps, every = config.train.steps, min(config.checkpoint.every, config.validate.every)
     count = min(config.checkpoint.keep + 2, steps // every + 2)
     one, model = _state_bytes(config), 4 * config.model.num_params()
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    present = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
-    if count * one + model > free + there:
+    if count * one + model > free + present:
         raise InputError(
             "the disk is too small for this run",
             where=folder,

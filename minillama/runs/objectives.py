@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -93,58 +93,44 @@ class ClozeConfig(Question):
 ObjectiveConfig: TypeAlias = LMConfig | GLMConfig | ClozeConfig
 OBJECTIVES = {"lm": LMConfig, "glm": GLMConfig, "cloze": ClozeConfig}
 
-# the last release had these in sections of their own
+# settings that the last release had elsewhere: in the loop's section, and in one per objective
 MOVED = {"train.objective": "objective.name", "train.z_loss": "objective.z_loss"}
 SECTIONS = {"blanks": "glm", "cloze": "cloze"}
 
 
-def words_with_new_names(words: list[str]) -> list[str]:
+def words_with_new_names(words: Sequence[str]) -> list[str]:
     """Command-line words in which the last release's options have their names of today."""
     changed = []
     for word in words:
-        key, equals, value = word.partition("=")
-        plain = key.removeprefix("--").replace("-", "_")
-        section, _, rest = plain.partition(".")
-        new = MOVED.get(plain) or (f"objective.{rest}" if section in SECTIONS and rest else None)
-        if key.startswith("--") and new is not None:
-            say_renamed(key, f"--{new}")
+        option, equals, value = word.partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        section, _, name = key.partition(".")
+        new = f"objective.{name}" if section in SECTIONS and name else MOVED.get(key)
+        if option.startswith("--") and new is not None:
+            say_renamed(option, f"--{new}")
             word = f"--{new}{equals}{value}"
         changed.append(word)
     return changed
 
 
 def with_new_names(values: Mapping[str, Any], origin: Located, made_for: str) -> dict[str, Any]:
-    """A file's tables in which the last release's settings are in `[objective]`.
-
-    Args:
-        values: the file.
-        origin: where it stands.
-        made_for: the model's own objective, for which `auto` stood.
-    """
-    if not isinstance(values.get("train", {}), Mapping):
-        return dict(values)  # which the loader refuses
-    train = dict(values.get("train", {}))
-    taken = {new.partition(".")[2]: train.pop(key) for old, new in MOVED.items() if (key := old[6:]) in train}
-    sections: dict[str, Mapping[str, Any]] = {
-        name: values[name] for name in SECTIONS if isinstance(values.get(name), Mapping)
-    }
-    if not taken and not sections:
+    """A file's tables with the last release's settings in `[objective]`; `auto` was what the model is made for."""
+    tables = {name: dict(table) for name, table in values.items() if isinstance(table, Mapping)}
+    train, given = tables.get("train", {}), values.get("objective", {})
+    old = [key for key in MOVED if key.removeprefix("train.") in train] + [key for key in SECTIONS if key in tables]
+    if not old or not isinstance(given, Mapping):  # which the loader refuses
         return dict(values)
-    say_renamed(
-        origin.at("train.objective" if "name" in taken else next(iter(sections), "train.z_loss")), "[objective]"
-    )
-    given = values.get("objective", {})
-    if not isinstance(given, Mapping):
-        return dict(values)  # which the loader refuses
-    name = taken.get("name", given.get("name", "auto"))
+    say_renamed(origin.at(old[0]), "[objective]")
+    name = train.pop("objective", given.get("name", "auto"))
     name = made_for if name == "auto" else name
-    if sections.get("cloze", {}).get("pattern") and name != "cloze":
+    if tables.get("cloze", {}).get("pattern") and name != "cloze":
         where, expected = origin.at("cloze.pattern"), 'objective.name = "cloze", or no pattern'
         raise InputError("a cloze pattern belongs to another objective", where=where, expected=expected)
-    # of a section for another objective nothing is taken, as it had no effect
-    own: Mapping[str, Any] = next(
-        (sections[key] for key, member in SECTIONS.items() if member == name and key in sections), {}
-    )
-    rest = {key: value for key, value in values.items() if key not in SECTIONS} | {"train": train}
-    z_loss = {"z_loss": taken["z_loss"]} if "z_loss" in taken and name != "cloze" else {}
-    return rest | {"objective": {**own, **z_loss, **rest.get("objective", {}), "name": name}}
+    own = {"z_loss": train.pop("z_loss")} if "z_loss" in train else {}
+    if name == "cloze":
+        own = {}  # z_loss had no effect, as a section for another objective
+    for section, objective in SECTIONS.items():
+        if objective == name:
+            own |= tables.get(section, {})
+    rest = {key: tables.get(key, value) for key, value in values.items() if key not in SECTIONS}
+    return rest | {"objective": {**own, **given, "name": name}}

@@ -61,11 +61,9 @@ def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
     """
     if find_spec("matplotlib") is None:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for key, style in (("loss", {"alpha": 0.5, "linewidth": 1}), ("val_loss", {"marker": "o"})):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]

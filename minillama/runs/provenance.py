@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,16 +21,8 @@ from minillama.runs.config import RunConfig
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
 
 
-def provenance(config: RunConfig, step: int, data: str, tokenizer: str, device: torch.device) -> dict[str, Any]:
-    """Provenance record of a start: all that it depends on beside config.toml.
-
-    Args:
-        config: the run.
-        step: where it starts.
-        data: fingerprint of the data.
-        tokenizer: fingerprint of the tokenizer.
-        device: what it runs on.
-    """
+def provenance(config: RunConfig, step: int, fingerprints: Mapping[str, str], device: torch.device) -> dict[str, Any]:
+    """Provenance record of a start at `step`: all that it depends on beside config.toml."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
@@ -43,18 +37,15 @@ def provenance(config: RunConfig, step: int, data: str, tokenizer: str, device: 
         },
         "git": _git(Path(minillama.__file__).parent),
         "sources": [source.label for source in config.data.sources],
-        "data": data,
-        "tokenizer": tokenizer,
+        **fingerprints,
     }
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

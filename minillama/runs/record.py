@@ -11,15 +11,12 @@ from minillama.errors import InputError
 from minillama.runs.checkpoint import steps
 from minillama.runs.folder import lock_owner, read_lines
 
-Curve = list[tuple[int, float]]
-
 
 @dataclass(frozen=True)
 class RecordedRun:
     """Contents of a run folder.
 
     Args:
-        path: the folder.
         config: config.toml, as nested values.
         starts: one provenance record per start, the newest last.
         records: the lines of metrics.jsonl.
@@ -46,7 +43,7 @@ class RecordedRun:
         starts, records = read_lines(path / "provenance.jsonl"), read_lines(path / "metrics.jsonl")
         return cls(path, config, starts, records, steps(path / "checkpoints"))
 
-    def curve(self, key: str) -> Curve:
+    def curve(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of every line that has the value."""
         return [(line["step"], line[key]) for line in self.records if line.get(key) is not None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from minillama.runs.report import Report
@@ -19,11 +19,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Handler of SIGINT and SIGTERM: the first is noted, so that a step is finished and saved.
-
-    Args:
-        report: told when one came.
-    """
+    """Handler of SIGINT and SIGTERM: the first is noted and reported, so that a step is finished and saved."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
@@ -33,11 +29,9 @@ class Signals:
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Handle signals while the block runs. Only the main thread may; in another one nothing is handled."""
-        try:
+        before = {}
+        with suppress(ValueError):
             before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:
-            yield
-            return
         try:
             yield
         finally:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.hf_json import END_OF_TEXT
 from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS
 from minillama.tokenizer.reference.wordpiece import CONTINUATION
-from minillama.tokenizer.sentencepiece_vocab import BYTES, SPACE, ModelKind, Pieces, PieceType
+from minillama.tokenizer.sentencepiece_vocab import BYTES, SPACE, ModelKind, Pieces, space_decoder
 
 UNKNOWN, WORDPIECE_UNKNOWN = "<unk>", "[UNK]"
 RESERVED = 2 + len(BYTES)  # special tokens and bytes of a character-based vocabulary
@@ -30,13 +30,13 @@ def byte_words(pattern: str) -> Any:
     return byte_level_bpe([], [], STEPS[pattern], []).pre_tokenizer
 
 
-def blanks() -> Any:
+def escape_spaces() -> Any:
     """SentencePiece's normalizer: dummy prefix, and U+2581 for every space."""
     return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
 
 
-def with_blanks(text: str) -> str:
-    """The normalization of `blanks`, in Python."""
+def spaces_escaped(text: str) -> str:
+    """The normalization of `escape_spaces`, in Python."""
     return SPACE + text.replace(" ", SPACE) if text else text
 
 
@@ -66,11 +66,9 @@ def bpe(alphabet: Iterable[str], merges: Sequence[tuple[str, str]]) -> Backend:
     vocab = {piece: i for i, piece in enumerate(pieces)}
     model = models.BPE(vocab=vocab, merges=list(merges), unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
     backend = Backend(model)
-    backend.normalizer, backend.pre_tokenizer = blanks(), splitter("blanks")
-    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    special = [AddedToken(name, normalized=False, special=True) for name in (END_OF_TEXT, UNKNOWN)]
-    backend.add_special_tokens(special)
+    backend.normalizer, backend.pre_tokenizer = escape_spaces(), splitter("sentencepiece")
+    backend.decoder = space_decoder()
+    backend.add_special_tokens([END_OF_TEXT, UNKNOWN])
     return backend
 
 
@@ -91,8 +89,6 @@ def wordpiece(pieces: Iterable[str]) -> Backend:
     return backend
 
 
-def unigram(scores: Mapping[str, float]) -> Pieces:
+def unigram(scores: Mapping[str, float]) -> Backend:
     """Unigram model, with byte fallback."""
-    names = [UNKNOWN, END_OF_TEXT, *BYTES, *scores]
-    types = [PieceType.UNKNOWN, PieceType.CONTROL, *[PieceType.BYTE] * 256, *[PieceType.NORMAL] * len(scores)]
-    return Pieces(names, [0.0] * RESERVED + list(scores.values()), types, ModelKind.UNIGRAM)
+    return Pieces.with_bytes([UNKNOWN, END_OF_TEXT], scores, ModelKind.UNIGRAM).backend()

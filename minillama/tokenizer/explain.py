@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 from typing import Any
 
 from minillama.tokenizer.reference import bpe, byte_fallback, wordpiece
 from minillama.tokenizer.reference.unigram import Unigram
+from minillama.tokenizer.spec import to_dict
 from minillama.tokenizer.tokenizer import Tokenizer
 
-
-@dataclass
-class _Word:
-    """The trace of a word, and its token pieces."""
-
-    lines: list[str]
-    pieces: list[str]
+Steps = Iterator[tuple[list[str], list[str]]]
+"""The lines of each word, and its token pieces."""
+Trace = Callable[[dict[str, Any], list[str]], Steps]
 
 
 def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
@@ -31,13 +27,11 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
 
     Args:
         tokenizer: of any kind.
-        text: the text to segment.
+        text: any text.
         n_best: segmentations shown for a unigram model.
     """
-    backend = tokenizer.backend
-    model: dict[str, Any] = json.loads(backend.to_str())["model"]
-    ids = tokenizer.encode(text)
-    normal = tokenizer.normalized(text)
+    backend, ids, normal = tokenizer.backend, tokenizer.encode(text), tokenizer.normalized(text)
+    model: dict[str, Any] = to_dict(backend)["model"]
     words = [normal]
     if backend.pre_tokenizer is not None:
         words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normal)]
@@ -45,109 +39,100 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
     if normal != text:
         yield f"normalized  {normal!r}"
     yield f"model       {model['type']}, {tokenizer.vocab_size} tokens"
-    yield f"words       {' '.join(map(_shown, words))}"
-    trace = {"BPE": _bpe, "Unigram": _unigram(n_best), "WordPiece": _wordpiece}.get(model["type"], _lookup)
+    yield f"words       {_shown(words)}"
+    traces: dict[str, Trace] = {"BPE": _bpe, "Unigram": partial(_unigram, n_best=n_best), "WordPiece": _wordpiece}
     pieces: list[str] = []
-    for word in trace(model, words):
-        yield ""
-        yield from word.lines
-        pieces += word.pieces
+    for lines, found in traces.get(model["type"], _lookup)(model, words):
+        yield from ["", *lines]
+        pieces += found
+    if model["type"] == "Unigram" or model.get("fuse_unk"):
+        unknown = backend.id_to_token(tokenizer.unknown_id or 0)
+        pieces = [piece for i, piece in enumerate(pieces) if piece != unknown or pieces[i - 1 : i] != [unknown]]
     names = [backend.id_to_token(i) or "" for i in ids]
     yield ""
     if names != pieces:
-        why = "added tokens are cut out of the text first"
+        why = "added tokens are split off first"
         if not tokenizer.is_exact:
-            why = "SentencePiece itself cuts here, and took another of equal cuts, or a piece that is kept whole"
-        yield f"(the steps give {' '.join(map(_shown, pieces))}: {why})"
-    yield "ids         " + " ".join(f"{_shown(name)}={i}" for name, i in zip(names, ids, strict=True))
+            why = "SentencePiece's own encoder took another of equal segmentations, or a user-defined token piece"
+        yield f"(the steps give {_shown(pieces)}: {why})"
+    yield "ids         " + " ".join(f"{_escaped(name)}={i}" for name, i in zip(names, ids, strict=True))
 
 
-def _shown(piece: str) -> str:
+def _escaped(piece: str) -> str:
     """A token piece with spaces and unprintable characters escaped."""
-    return "".join(char if char.isprintable() and char != " " else ascii(char)[1:-1] for char in piece).replace(
-        " ", "\\x20"
-    )
+    shown = (char if char.isprintable() else ascii(char)[1:-1] for char in piece)
+    return "".join(shown).replace(" ", "\\x20")
 
 
-def _bpe(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
-    pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
-    ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
-    unknown_before = False
+def _shown(pieces: list[str]) -> str:
+    return " ".join(map(_escaped, pieces))
+
+
+def _bpe(model: dict[str, Any], words: list[str]) -> Steps:
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
     for word in words:
-        lines = [f"{_shown(word)}", f"  {'start':24} {' '.join(map(_shown, word))}"]
+        lines = [_escaped(word), f"  {'start':24} {_shown(list(word))}"]
 
         def step(pair: bpe.Merge, symbols: list[str], lines: list[str] = lines) -> None:
-            what = f"merge {ranks[pair]}: {_shown(pair[0])} + {_shown(pair[1])}"
-            lines.append(f"  {what:24} {' '.join(map(_shown, symbols))}")
+            what = f"merge {ranks[pair]}: {_escaped(pair[0])} + {_escaped(pair[1])}"
+            lines.append(f"  {what:24} {_shown(symbols)}")
 
-        if model.get("ignore_merges") and word in model["vocab"]:
-            lines.append("  the whole word is a piece")
-            symbols = [word]
+        symbols = [word]
+        if model["ignore_merges"] and word in model["vocab"]:
+            lines.append("  the whole word is in the vocabulary")
         else:
             symbols = bpe.encode(word, ranks, step)
-        pieces: list[str] = []
-        for symbol in symbols:
-            unknown_before = _append(pieces, symbol, model, lines, unknown_before and bool(model.get("fuse_unk")))
-        yield _Word(lines, pieces)
+        yield lines, _known(symbols, model["vocab"], model["byte_fallback"], model["unk_token"], lines)
 
 
-def _append(pieces: list[str], symbol: str, model: dict[str, Any], lines: list[str], fuse: bool) -> bool:
-    """Append a symbol, its byte fallback, or the unknown token; returns whether it is unknown."""
-    if symbol in model["vocab"]:
-        pieces.append(symbol)
-        return False
-    data = byte_fallback.spell([symbol], model["vocab"])
-    if model.get("byte_fallback") and all(piece in model["vocab"] for piece in data):
-        lines.append(f"  {_shown(symbol)} is no piece: bytes  {' '.join(data)}")
-        pieces += data
-        return False
-    lines.append(f"  {_shown(symbol)} is no piece: {model['unk_token']}")
-    if model["unk_token"] is not None and not fuse:
-        pieces.append(model["unk_token"])
-    return True
+def _known(
+    symbols: list[str], vocab: Container[str], has_bytes: bool, unknown: str | None, lines: list[str]
+) -> list[str]:
+    """The symbols, with the byte tokens or the unknown token of those outside the vocabulary."""
+    pieces: list[str] = []
+    for symbol in symbols:
+        spelled = byte_fallback.spell([symbol], vocab) if has_bytes else [symbol]
+        if not all(piece in vocab for piece in spelled):
+            lines.append(f"  {_escaped(symbol)} is unknown: {unknown}")
+            spelled = [unknown] if unknown is not None else []
+        elif symbol not in vocab:
+            lines.append(f"  {_escaped(symbol)} is unknown: bytes  {' '.join(spelled)}")
+        pieces += spelled
+    return pieces
 
 
-def _unigram(n_best: int) -> Any:
-    def trace(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
-        scores = {piece: score for piece, score in model["vocab"] if piece}
-        names = [piece for piece, _ in model["vocab"]]
-        table = {"vocab": scores, "byte_fallback": model["byte_fallback"], "unk_token": names[model["unk_id"] or 0]}
-        reader, unknown_before = Unigram(scores), False
-        for word in words:
-            lines = [_shown(word), "  lattice (from-to piece ln p)"]
-            for start, end, score in sorted(reader.edges(word)):
-                note = "" if word[start:end] in scores else " (unknown)"
-                lines.append(f"    {start}-{end} {_shown(word[start:end])} {score:.4f}{note}")
-            total = reader.log_partition(word)
-            lines.append("  best cuts (ln P, share of all cuts)")
-            for parts, value in reader.n_best(word, n_best):
-                share = math.exp(value - total)
-                lines.append(f"    {value:.4f} {share:7.2%}  {' '.join(map(_shown, parts))}")
-            pieces: list[str] = []
-            for piece in reader.encode(word):
-                unknown_before = _append(pieces, piece, table, lines, unknown_before)
-            yield _Word(lines, pieces)
-
-    return trace
-
-
-def _wordpiece(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
-    prefix = model["continuing_subword_prefix"]
+def _unigram(model: dict[str, Any], words: list[str], n_best: int) -> Steps:
+    names = [piece for piece, _ in model["vocab"]]
+    scores = {piece: score for piece, score in model["vocab"] if piece}
+    reference = Unigram(scores)
     for word in words:
-        pieces = wordpiece.encode(word, model["vocab"], model["unk_token"], model["max_input_chars_per_word"], prefix)
-        lines, rest = [_shown(word)], word
+        lines = [_escaped(word), "  lattice (from-to piece ln p)"]
+        for start, end, score in sorted(reference.edges(word)):
+            note = "" if word[start:end] in scores else " (unknown)"
+            lines.append(f"    {start}-{end} {_escaped(word[start:end])} {score:.4f}{note}")
+        total = reference.log_partition(word)
+        lines.append("  best segmentations (ln P, posterior)")
+        for parts, value in reference.n_best(word, n_best):
+            lines.append(f"    {value:.4f} {math.exp(value - total):7.2%}  {_shown(parts)}")
+        unknown = names[model["unk_id"] or 0]
+        yield lines, _known(reference.encode(word), scores, model["byte_fallback"], unknown, lines)
+
+
+def _wordpiece(model: dict[str, Any], words: list[str]) -> Steps:
+    prefix, unknown = model["continuing_subword_prefix"], model["unk_token"]
+    for word in words:
+        pieces = wordpiece.encode(word, model["vocab"], unknown, model["max_input_chars_per_word"], prefix)
+        lines, rest = [_escaped(word)], word
         for piece in pieces:
-            if piece == model["unk_token"]:
-                lines.append(f"  no piece fits somewhere in {_shown(word)}: the whole word is {piece}")
+            if piece == unknown:
+                lines.append(f"  no match somewhere in {_escaped(word)}: the whole word is {piece}")
                 break
-            length = len(piece.removeprefix(prefix) if rest != word else piece)
-            lines.append(f"  longest piece of {_shown(rest):20} {piece}")
-            rest = rest[length:]
-        yield _Word(lines, pieces)
+            lines.append(f"  longest match in {_escaped(rest):20} {piece}")
+            rest = rest[len(piece if rest == word else piece.removeprefix(prefix)) :]
+        yield lines, pieces
 
 
-def _lookup(model: dict[str, Any], words: list[str]) -> Iterator[_Word]:
+def _lookup(model: dict[str, Any], words: list[str]) -> Steps:
     for word in words:
-        known = word in model["vocab"]
-        line = f"{_shown(word)}  {'is a piece' if known else 'is no piece: ' + model['unk_token']}"
-        yield _Word([line], [word if known else model["unk_token"]])
+        piece = word if word in model["vocab"] else model["unk_token"]
+        yield [f"{_escaped(word)}  {'in the vocabulary' if piece == word else f'unknown: {piece}'}"], [piece]

@@ -29,36 +29,33 @@ def read(file: Path) -> Parts:
         raise InputError("the file holds no vocabulary", where=f"{file}, {PREFIX}tokens")
     kind = header.get(f"{PREFIX}model", str)
     types = _numbers(header, "token_type", names, PieceType.NORMAL)
+    scores = _numbers(header, "scores", names, 0.0)
+    pieces = Pieces(names, scores, types, dummy_prefix=header.get(f"{PREFIX}add_space_prefix", bool, True))
     if kind == "llama":
-        scores = _numbers(header, "scores", names, 0.0)
-        prefix = header.get(f"{PREFIX}add_space_prefix", bool, True)
-        backend = Pieces(names, scores, types, dummy_prefix=prefix).backend()
-        defaults, add_bos = (1, 2), True
+        backend, defaults, add_bos = pieces.backend(), (1, 2), True
     elif kind == "gpt2":
         pre = header.get(f"{PREFIX}pre", str)
-        backend = _byte_level(header, pre, names, types)
+        backend = _byte_level(header, pre, pieces)
         defaults, add_bos = (11, 11), pre == "llama-bpe"  # llama.cpp, src/llama-vocab.cpp
     else:
         where = f"{file}, {PREFIX}model"
         raise InputError("this kind of tokenizer is not supported", where=where, found=kind, expected="llama or gpt2")
-    bos, eos = (_named(header, key, default, names) for key, default in zip(("bos", "eos"), defaults, strict=True))
+    bos, eos = _named(header, "bos", defaults[0], names), _named(header, "eos", defaults[1], names)
     template = header.get("tokenizer.chat_template", str, "")
     add_bos = header.get(f"{PREFIX}add_bos_token", bool, add_bos)
     return Parts(backend, eos, bos, add_bos, {"chat_template": template} if template else {})
 
 
-def _byte_level(header: GGUFHeader, pre: str, names: list[str], types: list[Any]) -> Backend:
+def _byte_level(header: GGUFHeader, pre: str, pieces: Pieces) -> Backend:
     if pre not in PRE:
         where = f"{header.path}, {PREFIX}pre"
         raise InputError("this pre-tokenizer is not known", where=where, found=pre, expected=", ".join(PRE))
-    known = set(names)
-    merges = [tuple(str(pair).split(" ")) for pair in header.get(f"{PREFIX}merges", list, [])]
-    sound = [pair for pair in merges if len(pair) == 2 and known >= {pair[0], pair[1], pair[0] + pair[1]}]
-    special = [name for name, kind in zip(names, types, strict=True) if kind in (PieceType.CONTROL, PieceType.UNKNOWN)]
-    words = [name for name, kind in zip(names, types, strict=True) if kind == PieceType.USER_DEFINED]
-    return byte_level_bpe(
-        names, [(pair[0], pair[1]) for pair in sound], PRE[pre], special, words, ignore_merges=pre == "llama-bpe"
-    )
+    known = set(pieces.names)
+    pairs = (str(pair).partition(" ") for pair in header.get(f"{PREFIX}merges", list, []))
+    merges = [(left, right) for left, _, right in pairs if known >= {left, right, left + right}]
+    special = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
+    words = pieces.of_type(PieceType.USER_DEFINED)
+    return byte_level_bpe(pieces.names, merges, PRE[pre], special, words, ignore_merges=pre == "llama-bpe")
 
 
 def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> list[Any]:

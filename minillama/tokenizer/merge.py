@@ -7,7 +7,6 @@ any old one.
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.pre import STEPS, byte_level_bpe, steps_of
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, PieceType
-from minillama.tokenizer.spec import read_bytes
+from minillama.tokenizer.spec import by_id, read_bytes, to_dict
 from minillama.tokenizer.tokenizer import Tokenizer
 
 LOST = ("Cc", "Cs", "Cn", "Co", "Zs", "Zl", "Zp")  # Unicode categories that are not learned
@@ -55,63 +54,83 @@ def extend(
         InputError: the two are of different kinds, or the second has special tokens that the first lacks, or
             a special token is there already; a byte-level base takes neither characters nor special tokens.
     """
-    special = list(special)
+    special, first = list(special), _model(base)
+    second = _model(extra) if extra is not None else None
     if characters < 0:
-        raise InputError(
-            "not a number of characters", where="--add-characters", found=characters, expected="at least 0"
-        )
-    first, second = _model(base), _model(extra) if extra is not None else None
+        what, where = "not a number of characters", "--add-characters"
+        raise InputError(what, where=where, found=characters, expected="at least 0")
     if extra is not None and (first is None) != (second is None):
-        kinds = ["SentencePiece" if m is not None else _kind(path) for m, path in ((first, base), (second, extra))]
-        raise InputError(
-            "these tokenizers are of different kinds and cannot be merged",
-            found=f"{base}: {kinds[0]}; {extra}: {kinds[1]}",
-            expected="two SentencePiece models (tokenizer.model), or two byte-level BPE vocabularies",
-        )
-    if first is None:
-        if extra is None or characters or special:
-            what = "to a vocabulary that is no SentencePiece model another one can be appended, and nothing else"
-            raise InputError(what, where=base, fix="give EXTRA, without --add-characters and --special")
-        old = Tokenizer.load(base)
-        made = _merge_byte_level(old, Tokenizer.load(extra), base, extra)
-        return Extended(made, made.vocab_size - old.vocab_size)
-    return _extend_model(first, second, base, extra, characters, texts, special)
+        expected = "two SentencePiece models (tokenizer.model), or two byte-level BPE vocabularies"
+        raise _different(base, extra, expected)
+    if first is not None:
+        return _extend_sentencepiece(first, second, base, extra, characters, texts, special)
+    if extra is None or characters or special:
+        what = "to a vocabulary that is no SentencePiece model another one can be appended, and nothing else"
+        raise InputError(what, where=base, fix="give EXTRA, without --add-characters and --special")
+    return _extend_byte_level(base, extra)
 
 
-def _extend_model(
-    first: Any,
-    second: Any,
+def _extend_sentencepiece(
+    model: Any,
+    other: Any,
     base: str | Path,
     extra: str | Path | None,
     characters: int,
     texts: Iterable[str],
     special: Sequence[str],
 ) -> Extended:
-    """`extend` for SentencePiece."""
-    _check_base(first, base)
-    old = Tokenizer.load(base)
-    names = old.backend.get_vocab(with_added_tokens=True)
-    added = {name for name, i in names.items() if i >= len(first.pieces)} - {piece.piece for piece in first.pieces}
+    if model.trainer_spec.model_type != ModelKind.BPE:
+        kind = ModelKind(model.trainer_spec.model_type).name.lower()
+        what = "token pieces can be added to a BPE model alone: its scores are ranks, not probabilities"
+        raise InputError(what, where=base, found=kind, expected="a SentencePiece BPE model, as Llama 2's")
+    old, known, count = Tokenizer.load(base), _names(model), len(model.pieces)
+    added = sorted(name for i, name in by_id(old.backend).items() if i >= count and name not in known)
     if added:
-        what, found = "tokenizer.json has tokens that tokenizer.model lacks, whose ids would be reassigned", added
-        raise InputError(what, where=base, found=", ".join(sorted(found)), fix="name the tokenizer.model itself")
+        what = "tokenizer.json has tokens that tokenizer.model lacks, whose ids would be reassigned"
+        raise InputError(what, where=base, found=", ".join(added), fix="name the tokenizer.model itself")
     if extra is None and not characters and not special:
         raise InputError("nothing to append", where=base, fix="give EXTRA, --add-characters or --special")
-    merged = found_characters = 0
-    if second is not None:
-        missing = _special(second) - _special(first)
-        if missing:
-            raise _mismatch(missing, base, extra)
-        merged = _append(first, (p.piece for p in second.pieces if p.type not in (PieceType.BYTE, PieceType.UNUSED)))
+    merged = found = 0
+    if other is not None:
+        kinds = PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED
+        _check_special(_names(model, kinds), _names(other, kinds), base, extra)
+        pieces = (piece for piece in other.pieces if piece.type not in (PieceType.BYTE, PieceType.UNUSED))
+        merged = _append(model, (piece.piece for piece in pieces))
     if characters:
-        found_characters = _append(first, new_characters(texts, {piece.piece for piece in first.pieces})[:characters])
+        found = _append(model, new_characters(texts, _names(model))[:characters])
     for name in special:
-        if not _append(first, [name], PieceType.CONTROL):
+        if not _append(model, [name], PieceType.CONTROL):
             raise InputError("the vocabulary has this token already", where=base, found=name)
-    first.trainer_spec.vocab_size = len(first.pieces)
-    parts = sentencepiece.parse(first.SerializeToString(), "the merged model")
+    model.trainer_spec.vocab_size = len(model.pieces)
+    parts = sentencepiece.parse(model.SerializeToString(), "the merged model")
     parts = replace(parts, add_bos=old.add_bos, config={"chat_template": old.chat_template})
-    return Extended(Tokenizer.of(parts), merged, found_characters)
+    return Extended(Tokenizer.of(parts), merged, found)
+
+
+def _extend_byte_level(base: str | Path, extra: str | Path) -> Extended:
+    """The second's merges behind the first's, where both symbols of the pair are in the vocabulary by then."""
+    first, second = Tokenizer.load(base), Tokenizer.load(extra)
+    steps = steps_of(first.backend)
+    if steps is None or steps != steps_of(second.backend):
+        raise _different(base, extra, f"two byte-level BPE vocabularies of one pattern, {', '.join(STEPS)}")
+    spec, other = to_dict(first.backend), to_dict(second.backend)
+    own, others = ({token["content"] for token in tokens["added_tokens"]} for tokens in (spec, other))
+    _check_special(own, others, base, extra)
+    table = by_id(first.backend)
+    if max(table) >= len(table):
+        what = "this vocabulary has unassigned ids, and those behind them would move"
+        raise InputError(what, where=base, found=f"{len(table)} tokens, the last at {max(table)}")
+    names = dict.fromkeys(table.values())
+    merges = dict.fromkeys((left, right) for left, right in spec["model"]["merges"])
+    for left, right in other["model"]["merges"]:
+        if left in names and right in names:
+            merges[left, right] = None
+            names[left + right] = None
+    special = [token["content"] for token in spec["added_tokens"] if token["special"]]
+    words = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+    backend = byte_level_bpe(names, list(merges), steps, special, words, spec["model"]["ignore_merges"])
+    made = Tokenizer.of(replace(first.parts, backend=backend, config={"chat_template": first.chat_template}))
+    return Extended(made, made.vocab_size - first.vocab_size)
 
 
 def new_characters(texts: Iterable[str], known: set[str]) -> list[str]:
@@ -135,77 +154,39 @@ def _model(path: str | Path) -> Any:
     return sentencepiece.message(data, file) if sentencepiece.is_sentencepiece(data) else None
 
 
-def _kind(path: object) -> str:
-    """The kind of a tokenizer, for a message."""
-    tokenizer = Tokenizer.load(str(path))
-    steps = steps_of(tokenizer.backend)
-    pattern = next((name for name, known in STEPS.items() if known == steps), None)
-    return (
-        f"byte-level BPE, pattern {pattern}" if pattern else f"{type(tokenizer.backend.model).__name__}, not byte-level"
-    )
-
-
-def _check_base(model: Any, base: str | Path) -> None:
-    if model.trainer_spec.model_type != ModelKind.BPE:
-        kind = ModelKind(model.trainer_spec.model_type).name.lower()
-        what = "token pieces can be added to a BPE model alone: its scores are ranks, not probabilities"
-        raise InputError(what, where=base, found=kind, expected="a SentencePiece BPE model, as Llama 2's")
-
-
-def _special(model: Any) -> set[str]:
-    kinds = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED)
+def _names(model: Any, kinds: Sequence[PieceType] = tuple(PieceType)) -> set[str]:
+    """Token pieces of these types."""
     return {piece.piece for piece in model.pieces if piece.type in kinds}
 
 
-def _mismatch(names: Iterable[str], base: object, extra: object) -> InputError:
-    return InputError(
-        "the special tokens do not match",
-        where=extra,
-        found=", ".join(sorted(names)),
-        expected=f"only such as {base} has",
-        fix="add them with --special, or train the second vocabulary without them",
-    )
-
-
-def _append(model: Any, pieces: Iterable[str], kind: PieceType = PieceType.NORMAL) -> int:
+def _append(model: Any, names: Iterable[str], kind: PieceType = PieceType.NORMAL) -> int:
     """Add the missing token pieces with score 0; returns their number."""
-    known, before = {piece.piece for piece in model.pieces}, len(model.pieces)
-    for name in pieces:
+    known, before = _names(model), len(model.pieces)
+    for name in dict.fromkeys(names):
         if name not in known:
             model.pieces.add(piece=name, score=0.0, type=int(kind))
-            known.add(name)
     return len(model.pieces) - before
 
 
-def _merge_byte_level(first: Tokenizer, second: Tokenizer, base: object, extra: object) -> Tokenizer:
-    """The second's merges behind the first's, where both symbols of the pair are in the vocabulary by then."""
-    patterns = [steps_of(tokenizer.backend) for tokenizer in (first, second)]
-    if None in patterns or patterns[0] != patterns[1]:
+def _check_special(own: set[str], others: set[str], base: object, extra: object) -> None:
+    if others - own:
         raise InputError(
-            "these tokenizers cannot be merged",
-            found=f"{base}: {_kind(base)}; {extra}: {_kind(extra)}",
-            expected=f"two byte-level BPE vocabularies of one pattern, {', '.join(STEPS)}",
+            "the special tokens do not match",
+            where=extra,
+            found=", ".join(sorted(others - own)),
+            expected=f"only such as {base} has",
+            fix="add them with --special, or train the second vocabulary without them",
         )
-    specs = [json.loads(tokenizer.backend.to_str()) for tokenizer in (first, second)]
-    special = [{token["content"] for token in spec["added_tokens"]} for spec in specs]
-    if special[1] - special[0]:
-        raise _mismatch(special[1] - special[0], base, extra)
-    table = first.backend.get_vocab(with_added_tokens=True)
-    names = sorted(table, key=lambda name: table[name])
-    if [table[name] for name in names] != list(range(len(names))):
-        what = "this vocabulary has unassigned ids, and those behind them would move"
-        raise InputError(what, where=base, found=f"{len(names)} tokens, the last at {max(table.values())}")
-    merges = [(left, right) for left, right in specs[0]["model"]["merges"]]
-    known, learned = set(names), set(merges)
-    for left, right in specs[1]["model"]["merges"]:
-        if (left, right) not in learned and left in known and right in known:
-            merges.append((left, right))
-            if left + right not in known:
-                names.append(left + right)
-                known.add(left + right)
-    specials = [token["content"] for token in specs[0]["added_tokens"] if token["special"]]
-    words = [token["content"] for token in specs[0]["added_tokens"] if not token["special"]]
-    ignore = bool(specs[0]["model"].get("ignore_merges"))
-    backend = byte_level_bpe(names, merges, patterns[0] or [], specials, words, ignore)
-    config = {"chat_template": first.chat_template}
-    return Tokenizer(backend, eos=first.eos_token, bos=first.bos_token, add_bos=first.add_bos, config=config)
+
+
+def _different(base: str | Path, extra: str | Path, expected: str) -> InputError:
+    what = "these tokenizers are of different kinds and cannot be merged"
+    return InputError(what, found=f"{base}: {_kind(base)}; {extra}: {_kind(extra)}", expected=expected)
+
+
+def _kind(path: str | Path) -> str:
+    if _model(path) is not None:
+        return "SentencePiece"
+    backend = Tokenizer.load(path).backend
+    pattern = next((name for name, steps in STEPS.items() if steps == steps_of(backend)), None)
+    return f"byte-level BPE, pattern {pattern}" if pattern else f"{type(backend.model).__name__}, not byte-level"

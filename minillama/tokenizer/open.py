@@ -8,7 +8,7 @@ from pathlib import Path
 from minillama.errors import InputError
 from minillama.files import refuse_url
 from minillama.tokenizer import gguf, hf_json, llama2c, sentencepiece, tiktoken
-from minillama.tokenizer.spec import Parts
+from minillama.tokenizer.spec import Parts, reading
 
 NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
@@ -23,12 +23,8 @@ def read(path: str | Path) -> Parts:
     file = Path(path)
     if file.is_dir():
         file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(4096)
-    except OSError as error:
-        fix = "give the tokenizer's file, or a folder that holds it"
-        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
+    with reading(file), file.open("rb") as stream:
+        start = stream.read(4096)
     try:
         return _reader(file, start)(file)
     except InputError as error:

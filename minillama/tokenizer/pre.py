@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.reference.splitting import PATTERNS
+from minillama.tokenizer.spec import to_dict
 
 _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -66,17 +67,17 @@ def byte_level_bpe(
     vocab = {piece: i for i, piece in enumerate(pieces)}
     backend = Backend(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     whole = [{"trim_offsets": True, **step} if step["type"] == "ByteLevel" else step for step in steps]
-    spec = json.loads(backend.to_str()) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": whole}}
+    spec = to_dict(backend) | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": whole}}
     spec["decoder"] = json.loads(decoders.ByteLevel().__getstate__())
     backend = Backend.from_str(json.dumps(spec))
-    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    backend.add_special_tokens(list(special))
     backend.add_tokens([AddedToken(piece, normalized=False) for piece in words])
     return backend
 
 
 def steps_of(backend: Backend) -> list[dict[str, Any]] | None:
     """The value of `STEPS` of a byte-level BPE backend; None for any other pre-tokenizer."""
-    spec = json.loads(backend.to_str())
+    spec = to_dict(backend)
     first = spec["pre_tokenizer"] or {}
     steps = [
         {key: value for key, value in step.items() if key != "trim_offsets"}

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.marking import Marking
-from minillama.tokenizer.special import Encoded, is_stand_in
+from minillama.tokenizer.special import is_stand_in
 from minillama.tokenizer.template import Template
 from minillama.tokenizer.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ class Rendered:
     Args:
         ids: N token ids.
         weights: N weights in the loss of each token as a target, 0 where it is not trained.
-        text: of the whole conversation, with the names of special tokens.
+        text: what the tokens say, with the names of special tokens, before any cut.
         offsets: N ranges of characters of the text.
         cut: number of tokens that were cut, of the prompt and of the answer.
     """
@@ -93,12 +93,17 @@ def encode(conversation: Conversation, template: Template, tokenizer: Tokenizer,
         raise InputError("no token of this conversation is trained", where=where, found=found)
     coded, spans = _read(Marking(answered, template, tokenizer.special), weights)
     coded, spans = _ended(coded, spans, tokenizer)
-    tokens = _tokens(coded, spans, template, tokenizer)
+    tokens = tokenizer.special.in_parts(coded, [span.start for span in spans])
     weights = _weights(tokens.offsets, spans)
     if not any(weights):
         found = f"template {template.name} marks no answer"
         raise InputError("no token of this conversation is trained", where=where, found=found)
-    return Rendered(tokens.ids, weights, *tokenizer.special.decode(coded, tokens.offsets))
+    text, offsets = tokenizer.special.decode(coded, tokens.offsets)
+    if not _needs_bos(tokens.ids, template, tokenizer):
+        return Rendered(tokens.ids, weights, text, offsets)
+    bos = tokenizer.bos_token
+    offsets = [(0, len(bos)), *((start + len(bos), end + len(bos)) for start, end in offsets)]
+    return Rendered([tokenizer.bos_id, *tokens.ids], [0.0, *weights], bos + text, offsets)
 
 
 def encode_prompt(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> list[int]:
@@ -109,7 +114,8 @@ def encode_prompt(conversation: Conversation, template: Template, tokenizer: Tok
     """
     marking = Marking(conversation, template, tokenizer.special)
     coded, spans = _read(marking, [0.0] * len(conversation.messages), add_generation_prompt=True)
-    return _tokens(coded, spans, template, tokenizer).ids
+    ids = tokenizer.special.in_parts(coded, [span.start for span in spans]).ids
+    return [tokenizer.bos_id] * _needs_bos(ids, template, tokenizer) + ids
 
 
 def truncated(rendered: Rendered, context: int, bos_id: int | None = None) -> Rendered:
@@ -228,12 +234,9 @@ def _ended(coded: str, spans: Sequence[_Span], tokenizer: Tokenizer) -> tuple[st
     return coded, found
 
 
-def _tokens(coded: str, spans: Sequence[_Span], template: Template, tokenizer: Tokenizer) -> Encoded:
-    """Tokens that do not cross into an answer, with BOS in front, once."""
-    tokens = tokenizer.special.in_parts(coded, [span.start for span in spans])
-    if not (template.begins and tokenizer.add_bos) or tokens.ids[:1] == [tokenizer.bos_id]:
-        return tokens
-    return Encoded([tokenizer.bos_id], [(0, 0)]) + tokens
+def _needs_bos(ids: Sequence[int], template: Template, tokenizer: Tokenizer) -> bool:
+    """Whether BOS is to be put in front, because the tokenizer adds it and the template has not."""
+    return template.begins and tokenizer.add_bos and list(ids[:1]) != [tokenizer.bos_id]
 
 
 def _weights(offsets: Sequence[tuple[int, int]], spans: Sequence[_Span]) -> list[float]:

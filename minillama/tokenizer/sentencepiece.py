@@ -7,20 +7,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from minillama.errors import InputError
+from minillama.errors import InputError, optional_import
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces, PieceType
 from minillama.tokenizer.spec import Parts, read_bytes
-
-
-def _proto() -> Any:
-    try:
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError:
-        raise InputError(
-            "SentencePiece .model files need the sentencepiece and protobuf packages, which are not installed",
-            fix="pip install 'minillama[sentencepiece]'",
-        ) from None
-    return sentencepiece_model_pb2
 
 
 def is_sentencepiece(data: bytes) -> bool:
@@ -34,7 +23,7 @@ def message(data: bytes, where: object) -> Any:
     Raises:
         InputError: not a SentencePiece model, or truncated.
     """
-    proto = _proto().ModelProto()
+    proto = _model_proto()
     try:
         proto.ParseFromString(data)
     except Exception as error:  # protobuf's DecodeError, whose package may be absent
@@ -44,30 +33,17 @@ def message(data: bytes, where: object) -> Any:
     return proto
 
 
+def _model_proto() -> Any:
+    module = "sentencepiece.sentencepiece_model_pb2"
+    return optional_import(module, "a SentencePiece .model file", "sentencepiece").ModelProto()
+
+
 def pieces_of(proto: Any, where: object) -> Pieces:
     """Vocabulary of a ModelProto.
 
     Raises:
         InputError: a model that a tokenizer.json cannot express.
     """
-    _refuse(where, proto)
-    rules = proto.normalizer_spec
-    pieces = Pieces(
-        [piece.piece for piece in proto.pieces],
-        [piece.score for piece in proto.pieces],
-        [piece.type for piece in proto.pieces],
-        ModelKind(proto.trainer_spec.model_type),
-        dummy_prefix=rules.add_dummy_prefix,
-        charsmap=rules.precompiled_charsmap,
-        squeeze=rules.remove_extra_whitespaces,
-    )
-    if pieces.kind == ModelKind.UNIGRAM and pieces.unknown is None:
-        raise InputError("the vocabulary has no unknown token", where=where)
-    return pieces
-
-
-def _refuse(where: object, proto: Any) -> None:
-    """Refuse models that a tokenizer.json cannot express."""
     spec, rules = proto.trainer_spec, proto.normalizer_spec
     kinds = ", ".join(f"{kind.value} ({kind.name.lower()})" for kind in ModelKind)
     for field, value, expected, accepted in (
@@ -79,6 +55,18 @@ def _refuse(where: object, proto: Any) -> None:
         if not accepted:
             what = "this kind of SentencePiece model is not supported"
             raise InputError(what, where=f"{where}, {field}", found=value, expected=expected)
+    pieces = Pieces(
+        [piece.piece for piece in proto.pieces],
+        [piece.score for piece in proto.pieces],
+        [piece.type for piece in proto.pieces],
+        ModelKind(spec.model_type),
+        dummy_prefix=rules.add_dummy_prefix,
+        charsmap=rules.precompiled_charsmap,
+        squeeze=rules.remove_extra_whitespaces,
+    )
+    if pieces.kind == ModelKind.UNIGRAM and pieces.unknown is None:
+        raise InputError("the vocabulary has no unknown token", where=where)
+    return pieces
 
 
 def read(file: Path) -> Parts:
@@ -90,68 +78,42 @@ def parse(data: bytes, where: object) -> Parts:
     """Tokenizer parts from the bytes of a .model file."""
     proto = message(data, where)
     pieces, spec = pieces_of(proto, where), proto.trainer_spec
-    count = len(pieces.names)
-    if not 0 <= spec.eos_id < count:
+    names = dict(enumerate(pieces.names))
+    if spec.eos_id not in names:
         field = f"{where}, trainer_spec.eos_id"
         raise InputError("the vocabulary has no end-of-text token", where=field, found=spec.eos_id)
-    bos = pieces.names[spec.bos_id] if 0 <= spec.bos_id < count else None
-    backend = _backend(pieces, where)
-    encoder = None if pieces.is_exact else SentencePieceEncoder(data)
-    return Parts(backend, pieces.names[spec.eos_id], bos, bos is not None, model=data, encoder=encoder)
+    bos, backend, encoder = names.get(spec.bos_id), _backend(pieces, where), None
+    if not pieces.is_exact:
+        library = optional_import("sentencepiece", "a SentencePiece .model file", "sentencepiece")
+        encoder = library.SentencePieceProcessor(model_proto=data)
+    return Parts(backend, names[spec.eos_id], bos, bos is not None, model=data, encoder=encoder)
 
 
-class SentencePieceEncoder:
-    """SentencePiece's own encoder, for models that a tokenizer.json only approximates."""
-
-    def __init__(self, data: bytes) -> None:
-        from sentencepiece import SentencePieceProcessor
-
-        self._processor: Any = SentencePieceProcessor(model_proto=data)
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Token ids per text."""
-        ids: list[list[int]] = self._processor.encode(texts)
-        return ids
-
-    def surfaces(self, text: str) -> list[tuple[int, str]]:
-        """Id and surface form of each token; an unknown token has the text that it covers."""
-        return list(zip(self([text])[0], self._processor.encode(text, out_type=str), strict=True))
-
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and the range of characters that each covers."""
-        from sentencepiece import sentencepiece_pb2
-
-        protos: Any = sentencepiece_pb2
-        found = protos.SentencePieceText()
-        found.ParseFromString(self._processor.encode(text, out_type="serialized_proto"))
-        places = [0]  # of a byte: the character that it belongs to
-        for number, character in enumerate(text, 1):
-            places += [number] * len(character.encode())
-        return [p.id for p in found.pieces], [(places[p.begin], places[p.end]) for p in found.pieces]
-
-    def normalize(self, text: str) -> str:
-        """The normalized text, with U+2581 for spaces."""
-        normal: str = self._processor.normalize(text)
-        return normal
+def with_offsets(encoder: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids by a SentencePieceProcessor, and the range of characters that each covers."""
+    library = optional_import("sentencepiece.sentencepiece_pb2", "a SentencePiece .model file", "sentencepiece")
+    found = library.SentencePieceText()
+    found.ParseFromString(encoder.encode(text, out_type="serialized_proto"))
+    places = [0]  # of a byte: the character that it belongs to
+    for number, character in enumerate(text, 1):
+        places += [number] * len(character.encode())
+    return [p.id for p in found.pieces], [(places[p.begin], places[p.end]) for p in found.pieces]
 
 
 def _backend(pieces: Pieces, where: object) -> Backend:
     try:
         backend = pieces.backend()
         backend.encode("a")  # a damaged normalization fails only in use
-    except InputError:
+    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:
-        # the library's panic is not an Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
-            raise
+    except BaseException as error:  # the library's panic is not an Exception
         raise InputError("the vocabulary or its normalization is damaged", where=where, found=error) from None
     return backend
 
 
 def serialize(pieces: Pieces, bos_id: int, eos_id: int) -> bytes:
     """Bytes of a .model file."""
-    proto = _proto().ModelProto()
+    proto = _model_proto()
     for name, score, kind in zip(pieces.names, pieces.scores, pieces.types, strict=True):
         proto.pieces.add(piece=name, score=score, type=int(kind))
     spec, rules = proto.trainer_spec, proto.normalizer_spec

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
-from minillama.errors import InputError
+from minillama.errors import InputError, optional_import
 from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.sentencepiece_vocab import BYTES, ModelKind, Pieces, PieceType
+from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 
 RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
-MARKS = ("<unk>", "<s>", "</s>")
-RESERVED = len(MARKS) + 256
+SPECIAL = ("<unk>", "<s>", "</s>")
+RESERVED = len(SPECIAL) + 256
 LONGEST_LINE = 2**17  # characters; SentencePiece silently skips lines over a limit
 
 
@@ -38,14 +38,10 @@ def train(
     Raises:
         InputError: the package is missing, the text is empty, or its characters need more token pieces.
     """
-    try:
-        from sentencepiece import SentencePieceTrainer
-    except ImportError:
-        what, fix = "this kind of tokenizer needs the package sentencepiece", "pip install 'minillama[sentencepiece]'"
-        raise InputError(what, fix=fix) from None
+    library = optional_import("sentencepiece", "this kind of tokenizer", "sentencepiece")
     written = io.BytesIO()
     try:
-        SentencePieceTrainer.train(
+        library.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts),
             model_writer=written,
             vocab_size=vocab_size,
@@ -77,34 +73,25 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _input_error(message: str, vocab_size: int, rest: int) -> InputError:
-    high = re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message)
-    if high:
-        what = "the vocabulary is larger than the text allows"
-        return InputError(what, where="vocab_size", found=vocab_size + rest, expected=f"at most {int(high[1]) + rest}")
-    if small := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
+    if high := re.search(r"Vocabulary size too high \(\d+\)\. Please set it to a value <= (\d+)", message):
+        what, expected = "the vocabulary is larger than the text allows", f"at most {int(high[1]) + rest}"
+    elif small := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
         what = "the characters of the text alone do not fit into the vocabulary"
-        needed = max(int(small[1]), int(small[2])) + rest
-        return InputError(what, where="vocab_size", found=vocab_size + rest, expected=f"at least {needed}")
-    if "sentences_.empty()" in message:
+        expected = f"at least {max(int(small[1]), int(small[2])) + rest}"
+    elif "sentences_.empty()" in message:
         return InputError("there is no text to train a tokenizer on")
-    return InputError("sentencepiece cannot train on this text", found=message)
+    else:
+        return InputError("sentencepiece cannot train on this text", found=message)
+    return InputError(what, where="vocab_size", found=vocab_size + rest, expected=expected)
 
 
 def from_scores(scores: Mapping[str, float]) -> bytes:
     """Unigram model, without normalization."""
-    pieces, types = _with_special(scores)
-    return sentencepiece.serialize(Pieces(list(pieces), list(pieces.values()), types, ModelKind.UNIGRAM), 1, 2)
+    return sentencepiece.serialize(Pieces.with_bytes(SPECIAL, scores, ModelKind.UNIGRAM), 1, 2)
 
 
 def from_merges(alphabet: Iterable[str], merges: Iterable[tuple[str, str]]) -> bytes:
     """BPE model, without normalization: scores are minus the merge rank, the characters come last."""
-    joined = dict.fromkeys(left + right for left, right in merges)
-    scores = {piece: -float(rank) for rank, piece in enumerate([*joined, *(a for a in alphabet if a not in joined)])}
-    pieces, types = _with_special(scores)
-    return sentencepiece.serialize(Pieces(list(pieces), list(pieces.values()), types, ModelKind.BPE), 1, 2)
-
-
-def _with_special(scores: Mapping[str, float]) -> tuple[dict[str, float], list[int]]:
-    types = [PieceType.UNKNOWN, PieceType.CONTROL, PieceType.CONTROL, *[PieceType.BYTE] * 256]
-    pieces = dict.fromkeys([*MARKS, *BYTES], 0.0) | dict(scores)
-    return pieces, [int(kind) for kind in [*types, *[PieceType.NORMAL] * len(scores)]]
+    names = dict.fromkeys([*(left + right for left, right in merges), *alphabet])
+    scores = {name: -float(rank) for rank, name in enumerate(names)}
+    return sentencepiece.serialize(Pieces.with_bytes(SPECIAL, scores, ModelKind.BPE), 1, 2)

@@ -6,7 +6,6 @@ a token piece into two others becomes a merge, ranked by the token piece's score
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,12 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 from minillama.tokenizer.reference.byte_fallback import BYTE
+from minillama.tokenizer.spec import by_id, to_dict
 
 LONGEST = 1000
 SPACE = "▁"  # U+2581, a space inside token pieces
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte fallback: an unknown character becomes these
-MARKS = frozenset([*BYTES, "<unk>", "<s>", "</s>", "<|endoftext|>"])  # tokens that are never learned from text
+RESERVED_NAMES = frozenset([*BYTES, "<unk>", "<s>", "</s>", "<|endoftext|>"])  # never learned from text
 
 
 class ModelKind(IntEnum):
@@ -68,10 +68,18 @@ class Pieces:
     charsmap: bytes = b""
     squeeze: bool = False
 
+    @classmethod
+    def with_bytes(cls, special: Sequence[str], scores: Mapping[str, float], kind: ModelKind) -> Pieces:
+        """Special tokens, the unknown token first; the 256 bytes; then token pieces with scores."""
+        reserved = [*special, *BYTES]
+        types = [PieceType.CONTROL] * len(special) + [PieceType.BYTE] * 256 + [PieceType.NORMAL] * len(scores)
+        types[0] = PieceType.UNKNOWN
+        return cls([*reserved, *scores], [0.0] * len(reserved) + list(scores.values()), types, kind)
+
     @property
     def unknown(self) -> int | None:
         """Id of the unknown token."""
-        return next((i for i, kind in enumerate(self.types) if kind == PieceType.UNKNOWN), None)
+        return self.types.index(PieceType.UNKNOWN) if PieceType.UNKNOWN in self.types else None
 
     @cached_property
     def is_exact(self) -> bool:
@@ -88,67 +96,76 @@ class Pieces:
             return False
         if self.kind == ModelKind.CHAR:
             return True
-        textual = self._textual()
-        unused = [name for name, kind in zip(self.names, self.types, strict=True) if kind == PieceType.UNUSED]
-        if any(merges_by_score({**textual, name: 0.0}, only=name) for name in unused):
+        scores = self._normal_scores
+        if any(merges_by_score({**scores, name: 0.0}, only=name) for name in self.of_type(PieceType.UNUSED)):
             return False
         # Llama 2's runs of spaces have equal scores, but lead to the longest run in either order
         joined = {left + right for left, right in self._merges() if len({*left, *right}) > 1}
-        return len({textual[name] for name in joined}) == len(joined)
+        return len({scores[name] for name in joined}) == len(joined)
 
     def backend(self) -> Backend:
         """Equivalent `tokenizers` backend: SentencePiece's ids, if `is_exact`."""
         byte_fallback = PieceType.BYTE in self.types
         if self.kind == ModelKind.UNIGRAM:
-            model: Any = models.Unigram(self._scored(), unk_id=self.unknown, byte_fallback=byte_fallback)
-        else:
-            model = models.BPE(
-                vocab={name: i for i, name in enumerate(self.names)},
-                merges=self._merges(),
-                unk_token=None if self.unknown is None else self.names[self.unknown],
-                fuse_unk=True,
-                byte_fallback=byte_fallback,
-            )
-        backend = Backend(model)
-        backend.normalizer = normalizers.Sequence(self._normalizers())
-        if self.kind == ModelKind.UNIGRAM:
+            backend = Backend(models.Unigram(self._unigram_scores(), unk_id=self.unknown, byte_fallback=byte_fallback))
             backend.pre_tokenizer = pre_tokenizers.Split(self._split_pattern(), "merged_with_previous")
-        steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-        steps += [decoders.Strip(" ", 1, 0)] if self.dummy_prefix else []
-        backend.decoder = decoders.Sequence(steps)
-        special = (PieceType.CONTROL, PieceType.UNKNOWN)
-        named = list(zip(self.names, self.types, strict=True))
-        backend.add_special_tokens(
-            [AddedToken(n, normalized=False, special=True) for n, kind in named if kind in special]
-        )
-        words = [n for n, kind in named if kind == PieceType.USER_DEFINED]
-        backend.add_tokens([AddedToken(n, normalized=False) for n in words])
+        else:
+            vocab = {name: i for i, name in enumerate(self.names)}
+            unknown = None if self.unknown is None else self.names[self.unknown]
+            merges = self._merges()
+            backend = Backend(
+                models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+            )
+        backend.normalizer = normalizers.Sequence(self._normalizers())
+        backend.decoder = space_decoder(self.dummy_prefix)
+        backend.add_special_tokens(self.of_type(PieceType.CONTROL, PieceType.UNKNOWN))
+        backend.add_tokens([AddedToken(name, normalized=False) for name in self.of_type(PieceType.USER_DEFINED)])
         return backend
 
+    def of_type(self, *types: PieceType) -> list[str]:
+        """Names of the token pieces of these types."""
+        return [name for name, kind in zip(self.names, self.types, strict=True) if kind in types]
+
+    @cached_property
+    def _normal_scores(self) -> dict[str, float]:
+        """Scores of the normal token pieces: no merge may lead to special tokens or bytes."""
+        rows = zip(self.names, self.scores, self.types, strict=True)
+        return {name: score for name, score, kind in rows if kind == PieceType.NORMAL}
+
+    def _merges(self) -> list[tuple[str, str]]:
+        return merges_by_score(self._normal_scores) if self.kind == ModelKind.BPE else []
+
+    @cached_property
     def _split_points(self) -> dict[str, int]:
         """Special, byte and unused tokens -> the offset of a split that keeps text from matching them, 0 for none.
 
         The library's unigram model matches every token piece; SentencePiece's matches normal ones alone. A split is
         safe between two characters that are adjacent in no normal token piece.
         """
-        rows = list(zip(self.names, self.types, strict=True))
-        together = {pair for name in self._textual() for pair in pairwise(name)}
-        names = [n for n, kind in rows if kind not in (PieceType.NORMAL, PieceType.USER_DEFINED) and len(n) > 1]
+        adjacent = {pair for name in self._normal_scores for pair in pairwise(name)}
+        reserved = self.of_type(PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE, PieceType.UNUSED)
         return {
-            name: next((i for i in range(1, len(name)) if (name[i - 1], name[i]) not in together), 0) for name in names
+            name: next((i for i, pair in enumerate(pairwise(name), 1) if pair not in adjacent), 0)
+            for name in reserved
+            if len(name) > 1
         }
 
-    def _scored(self) -> list[tuple[str, float]]:
+    def _unigram_scores(self) -> list[tuple[str, float]]:
         """Names with scores; tokens without a split point score below any other segmentation of their text.
 
         Six digits survive the round trip through a tokenizer.json.
         """
-        splits, worst = self._split_points(), min([*self.scores, -1.0])
+        worst = min([*self.scores, -1.0])
         table = zip(self.names, self.scores, strict=True)
-        return [(name, round(2 * len(name) * worst if splits.get(name) == 0 else score, 6)) for name, score in table]
+        return [
+            (name, round(2 * len(name) * worst if self._split_points.get(name) == 0 else score, 6))
+            for name, score in table
+        ]
 
-    def _merges(self) -> list[tuple[str, str]]:
-        return merges_by_score(self._textual()) if self.kind == ModelKind.BPE else []
+    def _split_pattern(self) -> Regex:
+        """Prefixes, up to the split point, of texts that spell a special, byte or unused token."""
+        splits = [(name[:i], name[i:]) for name, i in self._split_points.items() if i]
+        return Regex("|".join(f"{re.escape(left)}(?={re.escape(right)})" for left, right in splits) or "(?!)")
 
     def _normalizers(self) -> list[Any]:
         steps: list[Any] = [normalizers.Precompiled(self.charsmap)] if self.charsmap else []
@@ -157,64 +174,49 @@ class Pieces:
             steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
         return [*steps, *([normalizers.Prepend(SPACE)] if self.dummy_prefix else []), normalizers.Replace(" ", SPACE)]
 
-    def _split_pattern(self) -> Regex:
-        """Prefixes, up to the split point, of texts that spell a special, byte or unused token."""
-        splits = [(name[:i], name[i:]) for name, i in self._split_points().items() if i]
-        return Regex("|".join(f"{re.escape(left)}(?={re.escape(right)})" for left, right in splits) or "(?!)")
-
     @classmethod
     def of(cls, backend: Backend) -> Pieces | None:
         """Vocabulary of a BPE backend that is equivalent to a SentencePiece model; None for any other.
 
         Scores are minus the rank of a token piece's first merge, which gives the same merges in the same order.
         """
-        spec = json.loads(backend.to_str())
-        model, steps = spec["model"], spec["normalizer"] or {}
-        normal = [step.get("type") for step in steps.get("normalizers", [steps])]
-        scheme = (spec["pre_tokenizer"] or {}).get("prepend_scheme")
-        metaspace = (spec["pre_tokenizer"] or {}).get("type") == "Metaspace" and not spec["pre_tokenizer"].get(
-            "split", True
-        )
-        plain = spec["pre_tokenizer"] is None and normal in (["Prepend", "Replace"], ["Replace"])
-        if (
-            model["type"] != "BPE"
-            or not model.get("byte_fallback")
-            or not (plain or (metaspace and spec["normalizer"] is None))
-        ):
+        spec, table = to_dict(backend), by_id(backend)
+        prefix = _dummy_prefix(spec)
+        model, names = spec["model"], list(table.values())
+        if model["type"] != "BPE" or not model["byte_fallback"] or prefix is None or max(table) >= len(table):
             return None
-        table = backend.get_vocab(with_added_tokens=True)
-        names = [name for name, _ in sorted(table.items(), key=lambda item: item[1])]
-        if [table[name] for name in names] != list(range(len(names))):
-            return None
+        merges = [(left, right) for left, right in model["merges"]]
         ranks: dict[str, int] = {}
-        for rank, pair in enumerate(model["merges"]):
-            left, right = pair if isinstance(pair, list) else pair.split(" ")
+        for rank, (left, right) in enumerate(merges):
             ranks.setdefault(left + right, rank)
-        added = {token["content"]: token["special"] for token in spec["added_tokens"]}
-        unknown, types = model.get("unk_token"), []
-        for name in names:
-            if name == unknown:
-                types.append(PieceType.UNKNOWN)
-            elif name in added:
-                types.append(PieceType.CONTROL if added[name] else PieceType.USER_DEFINED)
-            else:
-                types.append(PieceType.BYTE if BYTE.fullmatch(name) else PieceType.NORMAL)
         scores = [-float(ranks.get(name, len(ranks) + i)) for i, name in enumerate(names)]
-        prefix = "Prepend" in normal or scheme in ("always", "first")
-        pieces = cls(names, scores, types, dummy_prefix=prefix)
-        return pieces if pieces._merges_like(model["merges"]) else None
+        types = {name: PieceType.BYTE if BYTE.fullmatch(name) else PieceType.NORMAL for name in names}
+        for token in spec["added_tokens"]:
+            types[token["content"]] = PieceType.CONTROL if token["special"] else PieceType.USER_DEFINED
+        if model["unk_token"] in types:
+            types[model["unk_token"]] = PieceType.UNKNOWN
+        pieces = cls(names, scores, list(types.values()), dummy_prefix=prefix)
+        # the same merges, up to the order of splits of one token piece
+        joined = [piece for piece, _ in groupby(left + right for left, right in merges)]
+        same = len(joined) == len(set(joined)) and set(merges) == set(pieces._merges())
+        return pieces if same else None
 
-    def _merges_like(self, merges: list[Any]) -> bool:
-        """Whether these are the merges of the scores, up to the order of splits of one token piece."""
-        pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in merges]
-        joined = [piece for piece, _ in groupby(left + right for left, right in pairs)]
-        return len(joined) == len(set(joined)) and set(pairs) == set(merges_by_score(self._textual()))
 
-    def _textual(self) -> dict[str, float]:
-        """Scores of the normal token pieces: no merge may lead to special tokens or bytes."""
-        textual = (PieceType.NORMAL,)
-        rows = zip(self.names, self.scores, self.types, strict=True)
-        return {name: score for name, score, kind in rows if kind in textual}
+def _dummy_prefix(spec: Mapping[str, Any]) -> bool | None:
+    """Whether a tokenizer.json prepends a space; None if it does not treat whitespace as SentencePiece does."""
+    normalizer, pre = spec["normalizer"], spec["pre_tokenizer"]
+    if normalizer is None and pre is not None and pre["type"] == "Metaspace" and not pre.get("split", True):
+        return pre["prepend_scheme"] in ("always", "first")
+    steps = [step["type"] for step in (normalizer or {}).get("normalizers", [normalizer or {"type": None}])]
+    if pre is None and steps in (["Prepend", "Replace"], ["Replace"]):
+        return "Prepend" in steps
+    return None
+
+
+def space_decoder(dummy_prefix: bool = True) -> Any:
+    """SentencePiece's decoder: U+2581 is a space, byte tokens are bytes; the dummy prefix is stripped."""
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if dummy_prefix else [])])
 
 
 def merges_by_score(scores: Mapping[str, float], only: str | None = None) -> list[tuple[str, str]]:

@@ -1,34 +1,19 @@
-"""Tokenizer specification: the output of vocabulary readers, and bounded file reads."""
+"""Tokenizer specification: the output of vocabulary readers, bounded file reads, and tables of a backend."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
 
 LIMIT = 500_000_000
-
-
-class Encoder(Protocol):
-    """An encoder that replaces the backend's."""
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Token ids per text."""
-
-    def surfaces(self, text: str) -> list[tuple[int, str]]:
-        """Id and surface form of each token; an unknown token has the text that it covers."""
-
-    def offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and the range of characters that each covers."""
-
-    def normalize(self, text: str) -> str:
-        """The normalized text."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +26,39 @@ class Parts:
     add_bos: bool = True
     config: Mapping[str, Any] = field(default_factory=dict)
     model: bytes = b""
-    encoder: Encoder | None = None
+    encoder: Any = None
+
+
+def to_dict(backend: Backend) -> dict[str, Any]:
+    """The tokenizer.json of a backend."""
+    spec: dict[str, Any] = json.loads(backend.to_str())
+    return spec
+
+
+def by_id(backend: Backend) -> dict[int, str]:
+    """Id -> token, added tokens included, in the order of the ids."""
+    table = backend.get_vocab(with_added_tokens=True)
+    return {table[name]: name for name in sorted(table, key=table.__getitem__)}
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """InputError for the system's error."""
+    try:
+        yield
+    except OSError as error:
+        fix = "give the tokenizer's file, or a folder that holds it"
+        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
 
 
 def read_bytes(file: Path) -> bytes:
     """The whole file, unless it is too large to be a vocabulary."""
-    try:
+    with reading(file):
         size = file.stat().st_size
         if size > LIMIT:
             expected = f"at most {LIMIT}"
             raise InputError("too large for a vocabulary", where=file, found=f"{size} bytes", expected=expected)
         return file.read_bytes()
-    except OSError as error:
-        fix = "give the tokenizer's file, or a folder that holds it"
-        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
 
 
 def read_text(file: Path) -> str:

@@ -12,12 +12,13 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.tokenizer.spec import Encoder
+from minillama.tokenizer.sentencepiece import with_offsets
 
 _FIRST = 0x100000  # plane 16 is for private use, and has no characters that people share
 _STAND_IN = re.compile("[\U00100000-\U0010ffff]")
@@ -51,10 +52,10 @@ class SpecialEncoder:
     Args:
         backend: of the tokenizer; it is copied.
         special: id of each special token by name.
-        encoder: replaces the backend's encoder, as in `Tokenizer`.
+        encoder: SentencePieceProcessor, as in `Tokenizer`.
     """
 
-    def __init__(self, backend: Backend, special: Mapping[str, int], encoder: Encoder | None = None) -> None:
+    def __init__(self, backend: Backend, special: Mapping[str, int], encoder: Any = None) -> None:
         self._names = sorted(special)
         self._ids = [special[name] for name in self._names]
         self._characters = {name: chr(_FIRST + k) for k, name in enumerate(self._names)}
@@ -134,7 +135,7 @@ class SpecialEncoder:
 
     def _encode(self, coded: str) -> Encoded:
         if self._encoder is not None:
-            return self._encode_with(self._encoder, coded)
+            return self._with_library(coded)
         item = self._backend.encode(coded, add_special_tokens=False)
         ids, offsets = item.ids, item.offsets
         if not self._stand_ins.isdisjoint(ids):
@@ -147,13 +148,13 @@ class SpecialEncoder:
         match = _STAND_IN.search(coded, start, end)
         return other if match is None else self._ids[ord(match[0]) - _FIRST]
 
-    def _encode_with(self, encoder: Encoder, coded: str) -> Encoded:
+    def _with_library(self, coded: str) -> Encoded:
         found, at = Encoded(), 0
         for part in re.split(f"({_STAND_IN.pattern})", coded):
             if _STAND_IN.fullmatch(part):
                 found += Encoded([self._ids[ord(part) - _FIRST]], [(at, at + 1)])
             elif part:
-                found += Encoded(*encoder.offsets(part)).moved(at)
+                found += Encoded(*with_offsets(self._encoder, part)).moved(at)
             at += len(part)
         return found
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from minillama.errors import InputError
 from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe, piece_bytes, pre_name
 from minillama.tokenizer.sentencepiece_vocab import merges_by_score
-from minillama.tokenizer.spec import Parts, read_bytes
+from minillama.tokenizer.spec import Parts, by_id, read_bytes
 
 # Llama 3.1's names for the 256 ids behind the ranks (meta-llama/llama-models, models/llama3/tokenizer.py).
 _NAMED = {
@@ -65,9 +65,9 @@ def write(file: Path, backend: Backend) -> None:
     Raises:
         InputError: another pre-tokenizer than Llama 3's, which Meta's code hard-codes, or other special tokens.
     """
-    table = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-    names = [name for name, _ in table]
-    if pre_name(backend) != "llama-bpe" or names[-256:] != SPECIAL or [i for _, i in table] != list(range(len(names))):
+    table = by_id(backend)
+    names = list(table.values())
+    if pre_name(backend) != "llama-bpe" or names[-256:] != SPECIAL or max(table) >= len(table):
         raise InputError(
             "this tokenizer is neither Llama 2's nor Llama 3's kind, and Meta's layout has no other",
             fix="convert --to hf or gguf instead, or train with the tokenizer.model of Llama 2 or 3",

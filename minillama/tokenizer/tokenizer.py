@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
@@ -20,10 +21,11 @@ from minillama.tokenizer.chat import ChatTemplate
 from minillama.tokenizer.hf_json import ENCODE_WITH, END_OF_TEXT
 from minillama.tokenizer.pre import pre_name
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
-from minillama.tokenizer.spec import Encoder, Parts
+from minillama.tokenizer.spec import Parts, to_dict
 from minillama.tokenizer.special import SpecialEncoder
 from minillama.tokenizer.stream import StreamDecoder
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Members kept of a loaded tokenizer_config.json, besides those that save() writes itself.
 _CARRIED = ("unk_token", "pad_token", "chat_template", "model_max_length")
 
@@ -38,7 +40,7 @@ class Tokenizer:
         add_bos: whether generation starts with `bos`, because the model was trained so.
         config: further members of tokenizer_config.json to keep, such as `chat_template`.
         model: the SentencePiece file that the backend was made from; `save` writes it, too.
-        encoder: replaces the backend's encoder where that only approximates the file's.
+        encoder: the file's SentencePieceProcessor, which encodes where the backend only approximates it.
 
     Raises:
         InputError: `eos` or `bos` is not in the vocabulary.
@@ -53,7 +55,7 @@ class Tokenizer:
         add_bos: bool = True,
         config: Mapping[str, Any] | None = None,
         model: bytes = b"",
-        encoder: Encoder | None = None,
+        encoder: Any = None,
     ) -> None:
         backend.no_truncation()  # files in the wild set truncation at 512 and padding, which would pass unnoticed
         backend.no_padding()
@@ -99,15 +101,13 @@ class Tokenizer:
     @classmethod
     def of(cls, parts: Parts) -> Tokenizer:
         """The tokenizer of a reader's or a trainer's parts."""
-        return cls(
-            parts.backend,
-            eos=parts.eos,
-            bos=parts.bos,
-            add_bos=parts.add_bos,
-            config=parts.config,
-            model=parts.model,
-            encoder=parts.encoder,
-        )
+        return cls(**vars(parts))
+
+    @property
+    def parts(self) -> Parts:
+        """The arguments of this tokenizer."""
+        names = self.eos_token, self.bos_token
+        return Parts(self.backend, *names, self.add_bos, self._config, self._model, self._encoder)
 
     def save(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
@@ -146,28 +146,23 @@ class Tokenizer:
                 the new tokens would fill them.
         """
         known = {name: i for name in names if (i := self.backend.token_to_id(name)) is not None}
-        pieces = [name for name, i in known.items() if i not in self.special_ids]
-        if pieces:
+        ordinary = [name for name, i in known.items() if i not in self.special_ids]
+        if ordinary:
             what = "this special token is an ordinary token of the vocabulary already, and texts would lose it"
-            raise InputError(what, found=", ".join(pieces), fix="give it another name")
+            raise InputError(what, found=", ".join(ordinary), fix="give it another name")
         if len(known) == len(names):
             return self
-        backend = Backend.from_str(self.backend.to_str())
-        if backend.get_vocab_size(with_added_tokens=True) < self.vocab_size:
-            found = f"{backend.get_vocab_size(with_added_tokens=True)} tokens, highest id {self.vocab_size - 1}"
+        count = self.backend.get_vocab_size(with_added_tokens=True)
+        if count < self.vocab_size:
+            found = f"{count} tokens, highest id {self.vocab_size - 1}"
             raise InputError("a vocabulary with unassigned ids takes no further tokens", found=found)
-        backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
-        return self._changed(backend, self._config)
+        backend = Backend.from_str(self.backend.to_str())
+        backend.add_special_tokens(list(names))
+        return Tokenizer.of(replace(self.parts, backend=backend))
 
     def with_chat_template(self, template: str) -> Tokenizer:
         """The tokenizer with another chat template, Jinja."""
-        return self._changed(self.backend, {**self._config, "chat_template": template})
-
-    def _changed(self, backend: Backend, config: Mapping[str, Any]) -> Tokenizer:
-        eos, bos, add_bos = self.eos_token, self.bos_token, self.add_bos
-        return Tokenizer(
-            backend, eos=eos, bos=bos, add_bos=add_bos, config=config, model=self._model, encoder=self._encoder
-        )
+        return Tokenizer.of(replace(self.parts, config={**self._config, "chat_template": template}))
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -204,7 +199,7 @@ class Tokenizer:
             return _encode(self.backend, texts)
         for text in texts:
             check_unicode(text)
-        return self._encoder(texts)
+        return self._encoder.encode(texts)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; U+FFFD replaces bytes that are not valid UTF-8.
@@ -229,6 +224,16 @@ class Tokenizer:
         """Rows of the embedding: the highest id plus one, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    def check_fits(self, vocab_size: int, where: object = None, fix: str | None = None) -> None:
+        """Refuse the vocabulary size of a model that lacks some of the ids.
+
+        Raises:
+            InputError: with both sizes.
+        """
+        if self.vocab_size > vocab_size:
+            found = f"a tokenizer of {self.vocab_size} tokens, a model of {vocab_size}"
+            raise InputError("the tokenizer is larger than the model's vocabulary", where=where, found=found, fix=fix)
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of the special tokens."""
@@ -237,12 +242,9 @@ class Tokenizer:
     @cached_property
     def unknown_id(self) -> int | None:
         """Id of the unknown token; None where there is none."""
-        model = json.loads(self.backend.to_str())["model"]
-        if model["type"] == "Unigram":
-            index: int | None = model["unk_id"]
-            return index
+        model: dict[str, Any] = to_dict(self.backend)["model"]
         name = model.get("unk_token")
-        return None if name is None else self.backend.token_to_id(name)
+        return model.get("unk_id") if name is None else self.backend.token_to_id(name)
 
     def surfaces(self, text: str) -> list[tuple[int, str]]:
         """Id and surface form of each token: its piece, or for an unknown token the text that is lost.
@@ -250,7 +252,7 @@ class Tokenizer:
         Byte tokens of one character each have that character.
         """
         if self._encoder is not None:
-            return self._encoder.surfaces(text)
+            return list(zip(self._encoder.encode(text), self._encoder.encode(text, out_type=str), strict=True))
         item = self.backend.encode(text, add_special_tokens=False)
         names = (self.backend.id_to_token(i) or "" for i in item.ids)
         rows = zip(item.ids, names, item.offsets, strict=True)
@@ -270,7 +272,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the compact tokenizer.json without `add_bos`: equal where `encode` is."""
-        spec = json.loads(self.backend.to_str()) | {"post_processor": None}
+        spec = to_dict(self.backend) | {"post_processor": None}
         if self._encoder is not None:
             spec["model"] = self._model.hex()
         return sha256(json.dumps(spec, separators=(",", ":")).encode()).hexdigest()
@@ -339,8 +341,6 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
 
 def check_unicode(text: str) -> None:
     """Refuse lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what, found = "this text is not valid Unicode: it holds a lone surrogate", ascii(text[error.start :][:80])
-        raise InputError(what, found=found, fix="give it as UTF-8") from None
+    if match := _SURROGATE.search(text):
+        what = "this text is not valid Unicode: it holds a lone surrogate"
+        raise InputError(what, found=ascii(text[match.start() :][:80]), fix="give it as UTF-8") from None

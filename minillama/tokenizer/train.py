@@ -10,12 +10,24 @@ from typing import Literal, get_args
 from minillama.errors import InputError
 from minillama.tokenizer import backends, sentencepiece, sentencepiece_training
 from minillama.tokenizer.hf_json import END_OF_TEXT
-from minillama.tokenizer.kinds import Kind
 from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.reference.wordpiece import Score
 from minillama.tokenizer.tokenizer import Tokenizer, check_unicode
-from minillama.tokenizer.trainers import Learner, Library, Readable
+from minillama.tokenizer.trainers import Library, Reference
+
+Kind = Literal["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# settings of some kinds only: these kinds, and the choices
+_SETTINGS: dict[str, tuple[tuple[Kind, ...], tuple[str, ...]]] = {
+    "kind": (KINDS, KINDS),
+    "pattern": (("byte-bpe",), tuple(STEPS)),
+    "ties": (("byte-bpe", "bpe", "sentencepiece"), get_args(Ties)),
+    "score": (("wordpiece",), get_args(Score)),
+    "model": (("sentencepiece",), ("unigram", "bpe")),
+    "normalization": (("sentencepiece",), sentencepiece_training.RULES),
+    "coverage": (("sentencepiece",), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -67,23 +79,17 @@ class TokenizerTrainer:
     special: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        choices = {
-            "kind": (self.kind, get_args(Kind)),
-            "pattern": (self.pattern, tuple(STEPS)),
-            "ties": (self.ties, get_args(Ties)),
-            "score": (self.score, get_args(Score)),
-            "model": (self.model, ("unigram", "bpe")),
-            "normalization": (self.normalization, sentencepiece_training.RULES),
-        }
-        for field, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise InputError(
-                    f"unknown {field} of a tokenizer", where=field, found=value, expected=", ".join(allowed)
-                )
+        for name, (kinds, choices) in _SETTINGS.items():
+            value = getattr(self, name)
+            if choices and value not in choices:
+                what, expected = f"unknown {name} of a tokenizer", ", ".join(choices)
+                raise InputError(what, where=name, found=value, expected=expected)
+            if value != getattr(TokenizerTrainer, name) and self.kind not in kinds:
+                found, expected = f"{name} = {value} with {self.kind}", " or ".join(kinds)
+                raise InputError("this setting is another kind's", where=name, found=found, expected=expected)
         if not 0.98 <= self.coverage <= 1:
             where = "character_coverage"
             raise InputError("character coverage out of range", where=where, found=self.coverage, expected="0.98 to 1")
-        self._check_kind()
         own = {"", END_OF_TEXT, backends.UNKNOWN, backends.WORDPIECE_UNKNOWN, "<s>", "</s>"}
         if len(set(self.special)) < len(self.special) or own & set(self.special):
             raise InputError("special tokens need unique names", where="special", found=", ".join(self.special))
@@ -93,22 +99,6 @@ class TokenizerTrainer:
         if self.vocab_size < least:
             what = "this vocabulary cannot hold its special tokens and, where the kind has them, the 256 bytes"
             raise InputError(what, where="vocab_size", found=self.vocab_size, expected=f"at least {least}")
-
-    def _check_kind(self) -> None:
-        """Refuse settings of another kind."""
-        owners: dict[str, tuple[Kind, ...]] = {
-            "pattern": ("byte-bpe",),
-            "ties": ("byte-bpe", "bpe", "sentencepiece"),
-            "score": ("wordpiece",),
-            "model": ("sentencepiece",),
-            "normalization": ("sentencepiece",),
-            "coverage": ("sentencepiece",),
-        }
-        for name, kinds in owners.items():
-            value = getattr(self, name)
-            if value != getattr(type(self), name) and self.kind not in kinds:
-                found, expected = f"{name} = {value} with {self.kind}", " or ".join(kinds)
-                raise InputError("this setting is another kind's", where=name, found=found, expected=expected)
 
     @property
     def description(self) -> str:
@@ -133,9 +123,9 @@ class TokenizerTrainer:
 
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         size, unknown = self.vocab_size, {"unk_token": backends.UNKNOWN}
-        readable = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
+        is_reference = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
         rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else backends.RESERVED
-        learn: Learner = Readable(self.ties, self.score, rest) if readable else Library()
+        learn = Reference(self.ties, self.score, rest) if is_reference else Library()
         if self.kind == "sentencepiece":
             data = self._sentencepiece(texts, learn)
             return Tokenizer.of(sentencepiece.parse(data, "the trained model"))
@@ -149,13 +139,12 @@ class TokenizerTrainer:
             backend = backends.wordpiece(learn.wordpiece(texts, size))
             return Tokenizer(backend, config={"unk_token": backends.WORDPIECE_UNKNOWN})
         if self.kind == "unigram":
-            backend = backends.unigram(learn.unigram(texts, size - backends.RESERVED)).backend()
-            return Tokenizer(backend, config=unknown)
+            return Tokenizer(backends.unigram(learn.unigram(texts, size - backends.RESERVED)), config=unknown)
         if self.kind == "bpe":
             return Tokenizer(backends.bpe(*learn.bpe(texts, size - backends.RESERVED)), config=unknown)
         return Tokenizer(backends.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
 
-    def _sentencepiece(self, texts: Iterable[str], learn: Learner) -> bytes:
+    def _sentencepiece(self, texts: Iterable[str], learn: Library | Reference) -> bytes:
         size = self.vocab_size - sentencepiece_training.RESERVED
         if isinstance(learn, Library):
             names = (self.model, self.normalization, self.coverage)

@@ -17,7 +17,7 @@ from minillama.runs.report import Report
 COST = 12.0
 SAVING = {"cpu": 0.04, "cuda": 0.2, "mps": 0.1}
 SAVING_BFLOAT16 = {"cpu": 0.15}
-WATCHED = 10
+TIMED = 10
 
 
 class Compiler:
@@ -26,7 +26,6 @@ class Compiler:
     Args:
         mode: `true` compiles before the first step, `false` never, `auto` as above.
         model: its blocks are compiled in place.
-        report: told what happens, once.
     """
 
     def __init__(self, mode: str, model: Decoder, report: Report) -> None:
@@ -41,11 +40,11 @@ class Compiler:
         if not self.waiting:
             return
         self.seconds.append(seconds)
-        if len(self.seconds) < WATCHED:
+        if len(self.seconds) < TIMED:
             return
         self.waiting = False
-        typical, place = sorted(self.seconds)[len(self.seconds) // 2], self.model.device.type
-        saving = SAVING_BFLOAT16.get(place, SAVING[place]) if self.model.dtype == torch.bfloat16 else SAVING[place]
+        typical, device = sorted(self.seconds)[len(self.seconds) // 2], self.model.device.type
+        saving = SAVING_BFLOAT16.get(device, SAVING[device]) if self.model.dtype == torch.bfloat16 else SAVING[device]
         if typical * steps_left * saving > COST:
             self._compile()
 
@@ -59,12 +58,7 @@ class Compiler:
 
 
 def use_native_kernels(model: Decoder, say: Callable[[str], None]) -> None:
-    """Native C++ kernels for training in bfloat16 on a CPU, where a compiler is there.
-
-    Args:
-        model: that of the forward and backward passes.
-        say: told when something is compiled, or why it cannot be.
-    """
+    """Native C++ kernels for training in bfloat16 on a CPU, where a compiler is there; `say` is told why it fails."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not can_build():
         return
     parts = (attention, "attention"), (swiglu, "the feed-forward layers"), (softmax, "the loss")

@@ -1,4 +1,4 @@
-"""Training data: tokenized text, or records for fine-tuning."""
+"""Training data: tokenized text, conversations, or records for classification."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def _load_records(
         cloze.layouts(record)
 
     data = Records.load(config.data.sources, config.data.val_fraction, config.data.on_error, check)
-    if data.skipped.total:
-        report.say(str(data.skipped))
-    report.say(f"data: {_names(config)}: {len(data.train):,} records, {len(data.val):,} held out")
+    _say_size(data, f"{len(data.train):,} records, {len(data.val):,} held out", config, report)
     return data, tokenizer
 
 
@@ -75,14 +73,13 @@ def _load_conversations(
     tokenizer = _require(tokenizer, "conversations")
     template = load_template(template_name(config, tokenizer), tokenizer)
     data = _split(config, tokenizer, template)
-    if str(data.skipped):
-        report.say(str(data.skipped))
     tokens = sum(len(example.ids) for example in data.train)
     trained = sum(int((example.weights > 0).sum()) for example in data.train)
-    report.say(
-        f"data: {_names(config)}: {len(data.train):,} conversations, {len(data.val):,} held out; {tokens:,} tokens, "
-        f"{trained:,} of them in trained answers; template {template.name} ({time.perf_counter() - began:.1f} s)"
+    size = (
+        f"{len(data.train):,} conversations, {len(data.val):,} held out; {tokens:,} tokens, {trained:,} of them in "
+        f"trained answers; template {template.name} ({time.perf_counter() - began:.1f} s)"
     )
+    _say_size(data, size, config, report)
     return data, tokenizer if template.name == OWN else tokenizer.with_chat_template(template.source)
 
 
@@ -90,6 +87,7 @@ def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instr
     """A conversation is held out when a hash of its text falls below the fraction."""
     settings, skipped = config.data, Skipped()
     split: dict[bool, list[Example]] = {True: [], False: []}
+    ends: set[int] = set()
     for source in settings.sources:
         for conversation in conversations(source, settings.format, settings.on_error, skipped):
             try:
@@ -104,12 +102,14 @@ def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instr
                 bad = BadText("not rendered", error.what, where=conversation.where, found=error.found)
                 skipped.add(bad)
                 continue
+            ends.add(whole.ids[max(i for i, weight in enumerate(whole.weights) if weight)])
             if len(rendered.ids) < len(whole.ids):
                 skipped.note("conversations truncated to the context")
             split[hash_fraction(whole.text, "held out") < settings.val_fraction].append(
                 Example.of(rendered.ids, rendered.weights, conversation.where)
             )
-    return Instructions.of(split[False], split[True], config.context, settings.packing, skipped)
+    stop_ids = frozenset(ends & tokenizer.special_ids)
+    return Instructions.of(split[False], split[True], config.context, settings.packing, skipped, stop_ids)
 
 
 def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report) -> tuple[Corpus, Tokenizer]:
@@ -125,27 +125,20 @@ def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, repor
     )
     _check_vocabulary(trained, config)
     corpus.check(config.context, config.train.batch_size)
-    trained.add_bos = corpus.has_separators
-    if corpus.skipped.total:
-        report.say(str(corpus.skipped))
-    tokens = sum(split.tokens for split in corpus.train)
-    held_out = sum(split.tokens for split in corpus.val)
-    report.say(
-        f"data: {_names(config)}: {tokens:,} tokens, "
-        f"{held_out:,} held out, vocabulary {trained.vocab_size} ({time.perf_counter() - began:.1f} s)"
-    )
+    trained.add_bos = corpus.separator is not None
+    tokens, held_out = (sum(split.tokens for split in splits) for splits in (corpus.train, corpus.val))
+    seconds = time.perf_counter() - began
+    size = f"{tokens:,} tokens, {held_out:,} held out, vocabulary {trained.vocab_size} ({seconds:.1f} s)"
+    _say_size(corpus, size, config, report)
     return corpus, trained
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary",
-            where="model.vocab_size",
-            found=f"a tokenizer of {tokenizer.vocab_size} tokens, a model of {config.model.vocab_size}",
-            fix=f"add --model.vocab_size {tokenizer.vocab_size}",
-        )
+    fix = f"add --model.vocab_size {tokenizer.vocab_size}"
+    tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
-def _names(config: RunConfig) -> str:
-    return ", ".join(source.label for source in config.data.sources)
+def _say_size(data: Corpus | Instructions | Records, size: str, config: RunConfig, report: Report) -> None:
+    if left_out := str(data.skipped):
+        report.say(left_out)
+    report.say(f"data: {', '.join(source.label for source in config.data.sources)}: {size}")

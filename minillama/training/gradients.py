@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -48,23 +49,22 @@ def accumulate(
         objective: its loss, on the models of the passes.
         batch: the examples of this rank.
         size: examples per micro-batch.
-        device: of the passes.
         ranks: over which the losses are summed, so that each has the same; the gradients are not.
     """
-    sums: dict[str, float] = {}
-    measured: dict[str, float] = {}
+    sums, measured = defaultdict[str, float](float), defaultdict[str, float](float)
     for start in range(0, len(batch.tokens), size):
         terms, metrics = objective.loss(batch.rows(start, start + size).to(device))
         first, *others = [term / batch.total(name) for name, term in terms.items()]
         sum(others, start=first).backward()
-        for into, found in ((sums, terms), (measured, metrics)):
-            for name, value in found.items():
-                into[name] = into.get(name, 0.0) + value.item()
-    sums, measured = ((ranks or Ranks()).sum(values) for values in (sums, measured))
-    return Losses(
-        {name: value / batch.total(name) for name, value in sums.items()},
-        {name: value / batch.total(name) for name, value in measured.items()},
+        for name, value in terms.items():
+            sums[name] += value.item()
+        for name, value in metrics.items():
+            measured[name] += value.item()
+    terms_mean, metrics_mean = (
+        {name: value / batch.total(name) for name, value in (ranks or Ranks()).sum(values).items()}
+        for values in (sums, measured)
     )
+    return Losses(terms_mean, metrics_mean)
 
 
 def clip(models: Mapping[str, nn.Module], limit: float) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from minillama.errors import InputError
@@ -15,7 +15,6 @@ class Guard:
     """Loss-spike guard, asked before each optimizer step.
 
     Args:
-        config: the limits.
         recent: losses of the last steps taken, at most `config.window`.
         in_a_row: consecutive skipped steps.
         skipped: all skipped steps.
@@ -50,11 +49,9 @@ class Guard:
         mean = math.fsum(self.recent) / len(self.recent)
         deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in self.recent) / len(self.recent))
         limit = mean + self.config.spike_sigma * deviation
-        return (
-            f"loss {loss:.4f} above {mean:.4f} + {self.config.spike_sigma:g} x {deviation:.4f}"
-            if loss > limit
-            else None
-        )
+        if loss <= limit:
+            return None
+        return f"loss {loss:.4f} above {mean:.4f} + {self.config.spike_sigma:g} x {deviation:.4f}"
 
     @property
     def is_over(self) -> bool:
@@ -72,10 +69,9 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """JSON state for `restore`."""
-        return {key: value for key, value in asdict(self).items() if key != "config"}
+        return {"recent": list(self.recent), "in_a_row": self.in_a_row, "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore that state. A run that stopped for its skips may try as many again."""
-        self.recent, self.in_a_row, self.skipped = list(state["recent"]), state["in_a_row"], state["skipped"]
-        if self.is_over:
-            self.in_a_row = 0
+        self.recent, self.skipped = list(state["recent"]), state["skipped"]
+        self.in_a_row = state["in_a_row"] if state["in_a_row"] < self.config.max_in_a_row else 0

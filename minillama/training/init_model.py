@@ -25,8 +25,6 @@ class Start:
 
     Args:
         config: the run, with as many embedding rows as the tokenizer has tokens if it starts from a model.
-        device: of the model.
-        dtype: of the forward and backward passes.
         tokenizer: that of tokenizer.path, or its trainer; with the objective's special tokens.
         initial: the model to initialize from, or under an adapter; None for random weights, or those of a checkpoint.
     """
@@ -61,7 +59,6 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
     """Find what a run starts from.
 
     Args:
-        config: the run.
         is_resumed: a checkpoint's weights will be loaded, so that the model to start from is not needed, unless it is
             under an adapter.
 

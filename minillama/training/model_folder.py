@@ -56,7 +56,7 @@ class ModelFolder:
             (path / "config.json").write_text(text, encoding="utf-8")
         self.tokenizer.save(path)
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        hf.write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id)
+        hf.write_token_ids(path, bos_id=bos, eos_id=self.tokenizer.eos_id, stop_ids=self.model.stop_ids)
 
     @torch.no_grad()
     def read(self, path: Path) -> None:

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 
 class Precision:
-    """Full precision: passes on the model itself, in float32 or as an engine casts it that it was given to (FSDP2).
-
-    Args:
-        master: the model.
-    """
+    """Full precision: passes on the model itself, in float32 or as an engine casts it that it was given to (FSDP2)."""
 
     def __init__(self, master: nn.Module) -> None:
         self.model = master
@@ -29,10 +25,6 @@ class WorkingCopy(Precision):
     Its weights are cast from the model's once per step, so that no matrix product casts its operands, and its
     gradients are added to the model's in float32. The optimizer and every file see the float32 model alone
     (Micikevicius et al. 2018, arXiv 1710.03740, §3.1; bfloat16 needs no loss scaling).
-
-    Args:
-        master: the float32 model.
-        dtype: of the passes.
     """
 
     def __init__(self, master: nn.Module, dtype: torch.dtype) -> None:
@@ -42,7 +34,7 @@ class WorkingCopy(Precision):
         self._buffers = [(own[name], saved[name]) for name in saved if not isinstance(saved[name], nn.Parameter)]
         for working, parameter in self._pairs:
             trains = working.requires_grad
-            working.requires_grad_().register_post_accumulate_grad_hook(partial(_hand_over, parameter))
+            working.requires_grad_().register_post_accumulate_grad_hook(partial(_accumulate, parameter))
             working.requires_grad_(trains)  # a later stage may train what is frozen now
 
     @torch.no_grad()
@@ -60,7 +52,7 @@ def choose_precision(master: nn.Module, dtype: torch.dtype) -> Precision:
     return Precision(master) if is_same else WorkingCopy(master, dtype)
 
 
-def _hand_over(master: Tensor, working: Tensor) -> None:
+def _accumulate(master: Tensor, working: Tensor) -> None:
     """Gradient accumulation into the master weights' as each is computed, so that never all exist at once."""
     assert working.grad is not None
     if master.grad is None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,26 +17,30 @@ from minillama.training.objectives import MODEL, Batch, Objective
 QUERIES = 256  # per chunk of scores
 
 
-def update_ratio(before: list[Tensor], after: list[Tensor]) -> float:
+def matrices(model: nn.Module) -> list[Tensor]:
+    """Weights of two dimensions or more."""
+    return [parameter.detach() for parameter in model.parameters() if parameter.dim() > 1]
+
+
+def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Update-to-weight ratio ||after - before|| / ||before|| over all tensors; about 1e-3 in a healthy run."""
     moved = [torch.linalg.vector_norm(new - old) for old, new in zip(before, after, strict=True)]
     size = [torch.linalg.vector_norm(old) for old in before]
     return float(torch.stack(moved).norm() / torch.stack(size).norm())
 
 
-def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> float | None:
-    """Largest attention logit q k^T / sqrt(E) within the mask, over heads and layers; None without attention.
+def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> float:
+    """Largest attention logit q k^T / sqrt(E) within the mask, over heads and layers; NaN without attention.
 
     It grows without bound in runs that are about to diverge (Dehghani et al. 2023, arXiv 2302.05442, §2.1).
 
     Args:
-        model: float32 weights.
-        objective: how the batch is read.
-        batch: rows to read: a step's first micro-batch.
+        model: float32 weights, on which the objective reads the batch.
+        batch: a step's first micro-batch.
     """
     found: list[float] = []
 
-    def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def measure(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(layer, Attention)
         x, rope, mask = inputs[:3]
         q, k, _ = layer.heads(x, rope)
@@ -55,7 +58,7 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
             found.append(scores.max().item())
 
     before, objective.models = objective.models, {**objective.models, MODEL: model}
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
+    hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, Attention)]
     try:
         with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled blocks call no hooks
             objective.loss(batch)
@@ -63,38 +66,4 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
         objective.models = before
         for hook in hooks:
             hook.remove()
-    return max(found, default=None)
-
-
-class Probes:
-    """Diagnostics at an interval of steps.
-
-    Args:
-        model: the float32 weights.
-        every: steps between measurements; 0 measures nothing.
-        rows: per batch, of which attention logits are measured.
-    """
-
-    def __init__(self, model: Decoder, every: int, rows: int) -> None:
-        self.model, self.every, self.rows = model, every, rows
-        self.ratio: float | None = None
-
-    @contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """Context of a step's update, measured if due."""
-        self.ratio = None
-        if not (self.every and step % self.every == 0):
-            yield
-            return
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        before = [p.detach().clone() for p in matrices]
-        yield
-        self.ratio = update_ratio(before, [p.detach() for p in matrices])
-
-    def measures(self, objective: Objective, batch: Batch) -> dict[str, float]:
-        """Measurements of this step, by name; none in most."""
-        if self.ratio is None:
-            return {}
-        largest = attention_logit_max(self.model, objective, batch.rows(0, self.rows).to(self.model.device))
-        found = {"update_ratio": self.ratio} | ({} if largest is None else {"attention_logit_max": largest})
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+    return max(found, default=math.nan)

@@ -43,8 +43,7 @@ def train(
     """Training run from the configuration to the final model folder.
 
     Args:
-        config: the run.
-        out: its folder; runs/NAME unless given.
+        out: the run's folder; runs/NAME unless given.
         resume: from the newest checkpoint there.
         overwrite: replace the run there.
         verify: check the checkpoint's files against their SHA-256 before resuming.
@@ -87,7 +86,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     config = start.config
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
-    changes = [] if checkpoint is None else _take_on(checkpoint, config, folder, report)
+    changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report)
     if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report)
@@ -101,8 +100,8 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
-    step, prints = trainer.state.step, (objective.fingerprint, tokenizer.fingerprint)
-    folder.start(tomli_w.dumps(to_table(config)), provenance(config, step, *prints, start.device))
+    state, before = trainer.state, trainer.state.seconds
+    folder.start(tomli_w.dumps(to_table(config)), provenance(config, state.step, state.fingerprints, start.device))
     set_aside(passed)
     if checkpoint is None:
         folder.rewind_metrics(-1)
@@ -113,20 +112,19 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     )
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
-    before = trainer.state.seconds
     try:
         trainer.train()
     except Interrupted as stopped:
-        state = f"saved at step {trainer.state.step}" if trainer.state.step else "no step was taken"
-        report.say(f"stopped by {stopped}; {state}. To go on:")
-        report.say(f"  {_command('train.py', '--out', folder.path, '--resume')}")
+        reached = f"saved at step {state.step}" if state.step else "no step was taken"
+        report.say(f"stopped by {stopped}; {reached}. To go on:")
+        report.say(f"  {shlex.join(_resume(folder))}")
         return 128 + stopped.number
     _say_end(trainer, folder, before, report)
     _say_next(folder, config, report)
     return 0
 
 
-def _take_on(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, report: Report) -> list[str]:
+def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, report: Report) -> list[str]:
     """Comparison of the checkpoint's run with the resumed one; the changed settings, as reported."""
     _check_shape(checkpoint, config.model)
     saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
@@ -161,8 +159,8 @@ def _as_saved(config: RunConfig, checkpoint: Checkpoint) -> RunConfig:
     """Resumed run: one that started from a model takes the checkpoint's shape and, if need be, tokenizer."""
     if not config.train.init_from:
         return config
-    place = config.tokenizer.path if Path(config.tokenizer.path).exists() else str(checkpoint.path)
-    tokenizer = replace(config.tokenizer, path=place)
+    path = config.tokenizer.path if Path(config.tokenizer.path).exists() else str(checkpoint.path)
+    tokenizer = replace(config.tokenizer, path=path)
     return replace(config, model=ModelConfig.load(checkpoint.path), tokenizer=tokenizer)
 
 
@@ -170,30 +168,28 @@ def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
     saved = ModelConfig.load(checkpoint.path)
     if saved.to_hf() != wanted.to_hf():
         changed = differences({"model": to_dict(saved)}, {"model": to_dict(wanted)})
-        changed.pop("model.preset", None)
         raise InputError(
             "the checkpoint's model has another shape",
             where=checkpoint.path,
-            found="; ".join(f"{key} = {after}, was {before}" for key, (before, after) in changed.items()),
+            found="; ".join(line for key, line in changed.items() if key != "model.preset"),
             fix="leave the model's settings as they were, or start a new run",
         )
 
 
-def _command(script: str, *words: object) -> str:
-    return shlex.join(["python", script, *map(str, words)])
+def _resume(folder: RunFolder) -> list[str]:
+    return ["python", "train.py", "--out", str(folder.path), "--resume"]
 
 
 def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
-    model, more = folder.model, 2 * config.train.steps
-    prompt = config.sample.prompts[0] if config.sample.prompts else "The"
-    words, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
-    tokenizer = Tokenizer.load(model)
+    """Commands that may follow."""
+    model, tokenizer = str(folder.model), Tokenizer.load(folder.model)
+    export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
     if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
-        words, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
-    commands = {name: shlex.join(words) for name, words in config.objective.commands(str(model), prompt).items()} | {
-        "resume": _command("train.py", "--out", folder.path, "--resume", "--train.steps", more),
-        "export": f"{shlex.join(['minillama', 'convert', str(model), *words])}  # {remark}",
-        "plan": shlex.join(["minillama", "plan", str(model)]),
+        export, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
+    commands = config.objective.commands(model, next(iter(config.sample.prompts), "The")) | {
+        "resume": [*_resume(folder), "--train.steps", str(2 * config.train.steps)],
+        "export": ["minillama", "convert", model, *export],
+        "plan": ["minillama", "plan", model],
     }
-    for name, command in commands.items():
-        report.say(f"  {name:9} {command}")
+    for name, words in commands.items():
+        report.say(f"  {name:9} {shlex.join(words)}" + (f"  # {remark}" if name == "export" else ""))

@@ -54,7 +54,6 @@ def short_spans(separators: Flags, share: float, mean: float, rng: np.random.Gen
         separators: (N,) document separators.
         share: of the tokens.
         mean: of the Poisson distribution, lambda.
-        rng: random generator.
     """
     spans: list[Span] = []
     weights = span_lengths(mean)
@@ -77,8 +76,8 @@ def short_spans(separators: Flags, share: float, mean: float, rng: np.random.Gen
 
 def one_token(separators: Flags, rng: np.random.Generator) -> list[Span]:
     """One-token span, for a text too short for more. A window of separators alone gives one of these."""
-    places = np.flatnonzero(~separators)
-    at = int(rng.choice(places)) if len(places) else 0
+    positions = np.flatnonzero(~separators)
+    at = int(rng.choice(positions)) if len(positions) else 0
     return [(at, at + 1)]
 
 
@@ -89,7 +88,6 @@ def sentence_spans(ends: Flags, separators: Flags, share: float, rng: np.random.
         ends: (N,) sentence-final tokens.
         separators: (N,) document separators; a document ends its last sentence, too.
         share: of the tokens.
-        rng: random generator.
     """
     sentences = []
     for start, stop in documents(separators):
@@ -114,7 +112,6 @@ def long_span(separators: Flags, least: float, suffix: float, rng: np.random.Gen
         separators: (N,) document separators.
         least: share of the document.
         suffix: the probability that it ends with the document; else its position is uniform.
-        rng: random generator.
     """
     start, stop = max(documents(separators), key=lambda span: span[1] - span[0], default=(0, 0))
     size = stop - start

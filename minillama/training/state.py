@@ -27,8 +27,6 @@ class TrainingState:
     Args:
         objective: its state, its data's fingerprint and its companions' SHA-256.
         folder: how its model is written, beside the tokenizer.
-        optimizers: their state, by parameter name.
-        guard: the last losses.
         step: optimizer steps taken.
         tokens: read in them.
         seconds: spent, over all starts of the run.
@@ -50,7 +48,7 @@ class TrainingState:
         odd = [name for name in self.masters if name in RESERVED or "/" in name]
         if odd:
             raise ValueError(f"models of an objective cannot be named {odd}")
-        self.prints = {"data": self.objective.fingerprint, "tokenizer": self.folder.tokenizer.fingerprint}
+        self.fingerprints = {"data": self.objective.fingerprint, "tokenizer": self.folder.tokenizer.fingerprint}
         self.companions = {name: digest(companion) for name, companion in self.objective.companions.items()}
 
     def count(self, tokens: int, seconds: float) -> None:
@@ -59,27 +57,27 @@ class TrainingState:
         self.tokens += tokens
         self.seconds += seconds
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Optimizer state as PARAMETER/NAME, the objective's as objective/NAME, further models as models/NAME/KEY."""
-        found = optimizer_state(self.optimizers)
-        found |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
+    def copy(self, record: Mapping[str, Any]) -> CheckpointCopy:
+        """Contents of a checkpoint; `record` is the line of the last step taken.
+
+        Beside optimizer state (PARAMETER/NAME) are the objective's own (objective/NAME) and further models
+        (models/NAME/KEY).
+        """
+        tensors = optimizer_state(self.optimizers)
+        tensors |= {f"objective/{name}": value for name, value in self.objective.state_dict().items()}
         for name, master in self.masters.items():
             if name != MODEL:
-                found |= {f"models/{name}/{key}": value for key, value in master.state_dict().items()}
-        return found
-
-    def copy(self, record: Mapping[str, Any]) -> CheckpointCopy:
-        """Contents of a checkpoint; `record` is the line of the last step taken."""
+                tensors |= {f"models/{name}/{key}": value for key, value in master.state_dict().items()}
         run = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            **self.prints,
+            **self.fingerprints,
             "guard": self.guard.state(),
             "record": dict(record),
             **({"companions": self.companions} if self.companions else {}),
         }
-        return CheckpointCopy.of(self.folder.tensors(), self.tensors(), run)
+        return CheckpointCopy.of(self.folder.tensors(), tensors, run)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint's state.
@@ -90,18 +88,18 @@ class TrainingState:
         self._check(checkpoint)
         self.folder.read(checkpoint.path)
         tensors = checkpoint.optimizer_tensors()
-        self.objective.load_state_dict(_taken(tensors, "objective/"))
+        self.objective.load_state_dict(_pop(tensors, "objective/"))
         for name, master in self.masters.items():
             if name != MODEL:
-                master.load_state_dict(_taken(tensors, f"models/{name}/"))
+                master.load_state_dict(_pop(tensors, f"models/{name}/"))
         load_optimizer_state(self.optimizers, tensors)
         run = checkpoint.run
         self.step, self.tokens, self.seconds = run["step"], run["tokens"], run["seconds"]
         self.guard.restore(run["guard"])
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        saved = {name: checkpoint.run[name] for name in self.prints} | checkpoint.run.get("companions", {})
-        own = self.prints | self.companions
+        saved = {name: checkpoint.run[name] for name in self.fingerprints} | checkpoint.run.get("companions", {})
+        own = self.fingerprints | self.companions
         for name in sorted({*saved, *own}):
             expected, found = saved.get(name, "none"), own.get(name, "none")
             if expected != found:
@@ -123,6 +121,6 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _taken(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _pop(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Tensors removed by name prefix, named without it."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

@@ -29,11 +29,7 @@ def _candidates(models: Models) -> list[tuple[str, nn.Parameter]]:
 
 
 def check(stages: Sequence[Stage], models: Models) -> None:
-    """Stage check: every glob of a stage names a parameter, and every stage trains one.
-
-    Args:
-        stages: their globs.
-        models: of the objective; parameters of others than the decoder are named MODEL/PARAMETER.
+    """Stage check: every glob names a parameter, as MODEL/PARAMETER of others than the decoder.
 
     Raises:
         InputError: a glob names none, or a stage would train nothing.
@@ -68,7 +64,5 @@ def enter(stage: Stage, models: Iterable[Models], optimizers: Iterable[torch.opt
         for name, parameter in _candidates(same):
             parameter.requires_grad_(stage.trains(name))
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    optimizer.state.pop(parameter, None)
+        for frozen in [parameter for parameter in optimizer.state if not parameter.requires_grad]:
+            del optimizer.state[frozen]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.optim.groups import change_settings, make_optimizers
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.precision import choose_precision
-from minillama.training.probes import Probes
+from minillama.training.probes import attention_logit_max, matrices, update_ratio
 from minillama.training.ranks import Ranks
 from minillama.training.state import TrainingState
 
@@ -39,11 +40,11 @@ PEAK_EVERY = 50  # steps between two measurements of the peak, at least
 NAMED = 8  # rows of a skipped batch whose sources are reported
 
 
+@dataclass(eq=False)
 class Trainer:
     """Training loop of a model in a run folder.
 
     Args:
-        config: the run.
         dtype: of the forward and backward passes.
         objective: the loss, its data and its models, on their device.
         saved: how the model is written.
@@ -55,41 +56,38 @@ class Trainer:
         InputError: the checkpoint was made with other data, or beside other frozen models.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        dtype: torch.dtype,
-        objective: Objective,
-        saved: ModelFolder,
-        folder: RunFolder,
-        report: Report,
-        checkpoint: Checkpoint | None = None,
-    ) -> None:
-        self.config, self.dtype, self.objective, self.saved = config, dtype, objective, saved
-        self.folder, self.report = folder, report
+    config: RunConfig
+    dtype: torch.dtype
+    objective: Objective
+    saved: ModelFolder
+    folder: RunFolder
+    report: Report
+    checkpoint: InitVar[Checkpoint | None] = None
+
+    def __post_init__(self, checkpoint: Checkpoint | None) -> None:
+        config, objective, dtype, report = self.config, self.objective, self.dtype, self.report
         self.masters, self.ranks = dict(objective.models), Ranks.current()
         self.model = model = cast(Decoder, self.masters[MODEL])
         self.peak, self.next_peak = peak_flops(model.device, dtype), 0
         self.optimizers = make_optimizers(self.masters, config.optim)
         self.guard, self.signals = Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
-        self.doing = "training"
+        self.phase = "training"
         trainable.check(config.stages, self.masters)
         model.checkpointing = config.train.checkpointing
-        self.writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep, saved.write, report)
+        self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint.keep, self.saved.write, report)
         self._unrecorded: dict[str, Any] | None = None
-        self.state = TrainingState(objective, saved, self.optimizers, self.guard)
+        self.state = TrainingState(objective, self.saved, self.optimizers, self.guard)
         for companion in objective.companions.values():
             companion.to(dtype).eval().requires_grad_(False)
         if checkpoint is not None:
             self.state.restore(checkpoint)
-            self._take_up(checkpoint.run["record"])
+            self._rewind(checkpoint.run["record"])
         self.precision = {name: choose_precision(master, dtype) for name, master in self.masters.items()}
         objective.models = {name: precision.model for name, precision in self.precision.items()}
         self.working = cast(Decoder, objective.models[MODEL])
         if config.train.compile != "false":
             use_native_kernels(self.working, report.say)
-        self.probes = Probes(model, config.metrics.every, config.micro_batch_size)
         mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
         self.compiler = Compiler(mode, self.working, report)
 
@@ -113,7 +111,7 @@ class Trainer:
                 self.writer.wait()  # whatever it was, the checkpoint being written is completed
                 if not memory.is_out_of_memory(error):
                     raise
-                raise memory.explain(error, self.config, self.dtype, self.model.device, self.doing) from error
+                raise memory.explain(error, self.config, self.dtype, self.model.device, self.phase) from error
             finally:
                 self.report.stop()
 
@@ -122,7 +120,7 @@ class Trainer:
         for model in self.objective.models.values():
             model.train()
         if self.state.step == 0:
-            self.validate()
+            self.validate({"step": 0, "tokens": 0})
         elif self._unrecorded is not None:  # the run was stopped after the checkpoint, before its line was written
             self._finish_step(self._unrecorded)
         self.report.start(self.state.step, steps)
@@ -168,28 +166,33 @@ class Trainer:
         norms = clip(self.masters, optim.grad_clip)
         norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
         reason = self.guard.judge(losses.loss, norm)
-        if reason is None:
-            with self.probes.around(step + 1):
-                self._update()
-        else:
-            places = self._skip(batch, reason, math.isfinite(losses.loss))
+        outcome = self._update(step + 1) if reason is None else self._skip(batch, reason, math.isfinite(losses.loss))
         tokens, seconds = batch.tokens.numel() * self.ranks.world, time.perf_counter() - began
         self.state.count(tokens, seconds)
         record = _finite({**prepared, **losses.record(), "step": step + 1, "loss": losses.loss, "lr": rate, **norms})
         record |= self._costs(tokens / seconds)
-        record |= {"skipped": reason, "rows": places} if reason else self.probes.measures(self.objective, batch)
+        if "update_ratio" in outcome:
+            rows = batch.rows(0, config.micro_batch_size).to(self.model.device)
+            outcome["attention_logit_max"] = attention_logit_max(self.model, self.objective, rows)
+            outcome = {name: value for name, value in outcome.items() if math.isfinite(value)}
+        record |= outcome
         self.report.step(record)
         self.compiler.after_step(seconds, config.train.steps - self.state.step)
         return record
 
-    def _update(self) -> None:
+    def _update(self, step: int) -> dict[str, Any]:
+        """Update of the weights; its ratio to them, if due."""
+        every = self.config.metrics.every
+        is_measured = every > 0 and step % every == 0
+        before = [matrix.clone() for matrix in matrices(self.model)] if is_measured else []
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for precision in self.precision.values():
             precision.refresh()
+        return {"update_ratio": update_ratio(before, matrices(self.model))} if is_measured else {}
 
-    def _skip(self, batch: Batch, reason: str, finite: bool) -> list[str]:
+    def _skip(self, batch: Batch, reason: str, finite: bool) -> dict[str, Any]:
         """Skipped step: weights unchanged, and the rows with a NaN or infinite loss, or all, reported by source."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -198,11 +201,11 @@ class Trainer:
         bad = [] if finite else [i for i in everything if not is_finite(self.objective, moved.rows(i, i + 1))]
         rows = list(bad or everything)
         shown = self.objective.where(self.state.step, rows[:NAMED])
-        places = [f"row {row}: {place}" for row, place in zip(rows[:NAMED], shown, strict=True)]
-        places += [f"and {len(rows) - NAMED} rows more"] if len(rows) > NAMED else []
+        locations = [f"row {row}: {location}" for row, location in zip(rows[:NAMED], shown, strict=True)]
+        locations += [f"and {len(rows) - NAMED} rows more"] if len(rows) > NAMED else []
         which = "the rows with a NaN or infinite loss" if bad else "all rows"
-        self.report.say(f"step {self.state.step + 1} skipped: {reason}; {which}: {'; '.join(places)}")
-        return places
+        self.report.say(f"step {self.state.step + 1} skipped: {reason}; {which}: {'; '.join(locations)}")
+        return {"skipped": reason, "rows": locations}
 
     def _enter_stage(self, step: int) -> None:
         if self.config.stages and self.config.stage(step) is not self.stage:
@@ -226,27 +229,26 @@ class Trainer:
         mfu, state = flops / self.peak if flops <= self.peak else None, self.state
         return {"tokens": state.tokens, "tokens_per_second": speed, "mfu": mfu, "seconds": state.seconds}
 
-    def validate(self, record: dict[str, Any] | None = None) -> None:
-        """Validation on held-out data and a sample; the result goes into the step's line of metrics.jsonl.
+    def validate(self, record: dict[str, Any]) -> None:
+        """Validation on held-out data and a sample; the result goes into `record`, the step's line of metrics.jsonl.
 
         Raises:
             Interrupted: a signal came. Nothing is lost: the checkpoint was written before.
         """
         began = time.perf_counter()
-        self.doing = "evaluating"
+        self.phase = "evaluating"
         with self.signals.leaving_at_once():
             found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
         self.state.seconds += time.perf_counter() - began
-        base = record or {"step": self.state.step, "tokens": self.state.tokens}
-        append_line(self.folder.metrics, base | _finite(found) | {"seconds": self.state.seconds})
+        append_line(self.folder.metrics, record | _finite(found) | {"seconds": self.state.seconds})
         if self.state.step and math.isfinite(found[self.objective.best[0]]):
             self.writer.losses[self.state.step] = self._score(found)
-        shown = ({"loss": record["loss"]} if record and record["loss"] is not None else {}) | dict(found)
+        shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.state.step}: {text}")
         with self.signals.leaving_at_once():
             self._sample()
-        self.doing = "training"
+        self.phase = "training"
 
     def _score(self, measures: Mapping[str, float]) -> float:
         """Measure by which the best checkpoint is kept, negated if higher is better."""
@@ -264,7 +266,7 @@ class Trainer:
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             self.report.say("  | " + (text + completion.text).strip().replace("\n", "\n  | "))
 
-    def _take_up(self, record: dict[str, Any]) -> None:
+    def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
         step = self.state.step
         lines = [line for line in read_lines(self.folder.metrics) if line["step"] <= step]
@@ -273,9 +275,8 @@ class Trainer:
             for line in lines
             if line["step"] and line.get(self.objective.best[0]) is not None
         }
-        is_complete = bool(lines) and lines[-1]["step"] == step
-        if self._validates(step):
-            is_complete = is_complete and step in self.writer.losses
+        is_scored = step in self.writer.losses or not self._validates(step)
+        is_complete = bool(lines) and lines[-1]["step"] == step and is_scored
         self.folder.rewind_metrics(step if is_complete else step - 1)
         self._unrecorded = None if is_complete else record
 

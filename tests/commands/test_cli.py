@@ -59,7 +59,7 @@ def test_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "error: unknown command 'trian'; did you mean 'train'?\n")
     assert cli.main(["--frobnicate"]) == 2
     assert (
-        "there are: train, generate, infill, classify, show, compare, convert, inspect, tokenizer, doctor, plan"
+        "there are: train, generate, infill, classify, show, compare, convert, inspect, data, tokenizer, doctor, plan"
         in capsys.readouterr().err
     )
 

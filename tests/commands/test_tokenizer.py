@@ -10,7 +10,7 @@ import pytest
 
 from minillama import Tokenizer
 from minillama.commands.cli import main
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.train import Kind
 
 
 @pytest.fixture

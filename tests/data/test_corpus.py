@@ -93,12 +93,12 @@ def test_rows_of_several_processes_are_those_of_one(processes: int) -> None:
 @settings(deadline=None, max_examples=20)
 def test_mixture_is_exact_in_every_block(weights: list[float], seed: int) -> None:
     data = corpus(*[200_000] * len(weights), weights=weights)
-    assert sum(data.places) == BLOCK
+    assert sum(data.block_counts) == BLOCK
     for block in range(2):
         rows = np.concatenate([data.batch(seed, step, 512, 10) for step in range(8 * block, 8 * block + 8)])
         seen = Counter((rows[:, 0] // 1_000_000).tolist())
         for source, weight in enumerate(weights):
-            assert seen[source] == data.places[source]
+            assert seen[source] == data.block_counts[source]
             assert abs(seen[source] - weight / sum(weights) * BLOCK) < 1
 
 

@@ -37,7 +37,7 @@ def test_tinyshakespeare_is_cut_at_nine_tenths(shared: Path, tmp_path: Path) -> 
     text = path.read_bytes().decode()
     corpus, tokenizer = prepare([Source(path=str(path))], TokenizerTrainer("char", 0), cache=tmp_path, val_fraction=0.1)
     border = int(len(text) * 0.9)
-    assert not corpus.has_separators
+    assert corpus.separator is None
     assert (corpus.train[0].tokens, corpus.val[0].tokens) == (1_003_854, 111_540)  # nanoGPT's shakespeare_char
     assert tokenizer.decode(everything(corpus.train[0])) == text[:border]
     assert tokenizer.decode(everything(corpus.val[0])) == text[border:]
@@ -144,7 +144,7 @@ def test_second_start_reads_nothing(shared: Path, tmp_path: Path, monkeypatch: p
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert len(names) == 3
     assert (first.batch(1, 2, 8, 64) == second.batch(1, 2, 8, 64)).all()
-    assert first.has_separators and first.places == [3072, 1024]
+    assert first.separator is not None and first.block_counts == [3072, 1024]
 
 
 def test_key_follows_all_that_tokens_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +203,8 @@ def test_long_texts_are_encoded_in_pieces_that_change_nothing(
     path = shared / "text" / "en" / "alice.txt"
     text = next(documents(Source(path=str(path)))).text
     tokenizer = TokenizerTrainer("byte-bpe", 1000)([text])
-    monkeypatch.setattr(module, "PIECE", 500)
-    pieces = [piece.text for piece in module._pieces([Part("train", text)])]
+    monkeypatch.setattr(module, "CHUNK", 500)
+    pieces = [piece.text for piece in module._chunks([Part("train", text)])]
     assert "".join(pieces) == text
     assert len(pieces) > 100 and max(map(len, pieces)) <= 1000
     corpus, _ = prepare([Source(path=str(path))], tokenizer, cache=tmp_path, val_fraction=0.1)
@@ -214,8 +214,8 @@ def test_long_texts_are_encoded_in_pieces_that_change_nothing(
 
 
 def test_pieces_of_a_text_without_blanks() -> None:
-    text = "字" * (5 * module.PIECE)
-    pieces = list(module._pieces([Part("train", text)]))
+    text = "字" * (5 * module.CHUNK)
+    pieces = list(module._chunks([Part("train", text)]))
     assert "".join(piece.text for piece in pieces) == text
     assert [(piece.starts, piece.ends) for piece in pieces] == [(True, False), (False, False), (False, True)]
 

@@ -175,7 +175,7 @@ def test_fault_11_text_that_is_no_text(tmp_path: Path, data: bytes, place: str, 
     assert found in message(caught)
     report = Skipped()
     assert [document.text for document in documents(source, "skip", report)] == ["good"]
-    assert (report.counts, report.places) == ({reason: 1}, [f"{tmp_path}/{place}"])
+    assert (report.counts, report.locations) == ({reason: 1}, [f"{tmp_path}/{place}"])
 
 
 @pytest.mark.parametrize(("line", "found", "reason"), BAD_LINES)
@@ -190,7 +190,7 @@ def test_fault_11_12_bad_line_of_jsonl(tmp_path: Path, line: bytes, found: str, 
     assert "data.on_error" in message(caught)
     report = Skipped()
     assert [document.text for document in documents(source, "skip", report)] == ["one", "three"]
-    assert (report.counts, report.places) == ({reason: 1}, [f"{path}:2"])
+    assert (report.counts, report.locations) == ({reason: 1}, [f"{path}:2"])
 
 
 def test_fault_12_skipped_lines_are_counted_on_every_start(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_fault_12_skipped_lines_are_counted_on_every_start(tmp_path: Path) -> No
     for _ in range(2):
         corpus, _ = prepare([Source(path=str(path))], byte_tokenizer(), cache=tmp_path / "c", on_error="skip")
         assert corpus.skipped.counts == {"malformed JSON": 10}
-        assert corpus.skipped.places == [f"{path}:{n}" for n in (1, 11, 21, 31, 41)]
+        assert corpus.skipped.locations == [f"{path}:{n}" for n in (1, 11, 21, 31, 41)]
     with pytest.raises(InputError, match=r"a\.jsonl:1"):
         prepare([Source(path=str(path))], byte_tokenizer(), cache=tmp_path / "c", on_error="stop")
 

@@ -189,13 +189,13 @@ def test_when_recording_fails_the_layers_go_on() -> None:
     expected = said(decoder)
     decoder.step = GraphStep(decoder, lines.append, fails)
     assert said(decoder) == expected
-    assert lines == ["the decode step was not recorded, decoding goes on without: a number was read back"]
+    assert lines == ["the CUDA graph was not captured, decoding goes on without: a number was read back"]
 
 
 def test_it_is_for_keys_and_values_on_a_gpu_and_stays_with_its_weights() -> None:
     decoder = Decoder(CONFIG)
-    assert unsupported(decoder) == "the model lies on cpu"
-    assert unsupported(Decoder(ModelConfig.load("rwkv-tiny"))) == "a recurrence has no memory of fixed place"
+    assert unsupported(decoder) == "the model is on cpu"
+    assert unsupported(Decoder(ModelConfig.load("rwkv-tiny"))) == "a recurrent state has no fixed address"
     decoder.step = GraphStep(decoder, record=Recorder())
     assert copy.deepcopy(decoder).step is None
     assert decoder.fuse().step is None

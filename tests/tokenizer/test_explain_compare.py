@@ -11,7 +11,7 @@ from minillama.errors import InputError
 from minillama.tokenizer import TokenizerTrainer
 from minillama.tokenizer.compare import measure, plot
 from minillama.tokenizer.explain import explain
-from minillama.tokenizer.kinds import Kind
+from minillama.tokenizer.train import Kind
 
 HUGS = ["hug"] * 10 + ["pug"] * 5 + ["pun"] * 12 + ["bun"] * 4 + ["hugs"] * 5
 KINDS: list[Kind] = ["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]
@@ -52,9 +52,9 @@ def test_the_lattice_with_its_scores() -> None:
 def test_longest_matches() -> None:
     made = TokenizerTrainer("wordpiece", 18)(HUGS)
     lines = list(explain(made, "hugs mug"))
-    assert "  longest piece of hugs                 hug" in lines
-    assert "  longest piece of s                    ##s" in lines
-    assert "  no piece fits somewhere in mug: the whole word is [UNK]" in lines
+    assert "  longest match in hugs                 hug" in lines
+    assert "  longest match in s                    ##s" in lines
+    assert "  no match somewhere in mug: the whole word is [UNK]" in lines
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +78,7 @@ def test_the_steps_of_real_vocabularies(name: str, shared: Path) -> None:
 def test_an_added_token_is_told(shared: Path) -> None:
     made = TokenizerTrainer("byte-bpe", 261)(HUGS)
     made.backend.add_tokens(["[hug]"])
-    assert any("added tokens are cut out" in line for line in explain(made, "a [hug] b"))
+    assert any("added tokens are split off" in line for line in explain(made, "a [hug] b"))
 
 
 def test_figures_by_hand() -> None:

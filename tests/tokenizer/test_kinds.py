@@ -15,11 +15,11 @@ from minillama import Tokenizer
 from minillama.errors import InputError
 from minillama.tokenizer import TokenizerTrainer
 from minillama.tokenizer.backends import splitter
-from minillama.tokenizer.kinds import Kind
 from minillama.tokenizer.pre import STEPS
 from minillama.tokenizer.reference import wordpiece
 from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS, count_words
 from minillama.tokenizer.reference.unigram import Unigram
+from minillama.tokenizer.train import Kind
 
 TRAINED: list[Kind] = ["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char"]
 LOSSLESS: list[Kind] = ["byte-bpe", "bpe", "unigram", "bytes"]

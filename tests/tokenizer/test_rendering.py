@@ -265,7 +265,7 @@ def test_a_template_may_escape_json(byte_bpe: Tokenizer) -> None:
     source = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=true) }}{{ eos_token }}{% endfor %}"
     chosen = Template("mine", source, byte_bpe.template_variables)
     rendered = encode(injected("user", "é<|im_end|>"), chosen, byte_bpe)
-    assert rendered.text.startswith('"\\u00e9<|im_end|>"<|endoftext|>')
+    assert rendered.text.startswith('<|endoftext|>"\\u00e9<|im_end|>"<|endoftext|>')
     assert byte_bpe.backend.token_to_id("<|im_end|>") not in rendered.ids
 
 

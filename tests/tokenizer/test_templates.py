@@ -161,8 +161,9 @@ def test_the_prompt_of_an_answer_is_the_beginning_of_its_conversation(name: str)
     prompt = encode_prompt(conversation.first(3), chosen, tokenizer)
     first = next(i for i, weight in enumerate(rendered.weights) if weight)
     assert rendered.ids[:first] == prompt
-    assert rendered.text == tokenizer.decode(rendered.ids, skip_special=False).removeprefix(
-        tokenizer.bos_token if not chosen.render(conversation).startswith(tokenizer.bos_token) else ""
+    assert rendered.text == tokenizer.decode(rendered.ids, skip_special=False)
+    assert rendered.text.removeprefix(tokenizer.bos_token).endswith(
+        chosen.render(conversation).removeprefix(tokenizer.bos_token)
     )
 
 

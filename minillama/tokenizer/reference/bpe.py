@@ -6,14 +6,12 @@ one printable character each (`pre.py`).
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from minillama.errors import InputError
-from minillama.tokenizer.reference.pairs import Pair, PairCounts, join
+from minillama.tokenizer.reference.pairs import Pair, PairCounts, PairQueue, join
 
 Merge = Pair
 Ties = Literal["library", "first", "greatest"]
@@ -48,55 +46,27 @@ def train(
     corpus = PairCounts.of(words)
     ids = {symbol: i for i, symbol in enumerate(sorted({*alphabet, *corpus.symbols}))}
 
-    def entry(pair: Merge) -> _Entry:
-        return _Entry(corpus.pairs[pair], (ids[pair[0]], ids[pair[1]]), pair, ties == "greatest")
+    def count(pair: Pair) -> int:
+        return corpus.pairs[pair] if corpus.pairs[pair] >= min_count else 0
 
-    heap = [entry(pair) for pair in corpus.pairs]
-    heapq.heapify(heap)
+    def key(pair: Pair) -> tuple[object, ...]:
+        if ties == "greatest":  # the reverse of the lexicographic order; the end of a symbol comes last
+            return tuple((*(-ord(char) for char in symbol), 1) for symbol in pair)
+        return tuple(ids[symbol] for symbol in pair)
+
+    queue = PairQueue(count, key)
+    queue.push(corpus.pairs)
     learned: list[Merge] = []
-    while len(learned) < merges:
-        best = _pop(heap, corpus)
-        if best is None or best.count < min_count:
-            break
+    while len(learned) < merges and (best := queue.pop()) is not None:
         if ties == "first":
-            equal = [best]
-            while heap and heap[0].count == best.count:
-                equal.append(heapq.heappop(heap))
-            best = min((e for e in equal if e.count == corpus.pairs[e.pair]), key=lambda e: corpus.first(e.pair))
-            for other in equal:
-                if other.pair != best.pair:
-                    heapq.heappush(heap, other)
-        learned.append(best.pair)
-        joined = best.pair[0] + best.pair[1]
+            equal = queue.pop_equal(best)
+            best = corpus.first(equal)
+            queue.push(equal - {best})
+        joined = best[0] + best[1]
+        learned.append(best)
         ids.setdefault(joined, len(ids))
-        for pair in corpus.merge(best.pair, joined):
-            if corpus.pairs[pair] > 0:
-                heapq.heappush(heap, entry(pair))
+        queue.push(corpus.merge(best, joined))
     return learned
-
-
-def _pop(heap: list[_Entry], corpus: PairCounts) -> _Entry | None:
-    """The smallest entry that is not stale; a pair whose count has changed has a newer one in the heap."""
-    while heap:
-        entry = heapq.heappop(heap)
-        if entry.count and entry.count == corpus.pairs[entry.pair]:
-            return entry
-    return None
-
-
-@dataclass
-class _Entry:
-    """Heap entry of a pair; the smallest is the next merge."""
-
-    count: int
-    key: tuple[int, ...]
-    pair: Merge
-    greatest: bool
-
-    def __lt__(self, other: _Entry) -> bool:
-        if self.count != other.count:
-            return self.count > other.count
-        return self.pair > other.pair if self.greatest else self.key < other.key
 
 
 def encode(

@@ -2,8 +2,8 @@
 
 Bytes alone make Chinese text three times as long as its characters. Frequent byte n-grams, across character
 boundaries too, shorten it without a large vocabulary, and languages share them (Wang, Cho and Gu 2020,
-arXiv 1909.03341, §3.1). Here the vocabulary is selected by bytes saved, not by merges; segmentation is by
-dynamic programming.
+arXiv 1909.03341, §3.1). Here the vocabulary is selected by bytes saved, not by merges; segmentation is the
+Viterbi algorithm.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from minillama.errors import InputError
+from minillama.tokenizer.reference.unigram import Unigram
 from minillama.tokenizer.reference.utf8 import recover
 
 
@@ -26,7 +27,9 @@ class ByteNgrams:
     def __init__(self, ngrams: Iterable[bytes]) -> None:
         self.pieces = list(dict.fromkeys([*(bytes([byte]) for byte in range(256)), *ngrams]))
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
-        self.longest = max(map(len, self.pieces))
+        # bytes as characters of equal probability: the best segmentation is the shortest
+        self._model = Unigram({piece.decode("latin-1"): -1.0 for piece in self.pieces})
+        self.longest = self._model.longest
 
     @classmethod
     def train(cls, words: Mapping[str, int], vocab_size: int, longest: int = 12) -> ByteNgrams:
@@ -68,18 +71,8 @@ class ByteNgrams:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the shortest segmentation; ties: the longest last token piece."""
-        data = text.encode()
-        fewest, start_of = [0], [0]
-        for end in range(1, len(data) + 1):
-            starts = range(max(0, end - self.longest), end)
-            count, start = min((fewest[start], start) for start in starts if data[start:end] in self.ids)
-            fewest.append(count + 1)
-            start_of.append(start)
-        ids, end = [], len(data)
-        while end:
-            ids.append(self.ids[data[start_of[end] : end]])
-            end = start_of[end]
-        return ids[::-1]
+        segments = self._model.encode(text.encode().decode("latin-1"))
+        return [self.ids[segment.encode("latin-1")] for segment in segments]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, invalid UTF-8 recovered by `utf8.recover`."""

@@ -1,4 +1,4 @@
-"""Incremental pair counts for BPE and WordPiece training.
+"""Pairs of adjacent symbols, for BPE and WordPiece training: incremental counts, and the queue of candidates.
 
 A merge changes counts only around its own occurrences, so only the words that hold the pair are recounted.
 A full recount per merge would take as long as the first count.
@@ -6,10 +6,12 @@ A full recount per merge would take as long as the first count.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 Pair = tuple[str, str]
 
@@ -42,13 +44,9 @@ class PairCounts:
         """Pair counts of words with their counts; the symbols are characters."""
         return cls([list(word) for word in table], list(table.values()))
 
-    def first(self, pair: Pair) -> tuple[int, int]:
-        """Word and position of the pair's first occurrence now."""
-        for i in sorted(self._occurrences[pair]):
-            for at, two in enumerate(pairwise(self.words[i])):
-                if two == pair:
-                    return i, at
-        raise KeyError(pair)
+    def first(self, pairs: Container[Pair]) -> Pair:
+        """The pair that occurs first in the words as segmented now."""
+        return next(pair for symbols in self.words for pair in pairwise(symbols) if pair in pairs)
 
     def merge(self, pair: Pair, joined: str) -> list[Pair]:
         """Merge all occurrences of the pair; returns the pairs whose counts changed, in order of occurrence."""
@@ -70,6 +68,41 @@ class PairCounts:
                 self._occurrences[pair].add(i)
                 self.born.setdefault(pair, len(self.born))
         return pairs
+
+
+@dataclass
+class PairQueue:
+    """Priority queue of pairs, greatest score first; ties: the smallest key.
+
+    A pair is pushed again when its score changes; entries with an old score are skipped.
+    """
+
+    score: Callable[[Pair], float]
+    key: Callable[[Pair], Any]
+    _heap: list[tuple[float, Any, Pair]] = field(default_factory=list)
+
+    def push(self, pairs: Iterable[Pair]) -> None:
+        """Add pairs, or their new scores; scores of 0 are left out."""
+        for pair in pairs:
+            if score := self.score(pair):
+                heapq.heappush(self._heap, (-score, self.key(pair), pair))
+
+    def pop(self) -> Pair | None:
+        """The first pair, None when none is left."""
+        while self._heap:
+            score, _, pair = heapq.heappop(self._heap)
+            if -score == self.score(pair):
+                return pair
+        return None
+
+    def pop_equal(self, pair: Pair) -> set[Pair]:
+        """All pairs with the score of this one, itself included."""
+        equal, score = {pair}, self.score(pair)
+        while self._heap and -self._heap[0][0] == score:
+            other = heapq.heappop(self._heap)[-1]
+            if self.score(other) == score:
+                equal.add(other)
+        return equal
 
 
 def join(symbols: Sequence[str], pair: Pair, joined: str) -> list[str]:

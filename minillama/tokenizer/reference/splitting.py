@@ -23,13 +23,13 @@ PATTERNS = {
     # SmolLM's: single digits, GPT-2's words between them
     "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
     # SentencePiece's: U+2581, a space, begins a word; here newlines end one, too
-    "blanks": r"▁?[^▁\n]+|▁|\n",
+    "sentencepiece": r"▁?[^▁\n]+|▁|\n",
     "words": r"[\p{L}\p{M}\p{N}_]+|[^\s\p{L}\p{M}\p{N}_]+",
     # BERT's: single punctuation marks and Han characters
     "bert": r"[\p{Han}\p{P}$+<=>^`|~]|[^\s\p{Han}\p{P}$+<=>^`|~]+",
     "spaces": r"\S+",
 }
-KEEPING = ("gpt-2", "cl100k", "llama-3", "smollm", "blanks")  # lossless patterns; the others drop whitespace
+KEEPING = ("gpt-2", "cl100k", "llama-3", "smollm", "sentencepiece")  # lossless patterns; the others drop whitespace
 
 
 def split(text: str, pattern: str) -> list[str]:

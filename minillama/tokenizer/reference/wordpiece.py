@@ -5,13 +5,12 @@ Schuster and Nakajima 2012; Devlin et al. 2019 (BERT). Continuation token pieces
 
 from __future__ import annotations
 
-import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal
 
 from minillama.errors import InputError
-from minillama.tokenizer.reference.pairs import Pair, PairCounts
+from minillama.tokenizer.reference.pairs import Pair, PairCounts, PairQueue
 
 CONTINUATION = "##"
 Score = Literal["information", "count"]
@@ -56,22 +55,19 @@ def train(
 
     def value(pair: Pair) -> float:
         count = corpus.pairs[pair]
-        return count if score == "count" else count / (corpus.symbols[pair[0]] * corpus.symbols[pair[1]] or 1)
+        if count < min_count:
+            return 0
+        return count if score == "count" else count / (corpus.symbols[pair[0]] * corpus.symbols[pair[1]])
 
-    heap: list[tuple[float, int, Pair]] = []
-
-    def push(pairs: Iterable[Pair]) -> None:
+    def push(pairs: Collection[Pair]) -> None:
+        queue.push(pairs)
         for pair in pairs:
-            if corpus.pairs[pair] >= min_count:
-                heapq.heappush(heap, (-value(pair), corpus.born[pair], pair))
-                for part in pair:
-                    partners[part][pair] = None
+            for part in pair:
+                partners[part][pair] = None
 
-    push(list(corpus.pairs))
-    while len(pieces) < vocab_size and heap:
-        known, _, best = heapq.heappop(heap)
-        if corpus.pairs[best] < min_count or known != -value(best):
-            continue  # stale; the heap has a newer entry
+    queue = PairQueue(value, corpus.born.__getitem__)
+    push(corpus.pairs)
+    while len(pieces) < vocab_size and (best := queue.pop()) is not None:
         joined = best[0] + best[1].removeprefix(CONTINUATION)
         pieces[joined] = None
         changed = corpus.merge(best, joined)

@@ -32,14 +32,7 @@ __all__ = [
 
 
 def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Instructions | Records) -> Objective:
-    """The objective that the configuration asks for.
-
-    Args:
-        config: the run.
-        model: the decoder, on its device.
-        tokenizer: the model's.
-        data: what `load_data` found for this objective.
-    """
+    """The objective that the configuration asks for, over what `load_data` found for it."""
     rows, context, settings = config.train.batch_size, config.context, config.objective
     if isinstance(settings, ClozeConfig):
         assert isinstance(data, Records)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
+from minillama.data.instructions import Instructions
+from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
@@ -137,15 +139,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-class Data(Protocol):
-    """What an objective reads has a fingerprint."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of all of it."""
-
-
-D = TypeVar("D", bound=Data)
+D = TypeVar("D", bound=Corpus | Instructions | Records)
 
 
 @dataclass(eq=False)
@@ -193,5 +187,4 @@ class TextObjective(DataObjective[Corpus]):
         return self.context
 
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """Source, document and tokens of these rows."""
         return self.data.where(self.seed, step, self.batch_size, self.window, rows)

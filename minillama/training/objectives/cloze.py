@@ -34,13 +34,12 @@ class ClozeQuestions(DataObjective[Records]):
         records = self.data.batch(self.seed, step, self.batch_size)
         answers = self.cloze.collate([self.cloze.layouts(record) for record in records])
         labels = torch.tensor([self.cloze.label(record) for record in records])
-        extras = {"answer": answers.answer, "label": labels}
+        extras = {"answer": answers.weights, "label": labels}
         mask, weights = Mask(prefix=answers.prefix), torch.ones(len(records))
         batch = Batch(answers.tokens, answers.targets, weights, mask, answers.positions, extras)
         return batch.share(rank, world)
 
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """File and line of these records."""
         return self.data.where(self.seed, step, self.batch_size, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -39,17 +39,17 @@ class Example:
         self.count = len(spans)
         ids = text.tolist()
         part_a: list[int] = []
-        places: dict[Span, int] = {}
+        slots: dict[Span, int] = {}
         at = 0
         for start, stop in sorted(spans):
             part_a += ids[at:start]
-            places[start, stop] = len(part_a)
+            slots[start, stop] = len(part_a)
             part_a.append(mask)
             at = stop
         self.layout = Layout.of(part_a + ids[at:])
         self.targets = [0] * self.layout.prefix
         for start, stop in spans:
-            self.layout = self.layout.fill(places[start, stop], [blanks.start, *ids[start:stop]])
+            self.layout = self.layout.fill(slots[start, stop], [blanks.start, *ids[start:stop]])
             self.targets += [*ids[start:stop], blanks.end]
 
 
@@ -87,9 +87,8 @@ class BlankInfilling(TextObjective):
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Batch of masked windows."""
         windows = self.data.batch(self.seed, step, self.batch_size, self.window)[:, :-1]
-        examples = (
-            self.example(window, np.random.default_rng([self.seed, step, row])) for row, window in enumerate(windows)
-        )
+        rngs = [np.random.default_rng([self.seed, step, row]) for row in range(len(windows))]
+        examples = [self.example(window, rng) for window, rng in zip(windows, rngs, strict=True)]
         return self.collate(examples).share(rank, world)
 
     def example(self, text: NDArray[np.int64], rng: np.random.Generator) -> Example:
@@ -112,11 +111,10 @@ class BlankInfilling(TextObjective):
         order = rng.permutation(len(spans))[: (self.context - len(text)) // 2]
         return Example(text, [spans[i] for i in order.tolist()], blanks.masks[kind], blanks)
 
-    def collate(self, examples: Iterable[Example]) -> Batch:
+    def collate(self, examples: Sequence[Example]) -> Batch:
         """Batch padded to the context; padding has weight 0."""
-        made = list(examples)
-        targets = [example.targets[example.layout.prefix :] for example in made]
-        rows = collate([example.layout for example in made], targets, self.context)
+        targets = [example.targets[example.layout.prefix :] for example in examples]
+        rows = collate([example.layout for example in examples], targets, self.context)
         return Batch(rows.tokens, rows.targets, rows.weights, Mask(prefix=rows.prefix), rows.positions)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:

@@ -41,7 +41,6 @@ class LanguageModel(TextObjective):
         return Batch(tokens, targets, weights, mask, positions, totals=totals)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Sum of nats over the batch's targets."""
         hidden = self.model.hidden(batch.tokens, batch.positions, batch.mask)
         return {"loss": self.model.loss(hidden, batch.targets, batch.weights, self.z_loss)}, {}
 

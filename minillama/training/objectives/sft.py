@@ -30,6 +30,7 @@ class FineTuning(DataObjective[Instructions]):
     def __post_init__(self, decoder: Decoder) -> None:
         super().__post_init__(decoder)
         self.prompts = [example.prompt for example in self.data.val[:1]]
+        decoder.stop_ids |= self.data.stop_ids
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rows of conversations; the divisor is the sum of their weights."""

@@ -97,14 +97,8 @@ def optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Te
 
 def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_state` gave. Parameters that had no state yet start without."""
-    state: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, part = key.rpartition("/")
-        state.setdefault(name, {})[part] = value
     for optimizer, name, parameter in _named(optimizers):
-        if name in state:
-            is_fused = optimizer.defaults.get("fused")
-            optimizer.state[parameter] = {  # a step count stays on the CPU unless the fused kernel reads it
-                part: value.to(parameter.device) if value.dim() or is_fused else value
-                for part, value in state[name].items()
-            }
+        is_fused = optimizer.defaults.get("fused")
+        own = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
+        for part, value in own.items():  # a step count stays on the CPU unless the fused kernel reads it
+            optimizer.state[parameter][part] = value.to(parameter.device) if value.dim() or is_fused else value

@@ -27,7 +27,6 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them, all of two dimensions.
-        lr: learning rate.
         weight_decay: decoupled, times `lr` per step.
         momentum: mu.
         dtype: of the matrix products; bfloat16 is enough where it is fast.
@@ -46,7 +45,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update of each parameter with a gradient."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for parameters in _batches(p for p in group["params"] if p.grad is not None):

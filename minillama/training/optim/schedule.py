@@ -19,7 +19,6 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     - `rsqrt`: min(lr, 1 / sqrt(step)) without warmup or floor, PaLM's with lr = 1e-2 (arXiv 2204.02311, §5).
 
     Args:
-        config: the `[optim]` section.
         step: 0..S; step 0 of a warmup has rate 0, so the loop asks for step + 1.
         steps: S.
     """
