@@ -57,7 +57,11 @@ def convert(
         raise InputError("the destination exists", where=target, fix="choose another, or remove it")
     opened = open_model(source)
     config, total = opened.config, len(opened.config.tensors())
-    tokenizer_path, vocab = _tokenizer(opened, tokenizer)
+    tokenizer_path = Path(tokenizer) if tokenizer is not None else opened.tokenizer
+    vocab = Tokenizer.load(tokenizer_path) if tokenizer_path is not None else None
+    if vocab is not None and vocab.vocab_size > config.vocab_size:
+        what, found = "the tokenizer is larger than the model's vocabulary", f"{vocab.vocab_size} tokens"
+        raise InputError(what, where=tokenizer_path, found=found, expected=f"at most {config.vocab_size}")
     stored = next(name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta"))
 
     def reported(values: Mapping[str, T]) -> Mapping[str, T]:
@@ -69,10 +73,11 @@ def convert(
 
     tensors = reported(opened.tensors)
     if to == "gguf":
-        keys, numbers = _keys(opened, vocab), opened.int4
-        if calibrate is not None and vocab is not None:
-            numbers = calibrate(opened, vocab)
-        kind, name, int4 = dtype or cast(gguf.DType, stored), opened.path.name, reported(numbers)
+        if vocab is None:
+            what = "a GGUF file includes a tokenizer, and none was found beside the model"
+            raise InputError(what, where=opened.path, fix="name one with --tokenizer FILE")
+        keys, kind, name = vocabulary(vocab, config.vocab_size), dtype or cast(gguf.DType, stored), opened.path.name
+        int4 = reported(opened.int4 if calibrate is None else calibrate(opened, vocab))
         return replace_file(target, lambda path: gguf.write(path, config, tensors, keys, kind, name, int4))
 
     def write(folder: Path) -> None:
@@ -96,31 +101,6 @@ def _check(to: str, dtype: str | None, calibrate: object) -> None:
     if calibrate is not None and dtype != "q4_1":
         what, fix = "calibration applies to q4_1 only", "add --dtype q4_1, or leave out --calibrate"
         raise InputError(what, where="--dtype", found=dtype, expected="q4_1", fix=fix)
-
-
-def _tokenizer(opened: ModelFile, given: str | os.PathLike[str] | None) -> tuple[Path, Tokenizer] | tuple[None, None]:
-    """Path and tokenizer of a model."""
-    tokenizer_path = Path(given) if given is not None else opened.tokenizer
-    if tokenizer_path is None:
-        return None, None
-    vocab = Tokenizer.load(tokenizer_path)
-    if vocab.vocab_size > opened.config.vocab_size:
-        found, expected = f"{vocab.vocab_size} tokens", f"at most {opened.config.vocab_size}"
-        raise InputError(
-            "the tokenizer is larger than the model's vocabulary", where=tokenizer_path, found=found, expected=expected
-        )
-    return tokenizer_path, vocab
-
-
-def _keys(opened: ModelFile, vocab: Tokenizer | None) -> Mapping[str, object]:
-    """Tokenizer keys of a GGUF file."""
-    if vocab is None:
-        raise InputError(
-            "a GGUF file includes a tokenizer, and none was found beside the model",
-            where=opened.path,
-            fix="name one with --tokenizer FILE",
-        )
-    return vocabulary(vocab, opened.config.vocab_size)
 
 
 def _add_generation(folder: Path, opened: ModelFile, vocab: Tokenizer | None) -> None:

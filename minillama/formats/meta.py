@@ -149,10 +149,8 @@ def _check_zip(path: Path) -> None:
 
 
 def _whole_shape(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> tuple[int, ...]:
-    shape = list(ranks[0][name].shape)
-    if axis is not None and axis < len(shape):
-        shape[axis] = sum(rank[name].shape[axis] for rank in ranks)
-    return tuple(shape)
+    shape = ranks[0][name].shape
+    return tuple(n * len(ranks) if i == axis else n for i, n in enumerate(shape))
 
 
 def _whole(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> Tensor:
@@ -196,12 +194,9 @@ def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
     """Whether the head is absent or a copy of the embedding, which may be sharded by another axis."""
     if HEAD not in ranks[0]:
         return True
-    if _whole_shape(ranks, HEAD, 0)[0] != _whole_shape(ranks, EMBEDDING, axis)[0]:
-        return False
-    first = ranks[0][HEAD][0, :1], ranks[0][EMBEDDING][0, :1]
-    if not torch.equal(*first):  # so that both are read in full only where they may be equal
-        return False
-    return torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
+    # the first value, so that both are read in full only where they may be equal
+    first = torch.equal(ranks[0][HEAD][0, :1], ranks[0][EMBEDDING][0, :1])
+    return first and torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
 
 
 def write(

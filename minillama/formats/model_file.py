@@ -16,8 +16,6 @@ from minillama.formats.stored import Stored
 from minillama.layers.int4 import Int4
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 T = TypeVar("T")
 
 
