@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minillama.config import ModelConfig, RopeScaling
+from minillama.config import ModelConfig
 from minillama.config.parameters import V
 from minillama.errors import InputError
 from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
@@ -25,7 +25,7 @@ from minillama.formats.layout import (
     to_half_split,
     to_interleaved,
 )
-from minillama.formats.model_file import LazyTensors, ModelFile
+from minillama.formats.model_file import FLOATS, LazyTensors, ModelFile
 from minillama.formats.stored import Stored
 from minillama.layers.int4 import Int4
 from minillama.layers.rope import inverse_frequencies
@@ -45,24 +45,22 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-# ours -> key after `llama.`
 KEYS = {
-    "dim": "embedding_length",
-    "n_layers": "block_count",
-    "n_heads": "attention.head_count",
-    "n_kv_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "hidden_dim": "feed_forward_length",
-    "vocab_size": "vocab_size",
-    "max_seq_len": "context_length",
-    "norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_theta": "rope.freq_base",
+    "dim": "llama.embedding_length",
+    "n_layers": "llama.block_count",
+    "n_heads": "llama.attention.head_count",
+    "n_kv_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "hidden_dim": "llama.feed_forward_length",
+    "vocab_size": "llama.vocab_size",
+    "max_seq_len": "llama.context_length",
+    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
 }
 REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len", "norm_eps")
 ROPE_FREQS = "rope_freqs.weight"
 DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3}  # -> general.file_type
-_PLAIN = {"F32": (np.float32, torch.float32), "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16)}
 
 
 def read(path: Path) -> ModelFile:
@@ -101,20 +99,19 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
         raise InputError("this is one shard of a split model", where=path, fix="merge it with llama-gguf-split --merge")
     if "token_embd.weight" not in header.tensors:
         raise InputError("the file has no model", where=path, expected="token_embd.weight", found="a vocabulary only")
-    values: dict[str, Any] = {}
-    for ours, theirs in KEYS.items():
-        key, number = f"llama.{theirs}", float if ours in ("norm_eps", "rope_theta") else int
-        if ours in REQUIRED or key in header.metadata:
-            values[ours] = header.get(key, number)
+    values: dict[str, Any] = {
+        ours: header.get(key, float if ours in ("norm_eps", "rope_theta") else int)
+        for ours, key in KEYS.items()
+        if ours in REQUIRED or key in header.metadata
+    }
     values.setdefault("rope_theta", 10000.0)
     values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     # float32 in the file: 1e-5 comes back as 9.99999974e-06
     values["norm_eps"] = float(str(np.float32(values["norm_eps"])))
     values["tie_embeddings"] = "output.weight" not in header.tensors
-    keys = {ours: f"llama.{theirs}" for ours, theirs in KEYS.items()}
-    config = ModelConfig.from_keys(values, path, keys)
+    config = ModelConfig.from_keys(values, path, KEYS)
     scaling = _scaling(header, config, path)
-    return ModelConfig.from_keys(values | {"rope_scaling": scaling}, path, keys) if scaling else config
+    return ModelConfig.from_keys(values | {"rope_scaling": scaling}, path, KEYS) if scaling else config
 
 
 def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, Any] | None:
@@ -145,9 +142,9 @@ def rope_divisors(config: ModelConfig) -> Tensor | None:
 
 
 def _tensor(path: Path, info: Stored) -> Tensor:
-    if info.dtype in _PLAIN:
-        numbers, dtype = _PLAIN[info.dtype]
-        return torch.from_numpy(np.memmap(path, numbers, "c", info.start, info.shape)).view(dtype)
+    if info.dtype in FLOATS:
+        data = np.memmap(path, np.uint8, "c", info.start, info.size)
+        return torch.from_numpy(data).view(FLOATS[info.dtype]).view(info.shape)
     package, rows = _package(), info.shape[:-1]
     data = np.memmap(path, np.uint8, "r", info.start, (*rows, info.size // math.prod(rows)))
     try:
@@ -173,7 +170,6 @@ def write(
     vocabulary: Mapping[str, Any],
     dtype: DType = "f16",
     name: str = "minillama",
-    progress: Callable[[str], None] = lambda name: None,
     int4: Mapping[str, Int4] | None = None,
 ) -> None:
     """Write one file, one tensor in memory at a time.
@@ -184,33 +180,31 @@ def write(
     Args:
         path: of the file.
         config: the shape.
-        tensors: by Hugging Face name.
+        tensors: by Hugging Face name; each is read once.
         vocabulary: `tokenizer.*` keys.
         dtype: of the matrices.
         name: `general.name`.
-        progress: called with each name.
         int4: quantized matrices for q4_1 by Hugging Face name; others are quantized by `Int4.of`.
     """
     check_writable(tensors, config, "GGUF, as it is written here,")
     gguf = _package()
     writer = gguf.GGUFWriter(path, "llama")
     _write_metadata(writer, config, vocabulary, dtype, name)
-    divisors = rope_divisors(config)
+    entries, divisors = list(layout(config, NAMES, interleaved=True).values()), rope_divisors(config)
     if divisors is not None:
-        writer.add_tensor_info(ROPE_FREQS, divisors.shape, np.dtype(np.float32), divisors.nbytes)
-    kinds = [(entry, _kind(gguf, entry, dtype)) for entry in layout(config, NAMES, interleaved=True).values()]
-    for entry, kind in kinds:
+        shape = tuple(divisors.shape)
+        entries.insert(0, Entry(ROPE_FREQS, shape, ("pairs",), {ROPE_FREQS: shape}))
+    kinds = [_kind(gguf, entry, dtype) for entry in entries]
+    for entry, kind in zip(entries, kinds, strict=True):
         block, width = gguf.GGML_QUANT_SIZES[kind]
         size = math.prod(entry.shape) // block * width
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if divisors is not None:
-        writer.write_tensor_data(divisors.numpy())
-    for entry, kind in kinds:
-        writer.write_tensor_data(_data(gguf, entry, kind, tensors, int4 or {}))
-        progress(entry.name)
+    for entry, kind in zip(entries, kinds, strict=True):
+        source = tensors if divisors is None or entry.name != ROPE_FREQS else {ROPE_FREQS: divisors}
+        writer.write_tensor_data(_data(gguf, entry, kind, source, int4 or {}))
     writer.close()
 
 
@@ -233,17 +227,15 @@ def _write_metadata(writer: Any, config: ModelConfig, vocabulary: Mapping[str, A
     writer.add_file_type(DTYPES[dtype])
     if dtype.startswith("q"):
         writer.add_quantization_version(_package().GGML_QUANT_VERSION)
-    theta = config.rope_theta
-    if config.rope_scaling is not None and config.rope_scaling.kind == "ntk":
-        theta = float(config.to_hf()["rope_theta"])
-    for ours, theirs in KEYS.items():
-        value = theta if ours == "rope_theta" else getattr(config, ours)
-        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"llama.{theirs}", value)
-    writer.add_uint32("llama.attention.value_length", config.head_dim)
-    writer.add_uint32("llama.rope.dimension_count", config.head_dim)
-    _write_scaling(writer, config.rope_scaling)
-    for key, value in vocabulary.items():
-        _add(writer, key, value)
+    values = {key: getattr(config, ours) for ours, key in KEYS.items()}
+    values["llama.rope.freq_base"] = config.to_hf()["rope_theta"]  # that of ntk scaling is larger
+    values["llama.attention.value_length"] = values["llama.rope.dimension_count"] = config.head_dim
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        values["llama.rope.scaling.type"] = "linear"
+        values["llama.rope.scaling.factor"] = config.rope_scaling.factor
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in {**values, **vocabulary}.items():
+        adders.get(type(value), writer.add_array)(key, value)
 
 
 def _kind(gguf: Any, entry: Entry, dtype: DType) -> Any:
@@ -252,14 +244,3 @@ def _kind(gguf: Any, entry: Entry, dtype: DType) -> Any:
         return kinds.F32
     kind = kinds.Q8_0 if dtype == "q4_1" and V in entry.axes else kinds[dtype.upper()]
     return kinds.F16 if entry.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
-
-
-def _write_scaling(writer: Any, scaling: RopeScaling | None) -> None:
-    if scaling is not None and scaling.kind == "linear":
-        writer.add_string("llama.rope.scaling.type", "linear")
-        writer.add_float32("llama.rope.scaling.factor", scaling.factor)
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    adders.get(type(value), writer.add_array)(key, value)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.config.loader import read_json
 from minillama.errors import InputError
-from minillama.formats.hf_names import NAMES
 from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
 from minillama.formats.model_file import ModelFile
 from minillama.formats.safetensors_header import read_header
@@ -27,6 +26,38 @@ from minillama.formats.stored import Stored
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# model_type -> parts of LLaMA's names -> those of transformers' other models
+NAMES: Mapping[str, Mapping[str, str]] = {
+    "bloom": {
+        "model.embed_tokens": "transformer.word_embeddings",
+        "model.embed_norm": "transformer.word_embeddings_layernorm",
+        "model.norm": "transformer.ln_f",
+        "model.layers": "transformer.h",
+        "self_attn.q_proj": "self_attention.query_key_value",
+        "self_attn.k_proj": "self_attention.query_key_value",
+        "self_attn.v_proj": "self_attention.query_key_value",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+    "rwkv": {
+        "model.embed_tokens": "rwkv.embeddings",
+        "model.embed_norm": "rwkv.blocks.0.pre_ln",
+        "model.norm": "rwkv.ln_out",
+        "model.layers": "rwkv.blocks",
+        "lm_head": "head",
+        "input_layernorm": "ln1",
+        "post_attention_layernorm": "ln2",
+        "self_attn": "attention",
+        "mlp": "feed_forward",
+        "k_proj": "key",
+        "v_proj": "value",
+        "o_proj": "output",
+        "r_proj": "receptance",
+        "up_proj": "key",
+        "down_proj": "value",
+    },
+}
 
 
 def read(folder: Path) -> ModelFile:
@@ -114,17 +145,15 @@ def write(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write config.json and the weights, one shard in memory at a time.
 
     Args:
         folder: made if it is not there.
         config: the shape; its `layout` has the names in the files.
-        tensors: by Hugging Face name.
+        tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         max_shard_size: bytes a file at most, unless one tensor is larger.
-        progress: is told each name.
 
     Raises:
         InputError: tensors that a model of this shape does not have, such as an adapter's.
@@ -151,7 +180,6 @@ def write(
         for entry in shard:
             part[entry.name] = entry.pack(tensors).detach().to("cpu", dtype).contiguous()
             weight_map[entry.name] = file
-            progress(entry.name)
         save_file(part, folder / file, metadata={"format": "pt"})
     stale = {path.name for path in folder.glob("model*.safetensors")} - set(weight_map.values())
     for name in (*stale, INDEX):

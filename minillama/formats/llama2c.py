@@ -17,7 +17,7 @@ import torch
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats.layout import layout, lazy_tensors
-from minillama.formats.model_file import ModelFile, optional
+from minillama.formats.model_file import ModelFile
 from minillama.formats.stored import Stored
 
 MAGIC = b"24ka"  # "ak42" as a little-endian integer
@@ -64,8 +64,9 @@ def read(path: Path) -> ModelFile:
     )
     stored = {name: Stored("F32", entry.shape) for name, entry in table.items()}
     kind = "llama2.c, version 1" if start[:4] == MAGIC else "llama2.c, legacy"
-    tokenizer = optional(path.with_name("tokenizer.bin"))
-    return ModelFile(path, kind, config, tensors, stored, tokenizer, {}, frozenset({BOS}))
+    tokenizer = path.with_name("tokenizer.bin")
+    found = tokenizer if tokenizer.exists() else None
+    return ModelFile(path, kind, config, tensors, stored, found, {}, frozenset({BOS}))
 
 
 def _config(path: Path, header: bytes, tied: bool | None = None) -> ModelConfig:

@@ -8,7 +8,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from minillama.config import ModelConfig, RopeScaling
 from minillama.config.loader import read_json
 from minillama.errors import InputError
 from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors, rename
-from minillama.formats.model_file import DTYPES, ModelFile, optional
+from minillama.formats.model_file import FLOATS, ModelFile
 from minillama.formats.stored import Stored
 
 NAMES = {
@@ -63,14 +63,15 @@ def read(folder: Path) -> ModelFile:
     axes = _axes(config) | {EMBEDDING: _embedding_axis(ranks, config.dim)}
     shapes = {name: _whole_shape(ranks, name, axes.get(name)) for name in ranks[0]}
     check_tensors(table, shapes, folder, {"rope.freqs", *([HEAD] if config.tie_embeddings else [])})
+    kinds = {dtype: name for name, dtype in FLOATS.items()}
     stored = {
-        f"{path.name}: {name}": Stored(DTYPES[tensor.dtype], tuple(tensor.shape))
+        f"{path.name}: {name}": Stored(kinds[tensor.dtype], tuple(tensor.shape))
         for path, rank in zip(paths, ranks, strict=True)
         for name, tensor in rank.items()
     }
     tensors = lazy_tensors(config, table, lambda name: _whole(ranks, name, axes[name]))
-    tokenizer = optional(folder / "tokenizer.model")
-    return ModelFile(folder, f"Meta folder, {len(paths)} ranks", config, tensors, stored, tokenizer, {})
+    tokenizer, kind = folder / "tokenizer.model", f"Meta folder, {len(paths)} ranks"
+    return ModelFile(folder, kind, config, tensors, stored, tokenizer if tokenizer.exists() else None, {})
 
 
 def _axes(config: ModelConfig) -> dict[str, int | None]:
@@ -121,7 +122,7 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is as Meta writes it: dense, with all values in the file (a stride of 0 repeats one)."""
     return (
         tensor.layout == torch.strided
-        and tensor.dtype in DTYPES
+        and tensor.dtype in FLOATS.values()
         and tensor.dim() in (1, 2)
         and tensor.is_contiguous()
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
@@ -148,10 +149,8 @@ def _check_zip(path: Path) -> None:
 
 
 def _whole_shape(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> tuple[int, ...]:
-    shape = list(ranks[0][name].shape)
-    if axis is not None and axis < len(shape):
-        shape[axis] = sum(rank[name].shape[axis] for rank in ranks)
-    return tuple(shape)
+    shape = ranks[0][name].shape
+    return tuple(n * len(ranks) if i == axis else n for i, n in enumerate(shape))
 
 
 def _whole(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> Tensor:
@@ -195,12 +194,9 @@ def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
     """Whether the head is absent or a copy of the embedding, which may be sharded by another axis."""
     if HEAD not in ranks[0]:
         return True
-    if _whole_shape(ranks, HEAD, 0)[0] != _whole_shape(ranks, EMBEDDING, axis)[0]:
-        return False
-    first = ranks[0][HEAD][0, :1], ranks[0][EMBEDDING][0, :1]
-    if not torch.equal(*first):  # so that both are read in full only where they may be equal
-        return False
-    return torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
+    # the first value, so that both are read in full only where they may be equal
+    first = torch.equal(ranks[0][HEAD][0, :1], ranks[0][EMBEDDING][0, :1])
+    return first and torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
 
 
 def write(
@@ -209,17 +205,15 @@ def write(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     ranks: int = 1,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write params.json and consolidated.NN.pth. A tied head is written twice, as Meta's code reads it.
 
     Args:
         folder: created if absent.
         config: the shape.
-        tensors: by Hugging Face name.
+        tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         ranks: number of files, each with its shard of heads, widths and columns.
-        progress: called with each name.
 
     Raises:
         InputError: params.json cannot express the shape, or the ranks do not divide it.
@@ -230,20 +224,22 @@ def write(
         raise InputError("the ranks do not divide the shape", where="ranks", found=ranks, expected=expected)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
-    tables: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    axes = _axes(config)
-    for name, entry in layout(config, NAMES, interleaved=True).items():
-        tensor, axis = entry.pack(tensors).detach().to("cpu", dtype), axes[name]
-        parts = [tensor] * ranks if axis is None else tensor.chunk(ranks, dim=axis)
-        for table, part in zip(tables, parts, strict=True):
-            table[name] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
-        progress(name)
-    if config.tie_embeddings:
-        embedding = tensors["model.embed_tokens.weight"].detach().to("cpu", dtype)
-        for table, part in zip(tables, embedding.chunk(ranks), strict=True):
-            table[HEAD] = part.contiguous().clone()
-    for rank, table in enumerate(tables):
-        torch.save(table, folder / f"consolidated.{rank:02}.pth")
+    axes, table = _axes(config), layout(config, NAMES, interleaved=True)
+    files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    heads: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for name, entry in table.items():
+        tensor = entry.pack(tensors).detach().to("cpu", dtype)
+        _split(files, name, tensor, axes[name])
+        if name == EMBEDDING and config.tie_embeddings:
+            _split(heads, HEAD, tensor, 0)
+    for rank, (file, head) in enumerate(zip(files, heads, strict=True)):
+        torch.save(file | head, folder / f"consolidated.{rank:02}.pth")
+
+
+def _split(files: list[dict[str, Tensor]], name: str, tensor: Tensor, axis: int | None) -> None:
+    parts = [tensor] * len(files) if axis is None else tensor.chunk(len(files), dim=axis)
+    for file, part in zip(files, parts, strict=True):
+        file[name] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:

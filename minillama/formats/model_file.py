@@ -15,9 +15,7 @@ from minillama.errors import InputError
 from minillama.formats.stored import Stored
 from minillama.layers.int4 import Int4
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
 
 
@@ -89,8 +87,3 @@ class ModelFile:
         if kinds == {"BF16"}:
             return torch.bfloat16
         return torch.float16 if kinds == {"F16"} and torch.device(device).type != "cpu" else torch.float32
-
-
-def optional(path: Path) -> Path | None:
-    """The path if it exists."""
-    return path if path.exists() else None

@@ -25,7 +25,6 @@ from minillama.config.lora import EMBEDDING, HEAD, matrices, named, refuse_tied
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file
 from minillama.formats import hf
-from minillama.formats.hf_names import NAMES
 from minillama.formats.layout import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
@@ -165,7 +164,7 @@ def _part(settings: PeftConfig, theirs: str, tensors: list[Tensor]) -> Part:
 
 def _names(config: ModelConfig) -> dict[str, str]:
     """Our name -> name in transformers of every layer that is one there as well."""
-    table = layout(config, NAMES.get(config.to_hf()["model_type"], {}))
+    table = layout(config, hf.NAMES.get(config.to_hf()["model_type"], {}))
     known = {f"{HEAD}.weight": f"{HEAD}.weight"}  # which a tied one has there too
     known |= {name: theirs for theirs, entry in table.items() if not entry.heads for name in entry.ours}
     return {
