@@ -298,16 +298,14 @@ class Engine:
 
     def _verify(self, batch: _Batch, speculation: Speculation) -> list[Request]:
         """Draft some tokens per row, read them in one pass, and append those that are accepted and the next."""
-        vocab_size = self.model.config.vocab_size
-        drafts = [speculation.propose(row, vocab_size, self.cache_dtype) for row in batch.rows]
+        drafts = [speculation.propose(row, self.model.config.vocab_size, self.cache_dtype) for row in batch.rows]
         unread = [row.ids[row.read :] + draft.tokens for row, draft in zip(batch.rows, drafts, strict=True)]
         sizes = [len(draft.tokens) + 1 for draft in drafts]
         for row, draft, logits in zip(batch.rows, drafts, self._read(batch, unread, sizes).split(sizes), strict=True):
             speculation.verify(row, draft, logits)
         batch.state.truncate([row.read for row in batch.rows])
-        requests = [row.request for row in batch.rows]
         self._release()
-        return requests
+        return [row.request for row in batch.rows]
 
     def _read_on(self, batch: _Batch, size: int | None = None, leave: int = 0) -> bool:
         """Read what is unread but the last `leave` tokens, at most `size` per row, in chunks for which there is room.

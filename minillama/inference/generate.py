@@ -136,6 +136,8 @@ def stream(
 ) -> Iterator[Chunk]:
     """Streaming generation, chunk by chunk, never half a character or part of a stop string.
 
+    The last chunk of each sequence has its finish reason.
+
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
@@ -164,9 +166,14 @@ def stream(
     try:
         for request in texts:
             engine.submit(request)
-        while any(request.finish_reason is None for request in texts):
+        while texts:
             moved = [request for request in engine.step() if request in texts]
-            yield from filter(None, (texts[request].chunk(request) for request in moved))
+            for request in moved or [request for request in texts if request.finish_reason is not None]:
+                chunk = texts[request].chunk(request)
+                if request.finish_reason is not None:
+                    del texts[request]
+                if chunk is not None:
+                    yield chunk
     finally:
         for request in texts:
             engine.cancel(request)
@@ -206,7 +213,7 @@ def generate(
         Completion(
             "".join(chunk.text for chunk in row),
             tuple(token for chunk in row for token in chunk.tokens),
-            (row[-1].reason if row else None) or "length",
+            row[-1].reason or "length",
         )
         for row in rows
     ]

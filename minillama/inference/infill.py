@@ -76,11 +76,7 @@ class MaskedText:
 
 
 def infill(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    max_new_tokens: int = 64,
-    sampling: Sampling = GREEDY,
+    model: Decoder, tokenizer: Tokenizer, texts: Sequence[str], max_new_tokens: int = 64, sampling: Sampling = GREEDY
 ) -> list[Filled]:
     """Infilling of several sequences in one batch: spans from left to right, conditioned on those before.
 
