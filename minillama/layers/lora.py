@@ -180,10 +180,11 @@ class LoRALayer(nn.Module):
         return adapter.added(y - bias, reduced) * gain + bias
 
     @torch.no_grad()
-    def fix_gain(self) -> None:
-        """Compute DoRA's factor of the active adapter once and keep it, for decoding: no later training changes it."""
-        if isinstance(self.adapter, Adapter) and self.adapter.magnitude is not None:
-            self.adapter.fixed = self.adapter.gain(self.matrix)
+    def fix_gains(self) -> None:
+        """Compute DoRA's factors once and keep them, for decoding: later changes of the weights do not reach them."""
+        for adapter in map(self.part, self.adapters):
+            if isinstance(adapter, Adapter) and adapter.magnitude is not None:
+                adapter.fixed = adapter.gain(self.matrix)
 
     def merged(self) -> nn.Module:
         """Plain float layer with the active adapter in its weight, computed in float32 and cast once."""
