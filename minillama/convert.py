@@ -6,21 +6,20 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, cast, get_args
-
-import torch
+from typing import Literal, TypeVar, cast, get_args
 
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file, replace_folder
-from minillama.formats import generation_config, gguf, hf, meta, peft
-from minillama.formats.model_file import ModelFile
+from minillama.formats import generation_config, gguf, hf, meta, model_file, peft
+from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.int4 import Int4
 from minillama.tokenizer import Tokenizer, sentencepiece, tiktoken
 from minillama.tokenizer.gguf_export import vocabulary
 
 Target = Literal["hf", "meta", "gguf"]
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = {name.lower(): dtype for name, dtype in model_file.FLOATS.items()}
+T = TypeVar("T")
 
 
 def convert(
@@ -61,32 +60,42 @@ def convert(
     opened = open_model(source)
     if adapter is not None:
         opened = peft.merged(opened, peft.read(adapter, opened.config))
-    tokenizer_path, vocab = _tokenizer(opened, tokenizer)
+    config, total = opened.config, len(opened.config.tensors())
+    tokenizer_path = Path(tokenizer) if tokenizer is not None else opened.tokenizer
+    vocab = Tokenizer.load(tokenizer_path) if tokenizer_path is not None else None
+    if vocab is not None:
+        vocab.check_fits(config.vocab_size, tokenizer_path)
     stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
-    total = len(opened.config.tensors())
 
-    def tell(name: str) -> None:
-        progress(name, total)
+    def reported(values: Mapping[str, T]) -> Mapping[str, T]:
+        def read(name: str) -> T:
+            progress(name, total)
+            return values[name]
 
+        return LazyTensors(values, read)
+
+    tensors = reported(opened.tensors)
     if to == "gguf":
-        keys, numbers = _keys(opened, vocab), opened.int4
-        if calibrate is not None and vocab is not None:
-            numbers = calibrate(opened, vocab)
+        if vocab is None:
+            what = "a GGUF file includes a tokenizer, and none was found beside the model"
+            raise InputError(what, where=opened.path, fix="name one with --tokenizer FILE")
         kind, name = dtype or cast(gguf.DType, stored), opened.path.name
-        return replace_file(
-            target, lambda path: gguf.write(path, opened.config, opened.tensors, keys, kind, name, tell, numbers)
-        )
-    floats = FLOATS[dtype or stored]
+        keys = vocabulary(vocab, config.vocab_size, opened.stop_ids) | generation_config.gguf_keys(opened.sampling)
+        int4 = reported(opened.int4 if calibrate is None else calibrate(opened, vocab))
+        return replace_file(target, lambda path: gguf.write(path, config, tensors, keys, kind, name, int4))
 
     def write(folder: Path) -> None:
+        floats = FLOATS[dtype or stored]
         if to == "hf":
-            _to_hf(folder, opened, vocab, floats, hf.parse_size(max_shard_size), tell)
+            hf.write(folder, config, tensors, floats, hf.parse_size(max_shard_size))
+            if vocab is not None:
+                vocab.save(folder, config.max_seq_len)
         else:
             _write_meta_tokenizer(folder / "tokenizer.model", vocab, tokenizer_path)
-            _write_generation(folder, opened, vocab)  # not Meta's, and read by `open_model` and `Tokenizer.load`
-            if vocab is not None:
-                vocab.save_settings(folder, opened.config.max_seq_len)
-            meta.write(folder, opened.config, opened.tensors, floats, progress=tell)
+            if vocab is not None:  # not Meta's, and read by `Tokenizer.load`, as generation_config.json by `open_model`
+                vocab.save_settings(folder, config.max_seq_len)
+            meta.write(folder, config, tensors, floats)
+        _write_generation(folder, opened, vocab)
 
     return replace_folder(target, write)
 
@@ -94,49 +103,12 @@ def convert(
 def _check(to: str, dtype: str | None, calibrate: object) -> None:
     if to not in get_args(Target):
         raise InputError("unknown format", where="--to", found=to, expected=", ".join(get_args(Target)))
-    if dtype is not None and dtype not in gguf.DTYPES:
-        raise InputError("unknown dtype", where="--dtype", found=dtype, expected=", ".join(gguf.DTYPES))
-    if to != "gguf" and dtype is not None and dtype not in FLOATS:
-        raise InputError("dtype unsupported by this format", where="--dtype", found=dtype, expected=", ".join(FLOATS))
+    dtypes = gguf.DTYPES if to == "gguf" else FLOATS
+    if dtype is not None and dtype not in dtypes:
+        raise InputError("dtype unsupported by this format", where="--dtype", found=dtype, expected=", ".join(dtypes))
     if calibrate is not None and dtype != "q4_1":
         what, fix = "calibration applies to q4_1 only", "add --dtype q4_1, or leave out --calibrate"
         raise InputError(what, where="--dtype", found=dtype, expected="q4_1", fix=fix)
-
-
-def _tokenizer(opened: ModelFile, given: str | os.PathLike[str] | None) -> tuple[Path, Tokenizer] | tuple[None, None]:
-    """Path and tokenizer of a model."""
-    tokenizer_path = Path(given) if given is not None else opened.tokenizer
-    if tokenizer_path is None:
-        return None, None
-    vocab = Tokenizer.load(tokenizer_path)
-    vocab.check_fits(opened.config.vocab_size, tokenizer_path)
-    return tokenizer_path, vocab
-
-
-def _keys(opened: ModelFile, vocab: Tokenizer | None) -> Mapping[str, object]:
-    """Tokenizer keys of a GGUF file."""
-    if vocab is None:
-        raise InputError(
-            "a GGUF file includes a tokenizer, and none was found beside the model",
-            where=opened.path,
-            fix="name one with --tokenizer FILE",
-        )
-    sampling = generation_config.gguf_keys(opened.sampling)
-    return vocabulary(vocab, opened.config.vocab_size, opened.stop_ids) | sampling
-
-
-def _to_hf(
-    folder: Path,
-    opened: ModelFile,
-    vocab: Tokenizer | None,
-    dtype: torch.dtype,
-    max_shard_size: int,
-    tell: Callable[[str], None],
-) -> None:
-    hf.write(folder, opened.config, opened.tensors, dtype, max_shard_size, tell)
-    _write_generation(folder, opened, vocab)
-    if vocab is not None:
-        vocab.save(folder, opened.config.max_seq_len)
 
 
 def _write_generation(folder: Path, opened: ModelFile, vocab: Tokenizer | None) -> None:

@@ -62,7 +62,7 @@ def uncached() -> Decode:
     import torch
 
     from minillama.inference.request import GREEDY
-    from minillama.inference.sampling import Sampler
+    from minillama.inference.sampling import Sampler, choose
     from minillama.layers.mask import Mask
     from minillama.tokenizer.blanks import Layout
 
@@ -73,12 +73,12 @@ def uncached() -> Decode:
             ids, start = list(layout.tokens), len(layout.tokens)
             places = list(layout.places)
             prefix = torch.tensor([layout.prefix]) if prompt is layout else None
-            sampler = Sampler(sampling, [ids], model.config.vocab_size, [sampling.seed + i])
+            sampler = Sampler(sampling, ids, model.config.vocab_size, sampling.seed + i)
             while len(ids) < min(start + count, model.config.max_seq_len) and not {*ids[start:]} & {*stop_ids}:
                 positions = torch.tensor([places]).mT if prompt is layout else None
                 with torch.inference_mode():
                     logits = model.eval()(torch.tensor([ids]), positions, Mask(prefix=prefix, **mask))[:, -1]
-                ids += sampler(logits).tolist()
+                ids += choose(logits, [sampler])
                 places.append((places[-1][0], places[-1][1] + 1))
             rows.append(ids[start:])
         return rows

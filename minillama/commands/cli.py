@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor": "environment report: versions, processor, kernels, compiler, extras, folders",
     "plan": "parameter counts, memory and FLOPs of a model, without building it",
 }
-RENAMED = {"--verbalisers": "--verbalizers"}
+RENAMED = {"--verbalisers": "--verbalizers"}  # options since the last release
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -55,19 +55,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the buffer has nowhere to go
         return 141
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
         if debug:
             raise
-        return 130
-    except InputError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if debug:
-            raise
-        print(f"internal error: {type(error).__name__}: {error}; --debug shows the traceback", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        internal = f"internal error: {type(error).__name__}: {error}; --debug shows the traceback"
+        print(f"error: {error}" if isinstance(error, InputError) else internal, file=sys.stderr)
         return 1
 
 
@@ -90,19 +84,13 @@ def _dispatch(words: list[str], prog: str | None) -> int:
     else:
         import tyro
 
-        rest = _with_new_names(rest)
+        for old in RENAMED.keys() & set(rest):
+            say_renamed(old, RENAMED[old])
+        rest = [RENAMED.get(word, word) for word in rest]
         refuse_repeated(rest)
         args = tyro.cli(command.Args, args=rest, prog=prog or f"minillama {name}", description=command.__doc__)
     status: int = command.run(args)
     return status
-
-
-def _with_new_names(words: list[str]) -> list[str]:
-    """Options renamed since the last release, under their new names."""
-    for old, new in RENAMED.items():
-        if old in words:
-            say_renamed(old, new)
-    return [RENAMED.get(word, word) for word in words]
 
 
 def _usage() -> str:

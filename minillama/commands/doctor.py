@@ -30,13 +30,18 @@ class Args:
 
 def run(args: Args) -> int:
     """Print the report."""
+    import torch
+
+    from minillama.device import compiler_missing
+    from minillama.native.build import compilers
     from minillama.threads import VARIABLES, policy
 
+    missing = compiler_missing(torch.device("cpu"))
     table = {
         "versions": _versions(),
         "processor": _processor(),
         "kernels": _kernels(),
-        "compiler": _compiler(),
+        "compiler": {"c++": " ".join(compilers()) or "none", "torch.compile": missing or "available"},
         "waiting": {"policy": policy()} | {name: os.environ.get(name, "not set") for name in VARIABLES},
         "extras": _extras(),
         "folders": _folders(),
@@ -87,16 +92,6 @@ def _kernels() -> dict[str, str]:
         is_compiled = any((cache_folder() / "native").glob(f"{Path(source).stem}-*.so"))
         table[name] = f"torch ({missing})" if missing else "C++" if is_compiled else "C++, compiled at the first use"
     return table
-
-
-def _compiler() -> dict[str, str]:
-    import torch
-
-    from minillama.device import compiler_missing
-    from minillama.native.build import compilers
-
-    missing = compiler_missing(torch.device("cpu"))
-    return {"c++": " ".join(compilers()) or "none", "torch.compile": missing or "available"}
 
 
 def _extras() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,7 @@ from minillama.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     from minillama.inference.engine import Engine
+    from minillama.inference.generate import Completion
     from minillama.model import Decoder
 
 
@@ -58,7 +60,7 @@ class Args(ModelArgs):
 
 
 def run(args: Args) -> int:
-    """Stream one completion, or print several as JSONL, one line per prompt in order."""
+    """Stream one completion, or print several as JSONL, one line per prompt in order, and per adapter."""
     check(args)
     prompts = read_texts(args.prompt, args.prompts, "prompt")
     speculates = args.speculate or args.draft is not None
@@ -69,10 +71,16 @@ def run(args: Args) -> int:
         raise InputError(what, where="--window", fix="leave out one of the two")
     from minillama.inference.generate import generate, stream
 
-    model, tokenizer = args.load(args.quantize, args.compile and not speculates)
+    model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True)
     engine = _engine(args, model)
     options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine)
-    if len(prompts) == 1 and args.prompts is None:
+    if len(args.adapter) > 1:
+        from minillama.model.lora import active, adapter_names
+
+        for name in adapter_names(model):
+            with active(model, name):
+                _print(prompts, generate(model, tokenizer, prompts, *options), model, {"adapter": name})
+    elif len(prompts) == 1 and args.prompts is None:
         for chunk in stream(model, tokenizer, prompts[0], *options):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
@@ -81,10 +89,7 @@ def run(args: Args) -> int:
             sys.stdout.write("\n")  # for the prompt that follows; a file gets the completion alone
             sys.stdout.flush()
     else:
-        for i, completion in enumerate(generate(model, tokenizer, prompts, *options)):
-            line = {"prompt": prompts[i], "completion": completion.text, "finish_reason": completion.reason}
-            print(json.dumps(line, ensure_ascii=False))
-            _explain(completion.reason, i, model.config.max_seq_len)
+        _print(prompts, generate(model, tokenizer, prompts, *options), model)
     if engine.speculation is not None:
         print(f"speculation: {engine.speculation.acceptance}", file=sys.stderr)
     return 0
@@ -105,6 +110,16 @@ def _engine(args: Args, model: Decoder) -> Engine:
         speculation = Speculation(None, args.draft_tokens)
     cache_dtype = None if args.cache_dtype == "auto" else getattr(torch, args.cache_dtype)
     return Engine(model, args.batch_size, None, cache_dtype, args.window or None, args.sinks, speculation)
+
+
+def _print(
+    prompts: Sequence[str], completions: Sequence[Completion], model: Decoder, more: Mapping[str, str] | None = None
+) -> None:
+    """One JSON line per prompt."""
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        line = {**(more or {}), "prompt": prompt, "completion": completion.text, "finish_reason": completion.reason}
+        print(json.dumps(line, ensure_ascii=False))
+        _explain(completion.reason, i, model.config.max_seq_len)
 
 
 def _explain(reason: str | None, row: int, context: int) -> None:

@@ -16,12 +16,9 @@ def plain(value: Any) -> str:
 
 
 def print_pairs(title: str, pairs: Mapping[str, Any], width: int = 0) -> None:
-    """Print a title and one line per name and value; control characters, of untrusted text, are escaped.
+    """Print a title, if there is one, and one line per name and value; nothing without any.
 
-    Args:
-        title: above them; without one if empty.
-        pairs: values by name. Nothing is printed without any.
-        width: of the names, the longest one's at least.
+    Names are `width` wide at least. Control characters, of untrusted text, are escaped.
     """
     if pairs and title:
         print(title)

@@ -22,17 +22,13 @@ from minillama.runs.objectives import OBJECTIVES
 
 @dataclass(frozen=True)
 class Args:
-    """Command-line arguments."""
+    """Command-line arguments, as `--help` describes them."""
 
     run: RunConfig = field(default_factory=RunConfig)
     out: str | None = None
-    """Output folder; runs/NAME, runs/NAME-2 ... unless given."""
     resume: bool = False
-    """Resume from the newest checkpoint in --out."""
     overwrite: bool = False
-    """Replace the run in --out."""
     verify: bool = True
-    """Verify the SHA-256 of a checkpoint's files before resuming; --no-verify does not."""
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -90,17 +86,14 @@ SHA-256 of a checkpoint's files. --deterministic: as --train.deterministic true.
     for name, kind in OBJECTIVES.items():
         others = [f"--objective.{f.name}" for f in fields(kind) if f.name != "name"]
         options += f"\n  {name}: {kind.__doc__} {', '.join(others)}"
-    config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     tiny = load_run_config("tiny")
-    default = replace(tiny, model=replace(tiny.model, rope_scaling=RopeScaling()))
-    description = (__doc__ or "") + options
     tyro.cli(
         RunConfig,
         args=["--help"],
         prog="train.py [CONFIG]",
-        description=description,
-        default=default,
-        config=config,
+        description=(__doc__ or "") + options,
+        default=replace(tiny, model=replace(tiny.model, rope_scaling=RopeScaling())),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         registry=registry,
     )
 

@@ -5,13 +5,12 @@ The strict loader of `config/loader.py` then reads both, so that an error in eit
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, Union
+from typing import Any
 
-from minillama.config.loader import nearest, say_renamed, tagged
+from minillama.config.loader import Located, nearest, say_renamed, tagged, without_none
 from minillama.errors import InputError
 
 # names of settings in other trainers
@@ -28,7 +27,7 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Located):
     """Origin of a value on the command line, for messages."""
 
     def at(self, key: str) -> str:
@@ -50,19 +49,12 @@ def take_option(words: list[str], name: str) -> str | None:
         InputError: the value is missing.
     """
     value = None
-    i = 0
-    while i < len(words):
-        flag, equals, inline = words[i].partition("=")
-        if flag != f"--{name}":
-            i += 1
-        elif equals:
-            value = inline
-            del words[i]
-        elif i + 1 == len(words) or words[i + 1].startswith("--"):
-            raise InputError(f"--{name} needs a value", where="command line")
-        else:
-            value = words[i + 1]
-            del words[i : i + 2]
+    while (at := next((i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"), None)) is not None:
+        _, equals, value = words.pop(at).partition("=")
+        if not equals:
+            if at == len(words) or words[at].startswith("--"):
+                raise InputError(f"--{name} needs a value", where="command line")
+            value = words.pop(at)
     return value
 
 
@@ -96,7 +88,8 @@ def overrides(
         InputError: an unknown name (with the nearest), a missing or invalid value, a stray argument, a repeated
             list. Of other values the last one counts.
     """
-    kinds, renamed = dict(_leaves(cls)), dict(_renamed(cls))
+    settings = list(_settings(cls))
+    kinds, renamed = {name: kind for name, kind, _ in settings}, {was: name for name, _, was in settings if was}
     table: dict[str, Any] = {}
     for key, values in _options(words):
         if key in renamed:
@@ -134,36 +127,17 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield key.replace("-", "_"), values
 
 
-def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and type of every field that is not a section."""
+def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Dotted name, type, and former dotted name if any, of every field that is not a section."""
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
-        kind = _without_none(hints[f.name])
-        if members := tagged(hints[f.name]):
-            for member in members.values():
-                yield from _leaves(member, f"{prefix}{f.name}.")
-            yield f"{prefix}{f.name}.name", str  # which says to which of them the others belong
-        elif is_dataclass(kind):
-            yield from _leaves(typing.cast(type, kind), f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", kind
-
-
-def _renamed(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Old and new dotted name of every renamed field."""
-    hints = typing.get_type_hints(cls)
-    for f in fields(cls):
-        kind = _without_none(hints[f.name])
-        for part in tagged(hints[f.name]).values() or ((kind,) if is_dataclass(kind) else ()):
-            yield from _renamed(typing.cast(type, part), f"{prefix}{f.name}.")
-        if "was" in f.metadata:
-            yield f"{prefix}{f.metadata['was']}", f"{prefix}{f.name}"
-
-
-def _without_none(kind: Any) -> Any:
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        return next(a for a in typing.get_args(kind) if a is not type(None))
-    return kind
+        name, kind, members = f"{prefix}{f.name}", without_none(hints[f.name]), tagged(hints[f.name])
+        for section in members.values() or ([kind] if is_dataclass(kind) else []):
+            yield from _settings(typing.cast(type, section), f"{name}.")
+        if members:
+            yield f"{name}.name", str, ""  # which says to which of them the others belong
+        elif not is_dataclass(kind):
+            yield name, kind, f"{prefix}{f.metadata['was']}" if "was" in f.metadata else ""
 
 
 def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
@@ -182,27 +156,21 @@ def _parse(kind: Any, values: list[str], key: str, parsers: Mapping[type, Callab
         element = typing.get_args(kind)[0]
         if is_dataclass(element) and element not in parsers:
             raise InputError(f"--{key} cannot be given on the command line", fix="write it in a TOML file")
-        return [_word(element, value, key, parsers) for value in values]
+        return [_value(element, word, parsers) for word in values]
     if len(values) != 1:
         found = " ".join(values) or "nothing"
         raise InputError(f"--{key} takes one value", where="command line", found=found)
-    return _word(kind, values[0], key, parsers)
+    return _value(kind, values[0], parsers)
 
 
-def _word(kind: Any, word: str, key: str, parsers: Mapping[type, Callable[[str], Any]]) -> Any:
+def _value(kind: Any, word: str, parsers: Mapping[type, Callable[[str], Any]]) -> Any:
+    """A word as a value of that type, or as it is: the strict loader says what was expected."""
     if kind in parsers:
         return parsers[kind](word)
-    if typing.get_origin(kind) is Literal:
-        choices = {str(choice).lower(): choice for choice in typing.get_args(kind)}
-        return choices.get(word.lower(), word)  # the strict loader says what was expected
-    if kind is bool:
-        if word.lower() not in ("true", "false"):
-            raise InputError(f"--{key} takes true or false", where="command line", found=word)
-        return word.lower() == "true"
     if kind in (int, float):
         try:
             return kind(word.replace("_", ""))
         except ValueError:
-            expected = "a whole number" if kind is int else "a number"
-            raise InputError(f"--{key} takes {expected}", where="command line", found=word) from None
-    return word
+            return word
+    choices = (True, False) if kind is bool else typing.get_args(kind)
+    return {str(choice).lower(): choice for choice in choices}.get(word.lower(), word)

@@ -1,8 +1,4 @@
-"""Memory and training time by arithmetic, in bytes and days. No torch, and nothing is allocated.
-
-Notation: B batch, T sequence length, D width, H query heads, K key/value heads, E head width, F feed-forward
-width, V vocabulary.
-"""
+"""Memory and training time by arithmetic, in bytes and days, in the notation of `config/shape.py`. No torch."""
 
 from __future__ import annotations
 
@@ -18,16 +14,19 @@ def loss_rows(vocab_size: int, number_bytes: int) -> int:
 
     Every chunk reads the head and writes its gradient, (V, D): with fewer than some hundred tokens that takes longer
     than the matrix products.
-
-    Args:
-        vocab_size: V.
-        number_bytes: per logit.
     """
     return max(512, 2**27 // (vocab_size * number_bytes))
 
 
+class _Parts:
+    @property
+    def total(self) -> int:
+        """The sum. Of training an upper bound: the logits are gone before the last gradients appear."""
+        return sum(vars(self).values())
+
+
 @dataclass(frozen=True)
-class TrainingMemory:
+class TrainingMemory(_Parts):
     """Training memory in bytes, by part."""
 
     weights: int
@@ -43,25 +42,15 @@ class TrainingMemory:
     logits: int
     """A chunk of logits, and the gradients of the head computed with it."""
 
-    @property
-    def total(self) -> int:
-        """The sum: an upper bound, since the logits are gone before the last gradients appear."""
-        return self.weights + self.gradients + self.optimizer + self.casts + self.activations + self.logits
-
 
 @dataclass(frozen=True)
-class InferenceMemory:
+class InferenceMemory(_Parts):
     """Inference memory in bytes, by part."""
 
     weights: int
     """Parameters."""
     state: int
     """KV cache."""
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.weights + self.state
 
 
 def training_memory(
@@ -108,7 +97,9 @@ def training_memory(
     count, tokens = config.num_params(), batch * seq_len
     cast = activation_bytes < weight_bytes
     norms = (2 * config.n_layers + 1) * config.dim
-    block = _block_bytes(config, weight_bytes, activation_bytes)
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    values = (5 if cast else 2) * config.dim + 2 * q + 2 * kv + 4 * config.hidden_dim
+    block = 2 * (2 * config.dim * weight_bytes + 4) + 4 * config.n_heads + activation_bytes * values
     inputs = weight_bytes * config.dim  # the residual stream, which is not cast
     kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
     ends = 8 + 2 * weight_bytes * config.dim + 4
@@ -122,14 +113,6 @@ def training_memory(
         + tokens * activation_bytes * config.dim
         + 4 * config.vocab_size * config.dim,
     )
-
-
-def _block_bytes(config: ModelConfig, residual: int, width: int) -> int:
-    """Saved bytes per token of one block; the list is in `training_memory`."""
-    d, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    norms = 2 * (2 * d * residual + 4)
-    inputs = 5 * d if width < residual else 2 * d
-    return norms + 4 * config.n_heads + width * (inputs + 2 * q + 2 * kv + 4 * config.hidden_dim)
 
 
 def inference_memory(

@@ -8,7 +8,9 @@ line and the field.
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import operator
 import re
 import sys
 import tomllib
@@ -17,23 +19,31 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 from minillama.errors import InputError
 from minillama.files import refuse_url
 
 T = TypeVar("T")
+# bounds in a field's metadata
+LIMITS = {
+    "min": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
 
 
-class Located(Protocol):
-    """Source location of a key: in a file (`Origin`) or on the command line."""
+class Located:
+    """Source of a table: a file (`Origin`), the command line, or unknown."""
 
     def at(self, key: str) -> str:
         """Location of a dotted key, for a message."""
+        return key
 
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(Located):
     """TOML text and its path, for the location of keys."""
 
     path: Path
@@ -98,11 +108,35 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
         raise InputError(what, where=f"{path}:{line}:{column}", found=found, fix="see https://toml.io") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        InputError: no such file, not JSON, or another type.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no {path.name} in the model folder", where=path) from error
+    except (OSError, ValueError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"[:200]
+        raise InputError(f"not a readable {path.name}", where=path, found=found) from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path.name} is not a JSON object", where=path, found=type(values).__name__)
+    return values
+
+
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """Nearest choice to a misspelled word, or None."""
     plain = {re.sub(r"[\W_]", "", choice.lower()): choice for choice in choices}
     close = difflib.get_close_matches(re.sub(r"[\W_]", "", word.lower()), plain, n=1)
     return plain[close[0]] if close else None
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str | None:
+    """`did you mean 'x'?` with the nearest choice, or None."""
+    close = nearest(word, choices)
+    return f"did you mean {close!r}?" if close else None
 
 
 def build(
@@ -124,31 +158,34 @@ def build(
     Raises:
         InputError: an unknown key, a missing or wrongly typed value, a value out of range.
     """
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    renamed = {f.metadata["was"]: f.name for f in fields(cls) if "was" in f.metadata}  # type: ignore[arg-type]
+    origin, hints = origin or Located(), typing.get_type_hints(cls)
+    settings = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    renamed = {f.metadata["was"]: name for name, f in settings.items() if "was" in f.metadata}
     for key in values:
         if key in renamed:
-            say_renamed(_location(origin, f"{prefix}.{key}".lstrip(".")), renamed[key])
-        elif key not in names:
-            raise _unknown(key, names, origin, prefix)
+            say_renamed(origin.at(_join(prefix, key)), renamed[key])
+        elif key not in settings:
+            fix = suggestion(key, settings)
+            expected = None if fix else f"one of {', '.join(settings)}"
+            raise InputError(f"unknown key {key!r}", where=origin.at(_join(prefix, key)), expected=expected, fix=fix)
     values = {renamed.get(key, key): value for key, value in values.items()}
-    made: dict[str, Any] = {}
-    for f in fields(cls):  # type: ignore[arg-type]
-        key = f"{prefix}.{f.name}".lstrip(".")
-        if f.name in values:
-            inherited = getattr(base, f.name) if base is not None else None
-            made[f.name] = _convert(hints[f.name], values[f.name], origin, key, inherited)
-        elif base is not None:
-            made[f.name] = getattr(base, f.name)
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise InputError(f"{f.name} is missing", where=_location(origin, key))
+    made: dict[str, Any] = {} if base is None else {name: getattr(base, name) for name in settings}
+    for name, f in settings.items():
+        key = _join(prefix, name)
+        if name in values:
+            made[name] = _convert(hints[name], values[name], origin, key, made.get(name))
+        elif name not in made and f.default is MISSING and f.default_factory is MISSING:
+            raise InputError(f"{name} is missing", where=origin.at(key))
     try:
         instance = cls(**made)
     except InputError as error:
         raise located(error, origin, prefix) from None
     check(instance, origin, prefix)
     return instance
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}".strip(".")
 
 
 def say_renamed(where: str, name: str) -> None:
@@ -161,47 +198,49 @@ def located(error: InputError, origin: Located | None, prefix: str) -> InputErro
     field = str(error.where or "")
     if not re.fullmatch(r"[\w.]*", field):  # it has a location already
         return error
-    where = _location(origin, f"{prefix}.{field}".strip("."))
-    return error.at(where)
+    return error.at((origin or Located()).at(_join(prefix, field)))
 
 
-def _location(origin: Located | None, key: str) -> str:
-    return origin.at(key) if origin is not None else key
-
-
-def _unknown(key: str, names: list[str], origin: Located | None, prefix: str) -> InputError:
-    close = nearest(key, names)
-    return InputError(
-        f"unknown key {key!r}",
-        where=_location(origin, f"{prefix}.{key}".lstrip(".")),
-        expected=None if close else f"one of {', '.join(names)}",
-        fix=f"did you mean {close!r}?" if close else None,
-    )
-
-
-def _convert(kind: Any, value: Any, origin: Located | None, key: str, base: Any) -> Any:
+def _convert(kind: Any, value: Any, origin: Located, key: str, base: Any) -> Any:
     """`value` as `kind`, or an InputError. Nothing is converted but int to float and list to tuple."""
-    arguments = typing.get_args(kind)
-    members = tagged(kind)
-    if members and isinstance(value, Mapping):
-        return _convert_tagged(members, value, origin, key, base)
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        return _convert(next(a for a in arguments if a is not type(None)), value, origin, key, base)
+    if (members := tagged(kind)) and isinstance(value, Mapping):
+        name = value.get("name", getattr(base, "name", None))  # without a name the member that there is
+        member = members[_choice(name, tuple(members), origin, f"{key}.name")]
+        return build(member, value, origin, base if isinstance(base, member) else None, key)
+    kind = without_none(kind)
     if is_dataclass(kind) and isinstance(value, Mapping):
         return build(typing.cast(type, kind), value, origin, base, key)
     if typing.get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_convert(arguments[0], item, origin, f"{key}.{i}", None) for i, item in enumerate(value))
+        (item, _) = typing.get_args(kind)
+        return tuple(_convert(item, each, origin, f"{key}.{i}", None) for i, each in enumerate(value))
     if typing.get_origin(kind) is Literal:
-        if isinstance(value, bool) and str(value).lower() in arguments:
-            return str(value).lower()  # compile = true, where a third value is a string
-        if value in arguments and not isinstance(value, bool):
-            return value
-        raise _wrong(value, " or ".join(map(repr, arguments)), origin, key, arguments)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return _choice(value, typing.get_args(kind), origin, key)
+    if kind is float and type(value) is int:
         return float(value)
     if type(value) is kind:
         return value
     raise _wrong(value, _type_name(kind), origin, key)
+
+
+def _choice(value: Any, choices: tuple[Any, ...], origin: Located, key: str) -> Any:
+    """`value` if it is one of the choices."""
+    word = str(value).lower() if isinstance(value, bool) else value  # compile = true, where a third value is a string
+    if isinstance(word, str) and word in choices:
+        return word
+    fix = suggestion(value, choices) if isinstance(value, str) else None
+    raise _wrong(value, " or ".join(map(repr, choices)), origin, key, fix)
+
+
+def _wrong(value: Any, expected: str, origin: Located, key: str, fix: str | None = None) -> InputError:
+    what = f"{key} has a value of the wrong type"
+    return InputError(what, where=origin.at(key), found=repr(value), expected=expected, fix=fix)
+
+
+def without_none(kind: Any) -> Any:
+    """The type T of an optional `T | None`, others as they are."""
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return next(a for a in typing.get_args(kind) if a is not type(None))
+    return kind
 
 
 def tagged(kind: Any) -> dict[str, type]:
@@ -212,33 +251,11 @@ def tagged(kind: Any) -> dict[str, type]:
     return {typing.get_args(typing.get_type_hints(member)["name"])[0]: member for member in members}
 
 
-def _convert_tagged(
-    members: Mapping[str, type], value: Mapping[str, Any], origin: Located | None, key: str, base: Any
-) -> Any:
-    """The member that the table's name asks for; without a name the one that there is."""
-    name = value.get("name", getattr(base, "name", None))
-    if not isinstance(name, str) or name not in members:
-        raise _wrong(name, " or ".join(map(repr, members)), origin, f"{key}.name", members)
-    kind = members[name]
-    return build(kind, value, origin, base if isinstance(base, kind) else None, key)
-
-
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return f"a list of {_type_name(typing.get_args(kind)[0])}"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     return names.get(kind, "a table")
-
-
-def _wrong(value: Any, expected: str, origin: Located | None, key: str, choices: Iterable[Any] = ()) -> InputError:
-    close = nearest(value, map(str, choices)) if isinstance(value, str) else None
-    return InputError(
-        f"{key} has a value of the wrong type",
-        where=_location(origin, key),
-        found=repr(value),
-        expected=expected,
-        fix=f"did you mean {close!r}?" if close else None,
-    )
 
 
 def check(instance: Any, origin: Located | None = None, prefix: str = "") -> None:
@@ -247,30 +264,24 @@ def check(instance: Any, origin: Located | None = None, prefix: str = "") -> Non
     Raises:
         InputError: field, value and range.
     """
+    origin = origin or Located()
     for f in fields(instance):
-        key = f"{prefix}.{f.name}".lstrip(".")
-        value = getattr(instance, f.name)
+        key, value = _join(prefix, f.name), getattr(instance, f.name)
         items = {f"{key}.{i}": item for i, item in enumerate(value)} if isinstance(value, tuple) else {key: value}
         for name, item in items.items():
             if is_dataclass(item):
                 check(item, origin, name)
             elif isinstance(item, int | float) and not isinstance(item, bool):
-                _check_number(item, f.metadata, _location(origin, name), name)
+                _check_number(item, f.metadata, origin, name)
 
 
-def _check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:
-    inside = (
-        value >= limits.get("min", -math.inf)
-        and value <= limits.get("max", math.inf)
-        and value > limits.get("above", -math.inf)
-        and value < limits.get("below", math.inf)
-    )
+def _check_number(value: float, limits: Mapping[str, float], origin: Located, key: str) -> None:
+    bounds = {name: limits[name] for name in LIMITS if name in limits}
     finite = value == value and abs(value) != math.inf  # isfinite takes no integer over 1e308
-    if not (inside and finite):
-        words = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
-        bounds = [f"{word} {limits[name]}" for name, word in words.items() if name in limits]
-        expected = ", ".join(["a finite number"] * (not finite) + [" and ".join(bounds)] * bool(bounds))
-        raise InputError(f"{key} is out of range", where=where, found=value, expected=expected)
+    if not finite or not all(LIMITS[name][1](value, bound) for name, bound in bounds.items()):
+        words = " and ".join(f"{LIMITS[name][0]} {bound}" for name, bound in bounds.items())
+        expected = ", ".join(part for part in ("" if finite else "a finite number", words) if part)
+        raise InputError(f"{key} is out of range", where=origin.at(key), found=value, expected=expected)
 
 
 def config_folder(kind: str) -> Path:
@@ -302,13 +313,11 @@ def config_path(kind: str, name: str) -> Path:
     names = config_names(kind)
     if name in names:
         return config_folder(kind) / f"{name}.toml"
-    close = nearest(name, names)
-    raise InputError(
+    what, expected = (
         f"no {kind} configuration of that name, and no such file",
-        found=name,
-        expected=f"a path ending in .toml, or one of {', '.join(names)}",
-        fix=f"did you mean {close!r}?" if close else None,
+        f"a path ending in .toml, or one of {', '.join(names)}",
     )
+    raise InputError(what, found=name, expected=expected, fix=suggestion(name, names))
 
 
 def to_dict(instance: Any) -> dict[str, Any]:

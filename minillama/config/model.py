@@ -6,7 +6,6 @@ width, T sequence length.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minillama.config import hf, parameters
-from minillama.config.loader import Located, build, config_folder, config_path, located, read_toml, to_dict
+from minillama.config import hf
+from minillama.config.loader import Located, build, config_folder, config_path, located, read_json, read_toml, to_dict
+from minillama.config.parameters import Parameter, block, table
 from minillama.config.shape import Shape, ffn_width
 from minillama.errors import InputError
 
@@ -39,7 +39,7 @@ class ModelConfig(Shape):
         if path.is_dir():
             path = path / "config.json"
         if path.suffix == ".json":
-            return _load_json(path)
+            return cls.from_hf(read_json(path), str(path))
         path = config_path("model", str(source))
         values, origin = read_toml(path)
         if isinstance(values.get("model"), Mapping):
@@ -52,58 +52,71 @@ class ModelConfig(Shape):
         """A shape from a TOML table, whose `preset` key names the shape that the other keys change."""
         if not values.get("preset"):
             return build(cls, values, origin, prefix=prefix)
-        changed = {key: value for key, value in values.items() if key != "preset"}
+        changes = dict(values)
         try:
-            if not isinstance(values["preset"], str):
-                raise InputError("preset is not a name", found=repr(values["preset"]), expected="a string")
-            base = cls.load(values["preset"])
-        except RecursionError:
-            where = origin.at(f"{prefix}.preset".lstrip(".")) if origin is not None else None
-            raise InputError("the presets refer to each other in a cycle", where=where) from None
+            base = cls._of_preset(changes.pop("preset"))
         except InputError as error:
             if error.where is not None:  # an error in the preset's own file
                 raise
             raise located(error, origin, f"{prefix}.preset") from None
-        return base.changed(changed, origin, prefix)
+        return base.changed(changes, origin, prefix)
+
+    @classmethod
+    def _of_preset(cls, name: object) -> ModelConfig:
+        if not isinstance(name, str):
+            raise InputError("preset is not a name", found=repr(name), expected="a string")
+        try:
+            return cls.load(name)
+        except RecursionError:
+            raise InputError("the presets refer to each other in a cycle") from None
 
     def changed(self, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
         """This shape with other values; widths that follow from others are derived anew."""
-        base = self
+        derived = {
+            "head_dim": self.head_dim * self.n_heads == self.dim,
+            "n_kv_heads": self.n_kv_heads == self.n_heads,
+            "hidden_dim": self.hidden_dim == ffn_width(self.dim),
+        }
         if {"dim", "n_heads"} & set(values):
-            if self.head_dim * self.n_heads == self.dim:
-                base = _unchecked(base, head_dim=0)
-            if self.n_kv_heads == self.n_heads:
-                base = _unchecked(base, n_kv_heads=0)
-            if self.hidden_dim == ffn_width(self.dim):
-                base = _unchecked(base, hidden_dim=0)
-        return build(ModelConfig, values, origin, base, prefix)
+            values = {**{name: 0 for name, follows in derived.items() if follows}, **values}
+        return build(ModelConfig, values, origin, self, prefix)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """A shape from the keys of a Hugging Face config.json. `to_hf` is the way back."""
+        fields, keys = hf.from_hf(values, where)
+        return cls.from_keys(fields, where, keys)
+
+    @classmethod
+    def from_keys(cls, values: Mapping[str, Any], where: object, keys: Mapping[str, str] | None = None) -> ModelConfig:
+        """A shape from the header of a file.
+
+        Args:
+            values: the fields.
+            where: the file, for messages.
+            keys: names of the fields in the file, where they have others.
+        """
         try:
-            return build(cls, hf.from_hf(values, where))
+            return build(cls, values)
         except InputError as error:
-            key = str(error.where)
-            if key.startswith(where):  # it has a location already
-                raise
-            location = f"{where}, {hf.KEYS.get(key, key)}"
-            raise error.at(location) from None
+            field = str(error.where)
+            raise error.at(f"{where}, {(keys or {}).get(field, field)}") from None
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The keys of config.json, for transformers 4 and 5 alike."""
         return hf.to_hf(to_dict(self), self.switches(), dtype)
 
-    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name within a block -> shape, (out, in) for linear layers; see `config/parameters.py`."""
-        return parameters.block(self)
+    def parameters(self) -> dict[str, Parameter]:
+        """Parameters by Hugging Face name, in the order of the model; see `config/parameters.py`."""
+        return table(self)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face name -> shape of every parameter, in the order of the model."""
-        first, last = parameters.ends(self)
-        layer = self.layer_tensors()
-        blocks = {f"model.layers.{i}.{name}": shape for i in range(self.n_layers) for name, shape in layer.items()}
-        return first | blocks | last
+        """Shapes of the parameters by Hugging Face name, (out, in) for linear layers."""
+        return {name: row.shape(self) for name, row in self.parameters().items()}
+
+    def layer_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one block's parameters, by name within it."""
+        return {name: row.shape(self) for name, row in block(self).items()}
 
     def num_params(self, embedding: bool = True) -> int:
         """Parameter count; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
@@ -112,10 +125,8 @@ class ModelConfig(Shape):
             embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
                 once, as the head.
         """
-        first, last = (sum(map(math.prod, table.values())) for table in parameters.ends(self))
-        layer = sum(map(math.prod, self.layer_tensors().values()))
-        counted = embedding or self.tie_embeddings
-        return first + self.n_layers * layer + last - (0 if counted else self.vocab_size * self.dim)
+        count = sum(map(math.prod, self.tensors().values()))
+        return count if embedding or self.tie_embeddings else count - self.vocab_size * self.dim
 
     def flops_per_token(self, seq_len: int, training: bool = True) -> float:
         """FLOPs per token, averaged over a causal sequence of T tokens.
@@ -140,23 +151,3 @@ class ModelConfig(Shape):
         """Decode state bytes per sequence: KV cache, or RWKV's five float32 vectors per layer."""
         fixed = 5 * 4 * self.n_layers * self.dim if self.mixer == "wkv" else 0
         return fixed + seq_len * self.kv_bytes_per_token(bytes_per_value)
-
-
-def _unchecked(config: ModelConfig, **values: int) -> ModelConfig:
-    """Copy with a width to be derived at the next change."""
-    copy = object.__new__(ModelConfig)
-    for name, value in {**config.__dict__, **values}.items():
-        object.__setattr__(copy, name, value)
-    return copy
-
-
-def _load_json(path: Path) -> ModelConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError("no config.json in the model folder", where=path) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError("not a readable config.json", where=path, found=error) from error
-    if not isinstance(values, dict):
-        raise InputError("config.json is not a JSON object", where=path, found=type(values).__name__)
-    return ModelConfig.from_hf(values, str(path))

@@ -1,75 +1,145 @@
-"""Parameter names and shapes under each switch of the configuration. No torch.
+"""Parameter table: name, role and named axes of every parameter, under each switch of the configuration. No torch.
 
-Names are Hugging Face's for LLaMA; what LLaMA lacks is named after its neighbors. (out, in) for linear layers.
+Names are Hugging Face's for LLaMA; what LLaMA lacks is named after its neighbors. (out, in) for linear layers. Shapes,
+counts, initialization, fused layers, names and row orders of file formats, and tensor parallelism follow from it.
+
+Tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053, §3) splits heads, feed-forward width and vocabulary, not the
+residual stream. A linear layer whose output axis is split is column-parallel, one whose input axis is split is
+row-parallel: its outputs are summed over the ranks, and its bias is added once. With fewer key/value heads than ranks,
+several ranks have the same head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
 from minillama.config.shape import Shape
 
-Shapes = dict[str, tuple[int, ...]]
+Role = Literal[
+    "embedding", "position", "norm", "query", "key", "value", "receptance", "attention output", "gate", "up", "down",
+    "recurrence", "token shift", "bias", "head",
+]  # fmt: skip
+Values = tuple[object, ...]
+Condition = Mapping[str, Values]
+ALWAYS: Condition = {}
+V, D, F, HEADS, KV_HEADS = "vocab_size", "dim", "hidden_dim", "n_heads x head_dim", "n_kv_heads x head_dim"
+CHANNELS = "attention_hidden_size"  # of RWKV's recurrence, as transformers calls it
+POSITIONS = "max_seq_len + 1"
+SIZES: Mapping[str, Callable[[Shape], int]] = {
+    V: lambda config: config.vocab_size,
+    D: lambda config: config.dim,
+    F: lambda config: config.hidden_dim,
+    HEADS: lambda config: config.n_heads * config.head_dim,
+    KV_HEADS: lambda config: config.n_kv_heads * config.head_dim,
+    CHANNELS: lambda config: config.dim,
+    POSITIONS: lambda config: config.max_seq_len + 1,
+}
+SPLIT = (V, F, HEADS, KV_HEADS, CHANNELS)
 
 
-def norm(config: Shape, name: str) -> Shapes:
-    """Weight of a norm, and its bias where it has one."""
-    shapes: Shapes = {f"{name}.weight": (config.dim,)}
-    return shapes | ({f"{name}.bias": (config.dim,)} if config.norm == "layer" else {})
+@dataclass(frozen=True)
+class Parameter:
+    """Row of the parameter table.
+
+    Attributes:
+        name: Hugging Face name; a block's within the block.
+        role: function in the model.
+        axes: names of the axes, in `SIZES`.
+        when: field of the configuration -> values with which the parameter exists.
+        fused: linear layer into which `Decoder.fuse` concatenates it.
+    """
+
+    name: str
+    role: Role
+    axes: tuple[str, ...]
+    when: Condition = field(default_factory=dict)
+    fused: str = ""
+
+    def shape(self, config: Shape) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return tuple(SIZES[axis](config) for axis in self.axes)
+
+    @property
+    def split_axis(self) -> int | None:
+        """Axis that tensor parallelism splits; None: replicated."""
+        return next((i for i, axis in enumerate(self.axes) if axis in SPLIT), None)
+
+    @property
+    def parallel(self) -> Literal["vocab", "column", "row", "none"]:
+        """Kind of tensor parallelism."""
+        if self.split_axis is None:
+            return "none"
+        return "vocab" if V in self.axes else "row" if self.split_axis else "column"
 
 
-def block(config: Shape) -> Shapes:
-    """Parameters of one block."""
-    mixer = _attention(config) if config.mixer == "attention" else _time_mix(config)
-    second = {} if config.parallel_block else norm(config, "post_attention_layernorm")
-    mlp = {"swiglu": _swiglu, "gelu": _gelu, "channel-mix": _channel_mix}[config.mlp](config)
-    return norm(config, "input_layernorm") | mixer | second | mlp
+def _norm(name: str, when: Condition = ALWAYS) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", "norm", (D,), when)
+    yield Parameter(f"{name}.bias", "bias", (D,), {**when, "norm": ("layer",)})
 
 
-def ends(config: Shape) -> tuple[Shapes, Shapes]:
-    """Parameters before the blocks, and those after them."""
-    first: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.dim)}
-    if config.position == "learned-2d":
-        rows = (config.max_seq_len + 1, config.dim)
-        first |= {f"model.embed_positions.{name}.weight": rows for name in ("position", "block_position")}
-    if config.embedding_norm:
-        first |= norm(config, "model.embed_norm")
-    last = norm(config, "model.norm")
-    if not config.tie_embeddings:
-        last["lm_head.weight"] = (config.vocab_size, config.dim)
-    return first, last
+def _linear(
+    name: str, role: Role, axes: tuple[str, str], when: Condition = ALWAYS, fused: str = "", bias: Values = ("all",)
+) -> Iterator[Parameter]:
+    yield Parameter(f"{name}.weight", role, axes, when, fused)
+    yield Parameter(f"{name}.bias", "bias", axes[:1], {**when, "bias": bias}, fused)
 
 
-def _linear(name: str, out: int, width: int, bias: bool) -> Shapes:
-    shapes: Shapes = {f"{name}.weight": (out, width)}
-    return shapes | ({f"{name}.bias": (out,)} if bias else {})
+_ATTENTION: Condition = {"mixer": ("attention",)}
+_WKV: Condition = {"mixer": ("wkv",)}
+_QKV = ("qkv", "all")
+FIRST = (
+    Parameter("model.embed_tokens.weight", "embedding", (V, D)),
+    Parameter("model.embed_positions.position.weight", "position", (POSITIONS, D), {"position": ("learned-2d",)}),
+    Parameter("model.embed_positions.block_position.weight", "position", (POSITIONS, D), {"position": ("learned-2d",)}),
+    *_norm("model.embed_norm", {"embedding_norm": (True,)}),
+)
+BLOCK = (
+    *_norm("input_layernorm"),
+    *_linear("self_attn.q_proj", "query", (HEADS, D), _ATTENTION, "qkv_proj", _QKV),
+    *_linear("self_attn.k_proj", "key", (KV_HEADS, D), _ATTENTION, "qkv_proj", _QKV),
+    *_linear("self_attn.v_proj", "value", (KV_HEADS, D), _ATTENTION, "qkv_proj", _QKV),
+    *_linear("self_attn.o_proj", "attention output", (D, HEADS), _ATTENTION),
+    Parameter("self_attn.time_decay", "recurrence", (CHANNELS,), _WKV),
+    Parameter("self_attn.time_first", "recurrence", (CHANNELS,), _WKV),
+    Parameter("self_attn.time_mix_key", "token shift", (D,), _WKV),
+    Parameter("self_attn.time_mix_value", "token shift", (D,), _WKV),
+    Parameter("self_attn.time_mix_receptance", "token shift", (D,), _WKV),
+    *_linear("self_attn.k_proj", "key", (CHANNELS, D), _WKV),
+    *_linear("self_attn.v_proj", "value", (CHANNELS, D), _WKV),
+    *_linear("self_attn.r_proj", "receptance", (CHANNELS, D), _WKV),
+    *_linear("self_attn.o_proj", "attention output", (D, CHANNELS), _WKV),
+    *_norm("post_attention_layernorm", {"parallel_block": (False,)}),
+    Parameter("mlp.time_mix_key", "token shift", (D,), _WKV),
+    Parameter("mlp.time_mix_receptance", "token shift", (D,), _WKV),
+    *_linear("mlp.gate_proj", "gate", (F, D), {"mlp": ("swiglu",)}, "gate_up_proj"),
+    *_linear("mlp.up_proj", "up", (F, D), {"mlp": ("swiglu",)}, "gate_up_proj"),
+    *_linear("mlp.up_proj", "up", (F, D), {"mlp": ("gelu", "channel-mix")}),
+    *_linear("mlp.down_proj", "down", (D, F)),
+    *_linear("mlp.r_proj", "receptance", (D, D), _WKV),
+)
+LAST = (*_norm("model.norm"), Parameter("lm_head.weight", "head", (V, D), {"tie_embeddings": (False,)}))
+# fused layer -> its parts, in the order of their rows
+FUSED = {
+    name: tuple(p.name.split(".")[-2] for p in BLOCK if p.fused == name and p.name.endswith("weight"))
+    for name in ("qkv_proj", "gate_up_proj")
+}
 
 
-def _attention(config: Shape) -> Shapes:
-    d, q, kv = config.dim, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    shapes: Shapes = {}
-    for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-        shapes |= _linear(f"self_attn.{name}", out, d, config.bias != "none")
-    return shapes | _linear("self_attn.o_proj", d, q, config.bias == "all")
+def _select(rows: tuple[Parameter, ...], config: Shape) -> dict[str, Parameter]:
+    """Rows of a configuration, by name."""
+    found = (row for row in rows if all(getattr(config, name) in values for name, values in row.when.items()))
+    return {row.name: row for row in found}
 
 
-def _swiglu(config: Shape) -> Shapes:
-    d, f, bias = config.dim, config.hidden_dim, config.bias == "all"
-    gate_up = _linear("mlp.gate_proj", f, d, bias) | _linear("mlp.up_proj", f, d, bias)
-    return gate_up | _linear("mlp.down_proj", d, f, bias)
+def block(config: Shape) -> dict[str, Parameter]:
+    """Parameters of one block, by name within it."""
+    return _select(BLOCK, config)
 
 
-def _gelu(config: Shape) -> Shapes:
-    d, f, bias = config.dim, config.hidden_dim, config.bias == "all"
-    return _linear("mlp.up_proj", f, d, bias) | _linear("mlp.down_proj", d, f, bias)
-
-
-def _time_mix(config: Shape) -> Shapes:
-    d = config.dim
-    vectors = ("time_decay", "time_first", "time_mix_key", "time_mix_value", "time_mix_receptance")
-    shapes: Shapes = {f"self_attn.{name}": (d,) for name in vectors}
-    return shapes | {f"self_attn.{name}_proj.weight": (d, d) for name in ("k", "v", "r", "o")}
-
-
-def _channel_mix(config: Shape) -> Shapes:
-    d, f = config.dim, config.hidden_dim
-    shapes: Shapes = {f"mlp.{name}": (d,) for name in ("time_mix_key", "time_mix_receptance")}
-    return shapes | {"mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f), "mlp.r_proj.weight": (d, d)}
+def table(config: Shape) -> dict[str, Parameter]:
+    """Parameters of a model by Hugging Face name, in its order."""
+    rows = block(config)
+    blocks = {f"model.layers.{i}.{name}": row for i in range(config.n_layers) for name, row in rows.items()}
+    return _select(FIRST, config) | blocks | _select(LAST, config)

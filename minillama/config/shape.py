@@ -6,7 +6,6 @@ width, T sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -30,11 +29,6 @@ class RopeScaling:
     """llama3: the original context length."""
 
     def __post_init__(self) -> None:
-        """Refuse frequency bands that are empty or reversed.
-
-        Raises:
-            InputError: low_freq_factor is not below high_freq_factor.
-        """
         if self.low_freq_factor >= self.high_freq_factor:
             raise InputError(
                 "the band between the low and the high frequency factor is empty",
@@ -101,21 +95,9 @@ class Shape:
     """Name of the file in configs/model that this shape came from."""
 
     def __post_init__(self) -> None:
-        """Resolve what follows from the rest, and refuse impossible shapes.
-
-        Raises:
-            InputError: a number out of its range, heads that do not divide, an odd head width; with the
-                nearest valid numbers.
-        """
         check(self)
-        if not self.head_dim and self.dim % self.n_heads:
-            near = _nearest(self.n_heads, (n for n in range(1, self.dim + 1) if self.dim % n == 0))
-            raise InputError(
-                "the heads do not divide the width",
-                where="n_heads",
-                found=f"dim = {self.dim}, n_heads = {self.n_heads}",
-                expected=f"n_heads that divides dim, such as {near}, or a head_dim of its own",
-            )
+        if not self.head_dim:
+            self._check_divisor("n_heads", "dim", "the heads do not divide the width", ", or a head_dim of its own")
         resolved = {
             "n_kv_heads": self.n_kv_heads or self.n_heads,
             "head_dim": self.head_dim or self.dim // self.n_heads,
@@ -123,20 +105,10 @@ class Shape:
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
-        if self.n_heads % self.n_kv_heads:
-            near = _nearest(self.n_kv_heads, (n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0))
-            raise InputError(
-                "the key/value heads do not divide the query heads",
-                where="n_kv_heads",
-                found=f"n_heads = {self.n_heads}, n_kv_heads = {self.n_kv_heads}",
-                expected=f"n_kv_heads that divides n_heads, such as {near}",
-            )
+        self._check_divisor("n_kv_heads", "n_heads", "the key/value heads do not divide the query heads")
         self._check_switches()
-        self._check_rotary()
-        if self.rotary_width == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
-            raise InputError(
-                "ntk scaling needs more than one rotary pair", where="head_dim", found=2, expected="at least 4"
-            )
+        if self.position in ("rope", "rope-2d"):
+            self._check_rotary()
 
     def switches(self) -> dict[str, Any]:
         """Switches that differ from LLaMA's."""
@@ -152,6 +124,15 @@ class Shape:
     def rotary_width(self) -> int:
         """Rotary dimension, values of a head that rope rotates."""
         return self.rotary_dim or self.head_dim
+
+    def _check_divisor(self, name: str, whole: str, what: str, otherwise: str = "") -> None:
+        number, total = getattr(self, name), getattr(self, whole)
+        if total % number:
+            divisors = [n for n in range(1, total + 1) if total % n == 0]
+            near = [n for n in divisors if n < number][-1:] + [n for n in divisors if n > number][:1]
+            found, such = f"{whole} = {total}, {name} = {number}", " or ".join(map(str, near))
+            expected = f"{name} that divides {whole}, such as {such}{otherwise}"
+            raise InputError(what, where=name, found=found, expected=expected)
 
     def _check_switches(self) -> None:
         """Refuse switches that exclude each other, by name."""
@@ -179,31 +160,22 @@ class Shape:
 
     def _check_rotary(self) -> None:
         """Refuse widths that cannot be rotated in pairs."""
-        if self.position not in ("rope", "rope-2d"):
-            return
         where, width = ("rotary_dim", self.rotary_dim) if self.rotary_dim else ("head_dim", self.head_dim)
-        pairs = 2 if self.position == "rope" else 4
+        found, what, pairs = f"{where} = {width}", "rotary positions rotate pairs, and this width is odd", 2
+        if self.position == "rope-2d":
+            what, pairs = "two-dimensional rotary positions rotate two halves of pairs", 4
         if width % pairs:
-            raise InputError(
-                "rotary positions rotate pairs, and this width is odd"
-                if pairs == 2
-                else "two-dimensional rotary positions rotate two halves of pairs",
-                where=where,
-                found=f"{where} = {width} (dim = {self.dim}, n_heads = {self.n_heads})",
-                expected=f"a multiple of {pairs}, such as {width + pairs - width % pairs}",
-            )
+            found += f" (dim = {self.dim}, n_heads = {self.n_heads})"
+            expected = f"a multiple of {pairs}, such as {width + pairs - width % pairs}"
+            raise InputError(what, where=where, found=found, expected=expected)
         if width > self.head_dim:
-            found, expected = f"rotary_dim = {width}", f"at most head_dim = {self.head_dim}"
+            expected = f"at most head_dim = {self.head_dim}"
             raise InputError("rope cannot rotate more than a head", where=where, found=found, expected=expected)
+        if width == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
+            what = "ntk scaling needs more than one rotary pair"
+            raise InputError(what, where="head_dim", found=2, expected="at least 4")
 
 
 def ffn_width(dim: int) -> int:
     """Feed-forward width: 8/3 of the width, rounded up to a multiple of 256, as Meta has it."""
     return 256 * -(-int(8 * dim / 3) // 256)
-
-
-def _nearest(number: int, choices: Iterable[int]) -> str:
-    every = list(choices)
-    below = max((n for n in every if n <= number), default=None)
-    above = min((n for n in every if n >= number), default=None)
-    return " or ".join(str(n) for n in (below, above) if n is not None)

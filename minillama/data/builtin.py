@@ -29,17 +29,17 @@ def builtin_documents(name: str) -> Iterator[Document | BadText]:
         InputError: this Python has no standard library in source form.
     """
     if name == "python-code":
-        for _, path in _modules():
+        for _, path in modules():
             yield from read_file(path, "")
         return
     yield from _topics()
-    for module, path in _modules():
+    for module, path in modules():
         for source in read_file(path, ""):
             if isinstance(source, Document):
                 yield Document(_docstrings(module, source.text), f"python-docs, module {module}")
 
 
-def _modules() -> Iterator[tuple[str, Path]]:
+def modules() -> Iterator[tuple[str, Path]]:
     """Dotted name and file of each module."""
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "os.py").is_file():
@@ -68,15 +68,20 @@ def _topics() -> Iterator[Document]:
 
 def _docstrings(module: str, source: str) -> str:
     """Docstrings of a module as one document; empty where there are none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in other people's code
-            tree = ast.parse(source)
-    except SyntaxError:  # templates and the like
-        return ""
+    tree = parse(source)
     parts = list(_described(tree, ""))
     own = ast.get_docstring(tree)
     return "\n\n".join([module, *([own] if own else []), *parts]) + "\n" if own or parts else ""
+
+
+def parse(source: str) -> ast.Module:
+    """Syntax tree of a module; an empty one of templates and the like."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in other people's code
+            return ast.parse(source)
+    except SyntaxError:
+        return ast.Module([], [])
 
 
 def _described(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
@@ -84,12 +89,13 @@ def _described(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(child)
             if text:
-                yield f"{_signature(child, prefix)}\n{text}"
+                yield f"{signature(child, prefix)}\n{text}"
         if isinstance(child, ast.ClassDef):
             yield from _described(child, f"{prefix}{child.name}.")
 
 
-def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str) -> str:
+def signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, prefix: str) -> str:
+    """`class NAME(BASES)` or `NAME(ARGUMENTS)`."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(map(ast.unparse, node.bases))
         return f"class {prefix}{node.name}" + (f"({bases})" if bases else "")

@@ -56,3 +56,9 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
+
+
+def hash_fraction(text: str, key: str) -> float:
+    """Keyed hash of a text as a number in [0, 1): the top 53 bits of BLAKE2b."""
+    digest = blake2b(text.encode(), key=key.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53

@@ -9,10 +9,9 @@ from hashlib import sha256
 
 import numpy as np
 
-from minillama.data.permutation import derive_keys, permute
+from minillama.data.permutation import derive_keys, hash_fraction, permute
 from minillama.data.reading import Record, Skipped
 from minillama.data.sources import OnError, Source, records
-from minillama.data.split import hash_fraction
 from minillama.errors import InputError
 
 

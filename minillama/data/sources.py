@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from minillama.data.builtin import BUILTIN, builtin_documents
+from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
     RECORDS,
     BadText,
@@ -46,7 +47,7 @@ class Source:
     """
 
     name: str = ""
-    """python-docs, python-code, hf:NAME or hf:NAME:CONFIG of the Hugging Face hub, or anything `path` can be."""
+    """python-docs, python-code, python-qa, hf:NAME or hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
     path: str = ""
     """A text file (one document), a .jsonl file (one per line), a folder of them, a glob; .gz and .zst as well."""
     field: str = "text"
@@ -105,7 +106,10 @@ def records(
     if source.name in BUILTIN:
         what = "this source gives texts, not records"
         raise InputError(what, where="data.sources", found=source.name, expected=".jsonl or .json files")
-    yield from _valid(_record_items(source), on_error, report, check)
+    if source.name == PYTHON_QA:
+        yield from _valid(python_qa(), on_error, report, check)
+    else:
+        yield from _valid(_record_items(source), on_error, report, check)
 
 
 def _valid(
@@ -154,6 +158,9 @@ def identity(source: Source) -> dict[str, Any]:
 
 
 def _items(source: Source) -> Iterator[Document | BadText]:
+    if source.name == PYTHON_QA:
+        what, fix = "this source gives conversations, not texts", "add --data.template auto"
+        raise InputError(what, where="data.sources", found=source.name, fix=fix)
     if source.name in BUILTIN:
         yield from builtin_documents(source.name)
     elif source.name.startswith(_HF):
@@ -186,9 +193,9 @@ def _files(name: str, suffixes: tuple[str, ...] = _SUFFIXES) -> list[Path]:
         return [path]
     else:
         found = [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if not match.is_dir()]
-        expected = f"a file, a folder, a glob that matches something, {', '.join(BUILTIN)}, or hf:NAME"
+        expected = f"a file, a folder, a glob that matches something, {', '.join((*BUILTIN, PYTHON_QA))}, or hf:NAME"
     if not found:
-        close = get_close_matches(name, BUILTIN, n=1)
+        close = get_close_matches(name, (*BUILTIN, PYTHON_QA), n=1)
         fix = f"did you mean {close[0]!r}?" if close else None
         raise InputError("this source holds no files", where="data.sources", found=name, expected=expected, fix=fix)
     return found

@@ -6,9 +6,9 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Literal
 
+from minillama.data.permutation import hash_fraction
 from minillama.data.reading import Document, Skipped
 from minillama.data.sources import OnError, Source, documents
 from minillama.errors import InputError
@@ -16,12 +16,6 @@ from minillama.errors import InputError
 SplitName = Literal["train", "val"]
 
 _LONG = 2**16  # characters
-
-
-def hash_fraction(text: str, key: str) -> float:
-    """Keyed hash of a text as a number in [0, 1): the top 53 bits of BLAKE2b."""
-    digest = blake2b(text.encode(), key=key.encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
 @dataclass(frozen=True)

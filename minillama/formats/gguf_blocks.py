@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minillama.formats.gguf_header import TensorInfo
+from minillama.formats.stored import Stored
 from minillama.layers.int4 import GROUP, LOW, Int4
 
 INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes
 
 
-def read_int4(path: Path, info: TensorInfo) -> Int4:
+def read_int4(path: Path, info: Stored) -> Int4:
     """Int4 matrix of a tensor, exact in float32.
 
     Args:

@@ -12,11 +12,12 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from minillama.errors import InputError
+from minillama.formats.stored import Stored
 
 T = TypeVar("T")
 MAGIC = b"GGUF"
@@ -37,15 +38,6 @@ _TYPES = {
 }  # fmt: skip
 
 
-class TensorInfo(NamedTuple):
-    """Tensor info: type name, shape in torch's order, first byte and number of bytes in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
 @dataclass(frozen=True)
 class GGUFHeader:
     """GGUF header: version, metadata (arrays of numbers as numpy arrays, of strings as lists), tensors by name."""
@@ -53,7 +45,7 @@ class GGUFHeader:
     path: Path
     version: int
     metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, Stored]
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Metadata value of a key.
@@ -89,9 +81,9 @@ def read_header(path: Path) -> GGUFHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path).header()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError("cannot read the file", where=path, found=error) from None
 
 
@@ -160,37 +152,33 @@ class _Reader:
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
             raise self.error("invalid alignment", "general.alignment", found=alignment, expected="a multiple of 8")
-        tensors = self.placed(infos, -(-self.at // alignment) * alignment, alignment)
-        return GGUFHeader(self.path, version, metadata, tensors)
-
-    def info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.string("tensor name")
-        rank = self.number("I", name)
-        if not 0 < rank <= _MAX_RANK:
-            raise self.error("invalid number of dimensions", name, found=rank, expected=f"1 to {_MAX_RANK}")
-        shape = tuple(self.number("Q", name) for _ in range(rank))[::-1]
-        return name, shape, self.number("I", name), self.number("Q", name)
-
-    def placed(
-        self, infos: list[tuple[str, tuple[int, ...], int, int]], base: int, alignment: int
-    ) -> dict[str, TensorInfo]:
-        tensors: dict[str, TensorInfo] = {}
-        for name, shape, kind, offset in infos:
+        base = -(-self.at // alignment) * alignment
+        tensors: dict[str, Stored] = {}
+        for name, info in infos:
             if name in tensors:
                 raise self.error("duplicate tensor", name)
-            if kind not in _TYPES:
-                raise self.error("unknown tensor type", name, found=kind)
-            dtype, block, width = _TYPES[kind]
-            if shape[-1] % block or math.prod(shape) == 0:
-                raise self.error("the shape does not fit the type", name, found=f"{shape} of {dtype}")
-            size = math.prod(shape) // block * width
-            if offset % alignment or base + offset + size > self.size:
-                found = f"{shape} of {dtype}, {size} bytes at {base + offset} of {self.size}"
+            tensors[name] = info._replace(start=base + info.start)
+            if info.start % alignment or base + info.start + info.size > self.size:
+                found = f"{info.shape} of {info.dtype}, {info.size} bytes at {base + info.start} of {self.size}"
                 raise self.error("the tensor does not lie in the file, or the file is cut short", name, found=found)
-            tensors[name] = TensorInfo(dtype, shape, base + offset, size)
         end = base
         for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
             if info.start < end:
                 raise self.error("two tensors overlap", name, found=info.start, expected=f"{end} or more")
             end = info.start + info.size
-        return tensors
+        return GGUFHeader(self.path, version, metadata, tensors)
+
+    def info(self) -> tuple[str, Stored]:
+        """Tensor info; `start` is relative to the data."""
+        name = self.string("tensor name")
+        rank = self.number("I", name)
+        if not 0 < rank <= _MAX_RANK:
+            raise self.error("invalid number of dimensions", name, found=rank, expected=f"1 to {_MAX_RANK}")
+        shape = tuple(self.number("Q", name) for _ in range(rank))[::-1]
+        kind, offset = self.number("I", name), self.number("Q", name)
+        if kind not in _TYPES:
+            raise self.error("unknown tensor type", name, found=kind)
+        dtype, block, width = _TYPES[kind]
+        if shape[-1] % block or math.prod(shape) == 0:
+            raise self.error("the shape does not fit the type", name, found=f"{shape} of {dtype}")
+        return name, Stored(dtype, shape, offset, math.prod(shape) // block * width)

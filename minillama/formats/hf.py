@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,48 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.config import ModelConfig
+from minillama.config.loader import read_json
 from minillama.errors import InputError
 from minillama.formats import generation_config
-from minillama.formats.hf_names import Entry, layout, refuse_unknown
-from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors
+from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
+from minillama.formats.model_file import ModelFile
 from minillama.formats.safetensors_header import read_header
+from minillama.formats.stored import Stored
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# model_type -> parts of LLaMA's names -> those of transformers' other models
+NAMES: Mapping[str, Mapping[str, str]] = {
+    "bloom": {
+        "model.embed_tokens": "transformer.word_embeddings",
+        "model.embed_norm": "transformer.word_embeddings_layernorm",
+        "model.norm": "transformer.ln_f",
+        "model.layers": "transformer.h",
+        "self_attn.q_proj": "self_attention.query_key_value",
+        "self_attn.k_proj": "self_attention.query_key_value",
+        "self_attn.v_proj": "self_attention.query_key_value",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    },
+    "rwkv": {
+        "model.embed_tokens": "rwkv.embeddings",
+        "model.embed_norm": "rwkv.blocks.0.pre_ln",
+        "model.norm": "rwkv.ln_out",
+        "model.layers": "rwkv.blocks",
+        "lm_head": "head",
+        "input_layernorm": "ln1",
+        "post_attention_layernorm": "ln2",
+        "self_attn": "attention",
+        "mlp": "feed_forward",
+        "k_proj": "key",
+        "v_proj": "value",
+        "o_proj": "output",
+        "r_proj": "receptance",
+        "up_proj": "key",
+        "down_proj": "value",
+    },
+}
 
 
 def read(folder: Path) -> ModelFile:
@@ -34,37 +69,27 @@ def read(folder: Path) -> ModelFile:
     """
     config = ModelConfig.load(folder)
     stored: dict[str, Stored] = {}
-    readers: dict[str, Callable[[], Tensor]] = {}
+    shards: dict[str, Path] = {}
     for shard, listed in _shards(folder).items():
         header = read_header(shard)
         if listed is not None and set(header) != listed:
             odd = sorted(set(header) ^ listed)
             raise InputError(f"the shard does not hold what {INDEX} lists", where=shard, found=", ".join(odd[:12]))
         stored |= header
-        readers |= {name: partial(_tensor, shard, name) for name in header}
+        shards |= dict.fromkeys(header, shard)
     # transformers may store a tied head twice; old conversions stored the rotary frequencies
     ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         ignored.add("lm_head.weight")
-    table = layout(config, config.to_hf()["model_type"])
+    names = NAMES.get(config.to_hf()["model_type"], {})
     if not any(name.startswith("transformer.") for name in stored):  # BLOOM's first files lack the prefix
-        table = {name.removeprefix("transformer."): entry for name, entry in table.items()}
-    expected = {name: entry.shape for name, entry in table.items()}
-    check_tensors(expected, {name: item.shape for name, item in stored.items()}, folder, frozenset(ignored))
+        names = {ours: theirs.removeprefix("transformer.") for ours, theirs in names.items()}
+    table = layout(config, names)
+    check_tensors(table, {name: item.shape for name, item in stored.items()}, folder, ignored)
     tokenizer = folder if any((folder / name).exists() for name in TOKENIZERS) else None
-    shapes = config.tensors()
-    makers = {
-        ours: partial(_part, readers[theirs], entry, ours, shapes[ours])
-        for theirs, entry in table.items()
-        for ours in entry.ours
-    }
-    ordered = LazyTensors({name: makers[name] for name in shapes})
+    tensors = lazy_tensors(config, table, lambda name: _tensor(shards[name], name))
     stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)
-    return ModelFile(folder, "Hugging Face folder", config, ordered, stored, tokenizer, {}, stops, sampling=sampling)
-
-
-def _part(read_stored: Callable[[], Tensor], entry: Entry, name: str, shape: tuple[int, ...]) -> Tensor:
-    return entry.unpack(read_stored(), name, shape)
+    return ModelFile(folder, "Hugging Face folder", config, tensors, stored, tokenizer, {}, stops, sampling=sampling)
 
 
 def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
@@ -82,20 +107,19 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
                 fix="ask for safetensors, or convert it with transformers if you trust where it came from",
             )
         raise InputError("no weights in the model folder", where=folder, expected=f"{WEIGHTS} or {INDEX}")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), shard) for name, shard in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        found = f"{type(error).__name__}: {error}"[:200]
-        raise InputError("not a readable index", where=index, found=found, expected="a table weight_map") from None
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError("not a readable index", where=index, found=weight_map, expected="a table weight_map")
     shards: dict[Path, set[str]] = {}
-    for name, shard in pairs:
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+", shard) or shard in (".", ".."):
             raise InputError(
                 "the index leads out of its folder", where=f"{index}, {name}", found=shard, expected="a plain file name"
             )
         shards.setdefault(folder / shard, set()).add(name)
-    missing = sorted(path.name for path in shards if not _is_file(path))
+    missing = sorted(
+        path.name for path in shards if not os.path.isfile(path)
+    )  # False too for a name that no file can have
     extra = sorted(path.name for path in folder.glob("model-*-of-*.safetensors") if path not in shards)
     if missing or extra:
         found = "; ".join(
@@ -103,13 +127,6 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
         )
         raise InputError(f"the shards are not those of {INDEX}", where=folder, found=found)
     return shards
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 def _tensor(path: Path, name: str) -> Tensor:
@@ -129,51 +146,47 @@ def write(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write config.json and the weights, one shard in memory at a time.
 
     Args:
         folder: made if it is not there.
         config: the shape; its `layout` has the names in the files.
-        tensors: by Hugging Face name.
+        tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         max_shard_size: bytes a file at most, unless one tensor is larger.
-        progress: is told each name.
 
     Raises:
         InputError: tensors that a model of this shape does not have, such as an adapter's.
     """
-    refuse_unknown(tensors, config)
+    check_writable(tensors, config)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or next(iter(tensors.values())).dtype
     values = config.to_hf(str(dtype).removeprefix("torch."))
     _write_json(folder / "config.json", values)
-    table = layout(config, values["model_type"])
-    sizes = {name: torch.Size(entry.shape).numel() * dtype.itemsize for name, entry in table.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
+    shards: list[list[Entry]] = [[]]
+    total = filled = 0
+    for entry in layout(config, NAMES.get(values["model_type"], {})).values():
+        size = math.prod(entry.shape) * dtype.itemsize
         if shards[-1] and filled + size > max_shard_size:
             shards.append([])
             filled = 0
-        shards[-1].append(name)
+        shards[-1].append(entry)
         filled += size
-    files = [
-        WEIGHTS if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        for i in range(1, len(shards) + 1)
-    ]
-    for file, names in zip(files, shards, strict=True):
+        total += size
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         part = {}
-        for name in names:
-            part[name] = table[name].pack(tensors).detach().to("cpu", dtype).contiguous()
-            progress(name)
+        for entry in shard:
+            part[entry.name] = entry.pack(tensors).detach().to("cpu", dtype).contiguous()
+            weight_map[entry.name] = file
         save_file(part, folder / file, metadata={"format": "pt"})
-    for stale in {*folder.glob("model*.safetensors"), folder / INDEX} - {folder / file for file in files}:
-        stale.unlink(missing_ok=True)  # of an earlier save: readers would prefer it
+    stale = {path.name for path in folder.glob("model*.safetensors")} - set(weight_map.values())
+    for name in (*stale, INDEX):
+        (folder / name).unlink(missing_ok=True)  # of an earlier save: readers would prefer it
     if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def parse_size(size: int | str) -> int:

@@ -8,8 +8,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +16,31 @@ import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
+from minillama.config.loader import read_json
 from minillama.errors import InputError
 from minillama.formats import generation_config
-from minillama.formats.hf_names import refuse_relatives, refuse_unknown
-from minillama.formats.model_file import LazyTensors, ModelFile, Stored, check_tensors, optional
-from minillama.formats.rope_rows import rotary_heads, to_half_split, to_interleaved
+from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors, rename
+from minillama.formats.model_file import FLOATS, ModelFile
+from minillama.formats.stored import Stored
 
-# ours -> theirs, and the axis sharded over ranks: rows 0, columns 1, None: replicated
-TOP = {
-    "model.embed_tokens.weight": ("tok_embeddings.weight", 1),  # by rows in Llama 3's files
-    "model.norm.weight": ("norm.weight", None),
-    "lm_head.weight": ("output.weight", 0),
+NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "model.layers": "layers",
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
 }
-LAYER = {
-    "input_layernorm": ("attention_norm", None),
-    "self_attn.q_proj": ("attention.wq", 0),
-    "self_attn.k_proj": ("attention.wk", 0),
-    "self_attn.v_proj": ("attention.wv", 0),
-    "self_attn.o_proj": ("attention.wo", 1),
-    "post_attention_layernorm": ("ffn_norm", None),
-    "mlp.gate_proj": ("feed_forward.w1", 0),
-    "mlp.down_proj": ("feed_forward.w2", 1),
-    "mlp.up_proj": ("feed_forward.w3", 0),
-}
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 PARAMS = "params.json"
-_IGNORED = ("rope.freqs",)
 _SAFE_TORCH = (2, 10)  # CVE-2025-32434, CVE-2026-24747
-
-
-def name_in_file(name: str) -> tuple[str, int | None]:
-    """Meta's name: `model.layers.3.self_attn.q_proj.weight` -> `layers.3.attention.wq.weight` and the sharded axis."""
-    if name in TOP:
-        return TOP[name]
-    _, _, layer, rest = name.split(".", 3)
-    theirs, axis = LAYER[rest.removesuffix(".weight")]
-    return f"layers.{layer}.{theirs}.weight", axis
 
 
 def read(folder: Path) -> ModelFile:
@@ -71,44 +60,43 @@ def read(folder: Path) -> ModelFile:
     ranks = [_load(path) for path in paths]
     _compare_ranks(paths, ranks)
     config = _config(folder, ranks)
-    parts: dict[str, tuple[str, int | None]] = {}
-    for name in config.tensors():
-        theirs, axis = name_in_file(name)
-        if name == "model.embed_tokens.weight" and theirs in ranks[0] and ranks[0][theirs].shape[-1] == config.dim:
-            axis = 0
-        parts[name] = theirs, axis
-    back = {theirs: name for name, (theirs, _) in parts.items()}
-    shapes = {
-        back.get(name, name): _whole_shape(ranks, name, parts.get(back.get(name, ""), ("", None))[1])
-        for name in ranks[0]
-    }
-    ignored = {*_IGNORED, *(["output.weight"] if config.tie_embeddings else [])}
-    check_tensors(config.tensors(), shapes, folder, frozenset(ignored))
-    tensors = LazyTensors(
-        {name: partial(_tensor, ranks, *part, rotary_heads(config, name)) for name, part in parts.items()}
-    )
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    table = layout(config, NAMES, interleaved=True)
+    axes = _axes(config) | {EMBEDDING: _embedding_axis(ranks, config.dim)}
+    shapes = {name: _whole_shape(ranks, name, axes.get(name)) for name in ranks[0]}
+    check_tensors(table, shapes, folder, {"rope.freqs", *([HEAD] if config.tie_embeddings else [])})
+    kinds = {dtype: name for name, dtype in FLOATS.items()}
     stored = {
-        f"{path.name}: {name}": Stored(kinds.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        f"{path.name}: {name}": Stored(kinds[tensor.dtype], tuple(tensor.shape))
         for path, rank in zip(paths, ranks, strict=True)
         for name, tensor in rank.items()
     }
-    tokenizer = optional(folder / "tokenizer.model")
+    tensors = lazy_tensors(config, table, lambda name: _whole(ranks, name, axes[name]))
+    tokenizer, kind = folder / "tokenizer.model", f"Meta folder, {len(paths)} ranks"
     # not Meta's: written beside by `convert`
     stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)
-    kind = f"Meta folder, {len(paths)} ranks"
-    return ModelFile(folder, kind, config, tensors, stored, tokenizer, {}, stops, sampling=sampling)
+    own = tokenizer if tokenizer.exists() else None
+    return ModelFile(folder, kind, config, tensors, stored, own, {}, stops, sampling=sampling)
+
+
+def _axes(config: ModelConfig) -> dict[str, int | None]:
+    """Axis of each tensor that is split over the ranks, the embedding's as in Llama 1 and 2."""
+    axes = {rename(name, NAMES): row.split_axis for name, row in config.parameters().items()}
+    return axes | {EMBEDDING: 1}
+
+
+def _embedding_axis(ranks: list[dict[str, Tensor]], dim: int) -> int:
+    """Llama 3 splits the embedding by rows, as the head; Llama 1 and 2 by columns."""
+    return 0 if ranks[0][EMBEDDING].shape[-1] == dim else 1
 
 
 def _compare_ranks(paths: list[Path], ranks: list[dict[str, Tensor]]) -> None:
+    first = {name: tuple(tensor.shape) for name, tensor in ranks[0].items()}
     for path, rank in zip(paths, ranks, strict=True):
-        for name in set(rank) & set(ranks[0]):
-            if rank[name].shape != ranks[0][name].shape:
-                found, expected = tuple(rank[name].shape), tuple(ranks[0][name].shape)
-                raise InputError("the ranks disagree", where=f"{path}, {name}", found=found, expected=expected)
-        if set(rank) != set(ranks[0]):
-            odd = sorted(set(rank) ^ set(ranks[0]))[:8]
-            raise InputError("the ranks do not hold the same tensors", where=path, found=", ".join(odd))
+        shapes = {name: tuple(tensor.shape) for name, tensor in rank.items()}
+        odd = sorted(name for name in first | shapes if first.get(name) != shapes.get(name))
+        if odd:
+            found, expected = (f"{table.get(odd[0], 'no tensor')}" for table in (shapes, first))
+            raise InputError("the ranks disagree", where=f"{path}, {odd[0]}", found=found, expected=expected)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -129,16 +117,16 @@ def _load(path: Path) -> dict[str, Tensor]:
     if not isinstance(table, dict):
         raise InputError("the file is not a table of tensors", where=path)
     for name, tensor in table.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_sound(tensor):
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor):
             raise InputError("not a dense tensor with all values in the file", where=f"{path}, {str(name)[:80]}")
     return table
 
 
-def _is_sound(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is as Meta writes it: dense, with all values in the file (a stride of 0 repeats one)."""
     return (
         tensor.layout == torch.strided
-        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and tensor.dtype in FLOATS.values()
         and tensor.dim() in (1, 2)
         and tensor.is_contiguous()
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
@@ -165,39 +153,34 @@ def _check_zip(path: Path) -> None:
 
 
 def _whole_shape(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> tuple[int, ...]:
-    shape = list(ranks[0][name].shape)
-    if axis is not None and axis < len(shape):
-        shape[axis] = sum(rank[name].shape[axis] for rank in ranks)
-    return tuple(shape)
+    shape = ranks[0][name].shape
+    return tuple(n * len(ranks) if i == axis else n for i, n in enumerate(shape))
 
 
-def _tensor(ranks: list[dict[str, Tensor]], name: str, axis: int | None, heads: int | None) -> Tensor:
+def _whole(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> Tensor:
     parts = [rank[name] for rank in ranks]
-    tensor = parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
-    return to_half_split(tensor, heads) if heads else tensor
+    return parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
     path = folder / PARAMS
+    params = read_json(path)
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
         dim, n_layers, n_heads = int(params["dim"]), int(params["n_layers"]), int(params["n_heads"])
         scaled = bool(params.get("use_scaled_rope"))
-        rank = ranks[0]
-        table, gate = rank["tok_embeddings.weight"], "layers.0.feed_forward.w1.weight"
-        rows = sum(r["tok_embeddings.weight"].shape[0] for r in ranks) if table.shape[1] == dim else table.shape[0]
-        theta = float(params.get("rope_theta", 10000.0))
+        theta, axis = float(params.get("rope_theta", 10000.0)), _embedding_axis(ranks, dim)
         values: dict[str, Any] = {
             "dim": dim,
             "n_layers": n_layers,
             "n_heads": n_heads,
             "n_kv_heads": params.get("n_kv_heads") or n_heads,
-            "hidden_dim": sum(r[gate].shape[0] for r in ranks),
-            "vocab_size": int(rows),
-            "max_seq_len": _context(theta, scaled),
+            "hidden_dim": _whole_shape(ranks, "layers.0.feed_forward.w1.weight", 0)[0],
+            "vocab_size": _whole_shape(ranks, EMBEDDING, axis)[0],
+            # absent from params.json: Llama 1 and 2 share their keys, Llama 3 and 3.1 differ
+            "max_seq_len": 131072 if scaled else 8192 if theta == 500000.0 else 2048,
             "norm_eps": float(params.get("norm_eps", 1e-5)),
             "rope_theta": theta,
-            "tie_embeddings": _is_tied(ranks, 0 if table.shape[1] == dim else 1),
+            "tie_embeddings": _is_tied(ranks, axis),
         }
         if scaled:
             values["rope_scaling"] = {
@@ -205,33 +188,19 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
                 "factor": float(params.get("rope_scaling_factor") or 8.0),
                 "high_freq_factor": float(params.get("rope_high_freq_factor") or 4.0),
             }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
         found = f"{type(error).__name__}: {error}"[:200]
         raise InputError("not a readable params.json", where=path, found=found) from None
-    try:
-        return ModelConfig.from_table(values)
-    except InputError as error:
-        where = f"{path}, {error.where}"
-        raise error.at(where) from None
+    return ModelConfig.from_keys(values, path)
 
 
 def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
     """Whether the head is absent or a copy of the embedding, which may be sharded by another axis."""
-    if "output.weight" not in ranks[0]:
+    if HEAD not in ranks[0]:
         return True
-    if sum(rank["output.weight"].shape[0] for rank in ranks) != _whole_shape(ranks, "tok_embeddings.weight", axis)[0]:
-        return False
-    first = ranks[0]["output.weight"][0, :1], ranks[0]["tok_embeddings.weight"][0, :1]
-    if not torch.equal(*first):  # so that both are read in full only where they may be equal
-        return False
-    return torch.equal(_tensor(ranks, "output.weight", 0, None), _tensor(ranks, "tok_embeddings.weight", axis, None))
-
-
-def _context(theta: float, scaled: bool) -> int:
-    """Context length, absent from params.json: Llama 1 and 2 share their keys, Llama 3 and 3.1 differ."""
-    if scaled:
-        return 131072
-    return 8192 if theta == 500000.0 else 2048
+    # the first value, so that both are read in full only where they may be equal
+    first = torch.equal(ranks[0][HEAD][0, :1], ranks[0][EMBEDDING][0, :1])
+    return first and torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
 
 
 def write(
@@ -240,77 +209,56 @@ def write(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     ranks: int = 1,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write params.json and consolidated.NN.pth. A tied head is written twice, as Meta's code reads it.
 
     Args:
         folder: created if absent.
         config: the shape.
-        tensors: by Hugging Face name.
+        tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         ranks: number of files, each with its shard of heads, widths and columns.
-        progress: called with each name.
 
     Raises:
         InputError: params.json cannot express the shape, or the ranks do not divide it.
     """
-    refuse_relatives(config, "Meta's layout")
-    refuse_unknown(tensors, config)
+    check_writable(tensors, config, "Meta's layout")
     if any(number % ranks for number in (config.n_heads, config.n_kv_heads, config.hidden_dim, config.vocab_size)):
         expected = "a number that divides heads, key/value heads, hidden_dim and vocab_size"
         raise InputError("the ranks do not divide the shape", where="ranks", found=ranks, expected=expected)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
-    tables: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
-    for name in config.tensors():
-        theirs, axis = name_in_file(name)
-        tensor = tensors[name].detach().to("cpu", dtype)
-        count = rotary_heads(config, name)
-        tensor = to_interleaved(tensor, count) if count else tensor
-        parts = [tensor] * ranks if axis is None or ranks == 1 else list(tensor.chunk(ranks, dim=axis))
-        for table, part in zip(tables, parts, strict=True):
-            table[theirs] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
-        progress(name)
-    if config.tie_embeddings:
-        for table, part in zip(
-            tables, tensors["model.embed_tokens.weight"].detach().to("cpu", dtype).chunk(ranks), strict=True
-        ):
-            table["output.weight"] = part.contiguous().clone()
-    for rank, table in enumerate(tables):
-        torch.save(table, folder / f"consolidated.{rank:02}.pth")
+    axes, table = _axes(config), layout(config, NAMES, interleaved=True)
+    files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    heads: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+    for name, entry in table.items():
+        tensor = entry.pack(tensors).detach().to("cpu", dtype)
+        _split(files, name, tensor, axes[name])
+        if name == EMBEDDING and config.tie_embeddings:
+            _split(heads, HEAD, tensor, 0)
+    for rank, (file, head) in enumerate(zip(files, heads, strict=True)):
+        torch.save(file | head, folder / f"consolidated.{rank:02}.pth")
+
+
+def _split(files: list[dict[str, Tensor]], name: str, tensor: Tensor, axis: int | None) -> None:
+    parts = [tensor] * len(files) if axis is None else tensor.chunk(len(files), dim=axis)
+    for file, part in zip(files, parts, strict=True):
+        file[name] = part.contiguous().clone()  # its own storage: torch.save writes all of a shared one
 
 
 def _params(config: ModelConfig) -> dict[str, Any]:
-    scaling = config.rope_scaling
-    faults = {
-        "head_dim": config.head_dim * config.n_heads != config.dim and f"{config.head_dim}, which is not dim / n_heads",
-        "rope_scaling": scaling is not None and not _is_meta_scaling(scaling) and scaling,
-    }
-    for field, found in faults.items():
-        if found:
-            raise InputError("Meta's params.json cannot express this", where=field, found=found)
-    params: dict[str, Any] = {
-        "dim": config.dim,
-        "n_layers": config.n_layers,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "vocab_size": config.vocab_size,
-        "norm_eps": config.norm_eps,
-        "rope_theta": config.to_hf()["rope_theta"],
-        **_width(config.dim, config.hidden_dim),
-    }
-    if scaling is not None and scaling.kind == "llama3":
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
-        params |= {"rope_high_freq_factor": scaling.high_freq_factor}
-    return params
-
-
-def _is_meta_scaling(scaling: RopeScaling) -> bool:
-    """Whether params.json has it: Llama 3.1's bands but for the upper one; `ntk` is a larger base, without a key."""
-    return scaling.kind == "ntk" or (
-        scaling.kind == "llama3" and scaling.low_freq_factor == 1 and scaling.original_max_seq_len == 8192
-    )
+    what, scaling = "Meta's params.json cannot express this", config.rope_scaling
+    if config.head_dim * config.n_heads != config.dim:
+        raise InputError(what, where="head_dim", found=f"{config.head_dim}, which is not dim / n_heads")
+    keys = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps")
+    params = {key: getattr(config, key) for key in keys} | {"rope_theta": config.to_hf()["rope_theta"]}
+    params |= _width(config.dim, config.hidden_dim)
+    if scaling is None or scaling.kind == "ntk":  # ntk is a larger base
+        return params
+    if scaling != RopeScaling("llama3", scaling.factor, high_freq_factor=scaling.high_freq_factor):
+        raise InputError(what, where="rope_scaling", found=scaling)
+    params |= {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor}
+    return params | {"rope_high_freq_factor": scaling.high_freq_factor}
 
 
 def _width(dim: int, hidden_dim: int) -> dict[str, Any]:

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.formats.stored import Stored
 from minillama.layers.int4 import Int4
 
-# axes of each parameter, in fields of ModelConfig
-_AXES = {
-    "embed_tokens": ("vocab_size", "dim"),
-    "lm_head": ("vocab_size", "dim"),
-    "q_proj": ("n_heads x head_dim", "dim"),
-    "k_proj": ("n_kv_heads x head_dim", "dim"),
-    "v_proj": ("n_kv_heads x head_dim", "dim"),
-    "o_proj": ("dim", "n_heads x head_dim"),
-    "gate_proj": ("hidden_dim", "dim"),
-    "up_proj": ("hidden_dim", "dim"),
-    "down_proj": ("dim", "hidden_dim"),
-}
-
-
-class Stored(NamedTuple):
-    """Stored tensor: dtype as the format names it, and shape in torch's order."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
 
 
@@ -42,20 +23,23 @@ class LazyTensors(Mapping[str, T]):
     """Lazy mapping: Hugging Face name -> tensor or quantized tensor, read from the disk at each access, not kept.
 
     Args:
-        readers: a function per name.
+        names: the names, in their order.
+        read: the value of a name.
     """
 
-    def __init__(self, readers: Mapping[str, Callable[[], T]]) -> None:
-        self._readers = readers
+    def __init__(self, names: Iterable[str], read: Callable[[str], T]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
 
     def __getitem__(self, name: str) -> T:
-        return self._readers[name]()
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -105,47 +89,3 @@ class ModelFile:
         if kinds == {"BF16"}:
             return torch.bfloat16
         return torch.float16 if kinds == {"F16"} and torch.device(device).type != "cpu" else torch.float32
-
-
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    where: object,
-    ignored: frozenset[str] = frozenset(),
-) -> None:
-    """Check of a file's tensors against the configuration, before any is read.
-
-    Raises:
-        InputError: missing or unknown names, all listed; or another shape, with the field it contradicts.
-    """
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and name not in ignored]
-    if missing or extra:
-        parts = [("missing", missing), ("unknown", extra)]
-        raise InputError(
-            "the tensors are not those of the configuration",
-            where=where,
-            found="; ".join(f"{len(names)} {word}: {_listed(names)}" for word, names in parts if names),
-            expected=f"{len(expected)} tensors",
-        )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise InputError(
-                "a tensor has another shape than in the configuration",
-                where=f"{where}, {name}",
-                found=found[name],
-                expected=f"{shape}, which is {_axes(name)}",
-            )
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _axes(name: str) -> str:
-    return ", ".join(_AXES.get(name.removesuffix(".weight").rpartition(".")[2], ("dim",)))
-
-
-def optional(path: Path) -> Path | None:
-    """The path if it exists."""
-    return path if path.exists() else None

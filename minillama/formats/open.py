@@ -11,8 +11,9 @@ from minillama.errors import InputError
 from minillama.files import refuse_url
 from minillama.formats import gguf, hf, llama2c, meta
 from minillama.formats.gguf_header import is_gguf, read_header
-from minillama.formats.model_file import ModelFile, Stored
+from minillama.formats.model_file import ModelFile
 from minillama.formats.safetensors_header import read_header as read_safetensors
+from minillama.formats.stored import Stored
 
 EXPECTED = "a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
 
@@ -39,8 +40,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         path = Path(path)
         if path.is_file() and is_gguf(path):
             header = read_header(path)
-            stored = {name: Stored(info.dtype, info.shape) for name, info in header.tensors.items()}
-            return Contents(f"GGUF version {header.version}", stored, header.metadata, None)
+            return Contents(f"GGUF version {header.version}", header.tensors, header.metadata, None)
         if path.is_file() and path.suffix == ".safetensors":
             return Contents("safetensors", read_safetensors(path), {}, None)
         raise

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from minillama.config.lora import EMBEDDING, HEAD, matrices, named, refuse_tied
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file
 from minillama.formats import generation_config, hf
-from minillama.formats.hf_names import layout
+from minillama.formats.layout import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
 from minillama.formats.safetensors_header import read_header
@@ -165,9 +164,9 @@ def _part(settings: PeftConfig, theirs: str, tensors: list[Tensor]) -> Part:
 
 def _names(config: ModelConfig) -> dict[str, str]:
     """Our name -> name in transformers of every layer that is one there as well."""
-    table = layout(config, config.to_hf()["model_type"])
+    table = layout(config, hf.NAMES.get(config.to_hf()["model_type"], {}))
     known = {f"{HEAD}.weight": f"{HEAD}.weight"}  # which a tied one has there too
-    known |= {entry.ours[0]: theirs for theirs, entry in table.items() if not entry.heads}
+    known |= {name: theirs for theirs, entry in table.items() if not entry.heads for name in entry.ours}
     return {
         name: known[f"{name}.weight"].removesuffix(".weight") for name in matrices(config) if f"{name}.weight" in known
     }
@@ -296,9 +295,9 @@ def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
     """
     adapter.check_base(opened.tensors)
     parts = {f"{name}.weight": part for name, part in adapter.adapters.items()}
-    readers = {name: partial(_merged, opened.tensors, name, parts.get(name)) for name in opened.tensors}
+    tensors = LazyTensors(opened.tensors, lambda name: _merged(opened.tensors, name, parts.get(name)))
     int4 = {name: matrix for name, matrix in opened.int4.items() if name not in parts}
-    made = replace(opened, config=adapter.config, tensors=LazyTensors(readers), int4=int4)
+    made = replace(opened, config=adapter.config, tensors=tensors, int4=int4)
     return with_files(made, adapter.path)
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
-from minillama.formats.model_file import Stored
+from minillama.formats.stored import Stored
 
 LIMIT = 100_000_000  # as in the library
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_IMPOSTORS = {
+_OTHERS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
     b"<": ("a web page, not a safetensors file", "download the file again, from its raw address"),
     b"PK\x03\x04": ("a zip archive (a PyTorch pickle), not a safetensors file", "convert it where it came from"),
@@ -36,77 +38,74 @@ def read_header(path: Path) -> dict[str, Stored]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)
-            for magic, (what, fix) in _IMPOSTORS.items():
-                if start[8:9] != b"{" and start.lstrip().startswith(magic):
-                    raise InputError(f"this is {what}", where=path, found=start[:40], fix=fix)
-            length = int.from_bytes(start[:8], "little")
-            if len(start) < 8 or 8 + length > size:
-                if len(start) >= 8 and length > LIMIT:
-                    raise _too_long(path, length)
-                found = f"{size} bytes, a header of {length}" if len(start) >= 8 else f"{size} bytes"
-                raise InputError("the file is cut short in its header", where=path, found=found)
-            if length > LIMIT:
-                raise _too_long(path, length)
+            length = _header_length(path, start, size)
             file.seek(8)
             text = file.read(length)
     except OSError as error:
         raise InputError("cannot read the file", where=path, found=error.strerror) from None
     try:
         table = json.loads(text, object_pairs_hook=_unique)
-    except _Twice as error:
-        raise InputError("the header names a tensor twice", where=path, found=str(error)) from None
+    except InputError as error:
+        raise error.at(path) from None
     except (ValueError, RecursionError) as error:
         raise InputError("the header is not JSON", where=path, found=str(error)[:200]) from None
     if not isinstance(table, dict):
         raise InputError("the header is not a JSON object", where=path, found=type(table).__name__)
     table.pop("__metadata__", None)
-    return _check(table, path, size - 8 - length)
+    tensors = {name: _tensor(entry, f"{path}, {name}") for name, entry in table.items()}
+    _check_spans(tensors, path, size - 8 - length)
+    return tensors
 
 
-class _Twice(Exception):
-    """Duplicate key of a JSON object."""
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    for magic, (what, fix) in _OTHERS.items():
+        if start[8:9] != b"{" and start.lstrip().startswith(magic):
+            raise InputError(f"this is {what}", where=path, found=start[:40], fix=fix)
+    if len(start) < 8:
+        raise InputError("the file is cut short in its header", where=path, found=f"{size} bytes")
+    length = int.from_bytes(start[:8], "little")
+    if length > LIMIT:
+        what = "the header claims to be longer than any real one"
+        raise InputError(what, where=path, found=f"{length} bytes", expected=f"at most {LIMIT}")
+    if 8 + length > size:
+        found = f"{size} bytes, a header of {length}"
+        raise InputError("the file is cut short in its header", where=path, found=found)
+    return length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        seen: set[str] = set()
-        raise _Twice(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise InputError("the header names a tensor twice", found=name)
     return table
 
 
-def _too_long(path: Path, length: int) -> InputError:
-    what = "the header claims to be longer than any real one"
-    return InputError(what, where=path, found=f"{length} bytes", expected=f"at most {LIMIT}")
+def _tensor(entry: Any, where: str) -> Stored:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        valid = len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        valid = False
+    if not valid or not isinstance(dtype, str):
+        raise InputError("the header's entry is damaged", where=where, found=str(entry)[:200])
+    if dtype not in _BYTES:
+        raise InputError("this dtype is not supported", where=where, found=dtype)
+    size = math.prod(shape) * _BYTES[dtype]
+    if end - begin != size:
+        expected = f"{shape} of {dtype}, {size} bytes"
+        raise InputError("size and shape disagree", where=where, found=end - begin, expected=expected)
+    return Stored(dtype, shape, begin, size)
 
 
-def _check(table: dict[str, Any], path: Path, data_bytes: int) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in table.items():
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
-            sound = sound and isinstance(dtype, str)
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise InputError("the header's entry is damaged", where=f"{path}, {name}", found=str(entry)[:200])
-        width = _BYTES.get(dtype)
-        if width is None:
-            raise InputError("this dtype is not supported", where=f"{path}, {name}", found=dtype)
-        if end - begin != math.prod(shape) * width:
-            expected = f"{shape} of {dtype}, {math.prod(shape) * width} bytes"
-            raise InputError("size and shape disagree", where=f"{path}, {name}", found=end - begin, expected=expected)
-        stored[name] = Stored(dtype, shape)
-        spans.append((begin, end, name))
+def _check_spans(tensors: Mapping[str, Stored], path: Path, data_bytes: int) -> None:
+    """Check that the tensors fill the data without overlap or gap."""
     at = 0
-    for begin, end, name in sorted(spans):
+    for begin, size, name in sorted((tensor.start, tensor.size, name) for name, tensor in tensors.items()):
         if begin != at:
             what = "two tensors overlap" if begin < at else "there is a gap before a tensor"
             raise InputError(what, where=f"{path}, {name}", found=f"byte {begin}", expected=f"byte {at}")
-        at = end
+        at = begin + size
     if at != data_bytes:
         what = "the file is cut short" if at > data_bytes else "there are bytes after the last tensor"
         raise InputError(what, where=path, found=f"{data_bytes} bytes of data", expected=f"{at}")
-    return stored

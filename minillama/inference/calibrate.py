@@ -65,13 +65,7 @@ def _nats(model: Decoder, rows: Tensor) -> float:
 
 
 def windows(source: str, tokenizer: Tokenizer, length: int, most: int) -> Tensor:
-    """Windows of the beginning of a text: rows of `length` + 1 ids, the last of each the first of the next.
-
-    Args:
-        source: as `parse_source` takes it.
-        tokenizer: the model's.
-        length: see above.
-        most: rows.
+    """Windows of the beginning of a text: at most so many rows of `length` + 1 ids, the last of each the next's first.
 
     Raises:
         InputError: the text cannot be read, or does not fill two rows.

@@ -21,7 +21,7 @@ Play = Callable[[], Tensor]
 
 
 def unsupported(model: Decoder) -> str | None:
-    """Why `GraphStep` does not support a model, or None: it needs a KV cache on a CUDA device."""
+    """Reason why `GraphStep` does not support a model, or None; it needs a KV cache on a CUDA device."""
     if model.config.mixer == "wkv":
         return "a recurrent state has no fixed address"
     return None if model.device.type == "cuda" else f"the model is on {model.device}"

@@ -227,16 +227,13 @@ class Engine:
             samples.setdefault((row.first, tuple(row.ids)), []).append(row)
         # the state of the first ones serves all that wait; what enters later is copied into it
         later = self.running is not None
-        slots = max(len(row.ids) for row in rows) if later else max(row.limit for row in (*rows, *self.waiting))
-        unique = [same[0] for same in samples.values()]
-        self.entering = _Batch(unique, self._state(len(unique), slots), [*samples.values()])
+        tokens = max(len(row.ids) for row in rows) if later else max(row.limit for row in (*rows, *self.waiting))
+        state = self.model.state(len(samples), self._slots(tokens), self.cache_dtype)
+        self.entering = _Batch([same[0] for same in samples.values()], state, [*samples.values()])
 
     def _slots(self, tokens: int) -> int:
         padding = self.speculation.draft_tokens if self.speculation is not None else 0  # drafts differ in length
         return cache_slots(self.model.config, tokens, self.mask.window or 0, self.mask.sinks) + padding
-
-    def _state(self, rows: int, tokens: int) -> State:
-        return self.model.state(rows, self._slots(tokens), self.cache_dtype)
 
     def _prefill(self, batch: _Batch) -> bool:
         """Read the prompts, or a chunk of them if others run; whether all has been read.
@@ -274,10 +271,10 @@ class Engine:
 
     def _grown(self, state: State, rows: Sequence[Row]) -> State:
         """The state, or one of more slots with the same tokens, large enough for these rows' maximum length."""
-        limit = max(row.limit for row in rows)
-        if state.max_len >= self._slots(limit):
+        slots = self._slots(max(row.limit for row in rows))
+        if state.max_len >= slots:
             return state
-        grown = self._state(len(state.lengths), limit)
+        grown = self.model.state(len(state.lengths), slots, self.cache_dtype)
         grown.replace(range(len(state.lengths)), state)
         return grown
 
@@ -289,9 +286,10 @@ class Engine:
         found: dict[int, float] = {}
         wanted = [i for i, row in enumerate(rows) if row.request.logprobs]
         if wanted:
-            chosen = log_probabilities(logits[wanted], tokens[wanted].to(logits.device))
+            ids = torch.tensor([tokens[i] for i in wanted], device=logits.device)
+            chosen = log_probabilities(logits[wanted], ids)
             found = dict(zip(wanted, chosen.tolist(), strict=True))
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             row.append(token, found.get(i))
         for row in rows:  # after all have theirs: a condition of the caller's may fail
             row.end_if_done()
@@ -300,39 +298,31 @@ class Engine:
 
     def _verify(self, batch: _Batch, speculation: Speculation) -> list[Request]:
         """Draft some tokens per row, read them in one pass, and append those that are accepted and the next."""
-        vocab_size = self.model.config.vocab_size
-        drafts = [speculation.propose(row, vocab_size, self.cache_dtype) for row in batch.rows]
+        drafts = [speculation.propose(row, self.model.config.vocab_size, self.cache_dtype) for row in batch.rows]
         unread = [row.ids[row.read :] + draft.tokens for row, draft in zip(batch.rows, drafts, strict=True)]
         sizes = [len(draft.tokens) + 1 for draft in drafts]
         for row, draft, logits in zip(batch.rows, drafts, self._read(batch, unread, sizes).split(sizes), strict=True):
             speculation.verify(row, draft, logits)
         batch.state.truncate([row.read for row in batch.rows])
-        requests = [row.request for row in batch.rows]
         self._release()
-        return requests
+        return [row.request for row in batch.rows]
 
     def _read_on(self, batch: _Batch, size: int | None = None, leave: int = 0) -> bool:
-        """Read what is unread, in pieces for which there is room; `batch.logits` are those behind it.
+        """Read what is unread but the last `leave` tokens, at most `size` per row, in chunks for which there is room.
 
-        Args:
-            batch: rows, whose `read` is brought forward.
-            size: tokens per row to read at most; unlimited unless given.
-            leave: last tokens not to read.
-
-        Returns:
-            Whether nothing is left.
+        `batch.logits` are those behind it. Returns whether nothing is left.
         """
         rows, state, window, sinks = batch.rows, batch.state, self.mask.window, self.mask.sinks
         while any(row.read < len(row.ids) - leave for row in rows):
             unread = [row.ids[row.read : len(row.ids) - leave] for row in rows]
-            piece = max(map(len, unread)) if size is None else min(size, max(map(len, unread)))
+            count = max(map(len, unread)) if size is None else min(size, max(map(len, unread)))
             if window is not None:
-                if max(state.lengths) + piece > state.max_len:
-                    piece = min(piece, state.max_len - sinks - window + 1)
-                state.make_room(piece, window, sinks)
-            unread = [ids[:piece] for ids in unread]
+                if max(state.lengths) + count > state.max_len:
+                    count = min(count, state.max_len - sinks - window + 1)
+                state.make_room(count, window, sinks)
+            unread = [ids[:count] for ids in unread]
             logits = self._read(batch, unread)
-            if batch.logits is not None:  # a prompt that ended in an earlier piece has its own
+            if batch.logits is not None:  # a prompt that ended in an earlier chunk has its own
                 reached = torch.tensor([len(ids) > 0 for ids in unread], device=logits.device)
                 logits = torch.where(reached[:, None], logits, batch.logits)
             batch.logits = logits

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from minillama.errors import InputError
 from minillama.inference.engine import Engine
-from minillama.inference.request import Request
+from minillama.inference.request import FinishReason, Request
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
-
-Reason = Literal["eos", "stop", "length", "context"]
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Streamed chunk: new text of one sequence, its tokens, and its finish reason, if it ended.
 
-    `reason` is `eos` (the model generated the end-of-text token), `stop` (a stop string), `length`
-    (max_new_tokens) or `context` (the model's context is full).
+    `reason` is `eos` (the model generated the end-of-text token), `stop` (a stop string), or another of a `Request`.
     """
 
     row: int
     text: str
     tokens: tuple[int, ...]
-    reason: Reason | None = None
+    reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Completion:
 
     text: str
     tokens: tuple[int, ...]
-    reason: Reason
+    reason: FinishReason
 
 
 class StopText:
@@ -70,14 +66,7 @@ class StopText:
 
 
 class _Text:
-    """Text of a request's tokens as it becomes final; the request's stop condition.
-
-    Args:
-        row: index of the prompt.
-        tokenizer: decodes.
-        prompt: ids before.
-        stop: stop strings.
-    """
+    """Text of a request's tokens, behind the ids of its prompt, as it becomes final; the request's stop condition."""
 
     def __init__(self, row: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self.row, self.decoder, self.filter = row, tokenizer.stream(after=prompt), StopText(stop)
@@ -94,21 +83,15 @@ class _Text:
 
     def chunk(self, request: Request) -> Chunk | None:
         """Text and tokens since the last chunk, if there is text or the request has ended."""
-        if request.finish_reason is not None and not self.stopped:
+        reason = request.finish_reason
+        if reason is not None and not self.stopped:
             self._push(self.decoder.flush())
             self.text += self.filter.flush()
-        reason = finish_reason(request)
         if not self.text and reason is None:
             return None
         text, start = self.text, self.taken
         self.text, self.taken = "", len(request.tokens)
         return Chunk(self.row, text, tuple(request.tokens[start:]), "stop" if self.stopped else reason)
-
-
-def finish_reason(request: Request) -> Reason | None:
-    """Finish reason of a request whose stop ids are those of `end_ids`, but for stop strings."""
-    reasons: dict[str | None, Reason] = {"stop": "eos", "length": "length", "context": "context"}
-    return reasons.get(request.finish_reason)
 
 
 def end_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
@@ -144,7 +127,7 @@ def check_room(length: int, context: int, where: str) -> None:
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str | Sequence[int]],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
@@ -153,10 +136,12 @@ def stream(
 ) -> Iterator[Chunk]:
     """Streaming generation, chunk by chunk, never half a character or part of a stop string.
 
+    The last chunk of each sequence has its finish reason.
+
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
-        prompt: a text, or several, of any length, which share a batch.
+        prompt: a text, or several, of any length, which share a batch; token ids are taken as they are.
         max_new_tokens: tokens per prompt at most.
         sampling: sampling settings; `Sampling()` unless given. Prompt i has seed + i.
         stop: strings that end a sequence; they are not part of the text.
@@ -181,21 +166,26 @@ def stream(
     try:
         for request in texts:
             engine.submit(request)
-        while any(request.finish_reason is None for request in texts):
+        while texts:
             moved = [request for request in engine.step() if request in texts]
-            yield from filter(None, (texts[request].chunk(request) for request in moved))
+            for request in moved or [request for request in texts if request.finish_reason is not None]:
+                chunk = texts[request].chunk(request)
+                if request.finish_reason is not None:
+                    del texts[request]
+                if chunk is not None:
+                    yield chunk
     finally:
         for request in texts:
             engine.cancel(request)
 
 
-def encode(tokenizer: Tokenizer, prompt: str, where: str) -> list[int]:
-    """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one.
+def encode(tokenizer: Tokenizer, prompt: str | Sequence[int], where: str) -> list[int]:
+    """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one. Ids stay as they are.
 
     Raises:
         InputError: an empty prompt, and a tokenizer without BOS.
     """
-    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos) if isinstance(prompt, str) else list(prompt)
     if not ids and tokenizer.bos_id is None:
         raise InputError("an empty prompt", where=where, fix="give at least one character")
     return ids or [tokenizer.bos_id]
@@ -204,7 +194,7 @@ def encode(tokenizer: Tokenizer, prompt: str, where: str) -> list[int]:
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
@@ -223,7 +213,7 @@ def generate(
         Completion(
             "".join(chunk.text for chunk in row),
             tuple(token for chunk in row for token in chunk.tokens),
-            (row[-1].reason if row else None) or "length",
+            row[-1].reason or "length",
         )
         for row in rows
     ]

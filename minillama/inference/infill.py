@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from minillama.errors import InputError
 from minillama.inference.engine import Engine
-from minillama.inference.generate import Reason, blanks_of, check_room, end_ids, finish_reason
-from minillama.inference.request import GREEDY, Request
+from minillama.inference.generate import blanks_of, check_room, end_ids
+from minillama.inference.request import GREEDY, FinishReason, Request
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class Filled:
 
     text: str
     spans: tuple[str, ...]
-    reasons: tuple[Reason, ...]
+    reasons: tuple[FinishReason, ...]
 
 
 def lay_out(texts: Sequence[str], masks: Sequence[int], tokenizer: Tokenizer) -> tuple[Layout, list[int]]:
@@ -76,11 +76,7 @@ class MaskedText:
 
 
 def infill(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    max_new_tokens: int = 64,
-    sampling: Sampling = GREEDY,
+    model: Decoder, tokenizer: Tokenizer, texts: Sequence[str], max_new_tokens: int = 64, sampling: Sampling = GREEDY
 ) -> list[Filled]:
     """Infilling of several sequences in one batch: spans from left to right, conditioned on those before.
 
@@ -104,7 +100,7 @@ def infill(
     for i, layout in enumerate(layouts):
         check_room(len(layout.tokens) + 1, context, f"text {i + 1}")
     spans: list[list[str]] = [[] for _ in masked]
-    reasons: list[list[Reason]] = [[] for _ in masked]
+    reasons: list[list[FinishReason]] = [[] for _ in masked]
     engine = Engine(model, max(1, len(texts)), chunk=None)
     for k in range(max((len(text.positions) for text in masked), default=0)):
         requests: dict[int, Request] = {}
@@ -114,10 +110,10 @@ def infill(
                 requests[i] = Request(opened, max_new_tokens, sampling, sampling.seed + i + k * _STRIDE, ends)
         engine.run([request for request in requests.values() if len(request.ids) < context])
         for i, request in requests.items():
-            ids = request.tokens[:-1] if request.finish_reason == "stop" else request.tokens
+            ids = request.tokens[:-1] if request.finish_reason == "eos" else request.tokens
             layouts[i] = layouts[i].fill(masked[i].positions[k], [start, *ids])
             spans[i].append(tokenizer.decode(ids))
-            reasons[i].append(finish_reason(request) or "context")
+            reasons[i].append(request.finish_reason or "context")
     found = zip(masked, spans, reasons, strict=True)
     return [Filled(text.join(parts), tuple(parts), tuple(why)) for text, parts, why in found]
 

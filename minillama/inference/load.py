@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,23 +34,57 @@ class ModelArgs:
     """Weight dtype; auto: as stored, but float32 for quantized ones and for a type that the CPU does not multiply."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    adapter: tuple[str, ...] = ()
+    """Adapter folder (PEFT), DIR or NAME=DIR. One is merged into float weights, and stays beside quantized ones; of
+    several each completes every prompt, in JSON lines that name it."""
 
-    def load(self, quantize: Quantize = "none", compiles: bool = False) -> tuple[Decoder, Tokenizer]:
-        """Model, as by `load_model`, and its tokenizer."""
+    def load(
+        self, quantize: Quantize = "none", compiles: bool = False, several: bool = False
+    ) -> tuple[Decoder, Tokenizer]:
+        """Model, as by `load_model`, and its tokenizer.
+
+        Args:
+            quantize: see `load_model`.
+            compiles: see `load_model`.
+            several: whether there may be several adapters.
+        """
         from minillama.device import keep_freed_pages
+        from minillama.formats import peft
         from minillama.formats.open import open_model
         from minillama.tokenizer import Tokenizer
 
         keep_freed_pages()
-        opened = open_model(self.model)
-        model = load_model(opened, self.dtype, self.device, quantize, compiles)
+        opened, adapters = open_model(self.model), _by_name(self.adapter)
+        if len(adapters) > 1 and not several:
+            raise InputError("one adapter at a time", where="--adapter", found=", ".join(adapters), fix="give one")
+        if adapters:
+            opened = peft.with_files(opened, next(iter(adapters.values())))
+        model = load_model(opened, self.dtype, self.device, quantize, compiles, adapters)
         return model, Tokenizer.load(self.tokenizer or opened.tokenizer_path())
 
 
+def _by_name(adapters: Sequence[str]) -> dict[str, Path]:
+    """Adapter folders by name; that of the folder unless given as NAME=DIR."""
+    found: dict[str, Path] = {}
+    for word in adapters:
+        name, separator, folder = word.partition("=")
+        if not separator or Path(word).exists():
+            name, folder = re.sub(r"[^A-Za-z0-9_-]", "_", Path(word).resolve().name), word
+        if name in found:
+            raise InputError("two adapters of one name", where="--adapter", found=name, fix="give NAME=DIR")
+        found[name] = Path(folder)
+    return found
+
+
 def load_model(
-    opened: ModelFile, dtype: DType, device: str, quantize: Quantize = "none", compiles: bool = False
+    opened: ModelFile,
+    dtype: DType,
+    device: str,
+    quantize: Quantize = "none",
+    compiles: bool = False,
+    adapters: Mapping[str, Path] | None = None,
 ) -> Decoder:
-    """Model ready to decode, its linear layers fused.
+    """Model ready to decode, its linear layers fused unless it has adapters beside them.
 
     Args:
         opened: the model's file or folder.
@@ -59,23 +94,43 @@ def load_model(
             `stored_kind` says so.
         compiles: use the C++ step where it supports the model and a compiler is there, compiled once; on a
             CUDA device the CUDA graph.
+        adapters: their folders by name. One is merged into float weights; several, and those of quantized weights, stay
+            beside them, the first one active.
     """
     import torch
 
     from minillama.device import choose_device, decoding_dtype
+    from minillama.formats import peft
     from minillama.inference.quantize import quantized, stored_kind
     from minillama.model import Decoder
 
     on = choose_device(device, "--device")
     kind = decoding_dtype(opened.default_dtype(on), on) if dtype == "auto" else getattr(torch, dtype)
-    weights = stored_kind(opened, on) if quantize == "auto" else quantize
+    weights, folders = stored_kind(opened, on) if quantize == "auto" else quantize, dict(adapters or {})
+    if weights == "none" and len(folders) == 1:
+        _, folder = folders.popitem()
+        opened = peft.merged(opened, peft.read(folder, opened.config))
     if weights == "none":
-        model = Decoder.from_pretrained(opened, kind, on).fuse()
+        model = Decoder.from_pretrained(opened, kind, on)
+        model = model if folders else model.fuse()
     else:
-        model = quantized(opened, weights, kind, on)
+        model = quantized(opened, weights, kind, on, fuses=not folders)
+    if folders:
+        _attach(model, opened, folders)
     if compiles:
         attach_fast_step(model)
     return model
+
+
+def _attach(model: Decoder, opened: ModelFile, folders: Mapping[str, Path]) -> None:
+    """Attach adapters for decoding, the first one active."""
+    from minillama.model.lora import activate, load_adapter, lora_layers
+
+    for name, folder in folders.items():
+        load_adapter(model, folder, name, opened)
+    for layer in lora_layers(model).values():
+        layer.fix_gains()
+    activate(model, next(iter(folders)))
 
 
 def attach_fast_step(model: Decoder) -> None:

@@ -74,6 +74,7 @@ def quantized(
     kind: Literal["int8", "int4"],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    fuses: bool = True,
 ) -> Decoder:
     """Quantized loading: `quantize` of a fused model, one linear layer at a time from a file.
 
@@ -85,6 +86,7 @@ def quantized(
         kind: of its linear layers.
         dtype: of the inputs, and of embeddings and norms; `ModelFile.default_dtype` unless given.
         device: where to put it.
+        fuses: whether it is fused; adapters need one that is not.
 
     Raises:
         InputError: int4 elsewhere than on a CPU, or what reading tensors raises.
@@ -93,7 +95,7 @@ def quantized(
     dtype = dtype or opened.default_dtype(device)
     with torch.device("meta"):
         model = Decoder(opened.config)
-    for name in list(linears(model.fuse())):
+    for name in list(linears(model.fuse() if fuses else model)):
         linear, names = cast(nn.Linear, model.get_submodule(name)), parts(name)
         bias = _bias(opened, names, dtype)
         if kind == "int4" and takes_int4(linear, GROUP):
@@ -211,8 +213,9 @@ def save_gguf(
         name: `general.name`.
 
     Raises:
-        InputError: the format cannot express the shape or the tokenizer.
+        InputError: the format cannot express the shape or the tokenizer; adapters.
     """
+    refuse_others(model, model.config.tensors(), "saved", (nn.Linear, Int8Linear, Int4Linear))
     keys = vocabulary(tokenizer, model.config.vocab_size)
     tensors, numbers = plain_tensors(model), int4_numbers(model)
     return replace_file(

@@ -11,7 +11,7 @@ from minillama.tokenizer.blanks import Layout
 
 GREEDY = Sampling(temperature=0)
 
-FinishReason = Literal["stop", "length", "context", "cancelled"]
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 
 
 @dataclass(eq=False)
@@ -29,7 +29,8 @@ class Request:
         logprobs: keep ln p of each token, of the model's distribution before temperature and the other settings.
         tokens: the new ones.
         log_probabilities: of these, where `logprobs` is set.
-        finish_reason: why it ended: `stop`, `length`, `context` (the model's is full), `cancelled`; None before.
+        finish_reason: `eos` (one of `stop_ids`), `stop` (the condition), `length` (max_new_tokens), `context` (the
+            model's is full), `cancelled`; None before it ends.
     """
 
     prompt: Sequence[int] | Layout
@@ -52,11 +53,7 @@ class Request:
 class Row:
     """Request in the engine: all its ids and position ids, how many of them the state has, and its sampler.
 
-    Args:
-        request: the request.
-        context: the model's context.
-        vocab_size: V.
-        first: the first of several samples of one prompt.
+    `first` is the first of several samples of one prompt.
     """
 
     def __init__(self, request: Request, context: int, vocab_size: int, first: Request) -> None:
@@ -66,8 +63,7 @@ class Row:
         self.positions = list(self.layout.places) if self.layout is not None else []
         self.limit = min(context, len(self.ids) + request.max_new_tokens)
         self.read = 0
-        seed = request.sampling.seed if request.seed is None else request.seed
-        self.sampler = Sampler(request.sampling, [self.ids], vocab_size, [seed])
+        self.sampler = Sampler(request.sampling, self.ids, vocab_size, request.seed)
 
     @property
     def finished(self) -> bool:
@@ -88,7 +84,9 @@ class Row:
     def end_if_done(self) -> None:
         """End the request if the last token is its last."""
         request, token = self.request, self.request.tokens[-1]
-        if token in request.stop_ids or (request.stop is not None and request.stop(request.tokens)):
+        if token in request.stop_ids:
+            request.finish_reason = "eos"
+        elif request.stop is not None and request.stop(request.tokens):
             request.finish_reason = "stop"
         elif len(request.tokens) >= request.max_new_tokens:
             request.finish_reason = "length"

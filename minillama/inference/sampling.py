@@ -6,7 +6,7 @@ that a row's tokens do not depend on its neighbors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 
@@ -59,11 +59,6 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), OUT)
 
 
-def row_generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """Random generators, one per row: a row alone draws what it draws in a batch."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
 @dataclass(frozen=True)
 class Sampling:
     """Sampling settings."""
@@ -82,107 +77,94 @@ class Sampling:
     """Of the random choices; prompt i of a batch uses seed + i."""
 
 
+def distribution(logits: Tensor, settings: Sampling) -> Tensor:
+    """Sampling distribution after the whole chain but the penalty: logits (B, V) -> (B, V); greedy: one-hot."""
+    if settings.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+    logits = temperature(logits, settings.temperature)
+    if settings.top_k:
+        logits = top_k(logits, settings.top_k)
+    if settings.top_p < 1:
+        logits = top_p(logits, settings.top_p)
+    if settings.min_p:
+        logits = min_p(logits, settings.min_p)
+    return logits.softmax(-1)
+
+
 class Sampler:
-    """Sampler of one token per row.
+    """Sampler of one sequence: settings, random generator, and the tokens seen, for the repetition penalty.
 
     Args:
         settings: the chain.
-        prompts: token ids of each row's prompt, for the repetition penalty.
+        prompt: token ids.
         vocab_size: V.
-        seeds: one per row; seed + i for row i unless given.
+        seed: that of the settings unless given.
     """
 
-    def __init__(
-        self,
-        settings: Sampling,
-        prompts: Sequence[Sequence[int]],
-        vocab_size: int,
-        seeds: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, settings: Sampling, prompt: Sequence[int], vocab_size: int, seed: int | None = None) -> None:
         self.settings = settings
-        self.generators = row_generators(seeds or [settings.seed + row for row in range(len(prompts))])
+        self.generator = torch.Generator().manual_seed(settings.seed if seed is None else seed)
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                self.seen[row, torch.tensor(prompt)] = True
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Logits (B, V) -> token ids (B,), on the CPU.
-
-        Raises:
-            InputError: NaN logits, which a broken model gives.
-        """
-        logits = self._penalized(logits)
-        # `max` is twice as fast as `argmax`, and its index too is the first of equals
-        tokens = logits.max(-1).indices if self.settings.temperature == 0 else self.draw(self._chain(logits))
-        self.take(tokens)
-        return tokens
+            self.seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self.seen[torch.tensor(prompt)] = True
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Sampling distribution after the whole chain: logits (B, V) -> (B, V) on the CPU; greedy: one-hot.
+        """Sampling distribution (V,) after the whole chain, of logits (V,), on the CPU.
 
         Raises:
-            InputError: NaN logits, which a broken model gives.
+            InputError: NaN logits.
         """
-        logits = self._penalized(logits)
+        return distribution(_penalized(logits[None], [self]), self.settings)[0]
+
+    def draw(self, probabilities: Tensor) -> int:
+        """Token from its distribution (V,)."""
         if self.settings.temperature == 0:
-            return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
-        return self._chain(logits)
+            return int(probabilities.argmax())
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
-    def _penalized(self, logits: Tensor) -> Tensor:
-        logits = logits.float().cpu()
-        if logits.amax().isnan():  # which is NaN if anything is
-            raise InputError("the model's logits are not numbers", fix="check its weights: they hold NaN or infinity")
-        if self.seen is None:
-            return logits
-        return repetition_penalty(logits, self.seen, self.settings.repetition_penalty)
-
-    def _chain(self, logits: Tensor) -> Tensor:
-        s = self.settings
-        logits = temperature(logits, s.temperature)
-        if s.top_k:
-            logits = top_k(logits, s.top_k)
-        if s.top_p < 1:
-            logits = top_p(logits, s.top_p)
-        if s.min_p:
-            logits = min_p(logits, s.min_p)
-        return logits.softmax(-1)
-
-    def draw(self, probabilities: Tensor) -> Tensor:
-        """One token per row, (B,), from (B, V)."""
-        if self.settings.temperature == 0:
-            return probabilities.argmax(-1)
-        rows = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(probabilities, self.generators, strict=True)
-        ]
-        return torch.cat(rows)
-
-    def take(self, tokens: Tensor) -> None:
-        """Count tokens (B,) as seen."""
+    def take(self, token: int) -> None:
+        """Count a token as seen."""
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen[token] = True
 
     def fork(self) -> Sampler:
-        """Copy with the same chain and random generators and its own history, for tokens that may be rejected."""
+        """Copy with the same random generator and its own history, for tokens that may be rejected."""
         other = copy(self)
         other.seen = None if self.seen is None else self.seen.clone()
         return other
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Batched sampling: logits (B, V) -> token ids (B,), one sampler per row; equal settings together."""
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Batched sampling: logits (B, V) -> one token id per row, counted as seen; equal settings together.
+
+    Raises:
+        InputError: NaN logits, which a broken model gives.
+    """
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
         groups.setdefault(replace(sampler.settings, seed=0), []).append(row)
-    tokens = torch.empty(len(samplers), dtype=torch.long)
-    for rows in groups.values():
-        together = copy(samplers[rows[0]])
-        together.generators = [samplers[row].generators[0] for row in rows]
-        seen = [sampler.seen for sampler in (samplers[row] for row in rows) if sampler.seen is not None]
-        together.seen = torch.cat(seen) if seen else None
-        tokens[rows] = together(logits if len(rows) == len(samplers) else logits[rows])
-        for row in rows:
-            samplers[row].take(tokens[row : row + 1])
+    tokens = [0] * len(samplers)
+    for settings, rows in groups.items():
+        group = [samplers[row] for row in rows]
+        penalized = _penalized(logits if len(rows) == len(samplers) else logits[rows], group)
+        if settings.temperature == 0:  # `max` is twice as fast as `argmax`, and its index too is the first of equals
+            chosen = penalized.max(-1).indices.tolist()
+        else:
+            pairs = zip(group, distribution(penalized, settings), strict=True)
+            chosen = [sampler.draw(probabilities) for sampler, probabilities in pairs]
+        for row, sampler, token in zip(rows, group, chosen, strict=True):
+            sampler.take(token)
+            tokens[row] = token
     return tokens
+
+
+def _penalized(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Logits (B, V) in float32 on the CPU, after the repetition penalty of samplers with equal settings."""
+    logits = logits.float().cpu()
+    if logits.amax().isnan():  # which is NaN if anything is
+        raise InputError("the model's logits are not numbers", fix="check its weights: they hold NaN or infinity")
+    seen = [sampler.seen for sampler in samplers if sampler.seen is not None]
+    if not seen:
+        return logits
+    return repetition_penalty(logits, torch.stack(seen), samplers[0].settings.repetition_penalty)

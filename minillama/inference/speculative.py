@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from minillama.errors import InputError
 from minillama.inference.request import Row
-from minillama.inference.sampling import Sampler
+from minillama.inference.sampling import Sampler, choose
 from minillama.layers.cross_entropy import log_probabilities
 from minillama.model import Decoder
 
@@ -47,9 +47,8 @@ class Acceptance:
     def __str__(self) -> str:
         """One-line summary."""
         each = self.tokens / self.passes if self.passes else 0.0
-        return (
-            f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.rate:.0%}), {each:.1f} tokens per pass"
-        )
+        accepted = f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.rate:.0%})"
+        return f"{accepted}, {each:.1f} tokens per pass"
 
 
 class Draft(NamedTuple):
@@ -57,19 +56,6 @@ class Draft(NamedTuple):
 
     tokens: list[int]
     q: Tensor
-
-
-class Drafter(Protocol):
-    """Draft of the next tokens of one sequence."""
-
-    def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """Draft of at most `count` tokens.
-
-        Args:
-            text: all ids so far: those of the previous call and those accepted since.
-            count: 0 or more.
-            sampler: chain, random generator and a history that may be written to.
-        """
 
 
 class PromptLookup:
@@ -88,7 +74,13 @@ class PromptLookup:
         self.indexed = 1
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """See `Drafter`."""
+        """Draft of at most `count` tokens.
+
+        Args:
+            text: all ids so far: those of the previous call and those accepted since.
+            count: 0 or more.
+            sampler: not used.
+        """
         for end in range(self.indexed, len(text)):
             for n in range(1, min(LONGEST_SUFFIX, end) + 1):
                 self.follows[tuple(text[end - n : end])] = end
@@ -114,7 +106,7 @@ class DraftModel:
         self.state = model.state(1, min(self.context, max_len), cache_dtype)
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """See `Drafter`."""
+        """Draft as by `PromptLookup.propose`; the sampler has chain, random generator and a history of its own."""
         count = min(count, self.context + 1 - len(text))  # the last drafted token is not read
         self.state.truncate([len(text) - 1])
         unread = list(text[self.state.lengths[0] :])
@@ -122,12 +114,11 @@ class DraftModel:
         drawn_from = [torch.empty(0, self.model.config.vocab_size)]
         for _ in range(count):
             hidden = self.model.hidden(torch.tensor([unread], device=self.model.device), state=self.state)
-            q = sampler.probabilities(self.model.head(hidden[:, -1]))
-            token = sampler.draw(q)
-            sampler.take(token)
-            unread = token.tolist()
-            tokens += unread
-            drawn_from.append(q)
+            q = sampler.probabilities(self.model.head(hidden[0, -1]))
+            tokens.append(sampler.draw(q))
+            sampler.take(tokens[-1])
+            unread = tokens[-1:]
+            drawn_from.append(q[None])
         return Draft(tokens, torch.cat(drawn_from))
 
 
@@ -168,7 +159,7 @@ class Speculation:
     acceptance: Acceptance = field(default_factory=Acceptance)
 
     def __post_init__(self) -> None:
-        self.drafters: WeakKeyDictionary[Row, Drafter] = WeakKeyDictionary()
+        self.drafters: WeakKeyDictionary[Row, PromptLookup | DraftModel] = WeakKeyDictionary()
 
     def check(self, model: Decoder) -> None:
         """Refuse models that cannot speculate together.
@@ -179,12 +170,10 @@ class Speculation:
         if self.draft_tokens < 1:
             raise InputError("a draft of no token", where="draft_tokens", found=self.draft_tokens, expected="1 or more")
         for each in (model, self.draft or model):
-            if each.config.objective == "glm":
-                what = "speculative decoding needs a left-to-right model, and this one is for infilling"
-                raise InputError(what, fix="decode it without speculation")
-            if each.config.mixer == "wkv":
-                what = "speculative decoding needs a model with a KV cache"
-                raise InputError(what, fix="decode it without speculation")
+            if each.config.objective == "glm" or each.config.mixer == "wkv":
+                what = "speculative decoding needs a left-to-right model with a KV cache"
+                found = "an infilling model" if each.config.objective == "glm" else "a recurrent model"
+                raise InputError(what, found=found, fix="decode it without speculation")
             if each.config.vocab_size != model.config.vocab_size:
                 raise InputError(
                     "the draft model has another vocabulary",
@@ -194,13 +183,7 @@ class Speculation:
                 )
 
     def propose(self, row: Row, vocab_size: int, cache_dtype: torch.dtype | None) -> Draft:
-        """Draft of the next tokens of a row, none beyond its limit.
-
-        Args:
-            row: the row, whose own drafter goes on.
-            vocab_size: V.
-            cache_dtype: of the draft model's keys and values; its own type unless given.
-        """
+        """Draft of the next tokens of a row by its own drafter, none beyond its limit; `cache_dtype` as of `Engine`."""
         if row not in self.drafters and self.draft is not None:
             self.drafters[row] = DraftModel(self.draft, row.limit, cache_dtype)
         drafter = self.drafters.setdefault(row, PromptLookup(vocab_size))
@@ -208,12 +191,9 @@ class Speculation:
         return drafter.propose(row.ids, count, row.sampler.fork())
 
     def verify(self, row: Row, draft: Draft, logits: Tensor) -> None:
-        """Append the accepted tokens and one more: in place of the first rejected one, or after them all.
+        """Append the accepted tokens and one more, in place of the first rejected one or after them all.
 
-        Args:
-            row: the row.
-            draft: its draft.
-            logits: (N + 1, V), of each drafted token's position and the next.
+        Logits (N + 1, V) are those of each drafted token's position and the next.
         """
         tokens = _accepted(logits.float().cpu(), draft, row.sampler)
         self.acceptance.passes += 1
@@ -233,8 +213,8 @@ def _accepted(logits: Tensor, draft: Draft, sampler: Sampler) -> list[int]:
     """Accepted tokens and one more; the sampler's history is updated with them."""
     tokens: list[int] = []
     for i, token in enumerate(draft.tokens):
-        tokens.append(accept(token, sampler.probabilities(logits[i : i + 1])[0], draft.q[i], sampler.generators[0]))
-        sampler.take(torch.tensor(tokens[-1:]))
+        tokens.append(accept(token, sampler.probabilities(logits[i]), draft.q[i], sampler.generator))
+        sampler.take(tokens[-1])
         if tokens[-1] != token:
             return tokens
-    return tokens + sampler(logits[-1:]).tolist()
+    return tokens + choose(logits[-1:], [sampler])

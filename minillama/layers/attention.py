@@ -45,11 +45,8 @@ class Attention(nn.Module):
         super().__init__()
         self.kernel: Callable[[Tensor, Tensor, Tensor, KernelMask], Tensor] = attend
         self.head_dim = config.head_dim
-        self.widths = (
-            config.n_heads * config.head_dim,
-            config.n_kv_heads * config.head_dim,
-            config.n_kv_heads * config.head_dim,
-        )
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.widths = (width, kv_width, kv_width)
         bias = config.bias != "none"
         self.q_proj = nn.Linear(config.dim, self.widths[0], bias=bias)
         self.k_proj = nn.Linear(config.dim, self.widths[1], bias=bias)

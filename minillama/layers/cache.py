@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,18 +73,12 @@ class LayerState:
     def drop(self, row: int, start: int, end: int, used: int) -> None:
         """Evict a row's slots `start` to `end`; those up to `used` move up."""
 
-    def snapshot(self) -> object:
-        """Snapshot for `restore`."""
-
-    def restore(self, snapshot: Any) -> None:
-        """Return to the snapshot."""
-
 
 class KVCache(LayerState):
     """KV cache of one layer: preallocated keys and values (B, K, S, E), written in place.
 
     In int8 they have one scale per token and head, s = max |x| / 127; `tensors` are keys, values and the scales of
-    both, (B, K, S, 1) float32. A snapshot is empty: slots past the restored length are overwritten before they are
+    both, (B, K, S, 1) float32. A snapshot shares them: slots past the restored length are overwritten before they are
     attended to.
 
     Args:
@@ -144,27 +138,18 @@ class WKVState(LayerState):
         """See `LayerState.replace`."""
         self.tensors = [old.index_copy(0, rows, new) for old, new in zip(self.tensors, other.tensors, strict=True)]
 
-    def keep(self, rows: Tensor, snapshot: list[Tensor]) -> None:
-        """Return these rows, (B,) booleans, to the snapshot."""
+    def keep(self, rows: Tensor, snapshot: Sequence[Tensor]) -> None:
+        """Return these rows, (B,) booleans, to earlier tensors."""
         pairs = zip(snapshot, self.tensors, strict=True)
         self.tensors = [torch.where(rows[:, None], old, new) for old, new in pairs]
 
-    def snapshot(self) -> list[Tensor]:
-        """See `LayerState.snapshot`."""
-        return self.tensors
 
-    def restore(self, snapshot: list[Tensor]) -> None:
-        """See `LayerState.restore`."""
-        self.tensors = snapshot
+class StateSnapshot(NamedTuple):
+    """Snapshot of a `State`: its lengths, evicted tokens, and each layer's tensors."""
 
-
-@dataclass(frozen=True)
-class StateSnapshot:
-    """Snapshot of a `State`."""
-
-    lengths: tuple[int, ...]
-    dropped: tuple[int, ...]
-    layers: tuple[object, ...]
+    lengths: list[int]
+    dropped: list[int]
+    layers: list[list[Tensor]]
 
 
 class State:
@@ -191,13 +176,12 @@ class State:
         self.max_len = max_len or config.max_seq_len
         shape = (batch_size, config.n_kv_heads, self.max_len, config.head_dim)
         self.device = torch.device(device)
-
-        def layer_state() -> LayerState:
-            if config.mixer == "wkv":
-                return WKVState(batch_size, config.dim, dtype, self.device)
-            return KVCache(shape, cache_dtype or dtype, self.device)
-
-        self.layers: list[LayerState] = [layer_state() for _ in range(config.n_layers)]
+        self.layers: list[LayerState] = [
+            WKVState(batch_size, config.dim, dtype, self.device)
+            if config.mixer == "wkv"
+            else KVCache(shape, cache_dtype or dtype, self.device)
+            for _ in range(config.n_layers)
+        ]
         self.lengths: list[int] = [0] * batch_size  # slots in use
         self.dropped: list[int] = [0] * batch_size
 
@@ -249,9 +233,8 @@ class State:
             layer.replace(indices, new, max(other.lengths))
 
     def snapshot(self) -> StateSnapshot:
-        """Snapshot for rollback after a rejected draft, or for several continuations of one prompt."""
-        kept = tuple(layer.snapshot() for layer in self.layers)
-        return StateSnapshot(tuple(self.lengths), tuple(self.dropped), kept)
+        """Snapshot for rollback, as for several continuations of one prompt."""
+        return StateSnapshot([*self.lengths], [*self.dropped], [layer.tensors for layer in self.layers])
 
     def restore(self, snapshot: StateSnapshot) -> None:
         """Roll back to the snapshot.
@@ -259,11 +242,11 @@ class State:
         Raises:
             ValueError: `make_room` has evicted tokens since, which moved the others.
         """
-        if tuple(self.dropped) != snapshot.dropped:
+        if self.dropped != snapshot.dropped:
             raise ValueError("tokens of the snapshot were evicted: it cannot be restored")
-        self.lengths = list(snapshot.lengths)
-        for layer, saved in zip(self.layers, snapshot.layers, strict=True):
-            layer.restore(saved)
+        self.lengths = [*snapshot.lengths]
+        for layer, tensors in zip(self.layers, snapshot.layers, strict=True):
+            layer.tensors = tensors
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Truncate row b to its first `lengths[b]` tokens; in a KV cache only the lengths change.

@@ -83,16 +83,18 @@ class Adapter(nn.Module):
         """Scale s."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    def change(self, x: Tensor) -> Tensor:
-        """Update s B A x, (..., I) -> (..., O)."""
-        return self._expand(F.linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)))
+    def reduced(self, x: Tensor) -> Tensor:
+        """Product s A x, (..., I) -> (..., r)."""
+        return F.linear(dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype)) * self.scale
 
-    def lookup(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Update s B A onehot(token), (...) -> (..., D)."""
-        return self._expand(F.embedding(tokens, self.lora_A.T).to(dtype))
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Product s A onehot(token), (...) -> (..., r)."""
+        return F.embedding(tokens, self.lora_A.T) * self.scale
 
-    def _expand(self, x: Tensor) -> Tensor:
-        return F.linear(x * self.scale, self.lora_B.to(x.dtype))
+    def added(self, y: Tensor, reduced: Tensor) -> Tensor:
+        """Sum y + B reduced, (..., O), in one operation."""
+        low = reduced.flatten(0, -2).to(y.dtype)
+        return torch.addmm(y.flatten(0, -2), low, self.lora_B.T.to(y.dtype)).view_as(y)
 
     def gain(self, weight: Callable[[], Tensor]) -> Tensor:
         """DoRA's factor m / ||W + s B A||, (O,) float32; of a function that gives W."""
@@ -167,21 +169,22 @@ class LoRALayer(nn.Module):
         if isinstance(adapter, FullWeight):
             return F.linear(x, adapter.weight.to(x.dtype), bias)
         y: Tensor = super().forward(x)
-        return y if adapter is None else self._adapted(adapter, y, adapter.change(x), bias)
+        return y if adapter is None else self._adapted(adapter, y, adapter.reduced(x), bias)
 
-    def _adapted(self, adapter: Adapter, y: Tensor, change: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _adapted(self, adapter: Adapter, y: Tensor, reduced: Tensor, bias: Tensor | None = None) -> Tensor:
         if adapter.magnitude is None:
-            return y + change
+            return adapter.added(y, reduced)
         gain = adapter.gain(self.matrix).to(y.dtype)
         if bias is None:
-            return (y + change) * gain
-        return (y - bias + change) * gain + bias
+            return adapter.added(y, reduced) * gain
+        return adapter.added(y - bias, reduced) * gain + bias
 
     @torch.no_grad()
-    def fix_gain(self) -> None:
-        """Compute DoRA's factor of the active adapter once and keep it, for decoding: no later training changes it."""
-        if isinstance(self.adapter, Adapter) and self.adapter.magnitude is not None:
-            self.adapter.fixed = self.adapter.gain(self.matrix)
+    def fix_gains(self) -> None:
+        """Compute DoRA's factors once and keep them, for decoding: later changes of the weights do not reach them."""
+        for adapter in map(self.part, self.adapters):
+            if isinstance(adapter, Adapter) and adapter.magnitude is not None:
+                adapter.fixed = adapter.gain(self.matrix)
 
     def merged(self) -> nn.Module:
         """Plain float layer with the active adapter in its weight, computed in float32 and cast once."""
@@ -222,7 +225,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         if isinstance(adapter, FullWeight):
             return F.embedding(x, adapter.weight).to(self.weight.dtype)
         y = nn.Embedding.forward(self, x)
-        return y if adapter is None else self._adapted(adapter, y, adapter.lookup(x, y.dtype))
+        return y if adapter is None else self._adapted(adapter, y, adapter.rows(x))
 
     def merged(self) -> nn.Module:
         """Plain embedding with the active adapter in its weight, computed in float32 and cast once."""

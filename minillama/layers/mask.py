@@ -53,23 +53,18 @@ class Mask:
         """
         if self.documents is not None and span.end != span.count:
             raise ValueError("document ids describe a whole forward pass; a decode state holds one document per row")
-        return self._kernel(span, device)._replace(lengths=self.lengths, is_plain=self.is_plain)
+        bounded = self.window is not None and self.window < span.end
+        plain = self.prefix is None and self.documents is None and not bounded
+        is_causal = plain and self.causal and span.start == 0
+        last = self.causal and span.start is not None and span.count == 1  # one query after all keys
+        if is_causal or (plain and (last or (not self.causal and self.lengths is None))):
+            return KernelMask(None, is_causal, self.lengths, self.is_plain)
+        return KernelMask(self._allowed(span, device), False, self.lengths, self.is_plain)
 
     @property
     def is_plain(self) -> bool:
         """Whether the mask is purely causal."""
         return self.causal and self.prefix is None and self.documents is None and self.window is None
-
-    def _kernel(self, span: CacheRange, device: torch.device) -> KernelMask:
-        bounded = self.window is not None and self.window < span.end
-        plain = self.prefix is None and self.documents is None and not bounded
-        if plain and not self.causal and self.lengths is None:
-            return KernelMask(None, False)
-        if plain and self.causal and span.start == 0:
-            return KernelMask(None, True)
-        if plain and self.causal and span.start is not None and span.count == 1:
-            return KernelMask(None, False)  # one query after all keys: nothing is masked
-        return KernelMask(self._allowed(span, device), False)
 
     def _allowed(self, span: CacheRange, device: torch.device) -> Tensor:
         queries = span.slots(device)[..., :, None]  # (T, 1) or (B, T, 1)

@@ -25,9 +25,8 @@ class TimeMix(nn.Module):
         super().__init__()
         d = config.dim
         self.time_decay, self.time_first = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
-        self.time_mix_key = nn.Parameter(torch.full((d,), 0.5))
-        self.time_mix_value = nn.Parameter(torch.full((d,), 0.5))
-        self.time_mix_receptance = nn.Parameter(torch.full((d,), 0.5))
+        mix = (nn.Parameter(torch.full((d,), 0.5)) for _ in range(3))
+        self.time_mix_key, self.time_mix_value, self.time_mix_receptance = mix
         self.k_proj, self.v_proj, self.r_proj, self.o_proj = (nn.Linear(d, d, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor, before: Tensor, past: Sums, real: Tensor | None) -> tuple[Tensor, Sums]:
@@ -58,8 +57,7 @@ class ChannelMix(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, f = config.dim, config.hidden_dim
-        self.time_mix_key = nn.Parameter(torch.full((d,), 0.5))
-        self.time_mix_receptance = nn.Parameter(torch.full((d,), 0.5))
+        self.time_mix_key, self.time_mix_receptance = (nn.Parameter(torch.full((d,), 0.5)) for _ in range(2))
         self.up_proj, self.down_proj = nn.Linear(d, f, bias=False), nn.Linear(f, d, bias=False)
         self.r_proj = nn.Linear(d, d, bias=False)
 
@@ -97,7 +95,7 @@ class RecurrentBlock(nn.Module):
         real = None
         if mask.lengths is not None and x.shape[1] > 1:
             real = (mask.lengths.to(x.device)[:, None] - 1).clamp(min=0)
-        before = past.snapshot()
+        before = past.tensors
         mixed, channel, *sums = before
         normal = self.input_layernorm(x)
         change, sums = self.self_attn(normal, _token_shift(normal, mixed), Sums(*sums), real)

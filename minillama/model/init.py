@@ -27,62 +27,54 @@ import torch
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
+from minillama.config.parameters import Parameter
 
 Parameters = Mapping[str, Tensor]
-RESIDUAL = ("o_proj.weight", "down_proj.weight")
-ZERO = ("self_attn.k_proj", "self_attn.r_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.r_proj")  # RWKV's
 
 
 @torch.no_grad()
 def initialize(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
-    """Initialize every parameter in place, by its name and the configuration's `init`."""
-    for name, parameter in parameters.items():
-        if parameter.dim() == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    {"normal": _normal, "fan-in": _fan_in, "rwkv": _rwkv}[config.init](config, parameters, generator)
+    """Initialize every parameter in place, by its role in the parameter table and the configuration's `init`."""
+    for name, row in config.parameters().items():
+        tensor = parameters[name]
+        if tensor.dim() == 1:
+            tensor.fill_(0.0 if row.role == "bias" else 1.0)
+        elif config.init == "rwkv":
+            _rwkv_matrix(row, tensor, generator)
+        elif config.init == "normal":
+            scale = math.sqrt(2 * config.n_layers) if row.parallel == "row" else 1.0
+            tensor.normal_(0.0, 0.02 / scale, generator=generator)
+        else:
+            std = 1.0 if row.role in ("embedding", "position") else tensor.shape[1] ** -0.5
+            tensor.normal_(0.0, std, generator=generator)
+    if config.init == "rwkv":
+        for layer in range(config.n_layers):
+            _rwkv_vectors(config, parameters, layer)
 
 
-def _normal(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
-    for name, parameter in parameters.items():
-        if parameter.dim() == 2:
-            std = 0.02 / math.sqrt(2 * config.n_layers) if name.endswith(RESIDUAL) else 0.02
-            parameter.normal_(0.0, std, generator=generator)
-
-
-def _fan_in(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
-    for name, parameter in parameters.items():
-        if parameter.dim() == 2:
-            std = 1.0 if name.startswith("model.embed") else parameter.shape[1] ** -0.5
-            parameter.normal_(0.0, std, generator=generator)
-
-
-def _rwkv(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
-    d, n = config.dim, config.n_layers
+def _rwkv_vectors(config: ModelConfig, parameters: Parameters, layer: int) -> None:
+    d, prefix = config.dim, f"model.layers.{layer}."
+    fall, rise = 1 - layer / config.n_layers, layer / max(1, config.n_layers - 1)
     channel = torch.arange(d) / d
-    for name, parameter in parameters.items():
-        part = name.rpartition("layers.")[2]
-        layer = int(part.split(".")[0]) if part != name else 0
-        if parameter.dim() == 2:
-            _rwkv_matrix(config, name, parameter, generator)
-        elif name.endswith("time_decay"):
-            rise = layer / max(1, n - 1)
-            parameter.copy_(-5 + 8 * (torch.arange(d) / max(1, d - 1)) ** (0.7 + 1.3 * rise))
-        elif name.endswith("time_first"):
-            parameter.copy_(math.log(0.3) + 0.5 * ((torch.arange(d) + 1) % 3 - 1))
-        elif "time_mix" in name:
-            fall, rise = 1 - layer / n, layer / max(1, n - 1)
-            mixes = {"self_attn.time_mix_value": channel**fall + 0.3 * rise}
-            mixes["self_attn.time_mix_receptance"] = channel ** (0.5 * fall)
-            own = next((mix for key, mix in mixes.items() if name.endswith(key)), channel**fall)
-            parameter.copy_(own)
+    values = {
+        "self_attn.time_decay": -5 + 8 * (torch.arange(d) / max(1, d - 1)) ** (0.7 + 1.3 * rise),
+        "self_attn.time_first": math.log(0.3) + 0.5 * ((torch.arange(d) + 1) % 3 - 1),
+        "self_attn.time_mix_key": channel**fall,
+        "self_attn.time_mix_value": channel**fall + 0.3 * rise,
+        "self_attn.time_mix_receptance": channel ** (0.5 * fall),
+        "mlp.time_mix_key": channel**fall,
+        "mlp.time_mix_receptance": channel**fall,
+    }
+    for name, value in values.items():
+        parameters[prefix + name].copy_(value)
 
 
-def _rwkv_matrix(config: ModelConfig, name: str, matrix: Tensor, generator: torch.Generator | None) -> None:
+def _rwkv_matrix(row: Parameter, matrix: Tensor, generator: torch.Generator | None) -> None:
     rows, columns = matrix.shape
-    if name.startswith("model.embed_tokens"):
+    if row.role == "embedding":
         matrix.uniform_(-1e-4, 1e-4, generator=generator)
-    elif any(zero in name for zero in ZERO):
-        matrix.zero_()
-    else:
+    elif row.role in ("value", "up", "head"):
         gain = math.sqrt(rows / columns) if rows > columns else 1.0
-        nn.init.orthogonal_(matrix, 0.5 * gain if name.startswith("lm_head") else gain, generator=generator)
+        nn.init.orthogonal_(matrix, 0.5 * gain if row.role == "head" else gain, generator=generator)
+    else:
+        matrix.zero_()

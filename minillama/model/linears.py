@@ -12,13 +12,13 @@ from typing import cast
 
 from torch import nn
 
+from minillama.config.parameters import FUSED
 from minillama.errors import InputError
 from minillama.layers.fused_linear import fused_linear
 from minillama.layers.lora import LoRALayer
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 
 BLOCKS = "model.layers."
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:

@@ -280,7 +280,7 @@ int32_t over_heads(int batch, int kv_heads, int threads, const Sizes& n, const E
 extern "C" {
 
 // Request the AMX tile registers from Linux, once per process. Returns whether the kernels can run.
-int32_t minillama_attention_ready() {
+int32_t minillama_ready() {
 #ifdef __AMX_BF16__
     return has_tiles();
 #else

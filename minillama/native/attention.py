@@ -62,7 +62,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = map(_contiguous_rows, (q, k, v))
     out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     descriptors = map(_descriptor, (q, k, v, out))
-    _check(KERNEL.library().minillama_attention(*_sizes(q, k), *descriptors, c_void_p(log_sums.data_ptr())))
+    if not KERNEL.library().minillama_attention(*_sizes(q, k), *descriptors, c_void_p(log_sums.data_ptr())):
+        raise MemoryError("no memory for the attention workspace")
     return out, log_sums
 
 
@@ -80,7 +81,8 @@ def causal_attention_backward(
         c_void_p(log_sums.data_ptr()),
         *map(_descriptor, (grad, *grads)),
     )
-    _check(done)
+    if not done:
+        raise MemoryError("no memory for the attention workspace")
     return cast(tuple[Tensor, Tensor, Tensor], grads)
 
 
@@ -106,12 +108,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor,
 causal_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-KERNEL = Kernel("attention.cpp", "avx512_bf16", Attention, "kernel", native_attend, ready="minillama_attention_ready")
-
-
-def _check(done: int) -> None:
-    if not done:
-        raise MemoryError("no memory for the attention workspace")
+KERNEL = Kernel("attention.cpp", "avx512_bf16", Attention, "kernel", native_attend)
 
 
 def _heads_like(x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minillama.device import compiler_missing
 from minillama.files import cache_folder
 
 FOLDER = Path(__file__).parent
@@ -42,7 +41,6 @@ class Kernel:
         owner: type of the modules.
         attribute: of these, set to `function`.
         function: calls the library; inputs that it does not support go to torch's operations.
-        ready: exported function that says whether the operating system grants AMX, for a source that uses it.
     """
 
     source: str
@@ -50,7 +48,6 @@ class Kernel:
     owner: type[nn.Module]
     attribute: str
     function: Callable[..., object]
-    ready: str | None = None
     _library: ctypes.CDLL | None = None
 
     def unsupported(self) -> str | None:
@@ -78,7 +75,7 @@ class Kernel:
         """Shared library, loaded once per process; see `load_library`."""
         if self._library is None:
             library = load_library(self.source, say)
-            if self.ready is not None and not library[self.ready]():
+            if hasattr(library, "minillama_ready") and not library.minillama_ready():
                 raise CannotBuild("Linux does not grant the AMX tile registers")
             self._library = library
         return self._library
@@ -98,9 +95,10 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
     Raises:
         CannotBuild: no compiler, failed compilation, or a cache folder that is unusable or writable by others.
     """
-    if not compilers() or not can_build():
+    if not can_build():
         raise CannotBuild(NO_COMPILER)
-    command = [*FLAGS, *flags, _arch_flag(), str(FOLDER / source), *_openmp_runtime()]
+    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    command = [*FLAGS, *flags, native, str(FOLDER / source), *_openmp_runtime()]
     try:
         path = _library_path(source, [*compilers(), *command])
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -131,7 +129,7 @@ def _evict_old(path: Path) -> None:
 
 def can_build() -> bool:
     """Whether a C++ compiler is available."""
-    return sys.platform.startswith("linux") and compiler_missing(torch.device("cpu")) is None
+    return sys.platform.startswith("linux") and bool(compilers())
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -144,10 +142,6 @@ def _refuse_foreign(path: Path) -> None:
 def compilers() -> list[str]:
     """Paths of the C++ compilers, the first to be tried first."""
     return [path for path in map(shutil.which, ("g++", "clang++", "c++")) if path]
-
-
-def _arch_flag() -> str:
-    return "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
 
 
 def _openmp_runtime() -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minillama.layers.attention import Attention
 from minillama.layers.cache import KVCache, State
+from minillama.layers.lora import LoRALayer
 from minillama.layers.mask import Mask
 from minillama.layers.mlp import SwiGLU
 from minillama.layers.norm import RMSNorm
@@ -68,6 +69,8 @@ def unsupported(model: Decoder) -> str | None:
     config = model.config
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
+    if any(isinstance(part, LoRALayer) for part in model.modules()):
+        return "it has adapters"
     if not all(type(block) is Block for block in model.blocks) or type(model.model.rope) is not Rope:
         return "its layers are not LLaMA's"
     parts = [part for block in model.blocks for part in block.children()]

@@ -224,7 +224,7 @@ void by_threads(const Sizes& n, char* work, const Each& each) {
 extern "C" {
 
 // Request the AMX tile registers from Linux, once per process. Returns whether the kernels can run.
-int32_t minillama_mlp_ready() { return has_tiles(); }
+int32_t minillama_ready() { return has_tiles(); }
 
 // Workspace in bytes, to be 64-byte aligned.
 int64_t minillama_mlp_work(int32_t tokens, int32_t dim, int32_t hidden, int32_t threads, int32_t backward) {

@@ -96,7 +96,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 mlp.register_autograd(_backward, setup_context=_setup_context)
 
 
-KERNEL = Kernel("swiglu.cpp", "amx_bf16", SwiGLU, "kernel", native_swiglu, ready="minillama_mlp_ready")
+KERNEL = Kernel("swiglu.cpp", "amx_bf16", SwiGLU, "kernel", native_swiglu)
 
 
 def _sizes(x: Tensor, gate: Tensor, backward: bool) -> tuple[list[c_int32], Tensor]:

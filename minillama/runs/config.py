@@ -14,6 +14,7 @@ from typing import Any, Literal
 from minillama.config import ModelConfig
 from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, config_path, read_toml, to_dict
+from minillama.config.lora import LoRAConfig
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
@@ -42,7 +43,18 @@ class DataConfig:
     mask_documents: bool = False
     """Attention mask per document: tokens attend within their own document, and positions restart in each."""
     on_error: Literal["stop", "skip"] = "stop"
-    """On text that is not UTF-8 or a line that is not JSON: stop, or count it and continue."""
+    """On text that is not UTF-8, a line that is not JSON or a record that is no conversation: stop, or count it and
+    continue."""
+    template: str = ""
+    """Chat template; with one the sources are conversations and the answers are trained. auto: the model's own, or
+    chatml; alpaca, chatglm, chatglm2, chatml, llama-2, llama-3, plain, vicuna, ziya; or a Jinja file."""
+    format: Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "pairs", "seed-tasks"] = "auto"
+    """Format of the conversations; auto: each record's fields say it."""
+    train_on: Literal["all", "last"] = "all"
+    """Trained answers of a conversation."""
+    packing: Literal["best-fit", "wrap", "none"] = "best-fit"
+    """Conversations per sequence. best-fit: as many whole ones as fit, isolated; wrap: all joined and cut (LLaMA 2);
+    none: one, padded."""
     cache: str = ""
     """Cache folder of the tokenized data; ~/.cache/minillama unless given."""
 
@@ -63,6 +75,8 @@ class TrainConfig:
     """Model to initialize from: its shape replaces [model], its tokenizer is used unless tokenizer.path is given."""
     init_embeddings: Literal["normal", "mean"] = "normal"
     """Initialization of embedding rows that it lacks for the tokenizer: normal, 0.02, or the mean of the old ones."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Quantization of the frozen weights under [lora]."""
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
     """Dropout of the embedding and both residual branches."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -199,6 +213,8 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    lora: LoRAConfig | None = None
+    """Low-rank adapter on frozen weights, those of train.init_from; none unless the section is there."""
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
@@ -213,6 +229,12 @@ class RunConfig:
         if self.optim.optimizer == "adafactor" and self.optim.muon_lr:
             what = "Adafactor updates all parameters, and none is left to Muon"
             raise InputError(what, where="optim.muon_lr", found=self.optim.muon_lr, expected=0)
+        if self.lora is None and self.train.quantize != "none":
+            what, fix = "quantized weights are not trained", "add [lora], or leave train.quantize out"
+            raise InputError(what, where="train.quantize", found=self.train.quantize, fix=fix)
+        if self.lora is not None and not self.train.init_from:
+            what, fix = "an adapter needs a model", "give one as train.init_from"
+            raise InputError(what, where="lora", found="random weights", fix=fix)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)

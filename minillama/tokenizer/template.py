@@ -53,14 +53,17 @@ class Template:
         source: Jinja.
         variables: of the template besides the conversation, such as `bos_token`.
         tool_use: Jinja for conversations with tools, where it is another.
-        begins: whether a sequence begins with BOS where the tokenizer adds one; GLM's begin with tokens of their own.
     """
 
     name: str
     source: str
     variables: Mapping[str, str] = field(default_factory=dict)
     tool_use: str = ""
-    begins: bool = True
+
+    @property
+    def begins(self) -> bool:
+        """Whether a sequence begins with BOS where the tokenizer adds one; GLM's have tokens of their own."""
+        return _GLM[0] not in self.source
 
     def marks_answers(self, conversation: Conversation) -> bool:
         """Whether `{% generation %}` encloses the answers of a conversation."""
@@ -127,9 +130,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
     Raises:
         InputError: no such template, or the tokenizer lacks special tokens that it needs.
     """
-    is_special = tokenizer.special.names.fullmatch
-    glm = {f"{bare}_token": bare if is_special(bare) and not is_special(full) else full for full, bare in _BARE.items()}
-    variables = tokenizer.template_variables | glm
+    variables = tokenizer.template_variables
     if name in ("", OWN):
         templates = tokenizer.chat_templates
         if not templates.keys() & {"default", "tool_use"}:
@@ -138,10 +139,7 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         return Template(OWN, templates.get("default", ""), variables, templates.get("tool_use", ""))
     if name in BUILTIN:
         _check_special(name, tokenizer)
-        source = read_text(_FOLDER / f"{name}.jinja")
-        if name not in _WITH_ROLES:
-            source = read_text(_FOLDER / "turns.jinja") + source
-        return Template(name, source, variables, begins=not name.startswith("chatglm"))
+        return Template(name, _source(name, tokenizer), variables)
     if not Path(name).is_file():
         near = get_close_matches(name, BUILTIN, n=1)
         raise InputError(
@@ -152,6 +150,15 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
             fix=f"did you mean {near[0]!r}?" if near else None,
         )
     return Template(name, read_text(Path(name)), variables)
+
+
+def _source(name: str, tokenizer: Tokenizer) -> str:
+    """Jinja of a built-in template, which reads no other variables than those of every tokenizer."""
+    source, is_special = read_text(_FOLDER / f"{name}.jinja"), tokenizer.special.names.fullmatch
+    for full, bare in _BARE.items():
+        if is_special(bare) and not is_special(full):
+            source = source.replace(full, bare)
+    return source if name in _WITH_ROLES else read_text(_FOLDER / "turns.jinja") + source
 
 
 def _check_special(name: str, tokenizer: Tokenizer) -> None:

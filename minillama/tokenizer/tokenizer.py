@@ -181,6 +181,10 @@ class Tokenizer:
         backend.add_special_tokens(list(names))
         return Tokenizer.of(replace(self.parts, backend=backend))
 
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The tokenizer with another chat template, Jinja."""
+        return Tokenizer.of(replace(self.parts, config={**self._config, "chat_template": template}))
+
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
 

@@ -1,13 +1,16 @@
-"""Training data: tokenized text, or records for fine-tuning."""
+"""Training data: tokenized text, conversations, or records for classification."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+from minillama.data.conversations import conversations
 from minillama.data.corpus import Corpus
+from minillama.data.instructions import Example, Instructions
+from minillama.data.permutation import hash_fraction
 from minillama.data.prepare import prepare
-from minillama.data.reading import Record
+from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.records import Records
 from minillama.errors import InputError
 from minillama.evaluate.cloze import Cloze
@@ -17,11 +20,14 @@ from minillama.runs.config import RunConfig
 from minillama.runs.objectives import ClozeConfig
 from minillama.runs.report import Report
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
+from minillama.tokenizer.rendering import encode, truncated
+from minillama.tokenizer.template import OWN, Template, load_template
+from minillama.training.init_model import template_name
 
 
 def load_data(
     config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
-) -> tuple[Corpus | Records, Tokenizer]:
+) -> tuple[Corpus | Instructions | Records, Tokenizer]:
     """Training data of the objective, and the tokenizer, trained on them if need be.
 
     Raises:
@@ -30,6 +36,8 @@ def load_data(
     """
     if isinstance(tokenizer, Tokenizer):
         _check_vocabulary(tokenizer, config)
+    if config.data.template:
+        return _load_conversations(config, tokenizer, report)
     if isinstance(config.objective, ClozeConfig):
         return _load_records(config, config.objective, tokenizer, report)
     return _load_text(config, tokenizer, report)
@@ -38,9 +46,7 @@ def load_data(
 def _load_records(
     config: RunConfig, question: Question, tokenizer: Tokenizer | TokenizerTrainer, report: Report
 ) -> tuple[Records, Tokenizer]:
-    if not isinstance(tokenizer, Tokenizer):
-        fix = "give the model that is fine-tuned as train.init_from"
-        raise InputError("records train no tokenizer", where="tokenizer.path", found="none", fix=fix)
+    tokenizer = _require(tokenizer, "records")
     cloze = Cloze(question, tokenizer, config.context)
 
     def check(record: Record) -> None:
@@ -50,6 +56,60 @@ def _load_records(
     data = Records.load(config.data.sources, config.data.val_fraction, config.data.on_error, check)
     _say_size(data, f"{len(data.train):,} records, {len(data.val):,} held out", config, report)
     return data, tokenizer
+
+
+def _require(tokenizer: Tokenizer | TokenizerTrainer, what: str) -> Tokenizer:
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    fix = "give the model that is fine-tuned as train.init_from"
+    raise InputError(f"{what} train no tokenizer", where="tokenizer.path", found="none", fix=fix)
+
+
+def _load_conversations(
+    config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
+) -> tuple[Instructions, Tokenizer]:
+    """Conversations, rendered by the template, which the tokenizer takes over for those who talk to the model."""
+    began = time.perf_counter()
+    tokenizer = _require(tokenizer, "conversations")
+    template = load_template(template_name(config, tokenizer), tokenizer)
+    data = _split(config, tokenizer, template)
+    tokens = sum(len(example.ids) for example in data.train)
+    trained = sum(int((example.weights > 0).sum()) for example in data.train)
+    size = (
+        f"{len(data.train):,} conversations, {len(data.val):,} held out; {tokens:,} tokens, {trained:,} of them in "
+        f"trained answers; template {template.name} ({time.perf_counter() - began:.1f} s)"
+    )
+    _say_size(data, size, config, report)
+    return data, tokenizer if template.name == OWN else tokenizer.with_chat_template(template.source)
+
+
+def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instructions:
+    """A conversation is held out when a hash of its text falls below the fraction."""
+    settings, skipped = config.data, Skipped()
+    split: dict[bool, list[Example]] = {True: [], False: []}
+    ends: set[int] = set()
+    for source in settings.sources:
+        for conversation in conversations(source, settings.format, settings.on_error, skipped):
+            try:
+                whole = encode(conversation, template, tokenizer, settings.train_on)
+                rendered = truncated(whole, config.context + 1, tokenizer.bos_id)
+                if not rendered.trained:
+                    what, found = "no trained token is within the context", f"{len(whole.ids)} tokens"
+                    raise InputError(what, where=conversation.where, found=found, fix="raise train.context")
+            except InputError as error:
+                if settings.on_error == "stop":
+                    raise
+                bad = BadText("not rendered", error.what, where=conversation.where, found=error.found)
+                skipped.add(bad)
+                continue
+            ends.add(whole.ids[max(i for i, weight in enumerate(whole.weights) if weight)])
+            if len(rendered.ids) < len(whole.ids):
+                skipped.note("conversations truncated to the context")
+            split[hash_fraction(whole.text, "held out") < settings.val_fraction].append(
+                Example.of(rendered.ids, rendered.weights, conversation.where)
+            )
+    stop_ids = frozenset(ends & tokenizer.special_ids)
+    return Instructions.of(split[False], split[True], config.context, settings.packing, skipped, stop_ids)
 
 
 def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report) -> tuple[Corpus, Tokenizer]:
@@ -79,7 +139,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
     tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
-def _say_size(data: Corpus | Records, size: str, config: RunConfig, report: Report) -> None:
-    if data.skipped.total:
-        report.say(str(data.skipped))
+def _say_size(data: Corpus | Instructions | Records, size: str, config: RunConfig, report: Report) -> None:
+    if left_out := str(data.skipped):
+        report.say(left_out)
     report.say(f"data: {', '.join(source.label for source in config.data.sources)}: {size}")

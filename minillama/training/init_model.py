@@ -11,9 +11,12 @@ from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
+from minillama.inference.quantize import quantize
 from minillama.model import Decoder
+from minillama.model.lora import add_lora
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
+from minillama.tokenizer.template import OWN, special_tokens
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Start:
     Args:
         config: the run, with as many embedding rows as the tokenizer has tokens if it starts from a model.
         tokenizer: that of tokenizer.path, or its trainer; with the objective's special tokens.
-        initial: the model to initialize from; None for random weights, or those of a checkpoint.
+        initial: the model to initialize from, or under an adapter; None for random weights, or those of a checkpoint.
     """
 
     config: RunConfig
@@ -33,25 +36,32 @@ class Start:
     initial: ModelFile | None
 
     def build_model(self) -> Decoder:
-        """Decoder on the device, in float32: drawn from the run's seed, or the initial one's, its vocabulary grown."""
-        train, generator = self.config.train, torch.Generator().manual_seed(self.config.seed)
+        """Decoder on the device: drawn from the run's seed, or the initial one's, its vocabulary grown.
+
+        In float32; under an adapter the weights are frozen, and as the passes read them.
+        """
+        train, lora, generator = self.config.train, self.config.lora, torch.Generator().manual_seed(self.config.seed)
         if self.initial is None:
             model = Decoder(self.config.model, train.dropout)
             model.init_weights(generator)
             return model.to(self.device)
-        model = Decoder(self.initial.config, train.dropout)
-        model.load_state_dict({name: tensor.float() for name, tensor in self.initial.tensors.items()})
+        model = Decoder(self.initial.config, train.dropout).to(torch.float32 if lora is None else self.dtype)
+        model.load_state_dict({name: tensor.to(model.dtype) for name, tensor in self.initial.tensors.items()})
         model.stop_ids, model.sampling = self.initial.stop_ids, self.initial.sampling
         if self.config.model.vocab_size > self.initial.config.vocab_size:
             model.resize_embeddings(self.config.model.vocab_size, train.init_embeddings, generator)
-        return model.to(self.device)
+        model = model.to(self.device)
+        if lora is None:
+            return model
+        return add_lora(quantize(model, train.quantize), lora, generator=generator)
 
 
 def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
     """Find what a run starts from.
 
     Args:
-        is_resumed: a checkpoint's weights will be loaded, so that the model to start from is not needed.
+        is_resumed: a checkpoint's weights will be loaded, so that the model to start from is not needed, unless it is
+            under an adapter.
 
     Raises:
         InputError: a device that is not there, a file that cannot be read, or a tokenizer that gives an id of the
@@ -59,8 +69,9 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
     """
     device = choose_device(config.train.device)
     tokenizer = _choose_tokenizer(config)
-    initial = open_model(config.train.init_from) if config.train.init_from and not is_resumed else None
+    initial = open_model(config.train.init_from) if config.train.init_from and (config.lora or not is_resumed) else None
     if initial is not None and isinstance(tokenizer, Tokenizer):
+        _check_new_tokens(config, tokenizer, initial)
         if initial.tokenizer is not None and Path(initial.tokenizer) != Path(config.tokenizer.path):
             _check_ids(Tokenizer.load(initial.tokenizer), tokenizer, config.tokenizer.path)
         rows = max(config.model.vocab_size, tokenizer.vocab_size)
@@ -71,8 +82,29 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
 def _choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
     kind, special = config.tokenizer.kind, config.objective.special_tokens
     if config.tokenizer.path:
-        return Tokenizer.load(config.tokenizer.path).with_special(special)
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+        return tokenizer.with_special((*special, *special_tokens(template_name(config, tokenizer))))
     return TokenizerTrainer(kind, 0 if kind in ("char", "bytes") else config.model.vocab_size, special=special)
+
+
+def template_name(config: RunConfig, tokenizer: Tokenizer) -> str:
+    """Name of the chat template: that of the settings, where they leave it open the tokenizer's own, or chatml."""
+    if config.data.template != "auto":
+        return config.data.template
+    return "chatml" if tokenizer.chat_template is None else OWN
+
+
+def _check_new_tokens(config: RunConfig, tokenizer: Tokenizer, initial: ModelFile) -> None:
+    """Refuse tokens that no one trains: the embedding's new rows are frozen under an adapter."""
+    rows, lora = initial.config.vocab_size, config.lora
+    if lora is None or tokenizer.vocab_size <= rows or any("embed_tokens" in name for name in lora.modules_to_save):
+        return
+    raise InputError(
+        "the template's special tokens are new to the model, and an adapter does not train them",
+        where="data.template",
+        found=", ".join(str(tokenizer.backend.id_to_token(i)) for i in range(rows, tokenizer.vocab_size)[:4]),
+        fix="take a template of plain text, --data.template vicuna, or add --lora.modules_to_save embed_tokens lm_head",
+    )
 
 
 def _check_ids(own: Tokenizer, new: Tokenizer, where: str) -> None:

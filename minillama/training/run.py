@@ -27,6 +27,7 @@ from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
 from minillama.training.data import load_data
 from minillama.training.init_model import resolve
+from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import make
 from minillama.training.trainer import Trainer
 
@@ -93,8 +94,10 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     check_disk(config, folder.path)
     warn_of_memory(config, start.dtype, start.device, report)
     data, tokenizer = load_data(config, start.tokenizer, report)
-    objective = make(config, start.build_model(), tokenizer, data)
-    trainer = Trainer(config, start.dtype, objective, tokenizer, folder, report, checkpoint)
+    model = start.build_model()
+    saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
+    objective = make(config, model, tokenizer, data)
+    trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from minillama.errors import InputError
-from minillama.model import Decoder
 from minillama.runs.checkpoint import Checkpoint, CheckpointCopy
-from minillama.tokenizer import Tokenizer
 from minillama.training.guard import Guard
+from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MODEL, Objective
 from minillama.training.optim.groups import load_optimizer_state, optimizer_state
 
@@ -27,7 +26,7 @@ class TrainingState:
 
     Args:
         objective: its state, its data's fingerprint and its companions' SHA-256.
-        tokenizer: its fingerprint.
+        folder: how its model is written, beside the tokenizer.
         step: optimizer steps taken.
         tokens: read in them.
         seconds: spent, over all starts of the run.
@@ -37,7 +36,7 @@ class TrainingState:
     """
 
     objective: Objective
-    tokenizer: Tokenizer
+    folder: ModelFolder
     optimizers: Sequence[torch.optim.Optimizer]
     guard: Guard
     step: int = 0
@@ -49,7 +48,7 @@ class TrainingState:
         odd = [name for name in self.masters if name in RESERVED or "/" in name]
         if odd:
             raise ValueError(f"models of an objective cannot be named {odd}")
-        self.fingerprints = {"data": self.objective.fingerprint, "tokenizer": self.tokenizer.fingerprint}
+        self.fingerprints = {"data": self.objective.fingerprint, "tokenizer": self.folder.tokenizer.fingerprint}
         self.companions = {name: digest(companion) for name, companion in self.objective.companions.items()}
 
     def count(self, tokens: int, seconds: float) -> None:
@@ -78,7 +77,7 @@ class TrainingState:
             "record": dict(record),
             **({"companions": self.companions} if self.companions else {}),
         }
-        return CheckpointCopy.of(self.masters[MODEL].state_dict(), tensors, run)
+        return CheckpointCopy.of(self.folder.tensors(), tensors, run)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint's state.
@@ -87,12 +86,7 @@ class TrainingState:
             InputError: it was made with other data, another tokenizer, or beside other frozen models.
         """
         self._check(checkpoint)
-        model = self.masters[MODEL]
-        device = next(model.parameters()).device
-        saved = Decoder.from_pretrained(checkpoint.path, torch.float32, device)
-        model.load_state_dict(saved.state_dict())
-        if isinstance(model, Decoder):
-            model.stop_ids, model.sampling = saved.stop_ids, saved.sampling
+        self.folder.read(checkpoint.path)
         tensors = checkpoint.optimizer_tensors()
         self.objective.load_state_dict(_pop(tensors, "objective/"))
         for name, master in self.masters.items():

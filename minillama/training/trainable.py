@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from minillama.errors import InputError
+from minillama.model.lora import adapter_names, is_adapter
 from minillama.runs.config import RunConfig, Stage
 from minillama.training.optim.groups import named_parameters
 
@@ -18,7 +19,13 @@ Models = Mapping[str, nn.Module]
 
 def trained(stage: Stage, models: Models) -> int:
     """Number of parameters that a stage trains."""
-    return sum(parameter.numel() for name, parameter in named_parameters(models) if stage.trains(name))
+    return sum(parameter.numel() for name, parameter in _candidates(models) if stage.trains(name))
+
+
+def _candidates(models: Models) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that may be trained: of a model with adapters those of its adapters."""
+    bases = {id(p) for m in models.values() if adapter_names(m) for n, p in m.named_parameters() if not is_adapter(n)}
+    return [(name, parameter) for name, parameter in named_parameters(models) if id(parameter) not in bases]
 
 
 def check(stages: Sequence[Stage], models: Models) -> None:
@@ -27,7 +34,7 @@ def check(stages: Sequence[Stage], models: Models) -> None:
     Raises:
         InputError: a glob names none, or a stage would train nothing.
     """
-    names = [name for name, _ in named_parameters(models)] + ["lm_head.weight"]  # a tied head may be named as well
+    names = [name for name, _ in _candidates(models)] + ["lm_head.weight"]  # a tied head may be named as well
     for number, stage in enumerate(stages):
         where = f"stages.{number}.trainable"
         for pattern in stage.trainable:
@@ -54,7 +61,7 @@ def describe(config: RunConfig, models: Models, step: int) -> str:
 def enter(stage: Stage, models: Iterable[Models], optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Stage transition: freeze what the stage does not train, and discard its optimizer state."""
     for same in models:
-        for name, parameter in named_parameters(same):
+        for name, parameter in _candidates(same):
             parameter.requires_grad_(stage.trains(name))
     for optimizer in optimizers:
         for frozen in [parameter for parameter in optimizer.state if not parameter.requires_grad]:

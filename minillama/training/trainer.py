@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from minillama.device import peak_flops
 from minillama.files import replace_folder
-from minillama.formats import generation_config, hf
 from minillama.inference.generate import generate
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -26,11 +23,11 @@ from minillama.runs.folder import RunFolder, append_line, read_lines
 from minillama.runs.report import Report
 from minillama.runs.signals import Interrupted, Signals
 from minillama.runs.writer import CheckpointWriter
-from minillama.tokenizer import Tokenizer
 from minillama.training import trainable
 from minillama.training.compile import Compiler, use_native_kernels
 from minillama.training.gradients import accumulate, clip, is_finite
 from minillama.training.guard import Guard
+from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.optim.groups import change_settings, make_optimizers
 from minillama.training.optim.schedule import learning_rate
@@ -50,7 +47,7 @@ class Trainer:
     Args:
         dtype: of the forward and backward passes.
         objective: the loss, its data and its models, on their device.
-        tokenizer: saved beside every model.
+        saved: how the model is written.
         folder: where everything is written.
         report: where everything is printed.
         checkpoint: to resume from; None starts at step 0.
@@ -62,7 +59,7 @@ class Trainer:
     config: RunConfig
     dtype: torch.dtype
     objective: Objective
-    tokenizer: Tokenizer
+    saved: ModelFolder
     folder: RunFolder
     report: Report
     checkpoint: InitVar[Checkpoint | None] = None
@@ -78,9 +75,9 @@ class Trainer:
         self.phase = "training"
         trainable.check(config.stages, self.masters)
         model.checkpointing = config.train.checkpointing
-        self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint.keep, self._write_model, report)
+        self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint.keep, self.saved.write, report)
         self._unrecorded: dict[str, Any] | None = None
-        self.state = TrainingState(objective, self.tokenizer, self.optimizers, self.guard)
+        self.state = TrainingState(objective, self.saved, self.optimizers, self.guard)
         for companion in objective.companions.values():
             companion.to(dtype).eval().requires_grad_(False)
         if checkpoint is not None:
@@ -105,7 +102,7 @@ class Trainer:
             try:
                 self._run()
                 self.writer.finish()
-                replace_folder(self.folder.model, lambda path: self._write_model(path, self.model.state_dict()))
+                replace_folder(self.folder.model, lambda path: self.saved.write(path, self.saved.tensors()))
                 self.signals.check()
             except Interrupted:
                 self.writer.finish()
@@ -259,20 +256,15 @@ class Trainer:
         return measures[name] if direction == "min" else -measures[name]
 
     def _sample(self) -> None:
-        wanted = self.config.sample
-        if not (wanted.max_new_tokens and wanted.prompts and self.objective.writes_text):
+        wanted, tokenizer = self.config.sample, self.saved.tokenizer
+        if not (wanted.max_new_tokens and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
-        for prompt in wanted.prompts:
-            completion = generate(self.working, self.tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
-            self.report.say("  | " + (prompt + completion.text).strip().replace("\n", "\n  | "))
-
-    def _write_model(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        hf.write(path, self.model.config, tensors)
-        self.tokenizer.save(path)
-        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
-        stops = [self.tokenizer.eos_id, *sorted(self.tokenizer.stop_ids | self.model.stop_ids)]
-        generation_config.write(path, bos_id=bos, eos_ids=stops, sampling=self.model.sampling)
+        prompts: Sequence[str | Sequence[int]] = self.objective.prompts or wanted.prompts
+        for prompt in prompts:
+            completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            self.report.say("  | " + (text + completion.text).strip().replace("\n", "\n  | "))
 
     def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""

@@ -41,7 +41,7 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(
     words = ["convert", str(folder), str(tmp_path / "b.gguf"), "--to", "gguf", "--tokenizer", str(tmp_path / "chars")]
     assert main(words) == 1
     assert "GGUF cannot express this tokenizer" in capsys.readouterr().err
-    monkeypatch.setattr("minillama.formats.gguf.name_in_file", lambda name: 1 / 0)
+    monkeypatch.setattr("minillama.formats.gguf.layout", lambda *args, **named: 1 / 0)
     assert main(["convert", str(folder), str(tmp_path / "b.gguf"), "--to", "gguf"]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chars", "hf", "there"]
 

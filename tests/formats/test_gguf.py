@@ -16,8 +16,9 @@ from minillama import Decoder, Tokenizer
 from minillama.convert import convert
 from minillama.errors import InputError
 from minillama.formats import gguf_header
-from minillama.formats.gguf import name_in_file
+from minillama.formats.gguf import NAMES
 from minillama.formats.gguf_header import read_header
+from minillama.formats.layout import rename
 from minillama.formats.open import open_model
 
 Make = Callable[..., Decoder]
@@ -89,7 +90,7 @@ def test_every_type_is_read_as_the_gguf_package_reads_it(make: Make, kind: str, 
             data = generator.integers(0, 60, (shape[0], shape[1] // block * width), dtype=np.uint8)
             used = number
         expected[ours] = torch.from_numpy(quants.dequantize(data, used).astype(np.float32)).reshape(shape)
-        writer.add_tensor(name_in_file(ours), data, raw_dtype=used)
+        writer.add_tensor(rename(ours, NAMES), data, raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

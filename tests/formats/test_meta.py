@@ -14,7 +14,7 @@ from minillama import Decoder, Tokenizer
 from minillama.convert import convert
 from minillama.errors import InputError
 from minillama.formats import meta
-from minillama.formats.rope_rows import to_half_split, to_interleaved
+from minillama.formats.layout import to_half_split, to_interleaved
 
 Make = Callable[..., Decoder]
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from minillama.config import ModelConfig
 from minillama.device import decoding_dtype
 from minillama.errors import InputError
-from minillama.inference.generate import StopText, generate, stream
+from minillama.inference.engine import Engine
+from minillama.inference.generate import Chunk, StopText, generate, stream
+from minillama.inference.request import Request
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
@@ -57,6 +59,37 @@ def test_stream_equals_generate(model: Decoder, tokenizer: Tokenizer) -> None:
     whole = generate(model, tokenizer, ["once"], 25, GREEDY)[0]
     assert "".join(piece.text for piece in pieces) == whole.text
     assert pieces[-1].reason == whole.reason == "length"
+
+
+def test_several_prompts_share_an_engine_with_other_requests(model: Decoder, tokenizer: Tokenizer) -> None:
+    expected = generate(model, tokenizer, PROMPTS, 12, GREEDY)
+    engine = Engine(model, 3, chunk=4)
+    (other,) = engine.submit(Request([1, 2, 3], 30))
+    rows: list[list[Chunk]] = [[] for _ in PROMPTS]
+    for chunk in stream(model, tokenizer, PROMPTS, 12, GREEDY, engine=engine):
+        rows[chunk.row].append(chunk)
+    assert ["".join(chunk.text for chunk in row) for row in rows] == [completion.text for completion in expected]
+    assert [tuple(token for chunk in row for token in chunk.tokens) for row in rows] == [c.tokens for c in expected]
+    assert [row[-1].reason for row in rows] == [completion.reason for completion in expected]
+    assert all(chunk.reason is None for row in rows for chunk in row[:-1])
+    while engine.is_busy:
+        engine.step()
+    assert len(other.tokens) == 30
+
+
+def test_what_ends_without_a_token_or_elsewhere_is_said(model: Decoder, tokenizer: Tokenizer) -> None:
+    assert [c.reason for c in stream(model, tokenizer, ["a", "b"], 0, GREEDY)] == ["length", "length"]
+    engine = Engine(model)
+    chunks = stream(model, tokenizer, "once", 30, GREEDY, engine=engine)
+    first = next(chunks)
+    assert engine.running is not None
+    engine.cancel(engine.running.rows[0].request)
+    last = [first, *chunks][-1]
+    assert last.reason == "cancelled" and not engine.is_busy
+    left = stream(model, tokenizer, "once", 30, GREEDY, engine=engine)
+    next(left)
+    left.close()  # nobody wants the rest
+    assert not engine.is_busy
 
 
 def test_seed_decides(model: Decoder, tokenizer: Tokenizer) -> None:

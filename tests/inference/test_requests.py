@@ -70,9 +70,10 @@ def test_a_request_says_what_it_says_alone(mixer: str, rows: int, order: list[in
     assert finished(engine, mine) == expected
     assert not engine.is_busy and engine.step() == []
     reasons = [request.finish_reason for request in mine]
-    assert reasons[:3] == ["length"] * 3 and "stop" in reasons[4:6]
-    ended = [r for r in mine[4:6] if r.finish_reason == "stop"]
+    assert reasons[:3] == ["length"] * 3 and {*reasons[4:6]} & {"eos", "stop"}
+    ended = [r for r in mine[4:6] if r.finish_reason in ("eos", "stop")]
     assert all(r.tokens[-1] in r.stop_ids or (r.stop is not None and r.stop(r.tokens)) for r in ended)
+    assert all((r.finish_reason == "eos") == (r.tokens[-1] in r.stop_ids) for r in ended)
 
 
 def test_log_probabilities_are_those_of_a_full_forward_pass() -> None:

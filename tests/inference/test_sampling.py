@@ -60,26 +60,26 @@ def test_repetition_penalty_lowers_both_signs() -> None:
 
 
 def test_greedy_takes_the_first_of_the_largest() -> None:
-    assert Sampler(Sampling(temperature=0), [[0]], 4)(LOGITS).tolist() == [1]
+    assert choose(LOGITS, [Sampler(Sampling(temperature=0), [0], 4)]) == [1]
 
 
 def test_repetition_penalty_follows_what_was_chosen() -> None:
-    sampler = Sampler(Sampling(temperature=0, repetition_penalty=4.0), [[3]], 4)
+    sampler = Sampler(Sampling(temperature=0, repetition_penalty=4.0), [3], 4)
     logits = torch.tensor([[0.0, 2.0, 1.0, 3.0]])
-    assert [sampler(logits).item() for _ in range(3)] == [1, 2, 3]  # 3/4 and 2/4 fall below 1, then 1/4 below 3/4
+    assert [choose(logits, [sampler])[0] for _ in range(3)] == [1, 2, 3]  # 3/4 and 2/4 fall below 1, then 1/4 below 3/4
 
 
 def test_frequencies_follow_the_distribution() -> None:
-    sampler = Sampler(Sampling(temperature=1.0, seed=7), [[0]], 4)
-    counts = torch.bincount(torch.cat([sampler(LOGITS) for _ in range(4000)]), minlength=4) / 4000
+    sampler = Sampler(Sampling(temperature=1.0, seed=7), [0], 4)
+    counts = torch.bincount(torch.tensor([choose(LOGITS, [sampler])[0] for _ in range(4000)]), minlength=4) / 4000
     torch.testing.assert_close(counts, P[0], atol=0.03, rtol=0)
 
 
 def test_a_row_draws_the_same_whatever_its_neighbours() -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    together = Sampler(Sampling(temperature=1.0, seed=5), [[0]] * 3, 50)
-    alone = Sampler(Sampling(temperature=1.0, seed=7), [[0]], 50)
-    both = [(together(logits)[2].item(), alone(logits[2:]).item()) for _ in range(20)]
+    together = [Sampler(Sampling(temperature=1.0), [0], 50, seed) for seed in (5, 6, 7)]
+    alone = Sampler(Sampling(temperature=1.0, seed=7), [0], 50)
+    both = [(choose(logits, together)[2], choose(logits[2:], [alone])[0]) for _ in range(20)]
     assert all(a == b for a, b in both) and len(set(both)) > 5
 
 
@@ -90,11 +90,11 @@ def test_rows_are_chosen_together_as_they_are_alone() -> None:
         Sampling(temperature=1.0, seed=7, repetition_penalty=1.5),
         Sampling(temperature=0.7, top_p=0.8, seed=5),
     ]
-    together, alone = ([Sampler(each, [[i + 1]], 50) for i, each in enumerate(settings)] for _ in range(2))
+    together, alone = ([Sampler(each, [i + 1], 50) for i, each in enumerate(settings)] for _ in range(2))
     for step in range(5):
         logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(step))
-        expected = torch.cat([sampler(logits[i : i + 1]) for i, sampler in enumerate(alone)])
-        assert torch.equal(choose(logits, together), expected)
+        expected = [choose(logits[i : i + 1], [sampler])[0] for i, sampler in enumerate(alone)]
+        assert choose(logits, together) == expected
     for one, other in zip(alone, together, strict=True):
         assert (one.seen is None) == (other.seen is None)
         assert one.seen is None or torch.equal(one.seen, other.seen)  # type: ignore[arg-type]
@@ -102,4 +102,4 @@ def test_rows_are_chosen_together_as_they_are_alone() -> None:
 
 def test_nan_logits_are_refused() -> None:
     with pytest.raises(InputError, match="not numbers"):
-        Sampler(Sampling(), [[0]], 4)(torch.full((1, 4), float("nan")))
+        choose(torch.full((1, 4), float("nan")), [Sampler(Sampling(), [0], 4)])

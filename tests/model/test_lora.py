@@ -18,8 +18,10 @@ from minillama.config.lora import LoRAConfig
 from minillama.errors import InputError
 from minillama.formats.open import open_model
 from minillama.formats.peft import fingerprint
-from minillama.inference.engine import decode
-from minillama.inference.quantize import quantize
+from minillama.inference.engine import Engine
+from minillama.inference.quantize import quantize, save_gguf
+from minillama.inference.request import Request
+from minillama.inference.sampling import Sampling
 from minillama.layers.lora import Adapter, LoRALinear
 from minillama.layers.mlp import swiglu
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
@@ -38,10 +40,13 @@ from minillama.model.lora import (
     save_adapter,
 )
 from minillama.native import swiglu as native
-from minillama.training.precision import FullPrecision, WorkingCopy, choose_precision
+from minillama.native.decode import unsupported
+from minillama.tokenizer import byte_tokenizer
+from minillama.training.precision import WorkingCopy, choose_precision
 
 Kind = Literal["none", "int8", "int4"]
 CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=80, max_seq_len=48)
+GREEDY = Sampling(temperature=0)
 ENDS = ("embed_tokens", "lm_head")
 
 
@@ -168,7 +173,7 @@ def test_float32_adapters_over_a_bfloat16_base() -> None:
     model = make().bfloat16()
     randomized(add_lora(model, LoRAConfig(rank=4, use_dora=True, targets=("all-linear", *ENDS))))
     assert {p.dtype for p in lora_parameters(model).values()} == {torch.float32}
-    assert isinstance(choose_precision(model, torch.bfloat16), FullPrecision)
+    assert choose_precision(model, torch.bfloat16).model is model
     loss = nats(model, tokens())
     loss.backward()
     assert model(tokens()).dtype == torch.bfloat16
@@ -249,10 +254,12 @@ def test_decoding_with_an_adapter(kind: Kind) -> None:
     before = fingerprint(base_tensors(model))
     randomized(add_lora(model, LoRAConfig(rank=4, use_dora=True)))
     rows = [[3, 1, 2], [4, 5, 6, 7, 8]]
-    cached, whole = (
-        [token for step in decode(model, rows, 12, use_state=used) for token in step] for used in (True, False)
-    )
-    assert cached == whole and fingerprint(base_tensors(model)) == before
+    found = [request.tokens for request in Engine(model).run([Request(row, 12, GREEDY) for row in rows])]
+    for row, made in zip(rows, found, strict=True):
+        with torch.no_grad():
+            whole = model(torch.tensor([row + made]))[0, len(row) - 1 : -1]
+        assert len(made) == 12 and made == whole.argmax(-1).tolist()
+    assert fingerprint(base_tensors(model)) == before
 
 
 def test_dropout_is_that_of_the_adapters() -> None:
@@ -301,6 +308,11 @@ def test_nothing_computes_without_the_adapter(targets: tuple[str, ...], tmp_path
             change()
     with pytest.raises(InputError, match="would not be written"):
         model.save_pretrained(tmp_path)
+    assert unsupported(model) == "it has adapters"
+    if targets is not ENDS:
+        small = add_lora(make("int4"), LoRAConfig(rank=4, targets=targets))
+        with pytest.raises(InputError, match="cannot be saved"):
+            save_gguf(small, tmp_path / "a.gguf", byte_tokenizer())
     if targets is ENDS:
         with pytest.raises(InputError, match="adapters"):
             model.resize_embeddings(90)

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from minillama.data.corpus import Corpus
+from minillama.data.instructions import Instructions
 from minillama.data.records import Records
 from minillama.evaluate.cloze import Cloze
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
-from minillama.runs.objectives import ClozeConfig, GLMConfig
+from minillama.runs.objectives import ClozeConfig, GLMConfig, LMConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
 from minillama.training.objectives.base import MODEL, Batch, Metrics, Objective
 from minillama.training.objectives.cloze import ClozeQuestions
 from minillama.training.objectives.glm import BlankInfilling
 from minillama.training.objectives.lm import LanguageModel
+from minillama.training.objectives.sft import FineTuning
 from minillama.training.spans import sentence_ends
 
-__all__ = ["MODEL", "Batch", "BlankInfilling", "ClozeQuestions", "LanguageModel", "Metrics", "Objective", "make"]
+__all__ = [
+    "MODEL",
+    "Batch",
+    "BlankInfilling",
+    "ClozeQuestions",
+    "FineTuning",
+    "LanguageModel",
+    "Metrics",
+    "Objective",
+    "make",
+]
 
 
-def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Records) -> Objective:
+def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Instructions | Records) -> Objective:
     """The objective that the configuration asks for, over what `load_data` found for it."""
     rows, context, settings = config.train.batch_size, config.context, config.objective
     if isinstance(settings, ClozeConfig):
         assert isinstance(data, Records)
         return ClozeQuestions(model, data, config.seed, rows, Cloze(settings, tokenizer, context))
+    if isinstance(data, Instructions):
+        assert isinstance(settings, LMConfig)
+        return FineTuning(model, data, config.seed, rows, settings.z_loss)
     assert isinstance(data, Corpus)
     over = model, data, config.seed, rows, context
     if isinstance(settings, GLMConfig):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
+from minillama.data.instructions import Instructions
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -111,6 +112,8 @@ class Objective(Protocol):
     """The measure by which the best checkpoint is kept, and its direction."""
     writes_text: bool = True
     """Whether a sample of the model's text shows what it learns."""
+    prompts: Sequence[Sequence[int]] = ()
+    """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
 
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
@@ -136,7 +139,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Records)
 
 
 @dataclass(eq=False)

@@ -1,0 +1,169 @@
+"""Tensor layout of a format: names, shapes and row orders of its tensors, from the parameter table.
+
+RoPE rotates pairs of rows of every query and key head: Hugging Face pairs row i with row i + E/2 (half-split); Meta,
+llama2.c and GGUF pair row 2i with row 2i + 1 (interleaved).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minillama.config import ModelConfig
+from minillama.errors import InputError
+from minillama.formats.model_file import LazyTensors
+
+Shape = tuple[int, ...]
+
+
+def to_half_split(weight: Tensor, heads: int) -> Tensor:
+    """Interleaved to half-split, Meta's order to Hugging Face's: rows 0, 2, 4, ..., 1, 3, 5, ... of every head.
+
+    Args:
+        weight: (heads * E, D).
+        heads: H for queries, K for keys.
+    """
+    return rearrange(weight, "(h pair two) d -> (h two pair) d", h=heads, two=2)
+
+
+def to_interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Half-split to interleaved, the inverse of `to_half_split`."""
+    return rearrange(weight, "(h two pair) d -> (h pair two) d", h=heads, two=2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Tensor of a file.
+
+    Attributes:
+        name: in the file.
+        shape: in the file.
+        axes: names of its axes.
+        ours: its parameters with their shapes: one, or query, key and value, fused by head, (H, 3, E, ...).
+        heads: number of heads that are fused, or whose rows are interleaved; 0: neither.
+    """
+
+    name: str
+    shape: Shape
+    axes: tuple[str, ...]
+    ours: Mapping[str, Shape]
+    heads: int = 0
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensor of the file from the parameters."""
+        parts = [tensors[name] for name in self.ours]
+        if len(parts) > 1:
+            return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).reshape(self.shape)
+        return to_interleaved(parts[0], self.heads) if self.heads else parts[0].reshape(self.shape)
+
+    def unpack(self, tensor: Tensor, name: str) -> Tensor:
+        """Parameter of that name from the file's tensor."""
+        if len(self.ours) > 1:
+            index = list(self.ours).index(name)
+            return tensor.unflatten(0, (self.heads, len(self.ours), -1))[:, index].reshape(self.ours[name])
+        return to_half_split(tensor, self.heads) if self.heads else tensor.reshape(self.ours[name])
+
+
+def rename(name: str, names: Mapping[str, str]) -> str:
+    """Name in a file: `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
+
+    Args:
+        name: Hugging Face name.
+        names: parts of it -> those of the format, a longer part before one that it contains.
+    """
+    for part, theirs in names.items():
+        name = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", theirs, name)
+    return name
+
+
+def layout(config: ModelConfig, names: Mapping[str, str], interleaved: bool = False) -> dict[str, Entry]:
+    """Tensors of a file by their names there.
+
+    Args:
+        config: the shape.
+        names: as `rename` takes them; parameters that get the same name are fused.
+        interleaved: RoPE pairs of queries and keys; half-split unless set.
+    """
+    rows, table = config.parameters(), dict[str, Entry]()
+    for name, row in rows.items():
+        theirs, shape, axes = rename(name, names), row.shape(config), row.axes
+        heads = {"query": config.n_heads, "key": config.n_kv_heads}.get(row.role, 0) if interleaved else 0
+        if row.role == "token shift" and theirs.startswith("rwkv."):  # transformers has them as (1, 1, D)
+            table[theirs] = Entry(theirs, (1, 1, *shape), ("1", "1", *axes), {name: shape})
+        elif theirs in table:
+            ours = {**table[theirs].ours, name: shape}
+            fused = (len(ours) * shape[0], *shape[1:]), (f"{len(ours)} x {axes[0]}", *axes[1:])
+            table[theirs] = Entry(theirs, *fused, ours, config.n_heads)
+        else:
+            table[theirs] = Entry(theirs, shape, axes, {name: shape}, heads)
+    return table
+
+
+def check_tensors(
+    table: Mapping[str, Entry], found: Mapping[str, Shape], where: object, ignored: Iterable[str] = ()
+) -> None:
+    """Check of a file's tensors against the configuration, before any is read.
+
+    Raises:
+        InputError: missing or unknown names, all listed; or another shape, with the field it contradicts.
+    """
+    missing = [name for name in table if name not in found]
+    unknown = [name for name in found if name not in table and name not in set(ignored)]
+    if missing or unknown:
+        parts = [("missing", missing), ("unknown", unknown)]
+        raise InputError(
+            "the tensors are not those of the configuration",
+            where=where,
+            found="; ".join(f"{len(names)} {word}: {_listed(names, 12)}" for word, names in parts if names),
+            expected=f"{len(table)} tensors",
+        )
+    for name, entry in table.items():
+        if found[name] != entry.shape:
+            raise InputError(
+                "a tensor has another shape than in the configuration",
+                where=f"{where}, {name}",
+                found=found[name],
+                expected=f"{entry.shape}, which is {', '.join(entry.axes)}",
+            )
+
+
+def lazy_tensors(config: ModelConfig, table: Mapping[str, Entry], read: Callable[[str], Tensor]) -> LazyTensors[Tensor]:
+    """Parameters by Hugging Face name, in the order of the model.
+
+    Args:
+        config: the shape.
+        table: the layout.
+        read: tensor of the file from its name there.
+    """
+    entries = {ours: entry for entry in table.values() for ours in entry.ours}
+    return LazyTensors(config.tensors(), lambda ours: entries[ours].unpack(read(entries[ours].name), ours))
+
+
+def check_writable(tensors: Iterable[str], config: ModelConfig, llama_only: str = "") -> None:
+    """Check of a model before it is written: nothing is lost silently.
+
+    Args:
+        tensors: names of all its tensors.
+        config: the shape.
+        llama_only: the format, where it has LLaMA's switches alone.
+
+    Raises:
+        InputError: a switch that the format lacks, or tensors that a model of this shape does not have.
+    """
+    if llama_only:
+        for switch, found in config.switches().items():
+            what, expected = f"{llama_only} has no such model", "LLaMA's switches"
+            raise InputError(what, where=switch, found=found, expected=expected, fix="write it as hf")
+    unknown = sorted(set(tensors) - set(config.tensors()))
+    if unknown:
+        what, fix = "tensors that would not be written", "merge adapters and take off heads before saving the model"
+        raise InputError(what, found=_listed(unknown, 5), expected="the parameters of the configuration", fix=fix)
+
+
+def _listed(names: list[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

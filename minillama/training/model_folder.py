@@ -1,0 +1,87 @@
+"""Model folder of a run: all weights, or a PEFT adapter beside the base that it belongs to."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minillama.formats import generation_config, hf, peft
+from minillama.formats.model_file import ModelFile
+from minillama.model import Decoder
+from minillama.model.lora import adapters, lora_parameters
+from minillama.tokenizer import Tokenizer
+
+
+@dataclass
+class ModelFolder:
+    """Model folder, as checkpoints and the end of a run write it.
+
+    Args:
+        model: with or without an adapter.
+        tokenizer: written beside the weights.
+        base: the model that the adapter belongs to; None for a model without one.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    base: ModelFile | None = None
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What `write` takes: all parameters, or those of the adapter."""
+        return self.model.state_dict() if self.base is None else lora_parameters(self.model)
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a folder.
+
+        Args:
+            path: the folder.
+            tensors: values of `tensors()`, which the model may have left since.
+        """
+        if self.base is None:
+            hf.write(path, self.model.config, tensors)
+        else:
+            parts = copy.deepcopy(adapters(self.model))
+            for site, part in parts.items():
+                own = {name: tensors[key] for name in part.state_dict() for key in tensors if _is(key, site, name)}
+                part.load_state_dict(own)
+            peft.write(path, self.model.config, parts, str(self.base.path), self._fingerprint)
+            text = json.dumps(self.model.config.to_hf(), indent=2) + "\n"
+            (path / "config.json").write_text(text, encoding="utf-8")
+        self.tokenizer.save(path)
+        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+        stops = [self.tokenizer.eos_id, *sorted(self.tokenizer.stop_ids | self.model.stop_ids)]
+        generation_config.write(path, bos_id=bos, eos_ids=stops, sampling=self.model.sampling)
+
+    @torch.no_grad()
+    def read(self, path: Path) -> None:
+        """Take the weights of a folder that was written by `write`.
+
+        Raises:
+            InputError: an adapter of another base.
+        """
+        self.model.stop_ids, self.model.sampling = generation_config.stop_ids(path), generation_config.defaults(path)
+        if self.base is None:
+            saved = Decoder.from_pretrained(path, torch.float32, self.model.device)
+            self.model.load_state_dict(saved.state_dict())
+            return
+        file = peft.read(path, self.model.config)
+        file.check_base(self.base.tensors)
+        own = adapters(self.model)
+        for site, part in file.adapters.items():
+            own[site].load_state_dict(part.state_dict())
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        assert self.base is not None
+        return peft.fingerprint(self.base.tensors)
+
+
+def _is(key: str, site: str, name: str) -> bool:
+    return key.startswith(f"{site}.adapters.") and key.rpartition(".")[2] == name

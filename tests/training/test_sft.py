@@ -1,0 +1,152 @@
+"""Supervised fine-tuning: packed and single conversations, micro-batches, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minillama.config import ModelConfig
+from minillama.data.instructions import Example, Instructions, Packing, collate
+from minillama.data.packing import best_fit
+from minillama.model import Decoder
+from minillama.training.gradients import accumulate
+from minillama.training.objectives.sft import FineTuning
+
+CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=61, max_seq_len=320)
+LENGTHS = [3, 300, 17, 44, 151, 90, 5, 66, 31, 12, 255, 8]
+
+
+def examples(lengths: Sequence[int] = LENGTHS) -> list[Example]:
+    """Conversations with prompts of weight 0 and two answers of unequal weights."""
+    rng, found = np.random.default_rng(7), []
+    for number, length in enumerate(lengths):
+        ids = rng.integers(1, 61, length).astype(np.int32)
+        weights = np.zeros(length, np.float32)
+        weights[length // 3 : length // 2] = 0.5
+        weights[length // 2 + 1 :] = 1 + number % 3
+        found.append(Example(ids, weights, ids[: length // 3].tolist(), f"file:{number}"))
+    return found
+
+
+def model() -> Decoder:
+    made = Decoder(CONFIG)
+    made.init_weights(torch.Generator().manual_seed(2))
+    return made
+
+
+def data(packing: Packing, context: int = 320, lengths: Sequence[int] = LENGTHS) -> Instructions:
+    made = examples(lengths)
+    return Instructions.of(made, made[:4], context, packing)
+
+
+def of(packing: Packing, rows: int, micro: int, context: int = 320) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one step over all conversations."""
+    made = model()
+    objective = FineTuning(made, data(packing, context), 1, rows)
+    losses = accumulate(objective, objective.batch(0), micro, torch.device("cpu"))
+    return losses.loss, {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+
+
+def by_hand() -> tuple[float, dict[str, Tensor]]:
+    """The same, conversation by conversation, without weights of 0, rows or masks."""
+    made, total, weight = model(), torch.zeros(()), 0.0
+    for example in examples():
+        ids, weights = torch.tensor(example.ids.astype(np.int64)), torch.tensor(example.weights)
+        logits = made(ids[None, :-1])[0]
+        total = total + (F.cross_entropy(logits, ids[1:], reduction="none") * weights[1:]).sum()
+        weight += weights[1:].sum().item()
+    (total / weight).backward()
+    return total.item() / weight, {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 12])
+@pytest.mark.parametrize("packing", ["none", "best-fit"])
+def test_packed_and_single_rows_have_the_loss_and_gradients_of_each_alone(packing: Packing, micro: int) -> None:
+    rows = len(best_fit([length - 1 for length in LENGTHS], 320)) if packing == "best-fit" else len(LENGTHS)
+    assert rows == (4 if packing == "best-fit" else 12)
+    expected, expected_grads = by_hand()
+    loss, grads = of(packing, rows, micro)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_conversation_does_not_see_its_neighbors() -> None:
+    first, second = examples([20, 30])
+    rows = collate([[first, second]], 64)
+    assert rows.positions is not None and rows.documents is not None
+    assert rows.positions[0].tolist() == [*range(19), *range(29), *range(16)]
+    assert rows.documents[0].tolist() == [0] * 19 + [1] * 29 + [2] * 16
+    objective = FineTuning(model(), data("best-fit"), 1, 4)
+    batch = objective.batch(0)
+    changed = batch.tokens.clone()
+    assert batch.mask.documents is not None
+    row = int((batch.mask.documents[:, 0] != batch.mask.documents[:, -1]).nonzero()[0])
+    end = int((batch.mask.documents[row] == 0).sum())
+    changed[row, :end] = (changed[row, :end] + 1) % 61
+    before, after = (objective.model(ids, batch.positions, batch.mask) for ids in (batch.tokens, changed))
+    assert torch.equal(before[row, end:], after[row, end:]) and not torch.equal(before[row, :end], after[row, :end])
+
+
+def test_best_fit_on_a_worked_example() -> None:
+    """Items 6, 5, 5, 3, 1 into rows of 10: 6, then 5 and 5, 3 and 1 beside 6."""
+    assert best_fit([3, 6, 5, 1, 5], 10) == [[1, 0, 3], [2, 4]]
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(1, 257, 2000).tolist()
+    rows = best_fit(lengths, 256)
+    assert sorted(i for row in rows for i in row) == list(range(2000))
+    assert all(sum(lengths[i] for i in row) <= 256 for row in rows)
+    assert len(rows) <= -(-sum(lengths) // 256) * 11 / 9 + 1  # the bound of best-fit decreasing
+
+
+@pytest.mark.parametrize("packing", ["none", "best-fit", "wrap"])
+def test_an_epoch_reads_every_answer_once(packing: Packing) -> None:
+    made = data(packing, context=320)
+    total = sum(example.weights[1:].sum() for example in made.train)
+    rows = {"none": 12, "best-fit": 4, "wrap": 3}[packing]
+    for epoch in range(2):
+        seen = made.rows(5, epoch, rows).weights.sum()
+        # wrap: a cut drops no target but those behind the last whole row
+        assert seen == total if packing != "wrap" else 0 <= total + 0.5 * 12 - seen < 320 * 3
+    first, again, other = ([made.rows(seed, step, 1).tokens.tolist() for step in range(12)] for seed in (5, 5, 6))
+    assert first == again != other
+    halves = [FineTuning(model(), made, 5, 4).batch(1, rank, 2) for rank in range(2)]
+    whole = FineTuning(model(), made, 5, 4).batch(1)
+    assert torch.equal(torch.cat([half.tokens for half in halves]), whole.tokens)
+    assert all(half.totals == whole.totals for half in halves)
+
+
+def test_wrapped_rows_are_the_conversations_one_after_the_other() -> None:
+    made = data("wrap", context=50)
+    rows = made.rows(1, 0, 5)
+    joined = np.concatenate([made.train[int(i)].ids for i in _order(made)])
+    assert np.array_equal(rows.tokens.ravel(), joined[:250]) and np.array_equal(rows.targets.ravel(), joined[1:251])
+
+
+def _order(made: Instructions) -> list[int]:
+    """The order of the first epoch, told from the ids."""
+    ids, _ = made._joined(1, 0)
+    order, at = [], 0
+    while at < len(ids):
+        found = next(i for i, e in enumerate(made.train) if np.array_equal(e.ids, ids[at : at + len(e.ids)]))
+        order.append(found)
+        at += len(made.train[found].ids)
+    return order
+
+
+def test_held_out_loss_is_that_of_each_conversation() -> None:
+    objective = FineTuning(model(), data("best-fit"), 1, 2)
+    total = weight = 0.0
+    for example in objective.data.val:
+        ids, weights = torch.tensor(example.ids.astype(np.int64)), torch.tensor(example.weights)
+        with torch.no_grad():
+            nats = F.cross_entropy(objective.model(ids[None, :-1])[0], ids[1:], reduction="none")
+        total, weight = total + float((nats * weights[1:]).sum()), weight + float(weights[1:].sum())
+    for rows in (1, 3, 4):
+        assert objective.validate(rows, 0)["val_loss"] == pytest.approx(total / weight, abs=1e-6)
