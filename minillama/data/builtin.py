@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -44,17 +45,13 @@ def _modules() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "os.py").is_file():
         raise InputError("this Python has no standard library in source form", where=root, fix="give a text file")
-    return _walk(root, "")
-
-
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.is_dir():
-            if path.name.isidentifier() and path.name not in _LEFT_OUT:
-                yield from _walk(path, f"{prefix}{path.name}.")
-        elif path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):  # the machine's own build flags
-            name = prefix + path.stem
-            yield name.removesuffix(".__init__"), path
+    paths: list[Path] = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name.isidentifier() and name not in _LEFT_OUT]
+        paths += [Path(folder, name) for name in files]
+    for path in sorted(paths, key=lambda path: path.parts):
+        if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):  # the machine's own build flags
+            yield ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"), path
 
 
 def _topics() -> Iterator[Document]:
@@ -74,9 +71,9 @@ def _docstrings(module: str, source: str) -> str:
             tree = ast.parse(source)
     except SyntaxError:  # templates and the like
         return ""
-    parts = list(_described(tree, ""))
     own = ast.get_docstring(tree)
-    return "\n\n".join([module, *([own] if own else []), *parts]) + "\n" if own or parts else ""
+    parts = [*([own] if own else []), *_described(tree, "")]
+    return "\n\n".join([module, *parts]) + "\n" if parts else ""
 
 
 def _described(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:

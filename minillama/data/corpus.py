@@ -9,6 +9,7 @@ needs no stored state, and a process can make its own rows alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 
@@ -23,6 +24,7 @@ from minillama.errors import InputError
 BLOCK = 4096
 
 
+@dataclass(eq=False)
 class Split:
     """Tokens of a source in one split, concatenated over its shards.
 
@@ -33,8 +35,12 @@ class Split:
         name: for messages.
     """
 
-    def __init__(self, shards: Sequence[Shard], vocab_size: int, bytes: int = 0, name: str = "data") -> None:
-        self.shards, self.vocab_size, self.bytes, self.name = list(shards), vocab_size, bytes, name
+    shards: Sequence[Shard]
+    vocab_size: int
+    bytes: int = 0
+    name: str = "data"
+
+    def __post_init__(self) -> None:
         self._ends = np.cumsum([len(shard.tokens) for shard in self.shards], dtype=np.int64)
 
     @property
@@ -110,6 +116,7 @@ class Split:
         return max(0, before - 1)
 
 
+@dataclass(eq=False)
 class Corpus:
     """Tokenized corpus: training and held-out splits of all sources.
 
@@ -125,26 +132,22 @@ class Corpus:
         InputError: a weight below one sample per block of 4096.
     """
 
-    def __init__(
-        self,
-        train: Sequence[Split],
-        val: Sequence[Split],
-        weights: Sequence[float] | None = None,
-        *,
-        separator: int | None = None,
-        fingerprint: str = "",
-        skipped: Skipped | None = None,
-    ) -> None:
-        self.train, self.val = list(train), list(val)
-        self.weights = list(weights or [1.0] * len(self.train))
-        self.separator, self.fingerprint, self.skipped = separator, fingerprint, skipped or Skipped()
-        self.block_counts = _apportion(self.weights)
+    train: Sequence[Split]
+    val: Sequence[Split]
+    weights: Sequence[float] | None = None
+    separator: int | None = None
+    fingerprint: str = ""
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __post_init__(self) -> None:
+        weights = self.weights or [1.0] * len(self.train)
+        self.block_counts = _apportion(weights)
         if not all(self.block_counts):
             index = self.block_counts.index(0)
             what = "the weight of a source is too small: it would never be read"
             where = f"data.sources.{index}.weight ({self.train[index].name})"
-            expected = f"at least {sum(self.weights) / BLOCK:g}, 1/{BLOCK} of the sum"
-            raise InputError(what, where=where, found=self.weights[index], expected=expected)
+            expected = f"at least {sum(weights) / BLOCK:g}, 1/{BLOCK} of the sum"
+            raise InputError(what, where=where, found=weights[index], expected=expected)
 
     def batch(
         self, seed: int, step: int, rows: int, length: int, first_row: int = 0, total_rows: int | None = None

@@ -109,7 +109,7 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
     separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
     train, val = splits["train"], splits["val"]
-    return Corpus(train, val, weights, separator=separator, fingerprint=fingerprint, skipped=skipped)
+    return Corpus(train, val, weights, separator, fingerprint, skipped)
 
 
 def _trained(

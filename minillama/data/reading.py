@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from minillama.errors import InputError, optional_import
+from minillama.files import reading
 
 _LOCATIONS = 5
 _CHUNK = 2**20
@@ -136,13 +137,12 @@ def clean(text: str, where: str) -> Document | BadText:
 
 def _items(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
     """Items of `read` on an open file, and an error for the rest of a damaged archive."""
-    try:
-        with _open(path) as stream:
-            yield from read(stream)
-    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
-        yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
-    except OSError as error:
-        raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
+    with reading(path):
+        try:
+            with _open(path) as stream:
+                yield from read(stream)
+        except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
+            yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
 
 
 def _document(data: bytes, path: Path) -> Document | BadText:

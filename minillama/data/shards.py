@@ -56,9 +56,8 @@ class Shard:
         """
         path = Path(path)
         try:
-            actual = path.stat().st_size
             with path.open("rb") as file:
-                header = file.read(HEADER_BYTES)
+                actual, header = path.stat().st_size, file.read(HEADER_BYTES)
         except OSError as error:
             raise damaged(path, f"cannot read a data shard: {error.strerror}") from None
         if header[:8] != _MAGIC:

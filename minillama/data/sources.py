@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.reading import BadText, Document, Record, Skipped, from_record, is_jsonl, read_file, read_records
 from minillama.errors import InputError, optional_import
+from minillama.files import reading
 
 T = TypeVar("T")
 OnError = Literal["stop", "skip"]
@@ -137,10 +138,8 @@ def identity(source: Source) -> dict[str, Any]:
         return known
     lines = []
     for path in _files(source.label.removeprefix(_HF), every=source.name.startswith(_HF)):
-        try:
+        with reading(path):
             status = path.stat()
-        except OSError as error:
-            raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
         lines.append(f"{path.as_posix()} {status.st_size} {status.st_mtime_ns}")
     listing = "\n".join(lines).encode(errors="surrogateescape")  # a file name need not be UTF-8
     return known | {"files": len(lines), "listing": sha256(listing).hexdigest()}
@@ -181,13 +180,9 @@ def _walk(folder: Path, above: frozenset[Path], every: bool) -> Iterator[Path]:
     real = folder.resolve()
     if real in above:
         raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
-    try:
+    with reading(folder, "this folder"):
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    except OSError as error:
-        raise InputError(f"cannot read this folder: {error.strerror}", where=folder) from None
-    for path in entries:
-        if path.name.startswith("."):
-            continue
+    for path in (path for path in entries if not path.name.startswith(".")):
         if path.is_dir():
             yield from _walk(path, above | {real}, every)
         elif every or path.name.removesuffix(".gz").removesuffix(".zst").endswith(_SUFFIXES):

@@ -51,7 +51,7 @@ class Row:
         self.request, self.group = request, group
         self.layout = prompt if isinstance(prompt, Layout) else None
         self.ids = list(prompt.tokens if isinstance(prompt, Layout) else prompt)
-        self.places = list(prompt.places) if isinstance(prompt, Layout) else []
+        self.places = list(prompt.positions) if isinstance(prompt, Layout) else []
         self.context, self.limit = context, min(context, len(self.ids) + request.max_new_tokens)
         self.read = 0
         seed = request.sampling.seed if request.seed is None else request.seed

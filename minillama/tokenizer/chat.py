@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from minillama.errors import InputError
@@ -35,12 +36,7 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def __call__(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = False,
-        **more: Any,
-    ) -> str:
+    def __call__(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **more: Any) -> str:
         """The rendered conversation.
 
         Args:
@@ -63,10 +59,9 @@ class ChatTemplate:
                 raise
         if "text" not in reply:
             raise InputError("the chat template failed", found=reply["error"])
-        text: str = reply["text"]
-        return text
+        return reply["text"]
 
-    def _ask(self, request: bytes) -> dict[str, Any]:
+    def _ask(self, request: bytes) -> dict[str, str]:
         if self._process is None or self._process.poll() is not None:
             self.close()
             # -P and our own search path: modules in the current folder must not be imported
@@ -78,11 +73,9 @@ class ChatTemplate:
             if not self._process.stdout.readline():  # ready: startup is outside the time limit
                 raise InputError("the process that renders chat templates did not start", found=" ".join(command))
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # the process ended; the empty reply below says so
             self._process.stdin.write(request)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process ended; the empty reply below says so
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(self.seconds):
@@ -90,17 +83,13 @@ class ChatTemplate:
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
             raise InputError("the chat template exceeded its memory limit, and was stopped")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        return json.loads(line)
 
     def close(self) -> None:
         """Stop the process; the next call starts another."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
+            with self._process:  # closes its streams and waits for its end
+                self._process.kill()
         self._process = None
 
     def __del__(self) -> None:

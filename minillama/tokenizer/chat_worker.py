@@ -27,8 +27,7 @@ class Generation(Extension):
         return CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
     def _content(self, caller: Any) -> str:
-        text: str = caller()
-        return text
+        return caller()
 
 
 def _refuse(message: str) -> NoReturn:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from tokenizers import decoders
 
-from minillama.errors import InputError
+from minillama.errors import InputError, optional_import
 from minillama.tokenizer.pre import piece_bytes
 from minillama.tokenizer.reference.byte_fallback import BYTE
 from minillama.tokenizer.sentencepiece_vocab import SPACE
 from minillama.tokenizer.tokenizer import Tokenizer
 
-BLANKS = 0.05  # whitespace per character; a text with less has no spaces between words
+WHITESPACE = 0.05  # per character; a text with less has no spaces between words
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
     characters, words = sum(map(len, documents)), sum(len(text.split()) for text in documents)
     if not characters:
         raise InputError("there is no text to compare tokenizers on")
-    blanks = sum(map(str.isspace, "".join(documents))) / characters
+    whitespace = sum(map(str.isspace, "".join(documents))) / characters
     tokens = unknown = lost = 0
     for text in documents:
         surfaces = tokenizer.surfaces(text)
@@ -57,7 +57,7 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
         lost += _lost(tokenizer, surfaces)
     return Figures(
         tokens=tokens,
-        tokens_per_word=tokens / words if words and blanks > BLANKS else None,
+        tokens_per_word=tokens / words if words and whitespace > WHITESPACE else None,
         tokens_per_character=tokens / characters,
         bytes_per_token=sum(len(text.encode()) for text in documents) / max(1, tokens),
         unknown=unknown / max(1, tokens),
@@ -94,21 +94,15 @@ def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
     Raises:
         InputError: matplotlib is not installed, or does not know the format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("a plot needs the package matplotlib", fix="pip install 'minillama[plot]'") from None
-    texts: Sequence[str] = list(next(iter(table.values())))
-    figure = Figure(figsize=(max(6.0, 1.2 * len(texts) + 2), 7), layout="constrained")
-    for axes, (label, pick) in zip(
-        figure.subplots(2, 1),
-        (("bytes per token", lambda f: f.bytes_per_token), ("characters covered", lambda f: f.coverage)),
-        strict=True,
-    ):
-        width = 0.8 / len(table)
+    texts = list(next(iter(table.values())))
+    library = optional_import("matplotlib.figure", "a plot", "plot")
+    figure = library.Figure(figsize=(max(6.0, 1.2 * len(texts) + 2), 7), layout="constrained")
+    width = 0.8 / len(table)
+    fields = {"bytes per token": "bytes_per_token", "characters covered": "coverage"}
+    for axes, (label, field) in zip(figure.subplots(2, 1), fields.items(), strict=True):
         for number, (name, row) in enumerate(table.items()):
             positions = [i + (number - (len(table) - 1) / 2) * width for i in range(len(texts))]
-            axes.bar(positions, [pick(row[text]) for text in texts], width, label=name)
+            axes.bar(positions, [getattr(row[text], field) for text in texts], width, label=name)
         axes.set_xticks(range(len(texts)), texts, rotation=20)
         axes.set_ylabel(label)
     figure.axes[0].legend()

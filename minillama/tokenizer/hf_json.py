@@ -44,8 +44,8 @@ def read(file: Path) -> Parts:
         )
     for token in (eos, bos or eos):
         if backend.token_to_id(token) is None:
-            what, expected = "this token is not in the vocabulary", "a token of tokenizer.json"
-            raise InputError(what, where=settings_file, found=token, expected=expected)
+            expected = "a token of tokenizer.json"
+            raise InputError("this token is not in the vocabulary", where=settings_file, found=token, expected=expected)
     # Default: the file's own post-processor, as its models were trained.
     starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
     parts = Parts(backend, eos, bos, bool(settings.get("add_bos_token", starts)), settings)

@@ -16,7 +16,8 @@ from typing import Any
 
 from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.pre import STEPS, byte_level_bpe, steps_of
+from minillama.tokenizer.pre import STEPS, byte_level_bpe, pattern_of
+from minillama.tokenizer.reference.splitting import by_frequency
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, PieceType
 from minillama.tokenizer.spec import by_id, read_bytes, to_dict
 from minillama.tokenizer.tokenizer import Tokenizer
@@ -110,8 +111,8 @@ def _extend_sentencepiece(
 def _extend_byte_level(base: str | Path, extra: str | Path) -> Extended:
     """The second's merges behind the first's, where both symbols of the pair are in the vocabulary by then."""
     first, second = Tokenizer.load(base), Tokenizer.load(extra)
-    steps = steps_of(first.backend)
-    if steps is None or steps != steps_of(second.backend):
+    pattern = pattern_of(first.backend)
+    if pattern is None or pattern != pattern_of(second.backend):
         raise _different(base, extra, f"two byte-level BPE vocabularies of one pattern, {', '.join(STEPS)}")
     spec, other = to_dict(first.backend), to_dict(second.backend)
     own, others = ({token["content"] for token in tokens["added_tokens"]} for tokens in (spec, other))
@@ -128,7 +129,7 @@ def _extend_byte_level(base: str | Path, extra: str | Path) -> Extended:
             names[left + right] = None
     special = [token["content"] for token in spec["added_tokens"] if token["special"]]
     words = [token["content"] for token in spec["added_tokens"] if not token["special"]]
-    backend = byte_level_bpe(names, list(merges), steps, special, words, spec["model"]["ignore_merges"])
+    backend = byte_level_bpe(names, list(merges), pattern, special, words, spec["model"]["ignore_merges"])
     made = Tokenizer.of(replace(first.parts, backend=backend, config={"chat_template": first.chat_template}))
     return Extended(made, made.vocab_size - first.vocab_size)
 
@@ -138,8 +139,7 @@ def new_characters(texts: Iterable[str], known: set[str]) -> list[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    wanted = (char for char in counts if char not in known and unicodedata.category(char) not in LOST)
-    return sorted(wanted, key=lambda char: (-counts[char], char))
+    return [c for c in by_frequency(counts) if c not in known and unicodedata.category(c) not in LOST]
 
 
 def _model(path: str | Path) -> Any:
@@ -188,5 +188,5 @@ def _kind(path: str | Path) -> str:
     if _model(path) is not None:
         return "SentencePiece"
     backend = Tokenizer.load(path).backend
-    pattern = next((name for name, steps in STEPS.items() if steps == steps_of(backend)), None)
+    pattern = pattern_of(backend)
     return f"byte-level BPE, pattern {pattern}" if pattern else f"{type(backend.model).__name__}, not byte-level"

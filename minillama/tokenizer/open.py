@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.files import refuse_url
+from minillama.files import reading, refuse_url
 from minillama.tokenizer import gguf, hf_json, llama2c, sentencepiece, tiktoken
-from minillama.tokenizer.spec import Parts, reading
+from minillama.tokenizer.spec import FIX, Parts
 
 NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
@@ -23,7 +23,7 @@ def read(path: str | Path) -> Parts:
     file = Path(path)
     if file.is_dir():
         file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])
-    with reading(file), file.open("rb") as stream:
+    with reading(file, "the tokenizer", FIX), file.open("rb") as stream:
         start = stream.read(4096)
     try:
         return _reader(file, start)(file)

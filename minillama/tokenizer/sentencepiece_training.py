@@ -1,15 +1,13 @@
-"""SentencePiece training: its own trainer, or the reference algorithms in its file format."""
+"""SentencePiece training by its library."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from minillama.errors import InputError, optional_import
-from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 
 RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf", "identity")
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -83,15 +81,3 @@ def _input_error(message: str, vocab_size: int, rest: int) -> InputError:
     else:
         return InputError("sentencepiece cannot train on this text", found=message)
     return InputError(what, where="vocab_size", found=vocab_size + rest, expected=expected)
-
-
-def from_scores(scores: Mapping[str, float]) -> bytes:
-    """Unigram model, without normalization."""
-    return sentencepiece.serialize(Pieces.with_bytes(SPECIAL, scores, ModelKind.UNIGRAM), 1, 2)
-
-
-def from_merges(alphabet: Iterable[str], merges: Iterable[tuple[str, str]]) -> bytes:
-    """BPE model, without normalization: scores are minus the merge rank, the characters come last."""
-    names = dict.fromkeys([*(left + right for left, right in merges), *alphabet])
-    scores = {name: -float(rank) for rank, name in enumerate(names)}
-    return sentencepiece.serialize(Pieces.with_bytes(SPECIAL, scores, ModelKind.BPE), 1, 2)

@@ -7,7 +7,7 @@ a token piece into two others becomes a merge, ranked by the token piece's score
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -97,7 +97,7 @@ class Pieces:
         if self.kind == ModelKind.CHAR:
             return True
         scores = self._normal_scores
-        if any(merges_by_score({**scores, name: 0.0}, only=name) for name in self.of_type(PieceType.UNUSED)):
+        if any(splits(name, scores) for name in self.of_type(PieceType.UNUSED)):
             return False
         # Llama 2's runs of spaces have equal scores, but lead to the longest run in either order
         joined = {left + right for left, right in self._merges() if len({*left, *right}) > 1}
@@ -143,12 +143,12 @@ class Pieces:
         safe between two characters that are adjacent in no normal token piece.
         """
         adjacent = {pair for name in self._normal_scores for pair in pairwise(name)}
+
+        def split_point(name: str) -> int:
+            return next((i for i, pair in enumerate(pairwise(name), 1) if pair not in adjacent), 0)
+
         reserved = self.of_type(PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE, PieceType.UNUSED)
-        return {
-            name: next((i for i, pair in enumerate(pairwise(name), 1) if pair not in adjacent), 0)
-            for name in reserved
-            if len(name) > 1
-        }
+        return {name: split_point(name) for name in reserved if len(name) > 1}
 
     def _unigram_scores(self) -> list[tuple[str, float]]:
         """Names with scores; tokens without a split point score below any other segmentation of their text.
@@ -156,11 +156,9 @@ class Pieces:
         Six digits survive the round trip through a tokenizer.json.
         """
         worst = min([*self.scores, -1.0])
-        table = zip(self.names, self.scores, strict=True)
-        return [
-            (name, round(2 * len(name) * worst if self._split_points.get(name) == 0 else score, 6))
-            for name, score in table
-        ]
+        scores = dict(zip(self.names, self.scores, strict=True))
+        scores |= {name: 2 * len(name) * worst for name, i in self._split_points.items() if not i}
+        return [(name, round(score, 6)) for name, score in scores.items()]
 
     def _split_pattern(self) -> Regex:
         """Prefixes, up to the split point, of texts that spell a special, byte or unused token."""
@@ -219,12 +217,8 @@ def space_decoder(dummy_prefix: bool = True) -> Any:
     return decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if dummy_prefix else [])])
 
 
-def merges_by_score(scores: Mapping[str, float], only: str | None = None) -> list[tuple[str, str]]:
-    """Merges of a scored vocabulary, in SentencePiece's order.
-
-    Args:
-        scores: by token piece; ties keep this order.
-        only: restrict to the merges that give this token piece.
+def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Merges of a scored vocabulary, in SentencePiece's order: by descending score, ties in the order given.
 
     Raises:
         InputError: a score is NaN, or a token piece is implausibly long.
@@ -235,10 +229,10 @@ def merges_by_score(scores: Mapping[str, float], only: str | None = None) -> lis
     if longest > LONGEST:
         expected = f"at most {LONGEST} characters"
         raise InputError("a token of the vocabulary is too long", found=longest, expected=expected)
-    merges = []
-    for order, (piece, score) in enumerate(scores.items() if only is None else [(only, scores[only])]):
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                merges.append((-score, order, cut, left, right))
-    return [(left, right) for *_, left, right in sorted(merges)]
+    return [pair for piece in sorted(scores, key=lambda piece: -scores[piece]) for pair in splits(piece, scores)]
+
+
+def splits(piece: str, known: Container[str]) -> list[tuple[str, str]]:
+    """The ways to split a token piece into two others."""
+    pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+    return [(left, right) for left, right in pairs if left in known and right in known]

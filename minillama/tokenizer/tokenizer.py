@@ -103,7 +103,7 @@ class Tokenizer:
 
     @property
     def parts(self) -> Parts:
-        """The arguments of this tokenizer."""
+        """The arguments that make this tokenizer."""
         names = self.eos_token, self.bos_token
         return Parts(self.backend, *names, self.add_bos, self._config, self._model, self._encoder)
 
@@ -170,14 +170,15 @@ class Tokenizer:
         Raises:
             InputError: the text holds a lone surrogate.
         """
-        if not special:
-            return [self.bos_id] * bos + self.encode_batch([text])[0]
-        if self._encoder is None:
-            return [self.bos_id] * bos + _encode(self._special_backend, [text])[0]
-        names = {name: i for i in self.special_ids if (name := self.backend.id_to_token(i))}
         ids = [self.bos_id] * bos
-        for part in re.split("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")", text):
-            ids += [names[part]] if part in names else self.encode_batch([part])[0] if part else []
+        if not special:
+            return ids + self.encode_batch([text])[0]
+        if self._encoder is None:
+            return ids + _encode(self._special_backend, [text])[0]
+        names = {name: i for i in self.special_ids if (name := self.backend.id_to_token(i))}
+        pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        for part in filter(None, re.split(f"({pattern})", text)):
+            ids += [names[part]] if part in names else self.encode(part)
         return ids
 
     def encode_inside(self, text: str) -> list[int]:
@@ -193,12 +194,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids per text, encoded on all cores."""
-        texts = list(texts)
         if self._encoder is None:
-            return _encode(self.backend, texts)
-        for text in texts:
-            check_unicode(text)
-        return self._encoder.encode(texts)
+            return _encode(self.backend, list(texts))
+        return self._encoder.encode(list(map(check_unicode, texts)))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; U+FFFD replaces bytes that are not valid UTF-8.
@@ -224,11 +222,7 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def check_fits(self, vocab_size: int, where: object = None, fix: str | None = None) -> None:
-        """Refuse the vocabulary size of a model that lacks some of the ids.
-
-        Raises:
-            InputError: with both sizes.
-        """
+        """Refuse a model whose vocabulary is smaller: it would lack some of the ids."""
         if self.vocab_size > vocab_size:
             found = f"a tokenizer of {self.vocab_size} tokens, a model of {vocab_size}"
             raise InputError("the tokenizer is larger than the model's vocabulary", where=where, found=found, fix=fix)
@@ -299,13 +293,10 @@ class Tokenizer:
     ) -> str:
         """A conversation rendered by the model's chat template; encode it with `special=True`.
 
-        Args:
-            messages: each with `role` and `content`.
-            add_generation_prompt: end with the header of an assistant turn.
-            variables: further variables of the template, such as `tools`.
+        The arguments are those of a `ChatTemplate`, and so are the errors.
 
         Raises:
-            InputError: there is no template, or it fails; see `ChatTemplate`.
+            InputError: there is no template.
         """
         if self.chat_template is None:
             raise InputError("the tokenizer has no chat template", fix="use a model that was trained on conversations")
@@ -336,8 +327,9 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
         raise
 
 
-def check_unicode(text: str) -> None:
-    """Refuse lone surrogates."""
+def check_unicode(text: str) -> str:
+    """The text; lone surrogates are refused."""
     if any("\ud800" <= char <= "\udfff" for char in text):
         what = "this text is not valid Unicode: it holds a lone surrogate"
         raise InputError(what, found=ascii(text[:80]), fix="give it as UTF-8") from None
+    return text

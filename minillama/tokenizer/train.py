@@ -12,7 +12,9 @@ from minillama.tokenizer import backends, sentencepiece, sentencepiece_training
 from minillama.tokenizer.hf_json import END_OF_TEXT
 from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
+from minillama.tokenizer.reference.splitting import by_frequency, count_words
 from minillama.tokenizer.reference.wordpiece import Score
+from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.tokenizer import Tokenizer, check_unicode
 from minillama.tokenizer.trainers import Library, Reference
 
@@ -110,7 +112,7 @@ class TokenizerTrainer:
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the texts, in one pass (none for bytes)."""
         plain = replace(self, vocab_size=max(0, self.vocab_size - len(self.special)), special=())
-        made = plain._train(map(_checked, texts)).with_special(self.special)
+        made = plain._train(map(check_unicode, texts)).with_special(self.special)
         if self.full and made.vocab_size < self.vocab_size:
             raise InputError(
                 "the vocabulary is larger than the text allows",
@@ -127,14 +129,14 @@ class TokenizerTrainer:
         rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else backends.RESERVED
         learn = Reference(self.ties, self.score, rest) if is_reference else Library()
         if self.kind == "sentencepiece":
-            data = self._sentencepiece(texts, learn)
-            return Tokenizer.of(sentencepiece.parse(data, "the trained model"))
+            return Tokenizer.of(sentencepiece.parse(self._sentencepiece(texts, learn), "the trained model"))
         if self.kind == "bytes":
             return byte_tokenizer()
         if self.kind == "char":
             return char_tokenizer(texts, size)
         if self.kind == "word":
-            return Tokenizer(backends.word(learn.words(texts, size - 2 if size else None)), config=unknown)
+            words = by_frequency(count_words(texts, "words"))
+            return Tokenizer(backends.word(words[: size - 2 if size else None]), config=unknown)
         if self.kind == "wordpiece":
             backend = backends.wordpiece(learn.wordpiece(texts, size))
             return Tokenizer(backend, config={"unk_token": backends.WORDPIECE_UNKNOWN})
@@ -145,18 +147,17 @@ class TokenizerTrainer:
         return Tokenizer(backends.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
 
     def _sentencepiece(self, texts: Iterable[str], learn: Library | Reference) -> bytes:
-        size = self.vocab_size - sentencepiece_training.RESERVED
         if isinstance(learn, Library):
-            names = (self.model, self.normalization, self.coverage)
-            return sentencepiece_training.train(texts, self.vocab_size, *names)
+            settings = self.model, self.normalization, self.coverage
+            return sentencepiece_training.train(texts, self.vocab_size, *settings)
+        size = self.vocab_size - sentencepiece_training.RESERVED
         if self.model == "unigram":
-            return sentencepiece_training.from_scores(learn.unigram(texts, size))
-        return sentencepiece_training.from_merges(*learn.bpe(texts, size))
-
-
-def _checked(text: str) -> str:
-    check_unicode(text)
-    return text
+            scores, kind = learn.unigram(texts, size), ModelKind.UNIGRAM
+        else:
+            alphabet, merges = learn.bpe(texts, size)
+            ranked = dict.fromkeys([*(left + right for left, right in merges), *alphabet])
+            scores, kind = {piece: -float(rank) for rank, piece in enumerate(ranked)}, ModelKind.BPE
+        return sentencepiece.serialize(Pieces.with_bytes(sentencepiece_training.SPECIAL, scores, kind), 1, 2)
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -169,7 +170,7 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Byte tokenizer: the 256 bytes, each its own id, and `<|endoftext|>` as 256."""
-    return Tokenizer(byte_level_bpe([*BYTE_TO_CHAR, END_OF_TEXT], [], STEPS["smollm"], [END_OF_TEXT]))
+    return Tokenizer(byte_level_bpe([*BYTE_TO_CHAR, END_OF_TEXT], [], "smollm", [END_OF_TEXT]))
 
 
 def char_tokenizer(texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
@@ -182,6 +183,5 @@ def char_tokenizer(texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    ranked = sorted(counts, key=lambda char: (-counts[char], char))
-    kept = ranked[: vocab_size - 2] if vocab_size else ranked
+    kept = by_frequency(counts)[: vocab_size - 2 if vocab_size else None]
     return Tokenizer(backends.chars(sorted(kept)), config={"unk_token": backends.UNKNOWN})

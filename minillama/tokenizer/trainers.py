@@ -16,7 +16,7 @@ from tokenizers import models, trainers
 from minillama.errors import InputError
 from minillama.tokenizer import backends, sentencepiece, sentencepiece_training
 from minillama.tokenizer.hf_json import END_OF_TEXT
-from minillama.tokenizer.pre import BYTE_TO_CHAR
+from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS
 from minillama.tokenizer.reference import bpe, unigram, wordpiece
 from minillama.tokenizer.reference.byte_bpe import ByteBPE
 from minillama.tokenizer.reference.splitting import count_words
@@ -32,15 +32,6 @@ Merges = list[tuple[str, str]]
 
 class Library:
     """The trainers of the Rust library, and SentencePiece's."""
-
-    def words(self, texts: Iterable[str], size: int | None) -> list[str]:
-        """The most frequent words, all of them for None."""
-        backend = Backend(models.WordLevel(unk_token=backends.UNKNOWN))
-        backend.pre_tokenizer = backends.splitter("words")
-        limit = 2**31 if size is None else size
-        trainer = trainers.WordLevelTrainer(vocab_size=limit, min_frequency=0, show_progress=False, special_tokens=[])
-        backend.train_from_iterator(texts, trainer)
-        return list(by_id(backend).values())
 
     def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
         """Token pieces, special tokens first: BpeTrainer on words whose later characters are continuation symbols.
@@ -80,7 +71,7 @@ class Library:
     def byte_bpe(self, texts: Iterable[str], size: int, pattern: str) -> Merges:
         """Merges of bytes as printable characters, by BpeTrainer."""
         backend = Backend(models.BPE())
-        backend.pre_tokenizer = backends.byte_words(pattern)
+        backend.pre_tokenizer = STEPS[pattern]
         return _train_bpe(backend, texts, 256 + size, BYTE_TO_CHAR)[1]
 
 
@@ -91,11 +82,6 @@ class Reference:
     ties: bpe.Ties = "library"
     score: wordpiece.Score = "count"
     rest: int = backends.RESERVED  # reserved tokens, for messages
-
-    def words(self, texts: Iterable[str], size: int | None) -> list[str]:
-        """By frequency, ties by code points."""
-        counts = count_words(texts, "words")
-        return sorted(counts, key=lambda word: (-counts[word], word))[:size]
 
     def wordpiece(self, texts: Iterable[str], size: int) -> list[str]:
         """By frequency or by mutual information."""

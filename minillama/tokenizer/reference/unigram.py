@@ -88,9 +88,9 @@ class Unigram:
         """Segmentation sampled with probability P^alpha / Z: forward filtering, backward sampling.
 
         Args:
-            text: the text to segment.
+            text: any text.
             alpha: inverse temperature: 0 is uniform, 1 the model, more sharpens towards the best.
-            generator: random number generator.
+            generator: the only source of randomness.
         """
         edges = list(self.edges(text))
         forward, ending = _forward(len(text), edges, alpha), defaultdict(list)
@@ -130,7 +130,7 @@ def seed_vocabulary(
         size: substrings at most, besides the characters.
         longest: characters per substring at most.
         source: of substrings. `suffixes`: all that occur twice and have more than one continuation,
-            from a suffix array (google/sentencepiece, src/unigram_model_trainer.cc, MakeSeedSentencePieces);
+            from the suffix tree (google/sentencepiece, src/unigram_model_trainer.cc, MakeSeedSentencePieces);
             `bpe`: the token pieces of BPE with `size` merges.
 
     Returns:
@@ -165,31 +165,24 @@ def _repeats(words: Mapping[str, int], longest: int) -> dict[str, int]:
     """Counts of the substrings of 2 to `longest` characters that occur twice or more.
 
     Those with a single continuation are omitted: the others are the inner nodes of the suffix tree.
-    Sorted suffixes that share a prefix are adjacent, so a stack of open prefixes finds each with its
-    count in one pass.
     """
-    suffixes = sorted((word[i : i + longest], count) for word, count in words.items() for i in range(len(word)))
     counts: dict[str, int] = {}
-    open_: list[list[int]] = []  # [length, count]
-    before = ""
-    for suffix, count in [*suffixes, ("", 0)]:
-        shared = next((i for i, (a, b) in enumerate(zip(before, suffix, strict=False)) if a != b), None)
-        shared = min(len(before), len(suffix)) if shared is None else shared
-        closed = 0
-        while open_ and open_[-1][0] > shared:
-            length, own = open_.pop()
-            closed += own
-            if length > 1 and closed > 1:
-                counts[before[:length]] = closed
-        if closed and open_ and open_[-1][0] == shared:
-            open_[-1][1] += closed
-        elif closed and shared:
-            open_.append([shared, closed])
-        if open_ and open_[-1][0] == len(suffix):
-            open_[-1][1] += count
-        else:
-            open_.append([len(suffix), count])
-        before = suffix
+
+    def descend(suffixes: list[tuple[str, int]], depth: int) -> None:
+        """Suffixes with a common prefix of `depth` characters."""
+        total = sum(count for _, count in suffixes)
+        if total < 2:
+            return
+        branches: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
+        for suffix, count in suffixes:
+            branches[suffix[depth : depth + 1]].append((suffix, count))
+        if depth > 1 and (len(branches) > 1 or "" in branches):
+            counts[suffixes[0][0][:depth]] = total
+        branches.pop("", None)
+        for branch in branches.values():
+            descend(branch, depth + 1)
+
+    descend([(word[i : i + longest], count) for word, count in words.items() for i in range(len(word))], 0)
     return counts
 
 
