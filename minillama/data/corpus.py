@@ -28,11 +28,7 @@ BLOCK = 4096
 class Split:
     """Tokens of a source in one split, concatenated over its shards.
 
-    Args:
-        shards: in order.
-        vocab_size: ids are below it.
-        bytes: UTF-8 bytes of the tokens.
-        name: for messages.
+    The ids are below `vocab_size`; `bytes` is the size of the text in UTF-8, `name` is for messages.
     """
 
     shards: Sequence[Shard]
@@ -157,13 +153,13 @@ class Corpus:
         Args:
             seed: of the shuffling.
             step: from 0.
-            rows: number of rows.
+            rows: B, the number of rows.
             length: T.
             first_row: index of the first row in the global batch, for data parallelism.
             total_rows: rows of the global batch; `rows` unless given.
 
         Returns:
-            (rows, T + 1) token ids: inputs are all but the last column, targets all but the first.
+            (B, T + 1) token ids: inputs are all but the last column, targets all but the first.
 
         Raises:
             InputError: less data than a batch, or an id outside the vocabulary.
@@ -199,9 +195,7 @@ class Corpus:
     def held_out(self, length: int, limit: int = 0) -> Iterator[tuple[Split, Iterator[NDArray[np.int64]]]]:
         """Held-out windows per source, as `Split.val_windows(length)`.
 
-        Args:
-            length: T.
-            limit: approximate number of tokens in all, in evenly spaced windows; 0: all.
+        `limit` is the approximate number of tokens in all, in evenly spaced windows; 0: all.
         """
         total = sum(split.tokens for split in self.val)
         every = max(1, total // limit) if limit else 1

@@ -81,13 +81,9 @@ def prepare(
 
 
 def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None) -> Corpus:
-    """Corpus of cache folders that `prepare` wrote.
+    """Corpus of cache folders that `prepare` wrote, one per source.
 
     Checksums are verified if all shards together are no larger than 1 GiB, sizes always.
-
-    Args:
-        folders: one per source.
-        weights: of the sources.
 
     Raises:
         InputError: a file is missing, of the wrong size, or not what dataset.json says.

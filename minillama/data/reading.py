@@ -22,12 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Document:
-    """A document.
-
-    Args:
-        text: without byte order mark, newlines as LF.
-        where: the file, with the line in JSONL.
-    """
+    """A text, without byte order mark, newlines as LF; and its file, with the line in JSONL."""
 
     text: str
     where: str
@@ -52,12 +47,7 @@ class BadText(InputError):
 
 @dataclass
 class Skipped:
-    """Skipped documents.
-
-    Args:
-        counts: by reason.
-        locations: of the first few, as file:line.
-    """
+    """Skipped documents: counts by reason, and the locations of the first few, as file:line."""
 
     counts: dict[str, int] = field(default_factory=dict)
     locations: list[str] = field(default_factory=list)

@@ -37,12 +37,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A token shard.
-
-    Args:
-        path: the file, for messages.
-        tokens: (N,) ids.
-    """
+    """A token shard: its file, for messages, and the (N,) ids."""
 
     path: Path
     tokens: NDArray[Any]
@@ -86,7 +81,7 @@ class ShardWriter:
 
     Args:
         folder: exists.
-        stem: start of the file names.
+        stem: the start of the names.
         vocab_size: decides the width of a token.
         shard_tokens: tokens in every shard but the last.
     """

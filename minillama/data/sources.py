@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -76,19 +76,8 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     yield from (document for document in _valid(_items(source), on_error, report) if document.text)
 
 
-def records(
-    source: Source,
-    on_error: OnError = "stop",
-    report: Skipped | None = None,
-    check: Callable[[Record], object] = lambda record: None,
-) -> Iterator[Record]:
-    """JSON objects of a source's .jsonl files, in the order of the files.
-
-    Args:
-        source: the source.
-        on_error: as for `documents`.
-        report: counts of skipped lines.
-        check: raises BadText for an invalid record.
+def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
+    """JSON objects of a source's .jsonl files, in the order of the files. The arguments are those of `documents`.
 
     Raises:
         InputError: as `documents`; a source of text, not records.
@@ -99,28 +88,18 @@ def records(
     for path in _files(source.label):
         if not is_jsonl(path):
             raise InputError("this file holds no records", where=path, expected="a .jsonl file, perhaps .gz or .zst")
-        yield from _valid(read_records(path), on_error, report, check)
+        yield from _valid(read_records(path), on_error, report)
 
 
-def _valid(
-    items: Iterable[T | BadText],
-    on_error: OnError,
-    report: Skipped | None,
-    check: Callable[[T], object] = lambda item: None,
-) -> Iterator[T]:
+def _valid(items: Iterable[T | BadText], on_error: OnError, report: Skipped | None) -> Iterator[T]:
     """The valid items; the error of an invalid one is raised, or counted in `report`."""
     for item in items:
-        try:
-            if isinstance(item, BadText):
-                raise item
-            check(item)
-        except BadText as bad:
-            if on_error == "stop":
-                raise
-            if report is not None:
-                report.add(bad)
-        else:
+        if not isinstance(item, BadText):
             yield item
+        elif on_error == "stop":
+            raise item
+        elif report is not None:
+            report.add(item)
 
 
 def identity(source: Source) -> dict[str, Any]:

@@ -26,14 +26,7 @@ def hash_fraction(text: str, key: str) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """A document, or the part of one in a split.
-
-    Args:
-        split: `train` or `val`.
-        text: not empty.
-        starts: whether it includes the document's start.
-        ends: whether it includes its end.
-    """
+    """A document, or the part of one in a split; whether it includes the document's start and its end."""
 
     split: SplitName
     text: str
@@ -50,8 +43,7 @@ class SplitSource:
     out. Documents are kept in memory up to a limit, beyond which they are read again.
 
     Args:
-        source: the source.
-        val_fraction: held-out fraction, between 0 and 1.
+        val_fraction: between 0 and 1.
         on_error: as for `documents`.
         memory: bytes of text that may be kept.
     """

@@ -23,8 +23,8 @@ class Layout(NamedTuple):
 
     Args:
         tokens: (N,) ids.
-        positions: (N,) pairs of position ids: in part A, for a token of part B that of its mask; and within the
-            span, from 1, 0 in part A.
+        positions: (N,) pairs: position in part A, for a token of part B that of its mask; and within the span,
+            from 1, 0 in part A.
         prefix: |A|, the length of the bidirectional prefix.
     """
 
@@ -44,21 +44,13 @@ class Layout(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A batch of layouts, right-padded to one length T, with targets.
+    """A batch of layouts, right-padded to one length T, with targets."""
 
-    Args:
-        tokens: (N, T) ids.
-        targets: (N, T) ids.
-        weights: (N, T) 1 in part B, 0 in part A and in padding.
-        positions: (N, 2, T).
-        prefix: (N,) |A|.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    weights: Tensor
-    positions: Tensor
-    prefix: Tensor
+    tokens: Tensor  # (N, T) ids
+    targets: Tensor  # (N, T) ids
+    weights: Tensor  # (N, T) 1 in part B, 0 in part A and in padding
+    positions: Tensor  # (N, 2, T)
+    prefix: Tensor  # (N,) |A|
 
 
 def collate(layouts: Sequence[Layout], targets: Sequence[Sequence[int]], length: int) -> Rows:
@@ -77,21 +69,13 @@ def collate(layouts: Sequence[Layout], targets: Sequence[Sequence[int]], length:
 
 @dataclass(frozen=True)
 class Blanks:
-    """Ids of GLM's special tokens.
+    """Ids of GLM's special tokens: `BLANK_TOKENS`."""
 
-    Args:
-        token: mask of a token span, [MASK].
-        sentence: mask of a sentence, [sMASK].
-        document: mask of a document-level span, as a rule up to the end, [gMASK].
-        start: the first input of a span, <sop>.
-        end: the last target of a span, <eop>.
-    """
-
-    token: int
-    sentence: int
-    document: int
-    start: int
-    end: int
+    token: int  # mask of a token span
+    sentence: int  # mask of a sentence
+    document: int  # mask of a document-level span, as a rule up to the end
+    start: int  # the first input of a span
+    end: int  # the last target of a span
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Blanks:

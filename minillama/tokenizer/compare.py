@@ -19,23 +19,14 @@ WHITESPACE = 0.05  # per character; a text with less has no spaces between words
 
 @dataclass(frozen=True)
 class Figures:
-    """Measures of one tokenizer on one text.
+    """Measures of one tokenizer on one text."""
 
-    Attributes:
-        tokens: of the text, its documents encoded one by one.
-        tokens_per_word: fertility, over whitespace-separated words. None for a text without spaces.
-        tokens_per_character: fertility where there are no words.
-        bytes_per_token: compression, in UTF-8 bytes.
-        unknown: share of unknown tokens.
-        coverage: share of the characters in tokens of whole characters, neither unknown nor byte tokens.
-    """
-
-    tokens: int
-    tokens_per_word: float | None
-    tokens_per_character: float
-    bytes_per_token: float
-    unknown: float
-    coverage: float
+    tokens: int  # of the text, its documents encoded one by one
+    tokens_per_word: float | None  # fertility, over whitespace-separated words; None for a text without spaces
+    tokens_per_character: float  # fertility where there are no words
+    bytes_per_token: float  # compression, in UTF-8 bytes
+    unknown: float  # share of unknown tokens
+    coverage: float  # share of the characters in tokens of whole characters, neither unknown nor byte tokens
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:

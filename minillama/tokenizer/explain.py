@@ -25,10 +25,7 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
     The last line has the ids that the tokenizer itself gives. A line says where the steps do not lead there,
     because added tokens are split off first.
 
-    Args:
-        tokenizer: of any kind.
-        text: any text.
-        n_best: segmentations shown for a unigram model.
+    `n_best` segmentations are shown for a unigram model.
     """
     backend, ids, normal = tokenizer.backend, tokenizer.encode(text), tokenizer.normalized(text)
     model: dict[str, Any] = to_dict(backend)["model"]

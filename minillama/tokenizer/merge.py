@@ -55,16 +55,16 @@ def extend(
         InputError: the two are of different kinds, or the second has special tokens that the first lacks, or
             a special token is there already; a byte-level base takes neither characters nor special tokens.
     """
-    special, first = list(special), _model(base)
-    second = _model(extra) if extra is not None else None
+    special, model = list(special), _model(base)
+    other = _model(extra) if extra is not None else None
     if characters < 0:
         what, where = "not a number of characters", "--add-characters"
         raise InputError(what, where=where, found=characters, expected="at least 0")
-    if extra is not None and (first is None) != (second is None):
+    if extra is not None and (model is None) != (other is None):
         expected = "two SentencePiece models (tokenizer.model), or two byte-level BPE vocabularies"
         raise _different(base, extra, expected)
-    if first is not None:
-        return _extend_sentencepiece(first, second, base, extra, characters, texts, special)
+    if model is not None:
+        return _extend_sentencepiece(base, extra, characters, texts, special)
     if extra is None or characters or special:
         what = "to a vocabulary that is no SentencePiece model another one can be appended, and nothing else"
         raise InputError(what, where=base, fix="give EXTRA, without --add-characters and --special")
@@ -72,14 +72,9 @@ def extend(
 
 
 def _extend_sentencepiece(
-    model: Any,
-    other: Any,
-    base: str | Path,
-    extra: str | Path | None,
-    characters: int,
-    texts: Iterable[str],
-    special: Sequence[str],
+    base: str | Path, extra: str | Path | None, characters: int, texts: Iterable[str], special: Sequence[str]
 ) -> Extended:
+    model = _model(base)
     if model.trainer_spec.model_type != ModelKind.BPE:
         kind = ModelKind(model.trainer_spec.model_type).name.lower()
         what = "token pieces can be added to a BPE model alone: its scores are ranks, not probabilities"
@@ -92,7 +87,8 @@ def _extend_sentencepiece(
     if extra is None and not characters and not special:
         raise InputError("nothing to append", where=base, fix="give EXTRA, --add-characters or --special")
     merged = found = 0
-    if other is not None:
+    if extra is not None:
+        other = _model(extra)
         kinds = PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED
         _check_special(_names(model, kinds), _names(other, kinds), base, extra)
         pieces = (piece for piece in other.pieces if piece.type not in (PieceType.BYTE, PieceType.UNUSED))

@@ -48,25 +48,15 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True)
 class Pieces:
-    """SentencePiece vocabulary in the order of its ids.
+    """SentencePiece vocabulary in the order of its ids."""
 
-    Attributes:
-        names: with U+2581 for a space.
-        scores: log probabilities (unigram) or minus the merge index (BPE).
-        types: of `PieceType`.
-        kind: unigram, BPE or characters.
-        dummy_prefix: prepend a space to every text.
-        charsmap: SentencePiece's compiled normalization, empty for identity.
-        squeeze: remove extra whitespace: strip spaces at the ends, collapse runs.
-    """
-
-    names: Sequence[str]
-    scores: Sequence[float]
-    types: Sequence[int]
+    names: Sequence[str]  # with U+2581 for a space
+    scores: Sequence[float]  # log probabilities (unigram) or minus the merge index (BPE)
+    types: Sequence[int]  # of `PieceType`
     kind: ModelKind = ModelKind.BPE
-    dummy_prefix: bool = True
-    charsmap: bytes = b""
-    squeeze: bool = False
+    dummy_prefix: bool = True  # prepend a space to every text
+    charsmap: bytes = b""  # the compiled normalization, empty for identity
+    squeeze: bool = False  # remove extra whitespace: strip spaces at the ends, collapse runs
 
     @classmethod
     def with_bytes(cls, special: Sequence[str], scores: Mapping[str, float], kind: ModelKind) -> Pieces:

@@ -19,11 +19,7 @@ class StreamDecoder:
     Incomplete characters are buffered. The time per push is constant. (tokenizers' own DecodeStream waits
     forever, and slows down, after bytes that are not valid UTF-8, and it has no flush.)
 
-    Args:
-        backend: the tokenizer's backend.
-        special_ids: ids of special tokens.
-        skip_special: special tokens give no text.
-        after: ids of the prompt.
+    With `skip_special`, special tokens give no text; `after` are the ids of the prompt.
     """
 
     def __init__(

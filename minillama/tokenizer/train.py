@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from minillama.errors import InputError
-from minillama.tokenizer import backends, sentencepiece, sentencepiece_training
+from minillama.tokenizer import backends, sentencepiece
 from minillama.tokenizer.hf_json import END_OF_TEXT
 from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.reference.splitting import by_frequency, count_words
 from minillama.tokenizer.reference.wordpiece import Score
-from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.tokenizer import Tokenizer, check_unicode
-from minillama.tokenizer.trainers import Library, Reference
+from minillama.tokenizer.trainers import RULES, SENTENCEPIECE_RESERVED, Library, Model, Reference
 
 Kind = Literal["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -26,8 +25,8 @@ _SETTINGS: dict[str, tuple[tuple[Kind, ...], tuple[str, ...]]] = {
     "pattern": (("byte-bpe",), tuple(STEPS)),
     "ties": (("byte-bpe", "bpe", "sentencepiece"), get_args(Ties)),
     "score": (("wordpiece",), get_args(Score)),
-    "model": (("sentencepiece",), ("unigram", "bpe")),
-    "normalization": (("sentencepiece",), sentencepiece_training.RULES),
+    "model": (("sentencepiece",), get_args(Model)),
+    "normalization": (("sentencepiece",), RULES),
     "coverage": (("sentencepiece",), ()),
 }
 
@@ -73,7 +72,7 @@ class TokenizerTrainer:
     pattern: str = "smollm"
     ties: Ties = "library"
     score: Score = "count"
-    model: Literal["unigram", "bpe"] = "unigram"
+    model: Model = "unigram"
     normalization: str = "nmt_nfkc"
     coverage: float = 0.9995
     reference: bool = False
@@ -126,10 +125,11 @@ class TokenizerTrainer:
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         size, unknown = self.vocab_size, {"unk_token": backends.UNKNOWN}
         is_reference = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
-        rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else backends.RESERVED
+        rest = SENTENCEPIECE_RESERVED if self.kind == "sentencepiece" else backends.RESERVED
         learn = Reference(self.ties, self.score, rest) if is_reference else Library()
         if self.kind == "sentencepiece":
-            return Tokenizer.of(sentencepiece.parse(self._sentencepiece(texts, learn), "the trained model"))
+            data = learn.sentencepiece(texts, size, self.model, self.normalization, self.coverage)
+            return Tokenizer.of(sentencepiece.parse(data, "the trained model"))
         if self.kind == "bytes":
             return byte_tokenizer()
         if self.kind == "char":
@@ -145,19 +145,6 @@ class TokenizerTrainer:
         if self.kind == "bpe":
             return Tokenizer(backends.bpe(*learn.bpe(texts, size - backends.RESERVED)), config=unknown)
         return Tokenizer(backends.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
-
-    def _sentencepiece(self, texts: Iterable[str], learn: Library | Reference) -> bytes:
-        if isinstance(learn, Library):
-            settings = self.model, self.normalization, self.coverage
-            return sentencepiece_training.train(texts, self.vocab_size, *settings)
-        size = self.vocab_size - sentencepiece_training.RESERVED
-        if self.model == "unigram":
-            scores, kind = learn.unigram(texts, size), ModelKind.UNIGRAM
-        else:
-            alphabet, merges = learn.bpe(texts, size)
-            ranked = dict.fromkeys([*(left + right for left, right in merges), *alphabet])
-            scores, kind = {piece: -float(rank) for rank, piece in enumerate(ranked)}, ModelKind.BPE
-        return sentencepiece.serialize(Pieces.with_bytes(sentencepiece_training.SPECIAL, scores, kind), 1, 2)
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

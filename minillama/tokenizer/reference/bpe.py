@@ -72,12 +72,9 @@ def train(
 def encode(
     word: Sequence[str], ranks: Mapping[Merge, int], step: Callable[[Merge, list[str]], object] | None = None
 ) -> list[str]:
-    """BPE segmentation of a word: apply the merge of lowest rank until none applies.
+    """BPE segmentation of a word's symbols: apply the merge of lowest rank until none applies.
 
-    Args:
-        word: its symbols.
-        ranks: merge -> rank.
-        step: called with each merge and the symbols after it.
+    `step` is called with each merge and the symbols after it.
     """
     symbols = list(word)
     while len(symbols) > 1:

@@ -18,14 +18,9 @@ Pair = tuple[str, str]
 
 @dataclass
 class PairCounts:
-    """Words as lists of symbols, with counts of symbols and pairs.
+    """Words as lists of symbols, with counts of words, of symbols, and of pairs of adjacent symbols.
 
-    Attributes:
-        words: each as its symbols now.
-        repeats: count per word.
-        symbols: count per symbol.
-        pairs: count per pair of adjacent symbols.
-        born: order of first occurrence per pair.
+    `born` is the order of first occurrence per pair.
     """
 
     words: list[list[str]]

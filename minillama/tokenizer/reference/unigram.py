@@ -22,11 +22,7 @@ UNKNOWN_PENALTY = 10.0  # nats that an unknown character costs more than the rar
 
 
 class Unigram:
-    """Unigram language model.
-
-    Args:
-        scores: token piece -> ln p.
-    """
+    """Unigram language model; the scores are token piece -> ln p."""
 
     def __init__(self, scores: Mapping[str, float]) -> None:
         if not scores:
@@ -87,10 +83,7 @@ class Unigram:
     def sample(self, text: str, alpha: float, generator: random.Random) -> list[str]:
         """Segmentation sampled with probability P^alpha / Z: forward filtering, backward sampling.
 
-        Args:
-            text: any text.
-            alpha: inverse temperature: 0 is uniform, 1 the model, more sharpens towards the best.
-            generator: the only source of randomness.
+        `alpha` is an inverse temperature: 0 is uniform, 1 the model, more sharpens towards the best.
         """
         edges = list(self.edges(text))
         forward, ending = _forward(len(text), edges, alpha), defaultdict(list)
@@ -199,7 +192,7 @@ def train(
         words: word -> count.
         vocab_size: token pieces; every character of the words is kept.
         seed: initial token piece -> ln p; default `seed_vocabulary`.
-        shrinking: shrinking factor: the share of token pieces kept per pruning.
+        shrinking: the share of token pieces kept per pruning.
         sub_iterations: EM iterations per pruning.
 
     Raises:

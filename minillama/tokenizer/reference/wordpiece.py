@@ -82,10 +82,8 @@ def encode(
     """WordPiece segmentation: greedy longest match from the left.
 
     Args:
-        word: the word.
         pieces: vocabulary, by token piece.
-        unknown: unknown token, of a word without a match or longer than `longest`.
-        longest: characters per word at most.
+        unknown: the token of a word without a match, or of more than `longest` characters.
         continuation: prefix of continuation token pieces.
     """
     if len(word) > longest:
