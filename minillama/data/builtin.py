@@ -7,6 +7,8 @@ import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from minillama.data.reading import BadText, Document, read_file
@@ -33,7 +35,9 @@ def builtin_documents(name: str) -> Iterator[Document | BadText]:
         for _, path in _modules():
             yield from read_file(path, "")
         return
-    yield from _topics()
+    with suppress(ImportError):  # a stripped Python
+        topics = import_module("pydoc_data.topics").topics
+        yield from (Document(topics[name], f"python-docs, topic {name}") for name in sorted(topics))
     for module, path in _modules():
         for source in read_file(path, ""):
             if isinstance(source, Document):
@@ -52,15 +56,6 @@ def _modules() -> Iterator[tuple[str, Path]]:
     for path in sorted(paths, key=lambda path: path.parts):
         if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):  # the machine's own build flags
             yield ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"), path
-
-
-def _topics() -> Iterator[Document]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # a stripped Python
-        return
-    for name in sorted(topics):
-        yield Document(topics[name], f"python-docs, topic {name}")
 
 
 def _docstrings(module: str, source: str) -> str:

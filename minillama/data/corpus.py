@@ -122,7 +122,6 @@ class Corpus:
         weights: mixture weights, relative to each other; equal unless given.
         separator: token id that begins a document, None where there are no separators.
         fingerprint: SHA-256 of all that batches depend on except seed and step.
-        skipped: skipped documents.
 
     Raises:
         InputError: a weight below one sample per block of 4096.

@@ -79,11 +79,7 @@ class ShardWriter:
 
     A shard has a temporary name until it is complete. Without tokens nothing is written.
 
-    Args:
-        folder: exists.
-        stem: the start of the names.
-        vocab_size: decides the width of a token.
-        shard_tokens: tokens in every shard but the last.
+    The vocabulary's size decides the width of a token; every shard but the last has `shard_tokens`.
     """
 
     def __init__(self, folder: Path, stem: str, vocab_size: int, shard_tokens: int = 2**26) -> None:

@@ -65,7 +65,6 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     """Nonempty documents of a source.
 
     Args:
-        source: the source.
         on_error: `stop` raises at the first text that is not UTF-8, holds a NUL, is not JSON, lacks the field
             or comes out of a damaged archive; `skip` skips the document (a file, or a line of JSONL).
         report: counts of skipped documents.

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.hf_json import END_OF_TEXT
 from minillama.tokenizer.pre import BYTE_TO_CHAR, byte_level_bpe
-from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS
+from minillama.tokenizer.reference.splitting import LOSSLESS_PATTERNS, PATTERNS
 from minillama.tokenizer.reference.wordpiece import CONTINUATION
 from minillama.tokenizer.sentencepiece_vocab import BYTES, SPACE, ModelKind, Pieces, space_decoder
 
@@ -20,7 +20,7 @@ RESERVED = 2 + len(BYTES)  # special tokens and bytes of a character-based vocab
 
 def splitter(pattern: str) -> Any:
     """Regex pre-tokenizer for a pattern of `reference/splitting.py`."""
-    if pattern in KEEPING:
+    if pattern in LOSSLESS_PATTERNS:
         return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
     return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "removed", invert=True)
 
@@ -28,11 +28,6 @@ def splitter(pattern: str) -> Any:
 def escape_spaces() -> Any:
     """SentencePiece's normalizer: dummy prefix, and U+2581 for every space."""
     return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-
-
-def spaces_escaped(text: str) -> str:
-    """The normalization of `escape_spaces`, in Python."""
-    return SPACE + text.replace(" ", SPACE) if text else text
 
 
 def word(words: Iterable[str]) -> Backend:

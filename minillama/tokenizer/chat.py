@@ -26,7 +26,6 @@ class ChatTemplate:
     """Chat template renderer.
 
     Args:
-        template: Jinja.
         variables: of the template besides the messages: `bos_token`, `eos_token`.
         seconds: time limit per conversation.
     """

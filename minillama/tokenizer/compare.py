@@ -40,39 +40,39 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
     if not characters:
         raise InputError("there is no text to compare tokenizers on")
     whitespace = sum(map(str.isspace, "".join(documents))) / characters
-    tokens = unknown = lost = 0
+    tokens = unknown = uncovered = 0
     for text in documents:
         surfaces = tokenizer.surfaces(text)
         tokens += len(surfaces)
         unknown += sum(token == tokenizer.unknown_id for token, _ in surfaces)
-        lost += _lost(tokenizer, surfaces)
+        uncovered += _uncovered(tokenizer, surfaces)
     return Figures(
         tokens=tokens,
         tokens_per_word=tokens / words if words and whitespace > WHITESPACE else None,
         tokens_per_character=tokens / characters,
         bytes_per_token=sum(len(text.encode()) for text in documents) / max(1, tokens),
         unknown=unknown / max(1, tokens),
-        coverage=1 - lost / characters,
+        coverage=1 - uncovered / characters,
     )
 
 
-def _lost(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
+def _uncovered(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
     """Number of characters in unknown tokens or in runs of byte tokens."""
     is_byte_level = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
-    lost, run = 0, b""
+    uncovered, run = 0, b""
     for token, surface in [*surfaces, (-1, "")]:
         part = b""
         if token == tokenizer.unknown_id:
-            lost += len(surface.replace(SPACE, ""))
+            uncovered += len(surface.replace(SPACE, ""))
         elif is_byte_level and surface:
             data = piece_bytes(surface)
             part = data if "\ufffd" in data.decode(errors="replace") else b""
         elif byte := BYTE.fullmatch(surface):
             part = bytes([int(byte[1], 16)])
         if not part and run:
-            lost, run = lost + len(run.decode(errors="replace")), b""
+            uncovered, run = uncovered + len(run.decode(errors="replace")), b""
         run += part
-    return lost
+    return uncovered
 
 
 def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:

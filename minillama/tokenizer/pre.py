@@ -51,9 +51,7 @@ def byte_level_bpe(
 
     Args:
         pieces: the vocabulary in the order of its ids, bytes as printable characters.
-        merges: in the order of their ranks.
         pattern: of the pre-tokenizer, a key of `STEPS`.
-        special: special tokens.
         words: added tokens that are never split, in plain UTF-8.
         ignore_merges: a word in the vocabulary is one token, whatever the merges; Llama 3's rule.
     """
@@ -77,12 +75,6 @@ def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
     spec = json.loads(pre_tokenizer.__getstate__())
     # not the offsets: they are no matter of the words
     return [step | {"trim_offsets": None} for step in spec.get("pretokenizers", [spec])]
-
-
-def pre_name(backend: Backend) -> str | None:
-    """llama.cpp's name of the pre-tokenizer, None where GGUF cannot express this one."""
-    pattern = pattern_of(backend)
-    return next((name for name, known in PRE.items() if known == pattern), None)
 
 
 def piece_bytes(piece: str) -> bytes:

@@ -102,10 +102,8 @@ class Pieces:
         else:
             vocab = {name: i for i, name in enumerate(self.names)}
             unknown = None if self.unknown is None else self.names[self.unknown]
-            merges = self._merges()
-            backend = Backend(
-                models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
-            )
+            rules = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": byte_fallback}
+            backend = Backend(models.BPE(vocab=vocab, merges=self._merges(), **rules))
         backend.normalizer = normalizers.Sequence(self._normalizers())
         backend.decoder = space_decoder(self.dummy_prefix)
         backend.add_special_tokens(self.of_type(PieceType.CONTROL, PieceType.UNKNOWN))

@@ -19,7 +19,7 @@ from minillama.tokenizer import open as reader
 from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.chat import ChatTemplate
 from minillama.tokenizer.hf_json import ENCODE_WITH, END_OF_TEXT
-from minillama.tokenizer.pre import pre_name
+from minillama.tokenizer.pre import PRE, pattern_of
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.spec import Parts, to_dict
 from minillama.tokenizer.stream import StreamDecoder
@@ -111,10 +111,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
 
         A tokenizer that came from a SentencePiece file has that written beside them as tokenizer.model.
-
-        Args:
-            folder: created if missing.
-            max_length: the model's context in tokens, written as `model_max_length`.
+        `max_length` is the model's context in tokens.
         """
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -162,7 +159,6 @@ class Tokenizer:
         """Token ids of a text.
 
         Args:
-            text: any Unicode text.
             bos: prepend `bos_id`.
             special: parse the names of special tokens as these tokens. Only for text that the program
                 wrote itself (chat templates): in a user's text they are plain characters.
@@ -273,7 +269,8 @@ class Tokenizer:
     @cached_property
     def pre(self) -> str | None:
         """llama.cpp's name of the pre-tokenizer (tokenizer.ggml.pre), None where GGUF cannot express this one."""
-        return pre_name(self.backend)
+        pattern = pattern_of(self.backend)
+        return next((name for name, known in PRE.items() if known == pattern), None)
 
     @cached_property
     def pieces(self) -> Pieces | None:

@@ -50,13 +50,10 @@ class TokenizerTrainer:
         vocab_size: tokens in all. A short text gives fewer, unless `full` is set. 0: as many as
             there are (word, char); bytes always has 257.
         pattern: of byte-bpe: smollm (single digits; llama.cpp knows these four but cl100k), gpt-2, llama-3, cl100k.
-        ties: of byte-bpe and bpe: tie-breaking between equally frequent pairs; all but `library` use the reference
-            code.
-        score: of wordpiece: `count` as the library, or `information` as BERT's paper was understood, by the
-            reference code.
+        ties: between equally frequent pairs; all but `library` use the reference code.
+        score: of wordpiece: `count`, or mutual `information` (BERT's paper), by the reference code.
         model: of sentencepiece: unigram or bpe.
-        normalization: of sentencepiece: identity, nmt_nfkc, nfkc, nmt_nfkc_cf or nfkc_cf; the reference code has
-            identity alone.
+        normalization: of sentencepiece: one of `RULES`; the reference code has identity alone.
         coverage: of sentencepiece: character coverage; 1 in the reference code.
         reference: train with the reference code of `tokenizer/reference`, not with a library.
         full: fewer tokens than `vocab_size` are an error.
@@ -113,22 +110,18 @@ class TokenizerTrainer:
         plain = replace(self, vocab_size=max(0, self.vocab_size - len(self.special)), special=())
         made = plain._train(map(check_unicode, texts)).with_special(self.special)
         if self.full and made.vocab_size < self.vocab_size:
-            raise InputError(
-                "the vocabulary is larger than the text allows",
-                where="vocab_size",
-                found=self.vocab_size,
-                expected=f"at most {made.vocab_size}",
-                fix="give more text, or ask for fewer tokens",
-            )
+            what, fix = "the vocabulary is larger than the text allows", "give more text, or ask for fewer tokens"
+            expected = f"at most {made.vocab_size}"
+            raise InputError(what, where="vocab_size", found=self.vocab_size, expected=expected, fix=fix)
         return made
 
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         size, unknown = self.vocab_size, {"unk_token": backends.UNKNOWN}
         is_reference = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
         rest = SENTENCEPIECE_RESERVED if self.kind == "sentencepiece" else backends.RESERVED
-        learn = Reference(self.ties, self.score, rest) if is_reference else Library()
+        trainer = Reference(self.ties, self.score, rest) if is_reference else Library()
         if self.kind == "sentencepiece":
-            data = learn.sentencepiece(texts, size, self.model, self.normalization, self.coverage)
+            data = trainer.sentencepiece(texts, size, self.model, self.normalization, self.coverage)
             return Tokenizer.of(sentencepiece.parse(data, "the trained model"))
         if self.kind == "bytes":
             return byte_tokenizer()
@@ -138,13 +131,13 @@ class TokenizerTrainer:
             words = by_frequency(count_words(texts, "words"))
             return Tokenizer(backends.word(words[: size - 2 if size else None]), config=unknown)
         if self.kind == "wordpiece":
-            backend = backends.wordpiece(learn.wordpiece(texts, size))
+            backend = backends.wordpiece(trainer.wordpiece(texts, size))
             return Tokenizer(backend, config={"unk_token": backends.WORDPIECE_UNKNOWN})
         if self.kind == "unigram":
-            return Tokenizer(backends.unigram(learn.unigram(texts, size - backends.RESERVED)), config=unknown)
+            return Tokenizer(backends.unigram(trainer.unigram(texts, size - backends.RESERVED)), config=unknown)
         if self.kind == "bpe":
-            return Tokenizer(backends.bpe(*learn.bpe(texts, size - backends.RESERVED)), config=unknown)
-        return Tokenizer(backends.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
+            return Tokenizer(backends.bpe(*trainer.bpe(texts, size - backends.RESERVED)), config=unknown)
+        return Tokenizer(backends.byte_bpe(trainer.byte_bpe(texts, size - 257, self.pattern), self.pattern))
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -163,9 +156,7 @@ def byte_tokenizer() -> Tokenizer:
 def char_tokenizer(texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
     """Character tokenizer: `<|endoftext|>` 0, `<unk>` 1, then the characters of the texts in code point order.
 
-    Args:
-        texts: read once.
-        vocab_size: keep the most frequent, `vocab_size` tokens in all; 0 keeps every character.
+    The most frequent are kept, `vocab_size` tokens in all; 0 keeps every character.
     """
     counts: Counter[str] = Counter()
     for text in texts:

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, trainers
@@ -70,9 +70,7 @@ class Library:
         """SentencePiece model, trained line by line. A short text gives fewer token pieces.
 
         Args:
-            texts: documents.
             size: token pieces, including special tokens and the 256 bytes.
-            model: segmentation algorithm.
             normalization: of `RULES`; all but identity collapse runs of spaces.
             coverage: character coverage; the rest falls back to bytes.
             rest: tokens that the caller adds to `size`, including the bytes; 0: the bytes are trained in.
@@ -134,7 +132,7 @@ class Reference:
 
     def unigram(self, texts: Iterable[str], size: int) -> dict[str, float]:
         """Expectation maximization and pruning."""
-        words = count_words(map(backends.spaces_escaped, texts), "sentencepiece")
+        words = count_words(map(backends.escape_spaces().normalize_str, texts), "sentencepiece")
         if not words:
             raise InputError("there is no text to train a tokenizer on")
         _check_size(len({char for word in words for char in word}), size, self.rest)
@@ -155,7 +153,7 @@ class Reference:
 
     def bpe(self, texts: Iterable[str], size: int) -> tuple[list[str], Merges]:
         """Merges of characters."""
-        words = count_words(map(backends.spaces_escaped, texts), "sentencepiece")
+        words = count_words(map(backends.escape_spaces().normalize_str, texts), "sentencepiece")
         alphabet = sorted({char for word in words for char in word})
         _check_size(len(alphabet), size, self.rest)
         return alphabet, _learnable(bpe.train(words, size - len(alphabet), self.ties, min_count=RARE))
@@ -169,8 +167,9 @@ def _train_bpe(
     backend: Backend, texts: Iterable[str], size: int, alphabet: Iterable[str] = ()
 ) -> tuple[list[str], Merges]:
     """BpeTrainer: the vocabulary in the order of its ids, and the merges."""
-    options: dict[str, Any] = {"min_frequency": RARE, "initial_alphabet": list(alphabet), "show_progress": False}
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, **options))
+    alphabet = list(alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=RARE, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
     merges = to_dict(backend)["model"]["merges"]
     return list(by_id(backend).values()), [(left, right) for left, right in merges]
 
@@ -193,11 +192,12 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         start = 0
         while start < len(line):
             stop = start + LONGEST_LINE
-            stop = (line.rfind(" ", start + 1, stop) if stop < len(line) else stop) or stop
-            part = line[start : stop if stop > start else start + LONGEST_LINE]
-            if part.strip():
-                yield part
-            start += len(part)
+            if stop < len(line):
+                space = line.rfind(" ", start + 1, stop)
+                stop = space if space > start else stop
+            if line[start:stop].strip():
+                yield line[start:stop]
+            start = stop
 
 
 def _input_error(message: str, vocab_size: int, rest: int) -> InputError:

@@ -36,8 +36,7 @@ class ByteNgrams:
         repeatedly.
 
         Args:
-            words: word -> count.
-            vocab_size: token pieces in all, at least 256.
+                vocab_size: token pieces in all, at least 256.
             longest: bytes per n-gram at most.
 
         Raises:

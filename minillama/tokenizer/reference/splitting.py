@@ -29,11 +29,17 @@ PATTERNS = {
     "bert": r"[\p{Han}\p{P}$+<=>^`|~]|[^\s\p{Han}\p{P}$+<=>^`|~]+",
     "spaces": r"\S+",
 }
-KEEPING = ("gpt-2", "cl100k", "llama-3", "smollm", "sentencepiece")  # lossless patterns; the others drop whitespace
+LOSSLESS_PATTERNS = (
+    "gpt-2",
+    "cl100k",
+    "llama-3",
+    "smollm",
+    "sentencepiece",
+)  # lossless patterns; the others drop whitespace
 
 
 def split(text: str, pattern: str) -> list[str]:
-    """Pre-tokenization by a key of `PATTERNS`; those of `KEEPING` are lossless, the others drop whitespace.
+    """Pre-tokenization by a key of `PATTERNS`; those of `LOSSLESS_PATTERNS` are lossless, the others drop whitespace.
 
     Raises:
         InputError: an unknown pattern.

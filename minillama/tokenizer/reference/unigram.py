@@ -51,11 +51,11 @@ class Unigram:
         for start, end, score in self.edges(text):
             if best[start] + score > best[end]:
                 best[end], start_of[end] = best[start] + score, start
-        cut, end = [], len(text)
+        segments, end = [], len(text)
         while end:
-            cut.append(text[start_of[end] : end])
+            segments.append(text[start_of[end] : end])
             end = start_of[end]
-        return cut[::-1]
+        return segments[::-1]
 
     def n_best(self, text: str, count: int) -> list[tuple[list[str], float]]:
         """N-best segmentations with their ln P, best first.
@@ -66,15 +66,15 @@ class Unigram:
         for start, end, score in self.edges(text):
             best[end] += [(value + score, start, rank) for rank, (value, _, _) in enumerate(best[start])]
             best[end] = heapq.nlargest(count, best[end], key=lambda entry: (entry[0], -entry[1]))
-        cuts = []
+        segmentations = []
         for rank, (value, _, _) in enumerate(best[-1]):
-            cut, end, at = [], len(text), rank
+            segments, end, at = [], len(text), rank
             while end:
                 _, start, at_start = best[end][at]
-                cut.append(text[start:end])
+                segments.append(text[start:end])
                 end, at = start, at_start
-            cuts.append((cut[::-1], value))
-        return cuts
+            segmentations.append((segments[::-1], value))
+        return segmentations
 
     def log_partition(self, text: str, alpha: float = 1.0) -> float:
         """Log partition function: ln of the sum of P^alpha over all segmentations."""
@@ -89,13 +89,13 @@ class Unigram:
         forward, ending = _forward(len(text), edges, alpha), defaultdict(list)
         for start, end, score in edges:
             ending[end].append((start, forward[start] + alpha * score))
-        cut, end = [], len(text)
+        segments, end = [], len(text)
         while end:
             starts, logs = zip(*ending[end], strict=True)
             start = generator.choices(starts, [math.exp(log - forward[end]) for log in logs])[0]
-            cut.append(text[start:end])
+            segments.append(text[start:end])
             end = start
-        return cut[::-1]
+        return segments[::-1]
 
     def expected_counts(self, text: str, weight: float = 1.0) -> tuple[dict[str, float], float]:
         """Expected count per token piece, times the weight; and ln Z.
@@ -119,7 +119,6 @@ def seed_vocabulary(
     """Seed vocabulary: every character, and the substrings of greatest count times length.
 
     Args:
-        words: word -> count.
         size: substrings at most, besides the characters.
         longest: characters per substring at most.
         source: of substrings. `suffixes`: all that occur twice and have more than one continuation,
@@ -189,7 +188,6 @@ def train(
     """Unigram training: EM and pruning.
 
     Args:
-        words: word -> count.
         vocab_size: token pieces; every character of the words is kept.
         seed: initial token piece -> ln p; default `seed_vocabulary`.
         shrinking: the share of token pieces kept per pruning.
@@ -237,13 +235,13 @@ def _prune(model: Unigram, words: Mapping[str, int], required: set[str], size: i
     for piece in model.scores:
         if piece in required:
             continue
-        cuts = model.n_best(piece, 2)
-        if cuts[0][0] != [piece]:  # its own best segmentation is another: no loss
+        segmentations = model.n_best(piece, 2)
+        if segmentations[0][0] != [piece]:  # its own best segmentation is another: no loss
             losses[piece] = 0.0
-        elif len(cuts) > 1:
-            losses[piece] = uses[piece] * (cuts[0][1] - cuts[1][1])
-    room = size - len(required & set(model.scores))
-    kept = required.union(heapq.nlargest(room, losses, key=lambda piece: losses[piece]))
+        elif len(segmentations) > 1:
+            losses[piece] = uses[piece] * (segmentations[0][1] - segmentations[1][1])
+    count = size - len(required & set(model.scores))
+    kept = required.union(heapq.nlargest(count, losses, key=lambda piece: losses[piece]))
     return Unigram({piece: score for piece, score in model.scores.items() if piece in kept})
 
 
