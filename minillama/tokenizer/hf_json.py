@@ -33,8 +33,8 @@ def read(file: Path) -> Parts:
     if template.exists():
         settings["chat_template"] = read_text(template)
     settings["chat_template"] = _chat_template(settings.get("chat_template"))
-    eos = _token_name(settings.get("eos_token")) or _first_known(backend, _EOS_NAMES)
-    bos = _token_name(settings.get("bos_token")) or _first_known(backend, _BOS_NAMES)
+    eos = _token(settings.get("eos_token"), backend, _EOS_NAMES)
+    bos = _token(settings.get("bos_token"), backend, _BOS_NAMES)
     if eos is None:
         raise InputError(
             "the tokenizer names no end-of-text token",
@@ -44,8 +44,8 @@ def read(file: Path) -> Parts:
         )
     for token in (eos, bos or eos):
         if backend.token_to_id(token) is None:
-            what, expected = "this token is not in the vocabulary", "a token of tokenizer.json"
-            raise InputError(what, where=settings_file, found=token, expected=expected)
+            expected = "a token of tokenizer.json"
+            raise InputError("this token is not in the vocabulary", where=settings_file, found=token, expected=expected)
     # Default: the file's own post-processor, as its models were trained.
     starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
     parts = Parts(backend, eos, bos, bool(settings.get("add_bos_token", starts)), settings)
@@ -72,10 +72,11 @@ def _backend(file: Path) -> Backend:
         ) from None
 
 
-def _token_name(value: object) -> str | None:
-    """A token of tokenizer_config.json: a string, or an object with its `content`."""
+def _token(value: object, backend: Backend, defaults: Iterable[str]) -> str | None:
+    """A token of tokenizer_config.json, a string or an object with its `content`; or the first known default."""
     value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+    known = (name for name in defaults if backend.token_to_id(name) is not None)
+    return value if isinstance(value, str) and value else next(known, None)
 
 
 def _chat_template(value: object) -> str | None:
@@ -84,8 +85,3 @@ def _chat_template(value: object) -> str | None:
         named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
         value = named[0].get("template") if named else None
     return value if isinstance(value, str) else None
-
-
-def _first_known(backend: Backend, names: Iterable[str]) -> str | None:
-    """The first of the names that the vocabulary has."""
-    return next((name for name in names if backend.token_to_id(name) is not None), None)
