@@ -30,6 +30,15 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
         raise InputError("this is a URL, and a path is expected", where=path, fix=fix)
 
 
+@contextmanager
+def reading(path: Path, what: str = "this file", fix: str | None = None) -> Iterator[None]:
+    """InputError for an error of the system while `path` is read."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {what}: {error.strerror}", where=path, fix=fix) from None
+
+
 def free_name(path: Path) -> Path:
     """Unused path: the path itself, or with the first free suffix of -2, -3 ..."""
     number, free = 1, path

@@ -71,7 +71,7 @@ def uncached() -> Decode:
         for i, prompt in enumerate(prompts):
             layout = prompt if isinstance(prompt, Layout) else Layout.of(prompt)
             ids, start = list(layout.tokens), len(layout.tokens)
-            places = list(layout.places)
+            places = list(layout.positions)
             prefix = torch.tensor([layout.prefix]) if prompt is layout else None
             sampler = Sampler(sampling, ids, model.config.vocab_size, sampling.seed + i)
             while len(ids) < min(start + count, model.config.max_seq_len) and not {*ids[start:]} & {*stop_ids}:

@@ -17,6 +17,7 @@ from minillama.threads import adapt
 COMMANDS = {
     "train": "train a model; writes a run folder: configuration, metrics, checkpoints, final model",
     "generate": "text generation from prompts: sampling, batching, speculative decoding",
+    "chat": "conversation with a model in the terminal",
     "infill": "infilling of masked spans with a GLM or ChatGLM model",
     "classify": "cloze classification with an infilling model: pattern and verbalizers",
     "show": "summary of a run folder: state, provenance, configuration, loss curve",

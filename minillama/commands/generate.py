@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minillama.inference.engine import Engine
     from minillama.inference.generate import Completion
     from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Args(ModelArgs):
     """One or more prompts; several are decoded in one batch."""
     prompts: Path | None = None
     """A file of prompts: JSONL with a field `prompt`, or plain text with one per line."""
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The prompts are questions for the model's chat template; so by default where it has one."""
+    raw: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The prompts are texts to continue, also where the model has a chat template."""
+    system: str = ""
+    """System message of the chat template."""
+    template: str = ""
+    """Chat template instead of the model's: alpaca, chatml, llama-2, llama-3, vicuna ..., or a Jinja file."""
     max_new_tokens: int = field(default=128, metadata={"min": 1})
     """Maximum number of new tokens per prompt."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
@@ -72,27 +81,45 @@ def run(args: Args) -> int:
     from minillama.inference.generate import generate, stream
 
     model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True)
-    engine = _engine(args, model)
+    engine, asked = _engine(args, model), _asked(args, tokenizer, prompts)
     options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine)
     if len(args.adapter) > 1:
         from minillama.model.lora import active, adapter_names
 
         for name in adapter_names(model):
             with active(model, name):
-                _print(prompts, generate(model, tokenizer, prompts, *options), model, {"adapter": name})
+                _print(prompts, generate(model, tokenizer, asked, *options), model, {"adapter": name})
     elif len(prompts) == 1 and args.prompts is None:
-        for chunk in stream(model, tokenizer, prompts[0], *options):
+        is_empty = True
+        for chunk in stream(model, tokenizer, asked, *options):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
-            _explain(chunk.reason, 0, model.config.max_seq_len)
+            is_empty = is_empty and not chunk.text
+            _explain(chunk.reason, 0, model.config.max_seq_len, is_empty)
         if sys.stdout.isatty():
             sys.stdout.write("\n")  # for the prompt that follows; a file gets the completion alone
             sys.stdout.flush()
     else:
-        _print(prompts, generate(model, tokenizer, prompts, *options), model)
+        _print(prompts, generate(model, tokenizer, asked, *options), model)
     if engine.speculation is not None:
         print(f"speculation: {engine.speculation.acceptance}", file=sys.stderr)
     return 0
+
+
+def _asked(args: Args, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str | Sequence[int]]:
+    """Prompts as questions for the chat template, unless they are to be continued; said on standard error."""
+    from minillama.inference.chat import ChatPrompts
+
+    if args.raw and (args.chat or args.system or args.template):
+        what, fix = "--raw continues texts, without a chat template", "leave it out"
+        raise InputError(what, where="command line", found="--raw with --chat, --system or --template", fix=fix)
+    is_wanted = args.chat or args.system or args.template
+    if args.raw or not (is_wanted or tokenizer.chat_template is not None):
+        return prompts
+    encode = ChatPrompts(tokenizer, args.template, args.system)
+    if not is_wanted:
+        print("answering by the model's chat template; --raw continues the text instead", file=sys.stderr)
+    return [encode(prompt) for prompt in prompts]
 
 
 def _engine(args: Args, model: Decoder) -> Engine:
@@ -119,9 +146,13 @@ def _print(
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         line = {**(more or {}), "prompt": prompt, "completion": completion.text, "finish_reason": completion.reason}
         print(json.dumps(line, ensure_ascii=False))
-        _explain(completion.reason, i, model.config.max_seq_len)
+        _explain(completion.reason, i, model.config.max_seq_len, not completion.text)
 
 
-def _explain(reason: str | None, row: int, context: int) -> None:
+def _explain(reason: str | None, row: int, context: int, is_empty: bool) -> None:
+    from minillama.inference.chat import why_empty
+
+    if reason is not None and is_empty:
+        print(f"prompt {row + 1}: no text, {why_empty(reason)}", file=sys.stderr)
     if reason == "context":
         print(f"prompt {row + 1}: stopped, the model's context of {context} tokens is full", file=sys.stderr)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from minillama.data.reading import BadText, Document, read_file
@@ -32,7 +35,9 @@ def builtin_documents(name: str) -> Iterator[Document | BadText]:
         for _, path in modules():
             yield from read_file(path, "")
         return
-    yield from _topics()
+    with suppress(ImportError):  # a stripped Python
+        topics = import_module("pydoc_data.topics").topics
+        yield from (Document(topics[name], f"python-docs, topic {name}") for name in sorted(topics))
     for module, path in modules():
         for source in read_file(path, ""):
             if isinstance(source, Document):
@@ -44,34 +49,21 @@ def modules() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     if not (root / "os.py").is_file():
         raise InputError("this Python has no standard library in source form", where=root, fix="give a text file")
-    return _walk(root, "")
-
-
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.is_dir():
-            if path.name.isidentifier() and path.name not in _LEFT_OUT:
-                yield from _walk(path, f"{prefix}{path.name}.")
-        elif path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):  # the machine's own build flags
-            name = prefix + path.stem
-            yield name.removesuffix(".__init__"), path
-
-
-def _topics() -> Iterator[Document]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # a stripped Python
-        return
-    for name in sorted(topics):
-        yield Document(topics[name], f"python-docs, topic {name}")
+    paths: list[Path] = []
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name.isidentifier() and name not in _LEFT_OUT]
+        paths += [Path(folder, name) for name in files]
+    for path in sorted(paths, key=lambda path: path.parts):
+        if path.suffix == ".py" and not path.name.startswith("_sysconfigdata"):  # the machine's own build flags
+            yield ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"), path
 
 
 def _docstrings(module: str, source: str) -> str:
     """Docstrings of a module as one document; empty where there are none."""
     tree = parse(source)
-    parts = list(_described(tree, ""))
     own = ast.get_docstring(tree)
-    return "\n\n".join([module, *([own] if own else []), *parts]) + "\n" if own or parts else ""
+    parts = [*([own] if own else []), *_described(tree, "")]
+    return "\n\n".join([module, *parts]) + "\n" if parts else ""
 
 
 def parse(source: str) -> ast.Module:

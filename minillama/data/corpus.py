@@ -9,6 +9,7 @@ needs no stored state, and a process can make its own rows alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 
@@ -23,18 +24,19 @@ from minillama.errors import InputError
 BLOCK = 4096
 
 
+@dataclass(eq=False)
 class Split:
     """Tokens of a source in one split, concatenated over its shards.
 
-    Args:
-        shards: in order.
-        vocab_size: ids are below it.
-        bytes: UTF-8 bytes of the tokens.
-        name: for messages.
+    The ids are below `vocab_size`; `bytes` is the size of the text in UTF-8, `name` is for messages.
     """
 
-    def __init__(self, shards: Sequence[Shard], vocab_size: int, bytes: int = 0, name: str = "data") -> None:
-        self.shards, self.vocab_size, self.bytes, self.name = list(shards), vocab_size, bytes, name
+    shards: Sequence[Shard]
+    vocab_size: int
+    bytes: int = 0
+    name: str = "data"
+
+    def __post_init__(self) -> None:
         self._ends = np.cumsum([len(shard.tokens) for shard in self.shards], dtype=np.int64)
 
     @property
@@ -110,6 +112,7 @@ class Split:
         return max(0, before - 1)
 
 
+@dataclass(eq=False)
 class Corpus:
     """Tokenized corpus: training and held-out splits of all sources.
 
@@ -119,32 +122,27 @@ class Corpus:
         weights: mixture weights, relative to each other; equal unless given.
         separator: token id that begins a document, None where there are no separators.
         fingerprint: SHA-256 of all that batches depend on except seed and step.
-        skipped: skipped documents.
 
     Raises:
         InputError: a weight below one sample per block of 4096.
     """
 
-    def __init__(
-        self,
-        train: Sequence[Split],
-        val: Sequence[Split],
-        weights: Sequence[float] | None = None,
-        *,
-        separator: int | None = None,
-        fingerprint: str = "",
-        skipped: Skipped | None = None,
-    ) -> None:
-        self.train, self.val = list(train), list(val)
-        self.weights = list(weights or [1.0] * len(self.train))
-        self.separator, self.fingerprint, self.skipped = separator, fingerprint, skipped or Skipped()
-        self.block_counts = _apportion(self.weights)
+    train: Sequence[Split]
+    val: Sequence[Split]
+    weights: Sequence[float] | None = None
+    separator: int | None = None
+    fingerprint: str = ""
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __post_init__(self) -> None:
+        weights = self.weights or [1.0] * len(self.train)
+        self.block_counts = _apportion(weights)
         if not all(self.block_counts):
             index = self.block_counts.index(0)
             what = "the weight of a source is too small: it would never be read"
             where = f"data.sources.{index}.weight ({self.train[index].name})"
-            expected = f"at least {sum(self.weights) / BLOCK:g}, 1/{BLOCK} of the sum"
-            raise InputError(what, where=where, found=self.weights[index], expected=expected)
+            expected = f"at least {sum(weights) / BLOCK:g}, 1/{BLOCK} of the sum"
+            raise InputError(what, where=where, found=weights[index], expected=expected)
 
     def batch(
         self, seed: int, step: int, rows: int, length: int, first_row: int = 0, total_rows: int | None = None
@@ -154,13 +152,13 @@ class Corpus:
         Args:
             seed: of the shuffling.
             step: from 0.
-            rows: number of rows.
+            rows: B, the number of rows.
             length: T.
             first_row: index of the first row in the global batch, for data parallelism.
             total_rows: rows of the global batch; `rows` unless given.
 
         Returns:
-            (rows, T + 1) token ids: inputs are all but the last column, targets all but the first.
+            (B, T + 1) token ids: inputs are all but the last column, targets all but the first.
 
         Raises:
             InputError: less data than a batch, or an id outside the vocabulary.
@@ -196,9 +194,7 @@ class Corpus:
     def held_out(self, length: int, limit: int = 0) -> Iterator[tuple[Split, Iterator[NDArray[np.int64]]]]:
         """Held-out windows per source, as `Split.val_windows(length)`.
 
-        Args:
-            length: T.
-            limit: approximate number of tokens in all, in evenly spaced windows; 0: all.
+        `limit` is the approximate number of tokens in all, in evenly spaced windows; 0: all.
         """
         total = sum(split.tokens for split in self.val)
         every = max(1, total // limit) if limit else 1

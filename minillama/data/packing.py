@@ -21,7 +21,7 @@ def document_ids(tokens: NDArray[Any], separator: int) -> NDArray[np.int64]:
         separator: token id that begins a document.
 
     Returns:
-        (..., T) document ids, counted in each row from its start.
+        (..., T) ids, counted in each row from its start.
     """
     return np.cumsum(tokens == separator, axis=-1, dtype=np.int64)
 
@@ -29,12 +29,7 @@ def document_ids(tokens: NDArray[Any], separator: int) -> NDArray[np.int64]:
 def document_positions(tokens: NDArray[Any], separator: int) -> NDArray[np.int64]:
     """Position ids within documents: t minus the position of the latest separator, or t before the first.
 
-    Args:
-        tokens: (..., T) token ids.
-        separator: token id that begins a document; it has position 0.
-
-    Returns:
-        (..., T) position ids.
+    The arguments are those of `document_ids`. A separator has position 0.
     """
     positions = np.arange(tokens.shape[-1], dtype=np.int64)
     return positions - np.maximum.accumulate(np.where(tokens == separator, positions, 0), axis=-1)

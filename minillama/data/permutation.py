@@ -28,13 +28,7 @@ def permute(indices: NDArray[np.uint64], size: int, keys: tuple[int, ...]) -> ND
     range are permuted again until they are inside (cycle walking: Black and Rogaway, "Ciphers with arbitrary
     finite domains", 2002), fewer than four times on average.
 
-    Args:
-        indices: any shape, each below `size`.
-        size: at least 1 and at most 2^62.
-        keys: from `derive_keys`.
-
-    Returns:
-        The images, of the shape of `indices`; distinct for distinct indices.
+    The indices, of any shape, are below `size`, which is at most 2^62; the keys are from `derive_keys`.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     out = _feistel(indices.astype(np.uint64), half, keys)

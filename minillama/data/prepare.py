@@ -61,33 +61,28 @@ def prepare(
         cache: folder, created if missing. Processes may share it.
         val_fraction: held-out fraction: see `SplitSource`.
         on_error: stop at bad text or skip it; `Corpus.skipped` has the skipped documents.
-        progress: progress callback.
 
     Raises:
         InputError: bad text, an empty source, a damaged or unwritable cache.
     """
     known = [identity(source) for source in sources]
-    tell = progress or (lambda what, share: None)
+    report = progress or (lambda what, share: None)
     readers = [SplitSource(source, val_fraction, on_error, MEMORY // len(sources)) for source in sources]
     settings: dict[str, Any] = {"version": VERSION, "val_fraction": val_fraction, "on_error": on_error}
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = _trained(tokenizer, readers, known, settings, cache, tell)
+        tokenizer = _trained(tokenizer, readers, known, settings, cache, report)
     settings |= {"tokenizer": tokenizer.fingerprint, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     folders = []
     for reader, source in zip(readers, known, strict=True):
         table = settings | {"identity": source}
-        folders.append(_cached(cache / _key(table), partial(_tokenize, reader, tokenizer, table, tell)))
+        folders.append(_cached(cache / _key(table), partial(_tokenize, reader, tokenizer, table, report)))
     return load_corpus(folders, [source.weight for source in sources]), tokenizer
 
 
 def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None) -> Corpus:
-    """Corpus of cache folders that `prepare` wrote.
+    """Corpus of cache folders that `prepare` wrote, one per source.
 
     Checksums are verified if all shards together are no larger than 1 GiB, sizes always.
-
-    Args:
-        folders: one per source.
-        weights: of the sources.
 
     Raises:
         InputError: a file is missing, of the wrong size, or not what dataset.json says.
@@ -109,7 +104,7 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
     separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
     train, val = splits["train"], splits["val"]
-    return Corpus(train, val, weights, separator=separator, fingerprint=fingerprint, skipped=skipped)
+    return Corpus(train, val, weights, separator, fingerprint, skipped)
 
 
 def _trained(
@@ -118,24 +113,24 @@ def _trained(
     known: list[dict[str, Any]],
     settings: dict[str, Any],
     cache: Path,
-    tell: Progress,
+    report: Progress,
 ) -> Tokenizer:
     """The trained tokenizer, cached."""
     weights = [reader.source.weight for reader in readers]
 
     def train(folder: Path) -> None:
-        tell("training the tokenizer", 0.0)
+        report("training the tokenizer", 0.0)
         shares = [int(SAMPLE * weight / sum(weights)) for weight in weights]
         pairs = zip(readers, shares, strict=True)
         trainer(text for reader, share in pairs for text in reader.sample(share)).save(folder)
-        tell("training the tokenizer", 1.0)
+        report("training the tokenizer", 1.0)
 
     key = _key(settings | {"from": known, "weights": weights, "by": trainer.description})
     return Tokenizer.load(_cached(cache / f"tokenizer-{key}", train))
 
 
 def _tokenize(
-    reader: SplitSource, tokenizer: Tokenizer, settings: dict[str, Any], tell: Progress, folder: Path
+    reader: SplitSource, tokenizer: Tokenizer, settings: dict[str, Any], report: Progress, folder: Path
 ) -> None:
     """Write a source's shards and its dataset.json."""
     reader.scan()
@@ -146,7 +141,7 @@ def _tokenize(
     counts = {side: {"documents": 0, "bytes": 0} for side in writers}
     done, total = 0, sum(reader.chars.values())
     for parts in _batches(_chunks(reader.parts())):
-        tell(f"tokenizing {reader.source.label}", done / total)
+        report(f"tokenizing {reader.source.label}", done / total)
         for part, ids in zip(parts, tokenizer.encode_batch(part.text for part in parts), strict=True):
             writers[part.split].write(before * part.starts + ids + after * part.ends)
             counts[part.split]["documents"] += part.starts
@@ -165,7 +160,7 @@ def _tokenize(
         },
     }
     (folder / "dataset.json").write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tell(f"tokenizing {reader.source.label}", 1.0)
+    report(f"tokenizing {reader.source.label}", 1.0)
 
 
 def _chunks(parts: Iterable[Part]) -> Iterator[Part]:

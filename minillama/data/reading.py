@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from minillama.errors import InputError, optional_import
+from minillama.files import reading
 
 RECORDS = (".jsonl", ".json", ".ndjson")
 """Suffixes of files with records."""
@@ -26,12 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Document:
-    """A document.
-
-    Args:
-        text: without byte order mark, newlines as LF.
-        where: the file, with the line in JSONL.
-    """
+    """A text, without byte order mark, newlines as LF; and its file, with the line in JSONL."""
 
     text: str
     where: str
@@ -56,12 +52,9 @@ class BadText(InputError):
 
 @dataclass
 class Skipped:
-    """Skipped documents.
+    """Skipped documents: counts by reason, and the locations of the first few, as file:line.
 
-    Args:
-        counts: by reason.
-        locations: of the first few, as file:line.
-        notes: number of documents that were changed, by the change.
+    `notes` has the number of documents that were changed, by the change.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -162,13 +155,12 @@ def clean(text: str, where: str) -> Document | BadText:
 
 def _items(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
     """Items of `read` on an open file, and an error for the rest of a damaged archive."""
-    try:
-        with _open(path) as stream:
-            yield from read(stream)
-    except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
-        yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
-    except OSError as error:
-        raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
+    with reading(path):
+        try:
+            with _open(path) as stream:
+                yield from read(stream)
+        except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
+            yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
 
 
 def _object(value: object, where: str, what: str) -> Record | BadText:

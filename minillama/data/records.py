@@ -10,21 +10,14 @@ from hashlib import sha256
 import numpy as np
 
 from minillama.data.permutation import derive_keys, hash_fraction, permute
-from minillama.data.reading import Record, Skipped
+from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.sources import OnError, Source, records
 from minillama.errors import InputError
 
 
 @dataclass(frozen=True)
 class Records:
-    """Fine-tuning data set.
-
-    Args:
-        train: training split.
-        val: held-out split.
-        fingerprint: SHA-256 of all records and of the split.
-        skipped: skipped lines.
-    """
+    """Fine-tuning data set; the fingerprint is the SHA-256 of all records and of the split."""
 
     train: Sequence[Record]
     val: Sequence[Record]
@@ -39,9 +32,10 @@ class Records:
         on_error: OnError = "stop",
         check: Callable[[Record], object] = lambda record: None,
     ) -> Records:
-        """Read all sources once, whatever their weight; `on_error` and `check` are those of `records`.
+        """Read all sources once, whatever their weight.
 
-        A record is held out when a hash of its JSON falls below `val_fraction`.
+        A record is held out when a hash of its JSON falls below `val_fraction`; `check` raises BadText for an
+        invalid one.
 
         Raises:
             InputError: no records to train on, or none to hold out.
@@ -51,7 +45,14 @@ class Records:
         val: list[Record] = []
         digest = sha256(str(val_fraction).encode())
         for source in sources:
-            for record in records(source, on_error, skipped, check):
+            for record in records(source, on_error, skipped):
+                try:
+                    check(record)
+                except BadText as bad:
+                    if on_error == "stop":
+                        raise
+                    skipped.add(bad)
+                    continue
                 text = json.dumps(record.value, sort_keys=True)
                 digest.update(text.encode() + b"\n")
                 side = val if hash_fraction(text, "held out") < val_fraction else train

@@ -37,12 +37,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A token shard.
-
-    Args:
-        path: the file, for messages.
-        tokens: (N,) ids.
-    """
+    """A token shard: its file, for messages, and the (N,) ids."""
 
     path: Path
     tokens: NDArray[Any]
@@ -56,9 +51,8 @@ class Shard:
         """
         path = Path(path)
         try:
-            actual = path.stat().st_size
             with path.open("rb") as file:
-                header = file.read(HEADER_BYTES)
+                actual, header = path.stat().st_size, file.read(HEADER_BYTES)
         except OSError as error:
             raise damaged(path, f"cannot read a data shard: {error.strerror}") from None
         if header[:8] != _MAGIC:
@@ -85,11 +79,7 @@ class ShardWriter:
 
     A shard has a temporary name until it is complete. Without tokens nothing is written.
 
-    Args:
-        folder: exists.
-        stem: start of the file names.
-        vocab_size: decides the width of a token.
-        shard_tokens: tokens in every shard but the last.
+    The vocabulary's size decides the width of a token; every shard but the last has `shard_tokens`.
     """
 
     def __init__(self, folder: Path, stem: str, vocab_size: int, shard_tokens: int = 2**26) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -29,6 +29,7 @@ from minillama.data.reading import (
     read_records,
 )
 from minillama.errors import InputError, optional_import
+from minillama.files import reading
 
 T = TypeVar("T")
 OnError = Literal["stop", "skip"]
@@ -75,7 +76,6 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     """Nonempty documents of a source.
 
     Args:
-        source: the source.
         on_error: `stop` raises at the first text that is not UTF-8, holds a NUL, is not JSON, lacks the field
             or comes out of a damaged archive; `skip` skips the document (a file, or a line of JSONL).
         report: counts of skipped documents.
@@ -86,19 +86,10 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     yield from (document for document in _valid(_items(source), on_error, report) if document.text)
 
 
-def records(
-    source: Source,
-    on_error: OnError = "stop",
-    report: Skipped | None = None,
-    check: Callable[[Record], object] = lambda record: None,
-) -> Iterator[Record]:
-    """JSON objects of a source's .jsonl, .json and .ndjson files, or rows of a data set of the hub.
+def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
+    """JSON objects of a source's .jsonl, .json and .ndjson files, or rows of a data set of the hub, in their order.
 
-    Args:
-        source: the source.
-        on_error: as for `documents`.
-        report: counts of skipped records.
-        check: raises BadText for an invalid record.
+    The arguments are those of `documents`.
 
     Raises:
         InputError: as `documents`; a source of text, not records.
@@ -106,31 +97,19 @@ def records(
     if source.name in BUILTIN:
         what = "this source gives texts, not records"
         raise InputError(what, where="data.sources", found=source.name, expected=".jsonl or .json files")
-    if source.name == PYTHON_QA:
-        yield from _valid(python_qa(), on_error, report, check)
-    else:
-        yield from _valid(_record_items(source), on_error, report, check)
+    items = python_qa() if source.name == PYTHON_QA else _record_items(source)
+    yield from _valid(items, on_error, report)
 
 
-def _valid(
-    items: Iterable[T | BadText],
-    on_error: OnError,
-    report: Skipped | None,
-    check: Callable[[T], object] = lambda item: None,
-) -> Iterator[T]:
+def _valid(items: Iterable[T | BadText], on_error: OnError, report: Skipped | None) -> Iterator[T]:
     """The valid items; the error of an invalid one is raised, or counted in `report`."""
     for item in items:
-        try:
-            if isinstance(item, BadText):
-                raise item
-            check(item)
-        except BadText as bad:
-            if on_error == "stop":
-                raise
-            if report is not None:
-                report.add(bad)
-        else:
+        if not isinstance(item, BadText):
             yield item
+        elif on_error == "stop":
+            raise item
+        elif report is not None:
+            report.add(item)
 
 
 def identity(source: Source) -> dict[str, Any]:
@@ -148,10 +127,8 @@ def identity(source: Source) -> dict[str, Any]:
         return known
     lines = []
     for path in _files(source.label.removeprefix(_HF), ("",) if source.name.startswith(_HF) else _SUFFIXES):
-        try:
+        with reading(path):
             status = path.stat()
-        except OSError as error:
-            raise InputError(f"cannot read this file: {error.strerror}", where=path) from None
         lines.append(f"{path.as_posix()} {status.st_size} {status.st_mtime_ns}")
     listing = "\n".join(lines).encode(errors="surrogateescape")  # a file name need not be UTF-8
     return known | {"files": len(lines), "listing": sha256(listing).hexdigest()}
@@ -206,13 +183,9 @@ def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> It
     real = folder.resolve()
     if real in above:
         raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
-    try:
+    with reading(folder, "this folder"):
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    except OSError as error:
-        raise InputError(f"cannot read this folder: {error.strerror}", where=folder) from None
-    for path in entries:
-        if path.name.startswith("."):
-            continue
+    for path in (path for path in entries if not path.name.startswith(".")):
         if path.is_dir():
             yield from _walk(path, above | {real}, suffixes)
         elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(suffixes):

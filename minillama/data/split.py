@@ -20,14 +20,7 @@ _LONG = 2**16  # characters
 
 @dataclass(frozen=True)
 class Part:
-    """A document, or the part of one in a split.
-
-    Args:
-        split: `train` or `val`.
-        text: not empty.
-        starts: whether it includes the document's start.
-        ends: whether it includes its end.
-    """
+    """A document, or the part of one in a split; whether it includes the document's start and its end."""
 
     split: SplitName
     text: str
@@ -44,8 +37,7 @@ class SplitSource:
     out. Documents are kept in memory up to a limit, beyond which they are read again.
 
     Args:
-        source: the source.
-        val_fraction: held-out fraction, between 0 and 1.
+        val_fraction: between 0 and 1.
         on_error: as for `documents`.
         memory: bytes of text that may be kept.
     """
@@ -56,7 +48,7 @@ class SplitSource:
         self.count = 0
         self.chars: dict[SplitName, int] = {"train": 0, "val": 0}
         self._kept: list[Document] | None = None
-        self._cut: int | None = None
+        self._boundary: int | None = None
 
     def scan(self) -> None:
         """Read the source once: count, keep documents up to the limit, and find the split point.
@@ -70,7 +62,7 @@ class SplitSource:
         size = 0
         for document in documents(self.source, self.on_error, self.skipped):
             self.count += 1
-            self.chars[self._side(document)] += len(document.text)
+            self.chars[self._split(document)] += len(document.text)
             size += sys.getsizeof(document.text)
             if kept is not None:
                 kept.append(document)
@@ -81,8 +73,8 @@ class SplitSource:
         self._kept = kept
         if not all(self.chars.values()):
             total = sum(self.chars.values())
-            self._cut = int(total * (1 - self.val_fraction))
-            self.chars = {"train": self._cut, "val": total - self._cut}
+            self._boundary = int(total * (1 - self.val_fraction))
+            self.chars = {"train": self._boundary, "val": total - self._boundary}
 
     def parts(self) -> Iterator[Part]:
         """Documents in order, with their splits; at most one is split in two."""
@@ -90,15 +82,15 @@ class SplitSource:
         at = 0
         for document in self._kept if self._kept is not None else documents(self.source, self.on_error):
             text = document.text
-            if self._cut is None:
-                yield Part(self._side(document), text)
+            if self._boundary is None:
+                yield Part(self._split(document), text)
                 continue
-            border = min(max(self._cut - at, 0), len(text))
+            inside = min(max(self._boundary - at, 0), len(text))
             at += len(text)
-            if border:
-                yield Part("train", text[:border], ends=border == len(text))
-            if border < len(text):
-                yield Part("val", text[border:], starts=not border)
+            if inside:
+                yield Part("train", text[:inside], ends=inside == len(text))
+            if inside < len(text):
+                yield Part("val", text[inside:], starts=not inside)
 
     def sample(self, chars: int) -> Iterator[str]:
         """Subsample of at most `chars` characters of the training documents, in order.
@@ -119,5 +111,5 @@ class SplitSource:
             yield text
             chars -= len(text)
 
-    def _side(self, document: Document) -> SplitName:
+    def _split(self, document: Document) -> SplitName:
         return "val" if hash_fraction(document.text, "held out") < self.val_fraction else "train"

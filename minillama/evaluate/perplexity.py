@@ -111,7 +111,7 @@ def _as_masked_span(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.
     layout = Layout.of([0, blanks.document]).fill(1, [blanks.start] * (ids.shape[1] - 1))
     tokens = torch.tensor(layout.tokens, device=ids.device).repeat(len(ids), 1)
     tokens[:, 0], tokens[:, 3:] = ids[:, 0], ids[:, 1:-1]
-    positions = torch.tensor(layout.places, device=ids.device).T.expand(len(ids), -1, -1)
+    positions = torch.tensor(layout.positions, device=ids.device).T.expand(len(ids), -1, -1)
     mask = Mask(prefix=torch.full((len(ids),), 2))
     return model.hidden(tokens, positions, mask)[:, 2:]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from minillama.errors import InputError
+from minillama.inference.chat import Prompt, chat_ids
 from minillama.inference.engine import Engine
 from minillama.inference.request import FinishReason, Request
 from minillama.inference.sampling import Sampling
@@ -127,13 +128,14 @@ def check_room(length: int, context: int, where: str) -> None:
 def stream(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[str | Sequence[int]],
+    prompt: str | Sequence[Prompt],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
-) -> Iterator[Chunk]:
+    chat: bool = False,
+) -> Generator[Chunk, None, None]:
     """Streaming generation, chunk by chunk, never half a character or part of a stop string.
 
     The last chunk of each sequence has its finish reason.
@@ -141,12 +143,14 @@ def stream(
     Args:
         model: the decoder.
         tokenizer: its tokenizer.
-        prompt: a text, or several, of any length, which share a batch; token ids are taken as they are.
+        prompt: a text, or several, of any length, which share a batch; token ids are taken as they are, messages
+            (`[{"role": "user", "content": ...}]`) by the tokenizer's chat template.
         max_new_tokens: tokens per prompt at most.
         sampling: sampling settings; `Sampling()` unless given. Prompt i has seed + i.
         stop: strings that end a sequence; they are not part of the text.
         ignore_eos: go on after the end-of-text token.
         engine: of this model; one for all prompts at once unless given.
+        chat: texts are questions for the chat template, too, and not to be continued.
 
     Raises:
         InputError: a prompt that does not fit the context, an empty stop string, a foreign tokenizer.
@@ -156,7 +160,7 @@ def stream(
     prompts, sampling = [prompt] if isinstance(prompt, str) else prompt, sampling or Sampling()
     blanks, ends = blanks_of(model, tokenizer), frozenset() if ignore_eos else end_ids(model, tokenizer)
     texts: dict[Request, _Text] = {}
-    for row, each in enumerate(prompts):
+    for row, each in enumerate(chat_ids(tokenizer, prompts, chat)):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
         read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop)
         request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text)
@@ -194,12 +198,13 @@ def encode(tokenizer: Tokenizer, prompt: str | Sequence[int], where: str) -> lis
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
+    chat: bool = False,
 ) -> list[Completion]:
     """Batched generation of several prompts. The arguments are those of `stream`.
 
@@ -207,7 +212,7 @@ def generate(
         One completion per prompt, in order, without the prompt.
     """
     rows: list[list[Chunk]] = [[] for _ in prompts]
-    for chunk in stream(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, engine):
+    for chunk in stream(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, engine, chat):
         rows[chunk.row].append(chunk)
     return [
         Completion(

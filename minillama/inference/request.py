@@ -60,7 +60,7 @@ class Row:
         self.request, self.first = request, first
         self.layout = request.prompt if isinstance(request.prompt, Layout) else None
         self.ids = list(request.ids)
-        self.positions = list(self.layout.places) if self.layout is not None else []
+        self.positions = list(self.layout.positions) if self.layout is not None else []
         self.limit = min(context, len(self.ids) + request.max_new_tokens)
         self.read = 0
         self.sampler = Sampler(request.sampling, self.ids, vocab_size, request.seed)

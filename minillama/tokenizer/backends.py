@@ -9,8 +9,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minillama.tokenizer.hf_json import END_OF_TEXT
-from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
-from minillama.tokenizer.reference.splitting import KEEPING, PATTERNS
+from minillama.tokenizer.pre import BYTE_TO_CHAR, byte_level_bpe
+from minillama.tokenizer.reference.splitting import LOSSLESS_PATTERNS, PATTERNS
 from minillama.tokenizer.reference.wordpiece import CONTINUATION
 from minillama.tokenizer.sentencepiece_vocab import BYTES, SPACE, ModelKind, Pieces, space_decoder
 
@@ -20,24 +20,14 @@ RESERVED = 2 + len(BYTES)  # special tokens and bytes of a character-based vocab
 
 def splitter(pattern: str) -> Any:
     """Regex pre-tokenizer for a pattern of `reference/splitting.py`."""
-    if pattern in KEEPING:
+    if pattern in LOSSLESS_PATTERNS:
         return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "isolated")
     return pre_tokenizers.Split(Regex(PATTERNS[pattern]), "removed", invert=True)
-
-
-def byte_words(pattern: str) -> Any:
-    """Byte-level pre-tokenizer: words of a pattern, as printable bytes."""
-    return byte_level_bpe([], [], STEPS[pattern], []).pre_tokenizer
 
 
 def escape_spaces() -> Any:
     """SentencePiece's normalizer: dummy prefix, and U+2581 for every space."""
     return normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-
-
-def spaces_escaped(text: str) -> str:
-    """The normalization of `escape_spaces`, in Python."""
-    return SPACE + text.replace(" ", SPACE) if text else text
 
 
 def word(words: Iterable[str]) -> Backend:
@@ -76,7 +66,7 @@ def byte_bpe(merges: Sequence[tuple[str, str]], pattern: str) -> Backend:
     """Byte-level BPE; nothing is unknown."""
     alphabet = sorted(BYTE_TO_CHAR)
     pieces = dict.fromkeys([END_OF_TEXT, *alphabet, *(left + right for left, right in merges)])
-    return byte_level_bpe(pieces, list(merges), STEPS[pattern], [END_OF_TEXT])
+    return byte_level_bpe(pieces, merges, pattern, [END_OF_TEXT])
 
 
 def wordpiece(pieces: Iterable[str]) -> Backend:

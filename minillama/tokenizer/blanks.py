@@ -23,59 +23,45 @@ class Layout(NamedTuple):
 
     Args:
         tokens: (N,) ids.
-        places: (N,) pairs of position ids: in part A, for a token of part B that of its mask; and within the
-            span, from 1, 0 in part A.
+        positions: (N,) pairs: position in part A, for a token of part B that of its mask; and within the span,
+            from 1, 0 in part A.
         prefix: |A|, the length of the bidirectional prefix.
     """
 
     tokens: list[int]
-    places: list[tuple[int, int]]
+    positions: list[tuple[int, int]]
     prefix: int
 
     @classmethod
     def of(cls, part_a: Sequence[int]) -> Layout:
         """Part A alone."""
-        return cls(list(part_a), [(place, 0) for place in range(len(part_a))], len(part_a))
+        return cls(list(part_a), [(position, 0) for position in range(len(part_a))], len(part_a))
 
-    def fill(self, place: int, ids: Sequence[int]) -> Layout:
+    def fill(self, mask: int, ids: Sequence[int]) -> Layout:
         """Append a span to part B: the position of its mask, and its inputs, the start token first."""
-        within = [(place, step) for step in range(1, len(ids) + 1)]
-        return Layout([*self.tokens, *ids], [*self.places, *within], self.prefix)
+        within = [(mask, step) for step in range(1, len(ids) + 1)]
+        return Layout([*self.tokens, *ids], [*self.positions, *within], self.prefix)
 
 
 class Rows(NamedTuple):
-    """A batch of layouts, right-padded to one length T, with targets.
+    """A batch of layouts, right-padded to one length T, with targets."""
 
-    Args:
-        tokens: (N, T) ids.
-        targets: (N, T) ids.
-        weights: (N, T) 1 in part B, 0 in part A and in padding.
-        positions: (N, 2, T).
-        prefix: (N,) |A|.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    weights: Tensor
-    positions: Tensor
-    prefix: Tensor
+    tokens: Tensor  # (N, T) ids
+    targets: Tensor  # (N, T) ids
+    weights: Tensor  # (N, T) 1 in part B, 0 in part A and in padding
+    positions: Tensor  # (N, 2, T)
+    prefix: Tensor  # (N,) |A|
 
 
 def collate(layouts: Sequence[Layout], targets: Sequence[Sequence[int]], length: int) -> Rows:
-    """Collate layouts.
-
-    Args:
-        layouts: N of them.
-        targets: the target ids of part B, per layout.
-        length: T.
-    """
+    """Batch of layouts, padded to `length` T; the targets are those of part B, per layout."""
     shape = len(layouts), length
     tokens, wanted = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     positions, weights = torch.zeros(len(layouts), 2, length, dtype=torch.long), torch.zeros(shape)
     for row, (layout, ids) in enumerate(zip(layouts, targets, strict=True)):
         size = len(layout.tokens)
         tokens[row, :size] = torch.tensor(layout.tokens)
-        positions[row, :, :size] = torch.tensor(layout.places).T
+        positions[row, :, :size] = torch.tensor(layout.positions).T
         wanted[row, layout.prefix : size] = torch.tensor(ids)
         weights[row, layout.prefix : size] = 1
     return Rows(tokens, wanted, weights, positions, torch.tensor([layout.prefix for layout in layouts]))
@@ -83,21 +69,13 @@ def collate(layouts: Sequence[Layout], targets: Sequence[Sequence[int]], length:
 
 @dataclass(frozen=True)
 class Blanks:
-    """Ids of GLM's special tokens.
+    """Ids of GLM's special tokens: `BLANK_TOKENS`."""
 
-    Args:
-        token: mask of a token span, [MASK].
-        sentence: mask of a sentence, [sMASK].
-        document: mask of a document-level span, as a rule up to the end, [gMASK].
-        start: the first input of a span, <sop>.
-        end: the last target of a span, <eop>.
-    """
-
-    token: int
-    sentence: int
-    document: int
-    start: int
-    end: int
+    token: int  # mask of a token span
+    sentence: int  # mask of a sentence
+    document: int  # mask of a document-level span, as a rule up to the end
+    start: int  # the first input of a span
+    end: int  # the last target of a span
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Blanks:
@@ -106,9 +84,8 @@ class Blanks:
         Raises:
             InputError: it lacks one of the tokens.
         """
-        found = ((name, tokenizer.backend.token_to_id(name)) for name in BLANK_TOKENS)
-        ids = {name: i for name, i in found if i is not None}
-        missing = [name for name in BLANK_TOKENS if name not in ids]
+        ids = [tokenizer.backend.token_to_id(name) for name in BLANK_TOKENS]
+        missing = [name for name, i in zip(BLANK_TOKENS, ids, strict=True) if i is None]
         if missing:
             raise InputError(
                 "this tokenizer has no special tokens for infilling",
@@ -117,7 +94,7 @@ class Blanks:
                 expected=", ".join(BLANK_TOKENS),
                 fix="give the model's own tokenizer; `minillama tokenizer train --special` makes new ones",
             )
-        return cls(*ids.values())
+        return cls(*(i for i in ids if i is not None))
 
     @property
     def masks(self) -> tuple[int, int, int]:
@@ -125,5 +102,5 @@ class Blanks:
         return self.token, self.sentence, self.document
 
     def continuation(self, ids: Sequence[int]) -> Layout:
-        """A prompt for left-to-right generation: [gMASK] behind it, and a span open for its first token."""
+        """Prompt of left-to-right generation: [gMASK] behind it, and the start of its span."""
         return Layout.of([*ids, self.document]).fill(len(ids), [self.start])

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ class ChatTemplate:
     """Chat template renderer.
 
     Args:
-        template: Jinja.
         variables: of the template besides the messages: `bos_token`, `eos_token`.
         seconds: time limit per conversation.
     """
@@ -37,12 +37,7 @@ class ChatTemplate:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
-    def __call__(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = False,
-        **more: Any,
-    ) -> str:
+    def __call__(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **more: Any) -> str:
         """The rendered conversation.
 
         Args:
@@ -101,11 +96,9 @@ class ChatTemplate:
             if not self._process.stdout.readline():  # ready: startup is outside the time limit
                 raise InputError("the process that renders chat templates did not start", found=" ".join(command))
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with suppress(BrokenPipeError):  # the process ended; the empty reply below says so
             self._process.stdin.write(request)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the process ended; the empty reply below says so
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(self.seconds):
@@ -113,17 +106,13 @@ class ChatTemplate:
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
             raise InputError("the chat template exceeded its memory limit, and was stopped")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        return json.loads(line)
 
     def close(self) -> None:
         """Stop the process; the next call starts another."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                if stream is not None:
-                    stream.close()
+            with self._process:  # closes its streams and waits for its end
+                self._process.kill()
         self._process = None
 
     def __del__(self) -> None:

@@ -49,10 +49,8 @@ def _compiled(template: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {
-        "raise_exception": _refuse,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
@@ -77,12 +75,7 @@ def _render(request: dict[str, Any], size: int) -> list[str]:
 
 
 def main(memory: int, size: int) -> None:
-    """Serve requests until the input ends.
-
-    Args:
-        memory: address space in bytes, where the system has such a limit.
-        size: characters per reply at most.
-    """
+    """Serve requests until the input ends, in `memory` bytes, with replies of at most `size` characters."""
     try:
         import resource
 

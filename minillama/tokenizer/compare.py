@@ -8,34 +8,25 @@ from pathlib import Path
 
 from tokenizers import decoders
 
-from minillama.errors import InputError
+from minillama.errors import InputError, optional_import
 from minillama.tokenizer.pre import piece_bytes
 from minillama.tokenizer.reference.byte_fallback import BYTE
 from minillama.tokenizer.sentencepiece_vocab import SPACE
 from minillama.tokenizer.tokenizer import Tokenizer
 
-BLANKS = 0.05  # whitespace per character; a text with less has no spaces between words
+WHITESPACE = 0.05  # per character; a text with less has no spaces between words
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Measures of one tokenizer on one text.
+    """Measures of one tokenizer on one text."""
 
-    Attributes:
-        tokens: of the text, its documents encoded one by one.
-        tokens_per_word: fertility, over whitespace-separated words. None for a text without spaces.
-        tokens_per_character: fertility where there are no words.
-        bytes_per_token: compression, in UTF-8 bytes.
-        unknown: share of unknown tokens.
-        coverage: share of the characters in tokens of whole characters, neither unknown nor byte tokens.
-    """
-
-    tokens: int
-    tokens_per_word: float | None
-    tokens_per_character: float
-    bytes_per_token: float
-    unknown: float
-    coverage: float
+    tokens: int  # of the text, its documents encoded one by one
+    tokens_per_word: float | None  # fertility, over whitespace-separated words; None for a text without spaces
+    tokens_per_character: float  # fertility where there are no words
+    bytes_per_token: float  # compression, in UTF-8 bytes
+    unknown: float  # share of unknown tokens
+    coverage: float  # share of the characters in tokens of whole characters, neither unknown nor byte tokens
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
@@ -48,40 +39,40 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Figures:
     characters, words = sum(map(len, documents)), sum(len(text.split()) for text in documents)
     if not characters:
         raise InputError("there is no text to compare tokenizers on")
-    blanks = sum(map(str.isspace, "".join(documents))) / characters
-    tokens = unknown = lost = 0
+    whitespace = sum(map(str.isspace, "".join(documents))) / characters
+    tokens = unknown = uncovered = 0
     for text in documents:
         surfaces = tokenizer.surfaces(text)
         tokens += len(surfaces)
         unknown += sum(token == tokenizer.unknown_id for token, _ in surfaces)
-        lost += _lost(tokenizer, surfaces)
+        uncovered += _uncovered(tokenizer, surfaces)
     return Figures(
         tokens=tokens,
-        tokens_per_word=tokens / words if words and blanks > BLANKS else None,
+        tokens_per_word=tokens / words if words and whitespace > WHITESPACE else None,
         tokens_per_character=tokens / characters,
         bytes_per_token=sum(len(text.encode()) for text in documents) / max(1, tokens),
         unknown=unknown / max(1, tokens),
-        coverage=1 - lost / characters,
+        coverage=1 - uncovered / characters,
     )
 
 
-def _lost(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
+def _uncovered(tokenizer: Tokenizer, surfaces: Sequence[tuple[int, str]]) -> int:
     """Number of characters in unknown tokens or in runs of byte tokens."""
     is_byte_level = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
-    lost, run = 0, b""
+    uncovered, run = 0, b""
     for token, surface in [*surfaces, (-1, "")]:
         part = b""
         if token == tokenizer.unknown_id:
-            lost += len(surface.replace(SPACE, ""))
+            uncovered += len(surface.replace(SPACE, ""))
         elif is_byte_level and surface:
             data = piece_bytes(surface)
             part = data if "\ufffd" in data.decode(errors="replace") else b""
         elif byte := BYTE.fullmatch(surface):
             part = bytes([int(byte[1], 16)])
         if not part and run:
-            lost, run = lost + len(run.decode(errors="replace")), b""
+            uncovered, run = uncovered + len(run.decode(errors="replace")), b""
         run += part
-    return lost
+    return uncovered
 
 
 def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
@@ -94,21 +85,15 @@ def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
     Raises:
         InputError: matplotlib is not installed, or does not know the format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("a plot needs the package matplotlib", fix="pip install 'minillama[plot]'") from None
-    texts: Sequence[str] = list(next(iter(table.values())))
-    figure = Figure(figsize=(max(6.0, 1.2 * len(texts) + 2), 7), layout="constrained")
-    for axes, (label, pick) in zip(
-        figure.subplots(2, 1),
-        (("bytes per token", lambda f: f.bytes_per_token), ("characters covered", lambda f: f.coverage)),
-        strict=True,
-    ):
-        width = 0.8 / len(table)
+    texts = list(next(iter(table.values())))
+    library = optional_import("matplotlib.figure", "a plot", "plot")
+    figure = library.Figure(figsize=(max(6.0, 1.2 * len(texts) + 2), 7), layout="constrained")
+    width = 0.8 / len(table)
+    fields = {"bytes per token": "bytes_per_token", "characters covered": "coverage"}
+    for axes, (label, field) in zip(figure.subplots(2, 1), fields.items(), strict=True):
         for number, (name, row) in enumerate(table.items()):
             positions = [i + (number - (len(table) - 1) / 2) * width for i in range(len(texts))]
-            axes.bar(positions, [pick(row[text]) for text in texts], width, label=name)
+            axes.bar(positions, [getattr(row[text], field) for text in texts], width, label=name)
         axes.set_xticks(range(len(texts)), texts, rotation=20)
         axes.set_ylabel(label)
     figure.axes[0].legend()

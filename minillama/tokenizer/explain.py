@@ -12,8 +12,7 @@ from minillama.tokenizer.reference.unigram import Unigram
 from minillama.tokenizer.spec import to_dict
 from minillama.tokenizer.tokenizer import Tokenizer
 
-Steps = Iterator[tuple[list[str], list[str]]]
-"""The lines of each word, and its token pieces."""
+Steps = Iterator[tuple[list[str], list[str]]]  # the lines of each word, and its token pieces
 Trace = Callable[[dict[str, Any], list[str]], Steps]
 
 
@@ -25,10 +24,7 @@ def explain(tokenizer: Tokenizer, text: str, n_best: int = 3) -> Iterator[str]:
     The last line has the ids that the tokenizer itself gives. A line says where the steps do not lead there,
     because added tokens are split off first.
 
-    Args:
-        tokenizer: of any kind.
-        text: any text.
-        n_best: segmentations shown for a unigram model.
+    `n_best` segmentations are shown for a unigram model.
     """
     backend, ids, normal = tokenizer.backend, tokenizer.encode(text), tokenizer.normalized(text)
     model: dict[str, Any] = to_dict(backend)["model"]
@@ -91,7 +87,7 @@ def _known(
     """The symbols, with the byte tokens or the unknown token of those outside the vocabulary."""
     pieces: list[str] = []
     for symbol in symbols:
-        spelled = byte_fallback.spell([symbol], vocab) if has_bytes else [symbol]
+        spelled = byte_fallback.encode([symbol], vocab) if has_bytes else [symbol]
         if not all(piece in vocab for piece in spelled):
             lines.append(f"  {_escaped(symbol)} is unknown: {unknown}")
             spelled = [unknown] if unknown is not None else []

@@ -31,10 +31,8 @@ def read(file: Path) -> Parts:
     backend = _backend(file)
     settings_file = file.with_name(SETTINGS)
     settings = _settings(file.parent)
-    eos = _token_name(settings.get("eos_token")) or _first_known(backend, _EOS_NAMES)
-    bos = _token_name(settings.get("bos_token"))
-    if not settings_file.exists():  # otherwise there is none
-        bos = _first_known(backend, _BOS_NAMES)
+    eos = _token(settings.get("eos_token"), backend, _EOS_NAMES)
+    bos = _token(settings.get("bos_token"), backend, () if settings_file.exists() else _BOS_NAMES)
     if eos is None:
         raise InputError(
             "the tokenizer names no end-of-text token",
@@ -44,8 +42,8 @@ def read(file: Path) -> Parts:
         )
     for token in (eos, bos or eos):
         if backend.token_to_id(token) is None:
-            what, expected = "this token is not in the vocabulary", "a token of tokenizer.json"
-            raise InputError(what, where=settings_file, found=token, expected=expected)
+            expected = "a token of tokenizer.json"
+            raise InputError("this token is not in the vocabulary", where=settings_file, found=token, expected=expected)
     # Default: the file's own post-processor, as its models were trained.
     starts = backend.encode("").ids[:1] == [backend.token_to_id(bos or eos)]
     add_bos = bool(settings.get("add_bos_token", starts)) and (bos is not None or starts)
@@ -73,16 +71,17 @@ def _backend(file: Path) -> Backend:
         ) from None
 
 
-def _token_name(value: object) -> str | None:
-    """A token of tokenizer_config.json: a string, or an object with its `content`."""
+def _token(value: object, backend: Backend, defaults: Iterable[str]) -> str | None:
+    """A token of tokenizer_config.json, a string or an object with its `content`; or the first known default."""
     value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+    known = (name for name in defaults if backend.token_to_id(name) is not None)
+    return value if isinstance(value, str) and value else next(known, None)
 
 
 def with_settings(parts: Parts, folder: Path) -> Parts:
     """Parts of a vocabulary of another format with the tokenizer_config.json and the chat templates beside it."""
     settings = _settings(folder)
-    names = {key: _token_name(settings.get(f"{key}_token")) for key in ("eos", "bos")}
+    names = {key: _token(settings.get(f"{key}_token"), parts.backend, ()) for key in ("eos", "bos")}
     known = {key: name for key, name in names.items() if name and parts.backend.token_to_id(name) is not None}
     add_bos = bool(settings.get("add_bos_token", parts.add_bos))
     eos, bos = known.get("eos", parts.eos), known.get("bos", parts.bos)
@@ -111,8 +110,3 @@ def _named(value: object) -> Iterator[tuple[str, str]]:
     for name, template in value.items() if isinstance(value, dict) else ():
         if isinstance(name, str) and isinstance(template, str):
             yield name, template
-
-
-def _first_known(backend: Backend, names: Iterable[str]) -> str | None:
-    """The first of the names that the vocabulary has."""
-    return next((name for name in names if backend.token_to_id(name) is not None), None)

@@ -16,12 +16,14 @@ from typing import Any
 
 from minillama.errors import InputError
 from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.pre import STEPS, byte_level_bpe, steps_of
+from minillama.tokenizer.pre import byte_level_bpe, pattern_of
+from minillama.tokenizer.reference.splitting import by_frequency
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, PieceType
 from minillama.tokenizer.spec import by_id, read_bytes, to_dict
 from minillama.tokenizer.tokenizer import Tokenizer
 
-LOST = ("Cc", "Cs", "Cn", "Co", "Zs", "Zl", "Zp")  # Unicode categories that are not learned
+SENTENCEPIECE, BYTE_LEVEL = "SentencePiece model", "byte-level BPE"
+NOT_LEARNED = ("Cc", "Cs", "Cn", "Co", "Zs", "Zl", "Zp")  # Unicode categories that are not learned
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,16 @@ def extend(
         InputError: the two are of different kinds, or the second has special tokens that the first lacks, or
             a special token is there already; a byte-level base takes neither characters nor special tokens.
     """
-    special, first = list(special), _model(base)
-    second = _model(extra) if extra is not None else None
+    special, kind = list(special), _kind(base)
     if characters < 0:
         what, where = "not a number of characters", "--add-characters"
         raise InputError(what, where=where, found=characters, expected="at least 0")
-    if extra is not None and (first is None) != (second is None):
-        expected = "two SentencePiece models (tokenizer.model), or two byte-level BPE vocabularies"
-        raise _different(base, extra, expected)
-    if first is not None:
-        return _extend_sentencepiece(first, second, base, extra, characters, texts, special)
+    if extra is not None and (_kind(extra) != kind or not kind.startswith((SENTENCEPIECE, BYTE_LEVEL))):
+        what = "these tokenizers are of different kinds and cannot be merged"
+        expected = f"two {SENTENCEPIECE}s (tokenizer.model), or two vocabularies of {BYTE_LEVEL} and one pattern"
+        raise InputError(what, found=f"{base}: {kind}; {extra}: {_kind(extra)}", expected=expected)
+    if kind == SENTENCEPIECE:
+        return _extend_sentencepiece(base, extra, characters, texts, special)
     if extra is None or characters or special:
         what = "to a vocabulary that is no SentencePiece model another one can be appended, and nothing else"
         raise InputError(what, where=base, fix="give EXTRA, without --add-characters and --special")
@@ -71,14 +73,9 @@ def extend(
 
 
 def _extend_sentencepiece(
-    model: Any,
-    other: Any,
-    base: str | Path,
-    extra: str | Path | None,
-    characters: int,
-    texts: Iterable[str],
-    special: Sequence[str],
+    base: str | Path, extra: str | Path | None, characters: int, texts: Iterable[str], special: Sequence[str]
 ) -> Extended:
+    model = _model(base)
     if model.trainer_spec.model_type != ModelKind.BPE:
         kind = ModelKind(model.trainer_spec.model_type).name.lower()
         what = "token pieces can be added to a BPE model alone: its scores are ranks, not probabilities"
@@ -91,7 +88,8 @@ def _extend_sentencepiece(
     if extra is None and not characters and not special:
         raise InputError("nothing to append", where=base, fix="give EXTRA, --add-characters or --special")
     merged = found = 0
-    if other is not None:
+    if extra is not None:
+        other = _model(extra)
         kinds = PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED
         _check_special(_names(model, kinds), _names(other, kinds), base, extra)
         pieces = (piece for piece in other.pieces if piece.type not in (PieceType.BYTE, PieceType.UNUSED))
@@ -110,9 +108,6 @@ def _extend_sentencepiece(
 def _extend_byte_level(base: str | Path, extra: str | Path) -> Extended:
     """The second's merges behind the first's, where both symbols of the pair are in the vocabulary by then."""
     first, second = Tokenizer.load(base), Tokenizer.load(extra)
-    steps = steps_of(first.backend)
-    if steps is None or steps != steps_of(second.backend):
-        raise _different(base, extra, f"two byte-level BPE vocabularies of one pattern, {', '.join(STEPS)}")
     spec, other = to_dict(first.backend), to_dict(second.backend)
     own, others = ({token["content"] for token in tokens["added_tokens"]} for tokens in (spec, other))
     _check_special(own, others, base, extra)
@@ -128,7 +123,9 @@ def _extend_byte_level(base: str | Path, extra: str | Path) -> Extended:
             names[left + right] = None
     special = [token["content"] for token in spec["added_tokens"] if token["special"]]
     words = [token["content"] for token in spec["added_tokens"] if not token["special"]]
-    backend = byte_level_bpe(names, list(merges), steps, special, words, spec["model"]["ignore_merges"])
+    pattern = pattern_of(first.backend)
+    assert pattern is not None  # as `extend` has found
+    backend = byte_level_bpe(names, list(merges), pattern, special, words, spec["model"]["ignore_merges"])
     made = Tokenizer.of(replace(first.parts, backend=backend, config={"chat_template": first.chat_templates}))
     return Extended(made, made.vocab_size - first.vocab_size)
 
@@ -138,8 +135,15 @@ def new_characters(texts: Iterable[str], known: set[str]) -> list[str]:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    wanted = (char for char in counts if char not in known and unicodedata.category(char) not in LOST)
-    return sorted(wanted, key=lambda char: (-counts[char], char))
+    return [c for c in by_frequency(counts) if c not in known and unicodedata.category(c) not in NOT_LEARNED]
+
+
+def _kind(path: str | Path) -> str:
+    if _model(path) is not None:
+        return SENTENCEPIECE
+    backend = Tokenizer.load(path).backend
+    pattern = pattern_of(backend)
+    return f"{BYTE_LEVEL}, pattern {pattern}" if pattern else f"{type(backend.model).__name__}, not byte-level"
 
 
 def _model(path: str | Path) -> Any:
@@ -148,7 +152,6 @@ def _model(path: str | Path) -> Any:
     if file.is_dir():
         file = file / "tokenizer.model"
     if not file.is_file():
-        Tokenizer.load(path)  # raises if there is no tokenizer
         return None
     data = read_bytes(file)
     return sentencepiece.message(data, file) if sentencepiece.is_sentencepiece(data) else None
@@ -170,23 +173,6 @@ def _append(model: Any, names: Iterable[str], kind: PieceType = PieceType.NORMAL
 
 def _check_special(own: set[str], others: set[str], base: object, extra: object) -> None:
     if others - own:
-        raise InputError(
-            "the special tokens do not match",
-            where=extra,
-            found=", ".join(sorted(others - own)),
-            expected=f"only such as {base} has",
-            fix="add them with --special, or train the second vocabulary without them",
-        )
-
-
-def _different(base: str | Path, extra: str | Path, expected: str) -> InputError:
-    what = "these tokenizers are of different kinds and cannot be merged"
-    return InputError(what, found=f"{base}: {_kind(base)}; {extra}: {_kind(extra)}", expected=expected)
-
-
-def _kind(path: str | Path) -> str:
-    if _model(path) is not None:
-        return "SentencePiece"
-    backend = Tokenizer.load(path).backend
-    pattern = next((name for name, steps in STEPS.items() if steps == steps_of(backend)), None)
-    return f"byte-level BPE, pattern {pattern}" if pattern else f"{type(backend.model).__name__}, not byte-level"
+        found, expected = ", ".join(sorted(others - own)), f"only such as {base} has"
+        fix = "add them with --special, or train the second vocabulary without them"
+        raise InputError("the special tokens do not match", where=extra, found=found, expected=expected, fix=fix)

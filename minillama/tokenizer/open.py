@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.files import refuse_url
+from minillama.files import reading, refuse_url
 from minillama.tokenizer import gguf, hf_json, llama2c, sentencepiece, tiktoken
-from minillama.tokenizer.spec import Parts, reading
+from minillama.tokenizer.spec import FIX, Parts
 
 NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 
@@ -23,25 +22,21 @@ def read(path: str | Path) -> Parts:
     file = Path(path)
     if file.is_dir():
         file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])
-    with reading(file), file.open("rb") as stream:
+    with reading(file, "the tokenizer", FIX), file.open("rb") as stream:
         start = stream.read(4096)
     try:
-        reader = _reader(file, start)
-        parts = reader(file)
-        return parts if reader in (hf_json.read, gguf.read) else hf_json.with_settings(parts, file.parent)
+        if start[:4] == b"GGUF":
+            return gguf.read(file)
+        if file.suffix == ".bin":
+            parts = llama2c.read(file)
+        elif tiktoken.is_tiktoken(start):
+            parts = tiktoken.read(file)
+        elif file.suffix == ".model" or sentencepiece.is_sentencepiece(start):
+            parts = sentencepiece.read(file)
+        else:
+            return hf_json.read(file)
+        return hf_json.with_settings(parts, file.parent)
     except InputError as error:
         if error.where is not None:
             raise
         raise error.at(file) from None
-
-
-def _reader(file: Path, start: bytes) -> Callable[[Path], Parts]:
-    if start[:4] == b"GGUF":
-        return gguf.read
-    if file.suffix == ".bin":
-        return llama2c.read
-    if tiktoken.is_tiktoken(start):
-        return tiktoken.read
-    if file.suffix == ".model" or sentencepiece.is_sentencepiece(start):
-        return sentencepiece.read
-    return hf_json.read

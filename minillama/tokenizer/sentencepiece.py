@@ -70,12 +70,12 @@ def pieces_of(proto: Any, where: object) -> Pieces:
 
 
 def read(file: Path) -> Parts:
-    """Read a .model file. Generation starts with its bos token, as LLaMA's models were trained."""
+    """Read a .model file."""
     return parse(read_bytes(file), file)
 
 
 def parse(data: bytes, where: object) -> Parts:
-    """Tokenizer parts from the bytes of a .model file."""
+    """Tokenizer of a .model file's bytes. Generation starts with its bos token, as LLaMA's models were trained."""
     proto = message(data, where)
     pieces, spec = pieces_of(proto, where), proto.trainer_spec
     names = dict(enumerate(pieces.names))

@@ -7,7 +7,7 @@ a token piece into two others becomes a merge, ranked by the token piece's score
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -48,25 +48,15 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True)
 class Pieces:
-    """SentencePiece vocabulary in the order of its ids.
+    """SentencePiece vocabulary in the order of its ids."""
 
-    Attributes:
-        names: with U+2581 for a space.
-        scores: log probabilities (unigram) or minus the merge index (BPE).
-        types: of `PieceType`.
-        kind: unigram, BPE or characters.
-        dummy_prefix: prepend a space to every text.
-        charsmap: SentencePiece's compiled normalization, empty for identity.
-        squeeze: remove extra whitespace: strip spaces at the ends, collapse runs.
-    """
-
-    names: Sequence[str]
-    scores: Sequence[float]
-    types: Sequence[int]
+    names: Sequence[str]  # with U+2581 for a space
+    scores: Sequence[float]  # log probabilities (unigram) or minus the merge index (BPE)
+    types: Sequence[int]  # of `PieceType`
     kind: ModelKind = ModelKind.BPE
-    dummy_prefix: bool = True
-    charsmap: bytes = b""
-    squeeze: bool = False
+    dummy_prefix: bool = True  # prepend a space to every text
+    charsmap: bytes = b""  # the compiled normalization, empty for identity
+    squeeze: bool = False  # remove extra whitespace: strip spaces at the ends, collapse runs
 
     @classmethod
     def with_bytes(cls, special: Sequence[str], scores: Mapping[str, float], kind: ModelKind) -> Pieces:
@@ -97,7 +87,7 @@ class Pieces:
         if self.kind == ModelKind.CHAR:
             return True
         scores = self._normal_scores
-        if any(merges_by_score({**scores, name: 0.0}, only=name) for name in self.of_type(PieceType.UNUSED)):
+        if any(splits(name, scores) for name in self.of_type(PieceType.UNUSED)):
             return False
         # Llama 2's runs of spaces have equal scores, but lead to the longest run in either order
         joined = {left + right for left, right in self._merges() if len({*left, *right}) > 1}
@@ -112,10 +102,8 @@ class Pieces:
         else:
             vocab = {name: i for i, name in enumerate(self.names)}
             unknown = None if self.unknown is None else self.names[self.unknown]
-            merges = self._merges()
-            backend = Backend(
-                models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
-            )
+            rules = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": byte_fallback}
+            backend = Backend(models.BPE(vocab=vocab, merges=self._merges(), **rules))
         backend.normalizer = normalizers.Sequence(self._normalizers())
         backend.decoder = space_decoder(self.dummy_prefix)
         backend.add_special_tokens(self.of_type(PieceType.CONTROL, PieceType.UNKNOWN))
@@ -143,12 +131,12 @@ class Pieces:
         safe between two characters that are adjacent in no normal token piece.
         """
         adjacent = {pair for name in self._normal_scores for pair in pairwise(name)}
+
+        def split_point(name: str) -> int:
+            return next((i for i, pair in enumerate(pairwise(name), 1) if pair not in adjacent), 0)
+
         reserved = self.of_type(PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE, PieceType.UNUSED)
-        return {
-            name: next((i for i, pair in enumerate(pairwise(name), 1) if pair not in adjacent), 0)
-            for name in reserved
-            if len(name) > 1
-        }
+        return {name: split_point(name) for name in reserved if len(name) > 1}
 
     def _unigram_scores(self) -> list[tuple[str, float]]:
         """Names with scores; tokens without a split point score below any other segmentation of their text.
@@ -156,11 +144,9 @@ class Pieces:
         Six digits survive the round trip through a tokenizer.json.
         """
         worst = min([*self.scores, -1.0])
-        table = zip(self.names, self.scores, strict=True)
-        return [
-            (name, round(2 * len(name) * worst if self._split_points.get(name) == 0 else score, 6))
-            for name, score in table
-        ]
+        scores = dict(zip(self.names, self.scores, strict=True))
+        scores |= {name: 2 * len(name) * worst for name, i in self._split_points.items() if not i}
+        return [(name, round(score, 6)) for name, score in scores.items()]
 
     def _split_pattern(self) -> Regex:
         """Prefixes, up to the split point, of texts that spell a special, byte or unused token."""
@@ -219,12 +205,8 @@ def space_decoder(dummy_prefix: bool = True) -> Any:
     return decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if dummy_prefix else [])])
 
 
-def merges_by_score(scores: Mapping[str, float], only: str | None = None) -> list[tuple[str, str]]:
-    """Merges of a scored vocabulary, in SentencePiece's order.
-
-    Args:
-        scores: by token piece; ties keep this order.
-        only: restrict to the merges that give this token piece.
+def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Merges of a scored vocabulary, in SentencePiece's order: by descending score, ties in the order given.
 
     Raises:
         InputError: a score is NaN, or a token piece is implausibly long.
@@ -235,10 +217,10 @@ def merges_by_score(scores: Mapping[str, float], only: str | None = None) -> lis
     if longest > LONGEST:
         expected = f"at most {LONGEST} characters"
         raise InputError("a token of the vocabulary is too long", found=longest, expected=expected)
-    merges = []
-    for order, (piece, score) in enumerate(scores.items() if only is None else [(only, scores[only])]):
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                merges.append((-score, order, cut, left, right))
-    return [(left, right) for *_, left, right in sorted(merges)]
+    return [pair for piece in sorted(scores, key=lambda piece: -scores[piece]) for pair in splits(piece, scores)]
+
+
+def splits(piece: str, known: Container[str]) -> list[tuple[str, str]]:
+    """The ways to split a token piece into two others."""
+    pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+    return [(left, right) for left, right in pairs if left in known and right in known]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
+from minillama.files import reading
 
 LIMIT = 500_000_000
+FIX = "give the tokenizer's file, or a folder that holds it"
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class Parts:
 
 def to_dict(backend: Backend) -> dict[str, Any]:
     """The tokenizer.json of a backend."""
-    spec: dict[str, Any] = json.loads(backend.to_str())
-    return spec
+    return json.loads(backend.to_str())
 
 
 def by_id(backend: Backend) -> dict[int, str]:
@@ -42,19 +42,9 @@ def by_id(backend: Backend) -> dict[int, str]:
     return {table[name]: name for name in sorted(table, key=table.__getitem__)}
 
 
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """InputError for the system's error."""
-    try:
-        yield
-    except OSError as error:
-        fix = "give the tokenizer's file, or a folder that holds it"
-        raise InputError(f"cannot read the tokenizer: {error.strerror}", where=file, fix=fix) from None
-
-
 def read_bytes(file: Path) -> bytes:
     """The whole file, unless it is too large to be a vocabulary."""
-    with reading(file):
+    with reading(file, "the tokenizer", FIX):
         size = file.stat().st_size
         if size > LIMIT:
             expected = f"at most {LIMIT}"

@@ -19,11 +19,7 @@ class StreamDecoder:
     Incomplete characters are buffered. The time per push is constant. (tokenizers' own DecodeStream waits
     forever, and slows down, after bytes that are not valid UTF-8, and it has no flush.)
 
-    Args:
-        backend: the tokenizer's backend.
-        special_ids: ids of special tokens.
-        skip_special: special tokens give no text.
-        after: ids of the prompt.
+    With `skip_special`, special tokens give no text; `after` are the ids of the prompt.
     """
 
     def __init__(
@@ -59,10 +55,7 @@ class StreamDecoder:
         return BYTE.fullmatch(self._backend.id_to_token(token) or "") is not None
 
     def _take(self) -> str:
-        before = self._decode(self._context)
-        text = self._decode(self._context + self._pending)[len(before) :]
+        before = self._backend.decode(self._context, skip_special_tokens=False)
+        text = self._backend.decode(self._context + self._pending, skip_special_tokens=False)[len(before) :]
         self._context, self._pending = self._pending[-1:], []
         return text
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe, piece_bytes, pre_name
+from minillama.tokenizer.pre import BYTE_TO_CHAR, byte_level_bpe, pattern_of, piece_bytes
 from minillama.tokenizer.sentencepiece_vocab import merges_by_score
 from minillama.tokenizer.spec import Parts, by_id, read_bytes
 
@@ -55,7 +55,7 @@ def read(file: Path) -> Parts:
     if len(set(pieces)) < len(pieces) or "" in pieces:
         raise InputError("a token is duplicated or empty", where=file)
     merges = merges_by_score({piece: -float(rank) for rank, piece in enumerate(pieces)})
-    backend = byte_level_bpe([*pieces, *SPECIAL], merges, STEPS["llama-3"], SPECIAL, ignore_merges=True)
+    backend = byte_level_bpe([*pieces, *SPECIAL], merges, "llama-3", SPECIAL, ignore_merges=True)
     # where Meta's own code stops
     return Parts(backend, eos="<|end_of_text|>", bos="<|begin_of_text|>", stops=("<|eom_id|>", "<|eot_id|>"))
 
@@ -68,7 +68,7 @@ def write(file: Path, backend: Backend) -> None:
     """
     table = by_id(backend)
     names = list(table.values())
-    if pre_name(backend) != "llama-bpe" or names[-256:] != SPECIAL or max(table) >= len(table):
+    if pattern_of(backend) != "llama-3" or names[-256:] != SPECIAL or max(table) >= len(table):
         raise InputError(
             "this tokenizer is neither Llama 2's nor Llama 3's kind, and Meta's layout has no other",
             fix="convert --to hf or gguf instead, or train with the tokenizer.model of Llama 2 or 3",

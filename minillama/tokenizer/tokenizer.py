@@ -19,7 +19,7 @@ from minillama.tokenizer import open as reader
 from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.chat import ChatTemplate
 from minillama.tokenizer.hf_json import ENCODE_WITH, END_OF_TEXT
-from minillama.tokenizer.pre import pre_name
+from minillama.tokenizer.pre import PRE, pattern_of
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.spec import Parts, to_dict
 from minillama.tokenizer.special import SpecialEncoder
@@ -118,7 +118,7 @@ class Tokenizer:
 
     @property
     def parts(self) -> Parts:
-        """The arguments of this tokenizer."""
+        """The arguments that make this tokenizer."""
         own = self.eos_token, self._bos, self.add_bos
         return Parts(self.backend, *own, self._config, self._model, self._encoder, self._stops)
 
@@ -126,10 +126,7 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
 
         A tokenizer that came from a SentencePiece file has that written beside them as tokenizer.model.
-
-        Args:
-            folder: created if missing.
-            max_length: the model's context in tokens, written as `model_max_length`.
+        `max_length` is the model's context in tokens.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +186,6 @@ class Tokenizer:
         """Token ids of a text.
 
         Args:
-            text: any Unicode text.
             bos: prepend `bos_id`.
             special: parse the names of special tokens as these tokens. Only for text that the program
                 wrote itself (chat templates): in a user's text they are plain characters.
@@ -197,10 +193,10 @@ class Tokenizer:
         Raises:
             InputError: the text holds a lone surrogate.
         """
+        ids = [self.bos_id] * bos
         if not special:
-            return [self.bos_id] * bos + self.encode_batch([text])[0]
-        check_unicode(text)
-        return [self.bos_id] * bos + self.special(self.special.code(text)).ids
+            return ids + self.encode_batch([text])[0]
+        return ids + self.special(self.special.code(check_unicode(text))).ids
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that continues another.
@@ -215,12 +211,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Token ids per text, encoded on all cores."""
-        texts = list(texts)
         if self._encoder is None:
-            return _encode(self.backend, texts)
-        for text in texts:
-            check_unicode(text)
-        return self._encoder.encode(texts)
+            return _encode(self.backend, list(texts))
+        return self._encoder.encode(list(map(check_unicode, texts)))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; U+FFFD replaces bytes that are not valid UTF-8.
@@ -246,11 +239,7 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def check_fits(self, vocab_size: int, where: object = None, fix: str | None = None) -> None:
-        """Refuse the vocabulary size of a model that lacks some of the ids.
-
-        Raises:
-            InputError: with both sizes.
-        """
+        """Refuse a model whose vocabulary is smaller: it would lack some of the ids."""
         if self.vocab_size > vocab_size:
             found = f"a tokenizer of {self.vocab_size} tokens, a model of {vocab_size}"
             raise InputError("the tokenizer is larger than the model's vocabulary", where=where, found=found, fix=fix)
@@ -301,7 +290,8 @@ class Tokenizer:
     @cached_property
     def pre(self) -> str | None:
         """llama.cpp's name of the pre-tokenizer (tokenizer.ggml.pre), None where GGUF cannot express this one."""
-        return pre_name(self.backend)
+        pattern = pattern_of(self.backend)
+        return next((name for name, known in PRE.items() if known == pattern), None)
 
     @cached_property
     def pieces(self) -> Pieces | None:
@@ -331,14 +321,11 @@ class Tokenizer:
     ) -> str:
         """A conversation rendered by the model's chat template; encode it with `special=True`.
 
-        Args:
-            messages: each with `role` and `content`.
-            add_generation_prompt: end with the header of an assistant turn.
-            tools: descriptions of functions; with them the template `tool_use` is taken where there is one.
-            variables: further variables of the template.
+        The arguments are those of a `ChatTemplate`, and so are the errors. With `tools` the template `tool_use` is
+        taken where there is one.
 
         Raises:
-            InputError: there is no template, or it fails; see `ChatTemplate`.
+            InputError: there is no template.
         """
         name = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
         if name not in self.chat_templates:
@@ -380,8 +367,9 @@ def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
         raise
 
 
-def check_unicode(text: str) -> None:
-    """Refuse lone surrogates."""
+def check_unicode(text: str) -> str:
+    """The text; lone surrogates are refused."""
     if match := _SURROGATE.search(text):
         what = "this text is not valid Unicode: it holds a lone surrogate"
         raise InputError(what, found=ascii(text[match.start() :][:80]), fix="give it as UTF-8") from None
+    return text

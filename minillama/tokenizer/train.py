@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from minillama.errors import InputError
-from minillama.tokenizer import backends, sentencepiece, sentencepiece_training
+from minillama.tokenizer import backends, sentencepiece
 from minillama.tokenizer.hf_json import END_OF_TEXT
 from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
+from minillama.tokenizer.reference.splitting import by_frequency, count_words
 from minillama.tokenizer.reference.wordpiece import Score
 from minillama.tokenizer.tokenizer import Tokenizer, check_unicode
-from minillama.tokenizer.trainers import Library, Reference
+from minillama.tokenizer.trainers import RULES, SENTENCEPIECE_RESERVED, Library, Model, Reference
 
 Kind = Literal["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -24,8 +25,8 @@ _SETTINGS: dict[str, tuple[tuple[Kind, ...], tuple[str, ...]]] = {
     "pattern": (("byte-bpe",), tuple(STEPS)),
     "ties": (("byte-bpe", "bpe", "sentencepiece"), get_args(Ties)),
     "score": (("wordpiece",), get_args(Score)),
-    "model": (("sentencepiece",), ("unigram", "bpe")),
-    "normalization": (("sentencepiece",), sentencepiece_training.RULES),
+    "model": (("sentencepiece",), get_args(Model)),
+    "normalization": (("sentencepiece",), RULES),
     "coverage": (("sentencepiece",), ()),
 }
 
@@ -49,13 +50,10 @@ class TokenizerTrainer:
         vocab_size: tokens in all. A short text gives fewer, unless `full` is set. 0: as many as
             there are (word, char); bytes always has 257.
         pattern: of byte-bpe: smollm (single digits; llama.cpp knows these four but cl100k), gpt-2, llama-3, cl100k.
-        ties: of byte-bpe and bpe: tie-breaking between equally frequent pairs; all but `library` use the reference
-            code.
-        score: of wordpiece: `count` as the library, or `information` as BERT's paper was understood, by the
-            reference code.
+        ties: between equally frequent pairs; all but `library` use the reference code.
+        score: of wordpiece: `count`, or mutual `information` (BERT's paper), by the reference code.
         model: of sentencepiece: unigram or bpe.
-        normalization: of sentencepiece: identity, nmt_nfkc, nfkc, nmt_nfkc_cf or nfkc_cf; the reference code has
-            identity alone.
+        normalization: of sentencepiece: one of `RULES`; the reference code has identity alone.
         coverage: of sentencepiece: character coverage; 1 in the reference code.
         reference: train with the reference code of `tokenizer/reference`, not with a library.
         full: fewer tokens than `vocab_size` are an error.
@@ -71,7 +69,7 @@ class TokenizerTrainer:
     pattern: str = "smollm"
     ties: Ties = "library"
     score: Score = "count"
-    model: Literal["unigram", "bpe"] = "unigram"
+    model: Model = "unigram"
     normalization: str = "nmt_nfkc"
     coverage: float = 0.9995
     reference: bool = False
@@ -110,53 +108,36 @@ class TokenizerTrainer:
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the texts, in one pass (none for bytes)."""
         plain = replace(self, vocab_size=max(0, self.vocab_size - len(self.special)), special=())
-        made = plain._train(map(_checked, texts)).with_special(self.special)
+        made = plain._train(map(check_unicode, texts)).with_special(self.special)
         if self.full and made.vocab_size < self.vocab_size:
-            raise InputError(
-                "the vocabulary is larger than the text allows",
-                where="vocab_size",
-                found=self.vocab_size,
-                expected=f"at most {made.vocab_size}",
-                fix="give more text, or ask for fewer tokens",
-            )
+            what, fix = "the vocabulary is larger than the text allows", "give more text, or ask for fewer tokens"
+            expected = f"at most {made.vocab_size}"
+            raise InputError(what, where="vocab_size", found=self.vocab_size, expected=expected, fix=fix)
         return made
 
     def _train(self, texts: Iterable[str]) -> Tokenizer:
         size, unknown = self.vocab_size, {"unk_token": backends.UNKNOWN}
         is_reference = self.reference or self.ties != "library" or (self.kind == "wordpiece" and self.score != "count")
-        rest = sentencepiece_training.RESERVED if self.kind == "sentencepiece" else backends.RESERVED
-        learn = Reference(self.ties, self.score, rest) if is_reference else Library()
+        rest = SENTENCEPIECE_RESERVED if self.kind == "sentencepiece" else backends.RESERVED
+        trainer = Reference(self.ties, self.score, rest) if is_reference else Library()
         if self.kind == "sentencepiece":
-            data = self._sentencepiece(texts, learn)
+            data = trainer.sentencepiece(texts, size, self.model, self.normalization, self.coverage)
             return Tokenizer.of(sentencepiece.parse(data, "the trained model"))
         if self.kind == "bytes":
             return byte_tokenizer()
         if self.kind == "char":
             return char_tokenizer(texts, size)
         if self.kind == "word":
-            return Tokenizer(backends.word(learn.words(texts, size - 2 if size else None)), config=unknown)
+            words = by_frequency(count_words(texts, "words"))
+            return Tokenizer(backends.word(words[: size - 2 if size else None]), config=unknown)
         if self.kind == "wordpiece":
-            backend = backends.wordpiece(learn.wordpiece(texts, size))
+            backend = backends.wordpiece(trainer.wordpiece(texts, size))
             return Tokenizer(backend, config={"unk_token": backends.WORDPIECE_UNKNOWN})
         if self.kind == "unigram":
-            return Tokenizer(backends.unigram(learn.unigram(texts, size - backends.RESERVED)), config=unknown)
+            return Tokenizer(backends.unigram(trainer.unigram(texts, size - backends.RESERVED)), config=unknown)
         if self.kind == "bpe":
-            return Tokenizer(backends.bpe(*learn.bpe(texts, size - backends.RESERVED)), config=unknown)
-        return Tokenizer(backends.byte_bpe(learn.byte_bpe(texts, size - 257, self.pattern), self.pattern))
-
-    def _sentencepiece(self, texts: Iterable[str], learn: Library | Reference) -> bytes:
-        size = self.vocab_size - sentencepiece_training.RESERVED
-        if isinstance(learn, Library):
-            names = (self.model, self.normalization, self.coverage)
-            return sentencepiece_training.train(texts, self.vocab_size, *names)
-        if self.model == "unigram":
-            return sentencepiece_training.from_scores(learn.unigram(texts, size))
-        return sentencepiece_training.from_merges(*learn.bpe(texts, size))
-
-
-def _checked(text: str) -> str:
-    check_unicode(text)
-    return text
+            return Tokenizer(backends.bpe(*trainer.bpe(texts, size - backends.RESERVED)), config=unknown)
+        return Tokenizer(backends.byte_bpe(trainer.byte_bpe(texts, size - 257, self.pattern), self.pattern))
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -169,19 +150,16 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Byte tokenizer: the 256 bytes, each its own id, and `<|endoftext|>` as 256."""
-    return Tokenizer(byte_level_bpe([*BYTE_TO_CHAR, END_OF_TEXT], [], STEPS["smollm"], [END_OF_TEXT]))
+    return Tokenizer(byte_level_bpe([*BYTE_TO_CHAR, END_OF_TEXT], [], "smollm", [END_OF_TEXT]))
 
 
 def char_tokenizer(texts: Iterable[str], vocab_size: int = 0) -> Tokenizer:
     """Character tokenizer: `<|endoftext|>` 0, `<unk>` 1, then the characters of the texts in code point order.
 
-    Args:
-        texts: read once.
-        vocab_size: keep the most frequent, `vocab_size` tokens in all; 0 keeps every character.
+    The most frequent are kept, `vocab_size` tokens in all; 0 keeps every character.
     """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    ranked = sorted(counts, key=lambda char: (-counts[char], char))
-    kept = ranked[: vocab_size - 2] if vocab_size else ranked
+    kept = by_frequency(counts)[: vocab_size - 2 if vocab_size else None]
     return Tokenizer(backends.chars(sorted(kept)), config={"unk_token": backends.UNKNOWN})

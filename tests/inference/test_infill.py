@@ -58,8 +58,8 @@ def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Decoder:
 
 def greedy(model: Decoder, layout: Layout, end: int, count: int) -> list[int]:
     """The blank by full passes, nothing kept between them."""
-    place, within = layout.places[-1]
-    tokens, places, out = list(layout.tokens), list(layout.places), list[int]()
+    place, within = layout.positions[-1]
+    tokens, places, out = list(layout.tokens), list(layout.positions), list[int]()
     for _ in range(count):
         mask = Mask(prefix=torch.tensor([layout.prefix]))
         with torch.no_grad():

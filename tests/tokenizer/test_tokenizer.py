@@ -79,7 +79,7 @@ def test_transformers_reads_the_folder(
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert theirs.model_max_length == 77
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id if add_bos else None, tokenizer.eos_id)
     assert len(theirs) == tokenizer.vocab_size
     for text in ["", "tea , isn't it ?", TEXT, "  \n x1234", "未知 unknown 字"]:
         ids = tokenizer.encode(text)

@@ -65,7 +65,7 @@ def test_the_worked_example_token_by_token() -> None:
     text = np.array([10, 11, 12, 13, 14, 15])
     example = Example(text, [(4, 6), (2, 3)], BLANKS.token, BLANKS)  # the second span comes first
     assert example.layout.tokens == [10, 11, 90, 13, 90, 93, 14, 15, 93, 12]
-    assert example.layout.places == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (2, 1), (2, 2)]
+    assert example.layout.positions == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3), (2, 1), (2, 2)]
     assert example.layout.prefix == 5
     assert example.targets == [0, 0, 0, 0, 0, 14, 15, 94, 12, 94]
 
@@ -305,7 +305,7 @@ def test_every_kind_of_tokenizer_takes_the_marks(kind: str, tmp_path: Path) -> N
 
 def test_a_layout_counts_the_places_in_a_blank() -> None:
     layout = Layout.of([7, 90, 8]).fill(1, [93, 5])
-    assert layout.places == [(0, 0), (1, 0), (2, 0), (1, 1), (1, 2)] and layout.prefix == 3
+    assert layout.positions == [(0, 0), (1, 0), (2, 0), (1, 1), (1, 2)] and layout.prefix == 3
 
 
 def test_a_text_is_scored_from_left_to_right_as_one_blank(corpus: Corpus) -> None:
@@ -316,7 +316,7 @@ def test_a_text_is_scored_from_left_to_right_as_one_blank(corpus: Corpus) -> Non
     for row in window.tolist():
         for size in range(1, len(row)):  # one prediction after another
             layout = Layout.of([row[0], BLANKS.document]).fill(1, [BLANKS.start, *row[1:size]])
-            places = torch.tensor([layout.places]).mT
+            places = torch.tensor([layout.positions]).mT
             logits = model(torch.tensor([layout.tokens]), places, Mask(prefix=torch.tensor([2])))
             nats -= logits[0, -1].log_softmax(-1)[row[size]].item()
     assert found.nats == pytest.approx(nats, rel=1e-5) and found.tokens == 40

@@ -36,14 +36,13 @@ def train(
             ids are the sorted alphabet and then the merges in order (the tokenizers library); `first`: the
             first occurrence in the words as segmented now; `greatest`: the lexicographically greatest.
         alphabet: symbols besides those of the words; they matter for ids alone.
-        min_count: minimum pair frequency.
 
     Raises:
         InputError: an unknown rule for ties.
     """
     if ties not in ("library", "first", "greatest"):
         raise InputError("unknown rule for ties", where="ties", found=ties, expected="library, first or greatest")
-    corpus = PairCounts.of(words)
+    corpus = PairCounts([list(word) for word in words], list(words.values()))
     ids = {symbol: i for i, symbol in enumerate(sorted({*alphabet, *corpus.symbols}))}
 
     def count(pair: Pair) -> int:
@@ -72,12 +71,9 @@ def train(
 def encode(
     word: Sequence[str], ranks: Mapping[Merge, int], step: Callable[[Merge, list[str]], object] | None = None
 ) -> list[str]:
-    """BPE segmentation of a word: apply the merge of lowest rank until none applies.
+    """BPE segmentation of a word's symbols: apply the merge of lowest rank until none applies.
 
-    Args:
-        word: its symbols.
-        ranks: merge -> rank.
-        step: called with each merge and the symbols after it.
+    `step` is called with each merge and the symbols after it.
     """
     symbols = list(word)
     while len(symbols) > 1:

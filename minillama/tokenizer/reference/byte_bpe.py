@@ -13,20 +13,15 @@ from minillama.tokenizer.reference.splitting import count_words, split
 
 
 class ByteBPE:
-    """Byte-level BPE vocabulary.
+    """Byte-level BPE vocabulary: the 256 bytes in the order of their printable characters, then the merges.
 
-    Args:
-        merges: by rank, in the printable alphabet.
-        pattern: of the pre-tokenizer; a key of `splitting.PATTERNS` that keeps every character.
-
-    Ids are the 256 bytes in the order of their printable characters, then the merges.
+    The merges are in the printable alphabet; the pattern is one of `splitting.LOSSLESS_PATTERNS`.
     """
 
     def __init__(self, merges: Sequence[bpe.Merge], pattern: str = "gpt-2") -> None:
         self.merges, self.pattern = list(merges), pattern
         self.ranks = {pair: rank for rank, pair in enumerate(self.merges)}
-        pieces = dict.fromkeys([*sorted(BYTE_TO_CHAR), *(left + right for left, right in self.merges)])
-        self.pieces = list(pieces)
+        self.pieces = list(dict.fromkeys([*sorted(BYTE_TO_CHAR), *(left + right for left, right in self.merges)]))
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
 
     @classmethod

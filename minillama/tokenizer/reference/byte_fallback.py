@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def spell(pieces: Iterable[str], known: Container[str]) -> list[str]:
+def encode(pieces: Iterable[str], known: Container[str]) -> list[str]:
     """Byte fallback: unknown token pieces replaced by the byte tokens of their UTF-8."""
     result: list[str] = []
     for piece in pieces:

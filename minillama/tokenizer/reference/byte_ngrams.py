@@ -18,11 +18,7 @@ from minillama.tokenizer.reference.utf8 import recover
 
 
 class ByteNgrams:
-    """Byte n-gram vocabulary: the 256 bytes, ids 0 to 255, and n-grams.
-
-    Args:
-        ngrams: of two bytes or more; ids go on from 256 in this order.
-    """
+    """Byte n-gram vocabulary: the 256 bytes, ids 0 to 255, then n-grams of two bytes or more, in order."""
 
     def __init__(self, ngrams: Iterable[bytes]) -> None:
         self.pieces = list(dict.fromkeys([*(bytes([byte]) for byte in range(256)), *ngrams]))
@@ -40,8 +36,7 @@ class ByteNgrams:
         repeatedly.
 
         Args:
-            words: word -> count.
-            vocab_size: token pieces in all, at least 256.
+                vocab_size: token pieces in all, at least 256.
             longest: bytes per n-gram at most.
 
         Raises:

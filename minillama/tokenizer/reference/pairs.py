@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -18,31 +18,21 @@ Pair = tuple[str, str]
 
 @dataclass
 class PairCounts:
-    """Words as lists of symbols, with counts of symbols and pairs.
+    """Words as lists of symbols, with counts of words, of symbols, and of pairs of adjacent symbols.
 
-    Attributes:
-        words: each as its symbols now.
-        repeats: count per word.
-        symbols: count per symbol.
-        pairs: count per pair of adjacent symbols.
-        born: order of first occurrence per pair.
+    `first_seen` is the order of first occurrence per pair.
     """
 
     words: list[list[str]]
     repeats: Sequence[int]
     symbols: Counter[str] = field(default_factory=Counter)
     pairs: Counter[Pair] = field(default_factory=Counter)
-    born: dict[Pair, int] = field(default_factory=dict)
+    first_seen: dict[Pair, int] = field(default_factory=dict)
     _occurrences: defaultdict[Pair, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
         for i in range(len(self.words)):
             self._count(i, +1)
-
-    @classmethod
-    def of(cls, table: Mapping[str, int]) -> PairCounts:
-        """Pair counts of words with their counts; the symbols are characters."""
-        return cls([list(word) for word in table], list(table.values()))
 
     def first(self, pairs: Container[Pair]) -> Pair:
         """The pair that occurs first in the words as segmented now."""
@@ -66,7 +56,7 @@ class PairCounts:
             self.pairs[pair] += weight
             if sign > 0:
                 self._occurrences[pair].add(i)
-                self.born.setdefault(pair, len(self.born))
+                self.first_seen.setdefault(pair, len(self.first_seen))
         return pairs
 
 

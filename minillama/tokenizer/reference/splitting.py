@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import regex
 
@@ -29,29 +29,34 @@ PATTERNS = {
     "bert": r"[\p{Han}\p{P}$+<=>^`|~]|[^\s\p{Han}\p{P}$+<=>^`|~]+",
     "spaces": r"\S+",
 }
-KEEPING = ("gpt-2", "cl100k", "llama-3", "smollm", "sentencepiece")  # lossless patterns; the others drop whitespace
+LOSSLESS_PATTERNS = (
+    "gpt-2",
+    "cl100k",
+    "llama-3",
+    "smollm",
+    "sentencepiece",
+)  # lossless patterns; the others drop whitespace
 
 
 def split(text: str, pattern: str) -> list[str]:
-    """Pre-tokenization. Patterns of `KEEPING` are lossless, the others drop whitespace.
-
-    Args:
-        text: any text.
-        pattern: a key of `PATTERNS`.
+    """Pre-tokenization by a key of `PATTERNS`; those of `LOSSLESS_PATTERNS` are lossless, the others drop whitespace.
 
     Raises:
         InputError: an unknown pattern.
     """
     if pattern not in PATTERNS:
-        expected = ", ".join(PATTERNS)
-        raise InputError("unknown pattern", where="pattern", found=pattern, expected=expected)
-    words: list[str] = regex.findall(PATTERNS[pattern], text)
-    return words
+        raise InputError("unknown pattern", where="pattern", found=pattern, expected=", ".join(PATTERNS))
+    return regex.findall(PATTERNS[pattern], text)
 
 
 def characters(text: str) -> list[str]:
     """Character segmentation: code points."""
     return list(text)
+
+
+def by_frequency(counts: Mapping[str, int]) -> list[str]:
+    """Words or characters by descending count; ties by code points."""
+    return sorted(counts, key=lambda word: (-counts[word], word))
 
 
 def count_words(texts: Iterable[str], pattern: str) -> Counter[str]:

@@ -22,11 +22,7 @@ UNKNOWN_PENALTY = 10.0  # nats that an unknown character costs more than the rar
 
 
 class Unigram:
-    """Unigram language model.
-
-    Args:
-        scores: token piece -> ln p.
-    """
+    """Unigram language model; the scores are token piece -> ln p."""
 
     def __init__(self, scores: Mapping[str, float]) -> None:
         if not scores:
@@ -55,11 +51,11 @@ class Unigram:
         for start, end, score in self.edges(text):
             if best[start] + score > best[end]:
                 best[end], start_of[end] = best[start] + score, start
-        cut, end = [], len(text)
+        segments, end = [], len(text)
         while end:
-            cut.append(text[start_of[end] : end])
+            segments.append(text[start_of[end] : end])
             end = start_of[end]
-        return cut[::-1]
+        return segments[::-1]
 
     def n_best(self, text: str, count: int) -> list[tuple[list[str], float]]:
         """N-best segmentations with their ln P, best first.
@@ -70,15 +66,15 @@ class Unigram:
         for start, end, score in self.edges(text):
             best[end] += [(value + score, start, rank) for rank, (value, _, _) in enumerate(best[start])]
             best[end] = heapq.nlargest(count, best[end], key=lambda entry: (entry[0], -entry[1]))
-        cuts = []
+        segmentations = []
         for rank, (value, _, _) in enumerate(best[-1]):
-            cut, end, at = [], len(text), rank
+            segments, end, at = [], len(text), rank
             while end:
                 _, start, at_start = best[end][at]
-                cut.append(text[start:end])
+                segments.append(text[start:end])
                 end, at = start, at_start
-            cuts.append((cut[::-1], value))
-        return cuts
+            segmentations.append((segments[::-1], value))
+        return segmentations
 
     def log_partition(self, text: str, alpha: float = 1.0) -> float:
         """Log partition function: ln of the sum of P^alpha over all segmentations."""
@@ -87,22 +83,19 @@ class Unigram:
     def sample(self, text: str, alpha: float, generator: random.Random) -> list[str]:
         """Segmentation sampled with probability P^alpha / Z: forward filtering, backward sampling.
 
-        Args:
-            text: the text to segment.
-            alpha: inverse temperature: 0 is uniform, 1 the model, more sharpens towards the best.
-            generator: random number generator.
+        `alpha` is an inverse temperature: 0 is uniform, 1 the model, more sharpens towards the best.
         """
         edges = list(self.edges(text))
         forward, ending = _forward(len(text), edges, alpha), defaultdict(list)
         for start, end, score in edges:
             ending[end].append((start, forward[start] + alpha * score))
-        cut, end = [], len(text)
+        segments, end = [], len(text)
         while end:
             starts, logs = zip(*ending[end], strict=True)
             start = generator.choices(starts, [math.exp(log - forward[end]) for log in logs])[0]
-            cut.append(text[start:end])
+            segments.append(text[start:end])
             end = start
-        return cut[::-1]
+        return segments[::-1]
 
     def expected_counts(self, text: str, weight: float = 1.0) -> tuple[dict[str, float], float]:
         """Expected count per token piece, times the weight; and ln Z.
@@ -126,11 +119,10 @@ def seed_vocabulary(
     """Seed vocabulary: every character, and the substrings of greatest count times length.
 
     Args:
-        words: word -> count.
         size: substrings at most, besides the characters.
         longest: characters per substring at most.
         source: of substrings. `suffixes`: all that occur twice and have more than one continuation,
-            from a suffix array (google/sentencepiece, src/unigram_model_trainer.cc, MakeSeedSentencePieces);
+            from the suffix tree (google/sentencepiece, src/unigram_model_trainer.cc, MakeSeedSentencePieces);
             `bpe`: the token pieces of BPE with `size` merges.
 
     Returns:
@@ -165,31 +157,24 @@ def _repeats(words: Mapping[str, int], longest: int) -> dict[str, int]:
     """Counts of the substrings of 2 to `longest` characters that occur twice or more.
 
     Those with a single continuation are omitted: the others are the inner nodes of the suffix tree.
-    Sorted suffixes that share a prefix are adjacent, so a stack of open prefixes finds each with its
-    count in one pass.
     """
-    suffixes = sorted((word[i : i + longest], count) for word, count in words.items() for i in range(len(word)))
     counts: dict[str, int] = {}
-    open_: list[list[int]] = []  # [length, count]
-    before = ""
-    for suffix, count in [*suffixes, ("", 0)]:
-        shared = next((i for i, (a, b) in enumerate(zip(before, suffix, strict=False)) if a != b), None)
-        shared = min(len(before), len(suffix)) if shared is None else shared
-        closed = 0
-        while open_ and open_[-1][0] > shared:
-            length, own = open_.pop()
-            closed += own
-            if length > 1 and closed > 1:
-                counts[before[:length]] = closed
-        if closed and open_ and open_[-1][0] == shared:
-            open_[-1][1] += closed
-        elif closed and shared:
-            open_.append([shared, closed])
-        if open_ and open_[-1][0] == len(suffix):
-            open_[-1][1] += count
-        else:
-            open_.append([len(suffix), count])
-        before = suffix
+
+    def descend(suffixes: list[tuple[str, int]], depth: int) -> None:
+        """Suffixes with a common prefix of `depth` characters."""
+        total = sum(count for _, count in suffixes)
+        if total < 2:
+            return
+        branches: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
+        for suffix, count in suffixes:
+            branches[suffix[depth : depth + 1]].append((suffix, count))
+        if depth > 1 and (len(branches) > 1 or "" in branches):
+            counts[suffixes[0][0][:depth]] = total
+        branches.pop("", None)
+        for branch in branches.values():
+            descend(branch, depth + 1)
+
+    descend([(word[i : i + longest], count) for word, count in words.items() for i in range(len(word))], 0)
     return counts
 
 
@@ -203,10 +188,9 @@ def train(
     """Unigram training: EM and pruning.
 
     Args:
-        words: word -> count.
         vocab_size: token pieces; every character of the words is kept.
         seed: initial token piece -> ln p; default `seed_vocabulary`.
-        shrinking: shrinking factor: the share of token pieces kept per pruning.
+        shrinking: the share of token pieces kept per pruning.
         sub_iterations: EM iterations per pruning.
 
     Raises:
@@ -251,13 +235,13 @@ def _prune(model: Unigram, words: Mapping[str, int], required: set[str], size: i
     for piece in model.scores:
         if piece in required:
             continue
-        cuts = model.n_best(piece, 2)
-        if cuts[0][0] != [piece]:  # its own best segmentation is another: no loss
+        segmentations = model.n_best(piece, 2)
+        if segmentations[0][0] != [piece]:  # its own best segmentation is another: no loss
             losses[piece] = 0.0
-        elif len(cuts) > 1:
-            losses[piece] = uses[piece] * (cuts[0][1] - cuts[1][1])
-    room = size - len(required & set(model.scores))
-    kept = required.union(heapq.nlargest(room, losses, key=lambda piece: losses[piece]))
+        elif len(segmentations) > 1:
+            losses[piece] = uses[piece] * (segmentations[0][1] - segmentations[1][1])
+    count = size - len(required & set(model.scores))
+    kept = required.union(heapq.nlargest(count, losses, key=lambda piece: losses[piece]))
     return Unigram({piece: score for piece, score in model.scores.items() if piece in kept})
 
 

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 
 def recover(data: bytes, replacement: str = "\ufffd") -> str:
-    """UTF-8 recovery: the decoding with the most characters; each other byte becomes `replacement`.
-
-    Args:
-        data: any bytes; valid UTF-8 gives what `decode` gives.
-        replacement: per byte outside any character; "" omits it.
-    """
+    """UTF-8 recovery: the decoding with the most characters; each other byte becomes `replacement`."""
     best = [0] + [-1] * len(data)  # characters in the first k bytes
     length = [0] * (len(data) + 1)  # bytes of the last of them; 0: the last byte is invalid
     for k in range(1, len(data) + 1):

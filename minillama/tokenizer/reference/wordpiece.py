@@ -32,9 +32,7 @@ def train(
     Ties: the pair that occurred first.
 
     Args:
-        words: word -> count.
         vocab_size: token pieces in all; fewer when no pair is left.
-        score: merge criterion.
         special: special tokens, first in the vocabulary.
         min_count: minimum pair frequency. Two rare parts that occur together once have the greatest
             mutual information of all.
@@ -48,8 +46,8 @@ def train(
     """
     if score not in ("information", "count"):
         raise InputError("unknown score", where="score", found=score, expected="information or count")
-    cut = [[word[0], *(CONTINUATION + char for char in word[1:])] for word in words if word]
-    corpus = PairCounts(cut, [count for word, count in words.items() if word])
+    symbols = [[word[0], *(CONTINUATION + char for char in word[1:])] for word in words if word]
+    corpus = PairCounts(symbols, [count for word, count in words.items() if word])
     pieces = dict.fromkeys([*special, *sorted({*alphabet, *corpus.symbols})])
     partners: defaultdict[str, dict[Pair, None]] = defaultdict(dict)
 
@@ -65,7 +63,7 @@ def train(
             for part in pair:
                 partners[part][pair] = None
 
-    queue = PairQueue(value, corpus.born.__getitem__)
+    queue = PairQueue(value, corpus.first_seen.__getitem__)
     push(corpus.pairs)
     while len(pieces) < vocab_size and (best := queue.pop()) is not None:
         joined = best[0] + best[1].removeprefix(CONTINUATION)
@@ -82,10 +80,8 @@ def encode(
     """WordPiece segmentation: greedy longest match from the left.
 
     Args:
-        word: the word.
         pieces: vocabulary, by token piece.
-        unknown: unknown token, of a word without a match or longer than `longest`.
-        longest: characters per word at most.
+        unknown: the token of a word without a match, or of more than `longest` characters.
         continuation: prefix of continuation token pieces.
     """
     if len(word) > longest:

@@ -67,12 +67,12 @@ def test_ngrams_shorten_what_was_trained_on() -> None:
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), known=st.frozensets(st.sampled_from("abcé中")))
 def test_byte_fallback_loses_nothing(text: str, known: frozenset[str]) -> None:
-    pieces = byte_fallback.spell(text, known)
+    pieces = byte_fallback.encode(text, known)
     assert all(piece in known or len(piece) == 6 for piece in pieces)
     assert byte_fallback.decode(pieces) == text
 
 
 def test_byte_fallback_by_hand() -> None:
-    assert byte_fallback.spell(["▁a", "é"], {"▁a"}) == ["▁a", "<0xC3>", "<0xA9>"]
+    assert byte_fallback.encode(["▁a", "é"], {"▁a"}) == ["▁a", "<0xC3>", "<0xA9>"]
     assert byte_fallback.decode(["a", "<0xC3>", "b", "<0xC3>", "<0xA9>"]) == "a\ufffdbé"
     assert byte_fallback.decode(["<0xE4>", "<0xB8>"]) == "\ufffd\ufffd"

@@ -1,0 +1,204 @@
+"""Conversation with a model in the terminal. Ctrl-C stops an answer, Ctrl-D or /quit ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from minillama.config.loader import check
+from minillama.errors import InputError
+from minillama.files import replace_file
+from minillama.inference.load import ModelArgs, Quantize
+from minillama.inference.sampling import Sampling
+from minillama.tokenizer.conversation import Conversation, Message
+
+if TYPE_CHECKING:
+    from minillama.inference.chat import ChatPrompts
+    from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
+
+HELP = """\
+/system TEXT    set the system message, and begin again; without a text: none
+/regenerate     another answer to the last question
+/reset          begin again
+/save FILE      write the conversation as JSON
+/load FILE      read one
+/quit           end, as Ctrl-D; Ctrl-C stops an answer"""
+
+CUT_OFF = {"length": "--max-new-tokens was reached", "context": "the model's context is full; /reset begins again"}
+
+
+@dataclass(frozen=True)
+class Args(ModelArgs):
+    """Command-line arguments."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
+    system: str = ""
+    """System message."""
+    template: str = ""
+    """Chat template, if the model has none: alpaca, chatml, llama-2, llama-3, vicuna ..., or a Jinja file."""
+    max_new_tokens: int = field(default=512, metadata={"min": 1})
+    """Maximum number of new tokens per answer."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    """Stop strings; they are not written."""
+    quantize: Quantize = "auto"
+    """Weight quantization, as of `generate`."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = True
+    """Decode step in C++ where a compiler is installed."""
+
+
+@dataclass
+class Session:
+    """Conversation in progress.
+
+    Args:
+        args: sampling and limits.
+        model: the decoder.
+        tokenizer: its tokenizer.
+        prompts: its chat template.
+        messages: so far.
+        answers: answers given, which seeds the next one.
+    """
+
+    args: Args
+    model: Decoder
+    tokenizer: Tokenizer
+    prompts: ChatPrompts
+    messages: list[Message] = field(default_factory=list)
+    answers: int = 0
+
+    def answer(self) -> None:
+        """Stream an answer to the last message; Ctrl-C keeps what has been written."""
+        from dataclasses import replace
+
+        from minillama.inference.chat import why_empty
+        from minillama.inference.generate import stream
+
+        ids = self.prompts.encode(self.messages)
+        sampling = replace(self.args.sampling, seed=self.args.sampling.seed + self.answers)
+        text, reason, self.answers = "", None, self.answers + 1
+        chunks = stream(self.model, self.tokenizer, [ids], self.args.max_new_tokens, sampling, self.args.stop)
+        try:
+            for chunk in chunks:
+                text, reason = text + chunk.text, chunk.reason
+                print(chunk.text, end="", flush=True)
+        except KeyboardInterrupt:
+            chunks.close()
+            say("\n(stopped)")
+        print(flush=True)
+        if not text.strip() and reason is not None:
+            say(f"(no text: {why_empty(reason)})")
+        elif reason in CUT_OFF:
+            say(f"(cut off: {CUT_OFF[reason]})")
+        self.messages.append(Message("assistant", text))
+
+    def ask(self, question: str) -> None:
+        """Answer a question; one that cannot be answered leaves the conversation as it was."""
+        before = list(self.messages)
+        self.messages.append(Message("user", question))
+        try:
+            self.answer()
+        except InputError as error:
+            self.messages = before
+            say(f"error: {error}")
+
+    def regenerate(self, _: str) -> None:
+        """/regenerate."""
+        if not self.messages or not self.messages[-1].is_answer:
+            say("there is no answer yet")
+            return
+        question = self.messages[-2].content
+        self.messages = self.messages[:-2]
+        self.ask(question)
+
+    def system(self, text: str) -> None:
+        """/system TEXT."""
+        self.prompts.system = (Message("system", text),) if text else ()
+        self.reset("")
+
+    def reset(self, _: str) -> None:
+        """/reset."""
+        self.messages = []
+        say("(a new conversation)")
+
+    def save(self, name: str) -> None:
+        """/save FILE."""
+        if not name:
+            raise InputError("/save needs a file", fix="/save chat.json")
+        messages = [*self.prompts.system, *self.messages]
+        values = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        replace_file(Path(name), lambda path: path.write_text(text, encoding="utf-8"))
+        say(f"wrote {name}: {len(messages)} messages")
+
+    def load(self, name: str) -> None:
+        """/load FILE."""
+        try:
+            values = json.loads(Path(name).read_text(encoding="utf-8"))
+            messages = list(Conversation.of(values["messages"]).messages)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError("not a saved conversation", where=name or "/load", found=error) from None
+        has_system = bool(messages) and messages[0].role == "system"
+        self.prompts.system = (messages.pop(0),) if has_system else ()
+        self.messages = messages
+        for message in messages:
+            print(f"{'> ' if message.role == 'user' else ''}{message.content}")
+
+
+def say(text: str) -> None:
+    """Print beside the conversation."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(args: Args) -> int:
+    """Read questions until the input ends."""
+    check(args)
+    from minillama.inference.chat import ChatPrompts
+
+    model, tokenizer = args.load(args.quantize, args.compile)
+    if not args.template and tokenizer.chat_template is None:
+        fix = "name one with --template, as chatml; a base model answers to `minillama generate`"
+        raise InputError("the model has no chat template", where=args.model, fix=fix)
+    session = Session(args, model, tokenizer, ChatPrompts(tokenizer, args.template, args.system))
+    commands: dict[str, Callable[[str], None]] = {
+        "/system": session.system,
+        "/regenerate": session.regenerate,
+        "/reset": session.reset,
+        "/save": session.save,
+        "/load": session.load,
+        "/help": lambda _: say(HELP),
+    }
+    with suppress(ImportError):
+        import readline  # noqa: F401 - editing and history in input()
+    say(f"{args.model}, template {session.prompts.template.name}; /help lists commands, Ctrl-D ends")
+    while (line := _read()) is not None:
+        name, _, rest = line.strip().partition(" ")
+        if name in ("/quit", "/exit"):
+            break
+        try:
+            if name in commands:
+                commands[name](rest.strip())
+            elif name.startswith("/"):
+                say(f"unknown command {name}; /help lists them")
+            elif line.strip():
+                session.ask(line)
+        except InputError as error:
+            say(f"error: {error}")
+    return 0
+
+
+def _read() -> str | None:
+    """A line of input; None at its end, or after Ctrl-C."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None

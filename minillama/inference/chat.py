@@ -1,0 +1,79 @@
+"""Chat prompts: messages as token ids, by the model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minillama.errors import InputError
+from minillama.tokenizer import Tokenizer
+from minillama.tokenizer.conversation import Conversation, Message
+from minillama.tokenizer.rendering import encode_prompt
+from minillama.tokenizer.template import load_template
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Sequence[int] | Messages
+
+
+class ChatPrompts:
+    """Encoder of chat prompts.
+
+    Args:
+        tokenizer: the model's.
+        template: chat template; the tokenizer's own unless given.
+        system: system message in front of every conversation that has none.
+
+    Raises:
+        InputError: no such template, or the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str = "", system: str = "") -> None:
+        self.tokenizer, self.template = tokenizer, load_template(template, tokenizer)
+        self.system = (Message("system", system),) if system else ()
+
+    def __call__(self, prompt: str | Messages) -> list[int]:
+        """Token ids of a question, or of messages, up to the answer that is to be written.
+
+        Raises:
+            InputError: messages that are none, or that the template refuses.
+        """
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.encode(Conversation.of(given).messages)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of messages up to the answer that is to be written."""
+        has_system = bool(messages) and messages[0].role == "system"
+        messages = (*(() if has_system else self.system), *messages)
+        return encode_prompt(Conversation(tuple(messages)), self.template, self.tokenizer)
+
+
+def is_messages(prompt: object) -> bool:
+    """Whether a prompt is a list of messages, not a text or token ids."""
+    return not isinstance(prompt, str) and isinstance(prompt, Sequence) and isinstance(next(iter(prompt), 0), Mapping)
+
+
+def chat_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool) -> list[str | Sequence[int]]:
+    """Prompts of which messages, and with `chat` texts as well, are encoded by the tokenizer's chat template.
+
+    Raises:
+        InputError: one is to be, and the tokenizer has no template.
+    """
+    encode: ChatPrompts | None = None
+    found: list[str | Sequence[int]] = []
+    for number, prompt in enumerate(prompts, 1):
+        if not (is_messages(prompt) or (chat and isinstance(prompt, str))):
+            found.append(prompt)  # type: ignore[arg-type]
+            continue
+        encode = encode or ChatPrompts(tokenizer)
+        try:
+            found.append(encode(prompt))  # type: ignore[arg-type]
+        except InputError as error:
+            raise error.at(", ".join(filter(None, (f"prompt {number}", str(error.where or ""))))) from None
+    return found
+
+
+def why_empty(reason: str | None) -> str:
+    """Explanation of a completion without text."""
+    if reason == "eos":
+        return "the model ended its answer at once"
+    return "the model wrote no text" if reason == "length" else "a stop string came first"

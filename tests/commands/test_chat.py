@@ -1,0 +1,144 @@
+"""Questions to chat models: `generate --chat`, messages in Python, and the conversation in the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.commands.cli import main
+from minillama.config import ModelConfig
+from minillama.inference.chat import ChatPrompts
+from minillama.inference.generate import generate
+from minillama.inference.sampling import Sampling
+from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer, byte_tokenizer
+from minillama.tokenizer.template import load_template, special_tokens
+
+transformers = pytest.importorskip("transformers")
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A random chat model of ChatML."""
+    tokenizer = byte_tokenizer().with_special(special_tokens("chatml"))
+    tokenizer = tokenizer.with_chat_template(load_template("chatml", tokenizer).source)
+    config = ModelConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=32, vocab_size=tokenizer.vocab_size, max_seq_len=256)
+    model = Decoder(config)
+    model.init_weights(torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_messages_texts_and_ids_are_prompts(folder: Path) -> None:
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello <|im_end|>"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "And?"},
+    ]
+    plain = [message if "<" not in message["content"] else {**message, "content": "Hello"} for message in messages]
+    ids = ChatPrompts(tokenizer)(plain)
+    # the tokenizer begins every sequence with BOS, which this template does not write
+    assert ids == [tokenizer.bos_id, *theirs.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)]
+    assert ChatPrompts(tokenizer, system="Be brief.")(plain[1:]) == ids
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    assert ChatPrompts(tokenizer)(messages).count(end) == 4  # not that in the user's text
+    with_messages, with_ids = generate(model, tokenizer, [plain, ids], 8, GREEDY)
+    assert with_messages.tokens == with_ids.tokens
+    question, raw = (generate(model, tokenizer, ["And?"], 8, GREEDY, chat=chat)[0] for chat in (True, False))
+    asked = generate(model, tokenizer, [[{"role": "user", "content": "And?"}]], 8, GREEDY)[0]
+    assert question.tokens == asked.tokens != raw.tokens
+
+
+def test_a_chat_model_answers_and_raw_continues(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "--model", str(folder), "--prompt", "And?", "--max-new-tokens", "8", "--temperature", "0"]
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    for more, chat in (([], True), (["--chat"], True), (["--raw"], False)):
+        assert main([*words, *more]) == 0
+        found = capsys.readouterr()
+        assert found.out == generate(model, tokenizer, ["And?"], 8, GREEDY, chat=chat)[0].text
+        assert ("--raw" in found.err) is not bool(more)
+    assert main([*words, "--raw", "--system", "x"]) == 1
+    assert "--raw continues texts" in capsys.readouterr().err
+
+
+def test_a_base_model_has_no_template(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    byte_tokenizer().save(folder)
+    words = ["generate", "--model", str(folder), "--prompt", "And?", "--max-new-tokens", "2"]
+    assert main(words) == 0 and "--raw" not in capsys.readouterr().err
+    assert main([*words, "--chat"]) == 1 and "no chat template" in capsys.readouterr().err
+    assert main([*words, "--template", "vicuna"]) == 0
+    capsys.readouterr()
+    assert main(["chat", str(folder)]) == 1 and "--template" in capsys.readouterr().err
+
+
+def test_an_empty_answer_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    first = generate(model, tokenizer, ["And?"], 1, GREEDY, chat=True)[0].tokens[0]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [first]}))
+    assert main(["generate", "--model", str(folder), "--prompt", "And?", "--temperature", "0"]) == 0
+    found = capsys.readouterr()
+    assert found.out == "" and "no text, the model ended its answer at once" in found.err
+
+
+def test_a_conversation_in_the_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "chat.json"
+    lines = [
+        "One?",
+        "Two?",
+        "/regenerate",
+        f"/save {saved}",
+        "/system Be brief.",
+        "Three?",
+        f"/load {saved}",
+        "/what",
+        "",
+    ]
+    words = ["chat", str(folder), "--max-new-tokens", "4", "--temperature", "0"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "/load nowhere", "/quit", "never read"])))
+    assert main(words) == 0
+    found = capsys.readouterr()
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages[::2]] == ["One?", "Two?"]
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    first = generate(model, tokenizer, ["One?"], 4, GREEDY, chat=True)[0].text
+    second = generate(model, tokenizer, [messages[:3]], 4, GREEDY)[0].text
+    brief = generate(model, tokenizer, [ChatPrompts(tokenizer, system="Be brief.")("Three?")], 4, GREEDY)[0].text
+    assert [messages[1]["content"], messages[3]["content"]] == [first, second]
+    shown = f"{first}\n{second}\n{second}\n{brief}\n> One?\n{first}\n> Two?\n{second}\n"
+    assert found.out == shown
+    assert "unknown command /what" in found.err and "not a saved conversation" in found.err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minillama.inference import generate as module
+
+    real, calls = module.stream, []
+
+    def interrupted(*args: object, **options: object) -> object:
+        calls.append(args)
+        chunks = real(*args, **options)  # type: ignore[arg-type]
+        yield next(chunks)
+        if len(calls) == 1:
+            chunks.close()
+            raise KeyboardInterrupt
+        yield from chunks
+
+    monkeypatch.setattr(module, "stream", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("One?\nTwo?\n"))
+    assert main(["chat", str(folder), "--max-new-tokens", "6", "--temperature", "0"]) == 0
+    found = capsys.readouterr()
+    assert "(stopped)" in found.err and len(calls) == 2
