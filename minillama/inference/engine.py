@@ -170,6 +170,8 @@ class Engine:
         step: Any = self.model.step
         if hasattr(step, "refresh"):
             step.refresh()
+        if self.speculation is not None:
+            self.speculation.drafters.clear()
         self.waiting = deque(self._unfinished())
         for row in self.waiting:
             row.read = 0

@@ -74,13 +74,7 @@ class PromptLookup:
         self.indexed = 1
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """Draft of at most `count` tokens.
-
-        Args:
-            text: all ids so far: those of the previous call and those accepted since.
-            count: 0 or more.
-            sampler: not used.
-        """
+        """Draft of at most `count` tokens after all ids so far: those of the previous call and those accepted since."""
         for end in range(self.indexed, len(text)):
             for n in range(1, min(LONGEST_SUFFIX, end) + 1):
                 self.follows[tuple(text[end - n : end])] = end
@@ -106,7 +100,7 @@ class DraftModel:
         self.state = model.state(1, min(self.context, max_len), cache_dtype)
 
     def propose(self, text: Sequence[int], count: int, sampler: Sampler) -> Draft:
-        """Draft as by `PromptLookup.propose`; the sampler has chain, random generator and a history of its own."""
+        """Draft as by `PromptLookup.propose`, with this sampler, whose history is the draft's own."""
         count = min(count, self.context + 1 - len(text))  # the last drafted token is not read
         self.state.truncate([len(text) - 1])
         unread = list(text[self.state.lengths[0] :])
