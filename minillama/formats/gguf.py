@@ -16,15 +16,7 @@ from minillama.config.parameters import V
 from minillama.errors import InputError
 from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
 from minillama.formats.gguf_header import GGUFHeader, read_header
-from minillama.formats.layout import (
-    Entry,
-    check_tensors,
-    check_writable,
-    layout,
-    lazy_tensors,
-    to_half_split,
-    to_interleaved,
-)
+from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, LazyTensors, ModelFile
 from minillama.formats.stored import Stored
 from minillama.layers.int4 import Int4
@@ -79,8 +71,8 @@ def read(path: Path) -> ModelFile:
     }
 
     def int4(name: str) -> Int4:
-        numbers, heads = read_int4(path, header.tensors[packed[name].name]), packed[name].heads
-        return Int4(*(to_half_split(part, heads) for part in numbers)) if heads else numbers
+        entry = packed[name]
+        return Int4(*map(entry.half_split, read_int4(path, header.tensors[entry.name])))
 
     tensors = lazy_tensors(config, table, lambda name: _tensor(path, header.tensors[name]))
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
@@ -213,8 +205,7 @@ def _data(gguf: Any, entry: Entry, kind: Any, tensors: Mapping[str, Tensor], int
     (ours,) = entry.ours
     if kind == gguf.GGMLQuantizationType.Q4_1:
         numbers = int4.get(ours) or Int4.of(tensors[ours].detach().cpu())
-        rows = (to_interleaved(part, entry.heads) for part in numbers) if entry.heads else numbers
-        return q4_1_bytes(Int4(*rows))
+        return q4_1_bytes(Int4(*map(entry.interleaved, numbers)))
     tensor = entry.pack(tensors).detach().cpu()
     if kind == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
         found = f"{tensor.abs().max().item():g}"

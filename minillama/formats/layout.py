@@ -54,19 +54,27 @@ class Entry:
     ours: Mapping[str, Shape]
     heads: int = 0
 
+    def interleaved(self, rows: Tensor) -> Tensor:
+        """Rows of a matrix in the order of the file."""
+        return to_interleaved(rows, self.heads) if self.heads else rows
+
+    def half_split(self, rows: Tensor) -> Tensor:
+        """Rows of the file's matrix in the order of the model."""
+        return to_half_split(rows, self.heads) if self.heads else rows
+
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensor of the file from the parameters."""
         parts = [tensors[name] for name in self.ours]
         if len(parts) > 1:
             return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).reshape(self.shape)
-        return to_interleaved(parts[0], self.heads) if self.heads else parts[0].reshape(self.shape)
+        return self.interleaved(parts[0]).reshape(self.shape)
 
     def unpack(self, tensor: Tensor, name: str) -> Tensor:
         """Parameter of that name from the file's tensor."""
         if len(self.ours) > 1:
-            index = list(self.ours).index(name)
-            return tensor.unflatten(0, (self.heads, len(self.ours), -1))[:, index].reshape(self.ours[name])
-        return to_half_split(tensor, self.heads) if self.heads else tensor.reshape(self.ours[name])
+            tensor = tensor.unflatten(0, (self.heads, len(self.ours), -1))[:, list(self.ours).index(name)]
+            return tensor.reshape(self.ours[name])
+        return self.half_split(tensor.reshape(self.ours[name]))
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:
