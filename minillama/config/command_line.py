@@ -107,24 +107,20 @@ def overrides(
     return table
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    i = 0
-    while i < len(words):
-        word = words[i]
-        if not word.startswith("--"):
-            raise InputError(
-                "an argument that belongs to no option",
-                where="command line",
-                found=word,
-                fix="CONFIG comes first; options are written --section.field VALUE",
-            )
-        key, equals, inline = word[2:].partition("=")
-        i += 1
-        values = [inline] if equals else []
-        while not equals and i < len(words) and not words[i].startswith("--"):
-            values.append(words[i])
-            i += 1
-        yield key.replace("-", "_"), values
+def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    options: list[tuple[str, list[str]]] = []
+    takes_more = False
+    for word in words:
+        if word.startswith("--"):
+            key, equals, inline = word[2:].partition("=")
+            options.append((key.replace("-", "_"), [inline] if equals else []))
+            takes_more = not equals
+        elif takes_more:
+            options[-1][1].append(word)
+        else:
+            fix = "CONFIG comes first; options are written --section.field VALUE"
+            raise InputError("an argument that belongs to no option", where="command line", found=word, fix=fix)
+    return options
 
 
 def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

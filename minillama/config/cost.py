@@ -27,30 +27,36 @@ class _Parts:
 
 @dataclass(frozen=True)
 class TrainingMemory(_Parts):
-    """Training memory in bytes, by part."""
+    """Training memory in bytes, by part.
+
+    Attributes:
+        weights: parameters.
+        gradients: of the parameters.
+        optimizer: optimizer state, two moments per parameter.
+        casts: low-precision copies of the matrices, which autograd keeps; 0 in float32.
+        activations: tensors saved for the backward pass, the logits aside.
+        logits: a chunk of logits, and the gradients of the head computed with it.
+    """
 
     weights: int
-    """Parameters."""
     gradients: int
-    """Their gradients."""
     optimizer: int
-    """Optimizer state, its two moments."""
     casts: int
-    """Low-precision copies of the matrices, which autograd keeps; 0 in float32."""
     activations: int
-    """Tensors saved for the backward pass, the logits aside."""
     logits: int
-    """A chunk of logits, and the gradients of the head computed with it."""
 
 
 @dataclass(frozen=True)
 class InferenceMemory(_Parts):
-    """Inference memory in bytes, by part."""
+    """Inference memory in bytes, by part.
+
+    Attributes:
+        weights: parameters.
+        state: KV cache.
+    """
 
     weights: int
-    """Parameters."""
     state: int
-    """KV cache."""
 
 
 def training_memory(

@@ -1,8 +1,4 @@
-"""Model configuration: reading, changing, writing; parameter, FLOP and cache counts. No torch.
-
-Notation: V vocabulary, D width, L layers, H query heads, K key/value heads, E head width, F feed-forward
-width, T sequence length.
-"""
+"""Model configuration: reading, changing, writing; parameter, FLOP and cache counts in the notation of `Shape`."""
 
 from __future__ import annotations
 
@@ -89,13 +85,7 @@ class ModelConfig(Shape):
 
     @classmethod
     def from_keys(cls, values: Mapping[str, Any], where: object, keys: Mapping[str, str] | None = None) -> ModelConfig:
-        """A shape from the header of a file.
-
-        Args:
-            values: the fields.
-            where: the file, for messages.
-            keys: names of the fields in the file, where they have others.
-        """
+        """A shape from the header of a file; errors name the file and its `keys` for the fields."""
         try:
             return build(cls, values)
         except InputError as error:

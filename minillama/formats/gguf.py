@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.config.parameters import V
 from minillama.errors import InputError
-from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
 from minillama.formats.gguf_header import GGUFHeader, read_header
 from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, LazyTensors, ModelFile
 from minillama.formats.stored import Stored
-from minillama.layers.int4 import Int4
+from minillama.layers.int4 import GROUP, LOW, Int4
 from minillama.layers.rope import inverse_frequencies
 
 NAMES = {
@@ -51,6 +51,7 @@ KEYS = {
 }
 REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len", "norm_eps")
 ROPE_FREQS = "rope_freqs.weight"
+INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes of a block
 DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3}  # -> general.file_type
 
@@ -72,7 +73,7 @@ def read(path: Path) -> ModelFile:
 
     def int4(name: str) -> Int4:
         entry = packed[name]
-        return Int4(*map(entry.half_split, read_int4(path, header.tensors[entry.name])))
+        return Int4(*map(entry.half_split, _read_int4(path, header.tensors[entry.name])))
 
     tensors = lazy_tensors(config, table, lambda name: _tensor(path, header.tensors[name]))
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
@@ -146,6 +147,35 @@ def _tensor(path: Path, info: Stored) -> Tensor:
         raise InputError("the gguf package cannot dequantize this type", where=path, found=found) from None
 
 
+def _read_int4(path: Path, info: Stored) -> Int4:
+    """Int4 matrix of a tensor whose type is in `INT4`, exact in float32.
+
+    Blocks of 32 inputs (ggml-org/ggml, src/ggml-common.h): Q4_0 is d (float16) and 16 bytes, w = d (b - 8); Q4_1 is d,
+    m (float16) and 16 bytes, w = d b + m. Byte j has b of input j in its low half, that of input j + 16 in its high.
+    """
+    rows, inputs = info.shape
+    shape = rows, inputs // GROUP, info.size // (rows * inputs // GROUP)
+    blocks = torch.from_numpy(np.memmap(path, np.uint8, "c", info.start, shape))
+    head = 2 * INT4[info.dtype]
+    numbers = blocks[..., :head].contiguous().view(torch.float16).float()
+    scale = numbers[..., 0].contiguous()
+    offset = numbers[..., 1] - LOW * scale if info.dtype == "Q4_1" else torch.zeros_like(scale)
+    return Int4(blocks[..., head:].flatten(-2).clone(), scale, offset)
+
+
+def _q4_1_bytes(numbers: Int4) -> NDArray[np.uint8]:
+    """Q4_1 blocks (O, I / 32 * 20); m = z - 8 s rounded to float16, exact for `storable` grids.
+
+    Args:
+        numbers: in groups of a multiple of 32; each block gets scale and zero point of its group.
+    """
+    times = numbers.group // GROUP
+    scale, offset = (grid.repeat_interleave(times, dim=-1) for grid in (numbers.scale, numbers.offset))
+    head = torch.stack((scale, offset + LOW * scale), dim=-1).half().view(torch.uint8)  # (O, I / 32, 4)
+    blocks: Tensor = torch.cat((head, numbers.nibbles.unflatten(-1, (-1, 16))), dim=-1)
+    return blocks.flatten(-2).numpy()
+
+
 def _package() -> Any:
     try:
         import gguf
@@ -205,7 +235,7 @@ def _data(gguf: Any, entry: Entry, kind: Any, tensors: Mapping[str, Tensor], int
     (ours,) = entry.ours
     if kind == gguf.GGMLQuantizationType.Q4_1:
         numbers = int4.get(ours) or Int4.of(tensors[ours].detach().cpu())
-        return q4_1_bytes(Int4(*map(entry.interleaved, numbers)))
+        return _q4_1_bytes(Int4(*map(entry.interleaved, numbers)))
     tensor = entry.pack(tensors).detach().cpu()
     if kind == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
         found = f"{tensor.abs().max().item():g}"
