@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from minillama.config.loader import Located, nearest, say_renamed, tagged, without_none
@@ -26,13 +26,10 @@ ELSEWHERE = {
 }
 
 
-@dataclass(frozen=True)
 class CommandLine(Located):
     """Origin of a value on the command line, for messages."""
 
-    def at(self, key: str) -> str:
-        """`command line, --key`."""
-        return f"command line, --{key}"
+    prefix = "command line, --"
 
 
 def take_flag(words: list[str], name: str) -> bool:

@@ -111,9 +111,7 @@ class ModelConfig(Shape):
     def num_params(self, embedding: bool = True) -> int:
         """Parameter count; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
 
-        Args:
-            embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
-                once, as the head.
+        Without the embedding a tied matrix counts once, as the head.
         """
         count = sum(map(math.prod, self.tensors().values()))
         return count if embedding or self.tie_embeddings else count - self.vocab_size * self.dim

@@ -49,7 +49,7 @@ KEYS = {
     "norm_eps": "llama.attention.layer_norm_rms_epsilon",
     "rope_theta": "llama.rope.freq_base",
 }
-REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len", "norm_eps")
+DEFAULTS = {"n_kv_heads": 0, "head_dim": 0, "vocab_size": 0, "rope_theta": 10000.0}  # of keys that a file may lack
 ROPE_FREQS = "rope_freqs.weight"
 INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes of a block
 DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
@@ -93,11 +93,9 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     if "token_embd.weight" not in header.tensors:
         raise InputError("the file has no model", where=path, expected="token_embd.weight", found="a vocabulary only")
     values: dict[str, Any] = {
-        ours: header.get(key, float if ours in ("norm_eps", "rope_theta") else int)
+        ours: header.get(key, float if ours in ("norm_eps", "rope_theta") else int, DEFAULTS.get(ours))
         for ours, key in KEYS.items()
-        if ours in REQUIRED or key in header.metadata
     }
-    values.setdefault("rope_theta", 10000.0)
     values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     # float32 in the file: 1e-5 comes back as 9.99999974e-06
     values["norm_eps"] = float(str(np.float32(values["norm_eps"])))
@@ -200,12 +198,9 @@ def write(
     the embedding and the head are Q8_0.
 
     Args:
-        path: of the file.
-        config: the shape.
         tensors: by Hugging Face name; each is read once.
         vocabulary: `tokenizer.*` keys.
         dtype: of the matrices.
-        name: `general.name`.
         int4: quantized matrices for q4_1 by Hugging Face name; others are quantized by `Int4.of`.
     """
     check_writable(tensors, config, "GGUF, as it is written here,")

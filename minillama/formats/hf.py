@@ -142,8 +142,6 @@ def write(
     """Write config.json and the weights, one shard in memory at a time.
 
     Args:
-        folder: made if it is not there.
-        config: the shape; its `layout` has the names in the files.
         tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         max_shard_size: bytes a file at most, unless one tensor is larger.

@@ -53,8 +53,7 @@ def read(folder: Path) -> ModelFile:
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
         raise InputError("no weights in the model folder", where=folder, expected="consolidated.00.pth")
-    numbers = [path.name.split(".")[1] for path in paths]
-    if numbers != [f"{i:02}" for i in range(len(paths))]:
+    if paths != [folder / f"consolidated.{i:02}.pth" for i in range(len(paths))]:
         raise InputError("a rank's file is missing", where=folder, found=", ".join(path.name for path in paths))
     ranks = [_load(path) for path in paths]
     _compare_ranks(paths, ranks)
@@ -99,9 +98,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     _check_zip(path)
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if version < _SAFE_TORCH:
-        raise InputError(
-            "this torch reads pickles unsafely", found=torch.__version__, fix="install torch 2.10 or newer"
-        )
+        what, fix = "this torch reads pickles unsafely", "install torch 2.10 or newer"
+        raise InputError(what, found=torch.__version__, fix=fix)
     try:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -209,8 +207,6 @@ def write(
     """Write params.json and consolidated.NN.pth. A tied head is written twice, as Meta's code reads it.
 
     Args:
-        folder: created if absent.
-        config: the shape.
         tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         ranks: number of files, each with its shard of heads, widths and columns.

@@ -36,6 +36,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
     """
     try:
         model = open_model(path)
+        return Contents(model.format, model.stored, model.metadata, model)
     except InputError:
         path = Path(path)
         if path.is_file() and is_gguf(path):
@@ -44,7 +45,6 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         if path.is_file() and path.suffix == ".safetensors":
             return Contents("safetensors", read_safetensors(path), {}, None)
         raise
-    return Contents(model.format, model.stored, model.metadata, model)
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:

@@ -68,14 +68,12 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     for magic, (what, fix) in _OTHERS.items():
         if start[8:9] != b"{" and start.lstrip().startswith(magic):
             raise InputError(f"this is {what}", where=path, found=start[:40], fix=fix)
-    if len(start) < 8:
-        raise InputError("the file is cut short in its header", where=path, found=f"{size} bytes")
     length = int.from_bytes(start[:8], "little")
-    if length > LIMIT:
+    if length > LIMIT and len(start) >= 8:
         what = "the header claims to be longer than any real one"
         raise InputError(what, where=path, found=f"{length} bytes", expected=f"at most {LIMIT}")
-    if 8 + length > size:
-        found = f"{size} bytes, a header of {length}"
+    if len(start) < 8 or 8 + length > size:
+        found = f"{size} bytes, a header of {length}" if len(start) >= 8 else f"{size} bytes"
         raise InputError("the file is cut short in its header", where=path, found=found)
     return length
 
