@@ -142,11 +142,7 @@ def suggestion(word: str, choices: Iterable[str]) -> str | None:
 
 
 def build(
-    cls: type[T],
-    values: Mapping[str, Any],
-    origin: Located | None = None,
-    base: T | None = None,
-    prefix: str = "",
+    cls: type[T], values: Mapping[str, Any], origin: Located | None = None, base: T | None = None, prefix: str = ""
 ) -> T:
     """Dataclass from a table.
 

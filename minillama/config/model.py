@@ -131,9 +131,8 @@ class ModelConfig(Shape):
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
         """KV cache bytes per token: 2 LKE values, none in a recurrence."""
-        if self.mixer == "wkv":
-            return 0
-        return round(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
+        width = self.n_kv_heads * self.head_dim if self.mixer == "attention" else 0
+        return round(2 * self.n_layers * width * bytes_per_value)
 
     def state_bytes(self, seq_len: int, bytes_per_value: float = 2) -> int:
         """Decode state bytes per sequence: KV cache, or RWKV's five float32 vectors per layer."""

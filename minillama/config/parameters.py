@@ -12,7 +12,7 @@ several ranks have the same head.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,6 +29,11 @@ V, D, F, HEADS, KV_HEADS = "vocab_size", "dim", "hidden_dim", "n_heads x head_di
 CHANNELS = "attention_hidden_size"  # D channels of RWKV's recurrence, as transformers calls them
 POSITIONS = "max_seq_len + 1"
 SPLIT = (V, F, HEADS, KV_HEADS, CHANNELS)
+
+
+def split_axis(axes: Sequence[str]) -> int | None:
+    """Axis that tensor parallelism splits; None: replicated."""
+    return next((i for i, axis in enumerate(axes) if axis in SPLIT), None)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Parameter:
     @property
     def split_axis(self) -> int | None:
         """Axis that tensor parallelism splits; None: replicated."""
-        return next((i for i, axis in enumerate(self.axes) if axis in SPLIT), None)
+        return split_axis(self.axes)
 
     @property
     def parallel(self) -> Literal["vocab", "column", "row", "none"]:

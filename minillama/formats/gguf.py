@@ -133,13 +133,12 @@ def rope_divisors(config: ModelConfig) -> Tensor | None:
 
 
 def _tensor(path: Path, info: Stored) -> Tensor:
+    data = np.memmap(path, np.uint8, "c", info.start, info.size)
     if info.dtype in FLOATS:
-        data = np.memmap(path, np.uint8, "c", info.start, info.size)
         return torch.from_numpy(data).view(FLOATS[info.dtype]).view(info.shape)
-    package, rows = _package(), info.shape[:-1]
-    data = np.memmap(path, np.uint8, "r", info.start, (*rows, info.size // math.prod(rows)))
+    package, rows = _package(), data.reshape(*info.shape[:-1], -1)
     try:
-        return torch.from_numpy(package.dequantize(data, package.GGMLQuantizationType[info.dtype]))
+        return torch.from_numpy(package.dequantize(rows, package.GGMLQuantizationType[info.dtype]))
     except NotImplementedError:
         found = info.dtype
         raise InputError("the gguf package cannot dequantize this type", where=path, found=found) from None

@@ -126,8 +126,7 @@ def _tensor(path: Path, name: str) -> Tensor:
     # no more than one tensor of the file in memory.
     try:
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            return file.get_tensor(name)
     except SafetensorError as error:
         raise InputError("not a readable safetensors file", where=path, found=error) from None
 

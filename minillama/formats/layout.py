@@ -21,21 +21,6 @@ from minillama.formats.model_file import LazyTensors
 Shape = tuple[int, ...]
 
 
-def to_half_split(weight: Tensor, heads: int) -> Tensor:
-    """Interleaved to half-split, Meta's order to Hugging Face's: rows 0, 2, 4, ..., 1, 3, 5, ... of every head.
-
-    Args:
-        weight: (heads * E, D).
-        heads: H for queries, K for keys.
-    """
-    return rearrange(weight, "(h pair two) d -> (h two pair) d", h=heads, two=2)
-
-
-def to_interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Half-split to interleaved, the inverse of `to_half_split`."""
-    return rearrange(weight, "(h two pair) d -> (h pair two) d", h=heads, two=2)
-
-
 @dataclass(frozen=True)
 class Entry:
     """Tensor of a file.
@@ -54,13 +39,13 @@ class Entry:
     ours: Mapping[str, Shape]
     heads: int = 0
 
-    def interleaved(self, rows: Tensor) -> Tensor:
-        """Rows of a matrix in the order of the file."""
-        return to_interleaved(rows, self.heads) if self.heads else rows
-
     def half_split(self, rows: Tensor) -> Tensor:
-        """Rows of the file's matrix in the order of the model."""
-        return to_half_split(rows, self.heads) if self.heads else rows
+        """Rows (heads * E, ...) of the file in Hugging Face's order: 0, 2, 4, ..., 1, 3, 5, ... of every head."""
+        return rearrange(rows, "(h pair two) d -> (h two pair) d", h=self.heads, two=2) if self.heads else rows
+
+    def interleaved(self, rows: Tensor) -> Tensor:
+        """Rows in the order of the file, the inverse of `half_split`."""
+        return rearrange(rows, "(h two pair) d -> (h pair two) d", h=self.heads, two=2) if self.heads else rows
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensor of the file from the parameters."""

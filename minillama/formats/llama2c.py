@@ -38,7 +38,7 @@ def is_llama2c(path: Path) -> bool:
     if start[:4] == MAGIC:
         return True
     try:
-        return len(start) == HEADER.size and _legacy(path, start)[2] >= path.stat().st_size
+        return len(start) == HEADER.size and _header(path, start)[2] >= path.stat().st_size
     except InputError:
         return False
 
@@ -51,7 +51,7 @@ def read(path: Path) -> ModelFile:
     """
     with path.open("rb") as file:
         start = file.read(256)
-    config, starts, expected = _version_1(path, start) if start[:4] == MAGIC else _legacy(path, start)
+    config, starts, expected = _header(path, start)
     size = path.stat().st_size
     if size != expected:
         what = "the file is cut short" if size < expected else "the file is longer than its header says"
@@ -83,15 +83,14 @@ def _config(path: Path, header: bytes, tied: bool | None = None) -> ModelConfig:
     return ModelConfig.from_keys(values | {"norm_eps": 1e-5, "tie_embeddings": tied}, path)
 
 
-def _legacy(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, int], int]:
-    config = _config(path, start)
-    starts, end = _starts(config, LEGACY, HEADER.size)
-    end += 2 * 4 * config.max_seq_len * config.head_dim // 2  # tables of cosines and sines, which are not used
-    head, end = _starts(config, (HEAD,), end)
-    return config, starts | head, end
-
-
-def _version_1(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, int], int]:
+def _header(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, int], int]:
+    """Configuration, first byte of each tensor, size of the file."""
+    if start[:4] != MAGIC:
+        config = _config(path, start)
+        starts, end = _starts(config, LEGACY, HEADER.size)
+        end += 2 * 4 * config.max_seq_len * config.head_dim // 2  # tables of cosines and sines, which are not used
+        head, end = _starts(config, (HEAD,), end)
+        return config, starts | head, end
     if len(start) < 256:
         raise InputError("the file is cut short in its header", where=path, found=f"{len(start)} bytes")
     version = int.from_bytes(start[4:8], "little")

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.config.loader import read_json
+from minillama.config.parameters import split_axis
 from minillama.errors import InputError
-from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors, rename
+from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, ModelFile
 from minillama.formats.stored import Stored
 
@@ -59,7 +60,8 @@ def read(folder: Path) -> ModelFile:
     _compare_ranks(paths, ranks)
     config = _config(folder, ranks)
     table = layout(config, NAMES, interleaved=True)
-    axes = _axes(config) | {EMBEDDING: _embedding_axis(ranks, config.dim)}
+    axes = {name: split_axis(entry.axes) for name, entry in table.items()}
+    axes[EMBEDDING] = _embedding_axis(ranks, config.dim)
     shapes = {name: _whole_shape(ranks, name, axes.get(name)) for name in ranks[0]}
     check_tensors(table, shapes, folder, {"rope.freqs", *([HEAD] if config.tie_embeddings else [])})
     kinds = {dtype: name for name, dtype in FLOATS.items()}
@@ -71,12 +73,6 @@ def read(folder: Path) -> ModelFile:
     tensors = lazy_tensors(config, table, lambda name: _whole(ranks, name, axes[name]))
     tokenizer, kind = folder / "tokenizer.model", f"Meta folder, {len(paths)} ranks"
     return ModelFile(folder, kind, config, tensors, stored, tokenizer if tokenizer.exists() else None, {})
-
-
-def _axes(config: ModelConfig) -> dict[str, int | None]:
-    """Axis of each tensor that is split over the ranks, the embedding's as in Llama 1 and 2."""
-    axes = {rename(name, NAMES): row.split_axis for name, row in config.parameters().items()}
-    return axes | {EMBEDDING: 1}
 
 
 def _embedding_axis(ranks: list[dict[str, Tensor]], dim: int) -> int:
@@ -220,12 +216,12 @@ def write(
         raise InputError("the ranks do not divide the shape", where="ranks", found=ranks, expected=expected)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
-    axes, table = _axes(config), layout(config, NAMES, interleaved=True)
+    table = layout(config, NAMES, interleaved=True)
     files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     heads: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for name, entry in table.items():
         tensor = entry.pack(tensors).detach().to("cpu", dtype)
-        _split(files, name, tensor, axes[name])
+        _split(files, name, tensor, 1 if name == EMBEDDING else split_axis(entry.axes))
         if name == EMBEDDING and config.tie_embeddings:
             _split(heads, HEAD, tensor, 0)
     for rank, (file, head) in enumerate(zip(files, heads, strict=True)):
