@@ -13,16 +13,12 @@ from typing import Any
 from minillama.config.loader import Located, nearest, say_renamed, tagged, without_none
 from minillama.errors import InputError
 
-# names of settings in other trainers
+# our settings -> their names in other trainers
 ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "max_steps": "train.steps",
-    "max_iters": "train.steps",
-    "block_size": "train.context",
-    "seq_len": "train.context",
-    "max_seq_length": "train.context",
-    "output_dir": "out",
-    "out_dir": "out",
+    "optim.lr": ("learning_rate",),
+    "train.steps": ("max_steps", "max_iters"),
+    "train.context": ("block_size", "seq_len", "max_seq_length"),
+    "out": ("output_dir", "out_dir"),
 }
 
 
@@ -135,7 +131,8 @@ def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
     last, by_last = key.rpartition(".")[2], {name.rpartition(".")[2]: name for name in kinds}
-    close = by_last.get(key) or ELSEWHERE.get(last) or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
+    other = next((name for name, words in ELSEWHERE.items() if last in words), None)
+    close = by_last.get(key) or other or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
     if last == "config":
         fix = "the configuration's name or file comes first, without an option: train.py CONFIG"
     else:

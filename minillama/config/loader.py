@@ -307,10 +307,8 @@ def config_path(kind: str, name: str) -> Path:
     names = config_names(kind)
     if name in names:
         return config_folder(kind) / f"{name}.toml"
-    what, expected = (
-        f"no {kind} configuration of that name, and no such file",
-        f"a path ending in .toml, or one of {', '.join(names)}",
-    )
+    what = f"no {kind} configuration of that name, and no such file"
+    expected = f"a path ending in .toml, or one of {', '.join(names)}"
     raise InputError(what, found=name, expected=expected, fix=suggestion(name, names))
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +196,9 @@ def parse_size(size: int | str) -> int:
 def stop_ids(folder: Path) -> frozenset[int]:
     """Tokens that end a text: `eos_token_id`, one or a list, of generation_config.json or else config.json."""
     for name in (GENERATION_CONFIG, "config.json"):
-        try:
+        with suppress(InputError, KeyError):
             ids = read_json(folder / name)["eos_token_id"]
-        except (InputError, KeyError):
-            continue
-        return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+            return frozenset(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
     return frozenset()
 
 

@@ -62,7 +62,10 @@ def read(folder: Path) -> ModelFile:
     table = layout(config, NAMES, interleaved=True)
     axes = {name: split_axis(entry.axes) for name, entry in table.items()}
     axes[EMBEDDING] = _embedding_axis(ranks, config.dim)
-    shapes = {name: _whole_shape(ranks, name, axes.get(name)) for name in ranks[0]}
+    shapes = {
+        name: tuple(n * len(ranks) if i == axes.get(name) else n for i, n in enumerate(tensor.shape))
+        for name, tensor in ranks[0].items()
+    }
     check_tensors(table, shapes, folder, {"rope.freqs", *([HEAD] if config.tie_embeddings else [])})
     kinds = {dtype: name for name, dtype in FLOATS.items()}
     stored = {
@@ -142,11 +145,6 @@ def _check_zip(path: Path) -> None:
             raise InputError("an entry of the archive is compressed, which torch never does", where=where, found=found)
 
 
-def _whole_shape(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> tuple[int, ...]:
-    shape = ranks[0][name].shape
-    return tuple(n * len(ranks) if i == axis else n for i, n in enumerate(shape))
-
-
 def _whole(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> Tensor:
     parts = [rank[name] for rank in ranks]
     return parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
@@ -164,8 +162,8 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
             "n_layers": n_layers,
             "n_heads": n_heads,
             "n_kv_heads": params.get("n_kv_heads") or n_heads,
-            "hidden_dim": _whole_shape(ranks, "layers.0.feed_forward.w1.weight", 0)[0],
-            "vocab_size": _whole_shape(ranks, EMBEDDING, axis)[0],
+            "hidden_dim": len(ranks) * ranks[0]["layers.0.feed_forward.w1.weight"].shape[0],
+            "vocab_size": ranks[0][EMBEDDING].shape[0] * (len(ranks) if axis == 0 else 1),
             # absent from params.json: Llama 1 and 2 share their keys, Llama 3 and 3.1 differ
             "max_seq_len": 131072 if scaled else 8192 if theta == 500000.0 else 2048,
             "norm_eps": float(params.get("norm_eps", 1e-5)),
