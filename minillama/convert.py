@@ -38,7 +38,6 @@ def convert(
     Args:
         source: anything that `open_model` opens.
         destination: a folder (hf, meta) or a file (gguf) that does not exist yet.
-        to: the format.
         dtype: of the tensors (norms in GGUF stay f32); q8_0, q4_0 and q4_1 in GGUF only. Default: as the matrices are
             stored; quantized ones become f32.
         tokenizer: its file or folder, if it is not beside the model.

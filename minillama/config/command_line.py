@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from minillama.config.loader import Located, nearest, say_renamed, tagged, without_none
 from minillama.errors import InputError
 
-# names of settings in other trainers
+# our settings -> their names in other trainers
 ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "max_steps": "train.steps",
-    "max_iters": "train.steps",
-    "block_size": "train.context",
-    "seq_len": "train.context",
-    "max_seq_length": "train.context",
-    "output_dir": "out",
-    "out_dir": "out",
+    "optim.lr": ("learning_rate",),
+    "train.steps": ("max_steps", "max_iters"),
+    "train.context": ("block_size", "seq_len", "max_seq_length"),
+    "out": ("output_dir", "out_dir"),
 }
 
 
-@dataclass(frozen=True)
 class CommandLine(Located):
     """Origin of a value on the command line, for messages."""
 
-    def at(self, key: str) -> str:
-        """`command line, --key`."""
-        return f"command line, --{key}"
+    prefix = "command line, --"
 
 
 def take_flag(words: list[str], name: str) -> bool:
@@ -107,24 +100,20 @@ def overrides(
     return table
 
 
-def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    i = 0
-    while i < len(words):
-        word = words[i]
-        if not word.startswith("--"):
-            raise InputError(
-                "an argument that belongs to no option",
-                where="command line",
-                found=word,
-                fix="CONFIG comes first; options are written --section.field VALUE",
-            )
-        key, equals, inline = word[2:].partition("=")
-        i += 1
-        values = [inline] if equals else []
-        while not equals and i < len(words) and not words[i].startswith("--"):
-            values.append(words[i])
-            i += 1
-        yield key.replace("-", "_"), values
+def _options(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    options: list[tuple[str, list[str]]] = []
+    takes_more = False
+    for word in words:
+        if word.startswith("--"):
+            key, equals, inline = word[2:].partition("=")
+            options.append((key.replace("-", "_"), [inline] if equals else []))
+            takes_more = not equals
+        elif takes_more:
+            options[-1][1].append(word)
+        else:
+            fix = "CONFIG comes first; options are written --section.field VALUE"
+            raise InputError("an argument that belongs to no option", where="command line", found=word, fix=fix)
+    return options
 
 
 def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -142,7 +131,8 @@ def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 
 def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
     last, by_last = key.rpartition(".")[2], {name.rpartition(".")[2]: name for name in kinds}
-    close = by_last.get(key) or ELSEWHERE.get(last) or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
+    other = next((name for name, words in ELSEWHERE.items() if last in words), None)
+    close = by_last.get(key) or other or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
     if last == "config":
         fix = "the configuration's name or file comes first, without an option: train.py CONFIG"
     else:

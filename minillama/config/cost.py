@@ -27,30 +27,36 @@ class _Parts:
 
 @dataclass(frozen=True)
 class TrainingMemory(_Parts):
-    """Training memory in bytes, by part."""
+    """Training memory in bytes, by part.
+
+    Attributes:
+        weights: parameters.
+        gradients: of the parameters.
+        optimizer: optimizer state, two moments per parameter.
+        casts: low-precision copies of the matrices, which autograd keeps; 0 in float32.
+        activations: tensors saved for the backward pass, the logits aside.
+        logits: a chunk of logits, and the gradients of the head computed with it.
+    """
 
     weights: int
-    """Parameters."""
     gradients: int
-    """Their gradients."""
     optimizer: int
-    """Optimizer state, its two moments."""
     casts: int
-    """Low-precision copies of the matrices, which autograd keeps; 0 in float32."""
     activations: int
-    """Tensors saved for the backward pass, the logits aside."""
     logits: int
-    """A chunk of logits, and the gradients of the head computed with it."""
 
 
 @dataclass(frozen=True)
 class InferenceMemory(_Parts):
-    """Inference memory in bytes, by part."""
+    """Inference memory in bytes, by part.
+
+    Attributes:
+        weights: parameters.
+        state: KV cache.
+    """
 
     weights: int
-    """Parameters."""
     state: int
-    """KV cache."""
 
 
 def training_memory(
@@ -85,9 +91,7 @@ def training_memory(
     a context of 1024) are left out.
 
     Args:
-        config: the shape.
         batch: B, sequences in memory at once (the micro-batch).
-        seq_len: T.
         weight_bytes: per parameter.
         grad_bytes: per gradient.
         optimizer_bytes: state per parameter; AdamW has two float32 moments, 8.
@@ -121,7 +125,6 @@ def inference_memory(
     """Inference memory, without the activations of the decode step, which are small beside it.
 
     Args:
-        config: the shape.
         batch: sequences at once.
         seq_len: tokens of each, prompt included.
         weight_bytes: per parameter, on average: 4 float32, 2 bfloat16, 1 int8, 0.5 int4 (scales not counted).
@@ -140,7 +143,6 @@ def cache_slots(config: ModelConfig, seq_len: int, window: int = 0, sinks: int =
     outside every window are evicted. Only with RoPE: ALiBi counts slots, and GLM attends to its whole prefix.
 
     Args:
-        config: the shape.
         seq_len: tokens, prompt included.
         window: tokens attended to at most, its own included; 0: all.
         sinks: attention sinks, first tokens that are attended to as well.
@@ -161,11 +163,9 @@ def training_days(
     """Training days = tokens * FLOPs per token / (devices * FLOP/s * utilization) / 86400.
 
     Args:
-        config: the shape.
         tokens: training tokens.
         seq_len: T of a training sequence.
         flops_per_second: per device.
-        devices: number of devices.
         utilization: share of `flops_per_second` that training achieves; 1 where it is the achieved rate.
     """
     return tokens * config.flops_per_token(seq_len) / (devices * flops_per_second * utilization) / 86400

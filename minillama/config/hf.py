@@ -24,16 +24,10 @@ KEYS = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-# the same for the rope types that both sides have
-SCALING = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_seq_len": "original_max_position_embeddings",
-    },
-}
+# rope types that both sides have -> fields of RopeScaling, each with its key
+ORIGINAL = ("original_max_seq_len", "original_max_position_embeddings")
+FACTORS = [(name, name) for name in ("factor", "low_freq_factor", "high_freq_factor")]
+SCALING = {"linear": FACTORS[:1], "llama3": [*FACTORS, ORIGINAL]}
 # model_type -> class of transformers; our fields -> its keys, and those that a file may lack; our switches; its keys
 # that have one value here
 MODELS: dict[str, dict[str, Any]] = {
@@ -123,10 +117,12 @@ def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in SCALING:
         expected, found = "default, linear or llama3", repr(kind)[:80]
         raise InputError("this rope type is not supported", where=f"{where}, rope_type", found=found, expected=expected)
-    for theirs in SCALING[kind].values():
+    scaling = {"kind": kind}
+    for ours, theirs in SCALING[kind]:
         if theirs not in rope:
             raise InputError(f"{theirs} is missing", where=f"{where}, rope parameters of type {kind}")
-    return theta | {"rope_scaling": {"kind": kind, **{ours: rope[theirs] for ours, theirs in SCALING[kind].items()}}}
+        scaling[ours] = rope[theirs]
+    return theta | {"rope_scaling": scaling}
 
 
 def model_type(fields: Mapping[str, Any], switches: Mapping[str, Any]) -> str:
@@ -162,8 +158,7 @@ def to_hf(fields: Mapping[str, Any], switches: Mapping[str, Any], dtype: str) ->
     if scaling is not None and scaling["kind"] == "ntk":
         theta *= scaling["factor"] ** (fields["head_dim"] / (fields["head_dim"] - 2))
     elif scaling is not None:
-        keys = SCALING[scaling["kind"]]
-        rope = {"rope_type": scaling["kind"], **{theirs: scaling[ours] for ours, theirs in keys.items()}}
+        rope = {"rope_type": scaling["kind"]} | {theirs: scaling[ours] for ours, theirs in SCALING[scaling["kind"]]}
     table |= {"rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
     table |= {"rope_parameters": {**rope, "rope_theta": theta}, **ends}
     return table | {"initializer_range": 0.02, "use_cache": True, **dtypes}

@@ -17,7 +17,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -37,9 +37,11 @@ LIMITS = {
 class Located:
     """Source of a table: a file (`Origin`), the command line, or unknown."""
 
+    prefix = ""
+
     def at(self, key: str) -> str:
         """Location of a dotted key, for a message."""
-        return key
+        return self.prefix + key
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,7 @@ def suggestion(word: str, choices: Iterable[str]) -> str | None:
 
 
 def build(
-    cls: type[T],
-    values: Mapping[str, Any],
-    origin: Located | None = None,
-    base: T | None = None,
-    prefix: str = "",
+    cls: type[T], values: Mapping[str, Any], origin: Located | None = None, base: T | None = None, prefix: str = ""
 ) -> T:
     """Dataclass from a table.
 
@@ -297,11 +295,7 @@ def config_names(kind: str) -> list[str]:
 
 
 def config_path(kind: str, name: str) -> Path:
-    """Configuration file of a name or path.
-
-    Args:
-        kind: `model` or `train`.
-        name: a path that ends in .toml, or the name of a file in configs/KIND.
+    """Configuration file of a path that ends in .toml, or of a name in configs/KIND.
 
     Raises:
         InputError: neither, with the nearest name.
@@ -313,20 +307,15 @@ def config_path(kind: str, name: str) -> Path:
     names = config_names(kind)
     if name in names:
         return config_folder(kind) / f"{name}.toml"
-    what, expected = (
-        f"no {kind} configuration of that name, and no such file",
-        f"a path ending in .toml, or one of {', '.join(names)}",
-    )
+    what = f"no {kind} configuration of that name, and no such file"
+    expected = f"a path ending in .toml, or one of {', '.join(names)}"
     raise InputError(what, found=name, expected=expected, fix=suggestion(name, names))
 
 
 def to_dict(instance: Any) -> dict[str, Any]:
     """Nested plain values without None, as `tomli_w.dumps` takes them."""
 
-    def plain(value: Any) -> Any:
-        if is_dataclass(value):
-            return to_dict(value)
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
+    def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in pairs if value is not None}
 
-    pairs = ((f.name, getattr(instance, f.name)) for f in fields(instance))
-    return {name: plain(value) for name, value in pairs if value is not None}
+    return asdict(instance, dict_factory=plain)

@@ -1,8 +1,4 @@
-"""Model configuration: reading, changing, writing; parameter, FLOP and cache counts. No torch.
-
-Notation: V vocabulary, D width, L layers, H query heads, K key/value heads, E head width, F feed-forward
-width, T sequence length.
-"""
+"""Model configuration: reading, changing, writing; parameter, FLOP and cache counts in the notation of `Shape`."""
 
 from __future__ import annotations
 
@@ -89,13 +85,7 @@ class ModelConfig(Shape):
 
     @classmethod
     def from_keys(cls, values: Mapping[str, Any], where: object, keys: Mapping[str, str] | None = None) -> ModelConfig:
-        """A shape from the header of a file.
-
-        Args:
-            values: the fields.
-            where: the file, for messages.
-            keys: names of the fields in the file, where they have others.
-        """
+        """A shape from the header of a file; errors name the file and its `keys` for the fields."""
         try:
             return build(cls, values)
         except InputError as error:
@@ -121,9 +111,7 @@ class ModelConfig(Shape):
     def num_params(self, embedding: bool = True) -> int:
         """Parameter count; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
 
-        Args:
-            embedding: count the input embedding. Without it, and the head kept, a tied matrix counts
-                once, as the head.
+        Without the embedding a tied matrix counts once, as the head.
         """
         count = sum(map(math.prod, self.tensors().values()))
         return count if embedding or self.tie_embeddings else count - self.vocab_size * self.dim
@@ -143,9 +131,8 @@ class ModelConfig(Shape):
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
         """KV cache bytes per token: 2 LKE values, none in a recurrence."""
-        if self.mixer == "wkv":
-            return 0
-        return round(2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value)
+        width = self.n_kv_heads * self.head_dim if self.mixer == "attention" else 0
+        return round(2 * self.n_layers * width * bytes_per_value)
 
     def state_bytes(self, seq_len: int, bytes_per_value: float = 2) -> int:
         """Decode state bytes per sequence: KV cache, or RWKV's five float32 vectors per layer."""

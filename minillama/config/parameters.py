@@ -11,7 +11,8 @@ several ranks have the same head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,18 +26,14 @@ Values = tuple[object, ...]
 Condition = Mapping[str, Values]
 ALWAYS: Condition = {}
 V, D, F, HEADS, KV_HEADS = "vocab_size", "dim", "hidden_dim", "n_heads x head_dim", "n_kv_heads x head_dim"
-CHANNELS = "attention_hidden_size"  # of RWKV's recurrence, as transformers calls it
+CHANNELS = "attention_hidden_size"  # D channels of RWKV's recurrence, as transformers calls them
 POSITIONS = "max_seq_len + 1"
-SIZES: Mapping[str, Callable[[Shape], int]] = {
-    V: lambda config: config.vocab_size,
-    D: lambda config: config.dim,
-    F: lambda config: config.hidden_dim,
-    HEADS: lambda config: config.n_heads * config.head_dim,
-    KV_HEADS: lambda config: config.n_kv_heads * config.head_dim,
-    CHANNELS: lambda config: config.dim,
-    POSITIONS: lambda config: config.max_seq_len + 1,
-}
 SPLIT = (V, F, HEADS, KV_HEADS, CHANNELS)
+
+
+def split_axis(axes: Sequence[str]) -> int | None:
+    """Axis that tensor parallelism splits; None: replicated."""
+    return next((i for i, axis in enumerate(axes) if axis in SPLIT), None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Parameter:
     Attributes:
         name: Hugging Face name; a block's within the block.
         role: function in the model.
-        axes: names of the axes, in `SIZES`.
+        axes: names of the axes: fields of the configuration, or their product.
         when: field of the configuration -> values with which the parameter exists.
         fused: linear layer into which `Decoder.fuse` concatenates it.
     """
@@ -59,12 +56,15 @@ class Parameter:
 
     def shape(self, config: Shape) -> tuple[int, ...]:
         """Sizes of the axes."""
-        return tuple(SIZES[axis](config) for axis in self.axes)
+        others = {CHANNELS: config.dim, POSITIONS: config.max_seq_len + 1}
+        return tuple(
+            others.get(axis) or math.prod(getattr(config, name) for name in axis.split(" x ")) for axis in self.axes
+        )
 
     @property
     def split_axis(self) -> int | None:
         """Axis that tensor parallelism splits; None: replicated."""
-        return next((i for i, axis in enumerate(self.axes) if axis in SPLIT), None)
+        return split_axis(self.axes)
 
     @property
     def parallel(self) -> Literal["vocab", "column", "row", "none"]:

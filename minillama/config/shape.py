@@ -30,12 +30,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.low_freq_factor >= self.high_freq_factor:
-            raise InputError(
-                "the band between the low and the high frequency factor is empty",
-                where="low_freq_factor",
-                found=f"low_freq_factor = {self.low_freq_factor}, high_freq_factor = {self.high_freq_factor}",
-                expected="low_freq_factor less than high_freq_factor",
-            )
+            what, where = "the band between the low and the high frequency factor is empty", "low_freq_factor"
+            found = f"low_freq_factor = {self.low_freq_factor}, high_freq_factor = {self.high_freq_factor}"
+            raise InputError(what, where=where, found=found, expected="low_freq_factor less than high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -151,12 +148,9 @@ class Shape:
         for switch, value, other, allowed in excluded:
             found = getattr(self, other)
             if getattr(self, switch) == value and found not in allowed:
-                raise InputError(
-                    f"{switch} and {other} exclude each other",
-                    where=other,
-                    found=f"{switch} = {value!r}, {other} = {found!r}",
-                    expected=f"{other} = {' or '.join(map(repr, allowed))} with {switch} = {value!r}",
-                )
+                what, both = f"{switch} and {other} exclude each other", f"{switch} = {value!r}, {other} = {found!r}"
+                expected = f"{other} = {' or '.join(map(repr, allowed))} with {switch} = {value!r}"
+                raise InputError(what, where=other, found=both, expected=expected)
 
     def _check_rotary(self) -> None:
         """Refuse widths that cannot be rotated in pairs."""

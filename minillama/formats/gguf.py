@@ -9,26 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.config.parameters import V
 from minillama.errors import InputError
 from minillama.formats import generation_config
-from minillama.formats.gguf_blocks import INT4, q4_1_bytes, read_int4
 from minillama.formats.gguf_header import GGUFHeader, read_header
-from minillama.formats.layout import (
-    Entry,
-    check_tensors,
-    check_writable,
-    layout,
-    lazy_tensors,
-    to_half_split,
-    to_interleaved,
-)
+from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, LazyTensors, ModelFile
 from minillama.formats.stored import Stored
-from minillama.layers.int4 import Int4
+from minillama.layers.int4 import GROUP, LOW, Int4
 from minillama.layers.rope import inverse_frequencies
 
 NAMES = {
@@ -58,8 +50,9 @@ KEYS = {
     "norm_eps": "llama.attention.layer_norm_rms_epsilon",
     "rope_theta": "llama.rope.freq_base",
 }
-REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "max_seq_len", "norm_eps")
+DEFAULTS = {"n_kv_heads": 0, "head_dim": 0, "vocab_size": 0, "rope_theta": 10000.0}  # of keys that a file may lack
 ROPE_FREQS = "rope_freqs.weight"
+INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes of a block
 DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3}  # -> general.file_type
 
@@ -80,8 +73,8 @@ def read(path: Path) -> ModelFile:
     }
 
     def int4(name: str) -> Int4:
-        numbers, heads = read_int4(path, header.tensors[packed[name].name]), packed[name].heads
-        return Int4(*(to_half_split(part, heads) for part in numbers)) if heads else numbers
+        entry = packed[name]
+        return Int4(*map(entry.half_split, _read_int4(path, header.tensors[entry.name])))
 
     tensors = lazy_tensors(config, table, lambda name: _tensor(path, header.tensors[name]))
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
@@ -100,11 +93,9 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     if "token_embd.weight" not in header.tensors:
         raise InputError("the file has no model", where=path, expected="token_embd.weight", found="a vocabulary only")
     values: dict[str, Any] = {
-        ours: header.get(key, float if ours in ("norm_eps", "rope_theta") else int)
+        ours: header.get(key, float if ours in ("norm_eps", "rope_theta") else int, DEFAULTS.get(ours))
         for ours, key in KEYS.items()
-        if ours in REQUIRED or key in header.metadata
     }
-    values.setdefault("rope_theta", 10000.0)
     values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     # float32 in the file: 1e-5 comes back as 9.99999974e-06
     values["norm_eps"] = float(str(np.float32(values["norm_eps"])))
@@ -142,16 +133,44 @@ def rope_divisors(config: ModelConfig) -> Tensor | None:
 
 
 def _tensor(path: Path, info: Stored) -> Tensor:
+    data = np.memmap(path, np.uint8, "c", info.start, info.size)
     if info.dtype in FLOATS:
-        data = np.memmap(path, np.uint8, "c", info.start, info.size)
         return torch.from_numpy(data).view(FLOATS[info.dtype]).view(info.shape)
-    package, rows = _package(), info.shape[:-1]
-    data = np.memmap(path, np.uint8, "r", info.start, (*rows, info.size // math.prod(rows)))
+    package, rows = _package(), data.reshape(*info.shape[:-1], -1)
     try:
-        return torch.from_numpy(package.dequantize(data, package.GGMLQuantizationType[info.dtype]))
+        return torch.from_numpy(package.dequantize(rows, package.GGMLQuantizationType[info.dtype]))
     except NotImplementedError:
         found = info.dtype
         raise InputError("the gguf package cannot dequantize this type", where=path, found=found) from None
+
+
+def _read_int4(path: Path, info: Stored) -> Int4:
+    """Int4 matrix of a tensor whose type is in `INT4`, exact in float32.
+
+    Blocks of 32 inputs (ggml-org/ggml, src/ggml-common.h): Q4_0 is d (float16) and 16 bytes, w = d (b - 8); Q4_1 is d,
+    m (float16) and 16 bytes, w = d b + m. Byte j has b of input j in its low half, that of input j + 16 in its high.
+    """
+    rows, inputs = info.shape
+    shape = rows, inputs // GROUP, info.size // (rows * inputs // GROUP)
+    blocks = torch.from_numpy(np.memmap(path, np.uint8, "c", info.start, shape))
+    head = 2 * INT4[info.dtype]
+    numbers = blocks[..., :head].contiguous().view(torch.float16).float()
+    scale = numbers[..., 0].contiguous()
+    offset = numbers[..., 1] - LOW * scale if info.dtype == "Q4_1" else torch.zeros_like(scale)
+    return Int4(blocks[..., head:].flatten(-2).clone(), scale, offset)
+
+
+def _q4_1_bytes(numbers: Int4) -> NDArray[np.uint8]:
+    """Q4_1 blocks (O, I / 32 * 20); m = z - 8 s rounded to float16, exact for `storable` grids.
+
+    Args:
+        numbers: in groups of a multiple of 32; each block gets scale and zero point of its group.
+    """
+    times = numbers.group // GROUP
+    scale, offset = (grid.repeat_interleave(times, dim=-1) for grid in (numbers.scale, numbers.offset))
+    head = torch.stack((scale, offset + LOW * scale), dim=-1).half().view(torch.uint8)  # (O, I / 32, 4)
+    blocks: Tensor = torch.cat((head, numbers.nibbles.unflatten(-1, (-1, 16))), dim=-1)
+    return blocks.flatten(-2).numpy()
 
 
 def _package() -> Any:
@@ -178,12 +197,9 @@ def write(
     the embedding and the head are Q8_0.
 
     Args:
-        path: of the file.
-        config: the shape.
         tensors: by Hugging Face name; each is read once.
         vocabulary: `tokenizer.*` keys.
         dtype: of the matrices.
-        name: `general.name`.
         int4: quantized matrices for q4_1 by Hugging Face name; others are quantized by `Int4.of`.
     """
     check_writable(tensors, config, "GGUF, as it is written here,")
@@ -213,8 +229,7 @@ def _data(gguf: Any, entry: Entry, kind: Any, tensors: Mapping[str, Tensor], int
     (ours,) = entry.ours
     if kind == gguf.GGMLQuantizationType.Q4_1:
         numbers = int4.get(ours) or Int4.of(tensors[ours].detach().cpu())
-        rows = (to_interleaved(part, entry.heads) for part in numbers) if entry.heads else numbers
-        return q4_1_bytes(Int4(*rows))
+        return _q4_1_bytes(Int4(*map(entry.interleaved, numbers)))
     tensor = entry.pack(tensors).detach().cpu()
     if kind == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
         found = f"{tensor.abs().max().item():g}"

@@ -61,8 +61,7 @@ class GGUFHeader:
         if type(value) is not kind:
             found, expected = type(value).__name__, kind.__name__
             raise InputError("a key has another type", where=f"{self.path}, {key}", found=found, expected=expected)
-        typed: T = value
-        return typed
+        return value
 
 
 def is_gguf(path: Path) -> bool:

@@ -98,14 +98,11 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
     if not index.exists():
         if (folder / WEIGHTS).is_file():
             return {folder / WEIGHTS: None}
-        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
+        pickles = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         if pickles:
-            raise InputError(
-                "the weights are a pickle, which can run any code when it is opened",
-                where=folder / sorted(pickles)[0],
-                expected=WEIGHTS,
-                fix="ask for safetensors, or convert it with transformers if you trust where it came from",
-            )
+            what = "the weights are a pickle, which can run any code when it is opened"
+            fix = "ask for safetensors, or convert it with transformers if you trust where it came from"
+            raise InputError(what, where=pickles[0], expected=WEIGHTS, fix=fix)
         raise InputError("no weights in the model folder", where=folder, expected=f"{WEIGHTS} or {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -113,18 +110,14 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+", shard) or shard in (".", ".."):
-            raise InputError(
-                "the index leads out of its folder", where=f"{index}, {name}", found=shard, expected="a plain file name"
-            )
+            what, where = "the index leads out of its folder", f"{index}, {name}"
+            raise InputError(what, where=where, found=shard, expected="a plain file name")
         shards.setdefault(folder / shard, set()).add(name)
-    missing = sorted(
-        path.name for path in shards if not os.path.isfile(path)
-    )  # False too for a name that no file can have
-    extra = sorted(path.name for path in folder.glob("model-*-of-*.safetensors") if path not in shards)
-    if missing or extra:
-        found = "; ".join(
-            f"{word}: {', '.join(names)}" for word, names in (("missing", missing), ("extra", extra)) if names
-        )
+    files = {path for path in shards if os.path.isfile(path)}  # False for a name that no file can have, too
+    odd = {"missing": shards.keys() - files, "extra": set(folder.glob("model-*-of-*.safetensors")) - files}
+    names = {word: ", ".join(sorted(path.name for path in paths)) for word, paths in odd.items() if paths}
+    found = "; ".join(f"{word}: {listed}" for word, listed in names.items())
+    if found:
         raise InputError(f"the shards are not those of {INDEX}", where=folder, found=found)
     return shards
 
@@ -134,8 +127,7 @@ def _tensor(path: Path, name: str) -> Tensor:
     # no more than one tensor of the file in memory.
     try:
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            return file.get_tensor(name)
     except SafetensorError as error:
         raise InputError("not a readable safetensors file", where=path, found=error) from None
 
@@ -150,8 +142,6 @@ def write(
     """Write config.json and the weights, one shard in memory at a time.
 
     Args:
-        folder: made if it is not there.
-        config: the shape; its `layout` has the names in the files.
         tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         max_shard_size: bytes a file at most, unless one tensor is larger.
@@ -165,7 +155,7 @@ def write(
     values = config.to_hf(str(dtype).removeprefix("torch."))
     _write_json(folder / "config.json", values)
     shards: list[list[Entry]] = [[]]
-    total = filled = 0
+    filled = 0
     for entry in layout(config, NAMES.get(values["model_type"], {})).values():
         size = math.prod(entry.shape) * dtype.itemsize
         if shards[-1] and filled + size > max_shard_size:
@@ -173,7 +163,6 @@ def write(
             filled = 0
         shards[-1].append(entry)
         filled += size
-        total += size
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -186,7 +175,8 @@ def write(
     for name in (*stale, INDEX):
         (folder / name).unlink(missing_ok=True)  # of an earlier save: readers would prefer it
     if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        total = {"total_size": config.num_params() * dtype.itemsize}
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
 def parse_size(size: int | str) -> int:

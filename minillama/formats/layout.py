@@ -21,21 +21,6 @@ from minillama.formats.model_file import LazyTensors
 Shape = tuple[int, ...]
 
 
-def to_half_split(weight: Tensor, heads: int) -> Tensor:
-    """Interleaved to half-split, Meta's order to Hugging Face's: rows 0, 2, 4, ..., 1, 3, 5, ... of every head.
-
-    Args:
-        weight: (heads * E, D).
-        heads: H for queries, K for keys.
-    """
-    return rearrange(weight, "(h pair two) d -> (h two pair) d", h=heads, two=2)
-
-
-def to_interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Half-split to interleaved, the inverse of `to_half_split`."""
-    return rearrange(weight, "(h two pair) d -> (h pair two) d", h=heads, two=2)
-
-
 @dataclass(frozen=True)
 class Entry:
     """Tensor of a file.
@@ -54,28 +39,31 @@ class Entry:
     ours: Mapping[str, Shape]
     heads: int = 0
 
+    def half_split(self, rows: Tensor) -> Tensor:
+        """Rows (heads * E, ...) of the file in Hugging Face's order: 0, 2, 4, ..., 1, 3, 5, ... of every head."""
+        return rearrange(rows, "(h pair two) d -> (h two pair) d", h=self.heads, two=2) if self.heads else rows
+
+    def interleaved(self, rows: Tensor) -> Tensor:
+        """Rows in the order of the file, the inverse of `half_split`."""
+        return rearrange(rows, "(h two pair) d -> (h pair two) d", h=self.heads, two=2) if self.heads else rows
+
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensor of the file from the parameters."""
         parts = [tensors[name] for name in self.ours]
         if len(parts) > 1:
             return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).reshape(self.shape)
-        return to_interleaved(parts[0], self.heads) if self.heads else parts[0].reshape(self.shape)
+        return self.interleaved(parts[0]).reshape(self.shape)
 
     def unpack(self, tensor: Tensor, name: str) -> Tensor:
         """Parameter of that name from the file's tensor."""
         if len(self.ours) > 1:
-            index = list(self.ours).index(name)
-            return tensor.unflatten(0, (self.heads, len(self.ours), -1))[:, index].reshape(self.ours[name])
-        return to_half_split(tensor, self.heads) if self.heads else tensor.reshape(self.ours[name])
+            tensor = tensor.unflatten(0, (self.heads, len(self.ours), -1))[:, list(self.ours).index(name)]
+            return tensor.reshape(self.ours[name])
+        return self.half_split(tensor.reshape(self.ours[name]))
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:
-    """Name in a file: `model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`.
-
-    Args:
-        name: Hugging Face name.
-        names: parts of it -> those of the format, a longer part before one that it contains.
-    """
+    """Name in a file: each part of a Hugging Face name that `names` has is replaced, in their order."""
     for part, theirs in names.items():
         name = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", theirs, name)
     return name
@@ -116,41 +104,24 @@ def check_tensors(
     unknown = [name for name in found if name not in table and name not in set(ignored)]
     if missing or unknown:
         parts = [("missing", missing), ("unknown", unknown)]
-        raise InputError(
-            "the tensors are not those of the configuration",
-            where=where,
-            found="; ".join(f"{len(names)} {word}: {_listed(names, 12)}" for word, names in parts if names),
-            expected=f"{len(table)} tensors",
-        )
+        what, expected = "the tensors are not those of the configuration", f"{len(table)} tensors"
+        listed = "; ".join(f"{len(names)} {word}: {_listed(names, 12)}" for word, names in parts if names)
+        raise InputError(what, where=where, found=listed, expected=expected)
     for name, entry in table.items():
         if found[name] != entry.shape:
-            raise InputError(
-                "a tensor has another shape than in the configuration",
-                where=f"{where}, {name}",
-                found=found[name],
-                expected=f"{entry.shape}, which is {', '.join(entry.axes)}",
-            )
+            what, axes = "a tensor has another shape than in the configuration", ", ".join(entry.axes)
+            expected = f"{entry.shape}, which is {axes}"
+            raise InputError(what, where=f"{where}, {name}", found=found[name], expected=expected)
 
 
 def lazy_tensors(config: ModelConfig, table: Mapping[str, Entry], read: Callable[[str], Tensor]) -> LazyTensors[Tensor]:
-    """Parameters by Hugging Face name, in the order of the model.
-
-    Args:
-        config: the shape.
-        table: the layout.
-        read: tensor of the file from its name there.
-    """
+    """Parameters by Hugging Face name, in the order of the model; `read` gives the file's tensor of a name."""
     entries = {ours: entry for entry in table.values() for ours in entry.ours}
     return LazyTensors(config.tensors(), lambda ours: entries[ours].unpack(read(entries[ours].name), ours))
 
 
 def check_writable(tensors: Iterable[str], config: ModelConfig, llama_only: str = "") -> None:
-    """Check of a model before it is written: nothing is lost silently.
-
-    Args:
-        tensors: names of all its tensors.
-        config: the shape.
-        llama_only: the format, where it has LLaMA's switches alone.
+    """Check of a model before it is written: nothing is lost silently. `llama_only` is a format with LLaMA's switches.
 
     Raises:
         InputError: a switch that the format lacks, or tensors that a model of this shape does not have.

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
@@ -38,7 +39,7 @@ def is_llama2c(path: Path) -> bool:
     if start[:4] == MAGIC:
         return True
     try:
-        return len(start) == HEADER.size and _legacy(path, start)[2] >= path.stat().st_size
+        return len(start) == HEADER.size and _header(path, start)[2] >= path.stat().st_size
     except InputError:
         return False
 
@@ -51,18 +52,16 @@ def read(path: Path) -> ModelFile:
     """
     with path.open("rb") as file:
         start = file.read(256)
-    config, starts, expected = _version_1(path, start) if start[:4] == MAGIC else _legacy(path, start)
+    config, stored, expected = _header(path, start)
     size = path.stat().st_size
     if size != expected:
         what = "the file is cut short" if size < expected else "the file is longer than its header says"
         raise InputError(what, where=path, found=f"{size} bytes", expected=f"{expected} bytes")
-    table = layout(config, {}, interleaved=True)
-    tensors = lazy_tensors(
-        config,
-        table,
-        lambda name: torch.from_numpy(np.memmap(path, np.float32, "c", starts[name], table[name].shape)),
-    )
-    stored = {name: Stored("F32", entry.shape) for name, entry in table.items()}
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(np.memmap(path, np.float32, "c", stored[name].start, stored[name].shape))
+
+    tensors = lazy_tensors(config, layout(config, {}, interleaved=True), tensor)
     kind = "llama2.c, version 1" if start[:4] == MAGIC else "llama2.c, legacy"
     tokenizer = path.with_name("tokenizer.bin")
     found = tokenizer if tokenizer.exists() else None
@@ -83,15 +82,14 @@ def _config(path: Path, header: bytes, tied: bool | None = None) -> ModelConfig:
     return ModelConfig.from_keys(values | {"norm_eps": 1e-5, "tie_embeddings": tied}, path)
 
 
-def _legacy(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, int], int]:
-    config = _config(path, start)
-    starts, end = _starts(config, LEGACY, HEADER.size)
-    end += 2 * 4 * config.max_seq_len * config.head_dim // 2  # tables of cosines and sines, which are not used
-    head, end = _starts(config, (HEAD,), end)
-    return config, starts | head, end
-
-
-def _version_1(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, int], int]:
+def _header(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, Stored], int]:
+    """Configuration, tensors, size of the file."""
+    if start[:4] != MAGIC:
+        config = _config(path, start)
+        tensors, end = _tensors(config, LEGACY, HEADER.size)
+        end += 2 * 4 * config.max_seq_len * config.head_dim // 2  # tables of cosines and sines, which are not used
+        head, end = _tensors(config, (HEAD,), end)
+        return config, tensors | head, end
     if len(start) < 256:
         raise InputError("the file is cut short in its header", where=path, found=f"{len(start)} bytes")
     version = int.from_bytes(start[4:8], "little")
@@ -99,14 +97,14 @@ def _version_1(path: Path, start: bytes) -> tuple[ModelConfig, dict[str, int], i
         expected = "1 (float32), or legacy"
         raise InputError("this version is not supported", where=f"{path}, version", found=version, expected=expected)
     config = _config(path, start[8:], tied=bool(start[8 + HEADER.size]))
-    return config, *_starts(config, VERSION_1, 256)
+    return config, *_tensors(config, VERSION_1, 256)
 
 
-def _starts(config: ModelConfig, order: tuple[str, ...], start: int) -> tuple[dict[str, int], int]:
-    """First byte of each tensor, and the byte after the last."""
-    shapes, starts = config.tensors(), {}
+def _tensors(config: ModelConfig, order: tuple[str, ...], end: int) -> tuple[dict[str, Stored], int]:
+    """Tensors one after the other, and the byte after the last."""
+    shapes, stored = config.tensors(), dict[str, Stored]()
     layers = {name: re.sub(r"^model\.layers\.\d+\.|\.weight$", "", name) for name in shapes}
     for name in sorted((name for name in shapes if layers[name] in order), key=lambda name: order.index(layers[name])):
-        starts[name] = start
-        start += 4 * math.prod(shapes[name])
-    return starts, start
+        stored[name] = Stored("F32", shapes[name], end, 4 * math.prod(shapes[name]))
+        end += stored[name].size
+    return stored, end

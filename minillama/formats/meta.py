@@ -17,9 +17,10 @@ from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
 from minillama.config.loader import read_json
+from minillama.config.parameters import split_axis
 from minillama.errors import InputError
 from minillama.formats import generation_config
-from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors, rename
+from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, ModelFile
 from minillama.formats.stored import Stored
 
@@ -54,15 +55,18 @@ def read(folder: Path) -> ModelFile:
     paths = sorted(folder.glob("consolidated.*.pth"))
     if not paths:
         raise InputError("no weights in the model folder", where=folder, expected="consolidated.00.pth")
-    numbers = [path.name.split(".")[1] for path in paths]
-    if numbers != [f"{i:02}" for i in range(len(paths))]:
+    if paths != [folder / f"consolidated.{i:02}.pth" for i in range(len(paths))]:
         raise InputError("a rank's file is missing", where=folder, found=", ".join(path.name for path in paths))
     ranks = [_load(path) for path in paths]
     _compare_ranks(paths, ranks)
     config = _config(folder, ranks)
     table = layout(config, NAMES, interleaved=True)
-    axes = _axes(config) | {EMBEDDING: _embedding_axis(ranks, config.dim)}
-    shapes = {name: _whole_shape(ranks, name, axes.get(name)) for name in ranks[0]}
+    axes = {name: split_axis(entry.axes) for name, entry in table.items()}
+    axes[EMBEDDING] = _embedding_axis(ranks, config.dim)
+    shapes = {
+        name: tuple(n * len(ranks) if i == axes.get(name) else n for i, n in enumerate(tensor.shape))
+        for name, tensor in ranks[0].items()
+    }
     check_tensors(table, shapes, folder, {"rope.freqs", *([HEAD] if config.tie_embeddings else [])})
     kinds = {dtype: name for name, dtype in FLOATS.items()}
     stored = {
@@ -76,12 +80,6 @@ def read(folder: Path) -> ModelFile:
     stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)
     own = tokenizer if tokenizer.exists() else None
     return ModelFile(folder, kind, config, tensors, stored, own, {}, stops, sampling=sampling)
-
-
-def _axes(config: ModelConfig) -> dict[str, int | None]:
-    """Axis of each tensor that is split over the ranks, the embedding's as in Llama 1 and 2."""
-    axes = {rename(name, NAMES): row.split_axis for name, row in config.parameters().items()}
-    return axes | {EMBEDDING: 1}
 
 
 def _embedding_axis(ranks: list[dict[str, Tensor]], dim: int) -> int:
@@ -103,9 +101,8 @@ def _load(path: Path) -> dict[str, Tensor]:
     _check_zip(path)
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if version < _SAFE_TORCH:
-        raise InputError(
-            "this torch reads pickles unsafely", found=torch.__version__, fix="install torch 2.10 or newer"
-        )
+        what, fix = "this torch reads pickles unsafely", "install torch 2.10 or newer"
+        raise InputError(what, found=torch.__version__, fix=fix)
     try:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -152,11 +149,6 @@ def _check_zip(path: Path) -> None:
             raise InputError("an entry of the archive is compressed, which torch never does", where=where, found=found)
 
 
-def _whole_shape(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> tuple[int, ...]:
-    shape = ranks[0][name].shape
-    return tuple(n * len(ranks) if i == axis else n for i, n in enumerate(shape))
-
-
 def _whole(ranks: list[dict[str, Tensor]], name: str, axis: int | None) -> Tensor:
     parts = [rank[name] for rank in ranks]
     return parts[0] if axis is None or len(parts) == 1 else torch.cat(parts, dim=axis)
@@ -174,8 +166,8 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
             "n_layers": n_layers,
             "n_heads": n_heads,
             "n_kv_heads": params.get("n_kv_heads") or n_heads,
-            "hidden_dim": _whole_shape(ranks, "layers.0.feed_forward.w1.weight", 0)[0],
-            "vocab_size": _whole_shape(ranks, EMBEDDING, axis)[0],
+            "hidden_dim": len(ranks) * ranks[0]["layers.0.feed_forward.w1.weight"].shape[0],
+            "vocab_size": ranks[0][EMBEDDING].shape[0] * (len(ranks) if axis == 0 else 1),
             # absent from params.json: Llama 1 and 2 share their keys, Llama 3 and 3.1 differ
             "max_seq_len": 131072 if scaled else 8192 if theta == 500000.0 else 2048,
             "norm_eps": float(params.get("norm_eps", 1e-5)),
@@ -213,8 +205,6 @@ def write(
     """Write params.json and consolidated.NN.pth. A tied head is written twice, as Meta's code reads it.
 
     Args:
-        folder: created if absent.
-        config: the shape.
         tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         ranks: number of files, each with its shard of heads, widths and columns.
@@ -228,12 +218,12 @@ def write(
         raise InputError("the ranks do not divide the shape", where="ranks", found=ranks, expected=expected)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PARAMS).write_text(json.dumps(_params(config), indent=2) + "\n", encoding="utf-8")
-    axes, table = _axes(config), layout(config, NAMES, interleaved=True)
+    table = layout(config, NAMES, interleaved=True)
     files: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     heads: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
     for name, entry in table.items():
         tensor = entry.pack(tensors).detach().to("cpu", dtype)
-        _split(files, name, tensor, axes[name])
+        _split(files, name, tensor, 1 if name == EMBEDDING else split_axis(entry.axes))
         if name == EMBEDDING and config.tie_embeddings:
             _split(heads, HEAD, tensor, 0)
     for rank, (file, head) in enumerate(zip(files, heads, strict=True)):

@@ -36,6 +36,7 @@ def contents(path: str | os.PathLike[str]) -> Contents:
     """
     try:
         model = open_model(path)
+        return Contents(model.format, model.stored, model.metadata, model)
     except InputError:
         path = Path(path)
         if path.is_file() and is_gguf(path):
@@ -44,7 +45,6 @@ def contents(path: str | os.PathLike[str]) -> Contents:
         if path.is_file() and path.suffix == ".safetensors":
             return Contents("safetensors", read_safetensors(path), {}, None)
         raise
-    return Contents(model.format, model.stored, model.metadata, model)
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
@@ -60,11 +60,9 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
             return hf.read(path)
         if (path / meta.PARAMS).exists():
             return meta.read(path)
-        inner = path / "model" if (path / "model" / "config.json").exists() else None
-        fix = f"give the model inside the run, {inner}" if inner else None
-        raise InputError(
-            "no config.json in the model folder, and no params.json", where=path, expected=EXPECTED, fix=fix
-        )
+        what, inner = "no config.json in the model folder, and no params.json", path / "model"
+        fix = f"give the model inside the run, {inner}" if (inner / "config.json").exists() else None
+        raise InputError(what, where=path, expected=EXPECTED, fix=fix)
     try:
         if not path.exists():
             raise InputError("no such model", where=path, expected=EXPECTED)
@@ -75,11 +73,8 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         if llama2c.is_llama2c(path):
             return llama2c.read(path)
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            raise InputError(
-                "this is not a llama2.c model; a pickle is not opened, as it can run any code",
-                where=path,
-                expected=EXPECTED,
-            )
+            what = "this is not a llama2.c model; a pickle is not opened, as it can run any code"
+            raise InputError(what, where=path, expected=EXPECTED)
     except OSError as error:
         raise InputError("cannot read the model", where=path, found=error.strerror) from None
     raise InputError("the format of this file is unknown", where=path, expected=EXPECTED)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,9 @@ def read_header(path: Path) -> dict[str, Stored]:
             JSON, names a tensor twice, or whose tensors overlap, leave gaps or do not fit their shapes.
     """
     try:
-        size = path.stat().st_size
+        total = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(64)
-            length = _header_length(path, start, size)
+            length = _header_length(path, file.read(64), total)
             file.seek(8)
             text = file.read(length)
     except OSError as error:
@@ -53,7 +51,16 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise InputError("the header is not a JSON object", where=path, found=type(table).__name__)
     table.pop("__metadata__", None)
     tensors = {name: _tensor(entry, f"{path}, {name}") for name, entry in table.items()}
-    _check_spans(tensors, path, size - 8 - length)
+    at = 0
+    for begin, size, name in sorted((tensor.start, tensor.size, name) for name, tensor in tensors.items()):
+        if begin != at:
+            what = "two tensors overlap" if begin < at else "there is a gap before a tensor"
+            raise InputError(what, where=f"{path}, {name}", found=f"byte {begin}", expected=f"byte {at}")
+        at = begin + size
+    data = total - 8 - length
+    if at != data:
+        what = "the file is cut short" if at > data else "there are bytes after the last tensor"
+        raise InputError(what, where=path, found=f"{data} bytes of data", expected=f"{at}")
     return tensors
 
 
@@ -61,14 +68,12 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     for magic, (what, fix) in _OTHERS.items():
         if start[8:9] != b"{" and start.lstrip().startswith(magic):
             raise InputError(f"this is {what}", where=path, found=start[:40], fix=fix)
-    if len(start) < 8:
-        raise InputError("the file is cut short in its header", where=path, found=f"{size} bytes")
     length = int.from_bytes(start[:8], "little")
-    if length > LIMIT:
+    if length > LIMIT and len(start) >= 8:
         what = "the header claims to be longer than any real one"
         raise InputError(what, where=path, found=f"{length} bytes", expected=f"at most {LIMIT}")
-    if 8 + length > size:
-        found = f"{size} bytes, a header of {length}"
+    if len(start) < 8 or 8 + length > size:
+        found = f"{size} bytes, a header of {length}" if len(start) >= 8 else f"{size} bytes"
         raise InputError("the file is cut short in its header", where=path, found=found)
     return length
 
@@ -96,16 +101,3 @@ def _tensor(entry: Any, where: str) -> Stored:
         expected = f"{shape} of {dtype}, {size} bytes"
         raise InputError("size and shape disagree", where=where, found=end - begin, expected=expected)
     return Stored(dtype, shape, begin, size)
-
-
-def _check_spans(tensors: Mapping[str, Stored], path: Path, data_bytes: int) -> None:
-    """Check that the tensors fill the data without overlap or gap."""
-    at = 0
-    for begin, size, name in sorted((tensor.start, tensor.size, name) for name, tensor in tensors.items()):
-        if begin != at:
-            what = "two tensors overlap" if begin < at else "there is a gap before a tensor"
-            raise InputError(what, where=f"{path}, {name}", found=f"byte {begin}", expected=f"byte {at}")
-        at = begin + size
-    if at != data_bytes:
-        what = "the file is cut short" if at > data_bytes else "there are bytes after the last tensor"
-        raise InputError(what, where=path, found=f"{data_bytes} bytes of data", expected=f"{at}")

@@ -29,11 +29,9 @@ from torch import Tensor, nn
 from minillama.config import ModelConfig
 from minillama.config.parameters import Parameter
 
-Parameters = Mapping[str, Tensor]
-
 
 @torch.no_grad()
-def initialize(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
+def initialize(config: ModelConfig, parameters: Mapping[str, Tensor], generator: torch.Generator | None) -> None:
     """Initialize every parameter in place, by its role in the parameter table and the configuration's `init`."""
     for name, row in config.parameters().items():
         tensor = parameters[name]
@@ -52,7 +50,7 @@ def initialize(config: ModelConfig, parameters: Parameters, generator: torch.Gen
             _rwkv_vectors(config, parameters, layer)
 
 
-def _rwkv_vectors(config: ModelConfig, parameters: Parameters, layer: int) -> None:
+def _rwkv_vectors(config: ModelConfig, parameters: Mapping[str, Tensor], layer: int) -> None:
     d, prefix = config.dim, f"model.layers.{layer}."
     fall, rise = 1 - layer / config.n_layers, layer / max(1, config.n_layers - 1)
     channel = torch.arange(d) / d

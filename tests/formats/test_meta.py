@@ -14,7 +14,7 @@ from minillama import Decoder, Tokenizer
 from minillama.convert import convert
 from minillama.errors import InputError
 from minillama.formats import meta
-from minillama.formats.layout import to_half_split, to_interleaved
+from minillama.formats.layout import Entry
 
 Make = Callable[..., Decoder]
 
@@ -22,8 +22,9 @@ Make = Callable[..., Decoder]
 def test_the_permutation_by_hand() -> None:
     """Two heads of eight rows; the orders are those of transformers' conversion script."""
     rows = torch.arange(16.0)[:, None]
-    assert to_half_split(rows, 2).flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
-    assert to_interleaved(rows, 2).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    entry = Entry("wq", (16, 1), ("n_heads x head_dim", "dim"), {"q_proj": (16, 1)}, heads=2)
+    assert entry.half_split(rows).flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+    assert entry.interleaved(rows).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 
 @pytest.mark.parametrize("tied", [False, True])
