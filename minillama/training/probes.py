@@ -42,7 +42,7 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
 
     def measure(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         assert isinstance(layer, Attention)
-        x, rope, mask = inputs[:3]
+        x, (rope, mask, _) = inputs[:2]
         q, k, _ = layer.heads(x, rope)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         for start in range(0, q.shape[2], QUERIES):

@@ -85,7 +85,8 @@ def test_the_tokenizer_beside_an_adapter_is_taken(base: Path, tmp_path: Path) ->
     byte_tokenizer().save(tmp_path / "a")
     (tmp_path / "a/generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert main(["convert", str(base), str(tmp_path / "b"), "--to", "hf", "--merge", str(tmp_path / "a")]) == 0
-    assert json.loads((tmp_path / "b/generation_config.json").read_text())["eos_token_id"] == [7, 9]
+    own = byte_tokenizer().eos_id  # the tokenizer's first, then the adapter's
+    assert json.loads((tmp_path / "b/generation_config.json").read_text())["eos_token_id"] == [own, 7, 9]
     assert open_model(tmp_path / "b").stop_ids == {7, 9}
 
 
