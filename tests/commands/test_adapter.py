@@ -87,7 +87,7 @@ def test_the_tokenizer_beside_an_adapter_is_taken(base: Path, tmp_path: Path) ->
     assert main(["convert", str(base), str(tmp_path / "b"), "--to", "hf", "--merge", str(tmp_path / "a")]) == 0
     own = byte_tokenizer().eos_id  # the tokenizer's first, then the adapter's
     assert json.loads((tmp_path / "b/generation_config.json").read_text())["eos_token_id"] == [own, 7, 9]
-    assert open_model(tmp_path / "b").stop_ids == {7, 9}
+    assert open_model(tmp_path / "b").stop_ids == {own, 7, 9}
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
