@@ -10,7 +10,8 @@
 | every norm 1, every bias 0       |                                       |
 
 The two scaled matrices write to the residual stream, 2 n_layers times in all, so that its variance does not grow
-with depth (GPT-2, §2.3). Initial logits are small and the loss starts near ln V.
+with depth (GPT-2, §2.3). Initial logits are small and the loss starts near ln V. Under muP each deviation is
+multiplied by its factor (`config/mup.py`).
 
 `fan-in` is PaLM's (arXiv 2204.02311, §5): linear layers normal, 1 / sqrt(fan in); the embedding normal, 1, so that
 the tied output layer's logits have to be scaled by 1 / sqrt(D).
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
+from minillama.config.mup import Mup
 
 Parameters = Mapping[str, Tensor]
 RESIDUAL = ("o_proj.weight", "down_proj.weight")
@@ -34,19 +36,24 @@ ZERO = ("self_attn.k_proj", "self_attn.r_proj", "self_attn.o_proj", "mlp.down_pr
 
 
 @torch.no_grad()
-def initialize(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
-    """Initialize every parameter in place, by its name and the configuration's `init`."""
+def initialize(
+    config: ModelConfig, parameters: Parameters, generator: torch.Generator | None, mup: Mup | None = None
+) -> None:
+    """Initialize every parameter in place, by its name and the configuration's `init`, the normal one also by muP."""
     for name, parameter in parameters.items():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    {"normal": _normal, "fan-in": _fan_in, "rwkv": _rwkv}[config.init](config, parameters, generator)
+    if config.init == "normal":
+        _normal(config, parameters, generator, mup or Mup())
+    else:
+        {"fan-in": _fan_in, "rwkv": _rwkv}[config.init](config, parameters, generator)
 
 
-def _normal(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:
+def _normal(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None, mup: Mup) -> None:
     for name, parameter in parameters.items():
         if parameter.dim() == 2:
             std = 0.02 / math.sqrt(2 * config.n_layers) if name.endswith(RESIDUAL) else 0.02
-            parameter.normal_(0.0, std, generator=generator)
+            parameter.normal_(0.0, std * mup.std(name), generator=generator)
 
 
 def _fan_in(config: ModelConfig, parameters: Parameters, generator: torch.Generator | None) -> None:

@@ -39,7 +39,7 @@ class Start:
         train, generator = self.config.train, torch.Generator().manual_seed(self.config.seed)
         if self.initial is None:
             model = Decoder(self.config.model, train.dropout)
-            model.init_weights(generator)
+            model.init_weights(generator, self.config.mup)
             return model.to(self.device)
         model = Decoder(self.initial.config, train.dropout)
         model.load_state_dict({name: tensor.float() for name, tensor in self.initial.tensors.items()})
