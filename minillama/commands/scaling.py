@@ -213,8 +213,6 @@ class Sweep:
     """FLOPs per run."""
     sizes: int = 5
     """Sizes per budget; more are added where the best one is at the edge."""
-    lr: float = field(default=0.0, metadata={"min": 0})
-    """Peak learning rate; 0: 0.3118 C^-0.125 (DeepSeek LLM)."""
     minutes: float = field(default=0.0, metadata={"min": 0})
     """Start no run that would end after so many minutes; the same command goes on. 0: no limit."""
     out: Path = Path("runs/scaling")
@@ -231,7 +229,7 @@ class Sweep:
         from minillama.scaling.points import read_runs
 
         check(self)
-        grid = sweep.Sweep(load_run_config(self.config), self.out, self.budgets, self.sizes, self.lr, self.minutes)
+        grid = sweep.Sweep(load_run_config(self.config), self.out, self.budgets, self.sizes, self.minutes)
         if not grid.run():
             print("the same command goes on")
             return 1

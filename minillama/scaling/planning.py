@@ -130,23 +130,18 @@ def plan(
         tokens: D.
         unique: U, unique tokens; 0: as many as are needed.
         inference: I, tokens of inference; the cheapest model of the same loss. 0: training alone counts.
+
+    Raises:
+        InputError: N or D beyond 1e16.
     """
-    if not flops:
-        size_of = (lambda c: optimum(law, c, unique)[0] >= params) if params else None
-        flops_for = _solve(size_of or (lambda c: optimum(law, c, unique)[1] >= tokens), 6.0, 6 * GREATEST**2)
-        best = optimum(law, flops_for, unique)
-    else:
-        best = optimum(law, flops, unique)
-    saved, alone = 0.0, best
-    if inference:
-        best = cheapest(law, predicted_loss(law, *alone, unique), inference, unique)
-        totals = [n * (6 * d + 2 * inference) for n, d in (best, alone)]
-        saved = 1 - totals[0] / totals[1]
+    alone = optimum(law, flops or _flops_for(law, params, tokens, unique), unique)
+    best = cheapest(law, predicted_loss(law, *alone, unique), inference, unique) if inference else alone
+    totals = [n * (6 * d + 2 * inference) for n, d in (best, alone)]
     shape = nearest(best[0], base)
     built, per_token = size(shape), shape.flops_per_token(shape.max_seq_len)
     spent = flops / per_token if flops and not inference else best[1]
-    rows = max(1, round(batch_tokens(spent * per_token) / shape.max_seq_len))
-    is_plain = not (unique or inference)
+    exact, is_plain = spent * per_token, not (unique or inference)
+    rows = max(1, round(batch_tokens(exact) / shape.max_seq_len))
     return Plan(
         optimum=best,
         optimum_loss=predicted_loss(law, *best, unique),
@@ -154,15 +149,29 @@ def plan(
         shape=shape,
         params=built,
         tokens=spent,
-        flops=spent * per_token,
+        flops=exact,
         loss=predicted_loss(law, built, spent, unique),
         loss_interval=interval(law, lambda near: predicted_loss(near, built, spent, unique), law.residual),
-        learning_rate=learning_rate(spent * per_token),
+        learning_rate=learning_rate(exact),
         rows=rows,
         steps=max(1, round(spent / (rows * shape.max_seq_len))),
-        saved=saved,
-        notes=tuple(_doubts(law, best, built, spent, spent * per_token, unique)),
+        saved=1 - totals[0] / totals[1],
+        notes=tuple(_doubts(law, best, built, spent, exact, unique)),
     )
+
+
+def _flops_for(law: Law, params: float, tokens: float, unique: float) -> float:
+    """C for which N, or else D, is compute-optimal."""
+
+    def reached(flops: float) -> bool:
+        best = optimum(law, flops, unique)
+        return best[0] >= params if params else best[1] >= tokens
+
+    flops = _solve(reached, 6.0, 6 * GREATEST**2)
+    if flops == math.inf:
+        name, found = ("params", params) if params else ("tokens", tokens)
+        raise InputError("beyond what is searched", where=name, found=found, expected=f"at most {GREATEST:g} or so")
+    return flops
 
 
 def _doubts(law: Law, best: Allocation, params: float, tokens: float, flops: float, unique: float) -> list[str]:

@@ -24,7 +24,7 @@ from minillama.runs.record import RecordedRun
 from minillama.scaling.fit import Fit
 from minillama.scaling.laws import Law, interval
 from minillama.scaling.points import read_runs
-from minillama.scaling.shapes import batch_tokens, learning_rate, nearest, shapes, size
+from minillama.scaling.shapes import batch_tokens, nearest, shapes, size
 
 RATIO = 1.6  # between the sizes
 EXTRA = 6  # sizes added at most where the least loss is at the edge
@@ -53,7 +53,6 @@ class Sweep:
         folder: of all runs.
         budgets: FLOPs, ascending.
         sizes: per budget, at first. Where the smallest or largest is the best, up to six more are added beyond.
-        lr: peak learning rate; 0: by `shapes.learning_rate`.
         minutes: no run is started that would end later; 0: no limit.
         train: trains a configuration in a folder, and returns its exit status.
         say: told of each run.
@@ -65,7 +64,6 @@ class Sweep:
         folder: Path,
         budgets: Sequence[float],
         sizes: int = 5,
-        lr: float = 0.0,
         minutes: float = 0.0,
         train: Train = train_process,
         say: Callable[[str], None] = print,
@@ -76,7 +74,7 @@ class Sweep:
         if not 3 <= sizes <= len(self.rungs):
             expected = f"3, for a parabola, to {len(self.rungs)}"
             raise InputError("no such number of sizes", where="--sizes", found=sizes, expected=expected)
-        self.base, self.folder, self.budgets, self.sizes, self.lr = base, folder, budgets, sizes, lr
+        self.base, self.folder, self.budgets, self.sizes = base, folder, budgets, sizes
         self.minutes, self.train, self.say = minutes, train, say
         self.began, self.flops, self.seconds = time.monotonic(), 0.0, 0.0
 
@@ -92,7 +90,7 @@ class Sweep:
             wanted = list(range(first, first + self.sizes))
             while wanted:
                 for index in wanted:
-                    loss = self._loss(run_config(self.base, self.rungs[index], flops, self.lr))
+                    loss = self._loss(run_config(self.base, self.rungs[index], flops))
                     if loss is None:
                         return False
                     losses[index] = loss
@@ -151,14 +149,13 @@ def ladder(base: ModelConfig) -> list[ModelConfig]:
     return rungs
 
 
-def run_config(base: RunConfig, model: ModelConfig, flops: float, lr: float = 0.0) -> RunConfig:
-    """Run of a shape whose steps spend a budget: batch and learning rate by their rules, one validation at the end.
+def run_config(base: RunConfig, model: ModelConfig, flops: float) -> RunConfig:
+    """Run of a shape whose steps spend a budget: batch by its rule, one validation at the end.
 
     Args:
-        base: the rest.
+        base: the rest; under muP its learning rate is right for every width.
         model: shape.
         flops: C, counted exactly.
-        lr: peak learning rate; 0: by the rule.
     """
     context = base.context
     rows = max(1, round(batch_tokens(flops) / context))
@@ -168,7 +165,7 @@ def run_config(base: RunConfig, model: ModelConfig, flops: float, lr: float = 0.
         name=f"C{flops:.3g}-N{size(model)}".replace("+", ""),
         model=model,
         train=replace(base.train, steps=steps, batch_size=rows),
-        optim=replace(base.optim, lr=lr or learning_rate(flops), warmup_steps=max(1, steps // 20)),
+        optim=replace(base.optim, warmup_steps=max(1, steps // 20)),
         validate=replace(base.validate, every=steps),
         checkpoint=replace(base.checkpoint, every=steps, keep=1),
     )
@@ -199,7 +196,7 @@ def predict(sweep: Sweep, fits: dict[int, Fit], factor: float = 4) -> tuple[RunC
     is_made = path.exists()
     made = json.loads(path.read_text(encoding="utf-8")) if is_made else {}
     params = made["params"] if is_made else (fits.get(2) or fits[3]).params(flops)
-    config = replace(run_config(sweep.base, nearest(params, sweep.base.model, head), flops, sweep.lr), name="run")
+    config = replace(run_config(sweep.base, nearest(params, sweep.base.model, head), flops), name="run")
     if not is_made:
         count, tokens = size(config.model), float(config.train.steps * config.train.batch_size * config.context)
         made = {"params": count, "tokens": tokens, "flops": _flops(config), "loss": law.loss(count, tokens)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +153,34 @@ def test_a_plan_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n" and "predicted loss" in done.stdout
+
+
+def test_the_pages_plans_and_fit_are_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/scaling.md").read_text(encoding="utf-8")
+    block = re.search(r"```sh\n(.*?)```", page, re.S)
+    shown = re.search(r"```\n(optimum.*?)```", page, re.S)
+    assert block and shown
+    plans = [
+        line for line in block[1].splitlines() if line.startswith("minillama scaling plan") and "law.toml" not in line
+    ]
+    assert len(plans) == 4
+    for line in plans:
+        assert main(shlex.split(line, comments=True)[1:]) == 0
+        said = capsys.readouterr().out
+        assert "predicted loss" in said
+        if "--days" in line:
+            assert said == shown[1]
+    if not EPOCH.exists():
+        pytest.skip("../shared/data/scaling is not here")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "epoch.csv").write_bytes(EPOCH.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"(minillama scaling fit epoch.csv.*?)```", page, re.S)
+    assert command
+    assert main([*shlex.split(command[1].replace("\\\n", " "))[1:], "--bootstrap", "0"]) == 0
+    said = capsys.readouterr().out
+    for word in ("A = 477.826", "B = 2143.42", "E = 1.81722", "C^0.5139", "C^0.5146", "C^0.4806"):
+        assert word in said, word
+    assert (tmp_path / "docs/scaling.png").exists()

@@ -60,6 +60,9 @@ def test_a_loss_out_of_reach() -> None:
     with pytest.raises(InputError, match="below the irreducible one"):
         cheapest(LAWS["exact"], 1.69, 1e12)
     assert tokens_for_loss(LAWS["exact"], 1e7, 2.0) == math.inf
+    for given in ({"params": 1e20}, {"tokens": 1e25}):
+        with pytest.raises(InputError, match="beyond what is searched"):
+            plan(LAWS["exact"], BASE, **given)
 
 
 @pytest.mark.parametrize(

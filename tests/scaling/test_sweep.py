@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -22,7 +23,7 @@ from minillama.scaling import sweep
 from minillama.scaling.fit import fit
 from minillama.scaling.laws import Law
 from minillama.scaling.points import read_runs
-from minillama.scaling.shapes import batch_tokens, learning_rate, size
+from minillama.scaling.shapes import batch_tokens, size
 from minillama.training.run import train
 
 LAW = Law(1.2, 150.0, 300.0, 0.3, 0.33)
@@ -109,7 +110,8 @@ def test_a_stopped_sweep_goes_on(base: RunConfig, tmp_path: Path) -> None:
     assert first.trained + second.trained == whole.trained
 
 
-def test_a_limit_of_time(base: RunConfig, tmp_path: Path) -> None:
+def test_a_limit_of_time(base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "time", SimpleNamespace(monotonic=lambda: 100.0))  # the runs' own seconds alone count
     said: list[str] = []
     train = Trainer()
     grid = sweep.Sweep(base, tmp_path, BUDGETS, minutes=3 / 60, train=train, say=said.append)
@@ -120,16 +122,16 @@ def test_a_limit_of_time(base: RunConfig, tmp_path: Path) -> None:
 def test_other_settings_are_refused(base: RunConfig, tmp_path: Path) -> None:
     assert not make(base, tmp_path, Trainer(stop_after=2)).run()
     with pytest.raises(InputError, match="other settings"):
-        make(base, tmp_path, Trainer(), lr=1e-3).run()
+        make(replace(base, seed=2), tmp_path, Trainer()).run()
     for budgets, sizes in (((1e12,), 5), ((2e12, 1e12), 5), ((1e12, 2e12), 2), ((1e12, 2e12), 1000)):
         with pytest.raises(InputError, match=r"--budgets|--sizes"):
             sweep.Sweep(base, tmp_path, budgets, sizes)
 
 
-def test_runs_have_the_plans_batch_and_rate(base: RunConfig) -> None:
+def test_runs_have_the_plans_batch_and_the_bases_rate(base: RunConfig) -> None:
     model = sweep.ladder(base.model)[3]
     config = sweep.run_config(base, model, 1e13)
-    assert config.optim.lr == learning_rate(1e13) and sweep.run_config(base, model, 1e13, 0.5).optim.lr == 0.5
+    assert config.optim.lr == base.optim.lr and config.seed == base.seed
     assert config.train.batch_size == round(batch_tokens(1e13) / 256)
     assert config.optim.mup_base_dim == 64 and config.mup.width == model.dim / 64 and config.mup.head == 1
     assert config.validate.every == config.train.steps and config.optim.warmup_steps == config.train.steps // 20

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from minillama.config import ModelConfig
 from minillama.config.mup import Mup
 from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.runs.config import OptimConfig, RunConfig
+from minillama.runs.report import PlainReport
 from minillama.training.coordinate_check import changes, slope
+from minillama.training.init_model import resolve
 from minillama.training.optim.groups import change_settings, make_optimizers, parameter_groups
+from minillama.training.run import train
 
 WIDTHS = (32, 64, 128)
 
@@ -161,6 +166,20 @@ def test_a_tied_head_takes_its_factor_from_the_logits_scale() -> None:
     run = RunConfig(model=shape, optim=OptimConfig(mup_base_dim=32))
     found = rates(make_optimizers(Decoder(shape), run.optim, run.mup))
     assert found["model.embed_tokens.weight"] == (1, 0)
+
+
+def test_a_run_is_initialized_and_updated_by_it(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Adam's first step moves every weight that has a gradient by its learning rate."""
+    words = ["--train.steps", "1", "--optim.mup_base_dim", "8", "--optim.weight_decay", "0", "--optim.lr", "1e-2"]
+    run = tiny_config(*words, "--optim.eps", "1e-20", "--optim.grad_clip", "0")
+    before = resolve(run).build_model().state_dict()
+    train(run, str(tmp_path / "run"), report=PlainReport(Console(quiet=True)))
+    after = Decoder.from_pretrained(tmp_path / "run/model").state_dict()
+    for name, factor in (("lm_head", 1 / 4), ("model.layers.0.mlp.up_proj", 1 / 4), ("model.embed_tokens", 1)):
+        moved = (after[f"{name}.weight"] - before[f"{name}.weight"]).abs()
+        assert moved.max().item() == pytest.approx(1e-2 * factor, rel=1e-3), name
+    assert before["lm_head.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert run.mup == Mup(4, 1)
 
 
 def test_groups_without_mup_are_the_two_of_before() -> None:
