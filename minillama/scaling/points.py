@@ -80,6 +80,10 @@ class Table:
         """Runs whose loss is below the `drop`-th highest (Epoch's rule: 5 of 245)."""
         if not drop:
             return self
+        if drop >= len(self.points):
+            raise InputError(
+                "no run would be left", where="--drop", found=drop, expected=f"less than {len(self.points)}"
+            )
         bound = sorted(self.column("loss"))[-drop]
         kept = tuple(point for point in self.points if point.loss < bound)
         note = f"{len(self.points) - len(kept)} runs with a loss of {bound:.6g} or more were left out (--drop {drop})"
@@ -175,7 +179,7 @@ def _unusable(run: RecordedRun) -> str | None:
         return f"{run.state}, and its learning rate has not decayed"
     if run.config["train"].get("init_from"):
         return "it started from another model's weights"
-    measured = run.curve("val_loss")
+    measured = run.curve("val_bits_per_byte")
     return None if measured and measured[-1][0] == run.step else "no held-out loss of its last step is recorded"
 
 

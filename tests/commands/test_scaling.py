@@ -113,6 +113,11 @@ def test_runs_that_no_approach_fits(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert all(f"approach {i}:" in said for i in (1, 2, 3)) and not (tmp_path / "x.toml").exists()
 
 
+def test_dropping_all_runs_is_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scaling", "fit", str(table), "--drop", "25"]) == 1
+    assert "no run would be left" in capsys.readouterr().err
+
+
 def test_only_the_parametric_law_is_written(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scaling", "fit", str(table), "--approach", "2", "--output", str(tmp_path / "x.toml")]) == 1
     assert "only approach 3" in capsys.readouterr().err
