@@ -15,7 +15,7 @@ PACKAGE = Path(minillama.__file__).parent
 # from the top down: a room imports from those below it alone, and not from its neighbors
 LEVELS = [
     ["commands"],
-    ["training"],
+    ["training", "scaling"],
     ["runs"],
     ["evaluate"],
     ["inference"],

@@ -28,6 +28,7 @@ COMMANDS = {
     "tokenizer": "train, merge, encode, decode, explain, compare tokenizers",
     "doctor": "environment report: versions, processor, kernels, compiler, extras, folders",
     "plan": "parameter counts, memory and FLOPs of a model, without building it",
+    "scaling": "scaling laws: fit finished runs, plan a run for a budget, sweep tiny runs",
 }
 RENAMED = {"--verbalisers": "--verbalizers"}  # options since the last release
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minillama.config import ModelConfig
+from minillama.config.mup import Mup
 from minillama.errors import InputError
 from minillama.formats import generation_config, hf
 from minillama.formats.model_file import ModelFile
@@ -141,14 +142,15 @@ class Decoder(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self, generator: torch.Generator | None = None, mup: Mup | None = None) -> None:
         """Draw all weights anew, as `model/init.py` says.
 
         Args:
             generator: source of the random numbers; torch's global one unless given.
+            mup: maximal update parametrization; the standard one unless given.
         """
         if not self.model.embed_tokens.weight.is_meta:
-            initialize(self.config, dict(self.named_parameters()), generator)
+            initialize(self.config, dict(self.named_parameters()), generator, mup)
 
     @property
     def device(self) -> torch.device:

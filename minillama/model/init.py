@@ -10,7 +10,8 @@
 | every norm 1, every bias 0       |                                       |
 
 The two scaled matrices write to the residual stream, 2 n_layers times in all, so that its variance does not grow
-with depth (GPT-2, §2.3). Initial logits are small and the loss starts near ln V.
+with depth (GPT-2, §2.3). Initial logits are small and the loss starts near ln V. Under muP each deviation is
+multiplied by its factor (`config/mup.py`).
 
 `fan-in` is PaLM's (arXiv 2204.02311, §5): linear layers normal, 1 / sqrt(fan in); the embedding normal, 1, so that
 the tied output layer's logits have to be scaled by 1 / sqrt(D).
@@ -27,12 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
+from minillama.config.mup import Mup
 from minillama.config.parameters import Parameter
 
 
 @torch.no_grad()
-def initialize(config: ModelConfig, parameters: Mapping[str, Tensor], generator: torch.Generator | None) -> None:
-    """Initialize every parameter in place, by its role in the parameter table and the configuration's `init`."""
+def initialize(
+    config: ModelConfig, parameters: Mapping[str, Tensor], generator: torch.Generator | None, mup: Mup | None = None
+) -> None:
+    """Initialize every parameter in place, by its role and the configuration's `init`, the normal one also by muP."""
+    mup = mup or Mup()
     for name, row in config.parameters().items():
         tensor = parameters[name]
         if tensor.dim() == 1:
@@ -41,7 +46,7 @@ def initialize(config: ModelConfig, parameters: Mapping[str, Tensor], generator:
             _rwkv_matrix(row, tensor, generator)
         elif config.init == "normal":
             scale = math.sqrt(2 * config.n_layers) if row.parallel == "row" else 1.0
-            tensor.normal_(0.0, 0.02 / scale, generator=generator)
+            tensor.normal_(0.0, 0.02 / scale * mup.std(name), generator=generator)
         else:
             std = 1.0 if row.role in ("embedding", "position") else tensor.shape[1] ** -0.5
             tensor.normal_(0.0, std, generator=generator)

@@ -5,6 +5,7 @@ A value comes from the defaults below, then the model preset, then the file, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from minillama.config import ModelConfig
 from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
+from minillama.config.mup import Mup
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
@@ -123,6 +125,10 @@ class OptimConfig:
     """Weight decay of the embedding too."""
     grad_clip: float = field(default=1.0, metadata={"min": 0})
     """Maximum global gradient norm; 0: no clipping."""
+    mup_base_dim: int = field(default=0, metadata={"min": 0})
+    """Maximal update parametrization: width of the model whose learning rate all widths take; 0: the standard one."""
+    mup_base_head_dim: int = field(default=0, metadata={"min": 0})
+    """Width of that model's heads; 0: the model's own."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +241,7 @@ class RunConfig:
         if self.lora is not None and not self.train.init_from:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
+        self._check_mup()
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
@@ -257,6 +264,34 @@ class RunConfig:
             what = "infilling attends to the whole sequence"
             expected = f"false with objective {wanted.name}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
+
+    def _check_mup(self) -> None:
+        base, model = self.optim.mup_base_dim, self.model
+        if not base:
+            return
+        excluded = {
+            "optim.optimizer": (self.optim.optimizer, "adamw"),  # Adafactor's updates are relative to the parameter
+            "model.init": (model.init, "normal"),
+            "model.mixer": (model.mixer, "attention"),
+        }
+        for where, (found, expected) in excluded.items():
+            if found != expected:
+                raise InputError("muP has no rule for this", where=where, found=found, expected=expected)
+        if model.tie_embeddings and not math.isclose(model.logit_scale, base / model.dim):
+            raise InputError(
+                "muP trains embedding and head by different rules",
+                where="model.tie_embeddings",
+                found=f"true, with logit_scale = {model.logit_scale}",
+                expected=f"false, or logit_scale = mup_base_dim / dim = {base / model.dim}",
+            )
+
+    @property
+    def mup(self) -> Mup:
+        """Maximal update parametrization; its factors are 1 in the standard one."""
+        optim, model = self.optim, self.model
+        if not optim.mup_base_dim:
+            return Mup()
+        return Mup(model.dim / optim.mup_base_dim, model.head_dim / (optim.mup_base_head_dim or model.head_dim))
 
     @property
     def context(self) -> int:
@@ -344,12 +379,12 @@ def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Loca
 
 
 def _check_stage(optim: OptimConfig, base: OptimConfig, where: str) -> None:
-    """Refuse a stage that moves parameters from one optimizer to another."""
-    for name in ("optimizer", "decay_embeddings", "muon_lr"):
+    """Refuse a stage that moves parameters from one optimizer or group to another."""
+    for name in ("optimizer", "decay_embeddings", "muon_lr", "mup_base_dim", "mup_base_head_dim"):
         found, expected = getattr(optim, name), getattr(base, name)
         is_same = (found > 0) == (expected > 0) if name == "muon_lr" else found == expected
         if not is_same:
-            what = "a stage cannot move parameters from one optimizer to another"
+            what = "a stage cannot move parameters from one optimizer or group to another"
             raise InputError(what, where=f"{where}.{name}", found=found, expected=f"as in [optim], {expected}")
 
 

@@ -53,12 +53,17 @@ class RecordedRun:
         return int(self.records[-1]["step"]) if self.records else 0
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all steps were taken and the model was written."""
+        return self.step >= int(self.config["train"]["steps"]) and (self.path / "model").is_dir()
+
+    @property
     def state(self) -> str:
         """Running, finished, or stopped with the step at which it would resume."""
         owner = lock_owner(self.path)
         if owner is not None:
             return f"running (process {owner})"
-        if self.step >= int(self.config["train"]["steps"]) and (self.path / "model").is_dir():
+        if self.is_finished:
             return "finished"
         behind = self.checkpoints[-1] if self.checkpoints else 0
         return f"stopped after step {self.step}; --resume continues at step {behind}"

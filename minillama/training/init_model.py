@@ -43,7 +43,7 @@ class Start:
         train, lora, generator = self.config.train, self.config.lora, torch.Generator().manual_seed(self.config.seed)
         if self.initial is None:
             model = Decoder(self.config.model, train.dropout)
-            model.init_weights(generator)
+            model.init_weights(generator, self.config.mup)
             return model.to(self.device)
         model = Decoder(self.initial.config, train.dropout).to(torch.float32 if lora is None else self.dtype)
         model.load_state_dict({name: tensor.to(model.dtype) for name, tensor in self.initial.tensors.items()})

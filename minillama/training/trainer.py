@@ -69,7 +69,7 @@ class Trainer:
         self.masters, self.ranks = dict(objective.models), Ranks.current()
         self.model = model = cast(Decoder, self.masters[MODEL])
         self.peak, self.next_peak = peak_flops(model.device, dtype), 0
-        self.optimizers = make_optimizers(self.masters, config.optim)
+        self.optimizers = make_optimizers(self.masters, config.optim, config.mup)
         self.guard, self.signals = Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.phase = "training"

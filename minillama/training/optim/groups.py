@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minillama.config.mup import Mup
 from minillama.device import choose_dtype
 from minillama.runs.config import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
@@ -41,13 +42,17 @@ def parameter_groups(model: nn.Module | Mapping[str, nn.Module], config: OptimCo
     ]
 
 
-def make_optimizers(model: nn.Module | Mapping[str, nn.Module], config: OptimConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module | Mapping[str, nn.Module], config: OptimConfig, mup: Mup | None = None
+) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon; or Adafactor.
 
     With `muon_lr` the blocks' matrices are updated by Muon: momentum, orthogonalized by five
     Newton-Schulz iterations (`muon.py`), in bfloat16 where that is fast. Each group has `lr_scale`, its peak rate
-    relative to `lr`, so that one schedule serves all.
+    relative to `lr`, so that one schedule serves all. Under muP (`config/mup.py`) matrices are grouped by their factor
+    of the learning rate; Muon's orthogonal updates need none but the queries'.
     """
+    mup = mup or Mup()
     decayed, kept = parameter_groups(model, config)
     if config.optimizer == "adafactor":
         named = [*decayed["params"], *kept["params"]]
@@ -55,13 +60,26 @@ def make_optimizers(model: nn.Module | Mapping[str, nn.Module], config: OptimCon
     blocks = [(name, p) for name, p in decayed["params"] if config.muon_lr and ".layers." in name]
     if blocks:
         decayed["params"] = [(name, p) for name, p in decayed["params"] if ".layers." not in name]
-    groups = [group | {"lr_scale": 1.0} for group in (decayed, kept) if group["params"]]
+    groups = [*_by_factor(decayed, mup.learning_rate), kept | {"lr_scale": 1.0, "mup": 1.0}]
+    groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     if not blocks:
         return [adamw]
-    group = {"params": blocks, "lr_scale": config.muon_lr / config.lr}
+    muon = {"params": blocks, "weight_decay": config.weight_decay, "name": "muon"}
     dtype = choose_dtype("auto", blocks[0][1].device)
-    return [adamw, Muon([group], lr=config.muon_lr, weight_decay=config.weight_decay, dtype=dtype)]
+    rate = config.muon_lr / config.lr
+    return [adamw, Muon(_by_factor(muon, mup.queries, rate), lr=config.muon_lr, dtype=dtype)]
+
+
+def _by_factor(group: Mapping[str, Any], factor: Callable[[str], float], rate: float = 1.0) -> list[dict[str, Any]]:
+    """Groups of equal muP factor of the learning rate; weight decay times learning rate is the same in all."""
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in group["params"]:
+        groups.setdefault(factor(name), []).append((name, parameter))
+    return [
+        {**group, "params": params, "mup": f, "lr_scale": rate * f, "weight_decay": group["weight_decay"] / f}
+        for f, params in groups.items()
+    ]
 
 
 def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimConfig) -> None:
@@ -69,14 +87,14 @@ def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimCo
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if isinstance(optimizer, Muon):
-                group["lr_scale"] = config.muon_lr / config.lr
+                group["lr_scale"] = config.muon_lr / config.lr * group["mup"]
             elif isinstance(optimizer, Adafactor):
                 group["beta1"] = config.beta1
                 continue
             else:
                 group |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
             if group.get("name") != "no_decay":
-                group["weight_decay"] = config.weight_decay
+                group["weight_decay"] = config.weight_decay / group["mup"]
 
 
 def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.optim.Optimizer, str, Tensor]]:

@@ -1,0 +1,1 @@
+"""Scaling laws: their fits from finished runs, compute-optimal planning, IsoFLOP sweeps."""
