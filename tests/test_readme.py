@@ -52,6 +52,31 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_three_lines_lead_to_a_chat(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- chat -->\n```sh\n(.*?)```", text, re.S)
+    assert block
+    (tmp_path / "train.py").write_text((ROOT / "train.py").read_text(encoding="utf-8"), encoding="utf-8")
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    short = " --train.steps 3 --train.compile false --validate.tokens 2000"
+    for line in block[1].splitlines():
+        command = line + (short if "train.py" in line else " --max-new-tokens 8")
+        result = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=os.environ | cache,
+            input="What does json.dumps do?\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        assert result.stdout.strip()
+    assert "minillama chat" in text and "runs/sft/model" in text
+
+
+@pytest.mark.slow
 def test_every_command_of_the_tokenizers_page_works(tmp_path: Path) -> None:
     text = (ROOT / "docs/tokenizers.md").read_text(encoding="utf-8")
     block, grow, config = (

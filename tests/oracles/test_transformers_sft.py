@@ -1,0 +1,95 @@
+"""Loss and gradients of fine-tuning against transformers' own loss, with labels of -100 on what is not trained."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.config import ModelConfig
+from minillama.data.conversations import conversations
+from minillama.data.instructions import Example, Instructions, Packing
+from minillama.data.sources import Source
+from minillama.formats.open import open_model
+from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer
+from minillama.tokenizer.rendering import encode, truncated
+from minillama.tokenizer.template import load_template
+from minillama.training.gradients import accumulate
+from minillama.training.objectives.sft import FineTuning
+
+transformers = pytest.importorskip("transformers")
+FILES = [
+    "alpaca_en_demo.json",
+    "alpaca_zh_demo.json",
+    "dolly_fixture.json",
+    "dolly_hhrlhf_train_small.jsonl",
+    "glaive_toolcall_en_demo.json",
+    "messages_v1_sft_demo.jsonl",
+    "seed_tasks.jsonl",
+    "sharegpt_dummy_conversation.json",
+]
+CONTEXT = 160
+
+
+def examples(path: Path, tokenizer: Tokenizer, count: int, context: int) -> list[Example]:
+    """The first records of a file by SmolLM2's own template, or ChatML where it has no place for tools."""
+    own, found = load_template("chatml" if "toolcall" in path.name else "own", tokenizer), []
+    for conversation in islice(conversations(Source(path=str(path))), count):
+        rendered = truncated(encode(conversation, own, tokenizer), context + 1)
+        if rendered.trained:
+            found.append(Example.of(rendered.ids, rendered.weights, conversation.where))
+    return found
+
+
+def compare(model: Decoder, folder: Path, found: list[Example], packing: Packing, context: int) -> None:
+    data = Instructions.of(found, found[:1], context, packing)
+    rows = len(data._plan())
+    objective = FineTuning(model, data, 1, rows)
+    model.train()
+    loss = accumulate(objective, objective.batch(0), 4, torch.device("cpu")).loss
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    weight = sum(float(example.weights[1:].sum()) for example in found)
+    total = 0.0
+    for example in found:
+        ids, weights = torch.tensor(example.ids.astype(int))[None], torch.tensor(example.weights)
+        values = set(weights[1:].unique().tolist()) - {0.0}
+        for value in values:  # one loss per weight: transformers knows trained and not trained
+            labels = torch.where(weights == value, ids, -100)
+            own = theirs(ids, labels=labels).loss * int((labels[0, 1:] != -100).sum()) * value / weight
+            own.backward()
+            total += own.item()
+    assert loss == pytest.approx(total, abs=1e-5)
+    grads = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, grads[name].grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "packing"), [*((name, "best-fit") for name in FILES), (FILES[0], "none"), (FILES[5], "none")]
+)
+def test_loss_and_gradients_are_transformers(
+    name: str, packing: Packing, shared: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    """32 records of each format, a small random model with SmolLM2's vocabulary."""
+    tokenizer = Tokenizer.load(smollm2)
+    config = ModelConfig(
+        dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=40, vocab_size=tokenizer.vocab_size, max_seq_len=CONTEXT
+    )
+    model = Decoder(config)
+    model.init_weights(torch.Generator().manual_seed(3))
+    model.save_pretrained(tmp_path)
+    found = examples(shared / "sft" / name, tokenizer, 32, CONTEXT)
+    assert len(found) >= (6 if "fixture" in name else 16)
+    compare(model, tmp_path, found, packing, CONTEXT)
+
+
+@pytest.mark.slow
+def test_loss_and_gradients_of_real_weights_are_transformers(shared: Path, smollm2: Path, tmp_path: Path) -> None:
+    tokenizer, model = Tokenizer.load(smollm2), Decoder.from_pretrained(open_model(smollm2), torch.float32)
+    model.save_pretrained(tmp_path)
+    found = [example for name in FILES for example in examples(shared / "sft" / name, tokenizer, 2, 64)]
+    compare(model, tmp_path, found, "best-fit", 64)
