@@ -241,6 +241,7 @@ class RunConfig:
         if self.lora is not None and not self.train.init_from:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
+        self._check_conversations()
         self._check_mup()
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
@@ -264,6 +265,19 @@ class RunConfig:
             what = "infilling attends to the whole sequence"
             expected = f"false with objective {wanted.name}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
+
+    def _check_conversations(self) -> None:
+        data, wanted = self.data, self.objective
+        if not data.template:
+            return
+        if wanted.trains != "lm":
+            what = "conversations train next-token prediction"
+            raise InputError(
+                what, where="objective.name", found=wanted.name, expected="lm", fix="leave data.template out"
+            )
+        if data.packing == "best-fit" and self.model.mixer == "wkv":
+            what, fix = "a recurrent model cannot isolate packed conversations", "add --data.packing none"
+            raise InputError(what, where="data.packing", found=data.packing, expected="none or wrap", fix=fix)
 
     def _check_mup(self) -> None:
         base, model = self.optim.mup_base_dim, self.model

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from minillama.config import ModelConfig
 from minillama.data.instructions import Example, Instructions, Packing, collate
 from minillama.data.packing import best_fit
+from minillama.errors import InputError
+from minillama.formats.open import open_model
 from minillama.model import Decoder
+from minillama.runs.config import RunConfig, load_run_config
+from minillama.tokenizer import Tokenizer
 from minillama.training.gradients import accumulate
 from minillama.training.objectives.sft import FineTuning
+from minillama.training.run import train
+
+from .test_init_stages import Lines
+from .test_several_models import StopAt
+from .test_trainer import Quiet
+
+Make = Callable[..., RunConfig]
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=61, max_seq_len=320)
 LENGTHS = [3, 300, 17, 44, 151, 90, 5, 66, 31, 12, 255, 8]
@@ -150,3 +164,52 @@ def test_held_out_loss_is_that_of_each_conversation() -> None:
         total, weight = total + float((nats * weights[1:]).sum()), weight + float(weights[1:].sum())
     for rows in (1, 3, 4):
         assert objective.validate(rows, 0)["val_loss"] == pytest.approx(total / weight, abs=1e-6)
+
+
+def conversations_file(path: Path) -> Path:
+    """Sums in words, each with its answer."""
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    records = [
+        {"instruction": f"Which word is {number}, asked {time}?", "output": f"It is {word}."}
+        for number, word in enumerate(words)
+        for time in range(4)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "wrap", "none"])
+def test_a_run_over_conversations_makes_a_chat_model(tiny_config: Make, tmp_path: Path, packing: str) -> None:
+    small = tiny_config("--train.steps", "2", "--model.max_seq_len", "128", "--train.context", "32")
+    assert train(small, str(tmp_path / "base"), report=Quiet()) == 0
+    base, file = tmp_path / "base/model", conversations_file(tmp_path / "sums.jsonl")
+    words = ["--train.init_from", str(base), "--data.template", "auto", "--data.sources", str(file), "--train.context"]
+    words += ["128", "--data.packing", packing, "--data.val_fraction", "0.2", "--train.steps", "12", "--train.dtype"]
+    words += ["float32", "--validate.every", "12", "--train.batch_size", "2", "--data.on_error", "skip"]
+    report = Lines()
+    assert train(tiny_config(*words), str(tmp_path / "whole"), report=report) == 0
+    assert any("template chatml" in line for line in report.said)
+    assert any(line.startswith("  chat") and "minillama chat" in line for line in report.said)
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert losses[-1] < losses[0] and all(line["answer_tokens"] > 0 for line in lines if "lr" in line)
+    tokenizer, opened = Tokenizer.load(tmp_path / "whole/model"), open_model(tmp_path / "whole/model")
+    end = tokenizer.backend.token_to_id("<|im_end|>")
+    assert end is not None and {end, tokenizer.eos_id} <= opened.stop_ids
+    assert tokenizer.chat_template is not None and "<|im_start|>" in tokenizer.chat_template
+    assert opened.config.vocab_size == tokenizer.vocab_size == Tokenizer.load(base).vocab_size + 2
+    assert train(tiny_config(*words), str(tmp_path / "cut"), report=StopAt(7)) == 143
+    assert train(tiny_config(*words), str(tmp_path / "cut"), resume=True, report=Quiet()) == 0
+    ours, again = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_conversations_that_cannot_be_trained_are_refused(tiny_config: Make, tmp_path: Path) -> None:
+    file = conversations_file(tmp_path / "sums.jsonl")
+    words = ["--data.template", "chatml", "--data.sources", str(file)]
+    with pytest.raises(InputError, match="conversations train no tokenizer"):
+        train(tiny_config(*words), str(tmp_path / "run"), report=Quiet())
+    with pytest.raises(InputError, match="recurrent model cannot isolate"):
+        load_run_config("sft", ["--train.init_from", ""], "rwkv-tiny")
+    with pytest.raises(InputError, match="next-token prediction"):
+        load_run_config("sft", ["--train.init_from", ""], "glm-tiny")
