@@ -83,16 +83,15 @@ class Session:
         from minillama.inference.chat import why_empty
         from minillama.inference.generate import stream
 
-        ids = self.prompts.encode(self.messages)
         sampling = replace(self.args.sampling, seed=self.args.sampling.seed + self.answers)
         text, reason, self.answers = "", None, self.answers + 1
-        chunks = stream(self.model, self.tokenizer, [ids], self.args.max_new_tokens, sampling, self.args.stop)
         try:
+            ids = self.prompts.encode(self.messages)
+            chunks = stream(self.model, self.tokenizer, [ids], self.args.max_new_tokens, sampling, self.args.stop)
             for chunk in chunks:
                 text, reason = text + chunk.text, chunk.reason
                 print(chunk.text, end="", flush=True)
-        except KeyboardInterrupt:
-            chunks.close()
+        except KeyboardInterrupt:  # the stream that is dropped cancels its request
             say("\n(stopped)")
         print(flush=True)
         if not text.strip() and reason is not None:
@@ -103,22 +102,22 @@ class Session:
 
     def ask(self, question: str) -> None:
         """Answer a question; one that cannot be answered leaves the conversation as it was."""
-        before = list(self.messages)
-        self.messages.append(Message("user", question))
+        self._answer_to([*self.messages, Message("user", question)])
+
+    def _answer_to(self, messages: list[Message]) -> None:
+        before, self.messages = self.messages, messages
         try:
             self.answer()
-        except InputError as error:
+        except InputError:
             self.messages = before
-            say(f"error: {error}")
+            raise
 
     def regenerate(self, _: str) -> None:
         """/regenerate."""
-        if not self.messages or not self.messages[-1].is_answer:
-            say("there is no answer yet")
-            return
-        question = self.messages[-2].content
-        self.messages = self.messages[:-2]
-        self.ask(question)
+        asked = self.messages[:-1]
+        if not asked or asked[-1].is_answer or not self.messages[-1].is_answer:
+            raise InputError("there is no answer to a question yet")
+        self._answer_to(asked)
 
     def system(self, text: str) -> None:
         """/system TEXT."""
@@ -135,17 +134,17 @@ class Session:
         if not name:
             raise InputError("/save needs a file", fix="/save chat.json")
         messages = [*self.prompts.system, *self.messages]
-        values = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
+        values = {"messages": [message.for_template() for message in messages]}
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        replace_file(Path(name), lambda path: path.write_text(text, encoding="utf-8"))
+        replace_file(Path(name).expanduser(), lambda path: path.write_text(text, encoding="utf-8"))
         say(f"wrote {name}: {len(messages)} messages")
 
     def load(self, name: str) -> None:
         """/load FILE."""
         try:
-            values = json.loads(Path(name).read_text(encoding="utf-8"))
+            values = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
             messages = list(Conversation.of(values["messages"]).messages)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError("not a saved conversation", where=name or "/load", found=error) from None
         has_system = bool(messages) and messages[0].role == "system"
         self.prompts.system = (messages.pop(0),) if has_system else ()
@@ -168,7 +167,9 @@ def run(args: Args) -> int:
     if not args.template and tokenizer.chat_template is None:
         fix = "name one with --template, as chatml; a base model answers to `minillama generate`"
         raise InputError("the model has no chat template", where=args.model, fix=fix)
-    session = Session(args, model, tokenizer, ChatPrompts(tokenizer, args.template, args.system))
+    prompts = ChatPrompts(tokenizer, args.template, args.system)
+    model.stop_ids |= prompts.stop_ids
+    session = Session(args, model, tokenizer, prompts)
     commands: dict[str, Callable[[str], None]] = {
         "/system": session.system,
         "/regenerate": session.regenerate,
@@ -191,7 +192,7 @@ def run(args: Args) -> int:
                 say(f"unknown command {name}; /help lists them")
             elif line.strip():
                 session.ask(line)
-        except InputError as error:
+        except ValueError as error:  # an InputError, or a text that is not valid Unicode
             say(f"error: {error}")
     return 0
 

@@ -81,7 +81,9 @@ def run(args: Args) -> int:
     from minillama.inference.generate import generate, stream
 
     model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True)
-    engine, asked = _engine(args, model), _asked(args, tokenizer, prompts)
+    asked, stop_ids = _asked(args, tokenizer, prompts)
+    model.stop_ids |= stop_ids
+    engine = _engine(args, model)
     options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine)
     if len(args.adapter) > 1:
         from minillama.model.lora import active, adapter_names
@@ -106,8 +108,10 @@ def run(args: Args) -> int:
     return 0
 
 
-def _asked(args: Args, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence[str | Sequence[int]]:
-    """Prompts as questions for the chat template, unless they are to be continued; said on standard error."""
+def _asked(
+    args: Args, tokenizer: Tokenizer, prompts: Sequence[str]
+) -> tuple[Sequence[str | Sequence[int]], frozenset[int]]:
+    """Prompts as questions for the chat template and its stop tokens, unless they are to be continued; said."""
     from minillama.inference.chat import ChatPrompts
 
     if args.raw and (args.chat or args.system or args.template):
@@ -115,11 +119,11 @@ def _asked(args: Args, tokenizer: Tokenizer, prompts: Sequence[str]) -> Sequence
         raise InputError(what, where="command line", found="--raw with --chat, --system or --template", fix=fix)
     is_wanted = args.chat or args.system or args.template
     if args.raw or not (is_wanted or tokenizer.chat_template is not None):
-        return prompts
+        return prompts, frozenset()
     encode = ChatPrompts(tokenizer, args.template, args.system)
     if not is_wanted:
         print("answering by the model's chat template; --raw continues the text instead", file=sys.stderr)
-    return [encode(prompt) for prompt in prompts]
+    return [encode(prompt) for prompt in prompts], encode.stop_ids
 
 
 def _engine(args: Args, model: Decoder) -> Engine:

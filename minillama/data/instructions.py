@@ -190,10 +190,12 @@ class Instructions:
     def _wrapped(self, seed: int, step: int, count: int) -> Rows:
         length = self.context
         per_epoch = max(1, (sum(len(example.ids) for example in self.train) - 1) // length)
-        rows = []
+        rows, joined = [], dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]]()
         for sample in range(step * count, (step + 1) * count):
             epoch, row = divmod(sample, per_epoch)
-            ids, weights = self._joined(seed, epoch)
+            if epoch not in joined:
+                joined = {epoch: self._joined(seed, epoch)}
+            ids, weights = joined[epoch]
             part = slice(row * length, row * length + length + 1)
             missing = length + 1 - len(ids[part])  # less than one row in all
             rows.append((np.pad(ids[part], (0, missing)), np.pad(weights[part], (0, missing))))

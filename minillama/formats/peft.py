@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -220,12 +220,10 @@ def write(
     Raises:
         InputError: a layer that is a part of another one in transformers; low-rank updates with unequal settings.
     """
+    check_sites(config, adapters)
     names = _names(config)
     tensors: dict[str, Tensor] = {}
     for name, part in adapters.items():
-        if name not in names:
-            what = "this layer is a part of a fused one in transformers, which an adapter of its own does not fit"
-            raise InputError(what, where=name, fix="leave it out of the targets")
         if isinstance(part, FullWeight):
             tensors[f"{PREFIX}{names[name]}.weight"] = part.weight
         else:
@@ -238,6 +236,18 @@ def write(
     replace_file(folder / WEIGHTS, lambda path: save_file(stored, path, metadata))
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def check_sites(config: ModelConfig, sites: Iterable[str]) -> None:
+    """Check that an adapter of these layers can be written.
+
+    Raises:
+        InputError: a layer that is a part of another one in transformers.
+    """
+    parts = [name for name in sites if name not in _names(config)]
+    if parts:
+        what = "this layer is a part of a fused one in transformers, which an adapter of its own does not fit"
+        raise InputError(what, where=parts[0], fix="leave it out of the targets")
 
 
 def _settings(config: ModelConfig, adapters: Mapping[str, Part], base: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.conversation import Conversation, Message
-from minillama.tokenizer.rendering import encode_prompt
+from minillama.tokenizer.rendering import encode, encode_prompt
 from minillama.tokenizer.template import load_template
 
 Messages = Sequence[Mapping[str, Any]]
@@ -30,6 +30,10 @@ class ChatPrompts:
     def __init__(self, tokenizer: Tokenizer, template: str = "", system: str = "") -> None:
         self.tokenizer, self.template = tokenizer, load_template(template, tokenizer)
         self.system = (Message("system", system),) if system else ()
+        probe = encode(Conversation((Message("user", "a"), Message("assistant", "b"))), self.template, tokenizer)
+        last = probe.ids[max(i for i, weight in enumerate(probe.weights) if weight)]
+        self.stop_ids = frozenset([last]) & tokenizer.special_ids
+        """The special token that ends an answer of this template, if one does."""
 
     def __call__(self, prompt: str | Messages) -> list[int]:
         """Token ids of a question, or of messages, up to the answer that is to be written.
@@ -52,24 +56,26 @@ def is_messages(prompt: object) -> bool:
     return not isinstance(prompt, str) and isinstance(prompt, Sequence) and isinstance(next(iter(prompt), 0), Mapping)
 
 
-def chat_ids(tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool) -> list[str | Sequence[int]]:
-    """Prompts of which messages, and with `chat` texts as well, are encoded by the tokenizer's chat template.
+def chat_ids(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool
+) -> tuple[list[str | Sequence[int]], frozenset[int]]:
+    """Prompts of which messages, and with `chat` texts as well, are encoded by the chat template; its stop tokens.
 
     Raises:
         InputError: one is to be, and the tokenizer has no template.
     """
-    encode: ChatPrompts | None = None
+    questions: ChatPrompts | None = None
     found: list[str | Sequence[int]] = []
     for number, prompt in enumerate(prompts, 1):
         if not (is_messages(prompt) or (chat and isinstance(prompt, str))):
             found.append(prompt)  # type: ignore[arg-type]
             continue
-        encode = encode or ChatPrompts(tokenizer)
+        questions = questions or ChatPrompts(tokenizer)
         try:
-            found.append(encode(prompt))  # type: ignore[arg-type]
+            found.append(questions(prompt))  # type: ignore[arg-type]
         except InputError as error:
             raise error.at(", ".join(filter(None, (f"prompt {number}", str(error.where or ""))))) from None
-    return found
+    return found, questions.stop_ids if questions else frozenset()
 
 
 def why_empty(reason: str | None) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minillama.errors import InputError
-from minillama.inference.chat import Prompt, chat_ids
+from minillama.inference.chat import Prompt, chat_ids, is_messages
 from minillama.inference.engine import Engine
 from minillama.inference.request import FinishReason, Request
 from minillama.inference.sampling import Sampling
@@ -157,10 +158,12 @@ def stream(
     """
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
-    prompts, sampling = [prompt] if isinstance(prompt, str) else prompt, sampling or Sampling()
-    blanks, ends = blanks_of(model, tokenizer), frozenset() if ignore_eos else end_ids(model, tokenizer)
+    prompts: Sequence[Any] = [prompt] if isinstance(prompt, str) or is_messages(prompt) else prompt
+    asked, stop_ids = chat_ids(tokenizer, prompts, chat)
+    blanks, sampling = blanks_of(model, tokenizer), sampling or Sampling()
+    ends = frozenset() if ignore_eos else end_ids(model, tokenizer) | stop_ids
     texts: dict[Request, _Text] = {}
-    for row, each in enumerate(chat_ids(tokenizer, prompts, chat)):
+    for row, each in enumerate(asked):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
         read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop)
         request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +20,17 @@ GIB = 2**30
 
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
     """Training memory of `minillama plan` for a micro-batch of `rows` sequences."""
-    width, recomputes = dtype.itemsize, config.train.checkpointing
-    return training_memory(config.model, rows, config.context, activation_bytes=width, checkpointing=recomputes)
+    width, recomputes, model = dtype.itemsize, config.train.checkpointing, config.model
+    if config.lora is None:
+        return training_memory(model, rows, config.context, activation_bytes=width, checkpointing=recomputes)
+    frozen = training_memory(
+        model, rows, config.context, weight_bytes=width, activation_bytes=width, checkpointing=recomputes
+    )
+    trained, ends = config.lora.num_params(model), model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
+    # int4 has a scale and a zero point per group of 32
+    linear = {"none": width, "int8": 1.0, "int4": 0.625}[config.train.quantize]
+    weights = int(width * ends + linear * (model.num_params() - ends)) + 4 * trained
+    return replace(frozen, weights=weights, gradients=4 * trained, optimizer=8 * trained, casts=0)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -69,6 +79,8 @@ def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, 
 
 def _state_bytes(config: RunConfig) -> int:
     """Bytes of a checkpoint: the weights and the optimizer's moments in float32, two per weight, with Muon one."""
+    if config.lora is not None:  # the adapter alone
+        return 12 * config.lora.num_params(config.model)
     shapes = config.model.tensors()
     muon = sum(math.prod(s) for n, s in shapes.items() if len(s) > 1 and ".layers." in n) if config.optim.muon_lr else 0
     return 4 * (3 * config.model.num_params() - muon)
@@ -125,7 +137,8 @@ def check_disk(config: RunConfig, folder: Path) -> None:
     """
     steps, every = config.train.steps, min(config.checkpoint.every, config.validate.every)
     count = min(config.checkpoint.keep + 2, steps // every + 2)
-    one, model = _state_bytes(config), 4 * config.model.num_params()
+    trained = config.model.num_params() if config.lora is None else config.lora.num_params(config.model)
+    one, model = _state_bytes(config), 4 * trained
     present = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
     if count * one + model > free + present:

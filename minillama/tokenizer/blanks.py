@@ -102,5 +102,7 @@ class Blanks:
         return self.token, self.sentence, self.document
 
     def continuation(self, ids: Sequence[int]) -> Layout:
-        """Prompt of left-to-right generation: [gMASK] behind it, and the start of its span."""
+        """Prompt of left-to-right generation: [gMASK] behind it, unless it is there, and the start of its span."""
+        if list(ids[-2:]) == [self.document, self.start]:  # of a chat template
+            ids = ids[:-2]
         return Layout.of([*ids, self.document]).fill(len(ids), [self.start])

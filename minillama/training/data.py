@@ -71,6 +71,10 @@ def _load_conversations(
     """Conversations, rendered by the template, which the tokenizer takes over for those who talk to the model."""
     began = time.perf_counter()
     tokenizer = _require(tokenizer, "conversations")
+    weights = {source.weight for source in config.data.sources}
+    if len(weights) > 1:
+        what, fix = "conversations are read once per epoch, whatever the weight of their source", "leave weights out"
+        raise InputError(what, where="data.sources", found=sorted(weights), fix=fix)
     template = load_template(template_name(config, tokenizer), tokenizer)
     data = _split(config, tokenizer, template)
     tokens = sum(len(example.ids) for example in data.train)

@@ -96,14 +96,20 @@ def template_name(config: RunConfig, tokenizer: Tokenizer) -> str:
 
 def _check_new_tokens(config: RunConfig, tokenizer: Tokenizer, initial: ModelFile) -> None:
     """Refuse tokens that no one trains: the embedding's new rows are frozen under an adapter."""
-    rows, lora = initial.config.vocab_size, config.lora
-    if lora is None or tokenizer.vocab_size <= rows or any("embed_tokens" in name for name in lora.modules_to_save):
+    if config.lora is None:
         return
+    whole = {name.rpartition(".")[2] for name in config.lora.modules_to_save}
+    known = initial.config.vocab_size if initial.tokenizer is None else Tokenizer.load(initial.tokenizer).vocab_size
+    if tokenizer.vocab_size <= known or whole >= {"embed_tokens", "lm_head"}:
+        return
+    fix = "take a template of plain text, --data.template vicuna"
+    if not initial.config.tie_embeddings:
+        fix += ", or add --lora.modules_to_save embed_tokens lm_head"
     raise InputError(
         "the template's special tokens are new to the model, and an adapter does not train them",
         where="data.template",
-        found=", ".join(str(tokenizer.backend.id_to_token(i)) for i in range(rows, tokenizer.vocab_size)[:4]),
-        fix="take a template of plain text, --data.template vicuna, or add --lora.modules_to_save embed_tokens lm_head",
+        found=", ".join(str(tokenizer.backend.id_to_token(i)) for i in range(known, tokenizer.vocab_size)[:4]),
+        fix=fix,
     )
 
 

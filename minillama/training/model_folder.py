@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,6 +32,11 @@ class ModelFolder:
     tokenizer: Tokenizer
     base: ModelFile | None = None
 
+    def __post_init__(self) -> None:
+        if self.base is not None:  # before training: files may change meanwhile
+            self.fingerprint = peft.fingerprint(self.base.tensors)
+            peft.check_sites(self.model.config, adapters(self.model))
+
     def tensors(self) -> Mapping[str, Tensor]:
         """What `write` takes: all parameters, or those of the adapter."""
         return self.model.state_dict() if self.base is None else lora_parameters(self.model)
@@ -51,7 +55,7 @@ class ModelFolder:
             for site, part in parts.items():
                 own = {name: tensors[key] for name in part.state_dict() for key in tensors if _is(key, site, name)}
                 part.load_state_dict(own)
-            peft.write(path, self.model.config, parts, str(self.base.path), self._fingerprint)
+            peft.write(path, self.model.config, parts, str(self.base.path), self.fingerprint)
             text = json.dumps(self.model.config.to_hf(), indent=2) + "\n"
             (path / "config.json").write_text(text, encoding="utf-8")
         self.tokenizer.save(path)
@@ -76,11 +80,6 @@ class ModelFolder:
         own = adapters(self.model)
         for site, part in file.adapters.items():
             own[site].load_state_dict(part.state_dict())
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        assert self.base is not None
-        return peft.fingerprint(self.base.tensors)
 
 
 def _is(key: str, site: str, name: str) -> bool:

@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module | Mapping[str, nn.Module], config: OptimCo
     """
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.dim() >= 2 and (config.decay_embeddings or not name.endswith("embed_tokens.weight"))
+        return parameter.dim() >= 2 and (config.decay_embeddings or "embed_tokens." not in name)
 
     named = named_parameters(model)
     decayed, kept = [pair for pair in named if decays(*pair)], [pair for pair in named if not decays(*pair)]
