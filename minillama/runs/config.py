@@ -19,7 +19,15 @@ from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
-from minillama.runs.objectives import OBJECTIVES, LMConfig, ObjectiveConfig, with_new_names, words_with_new_names
+from minillama.runs.objectives import (
+    OBJECTIVES,
+    LMConfig,
+    ObjectiveConfig,
+    check_conversations,
+    name_objective,
+    with_new_names,
+    words_with_new_names,
+)
 from minillama.tokenizer.train import Kind
 
 
@@ -241,7 +249,8 @@ class RunConfig:
         if self.lora is not None and not self.train.init_from:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
-        self._check_conversations()
+        if self.data.template:
+            check_conversations(self.objective, self.data.packing, self.model.mixer)
         self._check_mup()
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
@@ -265,19 +274,6 @@ class RunConfig:
             what = "infilling attends to the whole sequence"
             expected = f"false with objective {wanted.name}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
-
-    def _check_conversations(self) -> None:
-        data, wanted = self.data, self.objective
-        if not data.template:
-            return
-        if wanted.trains != "lm":
-            what = "conversations train next-token prediction"
-            raise InputError(
-                what, where="objective.name", found=wanted.name, expected="lm", fix="leave data.template out"
-            )
-        if data.packing == "best-fit" and self.model.mixer == "wkv":
-            what, fix = "a recurrent model cannot isolate packed conversations", "add --data.packing none"
-            raise InputError(what, where="data.packing", found=data.packing, expected="none or wrap", fix=fix)
 
     def _check_mup(self) -> None:
         base, model = self.optim.mup_base_dim, self.model
@@ -359,24 +355,13 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
         model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
     model = model.changed(changes, command_line, "model")
     values = with_new_names(values, origin, model.objective)
-    _name_objective(values, table, model.objective)
+    name_objective(values, table, model.objective)
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
     if start and not config.tokenizer.path:
         config = replace(config, tokenizer=replace(config.tokenizer, path=start))
     return config
-
-
-def _name_objective(file: dict[str, Any], command_line: dict[str, Any], made_for: str) -> None:
-    """Give both tables the objective's name; of a file's for another one than the command line's nothing counts."""
-    settings, changes = file.get("objective", {}), command_line.get("objective", {})
-    if not isinstance(settings, Mapping):
-        return  # which the loader refuses
-    own, other = (made_for if table.get("name", "auto") == "auto" else table["name"] for table in (settings, changes))
-    final = other if "name" in changes else own
-    file["objective"] = {**settings, "name": own} if own == final else {}
-    command_line["objective"] = {**changes, "name": final}
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:

@@ -93,6 +93,21 @@ class ClozeConfig(Question):
 ObjectiveConfig: TypeAlias = LMConfig | GLMConfig | ClozeConfig
 OBJECTIVES = {"lm": LMConfig, "glm": GLMConfig, "cloze": ClozeConfig}
 
+
+def check_conversations(objective: ObjectiveConfig, packing: str, mixer: str) -> None:
+    """Check that an objective and a model's mixer can be trained on conversations.
+
+    Raises:
+        InputError: another objective than next-token prediction, or a recurrence over packed conversations.
+    """
+    if not isinstance(objective, LMConfig):
+        what, fix = "conversations train next-token prediction", "leave data.template out"
+        raise InputError(what, where="objective.name", found=objective.name, expected="lm", fix=fix)
+    if packing == "best-fit" and mixer == "wkv":
+        what, fix = "a recurrent model cannot isolate packed conversations", "add --data.packing none"
+        raise InputError(what, where="data.packing", found=packing, expected="none or wrap", fix=fix)
+
+
 # settings that the last release had elsewhere: in the loop's section, and in one per objective
 MOVED = {"train.objective": "objective.name", "train.z_loss": "objective.z_loss"}
 SECTIONS = {"blanks": "glm", "cloze": "cloze"}
@@ -134,3 +149,14 @@ def with_new_names(values: Mapping[str, Any], origin: Located, made_for: str) ->
             own |= tables.get(section, {})
     rest = {key: tables.get(key, value) for key, value in values.items() if key not in SECTIONS}
     return rest | {"objective": {**own, **given, "name": name}}
+
+
+def name_objective(file: dict[str, Any], command_line: dict[str, Any], made_for: str) -> None:
+    """Give both tables the objective's name; of a file's for another one than the command line's nothing counts."""
+    settings, changes = file.get("objective", {}), command_line.get("objective", {})
+    if not isinstance(settings, Mapping):
+        return  # which the loader refuses
+    own, other = (made_for if table.get("name", "auto") == "auto" else table["name"] for table in (settings, changes))
+    final = other if "name" in changes else own
+    file["objective"] = {**settings, "name": own} if own == final else {}
+    command_line["objective"] = {**changes, "name": final}
