@@ -66,21 +66,14 @@ def convert(
         vocab.check_fits(config.vocab_size, tokenizer_path)
     stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
 
-    def reported(values: Mapping[str, T]) -> Mapping[str, T]:
-        def read(name: str) -> T:
-            progress(name, total)
-            return values[name]
-
-        return LazyTensors(values, read)
-
-    tensors = reported(opened.tensors)
+    tensors = _reported(opened.tensors, progress, total)
     if to == "gguf":
         if vocab is None:
             what = "a GGUF file includes a tokenizer, and none was found beside the model"
             raise InputError(what, where=opened.path, fix="name one with --tokenizer FILE")
         kind, name = dtype or cast(gguf.DType, stored), opened.path.name
         keys = vocabulary(vocab, config.vocab_size, opened.stop_ids) | generation_config.gguf_keys(opened.sampling)
-        int4 = reported(opened.int4 if calibrate is None else calibrate(opened, vocab))
+        int4 = _reported(opened.int4 if calibrate is None else calibrate(opened, vocab), progress, total)
         return replace_file(target, lambda path: gguf.write(path, config, tensors, keys, kind, name, int4))
 
     def write(folder: Path) -> None:
@@ -97,6 +90,16 @@ def convert(
         _write_generation(folder, opened, vocab)
 
     return replace_folder(target, write)
+
+
+def _reported(values: Mapping[str, T], progress: Callable[[str, int], None], total: int) -> Mapping[str, T]:
+    """The same values, each reported when it is read."""
+
+    def read(name: str) -> T:
+        progress(name, total)
+        return values[name]
+
+    return LazyTensors(values, read)
 
 
 def _check(to: str, dtype: str | None, calibrate: object) -> None:

@@ -31,8 +31,7 @@ class ChatPrompts:
         self.tokenizer, self.template = tokenizer, load_template(template, tokenizer)
         self.system = (Message("system", system),) if system else ()
         probe = encode(Conversation((Message("user", "a"), Message("assistant", "b"))), self.template, tokenizer)
-        last = probe.ids[max(i for i, weight in enumerate(probe.weights) if weight)]
-        self.stop_ids = frozenset([last]) & tokenizer.special_ids
+        self.stop_ids = frozenset([probe.end_id]) & tokenizer.special_ids
         """The special token that ends an answer of this template, if one does."""
 
     def __call__(self, prompt: str | Messages) -> list[int]:

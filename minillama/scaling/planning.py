@@ -58,7 +58,7 @@ def cheapest(law: Law, loss: float, inference: float, unique: float = 0) -> Allo
 
 
 def tokens_for_loss(law: Law, params: float, loss: float, unique: float = 0) -> float:
-    """D with which N parameters reach a loss; infinite where no number of tokens does."""
+    """Tokens D at which N parameters reach a loss; infinite if no D does."""
     return _solve(lambda tokens: predicted_loss(law, params, tokens, unique) <= loss, 1.0, 1e30)
 
 

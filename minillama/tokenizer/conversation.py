@@ -157,10 +157,15 @@ def tool(value: object) -> Mapping[str, Any]:
     Raises:
         InputError: no name.
     """
+    return {"type": "function", "function": _function(value, "not a tool", '{"name": ..., "parameters": ...}')}
+
+
+def _function(value: object, what: str, expected: str) -> Mapping[str, Any]:
+    """Object with a name, or the one inside `{"type": "function", "function": ...}`."""
     inner = value.get("function", value) if isinstance(value, Mapping) else value
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise InputError("not a tool", found=repr(value)[:80], expected='{"name": ..., "parameters": ...}')
-    return {"type": "function", "function": inner}
+        raise InputError(what, found=repr(value)[:80], expected=expected)
+    return inner
 
 
 def tool_call(value: object) -> Mapping[str, Any]:
@@ -169,9 +174,7 @@ def tool_call(value: object) -> Mapping[str, Any]:
     Raises:
         InputError: no name.
     """
-    inner = value.get("function", value) if isinstance(value, Mapping) else value
-    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        raise InputError("not a tool call", found=repr(value)[:80], expected='{"name": ..., "arguments": {...}}')
+    inner = _function(value, "not a tool call", '{"name": ..., "arguments": {...}}')
     arguments = inner.get("arguments", {})
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # then it stays a string

@@ -44,6 +44,11 @@ class Rendered:
         return sum(weight > 0 for weight in self.weights)
 
     @property
+    def end_id(self) -> int:
+        """Last trained token: the end of the last answer's turn, unless it was cut."""
+        return next(i for i, weight in zip(self.ids[::-1], self.weights[::-1], strict=True) if weight > 0)
+
+    @property
     def runs(self) -> list[tuple[str, float]]:
         """The text that the tokens cover, in pieces of one weight each."""
         found: list[tuple[str, float]] = []

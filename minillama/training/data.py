@@ -106,7 +106,7 @@ def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instr
                 bad = BadText("not rendered", error.what, where=conversation.where, found=error.found)
                 skipped.add(bad)
                 continue
-            ends.add(whole.ids[max(i for i, weight in enumerate(whole.weights) if weight)])
+            ends.add(whole.end_id)
             if len(rendered.ids) < len(whole.ids):
                 skipped.note("conversations truncated to the context")
             split[hash_fraction(whole.text, "held out") < settings.val_fraction].append(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from minillama.config.lora import LoRAConfig
 from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.formats.model_file import ModelFile
@@ -71,9 +72,13 @@ def resolve(config: RunConfig, is_resumed: bool = False) -> Start:
     tokenizer = _choose_tokenizer(config)
     initial = open_model(config.train.init_from) if config.train.init_from and (config.lora or not is_resumed) else None
     if initial is not None and isinstance(tokenizer, Tokenizer):
-        _check_new_tokens(config, tokenizer, initial)
-        if initial.tokenizer is not None and Path(initial.tokenizer) != Path(config.tokenizer.path):
-            _check_ids(Tokenizer.load(initial.tokenizer), tokenizer, config.tokenizer.path)
+        is_other = initial.tokenizer is not None and Path(initial.tokenizer) != Path(config.tokenizer.path)
+        own = Tokenizer.load(initial.tokenizer) if initial.tokenizer and (is_other or config.lora) else None
+        if own is not None and is_other:
+            _check_ids(own, tokenizer, config.tokenizer.path)
+        if config.lora is not None:
+            known = initial.config.vocab_size if own is None else own.vocab_size
+            _check_new_tokens(config.lora, tokenizer, known, initial.config.tie_embeddings)
         rows = max(config.model.vocab_size, tokenizer.vocab_size)
         config = replace(config, model=replace(config.model, vocab_size=rows))
     return Start(config, device, choose_dtype(config.train.dtype, device), tokenizer, initial)
@@ -94,16 +99,13 @@ def template_name(config: RunConfig, tokenizer: Tokenizer) -> str:
     return "chatml" if tokenizer.chat_template is None else OWN
 
 
-def _check_new_tokens(config: RunConfig, tokenizer: Tokenizer, initial: ModelFile) -> None:
-    """Refuse tokens that no one trains: the embedding's new rows are frozen under an adapter."""
-    if config.lora is None:
-        return
-    whole = {name.rpartition(".")[2] for name in config.lora.modules_to_save}
-    known = initial.config.vocab_size if initial.tokenizer is None else Tokenizer.load(initial.tokenizer).vocab_size
+def _check_new_tokens(lora: LoRAConfig, tokenizer: Tokenizer, known: int, is_tied: bool) -> None:
+    """Refuse tokens from id `known` on that no one trains: the embedding's rows are frozen under an adapter."""
+    whole = {name.rpartition(".")[2] for name in lora.modules_to_save}
     if tokenizer.vocab_size <= known or whole >= {"embed_tokens", "lm_head"}:
         return
     fix = "take a template of plain text, --data.template vicuna"
-    if not initial.config.tie_embeddings:
+    if not is_tied:
         fix += ", or add --lora.modules_to_save embed_tokens lm_head"
     raise InputError(
         "the template's special tokens are new to the model, and an adapter does not train them",

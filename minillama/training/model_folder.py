@@ -14,7 +14,7 @@ from torch import Tensor
 from minillama.formats import generation_config, hf, peft
 from minillama.formats.model_file import ModelFile
 from minillama.model import Decoder
-from minillama.model.lora import adapters, lora_parameters
+from minillama.model.lora import DEFAULT, adapters, lora_parameters
 from minillama.tokenizer import Tokenizer
 
 
@@ -53,8 +53,7 @@ class ModelFolder:
         else:
             parts = copy.deepcopy(adapters(self.model))
             for site, part in parts.items():
-                own = {name: tensors[key] for name in part.state_dict() for key in tensors if _is(key, site, name)}
-                part.load_state_dict(own)
+                part.load_state_dict({name: tensors[f"{site}.adapters.{DEFAULT}.{name}"] for name in part.state_dict()})
             peft.write(path, self.model.config, parts, str(self.base.path), self.fingerprint)
             text = json.dumps(self.model.config.to_hf(), indent=2) + "\n"
             (path / "config.json").write_text(text, encoding="utf-8")
@@ -80,7 +79,3 @@ class ModelFolder:
         own = adapters(self.model)
         for site, part in file.adapters.items():
             own[site].load_state_dict(part.state_dict())
-
-
-def _is(key: str, site: str, name: str) -> bool:
-    return key.startswith(f"{site}.adapters.") and key.rpartition(".")[2] == name

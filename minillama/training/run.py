@@ -186,19 +186,18 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
     export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
     if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
         export, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
-    commands = config.objective.commands(model, next(iter(config.sample.prompts), "The"))
+    base = model if config.lora is None else config.train.init_from
+    commands = config.objective.commands(base, next(iter(config.sample.prompts), "The"))
     if config.data.template:
-        commands = {"chat": ["minillama", "chat", model]}
-    commands |= {
-        "resume": [*_resume(folder), "--train.steps", str(2 * config.train.steps)],
-        "export": ["minillama", "convert", model, *export],
-        "plan": ["minillama", "plan", model],
-    }
-    if config.lora is not None:  # the folder has the adapter alone
-        base = config.train.init_from
+        commands = {"chat": ["minillama", "chat", base]}
+    resume = {"resume": [*_resume(folder), "--train.steps", str(2 * config.train.steps)]}
+    if config.lora is None:
+        commands |= resume | {
+            "export": ["minillama", "convert", model, *export],
+            "plan": ["minillama", "plan", model],
+        }
+    else:  # the folder has the adapter alone
         merge = ["minillama", "convert", base, f"{model}-merged", "--to", "hf", "--merge", model]
-        first = next(iter(commands))
-        talk = ["minillama", "chat", base] if first == "chat" else [*commands[first][:3], base, *commands[first][4:]]
-        commands = {first: [*talk, "--adapter", model], "resume": commands["resume"], "merge": merge}
+        commands = {name: [*words, "--adapter", model] for name, words in commands.items()} | resume | {"merge": merge}
     for name, words in commands.items():
         report.say(f"  {name:9} {shlex.join(words)}" + (f"  # {remark}" if name == "export" else ""))
