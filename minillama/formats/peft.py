@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.config import ModelConfig
-from minillama.config.lora import EMBEDDING, HEAD, matrices, named, refuse_tied
+from minillama.config.lora import EMBEDDING, HEAD, SCORE, matrices, named, refuse_tied
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file
 from minillama.formats import generation_config, hf
@@ -137,14 +137,16 @@ def _sites(config: ModelConfig, settings: PeftConfig) -> dict[str, dict[str, tup
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     names, shapes = _names(config), matrices(config)
     for module in settings.modules_to_save:
-        ends = named(module, (EMBEDDING, HEAD))
+        if module == "classifier" and SCORE in names:
+            continue  # which PEFT names beside the score, for other architectures
+        ends = named(module, (EMBEDDING, SCORE if SCORE in names else HEAD))
         if not ends:
             where, expected = f"{settings.where}, modules_to_save", "embed_tokens, lm_head"
             raise InputError("this module is not supported", where=where, found=module, expected=expected)
         refuse_tied(config, ends, f"{settings.where}, modules_to_save")
         found |= {name: {f"{PREFIX}{names[name]}.weight": shapes[name]} for name in ends}
     for name, theirs in names.items():
-        if name in found or not settings.targets(theirs, name not in (EMBEDDING, HEAD)):
+        if name in found or not settings.targets(theirs, name not in (EMBEDDING, HEAD, SCORE)):
             continue
         refuse_tied(config, [name], f"{settings.where}, target_modules")
         outputs, inputs = shapes[name][::-1] if name == EMBEDDING else shapes[name]
@@ -267,7 +269,7 @@ def _settings(config: ModelConfig, adapters: Mapping[str, Part], base: str) -> d
     whole = sorted(name.rpartition(".")[2] for name, part in adapters.items() if isinstance(part, FullWeight))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if config.head == "lm" else "SEQ_CLS",
         "peft_version": VERSION,
         "base_model_name_or_path": base or None,
         "r": rank,
