@@ -91,7 +91,9 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
         raise InputError("this model type is not supported", where=where, found=kind, expected=expected)
     model, width = MODELS[kind], values.get("hidden_size")
     classes = values.get("architectures") or [""]
-    table: dict[str, Any] = {"head": "score"} if str(classes[0]).endswith(SEQUENCE) else {}
+    table: dict[str, Any] = {}
+    if str(classes[0]).endswith(SEQUENCE):
+        table = {"head": "score", "pad_id": values.get("pad_token_id") or 0}
     for ours, theirs in model["keys"].items():
         if values.get(theirs) is not None:
             table[ours] = values[theirs]
@@ -152,7 +154,11 @@ def to_hf(fields: Mapping[str, Any], switches: Mapping[str, Any], dtype: str) ->
     table: dict[str, Any] = {"architectures": [model["class"]], "model_type": kind}
     if scores:
         labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "num_labels": 1}
-        table |= {"architectures": [model["class"].replace(CAUSAL, SEQUENCE)], **labels}
+        table |= {
+            "architectures": [model["class"].replace(CAUSAL, SEQUENCE)],
+            **labels,
+            "pad_token_id": fields["pad_id"],
+        }
     table |= {theirs: fields[ours] for ours, theirs in model["keys"].items()}
     table |= {key: only for key, only in model["fixed"].items() if only is not None}
     if kind != "llama":

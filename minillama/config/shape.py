@@ -89,7 +89,9 @@ class Shape:
     objective: Literal["lm", "glm"] = "lm"
     """Training objective of the model."""
     head: Literal["lm", "score"] = "lm"
-    """score: one value per token, in the place of the logits, as of a reward model."""
+    """score: one value per token in the place of the logits, as of a reward model."""
+    pad_id: int = field(default=0, metadata={"min": 0})
+    """Padding of a model with scores, no text's last token: transformers reads the score in front of the padding."""
     preset: str = ""
     """Name of the file in configs/model that this shape came from."""
 

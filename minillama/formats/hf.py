@@ -138,7 +138,6 @@ def write(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
-    pad_id: int | None = None,
 ) -> None:
     """Write config.json and the weights, one shard in memory at a time.
 
@@ -146,7 +145,6 @@ def write(
         tensors: by Hugging Face name; each is read once.
         dtype: convert to this; as they are unless given.
         max_shard_size: bytes a file at most, unless one tensor is larger.
-        pad_id: of the padding, behind which transformers looks for no score; left out unless given.
 
     Raises:
         InputError: tensors that a model of this shape does not have, such as an adapter's.
@@ -155,7 +153,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or next(iter(tensors.values())).dtype
     values = config.to_hf(str(dtype).removeprefix("torch."))
-    _write_json(folder / "config.json", values | ({} if pad_id is None else {"pad_token_id": pad_id}))
+    _write_json(folder / "config.json", values)
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in layout(config, NAMES.get(values["model_type"], {})).values():

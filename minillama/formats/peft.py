@@ -91,7 +91,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
     """Read an adapter folder.
 
-    Embedding and head that are stored whole may have more rows than the base's.
+    Embedding and head that are stored whole may have more rows than the base's; a scalar head, that of a reward model,
+    takes the place of the base's head.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
@@ -104,6 +105,9 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
     refuse_url(folder)
     folder = Path(folder)
     settings, path = read_config(folder / CONFIG), folder / WEIGHTS
+    if SCORE in settings.modules_to_save and config.head == "lm":
+        own = ModelConfig.load(folder) if (folder / "config.json").exists() else config
+        config = replace(config, head="score", pad_id=own.pad_id)
     if not path.exists():
         raise InputError("no weights in the adapter folder", where=folder, expected=WEIGHTS)
     stored = {key: item.shape for key, item in read_header(path).items()}
@@ -307,7 +311,8 @@ def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
     """
     adapter.check_base(opened.tensors)
     parts = {f"{name}.weight": part for name, part in adapter.adapters.items()}
-    tensors = LazyTensors(opened.tensors, lambda name: _merged(opened.tensors, name, parts.get(name)))
+    names = adapter.config.tensors()
+    tensors = LazyTensors(names, lambda name: _merged(opened.tensors, name, parts.get(name)))
     int4 = {name: matrix for name, matrix in opened.int4.items() if name not in parts}
     made = replace(opened, config=adapter.config, tensors=tensors, int4=int4)
     return with_files(made, adapter.path)
@@ -315,9 +320,9 @@ def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
 
 @torch.no_grad()
 def _merged(tensors: Mapping[str, Tensor], name: str, part: Part | None) -> Tensor:
-    weight = tensors[name]
     if isinstance(part, FullWeight):
         return part.weight.detach()
+    weight = tensors[name]
     if part is None:
         return weight
     return part.merged(weight.T).T if name == f"{EMBEDDING}.weight" else part.merged(weight)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillama.errors import InputError
+from minillama.formats import peft
 from minillama.formats.open import open_model
 from minillama.formats.peft_config import CONFIG, read_config
 from minillama.layers.lora import effective_weight
 from minillama.layers.mask import Mask
 from minillama.model.decoder import Decoder
-from minillama.model.lora import load_adapter, merge
 
 
 def with_score(model: Decoder, generator: torch.Generator | None = None) -> Decoder:
@@ -80,8 +80,7 @@ def open_scores(
         model = Decoder.from_pretrained(path, dtype, device)
     else:
         base = open_model(read_config(settings).base_model_name_or_path)
-        model = with_score(Decoder.from_pretrained(base, dtype, device))
-        model = merge(load_adapter(model, path, base=base)).eval()
+        model = Decoder.from_pretrained(peft.merged(base, peft.read(path, base.config)), dtype, device)
     if model.score is None:
         raise InputError("a language model is no reward model", where=path, expected="a folder with score.weight")
     return model.requires_grad_(False)

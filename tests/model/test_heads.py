@@ -12,11 +12,10 @@ from torch.nn import functional as F
 from minillama.config import ModelConfig
 from minillama.config.lora import LoRAConfig
 from minillama.errors import InputError
-from minillama.formats import hf
 from minillama.formats.open import open_model
 from minillama.model import Decoder
 from minillama.model.heads import last, open_scores, scores, with_score
-from minillama.model.lora import add_lora, save_adapter
+from minillama.model.lora import add_lora, load_adapter, save_adapter
 
 CONFIG = ModelConfig(dim=24, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=40, vocab_size=53, max_seq_len=32)
 LENGTHS = torch.tensor([9, 4, 17])
@@ -54,8 +53,8 @@ def test_the_score_is_that_of_the_last_token_whatever_the_padding() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_opens_the_folder_with_equal_scores(tied: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    model = reward_model(tie_embeddings=tied)
-    hf.write(tmp_path, model.config, model.state_dict(), pad_id=1)
+    model = reward_model(tie_embeddings=tied, pad_id=1)
+    model.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert type(theirs).__name__ == "LlamaForSequenceClassification" and theirs.config.num_labels == 1
     with torch.no_grad():
@@ -63,7 +62,7 @@ def test_transformers_opens_the_folder_with_equal_scores(tied: bool, tmp_path: P
         torch.testing.assert_close(last(scores(model, texts(1)), LENGTHS), expected, atol=1e-6, rtol=1e-5)
         theirs.save_pretrained(tmp_path / "again")
         again = open_scores(tmp_path / "again")
-        assert again.config.head == "score" and again.config.tie_embeddings == tied
+        assert (again.config.head, again.config.pad_id) == ("score", 1) and again.config.tie_embeddings == tied
         torch.testing.assert_close(last(scores(again, texts(0)), LENGTHS), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -89,6 +88,8 @@ def test_peft_opens_the_adapter_with_equal_scores(tmp_path: Path) -> None:
         for folder in ("adapter", "again"):
             found = last(scores(open_scores(tmp_path / folder), texts(0)), LENGTHS)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(InputError, match="adapter is of a reward model"):
+        load_adapter(Decoder.from_pretrained(opened), tmp_path / "adapter")
 
 
 def test_a_reward_model_writes_no_text_and_a_language_model_gives_no_scores(tmp_path: Path) -> None:
