@@ -19,6 +19,7 @@ from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
+from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
     OBJECTIVES,
     LMConfig,
@@ -239,6 +240,7 @@ class RunConfig:
                 found=self.train.context,
                 expected=f"at most model.max_seq_len = {self.model.max_seq_len}",
             )
+        check_name(self.name)
         self._check_objective()
         if self.optim.optimizer == "adafactor" and self.optim.muon_lr:
             what = "Adafactor updates all parameters, and none is left to Muon"
