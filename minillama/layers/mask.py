@@ -54,13 +54,15 @@ class Mask:
         """Attention mask for queries at `span`, as a flag or as (1 or B, 1, T, S) booleans.
 
         Raises:
-            ValueError: document ids with a decode state, whose earlier ids are unknown; segments with another condition,
-                or of another sum than the tokens.
+            ValueError: document ids with a decode state, whose earlier ids are unknown; segments with another
+                condition, or of another sum than the tokens.
         """
         if self.segments is not None:
-            others = (self.prefix, self.documents, self.lengths, self.window)
-            if not self.causal or others != (None,) * 4 or sum(self.segments) != span.end or span.end != span.count:
-                raise ValueError("segments are causal and hold all tokens of one row; no other condition goes with them")
+            others = any(x is not None for x in (self.prefix, self.documents, self.lengths, self.window))
+            if not self.causal or others or not sum(self.segments) == span.end == span.count:
+                raise ValueError(
+                    "segments are causal and hold all tokens of one row; no other condition goes with them"
+                )
             return KernelMask(None, False, None, False, self.segments)
         if self.documents is not None and span.end != span.count:
             raise ValueError("document ids describe a whole forward pass; a decode state holds one document per row")
@@ -75,7 +77,7 @@ class Mask:
     @property
     def is_plain(self) -> bool:
         """Whether the mask is purely causal."""
-        return self.causal and self.prefix is self.documents is self.segments is self.window is None
+        return self.causal and all(x is None for x in (self.prefix, self.documents, self.segments, self.window))
 
     def _allowed(self, span: CacheRange, device: torch.device) -> Tensor:
         queries = span.slots(device)[..., :, None]  # (T, 1) or (B, T, 1)
