@@ -119,9 +119,7 @@ class Sampler:
 
     def draw(self, probabilities: Tensor) -> int:
         """Token from its distribution (V,)."""
-        if self.settings.temperature == 0:
-            return int(probabilities.argmax())
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        return int(probabilities.argmax()) if self.settings.temperature == 0 else draw(probabilities[None], [self])[0]
 
     def take(self, token: int) -> None:
         """Count a token as seen."""
@@ -133,6 +131,18 @@ class Sampler:
         other = copy(self)
         other.seen = None if self.seen is None else self.seen.clone()
         return other
+
+
+def draw(probabilities: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Inverse transform sampling: the first token of each row (B, V) whose cumulative probability exceeds u.
+
+    Each sampler draws its u, uniform in [0, 1). A token of probability 0 is never the first.
+    """
+    sums = probabilities.cumsum(-1)
+    uniform = torch.cat([torch.rand(1, generator=sampler.generator) for sampler in samplers])[:, None]
+    total = sums[:, -1:]  # 1 but for rounding
+    aims = torch.minimum(uniform * total, total.nextafter(torch.zeros(())))
+    return torch.searchsorted(sums, aims, right=True)[:, 0].tolist()
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -151,8 +161,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         if settings.temperature == 0:  # `max` is twice as fast as `argmax`, and its index too is the first of equals
             chosen = penalized.max(-1).indices.tolist()
         else:
-            pairs = zip(group, distribution(penalized, settings), strict=True)
-            chosen = [sampler.draw(probabilities) for sampler, probabilities in pairs]
+            chosen = draw(distribution(penalized, settings), group)
         for row, sampler, token in zip(rows, group, chosen, strict=True):
             sampler.take(token)
             tokens[row] = token
