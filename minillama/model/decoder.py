@@ -274,9 +274,8 @@ class Decoder(nn.Module):
             generator: source of the random numbers; torch's global one unless given.
 
         Raises:
-            InputError: fewer rows than there are, an unknown `init`, adapters, after `quantize`.
+            InputError: fewer rows than there are, an unknown `init`, a head or embedding with adapters or in int8.
         """
-        self._refuse_quantized("resized")
         old = self.config.vocab_size
         if vocab_size < old:
             raise InputError(
@@ -287,8 +286,9 @@ class Decoder(nn.Module):
         for module in (self.model.embed_tokens, self.lm_head):
             if module is None:
                 continue
-            if isinstance(module, LoRALayer):
-                raise InputError("a layer with adapters takes no more rows", fix="resize it before adding them")
+            if type(module) not in (nn.Embedding, nn.Linear):
+                what, fix = "this layer takes no more rows", "resize it before quantize() or adding adapters"
+                raise InputError(what, found=type(module).__name__, expected="nn.Embedding or nn.Linear", fix=fix)
             weight = module.weight
             rows = torch.empty(vocab_size - old, weight.shape[1], device=weight.device)
             if init == "mean":
