@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
@@ -48,6 +49,21 @@ def regular(path: str, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
     return descriptor
+
+
+def model_folder(path: Path) -> Path:
+    """Model folder of a run's folder, said on standard error; another path as it is.
+
+    It is the run's last model, and before the end that of its newest checkpoint.
+    """
+    if not (path / "config.toml").is_file() or (path / "config.json").exists():
+        return path
+    steps = [step for step in (path / "checkpoints").glob("step-*") if step.name[5:].isdigit()]
+    found = path / "model"
+    if not found.is_dir():
+        found = max(steps, key=lambda step: int(step.name[5:]), default=path)
+    print(f"{path} is a run; its {'model' if found.name == 'model' else 'newest checkpoint'}: {found}", file=sys.stderr)
+    return found
 
 
 @contextmanager

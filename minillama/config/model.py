@@ -14,6 +14,7 @@ from minillama.config.loader import Located, build, config_folder, config_path, 
 from minillama.config.parameters import Parameter, block, table
 from minillama.config.shape import Shape, ffn_width
 from minillama.errors import InputError
+from minillama.files import model_folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelConfig(Shape):
         Raises:
             InputError: nothing of that name, or a shape that this decoder does not support.
         """
-        path = Path(source)
+        path = model_folder(Path(source))
         if path.is_dir():
             path = path / "config.json"
         if path.suffix == ".json":

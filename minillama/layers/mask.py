@@ -60,7 +60,9 @@ class Mask:
         if self.segments is not None:
             others = (self.prefix, self.documents, self.lengths, self.window)
             if not self.causal or others != (None,) * 4 or sum(self.segments) != span.end or span.end != span.count:
-                raise ValueError("segments are causal and hold all tokens of one row; no other condition goes with them")
+                raise ValueError(
+                    "segments are causal and hold all tokens of one row; no other condition goes with them"
+                )
             return KernelMask(None, False, None, False, self.segments)
         if self.documents is not None and span.end != span.count:
             raise ValueError("document ids describe a whole forward pass; a decode state holds one document per row")

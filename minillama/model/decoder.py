@@ -30,7 +30,7 @@ from minillama.layers.cache import CacheRange, LayerState, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
-from minillama.layers.lora import LoRALayer, effective_weight
+from minillama.layers.lora import effective_weight
 from minillama.layers.mask import Mask
 from minillama.layers.mlp import Gelu, SwiGLU
 from minillama.layers.norm import make_norm

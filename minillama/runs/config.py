@@ -19,6 +19,7 @@ from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
+from minillama.files import model_folder
 from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
     OBJECTIVES,
@@ -344,6 +345,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
     start = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
+    start = str(model_folder(Path(start))) if start else ""
     if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",
@@ -361,8 +363,9 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    if start and not config.tokenizer.path:
-        config = replace(config, tokenizer=replace(config.tokenizer, path=start))
+    if start:
+        tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+        config = replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
     return config
 
 

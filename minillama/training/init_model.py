@@ -52,9 +52,7 @@ class Start:
                 model = Decoder(self.initial.config, train.dropout)
             model.fill(self.initial, torch.float32 if lora is None else self.dtype, self.device)
         else:  # a tied head stays the embedding: a copy in int8 would be neither exact nor small
-            model = quantized(
-                self.initial, train.quantize, self.dtype, self.device, False, train.dropout, head=False
-            )
+            model = quantized(self.initial, train.quantize, self.dtype, self.device, False, train.dropout, head=False)
         if rows > self.initial.config.vocab_size:
             model.resize_embeddings(rows, train.init_embeddings, generator)
         if train.quantize != "none" and model.lm_head is not None:
