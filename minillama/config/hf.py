@@ -10,6 +10,7 @@ from typing import Any
 
 from minillama.errors import InputError
 
+SEQUENCE, CAUSAL = "ForSequenceClassification", "ForCausalLM"  # ends of classes
 OWN = "minillama"  # model_type of models unknown to transformers; the fields are under the same key
 # our fields -> LLaMA's keys, where the meaning is the same
 KEYS = {
@@ -78,18 +79,21 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
     """
     kind = values.get("model_type")
     if kind == OWN:
-        table = values.get(OWN)
-        if not isinstance(table, Mapping):
-            found = repr(table)[:80]
+        own = values.get(OWN)
+        if not isinstance(own, Mapping):
+            found = repr(own)[:80]
             raise InputError("the model's fields are not a table", where=f"{where}, {OWN}", found=found)
-        return dict(table), {}
+        return dict(own), {}
     if kind == "mistral":
         kind, values = "llama", {"sliding_window": 4096, **values}  # the default of transformers
     if not isinstance(kind, str) or kind not in MODELS:
         where, expected = f"{where}, model_type", f"llama, mistral, bloom, rwkv or {OWN}"
         raise InputError("this model type is not supported", where=where, found=kind, expected=expected)
     model, width = MODELS[kind], values.get("hidden_size")
-    table = {}
+    classes = values.get("architectures") or [""]
+    table: dict[str, Any] = {}
+    if str(classes[0]).endswith(SEQUENCE):
+        table = {"head": "score", "pad_id": values.get("pad_token_id") or 0}
     for ours, theirs in model["keys"].items():
         if values.get(theirs) is not None:
             table[ours] = values[theirs]
@@ -142,11 +146,19 @@ def to_hf(fields: Mapping[str, Any], switches: Mapping[str, Any], dtype: str) ->
     kind = model_type(fields, switches)
     ends = {"bos_token_id": None, "eos_token_id": None}  # the defaults of transformers are 1 and 2
     dtypes: dict[str, Any] = {"torch_dtype": dtype, "dtype": dtype}
-    if kind == OWN:
+    scores = fields["head"] == "score"
+    if kind == OWN or (scores and kind == "rwkv"):  # of which transformers has no class with this head
         own = {key: value for key, value in fields.items() if key != "preset"}
         return {"model_type": OWN, OWN: own, **ends, **dtypes}
     model = MODELS[kind]
     table: dict[str, Any] = {"architectures": [model["class"]], "model_type": kind}
+    if scores:
+        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "num_labels": 1}
+        table |= {
+            "architectures": [model["class"].replace(CAUSAL, SEQUENCE)],
+            **labels,
+            "pad_token_id": fields["pad_id"],
+        }
     table |= {theirs: fields[ours] for ours, theirs in model["keys"].items()}
     table |= {key: only for key, only in model["fixed"].items() if only is not None}
     if kind != "llama":

@@ -95,7 +95,8 @@ class ModelConfig(Shape):
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The keys of config.json, for transformers 4 and 5 alike."""
-        return hf.to_hf(to_dict(self), self.switches(), dtype)
+        switches = {name: value for name, value in self.switches().items() if name != "head"}
+        return hf.to_hf(to_dict(self), switches, dtype)
 
     def parameters(self) -> dict[str, Parameter]:
         """Parameters by Hugging Face name, in the order of the model; see `config/parameters.py`."""
@@ -126,7 +127,7 @@ class ModelConfig(Shape):
         counts the whole square and all parameters, and so comes out higher.
         """
         matrices = (math.prod(shape) for shape in self.layer_tensors().values() if len(shape) > 1)
-        products = self.n_layers * sum(matrices) + self.vocab_size * self.dim
+        products = self.n_layers * sum(matrices) + (self.vocab_size if self.head == "lm" else 1) * self.dim
         scores = 2 * self.n_heads * self.head_dim * (seq_len + 1) if self.mixer == "attention" else 0
         return (2 * products + self.n_layers * scores) * (3 if training else 1)
 

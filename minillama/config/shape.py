@@ -88,6 +88,10 @@ class Shape:
     """Weight initialization; see `model/init.py`."""
     objective: Literal["lm", "glm"] = "lm"
     """Training objective of the model."""
+    head: Literal["lm", "score"] = "lm"
+    """score: one value per token in the place of the logits, as of a reward model."""
+    pad_id: int = field(default=0, metadata={"min": 0})
+    """Padding of a model with scores, no text's last token: transformers reads the score in front of the padding."""
     preset: str = ""
     """Name of the file in configs/model that this shape came from."""
 
@@ -111,7 +115,7 @@ class Shape:
         """Switches that differ from LLaMA's."""
         names = (
             *("norm", "position", "mixer", "mlp", "bias", "parallel_block", "residual", "embedding_norm"),
-            *("logit_scale", "objective"),
+            *("logit_scale", "objective", "head"),
         )
         plain = {f.name: f.default for f in fields(self)}
         changed = {name: getattr(self, name) for name in names if getattr(self, name) != plain[name]}

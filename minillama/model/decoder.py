@@ -125,7 +125,8 @@ class Decoder(nn.Module):
         step: reads more tokens per row into a state and returns logits (B, V) behind the last, or None where it
             cannot; a faster way than the layers, see `native` and `graph_step`. There is none unless one is set.
 
-    A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
+    A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None. With a scalar head instead
+    (`heads.py`) there is `score`.
     """
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
@@ -138,7 +139,10 @@ class Decoder(nn.Module):
         self.step: Callable[[Sequence[Sequence[int]], State, Mask], Tensor | None] | None = None
         self.loss_kernel: SoftmaxGrad | None = None
         self.model = Backbone(config, dropout)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        writes = config.head == "lm"
+        has_head = writes and not config.tie_embeddings
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False) if has_head else None
+        self.score = None if writes else nn.Linear(config.dim, 1, bias=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -169,7 +173,15 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D), the head's matrix with its active adapter; the embedding's when tied."""
+        """(V, D), the head's matrix with its active adapter; the embedding's when tied.
+
+        Raises:
+            InputError: a model with a scalar head, which predicts no tokens.
+        """
+        if self.score is not None:
+            raise InputError(
+                "this model gives scores, and no tokens", fix="take the language model that it was made from"
+            )
         return self.model.embed_tokens.weight if self.lm_head is None else effective_weight(self.lm_head)
 
     def hidden(

@@ -20,6 +20,7 @@ from minillama.config.mup import Mup
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.files import model_folder
+from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
     OBJECTIVES,
     LMConfig,
@@ -240,6 +241,7 @@ class RunConfig:
                 found=self.train.context,
                 expected=f"at most model.max_seq_len = {self.model.max_seq_len}",
             )
+        check_name(self.name)
         self._check_objective()
         if self.optim.optimizer == "adafactor" and self.optim.muon_lr:
             what = "Adafactor updates all parameters, and none is left to Muon"
@@ -342,8 +344,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     table = overrides(words_with_new_names(words), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
-    start = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
-    start = str(model_folder(Path(start))) if start else ""
+    given = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
+    start = str(model_folder(Path(given))) if given else ""
     if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",
@@ -361,10 +363,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    if start:
-        tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
-        config = replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
-    return config
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+    return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:
