@@ -33,6 +33,21 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
         raise InputError("this is a URL, and a path is expected", where=path, fix=fix)
 
 
+def model_folder(path: Path) -> Path:
+    """Model folder of a run's folder, said on standard error; another path as it is.
+
+    It is the run's last model, and before the end that of its newest checkpoint.
+    """
+    if not (path / "config.toml").is_file() or (path / "config.json").exists():
+        return path
+    steps = [step for step in (path / "checkpoints").glob("step-*") if step.name[5:].isdigit()]
+    found = path / "model"
+    if not found.is_dir():
+        found = max(steps, key=lambda step: int(step.name[5:]), default=path)
+    print(f"{path} is a run; its {'model' if found.name == 'model' else 'newest checkpoint'}: {found}", file=sys.stderr)
+    return found
+
+
 def regular(path: str, flags: int) -> int:
     """Opener for `open`: regular files alone, and for writing none that a link leads to.
 
@@ -49,21 +64,6 @@ def regular(path: str, flags: int) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
     return descriptor
-
-
-def model_folder(path: Path) -> Path:
-    """Model folder of a run's folder, said on standard error; another path as it is.
-
-    It is the run's last model, and before the end that of its newest checkpoint.
-    """
-    if not (path / "config.toml").is_file() or (path / "config.json").exists():
-        return path
-    steps = [step for step in (path / "checkpoints").glob("step-*") if step.name[5:].isdigit()]
-    found = path / "model"
-    if not found.is_dir():
-        found = max(steps, key=lambda step: int(step.name[5:]), default=path)
-    print(f"{path} is a run; its {'model' if found.name == 'model' else 'newest checkpoint'}: {found}", file=sys.stderr)
-    return found
 
 
 @contextmanager

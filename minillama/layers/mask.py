@@ -54,8 +54,8 @@ class Mask:
         """Attention mask for queries at `span`, as a flag or as (1 or B, 1, T, S) booleans.
 
         Raises:
-            ValueError: document ids with a decode state, whose earlier ids are unknown; segments with another condition,
-                or of another sum than the tokens.
+            ValueError: document ids with a decode state, whose earlier ids are unknown; segments with another
+                condition, or of another sum than the tokens.
         """
         if self.segments is not None:
             others = (self.prefix, self.documents, self.lengths, self.window)

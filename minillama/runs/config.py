@@ -344,8 +344,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     table = overrides(words_with_new_names(words), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
-    start = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
-    start = str(model_folder(Path(start))) if start else ""
+    given = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
+    start = str(model_folder(Path(given))) if given else ""
     if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",
@@ -363,10 +363,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    if start:
-        tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
-        config = replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
-    return config
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+    return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:

@@ -19,7 +19,13 @@ RECORDS: list[dict[str, Any]] = [
     {"prompt": "Only a question?"},
     {"prompt": [{"role": "user", "content": "A list?"}]},
     {"instruction": "Name a bird.", "input": "in Dutch"},
-    {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "Two?"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "One?"},
+            {"role": "assistant", "content": "1"},
+            {"role": "user", "content": "Two?"},
+        ]
+    },
     {"conversations": [{"from": "human", "value": "Which?"}], "chosen": {"from": "gpt", "value": "This."}},
     {"prompt": "Preferred?", "chosen": "Yes.", "rejected": "No."},
 ]  # fmt: skip
