@@ -102,7 +102,7 @@ class Sampler:
     """
 
     def __init__(self, settings: Sampling, prompt: Sequence[int], vocab_size: int, seed: int | None = None) -> None:
-        self.settings = settings
+        self.settings, self.alike = settings, replace(settings, seed=0)  # equal for those that are chosen together
         self.generator = torch.Generator().manual_seed(settings.seed if seed is None else seed)
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1.0:
@@ -153,7 +153,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
-        groups.setdefault(replace(sampler.settings, seed=0), []).append(row)
+        groups.setdefault(sampler.alike, []).append(row)
     tokens = [0] * len(samplers)
     for settings, rows in groups.items():
         group = [samplers[row] for row in rows]

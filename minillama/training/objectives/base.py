@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -161,7 +162,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Instructions | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Prompts | Records)
 
 
 @dataclass(eq=False)
