@@ -102,6 +102,8 @@ class Engine:
         self.model, self.max_rows, self.chunk = model, max_rows, chunk
         self.cache_dtype, self.speculation = cache_dtype, speculation
         self.mask = Mask(window=window, sinks=sinks)
+        if speculation is None:
+            self.mask = self.mask.within(model.config.sliding_window)  # so that the cache holds no more
         self.waiting: deque[Row] = deque()
         self.entering: _Batch | None = None  # while one of its requests has not ended, as `running`
         self.running: _Batch | None = None
@@ -220,18 +222,34 @@ class Engine:
     def _admit(self) -> None:
         """Start to read the prompts that wait and for which there is room."""
         self.waiting = deque(row for row in self.waiting if not row.finished)
-        room = self.max_rows - (len(self.running.unfinished()) if self.running is not None else 0)
+        running = self.running.unfinished() if self.running is not None else []
+        room = self.max_rows - len(running)
         if self.entering is not None or not self.waiting or self._others_wait or room < 1:
             return
-        rows = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
+        is_long = self._is_long([*running, *self.waiting][0])
+        alike = [row for row in self.waiting if self._is_long(row) == is_long]
+        rows = alike[:room]
+        entering = set(rows)
+        self.waiting = deque(row for row in self.waiting if row not in entering)
+        if not rows:  # they enter when the running ones have ended
+            return
         samples: dict[tuple[Request, tuple[int, ...]], list[Row]] = {}
         for row in rows:
             samples.setdefault((row.first, tuple(row.ids)), []).append(row)
         # the state of the first ones serves all that wait; what enters later is copied into it
         later = self.running is not None
-        tokens = max(len(row.ids) for row in rows) if later else max(row.limit for row in (*rows, *self.waiting))
-        state = self.model.state(len(samples), self._slots(tokens), self.cache_dtype)
+        tokens = max(len(row.ids) if later else row.limit for row in (rows if later else alike))
+        state = self._state(len(samples), self._slots(tokens), rows)
         self.entering = _Batch([same[0] for same in samples.values()], state, [*samples.values()])
+
+    def _is_long(self, row: Row) -> bool:
+        """Whether a row may get longer than sequences with the same rotary frequencies; the two share no pass."""
+        return row.limit > self.model.config.short_context
+
+    def _state(self, count: int, slots: int, rows: Sequence[Row]) -> State:
+        state = self.model.state(count, slots, self.cache_dtype)
+        state.length = max(row.limit for row in rows)
+        return state
 
     def _slots(self, tokens: int) -> int:
         padding = self.speculation.draft_tokens if self.speculation is not None else 0  # drafts differ in length
@@ -276,7 +294,7 @@ class Engine:
         slots = self._slots(max(row.limit for row in rows))
         if state.max_len >= slots:
             return state
-        grown = self.model.state(len(state.lengths), slots, self.cache_dtype)
+        grown = self._state(len(state.lengths), slots, rows)
         grown.replace(range(len(state.lengths)), state)
         return grown
 
