@@ -5,7 +5,6 @@ A value comes from the defaults below, then the model preset, then the file, the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,7 +15,7 @@ from minillama.config import ModelConfig
 from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
-from minillama.config.mup import Mup
+from minillama.config.mup import Mup, check_mup
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.files import model_folder
@@ -195,12 +194,15 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """Training stage with other optimizer settings or frozen parameters."""
+    """Training stage with other data, other optimizer settings or frozen parameters."""
 
     until_step: int = field(metadata={"min": 1})
     """The stage ends before this step; the last one lasts to the end."""
     optim: OptimConfig | None = None
     """Overrides of [optim], as a table `optim = {lr = 1e-4}`."""
+    data: DataConfig | None = None
+    """Overrides of [data], as a table `data = {sources = [...]}`, read from the beginning. val_loss is over the data of
+    [data], stage_val_loss over the stage's."""
     trainable: tuple[str, ...] = ("*",)
     """Globs of trained parameter names; the rest is frozen."""
 
@@ -252,9 +254,10 @@ class RunConfig:
         if self.lora is not None and not self.train.init_from:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
-        if self.data.template:
-            check_conversations(self.objective, self.data.packing, self.model.mixer)
-        self._check_mup()
+        for data in self.datas:
+            if data.template:
+                check_conversations(self.objective, data.packing, self.model.mixer)
+        check_mup(self.optim.mup_base_dim, self.optim.optimizer, self.model)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
@@ -278,26 +281,6 @@ class RunConfig:
             expected = f"false with objective {wanted.name}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
 
-    def _check_mup(self) -> None:
-        base, model = self.optim.mup_base_dim, self.model
-        if not base:
-            return
-        excluded = {
-            "optim.optimizer": (self.optim.optimizer, "adamw"),  # Adafactor's updates are relative to the parameter
-            "model.init": (model.init, "normal"),
-            "model.mixer": (model.mixer, "attention"),
-        }
-        for where, (found, expected) in excluded.items():
-            if found != expected:
-                raise InputError("muP has no rule for this", where=where, found=found, expected=expected)
-        if model.tie_embeddings and not math.isclose(model.logit_scale, base / model.dim):
-            raise InputError(
-                "muP trains embedding and head by different rules",
-                where="model.tie_embeddings",
-                found=f"true, with logit_scale = {model.logit_scale}",
-                expected=f"false, or logit_scale = mup_base_dim / dim = {base / model.dim}",
-            )
-
     @property
     def mup(self) -> Mup:
         """Maximal update parametrization; its factors are 1 in the standard one."""
@@ -315,6 +298,11 @@ class RunConfig:
     def micro_batch_size(self) -> int:
         """Sequences in memory at once."""
         return min(self.train.micro_batch_size or self.train.batch_size, self.train.batch_size)
+
+    @property
+    def datas(self) -> list[DataConfig]:
+        """Data settings of the run, and of the stages that have their own."""
+        return [self.data, *(stage.data for stage in self.stages if stage.data is not None)]
 
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to; one that changes nothing when there are none."""
@@ -368,7 +356,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:
-    """Stages whose `optim` starts from the run's, whatever its origin."""
+    """Stages whose `optim` and `data` start from the run's, whatever their origin."""
     made = []
     for i, (stage, table) in enumerate(zip(config.stages, tables, strict=True)):
         if "optim" in table:
@@ -376,6 +364,8 @@ def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Loca
             optim = build(OptimConfig, table["optim"], origin, config.optim, where)
             _check_stage(optim, config.optim, where)
             stage = replace(stage, optim=optim)
+        if "data" in table:
+            stage = replace(stage, data=build(DataConfig, table["data"], origin, config.data, f"stages.{i}.data"))
         made.append(stage)
     return tuple(made)
 
@@ -391,9 +381,10 @@ def _check_stage(optim: OptimConfig, base: OptimConfig, where: str) -> None:
 
 
 def to_table(config: RunConfig) -> dict[str, Any]:
-    """Table of config.toml: every setting, and of a stage's `optim` the values that differ from the run's."""
+    """Table of config.toml: every setting; of a stage's `optim` and `data` the values that differ from the run's."""
     table = to_dict(config)
     for stage in table.get("stages", ()):
-        own = {key: value for key, value in stage.pop("optim", {}).items() if value != table["optim"][key]}
-        stage |= {"optim": own} if own else {}
+        for name in ("optim", "data"):
+            own = {key: value for key, value in stage.pop(name, {}).items() if value != table[name][key]}
+            stage |= {name: own} if own else {}
     return table

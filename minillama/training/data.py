@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from minillama.data.conversations import conversations
@@ -23,11 +24,19 @@ from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.tokenizer.rendering import encode, truncated
 from minillama.tokenizer.template import OWN, Template, load_template
 from minillama.training.init_model import template_name
+from minillama.training.objectives import Data
 
 
-def load_data(
-    config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
-) -> tuple[Corpus | Instructions | Records, Tokenizer]:
+def load_stages(config: RunConfig, tokenizer: Tokenizer, report: Report) -> tuple[list[Data | None], Tokenizer]:
+    """Data of each stage, None where it is the run's; and the tokenizer, with the template of the last that has one."""
+    found: list[Data | None] = [None] * len(config.stages)
+    for number, stage in enumerate(config.stages):
+        if stage.data is not None:
+            found[number], tokenizer = load_data(replace(config, data=stage.data), tokenizer, report)
+    return found, tokenizer
+
+
+def load_data(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report) -> tuple[Data, Tokenizer]:
     """Training data of the objective, and the tokenizer, trained on them if need be.
 
     Raises:
@@ -75,7 +84,7 @@ def _load_conversations(
     if len(weights) > 1:
         what, fix = "conversations are read once per epoch, whatever the weight of their source", "leave weights out"
         raise InputError(what, where="data.sources", found=sorted(weights), fix=fix)
-    template = load_template(template_name(config, tokenizer), tokenizer)
+    template = load_template(template_name(config.data, tokenizer), tokenizer)
     data = _split(config, tokenizer, template)
     tokens = sum(len(example.ids) for example in data.train)
     trained = sum(int((example.weights > 0).sum()) for example in data.train)
@@ -143,7 +152,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
     tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
-def _say_size(data: Corpus | Instructions | Records, size: str, config: RunConfig, report: Report) -> None:
+def _say_size(data: Data, size: str, config: RunConfig, report: Report) -> None:
     if left_out := str(data.skipped):
         report.say(left_out)
     report.say(f"data: {', '.join(source.label for source in config.data.sources)}: {size}")

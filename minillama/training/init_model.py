@@ -15,7 +15,7 @@ from minillama.formats.open import open_model
 from minillama.inference.quantize import quantize_head, quantized
 from minillama.model import Decoder
 from minillama.model.lora import add_lora
-from minillama.runs.config import RunConfig
+from minillama.runs.config import DataConfig, RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.tokenizer.template import OWN, special_tokens
 
@@ -91,14 +91,15 @@ def _choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
     kind, special = config.tokenizer.kind, config.objective.special_tokens
     if config.tokenizer.path:
         tokenizer = Tokenizer.load(config.tokenizer.path)
-        return tokenizer.with_special((*special, *special_tokens(template_name(config, tokenizer))))
+        names = [template_name(data, tokenizer) for data in config.datas]
+        return tokenizer.with_special((*special, *(token for name in names for token in special_tokens(name))))
     return TokenizerTrainer(kind, 0 if kind in ("char", "bytes") else config.model.vocab_size, special=special)
 
 
-def template_name(config: RunConfig, tokenizer: Tokenizer) -> str:
+def template_name(data: DataConfig, tokenizer: Tokenizer) -> str:
     """Name of the chat template: that of the settings, where they leave it open the tokenizer's own, or chatml."""
-    if config.data.template != "auto":
-        return config.data.template
+    if data.template != "auto":
+        return data.template
     return "chatml" if tokenizer.chat_template is None else OWN
 
 

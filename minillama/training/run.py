@@ -25,10 +25,10 @@ from minillama.runs.provenance import provenance
 from minillama.runs.report import Report, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
-from minillama.training.data import load_data
+from minillama.training.data import load_data, load_stages
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
-from minillama.training.objectives import make
+from minillama.training.objectives import make_staged
 from minillama.training.trainer import Trainer
 
 
@@ -94,9 +94,10 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     check_disk(config, folder.path)
     warn_of_memory(config, start.dtype, start.device, report)
     data, tokenizer = load_data(config, start.tokenizer, report)
+    stages, tokenizer = load_stages(config, tokenizer, report)
     model = start.build_model()
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
-    objective = make(config, model, tokenizer, data)
+    objective = make_staged(config, model, tokenizer, data, stages)
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
 from minillama.data.records import Records
@@ -16,7 +19,10 @@ from minillama.training.objectives.cloze import ClozeQuestions
 from minillama.training.objectives.glm import BlankInfilling
 from minillama.training.objectives.lm import LanguageModel
 from minillama.training.objectives.sft import FineTuning
+from minillama.training.objectives.staged import Part, Staged
 from minillama.training.spans import sentence_ends
+
+Data = Corpus | Instructions | Records
 
 __all__ = [
     "MODEL",
@@ -28,10 +34,26 @@ __all__ = [
     "Metrics",
     "Objective",
     "make",
+    "make_staged",
 ]
 
 
-def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Instructions | Records) -> Objective:
+def make_staged(
+    config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data, stages: Sequence[Data | None]
+) -> Objective:
+    """The objective of `make`, or a curriculum of several where stages have data of their own."""
+    whole = make(config, model, tokenizer, data)
+    if all(own is None for own in stages):
+        return whole
+    parts, first = [], 0
+    for stage, own in zip(config.stages, stages, strict=True):
+        settings = replace(config, data=stage.data or config.data)
+        parts.append(Part(first, whole if own is None else make(settings, model, tokenizer, own)))
+        first = stage.until_step
+    return Staged(whole, parts)
+
+
+def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data) -> Objective:
     """The objective that the configuration asks for, over what `load_data` found for it."""
     rows, context, settings = config.train.batch_size, config.context, config.objective
     if isinstance(settings, ClozeConfig):
