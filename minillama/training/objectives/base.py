@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.preference_set import Preferences
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -131,6 +132,10 @@ class Objective(Protocol):
     def validate(self, rows: int, limit: int) -> Metrics:
         """Measures on held-out data, `best` among them, of about `limit` tokens (0: all), `rows` at a time."""
 
+    def warnings(self, measures: Metrics) -> list[str]:
+        """What is wrong with the measures of a validation, for the log."""
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""
         return {}
@@ -139,7 +144,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Instructions | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Preferences | Records)
 
 
 @dataclass(eq=False)
