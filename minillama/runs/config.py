@@ -23,7 +23,7 @@ from minillama.runs.objectives import (
     OBJECTIVES,
     LMConfig,
     ObjectiveConfig,
-    check_conversations,
+    check_data,
     name_objective,
     with_new_names,
     words_with_new_names,
@@ -220,7 +220,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     objective: ObjectiveConfig = field(default_factory=LMConfig)
-    """By `name`: lm, glm or cloze, each with settings of its own; the model's own unless given."""
+    """By `name`: lm, glm, cloze, reward, dpo or kto, each with its own settings; the model's own unless given."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -249,8 +249,8 @@ class RunConfig:
         if self.lora is not None and not self.train.init_from:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
-        if self.data.template:
-            check_conversations(self.objective, self.data.packing, self.model.mixer)
+        dropout = max(self.train.dropout, 0.0 if self.lora is None else self.lora.dropout)
+        check_data(self.objective, self.data.template, self.data.packing, self.model.mixer, dropout)
         self._check_mup()
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
@@ -258,8 +258,11 @@ class RunConfig:
 
     def _check_objective(self) -> None:
         wanted = self.objective
+        if self.model.head == "score" != wanted.head:
+            what, expected = "a reward model predicts no tokens", "a language model"
+            raise InputError(what, where="train.init_from", found=self.train.init_from, expected=expected)
         if wanted.trains != self.model.objective:
-            fix = "leave it out" if wanted.reads == "text" else "start from an infilling model with train.init_from"
+            fix = "start from an infilling model with train.init_from" if wanted.reads == "records" else "leave it out"
             raise InputError(
                 "the model is made for another objective",
                 where="objective.name",

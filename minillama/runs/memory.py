@@ -21,8 +21,11 @@ GIB = 2**30
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
     """Training memory of `minillama plan` for a micro-batch of `rows` sequences."""
     width, recomputes, model = dtype.itemsize, config.train.checkpointing, config.model
+    rows *= config.objective.texts
     if config.lora is None:
-        return training_memory(model, rows, config.context, activation_bytes=width, checkpointing=recomputes)
+        found = training_memory(model, rows, config.context, activation_bytes=width, checkpointing=recomputes)
+        reference = width * model.num_params() * config.objective.has_reference
+        return replace(found, weights=found.weights + reference)
     frozen = training_memory(
         model, rows, config.context, weight_bytes=width, activation_bytes=width, checkpointing=recomputes
     )

@@ -246,6 +246,8 @@ class Trainer:
         shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.state.step}: {text}")
+        for line in self.objective.warnings(found) if self.state.step else ():
+            self.report.say(f"warning: {line}")
         with self.signals.leaving_at_once():
             self._sample()
         self.phase = "training"

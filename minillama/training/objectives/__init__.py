@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.preference_set import Preferences
 from minillama.data.records import Records
 from minillama.evaluate.cloze import Cloze
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
-from minillama.runs.objectives import ClozeConfig, GLMConfig, LMConfig
+from minillama.runs.objectives import ClozeConfig, DPOConfig, GLMConfig, KTOConfig, LMConfig, RewardConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
 from minillama.training.objectives.base import MODEL, Batch, Metrics, Objective
 from minillama.training.objectives.cloze import ClozeQuestions
+from minillama.training.objectives.dpo import DPO
 from minillama.training.objectives.glm import BlankInfilling
+from minillama.training.objectives.kto import KTO
 from minillama.training.objectives.lm import LanguageModel
+from minillama.training.objectives.reward import RewardModel
 from minillama.training.objectives.sft import FineTuning
 from minillama.training.spans import sentence_ends
 
 __all__ = [
+    "DPO",
+    "KTO",
     "MODEL",
     "Batch",
     "BlankInfilling",
@@ -27,16 +33,25 @@ __all__ = [
     "LanguageModel",
     "Metrics",
     "Objective",
+    "RewardModel",
     "make",
 ]
 
 
-def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Instructions | Records) -> Objective:
+def make(
+    config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Instructions | Preferences | Records
+) -> Objective:
     """The objective that the configuration asks for, over what `load_data` found for it."""
     rows, context, settings = config.train.batch_size, config.context, config.objective
     if isinstance(settings, ClozeConfig):
         assert isinstance(data, Records)
         return ClozeQuestions(model, data, config.seed, rows, Cloze(settings, tokenizer, context))
+    if isinstance(data, Preferences):
+        if isinstance(settings, RewardConfig):
+            return RewardModel(model, data, config.seed, rows, settings.center)
+        assert isinstance(settings, DPOConfig | KTOConfig)
+        compared = model, data, config.seed, rows, config.micro_batch_size
+        return DPO(*compared, settings) if isinstance(settings, DPOConfig) else KTO(*compared, settings)
     if isinstance(data, Instructions):
         assert isinstance(settings, LMConfig)
         return FineTuning(model, data, config.seed, rows, settings.z_loss)
@@ -45,4 +60,5 @@ def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus |
     if isinstance(settings, GLMConfig):
         ends = sentence_ends(tokenizer, config.model.vocab_size)
         return BlankInfilling(*over, Blanks.of(tokenizer), ends, data.separator, settings)
+    assert isinstance(settings, LMConfig)
     return LanguageModel(*over, data.separator if config.data.mask_documents else None, settings.z_loss)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.preference_set import Preferences
 from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
@@ -132,6 +133,10 @@ class Objective(Protocol):
     def validate(self, rows: int, limit: int) -> Metrics:
         """Measures on held-out data, `best` among them, of about `limit` tokens (0: all), `rows` at a time."""
 
+    def warnings(self, measures: Metrics) -> list[str]:
+        """What is wrong with the measures of a validation, for the log."""
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""
         return {}
@@ -140,7 +145,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Instructions | Prompts | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Preferences | Prompts | Records)
 
 
 @dataclass(eq=False)
