@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minillama.data.conversations import Format, read_record
+from minillama.data.corpus import Corpus
 from minillama.data.permutation import derive_keys, hash_fraction, permute
 from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.sources import OnError, Source, records
@@ -51,6 +52,7 @@ class Prompts:
         end_id: token that ends an answer.
         fingerprint: SHA-256 of the prompts and the split.
         skipped: records left out.
+        text: pretraining text that is mixed in.
     """
 
     train: Sequence[Prompt]
@@ -58,6 +60,7 @@ class Prompts:
     end_id: int
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
+    text: Corpus | None = None
 
     @classmethod
     def load(

@@ -117,6 +117,9 @@ class Objective(Protocol):
     prompts: Sequence[Sequence[int]] = ()
     """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
 
+    sample: Mapping[str, Any] = {}
+    """What a validation shows beside its measures, such as a question, its answer and reward."""
+
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
         return {}
