@@ -1,15 +1,16 @@
-"""Data sets: show the records of a fine-tuning file as a model reads them."""
+"""Data sets: show the records of a fine-tuning file as a model reads them; write the best of several answers."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from minillama.commands.best_of_n import BestOfN
 from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, conversations
@@ -119,14 +120,16 @@ def _summary(shown: Sequence[Rendered], template: Template, report: Skipped) -> 
     return "; ".join(parts + [str(report)] * bool(str(report)))
 
 
-def parse(words: Sequence[str]) -> Show | Difficulty:
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {"show": Show, "best-of-n": BestOfN, "difficulty": Difficulty}
+Subcommand = Show | BestOfN | Difficulty
+
+
+def parse(words: Sequence[str]) -> Subcommand:
     """Subcommand of the command line."""
     refuse_repeated(words)
-    return tyro.extras.subcommand_cli_from_dict(
-        {"show": Show, "difficulty": Difficulty}, args=list(words), prog="minillama data"
-    )
+    return tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, args=list(words), prog="minillama data")
 
 
-def run(args: Show | Difficulty) -> int:
+def run(args: Subcommand) -> int:
     """Run the subcommand."""
     return args.run()
