@@ -1,4 +1,4 @@
-"""Data sets: show the records of a fine-tuning file as a model reads them; write the best of several answers."""
+"""Data sets: clean text; show, grade and make the records of a fine-tuning file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from minillama.commands.best_of_n import BestOfN
+from minillama.commands.data_clean import Clean
 from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, conversations
@@ -120,8 +121,13 @@ def _summary(shown: Sequence[Rendered], template: Template, report: Skipped) -> 
     return "; ".join(parts + [str(report)] * bool(str(report)))
 
 
-SUBCOMMANDS: dict[str, Callable[..., Any]] = {"show": Show, "best-of-n": BestOfN, "difficulty": Difficulty}
-Subcommand = Show | BestOfN | Difficulty
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
+    "clean": Clean,
+    "show": Show,
+    "difficulty": Difficulty,
+    "best-of-n": BestOfN,
+}
+Subcommand = Clean | Show | Difficulty | BestOfN
 
 
 def parse(words: Sequence[str]) -> Subcommand:
