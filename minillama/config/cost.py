@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from minillama.config.model import ModelConfig
@@ -81,6 +82,8 @@ def training_memory(
       up: D or 2D
     - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
     - gate F, up F, silu(gate) F, their product F
+    - with qk_norm of every query and key head the norm's input and output, 2E in float32, and its reciprocal root 1;
+      the queries once more, HE
 
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
     input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
@@ -100,18 +103,21 @@ def training_memory(
     """
     count, tokens = config.num_params(), batch * seq_len
     cast = activation_bytes < weight_bytes
-    norms = (2 * config.n_layers + 1) * config.dim
+    uncast = (2 * config.n_layers + 1) * config.dim  # norms, biases
+    uncast += sum(math.prod(row.shape(config)) for row in config.parameters().values() if row.role == "bias")
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     values = (5 if cast else 2) * config.dim + 2 * q + 2 * kv + 4 * config.hidden_dim
     block = 2 * (2 * config.dim * weight_bytes + 4) + 4 * config.n_heads + activation_bytes * values
     inputs = weight_bytes * config.dim  # the residual stream, which is not cast
     kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
+    if config.qk_norm:
+        block += (config.n_heads + config.n_kv_heads) * (8 * config.head_dim + 4) + activation_bytes * q
     ends = 8 + 2 * weight_bytes * config.dim + 4
     return TrainingMemory(
         weights=count * weight_bytes,
         gradients=count * grad_bytes,
         optimizer=count * optimizer_bytes,
-        casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
+        casts=(config.num_params(embedding=False) - uncast) * activation_bytes if cast else 0,
         activations=tokens * (kept + ends),
         logits=activation_bytes * config.vocab_size * min(tokens, loss_rows(config.vocab_size, activation_bytes))
         + tokens * activation_bytes * config.dim
