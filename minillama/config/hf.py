@@ -11,6 +11,7 @@ from typing import Any
 
 from minillama.errors import InputError
 
+SEQUENCE, CAUSAL = "ForSequenceClassification", "ForCausalLM"  # ends of classes
 OWN = "minillama"  # model_type of models unknown to transformers; the fields are under the same key
 # our fields -> LLaMA's keys, where the meaning is the same
 KEYS = {
@@ -114,15 +115,19 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
     """
     kind = values.get("model_type")
     if kind == OWN:
-        table = values.get(OWN)
-        if not isinstance(table, Mapping):
-            found = repr(table)[:80]
+        own = values.get(OWN)
+        if not isinstance(own, Mapping):
+            found = repr(own)[:80]
             raise InputError("the model's fields are not a table", where=f"{where}, {OWN}", found=found)
-        return dict(table), {}
+        return dict(own), {}
     if not isinstance(kind, str) or kind not in MODELS:
         raise _unsupported(values, where)
     model, width = MODELS[kind], values.get("hidden_size")
-    values, table = model["defaults"] | values, {}
+    values = model["defaults"] | values
+    classes = values.get("architectures") or [""]
+    table: dict[str, Any] = {}
+    if str(classes[0]).endswith(SEQUENCE):
+        table = {"head": "score", "pad_id": values.get("pad_token_id") or 0}
     for ours, theirs in model["keys"].items():
         if values.get(theirs) is not None:
             table[ours] = values[theirs]
@@ -251,18 +256,27 @@ def to_hf(fields: Mapping[str, Any], switches: Mapping[str, Any], dtype: str) ->
     kind = model_type(fields, switches)
     ends = {"bos_token_id": None, "eos_token_id": None}  # the defaults of transformers are 1 and 2
     dtypes: dict[str, Any] = {"torch_dtype": dtype, "dtype": dtype}
-    if kind == OWN:
+    scores = fields["head"] == "score"
+    if kind == OWN or (scores and kind == "rwkv"):  # of which transformers has no class with this head
         own = {key: value for key, value in fields.items() if key != "preset"}
         return {"model_type": OWN, OWN: own, **ends, **dtypes}
     model = MODELS[kind]
     table: dict[str, Any] = {"architectures": [model["class"]], "model_type": kind}
+    if scores:
+        labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "num_labels": 1}
+        table |= {
+            "architectures": [model["class"].replace(CAUSAL, SEQUENCE)],
+            "pad_token_id": fields["pad_id"],
+            **labels,
+        }
     table |= {theirs: fields[ours] for ours, theirs in model["keys"].items()}
     table |= {key: only for key, only in model["fixed"].items() if only is not None}
     if model["keys"] is not KEYS:
         widths = {"intermediate_size": fields["hidden_dim"], "attention_hidden_size": fields["dim"]}
         tied = {"tie_word_embeddings": fields["tie_embeddings"], "use_cache": True}
         return table | (widths if kind == "rwkv" else {}) | tied | ends | dtypes
-    table |= _rope_to_hf(fields) | ends | {"pad_token_id": None}  # its defaults may lie outside the vocabulary
+    table |= _rope_to_hf(fields) | ends
+    table.setdefault("pad_token_id", None)  # its defaults may lie outside the vocabulary
     window, layers = fields["sliding_window"], fields["n_layers"]
     if "sliding_window" in model["free"]:
         table["sliding_window"] = window or None

@@ -14,6 +14,7 @@ from minillama.config.loader import Located, build, config_folder, config_path, 
 from minillama.config.parameters import Parameter, block, table
 from minillama.config.shape import Shape, ffn_width
 from minillama.errors import InputError
+from minillama.files import model_folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ModelConfig(Shape):
         Raises:
             InputError: nothing of that name, or a shape that this decoder does not support.
         """
-        path = Path(source)
+        path = model_folder(Path(source))
         if path.is_dir():
             path = path / "config.json"
         if path.suffix == ".json":
@@ -99,7 +100,8 @@ class ModelConfig(Shape):
 
     def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
         """The keys of config.json, for transformers 4 and 5 alike."""
-        return hf.to_hf(to_dict(self), self.switches(), dtype)
+        switches = {name: value for name, value in self.switches().items() if name != "head"}
+        return hf.to_hf(to_dict(self), switches, dtype)
 
     def parameters(self) -> dict[str, Parameter]:
         """Parameters by Hugging Face name, in the order of the model; see `config/parameters.py`."""
@@ -131,7 +133,7 @@ class ModelConfig(Shape):
         higher.
         """
         matrices = (math.prod(shape) for shape in self.layer_tensors().values() if len(shape) > 1)
-        products = self.n_layers * sum(matrices) + self.vocab_size * self.dim
+        products = self.n_layers * sum(matrices) + (self.vocab_size if self.head == "lm" else 1) * self.dim
         window = min(self.sliding_window or seq_len, seq_len)
         keys = window - window * (window - 1) / (2 * seq_len)  # per query, on average
         scores = 4 * self.n_heads * self.head_dim * keys if self.mixer == "attention" else 0

@@ -20,7 +20,7 @@ from minillama.config.shape import Shape
 
 Role = Literal[
     "embedding", "position", "norm", "query", "key", "value", "receptance", "attention output", "gate", "up", "down",
-    "recurrence", "token shift", "bias", "head",
+    "recurrence", "token shift", "bias", "head", "score",
 ]  # fmt: skip
 Values = tuple[object, ...]
 Condition = Mapping[str, Values]
@@ -63,7 +63,7 @@ class Parameter:
 
     def shape(self, config: Shape) -> tuple[int, ...]:
         """Sizes of the axes."""
-        others = {CHANNELS: config.dim, POSITIONS: config.max_seq_len + 1}
+        others = {CHANNELS: config.dim, POSITIONS: config.max_seq_len + 1, "1": 1}
         return tuple(
             others.get(axis) or math.prod(getattr(config, name) for name in axis.split(" x ")) for axis in self.axes
         )
@@ -128,7 +128,11 @@ BLOCK = (
     *_linear("mlp.down_proj", "down", (D, F)),
     *_linear("mlp.r_proj", "receptance", (D, D), _WKV),
 )
-LAST = (*_norm("model.norm"), Parameter("lm_head.weight", "head", (V, D), {"tie_embeddings": (False,)}))
+LAST = (
+    *_norm("model.norm"),
+    Parameter("lm_head.weight", "head", (V, D), {"tie_embeddings": (False,), "head": ("lm",)}),
+    Parameter("score.weight", "score", ("1", D), {"head": ("score",)}),
+)
 # fused layer -> its parts, in the order of their rows
 FUSED = {
     name: tuple(p.name.split(".")[-2] for p in BLOCK if p.fused == name and p.name.endswith("weight"))

@@ -99,6 +99,10 @@ class Shape:
     """Weight initialization; see `model/init.py`."""
     objective: Literal["lm", "glm"] = "lm"
     """Training objective of the model."""
+    head: Literal["lm", "score"] = "lm"
+    """score: one value per token in the place of the logits, as of a reward model."""
+    pad_id: int = field(default=0, metadata={"min": 0})
+    """Padding of a model with scores, no text's last token: transformers reads the score in front of the padding."""
     model_type: Literal["", "mistral", "phi3"] = ""
     """model_type of files, where the other fields leave it open; it changes no result."""
     preset: str = ""
@@ -124,7 +128,7 @@ class Shape:
         """Switches that differ from LLaMA's."""
         names = (
             *("norm", "position", "mixer", "mlp", "bias", "parallel_block", "residual", "embedding_norm"),
-            *("logit_scale", "objective", "nope_interval", "qk_norm", "sliding_window"),
+            *("logit_scale", "objective", "head", "nope_interval", "qk_norm", "sliding_window"),
         )
         plain = {f.name: f.default for f in fields(self)}
         changed = {name: getattr(self, name) for name in names if getattr(self, name) != plain[name]}

@@ -30,7 +30,7 @@ from minillama.layers.cache import CacheRange, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.dropout import dropout
 from minillama.layers.long_rope import LongRope
-from minillama.layers.lora import LoRALayer, effective_weight
+from minillama.layers.lora import effective_weight
 from minillama.layers.mask import Mask
 from minillama.layers.norm import make_norm
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
@@ -87,7 +87,8 @@ class Decoder(nn.Module):
         step: reads more tokens per row into a state and returns logits (B, V) behind the last, or None where it
             cannot; a faster way than the layers, see `native` and `graph_step`. There is none unless one is set.
 
-    A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None.
+    A tied head is one Parameter, `model.embed_tokens.weight`; then `lm_head` is None. With a scalar head instead
+    (`heads.py`) there is `score`.
     """
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
@@ -100,7 +101,10 @@ class Decoder(nn.Module):
         self.step: Callable[[Sequence[Sequence[int]], State, Mask], Tensor | None] | None = None
         self.loss_kernel: SoftmaxGrad | None = None
         self.model = Backbone(config, dropout)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        writes = config.head == "lm"
+        has_head = writes and not config.tie_embeddings
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False) if has_head else None
+        self.score = None if writes else nn.Linear(config.dim, 1, bias=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -131,7 +135,15 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D), the head's matrix with its active adapter; the embedding's when tied."""
+        """(V, D), the head's matrix with its active adapter; the embedding's when tied.
+
+        Raises:
+            InputError: a model with a scalar head, which predicts no tokens.
+        """
+        if self.score is not None:
+            raise InputError(
+                "this model gives scores, and no tokens", fix="take the language model that it was made from"
+            )
         return self.model.embed_tokens.weight if self.lm_head is None else effective_weight(self.lm_head)
 
     def hidden(
@@ -225,9 +237,8 @@ class Decoder(nn.Module):
             generator: source of the random numbers; torch's global one unless given.
 
         Raises:
-            InputError: fewer rows than there are, an unknown `init`, adapters, after `quantize`.
+            InputError: fewer rows than there are, an unknown `init`, a head or embedding with adapters or in int8.
         """
-        self._refuse_quantized("resized")
         old = self.config.vocab_size
         if vocab_size < old:
             raise InputError(
@@ -238,8 +249,9 @@ class Decoder(nn.Module):
         for module in (self.model.embed_tokens, self.lm_head):
             if module is None:
                 continue
-            if isinstance(module, LoRALayer):
-                raise InputError("a layer with adapters takes no more rows", fix="resize it before adding them")
+            if type(module) not in (nn.Embedding, nn.Linear):
+                what, fix = "this layer takes no more rows", "resize it before quantize() or adding adapters"
+                raise InputError(what, found=type(module).__name__, expected="nn.Embedding or nn.Linear", fix=fix)
             weight = module.weight
             rows = torch.empty(vocab_size - old, weight.shape[1], device=weight.device)
             if init == "mean":
