@@ -1,4 +1,4 @@
-"""Data sets: show the records of a fine-tuning file as a model reads them."""
+"""Data sets: show the records of a fine-tuning file as a model reads them; write the best of several answers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from minillama.commands.best_of_n import BestOfN
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, conversations
 from minillama.data.reading import BadText, Skipped
@@ -118,12 +119,14 @@ def _summary(shown: Sequence[Rendered], template: Template, report: Skipped) -> 
     return "; ".join(parts + [str(report)] * bool(str(report)))
 
 
-def parse(words: Sequence[str]) -> Show:
+def parse(words: Sequence[str]) -> Show | BestOfN:
     """Subcommand of the command line."""
     refuse_repeated(words)
-    return tyro.extras.subcommand_cli_from_dict({"show": Show}, args=list(words), prog="minillama data")
+    return tyro.extras.subcommand_cli_from_dict(
+        {"show": Show, "best-of-n": BestOfN}, args=list(words), prog="minillama data"
+    )
 
 
-def run(args: Show) -> int:
+def run(args: Show | BestOfN) -> int:
     """Run the subcommand."""
     return args.run()

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -116,12 +116,12 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether a request is unfinished."""
-        return bool(self._unfinished())
+        return next(self._unfinished(), None) is not None
 
-    def _unfinished(self) -> list[Row]:
+    def _unfinished(self) -> Iterator[Row]:
         """All rows of requests that have not ended, the running ones first."""
-        batches = [batch.unfinished() for batch in (self.running, self.entering) if batch is not None]
-        return [*chain(*batches), *(row for row in self.waiting if not row.finished)]
+        batches = (batch.unfinished() for batch in (self.running, self.entering) if batch is not None)
+        return chain(chain.from_iterable(batches), (row for row in self.waiting if not row.finished))
 
     def submit(self, request: Request, samples: int = 1) -> list[Request]:
         """Queue a request; with several samples as many, with seeds from its own on, which read the prompt once.
@@ -141,7 +141,7 @@ class Engine:
         infills = isinstance(request.prompt, Layout)
         if infills and self.speculation is not None:
             raise ValueError("infilling prompts are decoded without speculation")
-        if any((row.layout is not None) != infills for row in self._unfinished()[:1]):
+        if any((row.layout is not None) != infills for row in islice(self._unfinished(), 1)):
             raise ValueError("infilling prompts do not share a batch with others")
         seed = request.sampling.seed if request.seed is None else request.seed
         more = [replace(request, seed=seed + i, tokens=[], log_probabilities=[]) for i in range(1, samples)]

@@ -17,9 +17,10 @@ from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup
-from minillama.data.sources import Source, parse_source
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.runs.objectives import (
+    ELEMENTS,
     OBJECTIVES,
     LMConfig,
     ObjectiveConfig,
@@ -220,7 +221,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     objective: ObjectiveConfig = field(default_factory=LMConfig)
-    """By `name`: lm, glm, cloze, reward, dpo or kto, each with its own settings; the model's own unless given."""
+    """By `name`, each with its own settings: lm, glm, cloze, reward, dpo, kto, grpo, ppo; the model's unless given."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -250,7 +251,8 @@ class RunConfig:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
         dropout = max(self.train.dropout, 0.0 if self.lora is None else self.lora.dropout)
-        check_data(self.objective, self.data.template, self.data.packing, self.model.mixer, dropout)
+        data, rows = (self.data.template, self.data.packing), self.train.batch_size
+        check_data(self.objective, *data, self.model.mixer, dropout, rows, self.context)
         self._check_mup()
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
@@ -271,8 +273,7 @@ class RunConfig:
                 fix=fix,
             )
         if wanted.reads == "text" and wanted.special_tokens and self.context < 8:
-            expected = "at least 8 tokens"
-            raise InputError("no masked span fits", where="train.context", found=self.context, expected=expected)
+            raise InputError("no masked span fits", where="train.context", found=self.context, expected="at least 8")
         if wanted.special_tokens and self.data.mask_documents:
             what = "infilling attends to the whole sequence"
             expected = f"false with objective {wanted.name}"
@@ -341,7 +342,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     values, origin = read_toml(path)
     shape = values.pop("model", {"preset": "llama-tiny"})
     values.setdefault("name", path.stem)
-    table = overrides(words_with_new_names(words), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
+    table = overrides(words_with_new_names(words), RunConfig, ELEMENTS)
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
     start = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")

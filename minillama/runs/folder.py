@@ -16,7 +16,7 @@ from typing import IO, Any
 from minillama.errors import InputError
 from minillama.files import free_name, replace_file
 
-CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
+CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model", "value", "average")
 LOCK = ".lock"
 
 

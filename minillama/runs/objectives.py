@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from minillama.config.loader import Located, say_renamed
+from minillama.config.loader import Located, say_renamed, to_dict
+from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.evaluate.question import Question
+from minillama.evaluate.rules import Reward, parse_reward
+from minillama.runs.feedback import GRPOConfig, PPOConfig
 from minillama.tokenizer.blanks import BLANK_TOKENS
 
 
@@ -171,7 +174,9 @@ class KTOConfig(Kind):
         return {"generate": generate(model, prompt)}
 
 
-ObjectiveConfig: TypeAlias = LMConfig | GLMConfig | ClozeConfig | RewardConfig | DPOConfig | KTOConfig
+ObjectiveConfig: TypeAlias = (
+    LMConfig | GLMConfig | ClozeConfig | RewardConfig | DPOConfig | KTOConfig | GRPOConfig | PPOConfig
+)
 OBJECTIVES = {
     "lm": LMConfig,
     "glm": GLMConfig,
@@ -179,22 +184,35 @@ OBJECTIVES = {
     "reward": RewardConfig,
     "dpo": DPOConfig,
     "kto": KTOConfig,
+    "grpo": GRPOConfig,
+    "ppo": PPOConfig,
 }
 
 
-def check_data(objective: ObjectiveConfig, template: str, packing: str, mixer: str, dropout: float) -> None:
-    """Check that an objective and a model's mixer can be trained on conversations, or on preferences.
+# elements of lists of settings -> a table of one word of the command line
+ELEMENTS: Mapping[type, Callable[[str], Any]] = {
+    Source: lambda word: to_dict(parse_source(word)),
+    Reward: lambda word: to_dict(parse_reward(word)),
+}
+
+
+def check_data(
+    objective: ObjectiveConfig, template: str, packing: str, mixer: str, dropout: float, rows: int, context: int
+) -> None:
+    """Check that an objective and a model's mixer can be trained on conversations, on preferences or on prompts.
 
     Raises:
         InputError: conversations with another objective than next-token prediction, or a recurrence over packed ones;
             preferences without a template; dropout beside a reference, whose log-probabilities it would make noisy.
     """
+    if isinstance(objective, GRPOConfig | PPOConfig):
+        objective.check(rows, context, dropout)
     if objective.has_reference and dropout:
         what, where = "log-probabilities under dropout do not compare with the reference's", "dropout"
         raise InputError(what, where=where, found=dropout, expected=f"0 with objective {objective.name}")
-    if objective.reads == "preferences":
+    if objective.reads in ("preferences", "prompts"):
         if not template:
-            what, fix = "preferences are rendered by a chat template", "add --data.template auto"
+            what, fix = f"{objective.reads} are rendered by a chat template", "add --data.template auto"
             raise InputError(what, where="data.template", found="none", fix=fix)
         return
     if not template:

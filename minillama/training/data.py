@@ -1,8 +1,9 @@
-"""Training data: tokenized text, conversations, preferences, or records for classification."""
+"""Training data: tokenized text, conversations, preferences, prompts, or records for classification."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from minillama.data import preference_set
@@ -12,6 +13,7 @@ from minillama.data.instructions import Example, Instructions
 from minillama.data.permutation import hash_fraction
 from minillama.data.preference_set import Preferences
 from minillama.data.prepare import prepare
+from minillama.data.prompts import Prompts
 from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.records import Records
 from minillama.errors import InputError
@@ -19,6 +21,7 @@ from minillama.evaluate.cloze import Cloze
 from minillama.evaluate.question import Question
 from minillama.files import cache_folder
 from minillama.runs.config import RunConfig
+from minillama.runs.feedback import FeedbackConfig, PPOConfig
 from minillama.runs.objectives import ClozeConfig
 from minillama.runs.report import Report
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
@@ -29,7 +32,7 @@ from minillama.training.init_model import template_name
 
 def load_data(
     config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
-) -> tuple[Corpus | Instructions | Preferences | Records, Tokenizer]:
+) -> tuple[Corpus | Instructions | Preferences | Prompts | Records, Tokenizer]:
     """Training data of the objective, and the tokenizer, trained on them if need be.
 
     Raises:
@@ -40,6 +43,8 @@ def load_data(
         _check_vocabulary(tokenizer, config)
     if config.objective.reads == "preferences":
         return _load_preferences(config, tokenizer, report)
+    if isinstance(config.objective, FeedbackConfig):
+        return _load_prompts(config, config.objective, tokenizer, report)
     if config.data.template:
         return _load_conversations(config, tokenizer, report)
     if isinstance(config.objective, ClozeConfig):
@@ -98,6 +103,26 @@ def _load_preferences(
     size = f"{len(data.train):,} {what}, {len(data.val):,} held out; template {template.name}"
     _say_size(data, f"{size} ({time.perf_counter() - began:.1f} s)", config, report)
     return data, _with(template, tokenizer)
+
+
+def _load_prompts(
+    config: RunConfig, settings: FeedbackConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
+) -> tuple[Prompts, Tokenizer]:
+    """Prompts, rendered by the template, of such a length that an answer fits behind them."""
+    began, data = time.perf_counter(), config.data
+    tokenizer, template = _rendering(config, tokenizer, "prompts")
+    longest = config.context - settings.max_new_tokens
+    found = Prompts.load(data.sources, template, tokenizer, longest, data.val_fraction, data.format, data.on_error)
+    size = f"{len(found.train):,} prompts, {len(found.val):,} held out; template {template.name}"
+    _say_size(found, f"{size} ({time.perf_counter() - began:.1f} s)", config, report)
+    if isinstance(settings, PPOConfig) and settings.text:
+        cache = Path(data.cache) if data.cache else cache_folder()
+        corpus, _ = prepare(
+            settings.text, tokenizer, cache=cache, val_fraction=data.val_fraction, on_error=data.on_error
+        )
+        corpus.check(config.context, config.train.batch_size)
+        found = replace(found, text=corpus, fingerprint=found.fingerprint + corpus.fingerprint)
+    return found, _with(template, tokenizer)
 
 
 def _rendering(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, what: str) -> tuple[Tokenizer, Template]:
@@ -172,7 +197,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
 
 
 def _say_size(
-    data: Corpus | Instructions | Preferences | Records, size: str, config: RunConfig, report: Report
+    data: Corpus | Instructions | Preferences | Prompts | Records, size: str, config: RunConfig, report: Report
 ) -> None:
     if left_out := str(data.skipped):
         report.say(left_out)

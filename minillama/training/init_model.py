@@ -23,6 +23,7 @@ from minillama.model.lora import DEFAULT, add_lora, attach
 from minillama.runs.config import RunConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.tokenizer.template import OWN, special_tokens
+from minillama.tokenizer.train import byte_tokenizer
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def _pad_id(tokenizer: Tokenizer) -> int:
 
 def _choose_tokenizer(config: RunConfig) -> Tokenizer | TokenizerTrainer:
     kind, special = config.tokenizer.kind, config.objective.special_tokens
-    if config.tokenizer.path:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+    if config.tokenizer.path or (kind == "bytes" and config.data.template):  # which needs no text
+        tokenizer = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else byte_tokenizer()
         return tokenizer.with_special((*special, *special_tokens(template_name(config, tokenizer))))
     return TokenizerTrainer(kind, 0 if kind in ("char", "bytes") else config.model.vocab_size, special=special)
 

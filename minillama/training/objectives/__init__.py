@@ -5,10 +5,13 @@ from __future__ import annotations
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
 from minillama.data.preference_set import Preferences
+from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.evaluate.cloze import Cloze
+from minillama.evaluate.rewards import Rewards
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
+from minillama.runs.feedback import GRPOConfig, PPOConfig
 from minillama.runs.objectives import ClozeConfig, DPOConfig, GLMConfig, KTOConfig, LMConfig, RewardConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
@@ -16,16 +19,20 @@ from minillama.training.objectives.base import MODEL, Batch, Metrics, Objective
 from minillama.training.objectives.cloze import ClozeQuestions
 from minillama.training.objectives.dpo import DPO
 from minillama.training.objectives.glm import BlankInfilling
+from minillama.training.objectives.grpo import GRPO
 from minillama.training.objectives.kto import KTO
 from minillama.training.objectives.lm import LanguageModel
+from minillama.training.objectives.ppo import PPO
 from minillama.training.objectives.reward import RewardModel
 from minillama.training.objectives.sft import FineTuning
 from minillama.training.spans import sentence_ends
 
 __all__ = [
     "DPO",
+    "GRPO",
     "KTO",
     "MODEL",
+    "PPO",
     "Batch",
     "BlankInfilling",
     "ClozeQuestions",
@@ -39,13 +46,23 @@ __all__ = [
 
 
 def make(
-    config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus | Instructions | Preferences | Records
+    config: RunConfig,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    data: Corpus | Instructions | Preferences | Prompts | Records,
 ) -> Objective:
     """The objective that the configuration asks for, over what `load_data` found for it."""
     rows, context, settings = config.train.batch_size, config.context, config.objective
     if isinstance(settings, ClozeConfig):
         assert isinstance(data, Records)
         return ClozeQuestions(model, data, config.seed, rows, Cloze(settings, tokenizer, context))
+    if isinstance(settings, GRPOConfig | PPOConfig):
+        assert isinstance(data, Prompts)
+        rewards = Rewards(settings.rewards, tokenizer, data.end_id, model.device)
+        start, micro = (model, data, config.seed, rows), config.micro_batch_size
+        if isinstance(settings, PPOConfig):
+            return PPO(*start, settings, rewards, micro, data.text, context)
+        return GRPO(*start, settings, rewards, micro)
     if isinstance(data, Preferences):
         if isinstance(settings, RewardConfig):
             return RewardModel(model, data, config.seed, rows, settings.center)
