@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,10 @@ class Mask:
         if is_causal or (plain and (last or (not self.causal and self.lengths is None))):
             return KernelMask(None, is_causal, self.lengths, self.is_plain)
         return KernelMask(self._allowed(span, device), False, self.lengths, self.is_plain)
+
+    def within(self, window: int) -> Mask:
+        """This mask within a model's sliding window; 0: it has none. The narrower window counts, with its sinks."""
+        return self if not window or (self.window or window) < window else replace(self, window=window, sinks=0)
 
     @property
     def is_plain(self) -> bool:

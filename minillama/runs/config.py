@@ -16,14 +16,16 @@ from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup, check_mup
-from minillama.data.sources import Source, parse_source
+from minillama.data.sources import Source
 from minillama.errors import InputError
+from minillama.files import model_folder
 from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
+    ELEMENTS,
     OBJECTIVES,
     LMConfig,
     ObjectiveConfig,
-    check_conversations,
+    check_data,
     name_objective,
     with_new_names,
     words_with_new_names,
@@ -225,7 +227,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     objective: ObjectiveConfig = field(default_factory=LMConfig)
-    """By `name`: lm, glm or cloze, each with settings of its own; the model's own unless given."""
+    """By `name`, each with its own settings: lm, glm, cloze, reward, dpo, kto, grpo, ppo; the model's unless given."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -255,9 +257,10 @@ class RunConfig:
         if self.lora is not None and not self.train.init_from:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
+        dropout = max(self.train.dropout, 0.0 if self.lora is None else self.lora.dropout)
         for data in self.datas:
-            if data.template:
-                check_conversations(self.objective, data.packing, self.model.mixer)
+            read, rows = (data.template, data.packing), self.train.batch_size
+            check_data(self.objective, *read, self.model.mixer, dropout, rows, self.context)
         check_mup(self.optim.mup_base_dim, self.optim.optimizer, self.model)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
@@ -265,8 +268,11 @@ class RunConfig:
 
     def _check_objective(self) -> None:
         wanted = self.objective
+        if self.model.head == "score" != wanted.head:
+            what, expected = "a reward model predicts no tokens", "a language model"
+            raise InputError(what, where="train.init_from", found=self.train.init_from, expected=expected)
         if wanted.trains != self.model.objective:
-            fix = "leave it out" if wanted.reads == "text" else "start from an infilling model with train.init_from"
+            fix = "start from an infilling model with train.init_from" if wanted.reads == "records" else "leave it out"
             raise InputError(
                 "the model is made for another objective",
                 where="objective.name",
@@ -275,8 +281,7 @@ class RunConfig:
                 fix=fix,
             )
         if wanted.reads == "text" and wanted.special_tokens and self.context < 8:
-            expected = "at least 8 tokens"
-            raise InputError("no masked span fits", where="train.context", found=self.context, expected=expected)
+            raise InputError("no masked span fits", where="train.context", found=self.context, expected="at least 8")
         if wanted.special_tokens and self.data.mask_documents:
             what = "infilling attends to the whole sequence"
             expected = f"false with objective {wanted.name}"
@@ -331,10 +336,11 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     values, origin = read_toml(path)
     shape = values.pop("model", {"preset": "llama-tiny"})
     values.setdefault("name", path.stem)
-    table = overrides(words_with_new_names(words), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
+    table = overrides(words_with_new_names(words), RunConfig, ELEMENTS)
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
-    start = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
+    given = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
+    start = str(model_folder(Path(given))) if given else ""
     if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",
@@ -352,9 +358,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    if start and not config.tokenizer.path:
-        config = replace(config, tokenizer=replace(config.tokenizer, path=start))
-    return config
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+    return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:

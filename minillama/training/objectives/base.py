@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.preference_set import Preferences
+from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
+from minillama.training.model_folder import ModelFolder
 
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
 Metrics = Mapping[str, float]
@@ -137,6 +141,9 @@ class Objective(Protocol):
     prompts: Sequence[Sequence[int]] = ()
     """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
 
+    sample: Mapping[str, Any] = {}
+    """What a validation shows beside its measures, such as a question, its answer and reward."""
+
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
         return {}
@@ -153,6 +160,19 @@ class Objective(Protocol):
     def validate(self, rows: int, limit: int) -> Metrics:
         """Measures on held-out data, `best` among them, of about `limit` tokens (0: all), `rows` at a time."""
 
+    def warnings(self, measures: Metrics) -> list[str]:
+        """What is wrong with the measures of a validation, for the log."""
+        return []
+
+    def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
+        """Further model folders at the end of a run: names, and what writes each into a path.
+
+        Args:
+            masters: the float32 models.
+            saved: how the model is written.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""
         return {}
@@ -161,7 +181,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Instructions | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Preferences | Prompts | Records)
 
 
 @dataclass(eq=False)
