@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from minillama.commands.data_clean import Clean
+from minillama.commands.data_models import TrainClassifier, TrainNgramLM
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, conversations
 from minillama.data.reading import BadText, Skipped
@@ -119,13 +120,19 @@ def _summary(shown: Sequence[Rendered], template: Template, report: Skipped) -> 
     return "; ".join(parts + [str(report)] * bool(str(report)))
 
 
-def parse(words: Sequence[str]) -> Show | Clean:
+def parse(words: Sequence[str]) -> Any:
     """Subcommand of the command line."""
     refuse_repeated(words)
     known: dict[str, Callable[..., Any]] = {"show": Show, "clean": Clean}
-    return tyro.extras.subcommand_cli_from_dict(known, args=list(words), prog="minillama data")
+    models: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
+    prog, words = "minillama data", list(words)
+    if words and words[0] in models:  # `ngram-lm train`: a subcommand of its own
+        prog, known, words = f"{prog} {words[0]}", {"train": models[words[0]]}, words[1:]
+    else:
+        known |= models
+    return tyro.extras.subcommand_cli_from_dict(known, args=words, prog=prog)
 
 
-def run(args: Show | Clean) -> int:
+def run(args: Any) -> int:
     """Run the subcommand."""
     return args.run()
