@@ -33,32 +33,11 @@ from minillama.data.cleaning.topics import SensitiveWords
 from minillama.errors import InputError
 from minillama.files import digest
 
-AnyStep = (
-    C4
-    | MC4
-    | Buckets
-    | Chinese
-    | Classifier
-    | Code
-    | DuplicateParagraphs
-    | ExactDuplicates
-    | Extract
-    | FineWeb
-    | GopherQuality
-    | GopherRepetition
-    | HostLines
-    | Language
-    | Latex
-    | ModelScore
-    | NearDuplicates
-    | Overlap
-    | Perplexity
-    | PersonalData
-    | Repair
-    | SensitiveWords
-    | SimplifiedChinese
-    | StackExchange
-)
+_Pages = Extract | Repair | SimplifiedChinese | Language | PersonalData | SensitiveWords
+_Rules = C4 | MC4 | Chinese | Code | FineWeb | GopherQuality | GopherRepetition | Latex | StackExchange
+_Scores = Classifier | ModelScore | Perplexity
+_Corpus = Buckets | DuplicateParagraphs | ExactDuplicates | HostLines | NearDuplicates | Overlap
+AnyStep = _Pages | _Rules | _Scores | _Corpus
 """The steps by their field `name`: a step is added here and in its own file."""
 
 

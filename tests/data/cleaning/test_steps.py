@@ -208,4 +208,4 @@ def test_books_that_contain_each_other(clean: Any, shared: Path) -> None:
     edition = alice[3000:140_000].replace("Alice", "Alicia", 4)
     kept, removed = clean([edition, botchan[:120_000], alice], Overlap())
     assert [line["id"][-1] for line in kept] == ["1", "2"]
-    assert removed[0]["removed"]["reason"] == "overlap" and removed[0]["measured"]["overlap"]["inside"].endswith("-2")
+    assert removed[0]["removed"]["reason"] == "overlap" and removed[0]["measured"]["overlap"]["like"].endswith("-2")
