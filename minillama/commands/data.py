@@ -12,6 +12,7 @@ import tyro
 
 from minillama.commands.best_of_n import BestOfN
 from minillama.commands.data_clean import Clean
+from minillama.commands.data_models import TrainClassifier, TrainNgramLM
 from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, conversations
@@ -127,15 +128,18 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "difficulty": Difficulty,
     "best-of-n": BestOfN,
 }
-Subcommand = Clean | Show | Difficulty | BestOfN
+MODELS: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
 
 
-def parse(words: Sequence[str]) -> Subcommand:
+def parse(words: Sequence[str]) -> Any:
     """Subcommand of the command line."""
     refuse_repeated(words)
-    return tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, args=list(words), prog="minillama data")
+    if words and words[0] in MODELS:  # `ngram-lm train`: a subcommand of its own
+        known, prog = {"train": MODELS[words[0]]}, f"minillama data {words[0]}"
+        return tyro.extras.subcommand_cli_from_dict(known, args=list(words[1:]), prog=prog)
+    return tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS | MODELS, args=list(words), prog="minillama data")
 
 
-def run(args: Subcommand) -> int:
+def run(args: Any) -> int:
     """Run the subcommand."""
     return args.run()

@@ -75,13 +75,20 @@ class Step:
     figure `X`; the first that is crossed, in the order of the fields, removes the document.
 
     Args:
+        title: name in figures and reports, where a pipeline has a step twice.
         languages: only documents of these languages; empty: all.
         sources: only documents of the sources with these tags; empty: all.
     """
 
     name: str = ""
+    title: str = ""
     languages: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name of its figures."""
+        return self.title or self.name
 
     def concerns(self, draft: Draft) -> bool:
         """Whether the step is for this document."""
@@ -98,7 +105,7 @@ class Step:
 
     def judge(self, draft: Draft, figures: Figures) -> Removal | None:
         """Note the figures and compare them with the thresholds."""
-        draft.measured[self.name] = {k: v if isinstance(v, str) else float(f"{v:.6g}") for k, v in figures.items()}
+        draft.measured[self.key] = {k: v if isinstance(v, str) else float(f"{v:.6g}") for k, v in figures.items()}
         for measure, limit, is_low in limits(self):
             value = figures.get(measure)
             if isinstance(value, int | float) and (value < limit if is_low else value > limit):

@@ -43,7 +43,7 @@ class ExactDuplicates(CorpusStep):
         if not len(found):
             return self.judge(draft, {})
         self.judge(draft, {"duplicate_of": name_of(int(found["other"][0]), names), "copies": float(found["value"][0])})
-        return Removal("duplicate", str(draft.measured[self.name]["duplicate_of"]))
+        return Removal("duplicate", str(draft.measured[self.key]["duplicate_of"]))
 
 
 class _Documents(Rows):

@@ -9,23 +9,55 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from minillama.config.loader import build, config_path, read_toml, to_dict
-from minillama.data.cleaning import c4, duplicates, fineweb, gopher, minhash
+from minillama.data.cleaning.c4 import C4, MC4
+from minillama.data.cleaning.chinese import Chinese
+from minillama.data.cleaning.classifier import Classifier
+from minillama.data.cleaning.code import Code
 from minillama.data.cleaning.document import Step
+from minillama.data.cleaning.duplicates import DuplicateParagraphs, ExactDuplicates, HostLines
+from minillama.data.cleaning.extraction import Extract
+from minillama.data.cleaning.fineweb import FineWeb
+from minillama.data.cleaning.gopher import GopherQuality, GopherRepetition
 from minillama.data.cleaning.grouping import CorpusStep
 from minillama.data.cleaning.inputs import Input
+from minillama.data.cleaning.language import Language
+from minillama.data.cleaning.latex import Latex
+from minillama.data.cleaning.minhash import NearDuplicates
+from minillama.data.cleaning.model_score import ModelScore
+from minillama.data.cleaning.overlap import Overlap
+from minillama.data.cleaning.perplexity import Buckets, Perplexity
+from minillama.data.cleaning.personal import PersonalData
+from minillama.data.cleaning.repair import Repair, SimplifiedChinese
+from minillama.data.cleaning.stackexchange import StackExchange
+from minillama.data.cleaning.topics import SensitiveWords
 from minillama.errors import InputError
 from minillama.files import digest
 
 AnyStep = (
-    gopher.GopherQuality
-    | gopher.GopherRepetition
-    | c4.C4
-    | c4.MC4
-    | fineweb.FineWeb
-    | duplicates.ExactDuplicates
-    | duplicates.DuplicateParagraphs
-    | duplicates.HostLines
-    | minhash.NearDuplicates
+    C4
+    | MC4
+    | Buckets
+    | Chinese
+    | Classifier
+    | Code
+    | DuplicateParagraphs
+    | ExactDuplicates
+    | Extract
+    | FineWeb
+    | GopherQuality
+    | GopherRepetition
+    | HostLines
+    | Language
+    | Latex
+    | ModelScore
+    | NearDuplicates
+    | Overlap
+    | Perplexity
+    | PersonalData
+    | Repair
+    | SensitiveWords
+    | SimplifiedChinese
+    | StackExchange
 )
 """The steps by their field `name`: a step is added here and in its own file."""
 

@@ -111,7 +111,7 @@ class Tally:
         """Per step: documents and bytes left of all that were read, those removed by reason, what it saw."""
         rows, read = [], self.step(READ)
         documents, size = read.documents - read.removed.total(), read.bytes
-        for number, name in enumerate(["read", *(step.name for step in steps)], READ):
+        for number, name in enumerate(["read", *(step.key for step in steps)], READ):
             counts = self.step(number)
             if number != READ:
                 documents, size = documents - counts.removed.total(), size - (counts.bytes - counts.bytes_after)
