@@ -20,6 +20,8 @@ class ModelScore(Step):
     name: Literal["model-score"] = "model-score"
     path: str = ""
     """A model of any format that opens."""
+    tokenizer: str = ""
+    """Its tokenizer, if that is not with it."""
     tokens: int = field(default=1024, metadata={"min": 2})
     min_bits_per_byte: float = 0.0
     max_bits_per_byte: float = 1e9
@@ -30,7 +32,7 @@ class ModelScore(Step):
 
         from minillama.layers.cross_entropy import log_probabilities
 
-        model, tokenizer = _load(self.path)
+        model, tokenizer = _load(self.path, self.tokenizer)
         ids = tokenizer.encode(draft.text, bos=True)[: min(self.tokens, model.config.max_seq_len) + 1]
         if len(ids) < 2:
             return {}
@@ -42,10 +44,10 @@ class ModelScore(Step):
 
 
 @cache
-def _load(path: str) -> tuple[Decoder, Tokenizer]:
+def _load(path: str, tokenizer: str) -> tuple[Decoder, Tokenizer]:
     from minillama.formats.open import open_model
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
     file = open_model(path)
-    return Decoder.from_pretrained(file), Tokenizer.load(file.tokenizer_path())
+    return Decoder.from_pretrained(file), Tokenizer.load(tokenizer or file.tokenizer_path())

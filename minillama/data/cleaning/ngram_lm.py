@@ -156,7 +156,7 @@ class NgramLM:
             lines = enumerate(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"), 1)
             try:
                 return cls._read(lines)
-            except (ValueError, KeyError, StopIteration, EOFError, UnicodeDecodeError) as error:
+            except (ValueError, LookupError, StopIteration, EOFError) as error:
                 where, found = f"{path}, before line {next(lines, (0, ''))[0]}", f"{type(error).__name__}: {error}"
                 raise InputError("this is not an ARPA file", where=where, found=found) from None
 

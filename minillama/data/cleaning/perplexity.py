@@ -84,6 +84,8 @@ class PieceLM:
             keys = [tensors[f"keys.{n}"] for n in range(2, order + 1)]
             lm = NgramLM(tuple(settings["tokens"]), keys, log10s, backoffs)
             loaded, normalize = Tokenizer.load(path), settings["normalize"]
+        elif not path.is_file():
+            raise InputError("no n-gram model there", where=path, fix="make one: minillama data ngram-lm train")
         elif not tokenizer:
             raise InputError("an ARPA file needs the tokenizer of its pieces", where=path, fix="set tokenizer")
         else:

@@ -182,13 +182,12 @@ def test_model_score_is_the_loss(shared: Path) -> None:
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-    path, text = shared / "models" / "stories260K" / "stories260K.bin", "Once upon a time, there was a little girl."
-    if not path.exists():
-        path = next((shared / "models" / "stories260K").glob("*.bin"))
-    step = ModelScore(path=str(path))
+    path, text = shared / "models/stories260K/checkpoint_v1.bin", "Once upon a time, there was a little girl."
+    pieces = shared / "tokenizer/stories260K/tok512.bin"
+    step = ModelScore(path=str(path), tokenizer=str(pieces))
     draft = Draft(text)
     assert step(draft) is None
-    model, tokenizer = Decoder.from_pretrained(path), Tokenizer.load(path.parent)
+    model, tokenizer = Decoder.from_pretrained(path), Tokenizer.load(pieces)
     ids = torch.tensor([tokenizer.encode(text, bos=True)])
     loss = torch.nn.functional.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:]).item()
     assert draft.measured["model-score"]["nats_per_token"] == pytest.approx(loss, rel=1e-4)
