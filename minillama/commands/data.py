@@ -1,4 +1,4 @@
-"""Data sets: clean text, show the records of a fine-tuning file as a model reads them."""
+"""Data sets: clean text; show, grade and make the records of a fine-tuning file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from minillama.commands.best_of_n import BestOfN
 from minillama.commands.data_clean import Clean
 from minillama.commands.data_models import TrainClassifier, TrainNgramLM
+from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, conversations
 from minillama.data.reading import BadText, Skipped
@@ -120,17 +122,22 @@ def _summary(shown: Sequence[Rendered], template: Template, report: Skipped) -> 
     return "; ".join(parts + [str(report)] * bool(str(report)))
 
 
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
+    "clean": Clean,
+    "show": Show,
+    "difficulty": Difficulty,
+    "best-of-n": BestOfN,
+}
+MODELS: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
+
+
 def parse(words: Sequence[str]) -> Any:
     """Subcommand of the command line."""
     refuse_repeated(words)
-    known: dict[str, Callable[..., Any]] = {"show": Show, "clean": Clean}
-    models: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
-    prog, words = "minillama data", list(words)
-    if words and words[0] in models:  # `ngram-lm train`: a subcommand of its own
-        prog, known, words = f"{prog} {words[0]}", {"train": models[words[0]]}, words[1:]
-    else:
-        known |= models
-    return tyro.extras.subcommand_cli_from_dict(known, args=words, prog=prog)
+    if words and words[0] in MODELS:  # `ngram-lm train`: a subcommand of its own
+        known, prog = {"train": MODELS[words[0]]}, f"minillama data {words[0]}"
+        return tyro.extras.subcommand_cli_from_dict(known, args=list(words[1:]), prog=prog)
+    return tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS | MODELS, args=list(words), prog="minillama data")
 
 
 def run(args: Any) -> int:

@@ -29,6 +29,7 @@ from minillama.data.reading import (
     read_file,
     read_records,
 )
+from minillama.data.tasks import TASKS, Task
 from minillama.errors import InputError, optional_import
 from minillama.files import reading
 
@@ -38,6 +39,7 @@ OnError = Literal["stop", "skip"]
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
 SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".jsonl")
 _HF = "hf:"
+_NAMES = (*BUILTIN, PYTHON_QA, *TASKS)
 CLEANED, UNFINISHED = "cleaned.json", ".cleaning"
 """In a folder of `minillama data clean`: the manifest of a finished one, the work of another."""
 
@@ -51,7 +53,8 @@ class Source:
     """
 
     name: str = ""
-    """python-docs, python-code, python-qa, hf:NAME or hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
+    """python-docs, python-code, python-qa, arithmetic, sorting, spelling (also of a size, arithmetic:3), hf:NAME or
+    hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
     path: str = ""
     """A text file (one document), a .jsonl file (one per line), a folder of them, a glob; .gz and .zst as well."""
     field: str = "text"
@@ -100,7 +103,8 @@ def records(source: Source, on_error: OnError = "stop", report: Skipped | None =
     if source.name in BUILTIN:
         what = "this source gives texts, not records"
         raise InputError(what, where="data.sources", found=source.name, expected=".jsonl or .json files")
-    items = python_qa() if source.name == PYTHON_QA else _record_items(source)
+    task = Task.of(source.name)
+    items = python_qa() if source.name == PYTHON_QA else task.records() if task is not None else _record_items(source)
     yield from _valid(items, on_error, report)
 
 
@@ -139,7 +143,7 @@ def identity(source: Source) -> dict[str, Any]:
 
 def read_source(source: Source) -> Iterator[Document | BadText]:
     """Documents of a source, and an error in place of each invalid one."""
-    if source.name == PYTHON_QA:
+    if source.name == PYTHON_QA or Task.of(source.name) is not None:
         what, fix = "this source gives conversations, not texts", "add --data.template auto"
         raise InputError(what, where="data.sources", found=source.name, fix=fix)
     if source.name in BUILTIN:
@@ -184,9 +188,9 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
         return [path]
     else:
         found = [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if not match.is_dir()]
-        expected = f"a file, a folder, a glob that matches something, {', '.join((*BUILTIN, PYTHON_QA))}, or hf:NAME"
+        expected = f"a file, a folder, a glob that matches something, {', '.join(_NAMES)}, or hf:NAME"
     if not found:
-        close = get_close_matches(name, (*BUILTIN, PYTHON_QA), n=1)
+        close = get_close_matches(name, _NAMES, n=1)
         fix = f"did you mean {close[0]!r}?" if close else None
         raise InputError("this source holds no files", where="data.sources", found=name, expected=expected, fix=fix)
     return found

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.config import ModelConfig
-from minillama.config.lora import EMBEDDING, HEAD, matrices, named, refuse_tied
+from minillama.config.lora import EMBEDDING, HEAD, SCORE, matrices, named, refuse_tied
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_file
 from minillama.formats import generation_config, hf
@@ -91,7 +91,8 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
     """Read an adapter folder.
 
-    Embedding and head that are stored whole may have more rows than the base's.
+    Embedding and head that are stored whole may have more rows than the base's; a scalar head, that of a reward model,
+    takes the place of the base's head.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
@@ -104,6 +105,9 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
     refuse_url(folder)
     folder = Path(folder)
     settings, path = read_config(folder / CONFIG), folder / WEIGHTS
+    if SCORE in settings.modules_to_save and config.head == "lm":
+        own = ModelConfig.load(folder) if (folder / "config.json").exists() else config
+        config = replace(config, head="score", pad_id=own.pad_id)
     if not path.exists():
         raise InputError("no weights in the adapter folder", where=folder, expected=WEIGHTS)
     stored = {key: item.shape for key, item in read_header(path).items()}
@@ -137,14 +141,16 @@ def _sites(config: ModelConfig, settings: PeftConfig) -> dict[str, dict[str, tup
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     names, shapes = _names(config), matrices(config)
     for module in settings.modules_to_save:
-        ends = named(module, (EMBEDDING, HEAD))
+        if module == "classifier" and SCORE in names:
+            continue  # which PEFT names beside the score, for other architectures
+        ends = named(module, (EMBEDDING, SCORE if SCORE in names else HEAD))
         if not ends:
             where, expected = f"{settings.where}, modules_to_save", "embed_tokens, lm_head"
             raise InputError("this module is not supported", where=where, found=module, expected=expected)
         refuse_tied(config, ends, f"{settings.where}, modules_to_save")
         found |= {name: {f"{PREFIX}{names[name]}.weight": shapes[name]} for name in ends}
     for name, theirs in names.items():
-        if name in found or not settings.targets(theirs, name not in (EMBEDDING, HEAD)):
+        if name in found or not settings.targets(theirs, name not in (EMBEDDING, HEAD, SCORE)):
             continue
         refuse_tied(config, [name], f"{settings.where}, target_modules")
         outputs, inputs = shapes[name][::-1] if name == EMBEDDING else shapes[name]
@@ -267,7 +273,7 @@ def _settings(config: ModelConfig, adapters: Mapping[str, Part], base: str) -> d
     whole = sorted(name.rpartition(".")[2] for name, part in adapters.items() if isinstance(part, FullWeight))
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if config.head == "lm" else "SEQ_CLS",
         "peft_version": VERSION,
         "base_model_name_or_path": base or None,
         "r": rank,
@@ -305,7 +311,8 @@ def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
     """
     adapter.check_base(opened.tensors)
     parts = {f"{name}.weight": part for name, part in adapter.adapters.items()}
-    tensors = LazyTensors(opened.tensors, lambda name: _merged(opened.tensors, name, parts.get(name)))
+    names = adapter.config.tensors()
+    tensors = LazyTensors(names, lambda name: _merged(opened.tensors, name, parts.get(name)))
     int4 = {name: matrix for name, matrix in opened.int4.items() if name not in parts}
     made = replace(opened, config=adapter.config, tensors=tensors, int4=int4)
     return with_files(made, adapter.path)
@@ -313,9 +320,9 @@ def merged(opened: ModelFile, adapter: AdapterFile) -> ModelFile:
 
 @torch.no_grad()
 def _merged(tensors: Mapping[str, Tensor], name: str, part: Part | None) -> Tensor:
-    weight = tensors[name]
     if isinstance(part, FullWeight):
         return part.weight.detach()
+    weight = tensors[name]
     if part is None:
         return weight
     return part.merged(weight.T).T if name == f"{EMBEDDING}.weight" else part.merged(weight)

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from minillama.files import replace_file
+
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -72,5 +74,5 @@ def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
     axes.set(xlabel="step", ylabel="nats per token", title=path.parent.name)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    replace_file(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     return True

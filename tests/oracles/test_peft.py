@@ -223,7 +223,7 @@ def folder(base: Path, tmp_path: Path) -> Path:
         ("fan_in_fan_out", True),
         ("init_lora_weights", "pissa"),
         ("peft_type", "IA3"),
-        ("task_type", "SEQ_CLS"),
+        ("task_type", "SEQ_2_SEQ_LM"),
         ("modules_to_save", ["norm"]),
         ("something_new", 1),
         ("r", 2.5),
