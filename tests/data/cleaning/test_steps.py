@@ -72,7 +72,7 @@ def test_languages_of_flores(shared: Path) -> None:
     for name, code in wanted.items():
         lines = (shared / "text" / "flores200" / f"{name}.dev").read_text(encoding="utf-8").splitlines()[:200]
         share = sum(identify(line)[0] == code for line in lines) / len(lines)
-        assert share > (0.94 if code == "zh" else 0.99), (name, share)
+        assert share > (0.98 if code == "zh" else 0.99), (name, share)
         whole = Draft("\n".join(lines))
         assert Language(keep=(code,))(whole) is None and whole.language == code
         assert Language(keep=("xx",))(whole) == Removal("language", code)
