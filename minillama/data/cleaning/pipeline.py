@@ -107,5 +107,6 @@ class Pipeline:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the steps and of the files that they read."""
-        files = [digest(path) for step in self.steps for path in step.files() if path.is_file()]
+        paths = [path for step in self.steps for path in step.files()]
+        files = [digest(file) for path in paths for file in sorted([path, *path.rglob("*")]) if file.is_file()]
         return sha256(json.dumps([to_dict(self)["steps"], files], sort_keys=True).encode()).hexdigest()
