@@ -78,7 +78,9 @@ class TrainClassifier:
         """Train and save."""
         check(self)
         like, unlike = _texts(self.like), _texts(self.unlike)
-        made = LinearClassifier.train(like, unlike, self.limit, self.bits, self.epochs, self.seed)
+        made = LinearClassifier.train(
+            like, unlike, limit=self.limit, bits=self.bits, epochs=self.epochs, seed=self.seed
+        )
         made.save(self.output)
         print_pairs(f"{self.output}, on held-out documents", dict(made.held_out))
         return 0

@@ -44,39 +44,35 @@ class LinearClassifier:
     held_out: tuple[tuple[str, float], ...] = ()
 
     @classmethod
-    def train(
-        cls,
-        like: Iterable[str],
-        unlike: Iterable[str],
-        limit: int = 300_000,
-        bits: int = 20,
-        epochs: int = 5,
-        seed: int = 0,
-    ) -> LinearClassifier:
+    def train(cls, like: Iterable[str], unlike: Iterable[str], **options: int) -> LinearClassifier:
         """Train by AdaGrad on equal numbers of both kinds; a fifth is held out, for the scaling and for the figures.
+
+        Args:
+            like: texts of the first kind.
+            unlike: the others.
+            options: limit of documents per kind (300,000), bits (20), epochs (5), seed (0).
 
         Raises:
             InputError: fewer than ten documents of a kind.
         """
-        found = [[vector(text, bits) for text in islice(texts, limit)] for texts in (like, unlike)]
+        given = {"limit": 300_000, "bits": 20, "epochs": 5, "seed": 0} | options
+        found = [[vector(text, given["bits"]) for text in islice(texts, given["limit"])] for texts in (unlike, like)]
         count = min(map(len, found))
         if count < 10:
-            counts = f"{len(found[0])} and {len(found[1])}"
+            counts = " and ".join(str(len(kind)) for kind in found[::-1])
             raise InputError("too few documents of a kind", found=counts, expected="ten of each")
-        rng = np.random.Generator(np.random.PCG64(seed))
-        examples = [(x, label) for label, kind in ((1, found[0]), (0, found[1])) for x in kind[:count]]
+        rng = np.random.Generator(np.random.PCG64(given["seed"]))
+        examples = [(x, label) for label, kind in enumerate(found) for x in kind[:count]]
         examples = [examples[i] for i in rng.permutation(len(examples))]
         held, trained = examples[: len(examples) // 5], examples[len(examples) // 5 :]
-        weights, squares = np.zeros(2**bits, np.float32), np.full(2**bits, 1e-6, np.float32)
-        for _ in range(epochs):
-            for i in rng.permutation(len(trained)):
-                (index, value), label = trained[i]
-                gradient = (sigmoid(float(weights[index] @ value)) - label) * value
-                squares[index] += gradient * gradient
-                weights[index] -= 0.5 * gradient / np.sqrt(squares[index])
+        weights, squares = np.zeros(2 ** given["bits"], np.float32), np.full(2 ** given["bits"], 1e-6, np.float32)
+        for i in (i for _ in range(given["epochs"]) for i in rng.permutation(len(trained))):
+            (index, value), label = trained[i]
+            gradient = (sigmoid(float(weights[index] @ value)) - label) * value
+            squares[index] += gradient * gradient
+            weights[index] -= 0.5 * gradient / np.sqrt(squares[index])
         raw = np.array([float(weights[index] @ value) for (index, value), _ in held])
-        labels = np.array([label for _, label in held], float)
-        half = len(held) // 2
+        labels, half = np.array([label for _, label in held], float), len(held) // 2
         scale, offset = _platt(raw[:half], labels[:half])
         figures = _figures(sigmoid(scale * raw[half:] + offset), labels[half:])
         return cls(weights, scale, offset, tuple(figures.items()))
@@ -103,14 +99,13 @@ class LinearClassifier:
         """
         from safetensors import SafetensorError, safe_open
 
-        with reading(path, "the classifier"):
-            path.stat()
         try:
-            with safe_open(path, "numpy") as file:
-                settings = json.loads(file.metadata()["classifier"])
-                held_out = tuple(settings["held_out"].items())
-                return cls(file.get_tensor("weights"), settings["scale"], settings["offset"], held_out)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            with reading(path, "the classifier"), safe_open(path, "numpy") as file:
+                made = json.loads(file.metadata()["classifier"])
+                return cls(file.get_tensor("weights"), made["scale"], made["offset"], tuple(made["held_out"].items()))
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             fix = "minillama data classifier train writes one"
             raise InputError("this is not a classifier", where=path, found=error, fix=fix) from None
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 from minillama.data.cleaning.document import Draft, Figures, Removal, Step
 
-_BLOCK = re.compile(r"\A(\s*(?:#!.*\n)?\s*)/\*.*?\*/\s*", re.S)
-_LEADING = re.compile(r"\A((?:#!.*\n)?\s*)((?:[ \t]*(?://|#|--|;|%)(?!include|define|if|pragma|!).*\n)+)")
+_BLOCK = re.compile(r"\A((?:#!.*\n)?\s*+)/\*.*?\*/\s*", re.S)
+_LEADING = re.compile(r"\A((?:#!.*\n)?\s*+)((?:[ \t]*(?://|#|--|;|%)(?!include|define|if|pragma|!).*\n)+)")
 _KNOWN = """asm bash c cc cpp cs css cu cuh cxx dart el erl ex f90 go h hh hpp hs html java jl js json jsx kt lisp lua m
 md ml php pl pm proto ps1 py r rb rs rst scala scm sh sql swift tcl tex ts tsx txt v vim vue xml yaml yml zig"""
 EXTENSIONS = tuple(_KNOWN.split())

@@ -22,7 +22,7 @@ class Draft:
         id: PART-INDEX, as it was read.
         source: tag of its source.
         where: file, and line or record.
-        kind: `html` until a step extracts the text.
+        kind: `html` until a step extracts the text; empty for text.
         language: ISO 639 code, once a step has identified it.
         fields: the other fields of its record.
         measured: figures by step.
@@ -33,7 +33,7 @@ class Draft:
     source: str = ""
     where: str = ""
     url: str = ""
-    kind: str = "text"
+    kind: str = ""
     language: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Figures] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from minillama.data.cleaning.document import Draft, Removal, Step
 from minillama.errors import optional_import
 
 _TAG = re.compile(r"<(/?)([a-zA-Z][\w\-]*)")
+_LONG = re.compile(r"<[^<>]{5000,}")
 _FLAT = "area base br col dd dt embed hr img input li link meta option p param source td th tr track wbr"
 _VOID = frozenset(_FLAT.split())
 
@@ -24,6 +25,8 @@ class Extract(Step):
     max_html_characters: int = 5_000_000
     max_depth: int = 2000
     """Elements within one another: a parser's time may grow with their square."""
+    max_tag_words: int = 5000
+    """Words in a tag, its attributes: the same."""
     min_characters: int = 1
 
     def __call__(self, draft: Draft) -> Removal | None:
@@ -31,13 +34,14 @@ class Extract(Step):
         if draft.kind != "html":
             return None
         figures = {"html_characters": len(draft.text), "depth": depth(draft.text)}
+        figures["tag_words"] = max((len(tag.split()) for tag in _LONG.findall(draft.text)), default=0)
         if large := self.judge(draft, figures):
             return large
         trafilatura = optional_import("trafilatura", "extraction from HTML", "data")
         logging.getLogger("trafilatura").setLevel(logging.CRITICAL)
         precise, complete = self.favor == "precision", self.favor == "recall"
         text = trafilatura.extract(draft.text, include_comments=False, favor_precision=precise, favor_recall=complete)
-        draft.text, draft.kind = text or "", "text"
+        draft.text, draft.kind = text or "", ""
         return self.judge(draft, figures | {"characters": len(draft.text)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from minillama.data.cleaning.document import Draft, Removal, Step
 from minillama.errors import optional_import
 
+_KANA = re.compile("[\u3041-\u3096\u30a1-\u30fa]")
 SAMPLE = 10_000  # characters that are looked at
 
 
@@ -29,9 +31,11 @@ class Language(Step):
 
 
 def identify(text: str) -> tuple[str, float]:
-    """ISO 639 code and probability."""
+    """ISO 639 code and probability. Han characters without kana are Chinese, whatever the model takes them for."""
     found = _detector().detect(text[:SAMPLE].replace("\n", " "), model="lite", k=1)
-    return (found[0]["lang"], min(float(found[0]["score"]), 1.0)) if found else ("", 0.0)
+    code, score = (found[0]["lang"], min(float(found[0]["score"]), 1.0)) if found else ("", 0.0)
+    is_chinese = code in ("wuu", "yue") or (code == "ja" and not _KANA.search(text[:SAMPLE]))
+    return "zh" if is_chinese else code, score
 
 
 @cache

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minillama.data.cleaning.document import Draft, Removal
-from minillama.data.cleaning.grouping import Collector, CorpusStep, Rows, Verdicts, groups, name_of, save_array
+from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts, groups, save_array
 from minillama.data.cleaning.minhash import shingles
 
 SIZES = ".sizes"
@@ -32,7 +32,7 @@ class Overlap(CorpusStep):
     frequent: int = field(default=100, metadata={"min": 2})
     """N-grams of more documents are left out: quotations, headers."""
 
-    def collector(self) -> Collector:
+    def collector(self) -> Rows:
         """Sampled n-grams and their number."""
         return _Sampled(self)
 
@@ -58,11 +58,7 @@ class Overlap(CorpusStep):
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
         """Remove a contained document."""
-        if not len(found):
-            return self.judge(draft, {})
-        other = name_of(int(found["other"][0]), names)
-        self.judge(draft, {"inside": other, "share": float(found["value"][0])})
-        return Removal("overlap", other, self.share)
+        return self.like_another(draft, found, names, "overlap", "share")
 
 
 class _Sampled(Rows):

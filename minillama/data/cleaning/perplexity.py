@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from minillama.data.cleaning.ccnet import normalized_for_perplexity
 from minillama.data.cleaning.document import Draft, Figures, Removal, Step
-from minillama.data.cleaning.grouping import Collector, CorpusStep, Verdicts
+from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts
 from minillama.data.cleaning.ngram_lm import BOS, EOS, UNK, NgramLM
 from minillama.data.cleaning.parts import write_table
 from minillama.errors import InputError
@@ -163,7 +163,7 @@ class Buckets(CorpusStep):
         value = draft.measured.get(step, {}).get(measure)
         return value if isinstance(value, int | float) else None
 
-    def collector(self) -> Collector:
+    def collector(self) -> Rows:
         """Figures by language."""
         return _Values(self)
 
@@ -189,7 +189,7 @@ class Buckets(CorpusStep):
         return Removal("bucket", label) if len(found) and label not in self.keep else None
 
 
-class _Values:
+class _Values(Rows):
     def __init__(self, step: Buckets) -> None:
         self._step, self._found = step, dict[str, list[tuple[int, float]]]()
 

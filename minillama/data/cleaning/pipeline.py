@@ -33,32 +33,11 @@ from minillama.data.cleaning.topics import SensitiveWords
 from minillama.errors import InputError
 from minillama.files import digest
 
-AnyStep = (
-    C4
-    | MC4
-    | Buckets
-    | Chinese
-    | Classifier
-    | Code
-    | DuplicateParagraphs
-    | ExactDuplicates
-    | Extract
-    | FineWeb
-    | GopherQuality
-    | GopherRepetition
-    | HostLines
-    | Language
-    | Latex
-    | ModelScore
-    | NearDuplicates
-    | Overlap
-    | Perplexity
-    | PersonalData
-    | Repair
-    | SensitiveWords
-    | SimplifiedChinese
-    | StackExchange
-)
+_Pages = Extract | Repair | SimplifiedChinese | Language | PersonalData | SensitiveWords
+_Rules = C4 | MC4 | Chinese | Code | FineWeb | GopherQuality | GopherRepetition | Latex | StackExchange
+_Scores = Classifier | ModelScore | Perplexity
+_Corpus = Buckets | DuplicateParagraphs | ExactDuplicates | HostLines | NearDuplicates | Overlap
+AnyStep = _Pages | _Rules | _Scores | _Corpus
 """The steps by their field `name`: a step is added here and in its own file."""
 
 
@@ -128,5 +107,6 @@ class Pipeline:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the steps and of the files that they read."""
-        files = [digest(path) for step in self.steps for path in step.files() if path.is_file()]
+        paths = [path for step in self.steps for path in step.files()]
+        files = [digest(file) for path in paths for file in sorted([path, *path.rglob("*")]) if file.is_file()]
         return sha256(json.dumps([to_dict(self)["steps"], files], sort_keys=True).encode()).hexdigest()

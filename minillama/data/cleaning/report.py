@@ -73,7 +73,7 @@ def _step(step: Step | None, counts: Counts) -> str:
 
 
 def _example(item: Mapping[str, Any]) -> str:
-    reason, value, limit = (str(part) for part in item.get("removal", ("", "", "")))
+    reason, value, limit = (str(part) for part in item["removal"] or ("", "", ""))
     why = f"<span class=why>{escape(' '.join(filter(None, (reason, value, limit and f'(limit {limit})'))))}</span>"
     figures, text = _json(item["figures"]), escape(item["text"])
     return f"<div>{escape(item['where'])} {why}<br><small>{figures}</small></div><pre>{text}</pre>"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from minillama.data.cleaning.document import Draft, Figures, Step
 
-_ITEM, _BREAK = re.compile(r"<(?:li|ol|ul)\b[^>]*>", re.I), re.compile(r"<(?:br|/p|/pre|/h\d)\b[^>]*>", re.I)
+_ITEM, _BREAK = re.compile(r"<(?:li|ol|ul)\b[^<>]*>", re.I), re.compile(r"<(?:br|/p|/pre|/h\d)\b[^<>]*>", re.I)
 _TAG, _BLANK = re.compile(r"</?[A-Za-z!][^<>]*>"), re.compile(r"\n{3,}")
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minillama.data.cleaning.c4 import C4
 from minillama.data.cleaning.chinese import Chinese
 from minillama.data.cleaning.code import Code, without_header
 from minillama.data.cleaning.document import Draft, Removal, Step
 from minillama.data.cleaning.extraction import Extract
+from minillama.data.cleaning.fineweb import FineWeb
+from minillama.data.cleaning.gopher import GopherQuality
 from minillama.data.cleaning.inputs import Input
 from minillama.data.cleaning.language import Language, identify
 from minillama.data.cleaning.latex import Latex
@@ -53,7 +57,7 @@ def test_extraction_on_marked_pages(pages: int, shared: Path) -> None:
     source, step, ours, theirs = Input(str(folder)), Extract(), [], []
     for path in sorted(folder.glob("*.html.gz"))[:pages]:
         (page,) = source.documents(path)
-        assert isinstance(page, Draft) and step(page) is None and page.kind == "text"
+        assert isinstance(page, Draft) and step(page) is None and not page.kind
         expected = truth[path.name.removesuffix(".html.gz")]["articleBody"]
         ours.append(f1(expected, page.text)[2])
         theirs.append(f1(expected, trafilatura.extract(gzip.decompress(path.read_bytes())) or "")[2])
@@ -63,6 +67,8 @@ def test_extraction_on_marked_pages(pages: int, shared: Path) -> None:
 
 def test_deep_pages_are_left_out() -> None:
     assert Extract()(Draft("<div>" * 10_000 + "text", kind="html")) == Removal("depth", 10_000, 2000)
+    attributes = " ".join(f"a{i}" for i in range(6000))
+    assert Extract()(Draft(f"<div {attributes}>", kind="html")) == Removal("tag_words", 6001, 5000)
     assert Extract()(Draft("<p>text<li>" * 5000, kind="html", id="0-0")) != Removal("depth", 10_000, 2000)
 
 
@@ -72,7 +78,7 @@ def test_languages_of_flores(shared: Path) -> None:
     for name, code in wanted.items():
         lines = (shared / "text" / "flores200" / f"{name}.dev").read_text(encoding="utf-8").splitlines()[:200]
         share = sum(identify(line)[0] == code for line in lines) / len(lines)
-        assert share > (0.94 if code == "zh" else 0.99), (name, share)
+        assert share > (0.98 if code == "zh" else 0.99), (name, share)
         whole = Draft("\n".join(lines))
         assert Language(keep=(code,))(whole) is None and whole.language == code
         assert Language(keep=("xx",))(whole) == Removal("language", code)
@@ -208,4 +214,15 @@ def test_books_that_contain_each_other(clean: Any, shared: Path) -> None:
     edition = alice[3000:140_000].replace("Alice", "Alicia", 4)
     kept, removed = clean([edition, botchan[:120_000], alice], Overlap())
     assert [line["id"][-1] for line in kept] == ["1", "2"]
-    assert removed[0]["removed"]["reason"] == "overlap" and removed[0]["measured"]["overlap"]["inside"].endswith("-2")
+    assert removed[0]["removed"]["reason"] == "overlap" and removed[0]["measured"]["overlap"]["like"].endswith("-2")
+
+
+@pytest.mark.parametrize(
+    "unit", [".", "!)", " ", "\n", "<li ", "%", "\\\\", "1", "a", "-", "学", "@a.", "\u3000", "/* "]
+)
+def test_no_pattern_takes_quadratic_time(unit: str) -> None:
+    text = unit * (200_000 // len(unit)) + "x"
+    start = time.process_time()
+    for step in (C4(), GopherQuality(), PersonalData(), Chinese(), Code(), Latex(), StackExchange(), FineWeb()):
+        step(Draft(text, fields={"path": "a.py"}))
+    assert time.process_time() - start < 10  # 2 ** 35 character steps take minutes
