@@ -46,8 +46,9 @@ class Counts:
         for name, value in table.items():
             mine = getattr(self, name)
             if isinstance(mine, Sample):
-                for entry in filter(lambda entry, mine=mine: mine.wants(entry[0]), value):
-                    mine.add(*entry)
+                for entry in value:
+                    if mine.wants(entry[0]):
+                        mine.add(*entry)
             else:
                 setattr(self, name, mine + (Counter(value) if isinstance(mine, Counter) else value))
 
@@ -77,7 +78,12 @@ class Tally:
             counts.figures.add(key, draft.id, numbers)
         examples = counts.removed_examples if removal else counts.kept_examples
         if examples.wants(key):
-            excerpt = {"where": draft.where, "text": draft.text[:EXCERPT], "figures": figures, "removal": removal or []}
+            excerpt: dict[str, Any] = {
+                "where": draft.where,
+                "text": draft.text[:EXCERPT],
+                "figures": figures,
+                "removal": removal or [],
+            }
             examples.add(key, draft.id, excerpt)
         if removal:
             counts.removed[removal.reason] += 1
