@@ -46,9 +46,9 @@ class Counts:
         for name, value in table.items():
             mine = getattr(self, name)
             if isinstance(mine, Sample):
-                for key, document, item in value:
-                    if mine.wants(key):
-                        mine.add(key, document, item)
+                for entry in value:
+                    if mine.wants(entry[0]):
+                        mine.add(*entry)
             else:
                 setattr(self, name, mine + (Counter(value) if isinstance(mine, Counter) else value))
 
