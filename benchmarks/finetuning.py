@@ -12,8 +12,8 @@ epochs. float32, or bfloat16 where the processor has units for it. Held-out loss
 program: nats per answer token, the prompts given. Tokens per second are those of conversations, without padding, over
 the steps behind the first, without loading and validation; memory is the peak of the process.
 speed: the same over a few steps, without held-out losses.
-stops, assistant: the default model (`python train.py`), then `python train.py sft`; greedy answers to held-out questions
-of python-qa, before in the plain template vicuna. Exact match and ROUGE-L; share that ends before 128 tokens.
+stops, assistant: the default model (`python train.py`), then `python train.py sft`; greedy answers to held-out
+questions of python-qa, before in the plain template vicuna. Exact match and ROUGE-L; share that ends before 128 tokens.
 curriculum: python-qa graded by the default model, in three buckets: easy to hard, shuffled, hard to easy; same records,
 steps and schedule. Results go to finetuning-COMMAND.json.
 """

@@ -19,6 +19,7 @@ from minillama.config.mup import Mup, check_mup
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.files import model_folder
+from minillama.formats.shape import model_config
 from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
     ELEMENTS,
@@ -349,7 +350,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
             fix="leave it out",
         )
     if start and (Path(start).exists() or "dim" not in shape):  # a run's config.toml has the whole shape itself
-        model = ModelConfig.load(start)
+        model = model_config(start)
     else:
         model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
     model = model.changed(changes, command_line, "model")
@@ -358,7 +359,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+    own = str(Path(start).with_name("tokenizer.bin")) if start.endswith(".bin") else start  # llama2.c's lies beside
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or own)
     return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
 
 

@@ -1,58 +1,76 @@
-"""Fine-tuning learns to answer and to stop, over seeds: all weights, and an adapter."""
+"""Short forms of benchmarks/feedback.py: objectives find the optimum that is known, and learn what can be checked."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import sys
+from functools import cache
+from importlib import util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-
-from minillama.inference.chat import ChatPrompts
-from minillama.inference.generate import generate
-from minillama.inference.load import ModelArgs
-from minillama.inference.sampling import Sampling
-from minillama.runs.config import RunConfig
-from minillama.training.run import train
-
-from .test_trainer import Quiet
-
-NUMBERS = ["nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+import torch
+from torch import Tensor
 
 
-def questions() -> list[tuple[str, str]]:
-    asks = ("What do {} and {} make?", "Add {} and {}.")
-    pairs = [(a, b) for a in NUMBERS for b in NUMBERS]
-    return [(ask.format(a, b), f"Together {a} and {b}, no less.") for ask in asks for a, b in pairs]
+@cache
+def benchmark() -> ModuleType:
+    folder = Path(__file__).resolve().parents[2] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = util.spec_from_file_location("feedback", folder / "feedback.py")
+        assert spec is not None and spec.loader is not None
+        module = util.module_from_spec(spec)
+        sys.modules["feedback"] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
 
 
-def ends(folder: Path, adapter: tuple[str, ...] = ()) -> float:
-    """Share of 200 greedy answers that end by themselves."""
-    model, tokenizer = ModelArgs(str(folder), adapter=adapter).load(compiles=True)
-    prompts = ChatPrompts(tokenizer, "vicuna")
-    model.stop_ids |= prompts.stop_ids
-    ids = [prompts(question) for question, _ in questions()]
-    given = generate(model, tokenizer, ids, 24, Sampling(temperature=0))
-    return sum(answer.reason == "stop" for answer in given) / len(given)
+@cache
+def learned(name: str) -> Tensor:
+    made = benchmark()
+    settings = made.BANDITS[name][0]
+    return made.bandit(settings, seed=1, steps=150 * settings.epochs, rows=256, rate=2e-3)
+
+
+def test_the_optimum_is_that_of_the_formula() -> None:
+    made = benchmark()
+    torch.testing.assert_close(made.reverse_kl(), [0.08507, 0.17344, 0.31430, 0.42718], atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.forward_kl(), [0.12592, 0.13783, 0.16998, 0.56627], atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.tempered(), [0.10956, 0.19711, 0.31523, 0.37810], atol=1e-5, rtol=0)
+    torch.testing.assert_close(made.forward_kl(0.875), [0.14192, 0.15435, 0.18716, 0.51657], atol=1e-5, rtol=0)
+
+
+NAMES = [
+    "RLOO, k1 in the reward",
+    "PPO, k1 in the reward",
+    "RLOO, k2 in the loss",
+    "RLOO, k3 in the loss",
+    "group mean, k2 in the loss",
+    "GRPO (std), k3 in the loss",
+    "RLOO, no KL",
+]
 
 
 @pytest.mark.slow
-def test_answers_and_their_ends_are_learnt(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    shape = ["--model.dim", "64", "--model.max_seq_len", "256", "--train.context", "32", "--data.val_fraction", "0.1"]
-    assert train(tiny_config(*shape, "--train.steps", "60"), str(tmp_path / "base"), report=Quiet()) == 0
-    base, file = tmp_path / "base/model", tmp_path / "sums.jsonl"
-    lines = (json.dumps({"instruction": question, "output": answer}) for question, answer in questions())
-    file.write_text("\n".join(lines), encoding="utf-8")
-    assert ends(base) == 0
-    words = ["--train.init_from", str(base), "--data.template", "vicuna", "--data.sources", str(file)]
-    words += ["--train.context", "256", "--data.val_fraction", "0.2", "--sample.max_new_tokens", "0"]
-    words += ["--validate.every", "120", "--train.batch_size", "8", "--checkpoint.every", "120", "--train.steps", "120"]
-    for name, more, fall in (("all", ["--optim.lr", "3e-3"], 2.0), ("lora", ["--lora.rank", "8"], 1.5)):
-        for seed in ("1", "2", "3"):
-            out = tmp_path / f"{name}-{seed}"
-            assert train(tiny_config(*words, *more, "--seed", seed), str(out), report=Quiet()) == 0
-            records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            losses = [record["val_loss"] for record in records if "val_loss" in record]
-            assert losses[-1] < losses[0] - fall, (name, seed, losses)
-            share = ends(out / "model") if name == "all" else ends(base, (str(out / "model"),))
-            assert share > 0.99, (name, seed, share)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_finds_its_optimum(name: str) -> None:
+    _, wanted, bound = benchmark().BANDITS[name]
+    assert (learned(name) - torch.tensor(wanted)).abs().max() < bound + 0.01
+
+
+@pytest.mark.slow
+def test_the_estimators_of_the_kl_end_apart() -> None:
+    reverse, forward = learned("RLOO, k1 in the reward")[3], learned("RLOO, k3 in the loss")[3]
+    assert forward - reverse > 0.12 and abs(learned("RLOO, k2 in the loss")[3] - reverse) < 0.03
+
+
+@pytest.mark.slow
+def test_sorting_is_learned_from_a_checker_and_not_from_a_coin(tmp_path: Path) -> None:
+    found = benchmark().sorting(tmp_path, 1, 200, 100, ["grpo", "grpo control"])
+    start, after, control = (found[name] for name in ("fine-tuning", "grpo", "grpo control"))
+    assert 0.2 < start["pass@1"] < 0.95
+    assert after["greedy"] > 0.95 and after["pass@1"] - start["pass@1"] > 0.08
+    assert control["pass@1"] < start["pass@1"]
