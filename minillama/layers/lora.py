@@ -222,7 +222,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         adapter = self.adapter
-        if not isinstance(adapter, Adapter) or adapter.magnitude is not None or self.bias is not None:
+        if not isinstance(adapter, Adapter) or adapter.magnitude is not None or cast(Any, self).bias is not None:
             return super().forward(x)
         others = self.weight.requires_grad or (adapter.training and adapter.dropout > 0)
         if others or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
