@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "conversation with a model in the terminal",
     "infill": "infilling of masked spans with a GLM or ChatGLM model",
     "classify": "cloze classification with an infilling model: pattern and verbalizers",
+    "eval": "accuracy on LLaMA's nine sets, perplexity, comparison by a judge",
     "show": "summary of a run folder: state, provenance, configuration, loss curve",
     "compare": "comparison of runs: configuration, metrics, loss curves",
     "convert": "model conversion to another format: Hugging Face, Meta, GGUF",
