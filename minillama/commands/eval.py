@@ -169,9 +169,7 @@ def _identity(args: Args) -> dict[str, Any]:
     return {**names, "dtype": args.dtype, "quantize": args.quantize, "files": files}
 
 
-def _report(
-    args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], folder: ResultFolder, others: Any
-) -> int:
+def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], folder: ResultFolder, others: Any) -> int:
     import minillama
     from minillama.evaluate.results import markdown, mean_of, summary, table
 
@@ -180,7 +178,9 @@ def _report(
     print_table(headers[0], headers[1:], rows)
     notes = [f"{args.model}, style {args.style}, percent ± standard error; * the accuracy that the style reports."]
     if others is not None:
-        notes.append(f"difference: * of the model less that of {args.against}, on the same items, with its 95 % interval.")
+        notes.append(
+            f"difference: * of the model less that of {args.against}, on the same items, with its 95 % interval."
+        )
     notes += [
         f"{one['title']}: mean of {len(one['subjects'])} subjects {100 * one['mean_of_subjects']:.2f}."
         for one in sets.values()

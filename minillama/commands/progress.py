@@ -38,7 +38,9 @@ class Progress:
         if self.bar is None and now - self.shown >= self.every:
             self.shown, seconds = now, (now - self.began) * (self.total - self.done) / self.done
             share = self.done / self.total
-            print(f"{self.name}: {share:.0%}, {seconds // 60:.0f}:{seconds % 60:02.0f} left", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {share:.0%}, {seconds // 60:.0f}:{seconds % 60:02.0f} left", file=sys.stderr, flush=True
+            )
 
     def stop(self) -> None:
         """Remove the bar."""

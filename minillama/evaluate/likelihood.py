@@ -21,7 +21,8 @@ from minillama.tokenizer.blanks import Blanks
 
 SHARED = 8  # tokens that neighbors in lexicographic order have in common, from which a prefill of their own pays
 LOGITS = 2**23  # logits in memory at once
-GROUP = 4  # passes whose states are in memory at once
+GROUP = 8  # passes whose states are in memory at once
+WORK = 4e12, 1e15  # FLOP of such passes on a CPU and on a GPU, so that a large model shows results, too
 SLOTS = 8  # of the decode state of a pass, per token
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of its continuation."""
@@ -91,7 +92,7 @@ def score(
         made = _infilling(number, pairs, blanks, context) if blanks else _trees(number, pairs, context)
         trees += made
     results = _Results(items)
-    reader = _Reader(model, results, tokens or (1024 if model.device.type == "cpu" else 16384))
+    reader = _Reader(model, results, tokens)
     for group in reader.groups(trees if blanks else _shared(trees)):
         with evaluating(model):
             reader.read(group)
@@ -214,11 +215,14 @@ class _Reader:
     """Reads a level of nodes in passes of about one length each, and the level below from the states it leaves."""
 
     def __init__(self, model: Decoder, results: _Results, tokens: int) -> None:
-        self.model, self.results, self.tokens = model, results, tokens
+        is_gpu = model.device.type != "cpu"
+        work = max(1, int(WORK[is_gpu] / (2 * model.config.num_params())))
+        self.model, self.results, self.tokens = model, results, tokens or min(work, 16384 if is_gpu else 1024)
+        self.at_once = min(work, GROUP * self.tokens)
 
     def groups(self, nodes: Sequence[_Node], taken: int = 0) -> Iterator[list[_Node]]:
         """Nodes whose states are in memory at once, behind `taken` tokens."""
-        return _batches(nodes, lambda n, width: self._fits(n, taken + width) and n * width <= GROUP * self.tokens)
+        return _batches(nodes, lambda n, width: self._fits(n, taken + width) and n * width <= self.at_once)
 
     def _fits(self, rows: int, slots: int) -> bool:
         return rows * slots <= SLOTS * self.tokens

@@ -79,11 +79,16 @@ def fingerprint(item: Item) -> str:
     return sha256(json.dumps([item.pairs, item.choices, item.gold, item.prior]).encode()).hexdigest()[:16]
 
 
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], special: bool = False) -> list[Encoded]:
     """Token ids of contexts and continuations, each pair encoded as one text and split behind the context.
 
     Whitespace at the end of a context belongs to the continuation. An empty context is the bos token. Where a token
     crosses the boundary, the continuation is encoded by itself, as text behind other text.
+
+    Args:
+        tokenizer: the model's; its bos token comes first if it adds one, and never twice.
+        pairs: context and continuation.
+        special: parse the names of special tokens, for contexts by a chat template.
 
     Raises:
         InputError: an empty continuation.
@@ -92,8 +97,8 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
     if not all(end for _, end in moved):
         raise InputError("an empty continuation", found=next(pair for pair in pairs if not pair[1]))
     texts = list(dict.fromkeys([*(before for before, _ in moved), *(before + end for before, end in moved)]))
-    known = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
-    bos, found = [tokenizer.bos_id] * tokenizer.add_bos, []
+    encoded = [tokenizer.encode(text, special=True) for text in texts] if special else tokenizer.encode_batch(texts)
+    known, found = dict(zip(texts, encoded, strict=True)), []
     for before, end in moved:
         ids, whole = known[before], known[before + end]
         if not before:
@@ -101,6 +106,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list
             found.append(([tokenizer.bos_id], rest))
         else:
             fits = len(whole) > len(ids) and whole[: len(ids)] == ids
+            bos = [tokenizer.bos_id] * (tokenizer.add_bos and ids[:1] != [tokenizer.bos_id])
             found.append(([*bos, *ids], whole[len(ids) :] if fits else tokenizer.encode_inside(end)))
     return found
 

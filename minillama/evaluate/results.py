@@ -11,7 +11,7 @@ from minillama.errors import InputError
 from minillama.evaluate.comparison import Estimate, average, estimate, paired
 from minillama.evaluate.multiple_choice import Outcome, fingerprint
 from minillama.evaluate.task import Item, Task
-from minillama.files import reading, replace_file
+from minillama.files import complete_lines, reading, replace_file
 
 ITEMS, MODEL = "items.jsonl", "model.json"
 Key = tuple[str, str, str]
@@ -43,7 +43,7 @@ class ResultFolder:
                 raise InputError(what, where=path, found=found, expected=expected, fix="give another --output")
         else:
             replace_file(path / MODEL, lambda to: to.write_text(json.dumps(self.model, indent=2) + "\n"))
-        self.known = read_outcomes(path / ITEMS, repair=True)
+        self.known = read_outcomes(path / ITEMS)
 
     def missing(self, name: str, items: Sequence[Item]) -> list[Item]:
         """Items of a set without an outcome."""
@@ -69,22 +69,14 @@ def _json(path: Path) -> dict[str, Any]:
         raise InputError("this file is not JSON", where=path, found=error) from None
 
 
-def read_outcomes(path: Path, repair: bool = False) -> dict[Key, Outcome]:
-    """Outcomes of a file. A last line that was not written to its end is left out, and with `repair` cut off.
+def read_outcomes(path: Path) -> dict[Key, Outcome]:
+    """Outcomes of a file.
 
     Raises:
         InputError: a line that is not an outcome.
     """
-    if repair and not path.exists():
-        return {}
-    with reading(path, "the results"):
-        data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if repair and len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     known = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(complete_lines(path), 1):
         try:
             outcome = Outcome.of(json.loads(line))
         except (ValueError, TypeError) as error:
@@ -135,7 +127,9 @@ def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Ke
 
 def mean_of(sets: Mapping[str, Mapping[str, Any]]) -> Estimate:
     """Mean over sets of the accuracies by which the style reports them."""
-    return average([Estimate(one[one["metric"]], one[f"{one['metric']}_stderr"], one["items"]) for one in sets.values()])
+    return average(
+        [Estimate(one[one["metric"]], one[f"{one['metric']}_stderr"], one["items"]) for one in sets.values()]
+    )
 
 
 def table(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -147,7 +141,9 @@ def table(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[s
         cells = [one["title"], str(one["items"])]
         for metric in metrics:
             star = "*" if metric == one["metric"] else ""
-            cells.append(f"{one[metric]:.2%} ±{one[f'{metric}_stderr']:.2%}{star}".replace("%", "") if metric in one else "")
+            cells.append(
+                f"{one[metric]:.2%} ±{one[f'{metric}_stderr']:.2%}{star}".replace("%", "") if metric in one else ""
+            )
         cells.append(f"{100 * one['constant']:.2f}")
         if has_other:
             low, high = one["against"]["interval"]

@@ -7,8 +7,8 @@ Styles: `lm-eval`, EleutherAI's harness 0.4; `llama`, LLaMA's report (arXiv 2302
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from random import Random
@@ -167,7 +167,7 @@ class Task:
             raise InputError(f"{self.title} has no prompt in this style", found=style, expected=", ".join(self.forms))
         form = self.forms[style]
         form = form if shots is None else replace(form, shots=shots)
-        found = files.find([path for name in self.folders if (path := folder / name).is_dir()], self.wanted, self.unwanted)
+        found = self._files(folder)
         split = next((split for split in self.splits if split in found), None)
         if split is None:
             where = f"{folder}/{self.folders[0]}"
@@ -182,6 +182,18 @@ class Task:
             chosen = Random(SEED).sample(chosen, 1000)
         chosen = chosen[: limit or None]
         return [form.item(name, one, examples.of(one, form.shots)) for name, one in chosen]
+
+    def problems(self, folder: Path) -> Iterator[tuple[str, Problem]]:
+        """Problems of all parts but the training part, and where each is; none where the files are missing."""
+        for split, paths in self._files(folder).items():
+            if split != "train":
+                for path in paths:
+                    for row in files.read(path, self.columns):
+                        yield row.where, self._problem(row, path)
+
+    def _files(self, folder: Path) -> dict[str, list[Path]]:
+        folders = [path for name in self.folders if (path := folder / name).is_dir()]
+        return files.find(folders, self.wanted, self.unwanted)
 
     def _read(self, paths: Sequence[Path]) -> list[Problem]:
         return [self._problem(row, path) for path in paths for row in files.read(path, self.columns)]

@@ -89,7 +89,9 @@ def _one_stop(text: str) -> str:
     return bracketless(text, r"\.? \[title\]")
 
 
-def _question(prompt: str, ours: Metric, llama: Metric, olmes: Metric, stem: str = "Question: {question}") -> dict[str, Form]:
+def _question(
+    prompt: str, ours: Metric, llama: Metric, olmes: Metric, stem: str = "Question: {question}"
+) -> dict[str, Form]:
     """Forms of a set of questions; `stem` is OLMES's question line, or more."""
     return {
         "lm-eval": Form(prompt, ours),
@@ -221,7 +223,9 @@ def named(names: Sequence[str]) -> dict[str, Task]:
     Raises:
         InputError: no such set.
     """
-    wanted = dict.fromkeys(name for word in names for part in word.split(",") for name in (NINE if part == "all" else (part,)))
+    wanted = dict.fromkeys(
+        name for word in names for part in word.split(",") for name in (NINE if part == "all" else (part,))
+    )
     unknown = [name for name in wanted if name not in TASKS]
     if unknown or not wanted:
         found = ", ".join(unknown) or "none"

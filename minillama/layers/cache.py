@@ -122,7 +122,9 @@ class KVCache(LayerState):
     def fork(self, rows: Tensor, length: int, slots: int) -> LayerState:
         """See `LayerState.fork`."""
         other = copy(self)
-        other.tensors = [tensor.new_zeros(len(rows), tensor.shape[1], slots, tensor.shape[3]) for tensor in self.tensors]
+        other.tensors = [
+            tensor.new_zeros(len(rows), tensor.shape[1], slots, tensor.shape[3]) for tensor in self.tensors
+        ]
         for new, tensor in zip(other.tensors, self.tensors, strict=True):
             new[:, :, :length] = tensor[rows, :, :length]
         return other
