@@ -38,7 +38,13 @@ def hellaswag(path: Path) -> Iterator[Doc]:
     text = bz2.decompress(path.read_bytes()).decode().split("\n")
     for i in range(0, len(text) - 5, 6):
         label, context = text[i].split(": ", 1)
-        yield {"activity_label": label, "ctx_a": context, "ctx_b": "", "endings": text[i + 2 : i + 6], "label": text[i + 1]}
+        yield {
+            "activity_label": label,
+            "ctx_a": context,
+            "ctx_b": "",
+            "endings": text[i + 2 : i + 6],
+            "label": text[i + 1],
+        }
 
 
 def winogrande(path: Path) -> Iterator[Doc]:
@@ -62,13 +68,20 @@ def openbookqa(path: Path) -> Iterator[Doc]:
         name, stem, choices, _, key = line.split("\t")
         match = re.match(r"^\(A\) (.*) \(B\) (.*) \(C\) (.*) \(D\) (.*)$", choices)
         assert match is not None
-        yield {"id": name, "question_stem": stem, "choices": {"text": [*match.groups()], "label": [*"ABCD"]}, "answerKey": key}
+        yield {
+            "id": name,
+            "question_stem": stem,
+            "choices": {"text": [*match.groups()], "label": [*"ABCD"]},
+            "answerKey": key,
+        }
 
 
 def documents(data: Path, name: str) -> list[Doc]:
     """Documents as Hugging Face has them."""
     found: dict[str, Callable[[], Any]] = {
-        "boolq": lambda: [d | {"label": int(str(d["label"]).lower() == "true")} for d in lines(data / "boolq/val.jsonl")],
+        "boolq": lambda: [
+            d | {"label": int(str(d["label"]).lower() == "true")} for d in lines(data / "boolq/val.jsonl")
+        ],
         "piqa": lambda: labelled(data / "piqa/valid.jsonl", int),
         "siqa": lambda: labelled(data / "siqa/dev.jsonl", str),
         "hellaswag": lambda: hellaswag(data / "hellaswag/hellaswag_val_full.txt.bz2"),
@@ -119,7 +132,9 @@ def write_tasks(data: Path, folder: Path, names: list[str], limit: int = 0) -> d
             continue
         subjects = sorted(path.stem.removesuffix("_dev") for path in (data / "mmlu/dev").glob("*.csv"))
         tests = {subject: mmlu(data / f"mmlu/val/{subject}_val.csv") for subject in subjects}
-        rounds = ((s, docs[i]) for i in range(max(map(len, tests.values()))) for s, docs in tests.items() if i < len(docs))
+        rounds = (
+            (s, docs[i]) for i in range(max(map(len, tests.values()))) for s, docs in tests.items() if i < len(docs)
+        )
         chosen = list(rounds)[: limit or None]
         for subject in subjects:
             docs = [doc for s, doc in chosen if s == subject]
@@ -136,7 +151,13 @@ def evaluate(model: Any, folder: Path, tasks: list[str], shots: int | None) -> d
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = simple_evaluate(
-        model, tasks=tasks, num_fewshot=shots, task_manager=manager, log_samples=True, bootstrap_iters=0, verbosity="ERROR"
+        model,
+        tasks=tasks,
+        num_fewshot=shots,
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+        verbosity="ERROR",
     )
     return dict(found)
 

@@ -1,12 +1,15 @@
-"""Atomic writes, SHA-256 digests, unused names, the cache folder."""
+"""Atomic writes, files of strangers, SHA-256 digests, unused names, the cache folder."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import stat
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
 
@@ -30,6 +33,55 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
         raise InputError("this is a URL, and a path is expected", where=path, fix=fix)
 
 
+def refuse_remote(path: str | os.PathLike[str]) -> None:
+    """Refuse a URL, and a name of the Hugging Face hub where no such path exists.
+
+    Raises:
+        InputError: with the command that downloads it.
+    """
+    refuse_url(path)
+    found = Path(path)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not (found.exists() or found.parent.is_dir()):
+        what, fix = (
+            "no such path",
+            f"if this is a model of the Hugging Face hub: hf download {path} --local-dir {found.name}",
+        )
+        raise InputError(what, where=path, fix=f"{fix}; then give {found.name}")
+
+
+def model_folder(path: Path) -> Path:
+    """Model folder of a run's folder, said on standard error; another path as it is.
+
+    It is the run's last model, and before the end that of its newest checkpoint.
+    """
+    if not (path / "config.toml").is_file() or (path / "config.json").exists():
+        return path
+    steps = [step for step in (path / "checkpoints").glob("step-*") if step.name[5:].isdigit()]
+    found = path / "model"
+    if not found.is_dir():
+        found = max(steps, key=lambda step: int(step.name[5:]), default=path)
+    print(f"{path} is a run; its {'model' if found.name == 'model' else 'newest checkpoint'}: {found}", file=sys.stderr)
+    return found
+
+
+def regular(path: str, flags: int) -> int:
+    """Opener for `open`: regular files alone, and for writing none that a link leads to.
+
+    A pipe without a writer is waited for without end, a device is read without end, and what a link leads to may be
+    someone else's.
+
+    Raises:
+        OSError: another kind of file.
+    """
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    flags |= getattr(os, "O_NONBLOCK", 0) | (getattr(os, "O_NOFOLLOW", 0) if writes else 0)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
+
+
 @contextmanager
 def reading(path: Path, what: str = "this file", fix: str | None = None) -> Iterator[None]:
     """InputError for an error of the system while `path` is read."""
@@ -46,6 +98,14 @@ def free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, if it is there; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:
@@ -74,7 +134,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     with _or_nothing(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
@@ -92,12 +152,12 @@ def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
     """
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     with _or_nothing(path, temporary):
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         write(temporary)
         for file in [*temporary.iterdir(), temporary]:
             _sync(file)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         if path.exists():
             path.rename(old)
         try:
@@ -117,10 +177,8 @@ def _or_nothing(path: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        elif os.path.lexists(temporary):
-            temporary.unlink()
+        with suppress(OSError):
+            remove(temporary)
         if isinstance(error, OSError):
             where = error.filename or path
             raise InputError("cannot write", where=where, found=error.strerror or error) from error

@@ -40,7 +40,7 @@ class Args(ModelArgs):
     model: Annotated[str, tyro.conf.Positional]
     """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
     tasks: tuple[str, ...] = ()
-    """Sets: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, mmlu, or all of them; cmmlu."""
+    """Sets: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, mmlu, or all; cmmlu."""
     data: Path | None = None
     """Folder of the sets, each in a folder of its name, in the forms in which they are published."""
     style: Style = "lm-eval"
@@ -51,8 +51,8 @@ class Args(ModelArgs):
     limit: int = field(default=0, metadata={"min": 0})
     """Items per set, the first ones, evenly over subjects; 0: all."""
     output: Path | None = None
-    """Folder of the results, one per model: a line per item, and the summary as JSON and Markdown; evals/MODEL-ID unless
-    given. What it has already is not computed again."""
+    """Folder of the results, one per model: a line per item, and the summary as JSON and Markdown; evals/MODEL-ID
+    unless given. What it has already is not computed again."""
     against: str = ""
     """Model, or its folder of results: the paired difference on the same items."""
     perplexity: Path | None = None

@@ -32,8 +32,8 @@ class Judge:
     judge: str
     """Model that judges, by its chat template."""
     questions: Path | None = None
-    """.jsonl file in the form of Vicuna (text), MT-bench (turns) or Ziya (task, kind, question, reference); 30 questions
-    of the last form, in English and Chinese, unless given."""
+    """.jsonl file in the form of Vicuna (text), MT-bench (turns) or Ziya (task, kind, question, reference); 30 of the
+    last form, in English and Chinese, unless given."""
     mode: Literal["pairwise", "single"] = "pairwise"
     """pairwise: which of the two is better; single: ratings from 1 to 10, of each alone."""
     output: Path = Path("judged")
@@ -76,7 +76,7 @@ class Judge:
             if self.mode == "pairwise"
             else _single(questions, verdicts)
         )
-        lengths = [sum(map(len, sum(own, []))) / len(questions) for own in answers]
+        lengths = [sum(len(text) for turns in own for text in turns) / len(questions) for own in answers]
         notes.append(
             f"characters per question: A {lengths[0]:.0f}, B {lengths[1]:.0f}; A is {names[0]}, B is {names[1]}"
         )

@@ -6,6 +6,7 @@ below can be set in the file, as field = value under [section], or on the comman
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -51,8 +52,11 @@ def parse(argv: Sequence[str]) -> Args:
     if resume and out is None:
         raise InputError("--resume needs --out", where="command line", fix="name the run's folder with --out")
     saved = Path(out) / "config.toml" if out is not None else None
-    if given is None and resume and saved is not None and saved.is_file():
-        given = str(saved)
+    if given is None and resume and saved is not None:
+        if not (words or preset or os.path.lexists(saved.parent)):
+            fix = "look at --out, or name the CONFIG that is to be trained there"
+            raise InputError("there is no run to resume", where=saved.parent, found="no such folder", fix=fix)
+        given = str(saved) if os.path.isfile(saved) else None
     return Args(load_run_config(given or "tiny", words, preset), out, resume, overwrite, verify)
 
 

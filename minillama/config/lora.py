@@ -11,7 +11,7 @@ from minillama.config.model import ModelConfig
 from minillama.errors import InputError
 
 ALL_LINEAR = "all-linear"
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING, HEAD, SCORE = "model.embed_tokens", "lm_head", "score"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LoRAConfig:
                 dropout with the head, whose loss is computed from the updated weight.
         """
         layers = matrices(model)
-        ends = {EMBEDDING, HEAD}
+        ends = {EMBEDDING, HEAD, SCORE}
         if not self.targets:
             raise InputError("an adapter has at least one target", where="targets", expected=ALL_LINEAR)
         found: set[str] = set()
@@ -68,19 +68,20 @@ class LoRAConfig:
         return {name: layers[name] for name in layers if name in found}
 
     def whole(self, model: ModelConfig) -> dict[str, tuple[int, int]]:
-        """Name -> shape (V, D) of every weight that is trained whole.
+        """Name -> shape (V, D) of every weight that is trained whole; a scalar head (1, D) always is.
 
         Raises:
             InputError: another layer than embedding and head, or those of a model that ties them.
         """
         found: dict[str, tuple[int, int]] = {}
+        ends = (EMBEDDING, HEAD) if model.head == "lm" else (EMBEDDING,)
         for module in self.modules_to_save:
-            names = named(module, (EMBEDDING, HEAD))
+            names = named(module, ends)
             if not names:
-                raise unknown("modules_to_save", module, (EMBEDDING, HEAD))
+                raise unknown("modules_to_save", module, ends)
             refuse_tied(model, names, "modules_to_save")
             found |= dict.fromkeys(names, (model.vocab_size, model.dim))
-        return found
+        return found | ({SCORE: (1, model.dim)} if model.head == "score" else {})
 
     def num_params(self, model: ModelConfig) -> int:
         """Trained parameters: r (in + out) per layer, with DoRA out more, and those of the layers trained whole."""
@@ -94,6 +95,8 @@ def matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Name -> shape of every layer that can have an adapter: linear layers (out, in); embedding and head (V, D)."""
     shapes = {name.removesuffix(".weight"): shape for name, shape in model.tensors().items() if len(shape) == 2}
     ends = dict.fromkeys((EMBEDDING, HEAD), (model.vocab_size, model.dim))
+    if model.head == "score":
+        ends = {EMBEDDING: ends[EMBEDDING], SCORE: (1, model.dim)}
     return ends | {name: (shape[0], shape[1]) for name, shape in shapes.items() if name.startswith("model.layers.")}
 
 

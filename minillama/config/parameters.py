@@ -20,12 +20,19 @@ from minillama.config.shape import Shape
 
 Role = Literal[
     "embedding", "position", "norm", "query", "key", "value", "receptance", "attention output", "gate", "up", "down",
-    "recurrence", "token shift", "bias", "head",
+    "recurrence", "token shift", "bias", "head", "score",
 ]  # fmt: skip
 Values = tuple[object, ...]
 Condition = Mapping[str, Values]
 ALWAYS: Condition = {}
-V, D, F, HEADS, KV_HEADS = "vocab_size", "dim", "hidden_dim", "n_heads x head_dim", "n_kv_heads x head_dim"
+V, D, E, F, HEADS, KV_HEADS = (
+    "vocab_size",
+    "dim",
+    "head_dim",
+    "hidden_dim",
+    "n_heads x head_dim",
+    "n_kv_heads x head_dim",
+)
 CHANNELS = "attention_hidden_size"  # D channels of RWKV's recurrence, as transformers calls them
 POSITIONS = "max_seq_len + 1"
 SPLIT = (V, F, HEADS, KV_HEADS, CHANNELS)
@@ -56,7 +63,7 @@ class Parameter:
 
     def shape(self, config: Shape) -> tuple[int, ...]:
         """Sizes of the axes."""
-        others = {CHANNELS: config.dim, POSITIONS: config.max_seq_len + 1}
+        others = {CHANNELS: config.dim, POSITIONS: config.max_seq_len + 1, "1": 1}
         return tuple(
             others.get(axis) or math.prod(getattr(config, name) for name in axis.split(" x ")) for axis in self.axes
         )
@@ -101,6 +108,8 @@ BLOCK = (
     *_linear("self_attn.k_proj", "key", (KV_HEADS, D), _ATTENTION, "qkv_proj", _QKV),
     *_linear("self_attn.v_proj", "value", (KV_HEADS, D), _ATTENTION, "qkv_proj", _QKV),
     *_linear("self_attn.o_proj", "attention output", (D, HEADS), _ATTENTION),
+    Parameter("self_attn.q_norm.weight", "norm", (E,), {"qk_norm": (True,)}),
+    Parameter("self_attn.k_norm.weight", "norm", (E,), {"qk_norm": (True,)}),
     Parameter("self_attn.time_decay", "recurrence", (CHANNELS,), _WKV),
     Parameter("self_attn.time_first", "recurrence", (CHANNELS,), _WKV),
     Parameter("self_attn.time_mix_key", "token shift", (D,), _WKV),
@@ -119,7 +128,11 @@ BLOCK = (
     *_linear("mlp.down_proj", "down", (D, F)),
     *_linear("mlp.r_proj", "receptance", (D, D), _WKV),
 )
-LAST = (*_norm("model.norm"), Parameter("lm_head.weight", "head", (V, D), {"tie_embeddings": (False,)}))
+LAST = (
+    *_norm("model.norm"),
+    Parameter("lm_head.weight", "head", (V, D), {"tie_embeddings": (False,), "head": ("lm",)}),
+    Parameter("score.weight", "score", ("1", D), {"head": ("score",)}),
+)
 # fused layer -> its parts, in the order of their rows
 FUSED = {
     name: tuple(p.name.split(".")[-2] for p in BLOCK if p.fused == name and p.name.endswith("weight"))

@@ -1,4 +1,4 @@
-"""Decontamination: n-grams that training text has in common with evaluation sets. Brown et al. 2020, arXiv 2005.14165, C."""
+"""Decontamination: n-grams of training text that evaluation sets have. Brown et al. 2020, arXiv 2005.14165, C."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minillama.data.cleaning.words import words
 from minillama.data.reading import BadText, holds_records, read_file, read_records
 from minillama.errors import InputError
 from minillama.evaluate.tasks import TASKS
 from minillama.files import digest, replace_file
 
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_HAN}]|(?:(?![{_HAN}])[^\W_])+")
 SHORTEST = 8  # words of a text that is shorter than n and still looked for, as a whole
 
 
@@ -29,9 +28,9 @@ class Hit(NamedTuple):
     words: str
 
 
-def words(text: str) -> list[str]:
+def normalized(text: str) -> list[str]:
     """Words in lower case without punctuation; a Chinese character is a word."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return [word for word in words(unicodedata.normalize("NFKC", text).lower()) if word[0].isalnum()]
 
 
 class Index:
@@ -63,7 +62,7 @@ class Index:
             raise InputError("there is no evaluation set in this folder", where=folder, expected=", ".join(TASKS))
 
     def _add(self, text: str, name: str, where: str) -> int:
-        found = words(text)
+        found = normalized(text)
         size = self.n if len(found) >= self.n else len(found)
         if size < self.first:
             return 0
@@ -74,7 +73,7 @@ class Index:
 
     def hits(self, text: str, where: str) -> list[Hit]:
         """Items of which a document has an n-gram, each once with its first."""
-        found, known = words(text), {}
+        found, known = normalized(text), {}
         for start in range(len(found) - self.first + 1):
             for gram, (name, item) in self.grams.get(tuple(found[start : start + self.first]), {}).items():
                 if (name, item) not in known and tuple(found[start : start + len(gram)]) == gram:

@@ -1,4 +1,4 @@
-"""Files of an evaluation set, in the forms in which the sets are published: JSONL with label files, CSV, TSV, Parquet."""
+"""Files of an evaluation set in its published forms: JSONL with label files, CSV, TSV, Parquet."""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from minillama.evaluate.judge import Question, Verdict, outcome
 
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}"
+    "table{border-collapse:collapse;margin:1em 0}"
+    "td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}"
     "td:first-child,th:first-child{text-align:left}.pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}"
     "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:.8em;margin:.3em 0;font:inherit}"
     "h2{margin-top:2em;border-top:2px solid #ddd;padding-top:.6em}.win{outline:2px solid #4a7}summary{color:#666}"

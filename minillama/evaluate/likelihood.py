@@ -284,7 +284,7 @@ class _Reader:
 
 
 def _batches(nodes: Sequence[_Node], fits: Callable[[int, int], bool]) -> Iterator[list[_Node]]:
-    """Nodes by length, the longest first, as many at once as fit; `fits` takes their number and the longest's length."""
+    """Nodes by length, the longest first, as many at once as `fits` their number and the longest's length."""
     batch: list[_Node] = []
     for node in sorted(nodes, key=lambda node: (len(node.tokens), node.tokens), reverse=True):
         if batch and not fits(len(batch) + 1, len(batch[0].tokens)):

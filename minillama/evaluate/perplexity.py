@@ -54,7 +54,39 @@ class Score:
         return {"val_loss": self.nats_per_token, "val_bits_per_byte": self.bits_per_byte}
 
     @property
-    def windows(ids: Sequence[int], prefix: int, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    def perplexity(self) -> float:
+        """Perplexity, exp of the loss."""
+        return math.exp(self.nats_per_token)
+
+
+def score(
+    model: Decoder,
+    windows: Iterable[NDArray[np.int64]],
+    bytes_per_token: float,
+    batch_size: int = 16,
+    blanks: Blanks | None = None,
+) -> Score:
+    """Negative log-likelihood of windows: each token but the first, given those before it.
+
+    Args:
+        model: the decoder; dropout is off meanwhile.
+        windows: arrays of at most max_seq_len + 1 ids, as `Split.val_windows` yields.
+        bytes_per_token: of the text, for bits per byte.
+        batch_size: windows of equal length per forward pass.
+        blanks: special tokens of an infilling model. It predicts all but the first token as one masked span, which
+            takes two positions more than the window.
+    """
+    nats, count = 0.0, 0
+    with evaluating(model):
+        for rows in _batches(windows, batch_size):
+            ids = torch.from_numpy(rows).to(model.device)
+            hidden = model.hidden(ids[:, :-1]) if blanks is None else _as_masked_span(model, ids, blanks)
+            nats += model.loss(hidden, ids[:, 1:]).item()
+            count += ids[:, 1:].numel()
+    return Score(nats, count, count * bytes_per_token)
+
+
+def windows(ids: Sequence[int], prefix: int, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     """Rolling windows: context and targets, each token a target once, at most `length` inputs.
 
     The first context is the prefix token alone, and the last window begins earlier to have as many inputs as others.
@@ -80,7 +112,7 @@ def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0
     blanks, ids = blanks_of(model, tokenizer), tokenizer.encode(text)
     length = (context or model.config.max_seq_len) - (2 if blanks else 0)
     if not ids or length < 1:
-        raise InputError("nothing to be scored", found=f"{len(ids)} tokens in windows of {length}", expected="1 or more")
+        raise InputError("nothing to be scored", found=f"{len(ids)} tokens in windows of {length}", expected=">= 1")
     pairs = [[pair] for pair in windows(ids, tokenizer.bos_id, length)]
     nats = math.fsum(found[0].nats for _, found in likelihood.score(model, pairs, blanks))
     return Score(nats, len(ids), len(text.encode()))

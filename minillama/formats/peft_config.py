@@ -25,7 +25,7 @@ WITHOUT_EFFECT = {"auto_mapping", "revision", "inference_mode", "peft_version", 
 # the values of further keys that are supported; of all others the empty ones
 SUPPORTED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": ("CAUSAL_LM", "SEQ_CLS", None),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base
     "megatron_core": ("megatron.core", None),

@@ -81,6 +81,30 @@ def linear_cross_entropy(
     return total
 
 
+def linear_log_probabilities(
+    hidden: Tensor, matrix: Tensor, targets: Tensor, kernel: SoftmaxGrad | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities log softmax(hidden @ matrix^T)[targets] and entropies, with the logits of one chunk at a time.
+
+    The backward pass computes the logits anew. Entropies have no gradient.
+
+    Args:
+        hidden: (N, D).
+        matrix: (V, D), of the same dtype.
+        targets: (N,) ids.
+        kernel: implementation of `softmax_grad`; default: that function.
+
+    Returns:
+        (N,) log p(target) and (N,) -sum_v p_v log p_v, in nats, in float32.
+    """
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden, matrix = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (hidden, matrix))
+    with torch.autocast(kind, enabled=False):
+        found: tuple[Tensor, Tensor] = _LinearLogProbabilities.apply(hidden, matrix, targets, kernel)
+    return found
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,6 +149,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_matrix is not None:  # no second float32 copy
             grad_matrix = torch.mul(grad_matrix, grad, out=torch.empty_like(grad_matrix, dtype=ctx.dtype)).T
         return grad_hidden, grad_matrix, None, None, None, None
+
+
+class _LinearLogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, matrix: Tensor, targets: Tensor, kernel: SoftmaxGrad | None
+    ) -> tuple[Tensor, Tensor]:
+        rows = loss_rows(len(matrix), hidden.element_size())
+        parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+        found = [_log_softmax_and_entropy(h @ matrix.T, ids) for h, ids in parts]
+        values, entropies = (torch.cat(part) for part in zip(*found, strict=True))
+        ctx.save_for_backward(hidden, matrix, targets)
+        ctx.kernel = kernel
+        ctx.mark_non_differentiable(entropies)
+        return values, entropies
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, matrix, targets = ctx.saved_tensors
+        trained = ctx.needs_input_grad[:2]
+        leaves = [x.detach().requires_grad_(trains) for x, trains in zip((hidden, matrix), trained, strict=True)]
+        with torch.enable_grad():
+            total = linear_cross_entropy(leaves[0], leaves[1], targets, -grad, kernel=ctx.kernel)
+        grads = iter(torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad]))
+        return *(next(grads) if trains else None for trains in trained), None, None
+
+
+def _log_softmax_and_entropy(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets (rows,) and entropies (rows,) of logits (rows, V), by cache-sized blocks."""
+    step = max(1, CACHED // scores.shape[1] if scores.device.type == "cpu" else len(scores))
+    values, entropies = [], []
+    for logits, ids in zip(scores.split(step), targets.split(step), strict=True):
+        shifted = logits.float()
+        shifted = shifted - shifted.amax(-1, keepdim=True)
+        exps = shifted.exp()
+        z = exps.sum(-1)
+        values.append(shifted.gather(-1, ids[:, None])[:, 0] - z.log())
+        entropies.append(z.log() - exps.mul_(shifted).sum(-1) / z)
+    return torch.cat(values), torch.cat(entropies)
 
 
 def softmax_grad(scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

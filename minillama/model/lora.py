@@ -216,6 +216,12 @@ def load_adapter(
     file = peft.read(Path(folder), model.config)
     if file.fingerprint is not None or file.copies:
         file.check_base(_base(model, base))
+    if file.config.head != model.config.head:
+        what, expected = (
+            "the adapter is of a reward model, and this is none",
+            "a model with scores (`heads.with_score`)",
+        )
+        raise InputError(what, where=folder, expected=expected)
     if file.config.vocab_size > model.config.vocab_size:
         model.resize_embeddings(file.config.vocab_size)  # the new rows are the adapter's
     return attach(model, file.adapters, name, trains)

@@ -167,7 +167,7 @@ def set_aside(paths: Iterable[Path]) -> None:
 def steps(folder: Path) -> list[int]:
     """Steps of all complete checkpoints, in order."""
     names = (path.name for path in folder.glob("step-*") if (path / MANIFEST).is_file())
-    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
+    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-(0|[1-9][0-9]*)", name))
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:

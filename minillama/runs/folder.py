@@ -8,16 +8,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import re
+import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from minillama.errors import InputError
-from minillama.files import free_name, replace_file
+from minillama.files import free_name, regular, remove, replace_file
 
-CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
+FOLDERS = ("checkpoints", "model", "value", "average")
+CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", *FOLDERS)
 LOCK = ".lock"
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a run whose folder would not be one in runs/."""
+    is_plain = re.fullmatch(r"(?![.\s])[^/\\:]+", name) and name.isprintable()
+    if not is_plain or len(name.encode()) > 200:  # of the 255 of a file system
+        expected = "at most 200 bytes, without / \\ : and control characters, and no dot or space in front"
+        raise InputError("this cannot be the name of a run", where="name", found=repr(name), expected=expected)
 
 
 def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path:
@@ -47,7 +58,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         InputError: the system refuses, for instance because the disk is full.
     """
     try:
-        with path.open("a+b") as file:
+        with open(path, "a+b", opener=regular) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             # after a line that a killed process left incomplete a new one begins
@@ -59,7 +70,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 def lock_owner(path: Path) -> str | None:
     """Id of the process that trains in a folder, None where there is none (or the system has no flock)."""
-    with contextlib.suppress(OSError), (path / LOCK).open(encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(path / LOCK, encoding="utf-8", opener=regular) as file:
         return _lock(file, exclusive=False)
     return None
 
@@ -86,32 +97,25 @@ class RunFolder:
         overwrite: it may hold a run, which is removed.
 
     Raises:
-        InputError: it holds a run and neither was asked for, or none and one is to be resumed; it cannot be
-            written; another process trains in it.
+        InputError: it holds a run and neither was asked for; it cannot be written; a file of it is a link or a pipe;
+            another process trains in it.
     """
 
     def __init__(self, path: Path, resume: bool = False, overwrite: bool = False) -> None:
-        self.path, self._was_there = path, path.exists()
+        self.path, self._replaces = path, overwrite and not resume
         self.config, self.metrics, self.starts = path / "config.toml", path / "metrics.jsonl", path / "provenance.jsonl"
         self.checkpoints, self.model = path / "checkpoints", path / "model"
-        if resume and not self.holds_run():
-            raise InputError(
-                "there is no run to resume",
-                where=path,
-                found="an empty folder" if path.exists() else "no such folder",
-                fix="look at --out, or leave --resume out to start a run there",
-            )
-        if self.holds_run() and not (resume or overwrite):
-            raise InputError(
-                "the output folder holds a run already",
-                where=path,
-                fix="add --resume to continue it, or --overwrite to replace it, or choose another --out",
-            )
         try:
+            self._was_there = path.exists()
+            if self.holds_run() and not (resume or overwrite):
+                raise InputError(
+                    "the output folder holds a run already",
+                    where=path,
+                    fix="add --resume to continue it, or --overwrite to replace it, or choose another --out",
+                )
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".write-test"
-            probe.write_bytes(b"")
-            probe.unlink()
+            self._refuse_others()
+            tempfile.TemporaryFile(dir=path).close()
             self._lock = self._take_lock()
         except OSError as error:
             raise InputError(
@@ -120,11 +124,18 @@ class RunFolder:
                 found=error.strerror or error,
                 fix="choose another with --out",
             ) from error
-        self._replaces = overwrite and not resume
+
+    def _refuse_others(self) -> None:
+        """Refuse what is not a run's own: nothing is written through a link, nor into a pipe or a device."""
+        for name in (LOCK,) if self._replaces else (LOCK, *CONTENTS):
+            path, is_own = self.path / name, stat.S_ISDIR if name in FOLDERS else stat.S_ISREG
+            if os.path.lexists(path) and not is_own(path.lstat().st_mode):
+                expected = f"a {'folder' if name in FOLDERS else 'regular file'}, not a link"
+                raise InputError("this is not a run's own", where=path, expected=expected, fix="remove it")
 
     def holds_run(self) -> bool:
         """Whether a run has written here."""
-        return any((self.path / name).exists() for name in CONTENTS)
+        return any(os.path.lexists(self.path / name) for name in CONTENTS)
 
     def start(self, config: str, provenance: Mapping[str, Any]) -> None:
         """Record configuration and provenance of this start; what is replaced is removed now.
@@ -132,10 +143,7 @@ class RunFolder:
         An existing model has fewer steps than the run will have.
         """
         for target in [self.path / name for name in (CONTENTS if self._replaces else ["model"])]:
-            if target.is_dir() and not target.is_symlink():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+            remove(target)
         replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
         append_line(self.starts, provenance)
 
@@ -146,7 +154,7 @@ class RunFolder:
         replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _take_lock(self) -> IO[str]:
-        file = (self.path / LOCK).open("a+", encoding="utf-8")
+        file = open(self.path / LOCK, "a+", encoding="utf-8", opener=regular)  # noqa: SIM115 - held while the run lasts
         owner = _lock(file, exclusive=True)
         if owner is not None:
             file.close()

@@ -18,7 +18,7 @@ import tomli_w
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.files import replace_file
+from minillama.files import regular, replace_file
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.record import RecordedRun
 from minillama.scaling.fit import Fit
@@ -39,7 +39,7 @@ def train_process(config: Path, folder: Path) -> int:
     # Ctrl-C reaches the process by itself: it saves and ends, and so does the sweep
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
+        with open(folder.with_name(f"{folder.name}.log"), "a", encoding="utf-8", opener=regular) as log:
             return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     finally:
         signal.signal(signal.SIGINT, before)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from minillama.errors import InputError
-from minillama.model.lora import adapter_names, is_adapter
+from minillama.model.lora import DEFAULT, adapter_names
 from minillama.runs.config import RunConfig, Stage
 from minillama.training.optim.groups import named_parameters
 
@@ -23,9 +23,10 @@ def trained(stage: Stage, models: Models) -> int:
 
 
 def _candidates(models: Models) -> list[tuple[str, nn.Parameter]]:
-    """Parameters that may be trained: of a model with adapters those of its adapters."""
-    bases = {id(p) for m in models.values() if adapter_names(m) for n, p in m.named_parameters() if not is_adapter(n)}
-    return [(name, parameter) for name, parameter in named_parameters(models) if id(parameter) not in bases]
+    """Parameters that may be trained: of a model with adapters those of its own, not of a reference."""
+    own = f".adapters.{DEFAULT}."
+    frozen = {id(p) for m in models.values() if adapter_names(m) for name, p in m.named_parameters() if own not in name}
+    return [(name, parameter) for name, parameter in named_parameters(models) if id(parameter) not in frozen]
 
 
 def check(stages: Sequence[Stage], models: Models) -> None:

@@ -1,0 +1,162 @@
+"""Prompts to be answered: the questions of conversations, with the answers to verify others by where they have some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from minillama.data.conversations import Format, read_record
+from minillama.data.corpus import Corpus
+from minillama.data.permutation import derive_keys, hash_fraction, permute
+from minillama.data.reading import BadText, Record, Skipped
+from minillama.data.sources import OnError, Source, records
+from minillama.errors import InputError
+from minillama.tokenizer import Tokenizer
+from minillama.tokenizer.conversation import Conversation
+from minillama.tokenizer.rendering import encode
+from minillama.tokenizer.template import Template
+
+_OPEN = "?"  # stands where a record has no answer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt of a conversation's last answer.
+
+    Args:
+        ids: token ids in front of that answer.
+        text: what they say.
+        record: fields of the record; `answer` is the answer, if it has one.
+        conversation: its messages, without that answer.
+        where: file and record.
+    """
+
+    ids: Sequence[int]
+    text: str
+    record: Mapping[str, Any]
+    conversation: Conversation
+    where: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts in a training and a held-out split.
+
+    Args:
+        train: training split.
+        val: held-out split: conversations whose text has a hash below the fraction, as for fine-tuning on them.
+        end_id: token that ends an answer.
+        fingerprint: SHA-256 of the prompts and the split.
+        skipped: records left out.
+        text: pretraining text that is mixed in.
+    """
+
+    train: Sequence[Prompt]
+    val: Sequence[Prompt]
+    end_id: int
+    fingerprint: str = ""
+    skipped: Skipped = field(default_factory=Skipped)
+    text: Corpus | None = None
+
+    @classmethod
+    def load(
+        cls,
+        sources: Sequence[Source],
+        template: Template,
+        tokenizer: Tokenizer,
+        longest: int,
+        val_fraction: float,
+        format: Format = "auto",
+        on_error: OnError = "stop",
+    ) -> Prompts:
+        """Read all sources once.
+
+        Args:
+            sources: of conversations, or of prompts alone (`prompt`, `instruction`, messages that end with a question).
+            template: chat template.
+            tokenizer: to encode them.
+            longest: tokens that a prompt may have; longer ones are left out and counted.
+            val_fraction: held-out share; 0: none.
+            format: of the records.
+            on_error: on a record that cannot be read.
+
+        Raises:
+            InputError: such a record; no prompt to train on, or none to hold out.
+        """
+        skipped, end_id = Skipped(), tokenizer.eos_id
+        split: dict[bool, list[Prompt]] = {True: [], False: []}
+        digest = sha256(f"{val_fraction} {longest}".encode())
+        for source in sources:
+            for prompt, text, end in _prompts(source, template, tokenizer, format, on_error, skipped):
+                if len(prompt.ids) > longest:
+                    skipped.add(BadText("too long", "a prompt is too long", where=prompt.where))
+                    continue
+                end_id = end
+                digest.update(f"{prompt.ids} {prompt.record.get('answer')}\n".encode())
+                split[hash_fraction(text, "held out") < val_fraction].append(prompt)
+        if not split[False] or (val_fraction and not split[True]):
+            found = f"{len(split[False])} to train on, {len(split[True])} held out" + f"; {skipped}" * bool(
+                skipped.total
+            )
+            fix = "give more, or another data.val_fraction"
+            expected = f"at least one of each, of at most {longest} tokens"
+            raise InputError("too few prompts", where="data.sources", found=found, expected=expected, fix=fix)
+        return cls(split[False], split[True], end_id, digest.hexdigest(), skipped)
+
+    def batch(self, seed: int, step: int, count: int) -> list[Prompt]:
+        """Prompts of a rollout, without replacement within an epoch: a pure function of the arguments."""
+        epochs, places = np.divmod(np.arange(step * count, (step + 1) * count), len(self.train))
+        chosen: list[Prompt] = []
+        for epoch in np.unique(epochs).tolist():
+            keys = derive_keys("prompts", seed, epoch)
+            order = permute(places[epochs == epoch].astype(np.uint64), len(self.train), keys)
+            chosen += [self.train[int(i)] for i in order]
+        return chosen
+
+
+def _prompts(
+    source: Source, template: Template, tokenizer: Tokenizer, format: Format, on_error: OnError, skipped: Skipped
+) -> Iterator[tuple[Prompt, str, int]]:
+    """Prompts of a source, each with the text that decides its split and the token that ends its answer."""
+    for record in records(source, on_error, skipped):
+        try:
+            for conversation in read_record(_answered(record), format, skipped):
+                yield _prompt(conversation.until_last_answer(), record, template, tokenizer)
+        except InputError as error:
+            if on_error == "stop":
+                raise
+            skipped.add(
+                error if isinstance(error, BadText) else BadText("not rendered", error.what, where=record.where)
+            )
+
+
+def _prompt(
+    conversation: Conversation, record: Record, template: Template, tokenizer: Tokenizer
+) -> tuple[Prompt, str, int]:
+    rendered, answer = encode(conversation, template, tokenizer, "last"), conversation.messages[-1].content
+    ids = rendered.ids[: next(i for i, weight in enumerate(rendered.weights) if weight)]
+    fields = record.value if answer == _OPEN else {**record.value, "answer": answer}
+    asked = conversation.first(len(conversation.messages) - 1)
+    return Prompt(ids, tokenizer.decode(ids), fields, asked, record.where), rendered.text, rendered.end_id
+
+
+def _answered(record: Record) -> Record:
+    """The record with an answer where it has a prompt alone, or one of which answers are compared."""
+    fields = record.value
+    for key, member in (("messages", "role"), ("conversations", "role"), ("conversations", "from"), ("prompt", "role")):
+        turns = fields.get(key)
+        if not (isinstance(turns, list) and turns and isinstance(turns[-1], dict)):
+            continue
+        if turns[-1].get(member) in ("user", "human"):
+            role, content = ("assistant", "content") if member == "role" else ("gpt", "value")
+            whole = [*turns, {member: role, content: _OPEN}]
+            return Record({"messages": whole} if key == "prompt" else {**fields, key: whole}, record.where)
+    if isinstance(fields.get("prompt"), str) and not {"response", "completion"} & fields.keys():
+        return Record({**fields, "response": _OPEN}, record.where)
+    if "instruction" in fields and not {"output", "response", "instances"} & fields.keys():
+        return Record({**fields, "output": _OPEN}, record.where)
+    return record

@@ -1,0 +1,219 @@
+"""Rewards by rule: settings of `[[objective.rewards]]`, and what a text earns by each; no torch."""
+
+from __future__ import annotations
+
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any, Literal
+
+from minillama.data.tasks import is_right
+from minillama.errors import InputError
+
+Function = Callable[[str, Sequence[int], str, Mapping[str, Any]], float | None]
+
+SCRIPTS = {"en": ("LATIN",), "zh": ("CJK",), "ja": ("CJK", "HIRAGANA", "KATAKANA"), "ru": ("CYRILLIC",)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Answer to a prompt.
+
+    Args:
+        prompt: as the model read it, a text.
+        ids: of the answer, with the token that ended it.
+        text: of the answer.
+        record: where the prompt comes from; `answer` is the reference, if it has one.
+        prompt_ids: of the prompt.
+        ended: whether the model ended it.
+    """
+
+    prompt: str
+    ids: Sequence[int]
+    text: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+    prompt_ids: Sequence[int] = ()
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Reward: a rule, a model, or a Python function; the sum of all with their weights is what is maximized."""
+
+    name: str = "verified"
+    """verified: the record's answer; format: `pattern` matches; ended; length: `minimum` to `maximum` tokens; language;
+    repetition: share of distinct n-grams; forbidden: none of `words`; llama-2: `safety` and `path`; a reward model's
+    folder; a Python function, MODULE:NAME or FILE.py:NAME."""
+    weight: float = 1.0
+    """Factor in the sum."""
+    label: str = ""
+    """Name in the metrics, reward_LABEL; the rule's, or the last part of the path, unless given."""
+    pattern: str = ""
+    """Regular expression: of format, for the whole answer; of verified, whose first group is what is compared."""
+    minimum: int = field(default=0, metadata={"min": 0})
+    """Tokens of length, below which it falls to 0."""
+    maximum: int = field(default=0, metadata={"min": 0})
+    """Tokens of length, above which it falls as maximum / n; 0: any number."""
+    language: Literal["en", "zh", "ja", "ru"] = "en"
+    """Whose script the letters should have."""
+    n: int = field(default=2, metadata={"min": 1})
+    """Tokens of an n-gram of repetition."""
+    words: tuple[str, ...] = ()
+    """Of forbidden, in any case."""
+    path: str = ""
+    """Helpfulness reward model of llama-2."""
+    safety: str = ""
+    """Safety reward model of llama-2, whose score counts for records with `safety: true`, or where it is low."""
+    threshold: float = field(default=0.15, metadata={"min": 0, "max": 1})
+    """Probability of being safe below which the safety score of llama-2 counts."""
+
+    def __post_init__(self) -> None:
+        needed = {"format": "pattern", "forbidden": "words", "llama-2": "safety"}
+        field = needed.get(self.name)
+        if field is not None and not getattr(self, field):
+            raise InputError(f"the reward {self.name} needs {field}", where=field, found="none")
+        if self.name == "llama-2" and not self.path:
+            raise InputError("the reward llama-2 needs path", where="path", found="none")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise InputError("not a regular expression", where="pattern", found=f"{self.pattern}: {error}") from None
+
+    @property
+    def title(self) -> str:
+        """Name in the metrics."""
+        return self.label or re.sub(r"\W+", "_", Path(self.name.rpartition(":")[2]).name)
+
+
+def parse_reward(word: str) -> Reward:
+    """Reward of a command-line argument: NAME, or WEIGHT*NAME.
+
+    Raises:
+        InputError: a weight that is no number.
+    """
+    weight, star, name = word.partition("*")
+    try:
+        return Reward(name, float(weight)) if star else Reward(word)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError("not a weight", where="objective.rewards", found=word, expected="WEIGHT*NAME") from None
+
+
+def rule(settings: Reward) -> Callable[[Answer], float | None]:
+    """What an answer earns by a rule or a Python function, None where it cannot be scored.
+
+    Raises:
+        InputError: no rule of that name, or no such function.
+    """
+    if settings.name in RULES:
+        return lambda answer: RULES[settings.name](settings, answer)
+    if ":" not in settings.name:
+        expected = f"{', '.join(RULES)}, llama-2, a reward model's folder, or MODULE:NAME"
+        raise InputError("unknown reward", where="objective.rewards", found=settings.name, expected=expected)
+    function = load_function(settings.name)
+    return lambda answer: function(answer.prompt, answer.ids, answer.text, answer.record)
+
+
+def load_function(name: str) -> Function:
+    """Function of a module that can be imported, `MODULE:NAME`, or of a file, `FILE.py:NAME`.
+
+    It is called as f(prompt, answer ids, text, record) and gives a number, or None for what it cannot score.
+
+    Raises:
+        InputError: neither, or no function of that name in it.
+    """
+    module, _, attribute = name.rpartition(":")
+    where = "objective.rewards"
+    try:
+        if module.endswith(".py"):
+            spec = util.spec_from_file_location(Path(module).stem, module)
+            assert spec is not None and spec.loader is not None
+            loaded = util.module_from_spec(spec)
+            spec.loader.exec_module(loaded)
+        else:
+            sys.path.insert(0, "")  # the current folder, where a command does not look by itself
+            try:
+                loaded = import_module(module)
+            finally:
+                sys.path.remove("")
+    except (ImportError, OSError, SyntaxError) as error:
+        raise InputError("this module cannot be loaded", where=where, found=f"{module}: {error}") from error
+    function: Function | None = getattr(loaded, attribute, None)
+    if not callable(function):
+        raise InputError("no such function", where=where, found=name, expected=f"a function in {module}")
+    return function
+
+
+def verified(settings: Reward, answer: Answer) -> float | None:
+    """1 for the record's answer, 0 for another, None where it has none."""
+    expected, text = answer.record.get("answer"), answer.text
+    if not isinstance(expected, str):
+        return None
+    if settings.pattern:
+        found = re.search(settings.pattern, text, re.S)
+        if found is None:
+            return 0.0
+        text = found[1] if found.re.groups else found[0]
+    return float(is_right(text, expected))
+
+
+def has_format(settings: Reward, answer: Answer) -> float:
+    """1 where the pattern matches the whole answer."""
+    return float(re.fullmatch(settings.pattern, answer.text.strip(), re.S) is not None)
+
+
+def has_ended(settings: Reward, answer: Answer) -> float:
+    """1 for an answer that the model ended, 0 for one that was cut off."""
+    return float(answer.ended)
+
+
+def length(settings: Reward, answer: Answer) -> float:
+    """1 for as many tokens as wanted, n / minimum for fewer, maximum / n for more."""
+    count = len(answer.ids)
+    if count < settings.minimum:
+        return count / settings.minimum
+    return settings.maximum / count if 0 < settings.maximum < count else 1.0
+
+
+def language(settings: Reward, answer: Answer) -> float:
+    """Share of the letters that have the language's script; 0 without a letter."""
+    scripts = [unicodedata.name(char, "").split(" ")[0] for char in answer.text if char.isalpha()]
+    return sum(script in SCRIPTS[settings.language] for script in scripts) / max(1, len(scripts))
+
+
+def repetition(settings: Reward, answer: Answer) -> float:
+    """Share of the answer's n-grams of tokens that are distinct, distinct-n: 1 where none comes twice."""
+    return distinct(answer.ids, settings.n)
+
+
+def distinct(ids: Sequence[int], n: int = 2) -> float:
+    """Distinct n-grams over all n-grams; 1 where there is none."""
+    grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def forbidden(settings: Reward, answer: Answer) -> float:
+    """0 where one of the words is in the answer, else 1; a word of letters and digits is not found within another."""
+    text = answer.text.casefold()
+    return 1.0 - any(re.search(_whole(word.casefold()), text) is not None for word in settings.words)
+
+
+def _whole(word: str) -> str:
+    edge = r"\b" if word.isascii() else ""  # Chinese words have no edges
+    return (edge if word[:1].isalnum() else "") + re.escape(word) + (edge if word[-1:].isalnum() else "")
+
+
+RULES: dict[str, Callable[[Reward, Answer], float | None]] = {
+    "verified": verified,
+    "format": has_format,
+    "ended": has_ended,
+    "length": length,
+    "language": language,
+    "repetition": repetition,
+    "forbidden": forbidden,
+}

@@ -1,0 +1,120 @@
+"""Links, pipes and devices inside a run folder, names that lead out of it, and a run that was killed at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minillama.commands.cli import main
+from minillama.errors import InputError
+from minillama.files import replace_folder
+from minillama.runs.checkpoint import steps
+from minillama.runs.config import RunConfig, load_run_config
+from minillama.runs.folder import RunFolder, append_line
+
+FILES = (".lock", "metrics.jsonl", "provenance.jsonl", "loss.png", "config.toml")
+FOLDERS = ("checkpoints", "model")
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"mine")
+    return folder
+
+
+def unharmed(outside: Path) -> bool:
+    return [path.name for path in outside.iterdir()] == ["file"] and (outside / "file").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_fault_39_a_link_in_a_run_folder(tmp_path: Path, outside: Path, name: str) -> None:
+    link = tmp_path / "run" / name
+    link.parent.mkdir()
+    link.symlink_to(outside if name in FOLDERS else outside / "file")
+    with pytest.raises(InputError, match="not a link") as error:
+        RunFolder(link.parent, resume=True)
+    assert error.value.where == link and error.value.fix == "remove it"
+    if name != ".lock":
+        folder = RunFolder(link.parent, overwrite=True)
+        folder.start("", {})
+        assert not link.is_symlink()
+        folder.close()
+    assert unharmed(outside)
+
+
+def test_fault_39_what_a_run_writes_leads_nowhere(words: list[str], tmp_path: Path, outside: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    names = (".write-test", ".loss.png.tmp", ".config.toml.tmp", ".metrics.jsonl.tmp", ".model.tmp", ".model.old")
+    for name in names:
+        (run / name).symlink_to(outside if name.startswith(".model") else outside / "file")
+    assert main([*words, "--out", str(run)]) == 0
+    assert unharmed(outside) and (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_fault_39_a_pipe_or_a_folder_for_a_file(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    make(tmp_path / name)
+    with pytest.raises(InputError, match="a regular file"):
+        RunFolder(tmp_path, resume=True)
+
+
+def test_fault_39_no_line_is_added_behind_a_link(tmp_path: Path, outside: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(outside / "file")
+    with pytest.raises(InputError, match="cannot write"):
+        append_line(tmp_path / "metrics.jsonl", {"step": 1})
+    assert unharmed(outside)
+
+
+@pytest.mark.parametrize("name", ["model", ".model.tmp", ".model.old"])
+def test_fault_39_a_folder_replaces_a_link(tmp_path: Path, outside: Path, name: str) -> None:
+    (tmp_path / name).symlink_to(outside)
+    replace_folder(tmp_path / "model", lambda folder: (folder / "new").write_bytes(b""))
+    assert unharmed(outside) and not (tmp_path / "model").is_symlink()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+
+
+def test_fault_39_full_width_digits_are_no_step(tmp_path: Path) -> None:
+    for name in ("step-７０", "step-007", "step-8"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}", encoding="utf-8")
+    assert steps(tmp_path) == [8]
+
+
+NAMES = ("../x", "/x", "a/b", "", " ", "..", ".x", "a\nb", "a\x1b[2J", "a\\b", "x" * 201, "中" * 67)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fault_40_names_of_runs_stay_inside_runs(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="name of a run"):
+        RunConfig(name=name)
+    file = tmp_path / "c.toml"
+    file.write_text(f"\nname = {json.dumps(name)}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"c.toml:2, name"):
+        load_run_config(str(file))
+
+
+def test_fault_40_an_output_path_that_is_too_long(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--out", "x" * 300]) == 1
+    assert "the output folder cannot be written" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_write_is_resumed(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a loop that gives --resume from the start, the folder there or not."""
+    for out in (tmp_path / "absent", tmp_path / "empty"):
+        if out.name == "empty":
+            out.mkdir()
+            (out / ".lock").write_text("1", encoding="utf-8")
+        assert main([*words, "--out", str(out), "--resume"]) == 0
+        assert "starting at step 0" in capsys.readouterr().out
+        assert main(["train", "--out", str(out), "--resume"]) == 0
+        assert "is finished: 2 of 2 steps" in capsys.readouterr().out
