@@ -142,6 +142,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def replace_text(path: Path, text: str) -> Path:
+    """Atomic write of a text in UTF-8, see `replace_file`."""
+    return replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:
     """Atomic folder write: `write` fills a temporary folder beside `path`, which is synced and renamed.
 

@@ -12,7 +12,7 @@ import tyro
 
 from minillama.commands.tables import print_table
 from minillama.config.loader import check
-from minillama.files import replace_file
+from minillama.files import replace_text
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Decontaminate:
         print(f"{bad} of {len(documents)} documents ({share:.2%}) share {self.n}-grams with {len(sets)} sets", end="")
         print(f"; {index.short} items are too short to be looked for" if index.short else "")
         if self.report is not None:
-            lines = "".join(json.dumps(hit._asdict(), ensure_ascii=False) + "\n" for hit in hits)
-            replace_file(self.report, lambda to: to.write_text(lines, encoding="utf-8"))
+            lines = (json.dumps(hit._asdict(), ensure_ascii=False) + "\n" for hit in hits)
+            replace_text(self.report, "".join(lines))
         for hit in hits[:10] if self.report is None else ():
             print(f"  {hit.where}: {hit.item}: {''.join(c if c.isprintable() else ' ' for c in hit.words)}")
         if self.remove is not None:

@@ -22,7 +22,7 @@ from minillama.commands.tables import print_pairs, print_table
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.files import refuse_url, replace_file
+from minillama.files import refuse_url, replace_text
 from minillama.inference.load import ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -192,6 +192,6 @@ def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], fo
     value = {"minillama": minillama.__version__, **folder.model, **settings, "sets": sets}
     value |= {"mean": mean_of(sets)._asdict()}
     for ending, text in ((".json", json.dumps(value, indent=2) + "\n"), (".md", markdown(sets, notes))):
-        path = replace_file(folder.path / f"{args.style}{shots}{ending}", lambda to, text=text: to.write_text(text))
+        path = replace_text(folder.path / f"{args.style}{shots}{ending}", text)
         print(f"written: {path}", file=sys.stderr)
     return 0

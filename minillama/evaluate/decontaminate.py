@@ -14,7 +14,7 @@ from minillama.data.cleaning.words import words
 from minillama.data.reading import BadText, holds_records, read_file, read_records
 from minillama.errors import InputError
 from minillama.evaluate.tasks import TASKS
-from minillama.files import digest, replace_file
+from minillama.files import digest, replace_text
 
 SHORTEST = 8  # words of a text that is shorter than n and still looked for, as a whole
 
@@ -137,9 +137,9 @@ def marker(path: Path) -> Path:
 def write(path: Path, source: Path, index: Index, kept: Iterable[str], removed: int) -> Decontaminated:
     """Write the documents that are kept, and the record beside them."""
     lines = list(kept)
-    replace_file(path, lambda to: to.write_text("".join(line + "\n" for line in lines), encoding="utf-8"))
+    replace_text(path, "".join(line + "\n" for line in lines))
     record = Decontaminated(digest(path), str(source), index.n, index.items, len(lines) + removed, removed)
-    replace_file(marker(path), lambda to: to.write_text(json.dumps(asdict(record), indent=2) + "\n"))
+    replace_text(marker(path), json.dumps(asdict(record), indent=2) + "\n")
     return record
 
 

@@ -97,11 +97,10 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             yield from _six_lines(path)
         else:
             with path.open(encoding="utf-8-sig", newline="") as file:
-                quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
-                lines = csv.DictReader(
-                    file, columns or None, "rest", delimiter="\t" if kind == ".tsv" else ",", quoting=quoting
-                )
-                yield from (Row(dict(row), f"{path}:{lines.line_num}") for row in lines)
+                tsv = kind == ".tsv"
+                rows = csv.reader(file, delimiter=",\t"[tsv], quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
+                names = columns or next(rows)
+                yield from (Row(dict(zip(names, row, strict=False)), f"{path}:{rows.line_num}") for row in rows)
 
 
 def _six_lines(path: Path) -> Iterator[Row]:

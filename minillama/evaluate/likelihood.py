@@ -99,18 +99,28 @@ def score(
         yield from results.ready()
 
 
+class _Target(NamedTuple):
+    """Prediction that is scored: offset of the node's token that makes it, predicted id, item and pair."""
+
+    at: int
+    token: int
+    pair: tuple[int, int]
+
+    def moved(self, by: int) -> _Target:
+        return self._replace(at=self.at - by)
+
+
 @dataclass
 class _Node:
     """Tokens behind those of the parent, and which of them predict what.
 
     Attributes:
-        targets: offset in `tokens`, the id that is predicted there, item and pair.
         positions: 2D position ids of an infilling model.
         prefix: length of its bidirectional part; 0 below the root.
     """
 
     tokens: list[int]
-    targets: list[tuple[int, int, tuple[int, int]]]
+    targets: list[_Target]
     children: list[_Node] = field(default_factory=list)
     positions: list[tuple[int, int]] = field(default_factory=list)
     prefix: int = 0
@@ -120,19 +130,16 @@ class _Node:
 def _trees(item: int, pairs: Sequence[Pair], context: int) -> list[_Node]:
     """Tree of an item's sequences: their common prefix, and below it the rest of each. Several if there is none."""
     ids = [[*before, *after][-(context + 1) :] for before, after in pairs]
-    starts = [len(one) - len(after) for one, (_, after) in zip(ids, pairs, strict=True)]
     shared = min(_common(ids), *(len(one) - 1 for one in ids))
-    groups = [[k] for k in range(len(ids))] if shared == 0 else [[*range(len(ids))]]
-    trees = []
-    for group in groups:
-        root = _Node(ids[group[0]][: shared or -1], [])
-        for k in group:
-            targets = [(at - 1, ids[k][at], (item, k)) for at in range(starts[k], len(ids[k]))]
-            root.targets += [target for target in targets if target[0] < len(root.tokens)]
-            rest = [(at - shared, *other) for at, *other in targets if at >= len(root.tokens)]
-            if rest:
-                root.children.append(_Node(ids[k][shared:-1], rest))
-        trees.append(root)
+    trees: list[_Node] = []
+    for k, (one, (_, after)) in enumerate(zip(ids, pairs, strict=True)):
+        if not trees or not shared:
+            trees.append(_Node(one[: shared or -1], []))
+        root = trees[-1]
+        targets = [_Target(at - 1, one[at], (item, k)) for at in range(len(one) - len(after), len(one))]
+        root.targets += [target for target in targets if target.at < len(root.tokens)]
+        rest = [target.moved(shared) for target in targets if target.at >= len(root.tokens)]
+        root.children += [_Node(one[shared:-1], rest)] if rest else []
     return trees
 
 
@@ -143,11 +150,11 @@ def _infilling(item: int, pairs: Sequence[Pair], blanks: Blanks, context: int) -
         key = tuple(before[-max(1, context - 1 - len(after)) :])
         layout = blanks.continuation(key)
         root = roots.setdefault(key, _Node(layout.tokens, [], [], layout.positions, layout.prefix))
-        root.targets.append((len(layout.tokens) - 1, after[0], (item, k)))
+        root.targets.append(_Target(len(layout.tokens) - 1, after[0], (item, k)))
         if len(after) > 1:
             mask, within = layout.positions[-1]
             places = [(mask, within + step) for step in range(1, len(after))]
-            targets = [(at, token, (item, k)) for at, token in enumerate(after[1:])]
+            targets = [_Target(at, token, (item, k)) for at, token in enumerate(after[1:])]
             root.children.append(_Node(list(after[:-1]), targets, [], places))
     return [*roots.values()]
 
@@ -157,14 +164,14 @@ def _shared(trees: Sequence[_Node]) -> list[_Node]:
     found: list[_Node] = []
     for run in _runs(sorted(trees, key=lambda tree: tree.tokens)):
         # every node keeps a token, and a position that predicts stays where it is
-        ends = [min([len(tree.tokens) - 1, *(at for at, *_ in tree.targets)]) for tree in run]
+        ends = [min([len(tree.tokens) - 1, *(target.at for target in tree.targets)]) for tree in run]
         size = min(*ends, _common([run[0].tokens, run[-1].tokens]))
         if len(run) == 1 or size < SHARED:
             found += run
             continue
         root = _Node(run[0].tokens[:size], [])
         for tree in run:
-            tree.tokens, tree.targets = tree.tokens[size:], [(at - size, *other) for at, *other in tree.targets]
+            tree.tokens, tree.targets = tree.tokens[size:], [target.moved(size) for target in tree.targets]
         root.children = _shared(run)
         found.append(root)
     return found
@@ -181,7 +188,7 @@ def _runs(trees: Iterable[_Node]) -> list[list[_Node]]:
     return runs
 
 
-def _common(rows: Sequence[Sequence[int]]) -> int:
+def _common(rows: Sequence[list[int]]) -> int:
     """Length of the common prefix."""
     low, high = min(rows), max(rows)  # in lexicographic order all others lie between them
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
@@ -263,15 +270,16 @@ class _Reader:
 
     def _score(self, hidden: Tensor, nodes: Sequence[_Node]) -> None:
         """Log-probabilities of the targets, of as many positions at once as their logits have room."""
-        targets = sorted((row, *target) for row, node in enumerate(nodes) for target in node.targets)
-        places = {place: i for i, place in enumerate(dict.fromkeys((row, at) for row, at, _, _ in targets))}
+        targets = sorted((row, target) for row, node in enumerate(nodes) for target in node.targets)
+        places = {place: i for i, place in enumerate(dict.fromkeys((row, target.at) for row, target in targets))}
         if not places:
             return
         rows, offsets = torch.tensor([*places], device=hidden.device).T
         chosen, size = hidden[rows, offsets], max(1, LOGITS // self.model.config.vocab_size)
-        index = torch.tensor([places[row, at] for row, at, _, _ in targets], device=hidden.device)
-        wanted = torch.tensor([token for _, _, token, _ in targets], device=hidden.device)
-        nats, greedy = [], []
+        index = torch.tensor([places[row, target.at] for row, target in targets], device=hidden.device)
+        wanted = torch.tensor([target.token for _, target in targets], device=hidden.device)
+        nats: list[float] = []
+        greedy: list[bool] = []
         for start in range(0, len(chosen), size):
             logits = self.model.head(chosen[start : start + size]).float().log_softmax(-1)
             own = (index >= start) & (index < start + size)
@@ -279,8 +287,8 @@ class _Reader:
             found = logits[at, token]
             nats += found.tolist()
             greedy += (found == logits.amax(-1)[at]).tolist()
-        for (*_, pair), value, is_greedy in zip(targets, nats, greedy, strict=True):
-            self.results.add(pair, value, is_greedy)
+        for (_, target), value, is_greedy in zip(targets, nats, greedy, strict=True):
+            self.results.add(target.pair, value, is_greedy)
 
 
 def _batches(nodes: Sequence[_Node], fits: Callable[[int, int], bool]) -> Iterator[list[_Node]]:

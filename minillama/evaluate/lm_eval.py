@@ -85,7 +85,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         rows, results = [*items.values()], [(0.0, False)] * len(pairs)
         for item, found in score(self.model, [[pairs[i] for i in row] for row in rows], self.blanks):
             for i, likelihood in zip(rows[item], found, strict=True):
-                results[i] = tuple(likelihood)
+                results[i] = likelihood.nats, likelihood.is_greedy
                 self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])
         return results
 

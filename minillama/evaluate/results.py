@@ -11,7 +11,7 @@ from minillama.errors import InputError
 from minillama.evaluate.comparison import Estimate, average, estimate, paired
 from minillama.evaluate.multiple_choice import Outcome, fingerprint
 from minillama.evaluate.task import Item, Task
-from minillama.files import complete_lines, reading, replace_file
+from minillama.files import complete_lines, reading, replace_text
 
 ITEMS, MODEL = "items.jsonl", "model.json"
 Key = tuple[str, str, str]
@@ -42,7 +42,7 @@ class ResultFolder:
                 what = "this folder has the results of another model"
                 raise InputError(what, where=path, found=found, expected=expected, fix="give another --output")
         else:
-            replace_file(path / MODEL, lambda to: to.write_text(json.dumps(self.model, indent=2) + "\n"))
+            replace_text(path / MODEL, json.dumps(self.model, indent=2) + "\n")
         self.known = read_outcomes(path / ITEMS)
 
     def missing(self, name: str, items: Sequence[Item]) -> list[Item]:
@@ -98,8 +98,8 @@ def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Ke
     own = task.forms[style].metric
     values: dict[str, Any] = {"title": task.title, "items": len(found), "metric": own}
     for metric in found[0].metrics:
-        one = estimate([one.is_right(metric) for one in found])
-        values |= {metric: one.mean, f"{metric}_stderr": one.error}
+        accuracy = estimate([one.is_right(metric) for one in found])
+        values |= {metric: accuracy.mean, f"{metric}_stderr": accuracy.error}
     golds = [one.gold for one in found]
     values["constant"] = max(map(golds.count, set(golds))) / len(golds)
     subjects: dict[str, list[bool]] = {}

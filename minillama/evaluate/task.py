@@ -20,7 +20,6 @@ from minillama.evaluate.cmmlu_subjects import SUBJECTS
 from minillama.evaluate.files import Row
 
 Style = Literal["lm-eval", "llama", "olmes", "olmes-mc"]
-Metric = Literal["acc", "acc_norm", "acc_pmi"]
 LETTERS = "ABCDE"
 CURATED = "fewshot/olmes_std_fewshot.json"
 SEED = 1234  # of few-shot examples and samples, in the harness and in OLMES
@@ -77,7 +76,7 @@ class Form:
     """
 
     prompt: str
-    metric: Metric = "acc"
+    metric: str = "acc"
     letter: str = ""
     description: str = ""
     shots: int = 0

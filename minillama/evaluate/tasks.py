@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from minillama.errors import InputError
-from minillama.evaluate.task import LETTERS, Form, Metric, Problem, Task
+from minillama.evaluate.task import LETTERS, Form, Problem, Task
 
 Value = Mapping[str, Any]
 NO_YES = {"false": 0, "0": 0, "no": 0, "true": 1, "1": 1, "yes": 1}
@@ -44,14 +44,15 @@ def hellaswag(value: Value, subject: str) -> Problem:
 
 def winogrande(value: Value, subject: str) -> Problem:
     """WinoGrande's own records, or instructions (LLM-Adapters) with the sentence and its options inside."""
-    sentence, options, answer = value.get("sentence"), (value.get("option1"), value.get("option2")), value["answer"]
-    if sentence is None:
+    if "sentence" in value:
+        sentence, *options = value["sentence"], value["option1"], value["option2"]
+    else:
         match = re.search(r"sentence: (.*?)\s*Option1: (.*?) Option2: (.*?) Answer format", value["instruction"], re.S)
         if match is None:
             raise ValueError("no sentence with its options in the instruction")
         sentence, *options = match.groups()
     sentence.index("_")
-    return Problem({"question": sentence}, tuple(options), int(answer.removeprefix("option") or 0) - 1)
+    return Problem({"question": sentence}, tuple(options), int(value["answer"].removeprefix("option") or 0) - 1)
 
 
 def lettered(value: Value, subject: str) -> Problem:
@@ -89,9 +90,7 @@ def _one_stop(text: str) -> str:
     return bracketless(text, r"\.? \[title\]")
 
 
-def _question(
-    prompt: str, ours: Metric, llama: Metric, olmes: Metric, stem: str = "Question: {question}"
-) -> dict[str, Form]:
+def _question(prompt: str, ours: str, llama: str, olmes: str, stem: str = "Question: {question}") -> dict[str, Form]:
     """Forms of a set of questions; `stem` is OLMES's question line, or more."""
     return {
         "lm-eval": Form(prompt, ours),
