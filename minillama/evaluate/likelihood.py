@@ -130,7 +130,7 @@ class _Node:
 def _trees(item: int, pairs: Sequence[Pair], context: int) -> list[_Node]:
     """Tree of an item's sequences: their common prefix, and below it the rest of each. Several if there is none."""
     ids = [[*before, *after][-(context + 1) :] for before, after in pairs]
-    shared = min(_common(ids), *(len(one) - 1 for one in ids))
+    shared = min([_common(ids), *(len(one) - 1 for one in ids)]) if ids else 0
     trees: list[_Node] = []
     for k, (one, (_, after)) in enumerate(zip(ids, pairs, strict=True)):
         if not trees or not shared:

@@ -115,7 +115,7 @@ def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0
         raise InputError("nothing to be scored", found=f"{len(ids)} tokens in windows of {length}", expected=">= 1")
     pairs = [[pair] for pair in windows(ids, tokenizer.bos_id, length)]
     nats = math.fsum(found[0].nats for _, found in likelihood.score(model, pairs, blanks))
-    return Score(nats, len(ids), len(text.encode()))
+    return Score(-nats, len(ids), len(text.encode()))
 
 
 def _as_masked_span(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:

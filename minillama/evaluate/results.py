@@ -134,7 +134,10 @@ def mean_of(sets: Mapping[str, Mapping[str, Any]]) -> Estimate:
 
 def table(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows, in percent; the accuracy by which the style reports a set has a star."""
-    metrics = [m for m in ("acc", "acc_norm", "acc_bytes", "acc_pmi") if any(m in one for one in sets.values())]
+    shown = ["acc", "acc_norm", "acc_bytes", "acc_pmi"]
+    if all(one.get("acc_bytes") == one.get("acc_norm") for one in sets.values()):
+        shown.remove("acc_bytes")  # in English
+    metrics = [metric for metric in shown if any(metric in one for one in sets.values())]
     has_other = any("against" in one for one in sets.values())
     rows = []
     for one in sets.values():
@@ -153,7 +156,7 @@ def table(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[s
         mean = mean_of(sets)
         blank = [""] * (len(metrics) - 1 + 1 + has_other)
         rows.append(["mean of *", str(mean.n), f"{100 * mean.mean:.2f} ±{100 * mean.error:.2f}", *blank])
-    return ["set", "items", *metrics, "constant", *["difference [95 %]"] * has_other], rows
+    return ["set", "items", *metrics, "constant", *["difference"] * has_other], rows
 
 
 def markdown(sets: Mapping[str, Mapping[str, Any]], lines: Sequence[str]) -> str:
