@@ -144,22 +144,14 @@ def write_tasks(data: Path, folder: Path, names: list[str], limit: int = 0) -> d
     return made
 
 
-def evaluate(model: Any, folder: Path, tasks: list[str], shots: int | None) -> dict[str, Any]:
+def evaluate(model: Any, folder: Path, tasks: list[str], shots: int | None, limit: int | None = None) -> dict[str, Any]:
     """The harness's results of a model, with samples."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    found = simple_evaluate(
-        model,
-        tasks=tasks,
-        num_fewshot=shots,
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
-    return dict(found)
+    settings: dict[str, Any] = {"num_fewshot": shots, "task_manager": manager, "limit": limit}
+    return dict(simple_evaluate(model, tasks=tasks, log_samples=True, bootstrap_iters=0, verbosity="ERROR", **settings))
 
 
 def sums(results: dict[str, Any], tasks: list[str]) -> list[list[float]]:
