@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from minillama.errors import optional_import
 from minillama.evaluate.likelihood import score
 from minillama.evaluate.multiple_choice import encode_pairs
@@ -56,7 +58,9 @@ class HarnessModel(LM):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         super().__init__()
-        args = ModelArgs(path, tokenizer, dtype, device or "auto", (adapter,) if adapter else ())
+        if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = "auto"  # the harness asks for cuda:0 unless told otherwise
+        args = ModelArgs(path, tokenizer, dtype, device, (adapter,) if adapter else ())
         self.model, self._tokenizer = args.load(quantize)
         self.blanks, self.max_gen_toks = blanks_of(self.model, self._tokenizer), max_gen_toks
         self.rows = int(batch_size) if str(batch_size).isdigit() else 16

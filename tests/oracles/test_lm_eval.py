@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -120,3 +121,12 @@ def test_real_weights(sets: Any, shared: Path, smollm2: Path, tmp_path: Path) ->
     models = backends(tmp_path / "model")
     (tmp_path / "piqa").mkdir()
     compare(sets, shared / "eval", tmp_path / "piqa", models, "piqa", 2, 0)
+
+
+def test_the_harness_s_own_command_line(sets: Any, shared: Path, small: Path, tmp_path: Path) -> None:
+    sets.write_tasks(shared / "eval", tmp_path, ["piqa"], 3)
+    command = [sys.executable, "-m", "minillama.evaluate.lm_eval", "run", "--model", "minillama"]
+    command += ["--model_args", f"path={small}", "--tasks", "local_piqa", "--include_path", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "local_piqa" in done.stdout and "acc_norm" in done.stdout
