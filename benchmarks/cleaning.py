@@ -89,6 +89,7 @@ def steps(options: argparse.Namespace) -> None:
 
     import datatrove.utils.text
     import datatrove.utils.word_tokenizers
+    import xxhash
     from datatrove.data import Document
     from datatrove.pipeline.dedup import minhash
 
@@ -123,6 +124,7 @@ def steps(options: argparse.Namespace) -> None:
         elif isinstance(step, NearDuplicates):
             with tempfile.TemporaryDirectory() as folder:
                 signer = minhash.MinhashDedupSignature(folder)
+                signer._hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())  # its own fails with xxhash 4
                 theirs = rate(lambda text, signer=signer: signer.get_signature(signer.get_shingles(text)), texts)
         print(f"{step.name:20} {mine:9,.0f} " + (f"{theirs:9,.0f} {mine / theirs:6.2f}" if theirs else ""), flush=True)
 

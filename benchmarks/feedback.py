@@ -8,7 +8,7 @@
 
 bandit: a closed-form optimum for every objective and KL estimator, which the policy's exact probabilities are held
 against. sorting: five digits, fine-tuning and then GRPO and PPO by an exact checker, and random rewards as a control.
-addition: two-digit sums by GRPO and PPO from a model that gets some right, and by fine-tuning for the same seconds.
+addition: two-digit sums by GRPO from a model that gets some right, and by fine-tuning for the same seconds.
 stories: stories260K (llama2.c's checkpoint and tokenizer) learns to write happy words; a reward without a bound is
 hacked and raises the alarms, one with a bound works. Held-out questions throughout. speed: beside TRL.
 """
@@ -291,7 +291,7 @@ def run_sorting(args: argparse.Namespace) -> None:
 
 # addition
 
-WAYS = ("grpo", "ppo", "fine-tuning")
+WAYS = ("grpo", "fine-tuning")
 
 
 def addition(folder: Path, seed: int, seconds: float, way: str, start: Path) -> tuple[dict[str, float], float]:

@@ -259,7 +259,7 @@ def compare(args: argparse.Namespace) -> None:
             words = [sys.executable, __file__, name, place, str(args.steps)]
             done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
-                raise SystemExit(f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+                raise SystemExit(f"{name} ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
             found = json.loads(done.stdout.splitlines()[-1])
             beside = f", one by one {found['one_by_one']:.0f}" if "one_by_one" in found else ""
             print(

@@ -30,7 +30,6 @@ class Chinese(Step):
     max_duplicate_line_characters: float = 0.2
 
     def measure(self, draft: Draft) -> Figures:
-        """Figures of the rules."""
         text = draft.text = _BETWEEN.sub("", draft.text)
         size, lines = max(len("".join(text.split())), 1), [line.strip() for line in text.split("\n") if line.strip()]
         count, characters = duplicates(lines)

@@ -162,7 +162,6 @@ class Classifier(Step):
     max_score: float = 1.0
 
     def measure(self, draft: Draft) -> Figures:
-        """Score."""
         return {"score": _load(self.path).score(draft.text)}
 
 

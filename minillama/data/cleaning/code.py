@@ -31,7 +31,6 @@ class Code(Step):
     min_characters: int = 1
 
     def __call__(self, draft: Draft) -> Removal | None:
-        """License and extension, then the figures."""
         license = draft.fields.get("license")
         if isinstance(license, str) and license and not license.lower().startswith(self.licenses):
             return Removal("license", license)
@@ -42,7 +41,6 @@ class Code(Step):
         return super().__call__(draft)
 
     def measure(self, draft: Draft) -> Figures:
-        """Figures of the rest."""
         draft.text = text = without_header(draft.text)
         lengths = list(map(len, text.split("\n")))
         return {

@@ -24,19 +24,15 @@ class _Hashed(CorpusStep):
     """Step over equal hashes: `hashed` gives those of a document, `chosen` the rows of a group that go."""
 
     def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
-        """Details and what is hashed for each."""
         raise NotImplementedError
 
     def chosen(self, group: Groups) -> NDArray[np.bool_]:
-        """All but the first row of each group."""
         return np.arange(len(group.first)) > group.first
 
     def collector(self) -> Rows:
-        """Hashes."""
         return _Hashes(self)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Verdicts on the chosen rows; the other document is the first of the group."""
         removed = 0
         for group in groups(collected):
             gone = self.chosen(group)
@@ -63,11 +59,9 @@ class ExactDuplicates(_Hashed):
     name: Literal["exact-duplicates"] = "exact-duplicates"
 
     def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
-        """The text."""
         yield 0, _SPACE.sub(" ", draft.text).strip()
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Remove a duplicate."""
         return self.like_another(draft, found, names, "duplicate", "copies")
 
 
@@ -80,7 +74,6 @@ class _Lines(_Hashed):
     """Lines and characters that must be left."""
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Remove the lines."""
         gone = set(found["detail"].tolist())
         lines = [line for number, line in enumerate(draft.text.split("\n")) if number not in gone]
         draft.text = "\n".join(lines)
@@ -95,7 +88,6 @@ class DuplicateParagraphs(_Lines):
     name: Literal["duplicate-paragraphs"] = "duplicate-paragraphs"
 
     def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
-        """Normalized lines."""
         normal = enumerate(map(normalized_for_duplicates, draft.text.split("\n")))
         return ((number, line) for number, line in normal if line)
 
@@ -109,12 +101,10 @@ class HostLines(_Lines):
     """Pages of a host on which a line repeats."""
 
     def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
-        """Host and line."""
         host, lines = host_of(draft.url), enumerate(draft.text.split("\n"))
         return ((number, f"{host}\n{line.strip()}") for number, line in lines if host and line.strip())
 
     def chosen(self, group: Groups) -> NDArray[np.bool_]:
-        """Rows of groups that span enough documents."""
         row = np.arange(len(group.first))
         is_new = (row == group.first) | (np.diff(group.documents, prepend=group.documents[:1]) != 0)
         return np.bincount(group.first, is_new, len(row))[group.first] >= self.pages

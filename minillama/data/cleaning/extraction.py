@@ -30,7 +30,6 @@ class Extract(Step):
     min_characters: int = 1
 
     def __call__(self, draft: Draft) -> Removal | None:
-        """Extract, unless the page is too large."""
         if draft.kind != "html":
             return None
         figures = {"html_characters": len(draft.text), "depth": depth(draft.text)}

@@ -24,7 +24,6 @@ class Language(Step):
     min_score: float = 0.65
 
     def __call__(self, draft: Draft) -> Removal | None:
-        """Identify, and remove other languages."""
         draft.language, score = identify(draft.text)
         gone = self.judge(draft, {"language": draft.language, "score": score})
         return Removal("language", draft.language) if self.keep and draft.language not in self.keep else gone

@@ -25,7 +25,6 @@ class Latex(Step):
     min_characters: int = 1
 
     def measure(self, draft: Draft) -> Figures:
-        """Cut and expand."""
         text = _COMMENT.sub(r"\1", _COMMENT_LINE.sub("", draft.text))
         macros = definitions(text)
         start = _START.search(text)

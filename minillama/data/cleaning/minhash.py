@@ -69,11 +69,9 @@ class NearDuplicates(CorpusStep):
         return keys
 
     def collector(self) -> _Signatures:
-        """Signatures and their bands."""
         return _Signatures(self)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Verdicts on all but the first of a cluster."""
         find, parent = _Signature(collected), dict[int, int]()
         for group in groups(collected):
             for one, other in self._similar(group, find):
@@ -112,7 +110,6 @@ class NearDuplicates(CorpusStep):
         return sorted(pairs)
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Remove a near duplicate."""
         return self.like_another(draft, found, names, "duplicate", "similarity")
 
 

@@ -27,7 +27,6 @@ class ModelScore(Step):
     max_bits_per_byte: float = 1e9
 
     def measure(self, draft: Draft) -> Figures:
-        """Score."""
         import torch
 
         from minillama.layers.cross_entropy import log_probabilities

@@ -33,11 +33,9 @@ class Overlap(CorpusStep):
     """N-grams of more documents are left out: quotations, headers."""
 
     def collector(self) -> Rows:
-        """Sampled n-grams and their number."""
         return _Sampled(self)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Verdicts on the contained documents."""
         sizes: dict[int, int] = {}
         for part, path in enumerate(collected):
             table = np.load(path.with_suffix(SIZES), allow_pickle=False)
@@ -57,7 +55,6 @@ class Overlap(CorpusStep):
         return {"contained": len(gone)}
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Remove a contained document."""
         return self.like_another(draft, found, names, "overlap", "share")
 
 

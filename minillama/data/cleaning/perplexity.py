@@ -133,7 +133,6 @@ class Perplexity(Step):
     max_perplexity: float = 1e9
 
     def measure(self, draft: Draft) -> Figures:
-        """Perplexity."""
         return {"perplexity": _load(self.path, self.tokenizer, self.normalize).perplexity(draft.text)}
 
 
@@ -164,11 +163,9 @@ class Buckets(CorpusStep):
         return value if isinstance(value, int | float) else None
 
     def collector(self) -> Rows:
-        """Figures by language."""
         return _Values(self)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Bucket of each document, and the cutoffs of each language."""
         found: dict[str, list[NDArray[np.float64]]] = {}
         for part, path in enumerate(collected):
             for language, rows in json.loads(path.read_text(encoding="utf-8")).items():
@@ -183,7 +180,6 @@ class Buckets(CorpusStep):
         return {"cutoffs": cutoffs}
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Name the bucket; remove a document of another than those kept."""
         label = self.labels[int(found["value"][0])] if len(found) else "all"
         self.judge(draft, {"bucket": label})
         return Removal("bucket", label) if len(found) and label not in self.keep else None

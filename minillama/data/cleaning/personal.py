@@ -32,7 +32,6 @@ class PersonalData(Step):
     max_replaced: int = 100
 
     def measure(self, draft: Draft) -> Figures:
-        """Replace, and count."""
         counts = Counter[str]()
 
         def replace(match: re.Match[str]) -> str:

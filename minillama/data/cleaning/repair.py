@@ -19,7 +19,6 @@ class Repair(Step):
     """Share of U+FFFD, where bytes are lost."""
 
     def measure(self, draft: Draft) -> Figures:
-        """Repair, and count."""
         ftfy = optional_import("ftfy", "the repair of characters", "data")
         config = ftfy.TextFixerConfig(
             unescape_html=False, fix_character_width=False, uncurl_quotes=False, normalization=None
@@ -41,7 +40,6 @@ class SimplifiedChinese(Step):
     """Share of the rarer of the two scripts among the characters that tell them apart."""
 
     def measure(self, draft: Draft) -> Figures:
-        """Convert, and measure how mixed the scripts were."""
         simplified = _converter("t2s").convert(draft.text)
         texts = simplified, _converter("s2t").convert(draft.text)
         counts = [sum(map(str.__ne__, draft.text, text)) for text in texts]

@@ -25,7 +25,6 @@ class StackExchange(Step):
     min_characters: int = 1
 
     def measure(self, draft: Draft) -> Figures:
-        """Compose the text."""
         answers = [answer for answer in draft.fields.pop("answers", ()) if isinstance(answer, Mapping)]
         kept = sorted((a for a in answers if _score(a) >= self.lowest_score), key=_score, reverse=True)
         title = draft.fields.get("title")

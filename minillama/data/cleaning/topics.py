@@ -26,7 +26,6 @@ class SensitiveWords(Step):
     """Share of the text's characters."""
 
     def measure(self, draft: Draft) -> Figures:
-        """Occurrences."""
         found = _pattern(self.path).findall(draft.text.lower())
         return {"words": len(found), "share": sum(map(len, found)) / max(len(draft.text), 1)}
 
