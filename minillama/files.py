@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -11,8 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
+from typing import Any
 
 from minillama.errors import InputError
+
+LARGEST = 2**25
+"""Bytes of a configuration at most: Python's objects take twenty times as much."""
 
 
 def cache_folder() -> Path:
@@ -57,6 +62,64 @@ def reading(path: Path, what: str = "this file", fix: str | None = None) -> Iter
         yield
     except OSError as error:
         raise InputError(f"cannot read {what}: {error.strerror}", where=path, fix=fix) from None
+
+
+def check_size(size: float, most: float, where: object, unit: str = "bytes") -> None:
+    """Refuse what is larger than any real one. The environment variable MINILLAMA_LIMITS multiplies all such bounds.
+
+    Raises:
+        InputError: it is.
+    """
+    factor = os.environ.get("MINILLAMA_LIMITS", "1")
+    most *= float(factor) if re.fullmatch(r"\d{1,9}([.]\d{1,9})?", factor) else 1
+    if size > most:
+        fix = (
+            "if it is what it should be, set MINILLAMA_LIMITS=10 in the environment: bounds are ten times as high then"
+        )
+        expected = f"at most {most:,.0f} {unit}"
+        raise InputError("this is too large", where=where, found=f"{size:,.0f} {unit}", expected=expected, fix=fix)
+
+
+def read_bytes(path: Path, fix: str | None = None, most: int = LARGEST) -> bytes:
+    """The whole of a file of someone else, which is a regular one and not too large.
+
+    Raises:
+        InputError: it is not, or cannot be read.
+    """
+    with reading(path, path.name, fix), open(path, "rb", opener=regular) as file:
+        check_size(os.fstat(file.fileno()).st_size, most, path)
+        return file.read()
+
+
+def read_text(path: Path, fix: str | None = None, most: int = LARGEST) -> str:
+    """The whole of a file of someone else, which is UTF-8, without its byte order mark.
+
+    Raises:
+        InputError: it is not, or as `read_bytes`.
+    """
+    try:
+        return read_bytes(path, fix, most).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError("this file is not UTF-8 text", where=path, found=error) from None
+
+
+def read_json(path: Path, fix: str | None = None, most: int = LARGEST) -> dict[str, Any]:
+    """The whole of a file of someone else, which is a JSON object.
+
+    Raises:
+        InputError: it is not, is nested too deep, holds a lone surrogate, or as `read_text`.
+    """
+    text = read_text(path, fix, most)
+    try:
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        found = f"{str(error)[:200]}; it starts with {text[:40]!r}"
+        raise InputError(f"not a readable {path.name}", where=path, found=found, fix=fix) from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path.name} is not a JSON object", where=path, found=type(value).__name__)
+    return value
 
 
 def free_name(path: Path) -> Path:

@@ -29,15 +29,15 @@ KEYS = {
 ORIGINAL = ("original_max_seq_len", "original_max_position_embeddings")
 FACTORS = [(name, name) for name in ("factor", "low_freq_factor", "high_freq_factor")]
 SCALING = {"linear": FACTORS[:1], "llama3": [*FACTORS, ORIGINAL]}
-# model_type -> class of transformers; our fields -> its keys, and those that a file may lack; our switches; its keys
-# that have one value here
+# model_type -> class of transformers; our fields -> its keys, those that a file may lack, other spellings of them;
+# our switches; its keys that have one value here
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {
         "class": "LlamaForCausalLM",
         "keys": KEYS,
         "optional": ("n_kv_heads", "head_dim", "max_seq_len", "norm_eps", "tie_embeddings"),
         "switches": {},
-        "fixed": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None},
+        "fixed": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     },
     "bloom": {
         "class": "BloomForCausalLM",
@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "max_seq_len": "seq_length",
         },
         "optional": ("max_seq_len",),
+        "also": {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
         "switches": {"norm": "layer", "position": "alibi", "mlp": "gelu", "bias": "all", "embedding_norm": True},
         "fixed": {"apply_residual_connection_post_layernorm": False, "slow_but_exact": False, "pretraining_tp": 1},
     },
@@ -63,10 +64,16 @@ MODELS: dict[str, dict[str, Any]] = {
             "max_seq_len": "context_length",
         },
         "optional": ("max_seq_len",),
+        "also": {"max_position_embeddings": "context_length"},
         "switches": {"norm": "layer", "position": "none", "mixer": "wkv", "mlp": "channel-mix", "embedding_norm": True},
         "fixed": {"rescale_every": 0},  # it halves activations for float16, which is not used here
     },
 }
+MISTRAL = {
+    "sliding_window": 4096,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}  # transformers' defaults
 SAME = ("slow_but_exact", "pretraining_tp", "rescale_every")  # keys with which transformers computes the same
 
 
@@ -85,12 +92,14 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
             raise InputError("the model's fields are not a table", where=f"{where}, {OWN}", found=found)
         return dict(own), {}
     if kind == "mistral":
-        kind, values = "llama", {"sliding_window": 4096, **values}  # the default of transformers
+        kind, values = "llama", _mistral(values, where)
     if not isinstance(kind, str) or kind not in MODELS:
         where, expected = f"{where}, model_type", f"llama, mistral, bloom, rwkv or {OWN}"
         raise InputError("this model type is not supported", where=where, found=kind, expected=expected)
-    model, width = MODELS[kind], values.get("hidden_size")
-    classes = values.get("architectures") or [""]
+    model = MODELS[kind]
+    spelt = {theirs: values[other] for other, theirs in model.get("also", {}).items() if other in values}
+    values = {**spelt, **{key: value for key, value in values.items() if value is not None or key not in spelt}}
+    width, classes = values.get("hidden_size"), values.get("architectures") or [""]
     table: dict[str, Any] = {}
     if str(classes[0]).endswith(SEQUENCE):
         table = {"head": "score", "pad_id": values.get("pad_token_id") or 0}
@@ -100,7 +109,7 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
         elif ours not in model["optional"]:
             raise InputError(f"{theirs} is missing", where=where)
     for key, only in (model["fixed"] | ({"attention_hidden_size": width} if kind == "rwkv" else {})).items():
-        if key not in SAME and values.get(key) not in (None, only):
+        if key not in SAME and values.get(key) not in (None, only) and (key, values[key]) != ("hidden_act", "swish"):
             raise InputError(f"{key} is not supported", where=f"{where}, {key}", found=values[key], expected=only)
     if kind == "llama":
         return table | _rope(values, where), KEYS
@@ -109,12 +118,26 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
     return table | model["switches"] | ({"n_heads": 1, "init": "rwkv"} if kind == "rwkv" else {}), KEYS | model["keys"]
 
 
+def _mistral(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """LLaMA's keys of a Mistral: up to its window, sliding-window attention is full attention."""
+    values = MISTRAL | dict(values)
+    window, longest = values["sliding_window"], values["max_position_embeddings"]
+    if window is not None and (type(window) is not int or window < 1):
+        raise InputError("not a window of tokens", where=f"{where}, sliding_window", found=repr(window)[:80])
+    return values | ({"max_position_embeddings": min(longest, window)} if window and type(longest) is int else {})
+
+
 def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    # version 5 has the base inside the table, version 4 beside it
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise InputError("the rope parameters are not a table", where=where, found=repr(rope))
-    theta = {"rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0))}
+    # version 5 has the base inside the table, version 4 beside it; transformers lets version 4's table win
+    tables = [table for key in ("rope_scaling", "rope_parameters") if (table := values.get(key))]
+    rope = tables[0] if tables else {}
+    if not all(isinstance(table, Mapping) for table in tables):
+        raise InputError("the rope parameters are not a table", where=where, found=repr(tables)[:80])
+    bases = [table.get("rope_theta") for table in (rope, values, *tables)]
+    theta = {"rope_theta": next((base for base in bases if base is not None), 10000.0)}
+    if (other := tables[-1].get("rope_theta") if tables else None) not in (None, theta["rope_theta"]):
+        found = f"{theta['rope_theta']!r} and {other!r}"
+        raise InputError("two values of rope_theta", where=f"{where}, rope_scaling and rope_parameters", found=found)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta

@@ -23,7 +23,7 @@ from minillama.data.shards import Shard, ShardWriter, damaged, token_dtype
 from minillama.data.sources import OnError, Source, identity
 from minillama.data.split import Part, SplitName, SplitSource
 from minillama.errors import InputError
-from minillama.files import digest
+from minillama.files import digest, read_json
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
 VERSION = 1  # of the cache format; a change invalidates the cache
@@ -230,10 +230,10 @@ def _open_shard(folder: Path, listed: dict[str, Any], verify: bool) -> Shard:
 def _read_table(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
         if table["version"] == VERSION:
             return table
         problem = f"version {table['version']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise damaged(path, "this is not the table of a tokenized source", problem)

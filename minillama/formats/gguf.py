@@ -50,6 +50,15 @@ KEYS = {
     "norm_eps": "llama.attention.layer_norm_rms_epsilon",
     "rope_theta": "llama.rope.freq_base",
 }
+# keys that change what is computed, each with the value at which it changes nothing
+NEUTRAL: dict[str, Any] = {
+    "logit_scale": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "expert_count": 0,
+    "attention.causal": True,
+}
 DEFAULTS = {"n_kv_heads": 0, "head_dim": 0, "vocab_size": 0, "rope_theta": 10000.0}  # of keys that a file may lack
 ROPE_FREQS = "rope_freqs.weight"
 INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes of a block
@@ -68,6 +77,10 @@ def read(path: Path) -> ModelFile:
     config = _config(header, path)
     table = layout(config, NAMES, interleaved=True)
     check_tensors(table, {name: info.shape for name, info in header.tensors.items()}, path, {ROPE_FREQS})
+    for name, info in header.tensors.items():
+        if len(info.shape) == 1 and info.dtype not in FLOATS:
+            found, expected = info.dtype, ", ".join(FLOATS)
+            raise InputError("not a type of a norm", where=f"{path}, {name}", found=found, expected=expected)
     packed = {
         name: entry for entry in table.values() for name in entry.ours if header.tensors[entry.name].dtype in INT4
     }
@@ -101,14 +114,29 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     values["norm_eps"] = float(str(np.float32(values["norm_eps"])))
     values["tie_embeddings"] = "output.weight" not in header.tensors
     config = ModelConfig.from_keys(values, path, KEYS)
+    _refuse_others(header, config, path)
     scaling = _scaling(header, config, path)
     return ModelConfig.from_keys(values | {"rope_scaling": scaling}, path, KEYS) if scaling else config
 
 
+def _refuse_others(header: GGUFHeader, config: ModelConfig, path: Path) -> None:
+    """Refuse keys of another computation than LLaMA's."""
+    widths = dict.fromkeys(("attention.value_length", "rope.dimension_count"), config.head_dim)
+    window = header.metadata.get("llama.attention.sliding_window")
+    wide = {"attention.sliding_window": window if type(window) is int and window >= config.max_seq_len else 0}
+    for key, neutral in {**NEUTRAL, **widths, **wide}.items():
+        found = header.metadata.get(f"llama.{key}", neutral)
+        if isinstance(found, np.ndarray) or found != neutral:
+            what, where = "this is not supported", f"{path}, llama.{key}"
+            raise InputError(what, where=where, found=str(found)[:80], expected=neutral)
+
+
 def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, Any] | None:
-    kind = header.get("llama.rope.scaling.type", str, "none")
+    old = header.get("llama.rope.scale_linear", float, 1.0)  # before November 2023
+    factor = header.get("llama.rope.scaling.factor", float, old) or 1.0
+    kind = header.get("llama.rope.scaling.type", str, "none" if factor == 1.0 else "linear")
     if kind == "linear":
-        return {"kind": "linear", "factor": header.get("llama.rope.scaling.factor", float, 1.0)}
+        return {"kind": "linear", "factor": factor}
     if kind != "none":
         where = f"{path}, llama.rope.scaling.type"
         raise InputError("this rope scaling is not supported", where=where, found=kind, expected="none or linear")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,18 @@ def read_header(path: Path) -> dict[str, Stored]:
         what = "the file is cut short" if at > data else "there are bytes after the last tensor"
         raise InputError(what, where=path, found=f"{data} bytes of data", expected=f"{at}")
     return tensors
+
+
+def refuse_integers(stored: Mapping[str, Stored], path: Path) -> None:
+    """Refuse integers in place of a model's parameters, which need scales that this file does not say how to apply.
+
+    Raises:
+        InputError: the first tensor of such a type.
+    """
+    for name, tensor in stored.items():
+        if not re.fullmatch("B?F(16|32|64)", tensor.dtype):
+            expected = "F64, F32, F16 or BF16"
+            raise InputError("not a type of weights", where=f"{path}, {name}", found=tensor.dtype, expected=expected)
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:

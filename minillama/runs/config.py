@@ -214,7 +214,7 @@ class RunConfig:
 
     name: str = "tiny"
     """The run's folder is runs/NAME unless --out says otherwise."""
-    seed: int = field(default=1, metadata={"min": 0})
+    seed: int = field(default=1, metadata={"min": 0, "max": 2**32 - 1})
     """Random seed of initialization, data order and dropout."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig.load("llama-tiny"))
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -23,7 +23,7 @@ from minillama.tokenizer.pre import PRE, pattern_of
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.spec import Parts, to_dict
 from minillama.tokenizer.special import SpecialEncoder
-from minillama.tokenizer.stream import StreamDecoder
+from minillama.tokenizer.stream import StreamDecoder, added_words
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Members kept of a loaded tokenizer_config.json, besides those that save() writes itself.
@@ -227,11 +227,18 @@ class Tokenizer:
             raise InputError("this id is not in the vocabulary", found=bad, expected=f"0 to {self.vocab_size - 1}")
         # The library overlooks special tokens that its file calls `normalized`, as Llama 2's does.
         kept = [i for i in ids if not (skip_special and i in self.special_ids)]
+        if not self._added_words.keys().isdisjoint(kept):
+            stream = self.stream(skip_special)
+            return "".join([*map(stream.push, kept), stream.flush()])
         return self.backend.decode(kept, skip_special_tokens=False)
 
     def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
         """A streaming detokenizer, `after` the ids of a prompt."""
         return StreamDecoder(self.backend, self.special_ids, skip_special, after)
+
+    @cached_property
+    def _added_words(self) -> dict[int, str]:
+        return added_words(self.backend)
 
     @cached_property
     def vocab_size(self) -> int:
