@@ -7,24 +7,38 @@ import math
 import shutil
 import sys
 import time
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from minillama.errors import InputError
 
-# dense bfloat16 matrix products with float32 accumulation, FLOP/s, from the vendors' data sheets
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+if TYPE_CHECKING:
+    import torch
+
+
+class GPU(NamedTuple):
+    """Memory of a GPU in GB as sold, and its peak of dense bfloat16 matrix products with float32 sums, in FLOP/s."""
+
+    memory: int
+    flops: float
+
+
+# from the vendors' data sheets; of two names in a device's the first counts
+GPUS = {
+    "B200": GPU(180, 2250e12),
+    "H200": GPU(141, 989e12),
+    "H100 PCIe": GPU(80, 756e12),
+    "H100": GPU(80, 989e12),
+    "A100 40GB": GPU(40, 312e12),
+    "A100": GPU(80, 312e12),
+    "L40S": GPU(48, 362e12),
+    "RTX A6000": GPU(48, 155e12),
+    "RTX 5090": GPU(32, 210e12),
+    "A10": GPU(24, 125e12),
+    "L4": GPU(24, 121e12),
+    "RTX 4090": GPU(24, 165e12),
+    "RTX 3090": GPU(24, 71e12),
+    "RTX 4080": GPU(16, 97e12),
+    "RTX 3070": GPU(8, 41e12),
 }
 
 
@@ -38,6 +52,8 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
     Raises:
         InputError: a device that this machine or this torch lacks.
     """
+    import torch
+
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in available.items() if there))
@@ -53,6 +69,8 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
     `auto` takes bfloat16 where the processor multiplies it in hardware (AVX-512 BF16 or AMX, Ampere and
     later). float16 is never chosen.
     """
+    import torch
+
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
@@ -69,6 +87,8 @@ def decoding_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
     There a bfloat16 matrix product takes up to two hundred times as long as a float32 one.
     """
+    import torch
+
     return choose_dtype("auto", device) if stored == torch.bfloat16 else stored
 
 
@@ -81,9 +101,11 @@ def compiler_missing(device: torch.device) -> str | None:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of the device's matrix products: from the data sheet, or the best of several measurements."""
+    import torch
+
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        known = next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
         if known is not None and dtype == torch.bfloat16:
             return known
     size = 1024 if device.type == "cpu" else 4096

@@ -33,6 +33,11 @@ class InputError(ValueError):
         parts = [("where", where), ("found", found), ("expected", expected), ("do", fix)]
         super().__init__("\n".join([what] + [f"  {name}: {value}" for name, value in parts if value is not None]))
 
+    def parts(self) -> dict[str, str]:
+        """The parts that were given, by name."""
+        names = ("what", "where", "found", "expected", "fix")
+        return {name: str(value) for name in names if (value := getattr(self, name)) is not None}
+
     def at(self, where: object) -> InputError:
         """The same error at another place."""
         return InputError(self.what, where=where, found=self.found, expected=self.expected, fix=self.fix)

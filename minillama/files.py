@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
@@ -35,6 +36,21 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
         fix = "download it yourself and give the path: nothing here uses the network unasked"
         raise InputError("this is a URL, and a path is expected", where=path, fix=fix)
+
+
+def model_folder(path: Path) -> Path:
+    """Model folder of a run's folder, said on standard error; another path as it is.
+
+    It is the run's last model, and before the end that of its newest checkpoint.
+    """
+    if not (path / "config.toml").is_file() or (path / "config.json").exists():
+        return path
+    steps = [step for step in (path / "checkpoints").glob("step-*") if step.name[5:].isdigit()]
+    found = path / "model"
+    if not found.is_dir():
+        found = max(steps, key=lambda step: int(step.name[5:]), default=path)
+    print(f"{path} is a run; its {'model' if found.name == 'model' else 'newest checkpoint'}: {found}", file=sys.stderr)
+    return found
 
 
 def regular(path: str, flags: int) -> int:

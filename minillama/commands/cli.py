@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,11 @@ COMMANDS = {
     "plan": "parameter counts, memory and FLOPs of a model, without building it",
     "scaling": "scaling laws: fit finished runs, plan a run for a budget, sweep tiny runs",
 }
-RENAMED = {"--verbalisers": "--verbalizers"}  # options since the last release
+# options since the last release
+RENAMED = {
+    "classify": {"--verbalisers": "--verbalizers"},
+    "plan": {"--seq-len": "--context", "--batch-size": "--batch", "--devices": "--gpus"},
+}
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -63,7 +68,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 130
         internal = f"internal error: {type(error).__name__}: {error}; --debug shows the traceback"
-        print(f"error: {error}" if isinstance(error, InputError) else internal, file=sys.stderr)
+        if "--json" in words:  # for whoever reads standard output
+            print(json.dumps({"error": error.parts() if isinstance(error, InputError) else {"what": internal}}))
+        else:
+            print(f"error: {error}" if isinstance(error, InputError) else internal, file=sys.stderr)
         return 1
 
 
@@ -86,9 +94,10 @@ def _dispatch(words: list[str], prog: str | None) -> int:
     else:
         import tyro
 
-        for old in RENAMED.keys() & set(rest):
-            say_renamed(old, RENAMED[old])
-        rest = [RENAMED.get(word, word) for word in rest]
+        renamed = RENAMED.get(name, {})
+        for old in renamed.keys() & set(rest):
+            say_renamed(old, renamed[old])
+        rest = [renamed.get(word, word) for word in rest]
         refuse_repeated(rest)
         args = tyro.cli(command.Args, args=rest, prog=prog or f"minillama {name}", description=command.__doc__)
     status: int = command.run(args)

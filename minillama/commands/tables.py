@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,29 @@ def plain(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def bytes_text(number: float, digits: int = 4) -> str:
+    """Bytes in the unit of 1 to 1023: `12.5 GiB`."""
+    power = min(int(math.log2(number or 1)) // 10, 4)
+    scaled = number / 1024**power
+    value = f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.{digits}g}"
+    return f"{value} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def count_text(number: float) -> str:
+    """Number to four digits: `14.29 G`, from 10^18 on `5.777e21`."""
+    power = max(0, min(int(math.log10(number or 1)) // 3, 5))
+    scaled = f"{number / 1000**power:.4g} {('', 'k', 'M', 'G', 'T', 'P')[power]}".strip()
+    return scaled if number < 1e18 else f"{number:.4g}".replace("e+", "e")
+
+
+def duration_text(seconds: float) -> str:
+    """Duration in one unit: `16 s`, `12 minutes`, `5.2 hours`, `167 days`, `47 years`."""
+    units = {"years": 365.25 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
+    unit, size = next(((unit, size) for unit, size in units.items() if seconds >= 2 * size), ("s", 1))
+    value = seconds / size
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
 
 
 def print_pairs(title: str, pairs: Mapping[str, Any], width: int = 0) -> None:

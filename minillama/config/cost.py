@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+from minillama.config.lora import HEAD, LoRAConfig
 from minillama.config.model import ModelConfig
+from minillama.config.parameters import KV_HEADS, Parameter, block
 
+# per value of a block's matrices; int4 has a bfloat16 scale and zero point per group of 32
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.625}
 SPARE = 256  # minimum slots beside a window's: the chunk of chunked prefill
 
 
@@ -30,10 +36,10 @@ class TrainingMemory(_Parts):
     """Training memory in bytes, by part.
 
     Attributes:
-        weights: parameters.
-        gradients: of the parameters.
-        optimizer: optimizer state, two moments per parameter.
-        casts: low-precision copies of the matrices, which autograd keeps; 0 in float32.
+        weights: parameters, those of adapters among them.
+        gradients: of the trained parameters.
+        optimizer: optimizer state, two moments per trained parameter.
+        casts: copy of the parameters in a lower precision, or what is gathered or dequantized for a layer; else 0.
         activations: tensors saved for the backward pass, the logits aside.
         logits: a chunk of logits, and the gradients of the head computed with it.
     """
@@ -59,81 +65,133 @@ class InferenceMemory(_Parts):
     state: int
 
 
+@lru_cache
+def _split(config: ModelConfig, tensor: int) -> tuple[int, int, int]:
+    """Parameters per tensor-parallel rank: of one block, of its largest matrix, and of all that is outside."""
+
+    def share(row: Parameter) -> int:
+        axis = row.split_axis
+        parts = 1 if axis is None else min(tensor, config.n_kv_heads) if row.axes[axis] == KV_HEADS else tensor
+        return -(-math.prod(row.shape(config)) // parts)
+
+    inside = [share(row) for row in block(config).values()]
+    outside = (share(row) for name, row in config.parameters().items() if not name.startswith("model.layers."))
+    return sum(inside), max(inside), sum(outside)
+
+
+def weight_bytes(config: ModelConfig, kind: str, other_bytes: int = 2, tensor: int = 1) -> int:
+    """Bytes of the weights per tensor-parallel rank.
+
+    Args:
+        kind: float32, bfloat16, int8 or int4, of the blocks.
+        other_bytes: per parameter of embedding, head and last norm, where the blocks are quantized.
+        tensor: tensor-parallel ranks.
+    """
+    inside, _, outside = _split(config, tensor)
+    width = WEIGHT_BYTES[kind]
+    return int(config.n_layers * inside * width + outside * max(other_bytes, width))
+
+
 def training_memory(
     config: ModelConfig,
     batch: int,
     seq_len: int,
     *,
-    weight_bytes: int = 4,
-    grad_bytes: int = 4,
+    parameter_bytes: int = 4,
     optimizer_bytes: int = 8,
     activation_bytes: int = 4,
     checkpointing: bool = False,
+    lora: LoRAConfig | None = None,
+    quantize: str = "none",
+    fused_norm: bool = False,
+    shard: int = 1,
+    tensor: int = 1,
 ) -> TrainingMemory:
-    """Training memory of one step on one device.
+    """Training memory of one step per device.
 
     Activations are the tensors that autograd keeps for `model.Decoder`, with a fused attention kernel (no
     T x T matrix). Values per token and block, in `activation_bytes` unless another type is named:
 
-    - each of two norms, in the weights' type: its input D and the normalized input D; in float32 the
-      reciprocal root 1
-    - the input of q, k and v: D, or 3D where each of these linear layers casts its own. The same for gate and
-      up: D or 2D
+    - each of two norms: input D and normalized input D in float32, the reciprocal root 1; fused: its input D as it is,
+      and the root
+    - the inputs of q, k and v, D, and of gate and up, D
     - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
     - gate F, up F, silu(gate) F, their product F
+    - r for each adapter
 
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
-    input and of the head's matrix, in float32, and a chunk of logits. With checkpointing the
-    inputs of all blocks are kept, and one block at a time in full. CUDA's fused norm does not keep the normalized
-    input, compiled blocks recompute more, and SwiGLU in C++ (`native/swiglu.py`) keeps none of its four. Rotary
-    tables, attention masks, allocator fragmentation, workspaces of kernels in C++, and the attention weights that
-    bfloat16 keeps on a CPU where attention is not C++ (`layers/attend.py`, HT to 2HT bytes per token and block, below
-    a context of 1024) are left out.
+    input and, unless it is frozen, of the head's matrix, in float32, and a chunk of logits. With checkpointing the
+    inputs of all blocks are kept, and one block at a time in full. Compiled blocks recompute more, and SwiGLU in C++
+    (`native/swiglu.py`) keeps none of its four. Rotary tables, attention masks, allocator fragmentation, workspaces of
+    kernels in C++, and the attention weights that bfloat16 keeps on a CPU where attention is not C++
+    (`layers/attend.py`, HT to 2HT bytes per token and block, below a context of 1024) are left out.
+
+    Fully sharded data parallelism (FSDP; Rajbhandari et al. 2020, arXiv 1910.02054, §5.3) divides parameters,
+    gradients and optimizer state. Two blocks and what is outside of them are gathered at a time, and the gradients of
+    the larger of these are whole until they are reduced. Tensor parallelism (`config/parameters.py`) with sequence
+    parallelism (Korthikanti et al. 2022, arXiv 2205.05198, §4.2.2) divides matrices, and activations but for the
+    gathered inputs of linear layers; adapters are counted whole.
 
     Args:
         batch: B, sequences in memory at once (the micro-batch).
-        weight_bytes: per parameter.
-        grad_bytes: per gradient.
+        parameter_bytes: per parameter, and per gradient.
         optimizer_bytes: state per parameter; AdamW has two float32 moments, 8.
         activation_bytes: per value of a matrix product: 4 in float32, 2 in bfloat16.
         checkpointing: each block is recomputed in the backward pass.
+        lora: adapters in float32 on frozen weights in `activation_bytes`; None trains all weights.
+        quantize: int8 or int4, of the blocks' weights under adapters.
+        fused_norm: as torch has it on CUDA.
+        shard: devices that parameters, gradients and optimizer state are divided by.
+        tensor: tensor-parallel ranks, which share the batch.
     """
-    count, tokens = config.num_params(), batch * seq_len
-    cast = activation_bytes < weight_bytes
-    norms = (2 * config.n_layers + 1) * config.dim
+    width, tokens, kv_parts = activation_bytes, batch * seq_len, min(tensor, config.n_kv_heads)
+    inside, largest, outside = _split(config, tensor)
+    count = config.n_layers * inside + outside
+    sites = {} if lora is None else lora.sites(config)
+    trained = count if lora is None else lora.num_params(config)
+    if lora is None:
+        weights, casts = count * parameter_bytes, count * width if width < parameter_bytes else 0
+    else:
+        kind = quantize if quantize != "none" else "float32" if width == 4 else "bfloat16"
+        weights, casts = weight_bytes(config, kind, width, tensor) + 4 * trained, largest * width
+        casts = 0 if quantize == "none" else casts
+    if shard > 1:
+        reduced = 0 if sites else parameter_bytes * max(inside, outside)
+        weights, trained, casts = weights // shard, trained // shard, width * (2 * inside + outside) + reduced
+
+    norm = (width if fused_norm else 8) * config.dim + 4
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    values = (5 if cast else 2) * config.dim + 2 * q + 2 * kv + 4 * config.hidden_dim
-    block = 2 * (2 * config.dim * weight_bytes + 4) + 4 * config.n_heads + activation_bytes * values
-    inputs = weight_bytes * config.dim  # the residual stream, which is not cast
-    kept = config.n_layers * inputs + block - inputs if checkpointing else config.n_layers * block
-    ends = 8 + 2 * weight_bytes * config.dim + 4
+    low_rank = len(sites) * (lora.rank if lora else 0) // config.n_layers
+    split = 2 * norm + 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim)
+    kept = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank)
+    stream = width * config.dim / tensor
+    kept = config.n_layers * stream + kept - stream if checkpointing else config.n_layers * kept
+    rows, vocab = min(tokens, loss_rows(config.vocab_size, width)), config.vocab_size / tensor
+    has_grad = lora is None or HEAD in sites or HEAD in lora.whole(config)
     return TrainingMemory(
-        weights=count * weight_bytes,
-        gradients=count * grad_bytes,
-        optimizer=count * optimizer_bytes,
-        casts=(config.num_params(embedding=False) - norms) * activation_bytes if cast else 0,
-        activations=tokens * (kept + ends),
-        logits=activation_bytes * config.vocab_size * min(tokens, loss_rows(config.vocab_size, activation_bytes))
-        + tokens * activation_bytes * config.dim
-        + 4 * config.vocab_size * config.dim,
+        weights=weights,
+        gradients=trained * (parameter_bytes if lora is None else 4),
+        optimizer=trained * optimizer_bytes,
+        casts=casts,
+        activations=int(tokens * (kept + 8 + norm / tensor)),
+        logits=int(width * (vocab * rows + tokens * config.dim) + 4 * vocab * config.dim * has_grad),
     )
 
 
 def inference_memory(
-    config: ModelConfig, batch: int, seq_len: int, weight_bytes: float = 2, kv_bytes: float = 2
+    config: ModelConfig, batch: int, seq_len: int, weights: str = "bfloat16", kv_bytes: float = 2, tensor: int = 1
 ) -> InferenceMemory:
-    """Inference memory, without the activations of the decode step, which are small beside it.
+    """Inference memory per device, without the activations of the decode step, which are small beside it.
 
     Args:
         batch: sequences at once.
         seq_len: tokens of each, prompt included.
-        weight_bytes: per parameter, on average: 4 float32, 2 bfloat16, 1 int8, 0.5 int4 (scales not counted).
+        weights: float32, bfloat16, int8 or int4, see `weight_bytes`.
         kv_bytes: per value of the KV cache.
+        tensor: tensor-parallel ranks.
     """
-    return InferenceMemory(
-        weights=int(config.num_params() * weight_bytes),
-        state=batch * config.state_bytes(seq_len, kv_bytes),
-    )
+    state = batch * config.state_bytes(seq_len, kv_bytes) // min(tensor, config.n_kv_heads)
+    return InferenceMemory(weight_bytes(config, weights, tensor=tensor), state)
 
 
 def cache_slots(config: ModelConfig, seq_len: int, window: int = 0, sinks: int = 0) -> int:

@@ -18,7 +18,10 @@ from minillama.errors import InputError, optional_import
 from minillama.files import reading
 
 RECORDS = (".jsonl", ".json", ".ndjson")
-"""Suffixes of files with records."""
+"""Suffixes of files with records, in any case."""
+PACKED = (".gz", ".zst")
+"""Suffixes of compressed files."""
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 
 _LOCATIONS = 5
 _CHUNK = 2**20
@@ -101,11 +104,26 @@ def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
     Raises:
         InputError: the file cannot be opened, or needs a package that is not installed.
     """
-    if not is_jsonl(path):
+    if _format(path) in TABLES:
+        what, fix = "a table is not read", "convert it to JSONL, or rename it to .txt to read it as text"
+        raise InputError(what, where=path, expected=f"{', '.join(RECORDS)} or text", fix=fix)
+    if not holds_records(path):
         yield from _items(path, lambda stream: [_document(stream.read(), path)])
         return
     for item in read_records(path):
         yield item if isinstance(item, BadText) else from_record(item.value, key, item.where)
+
+
+def read_lines(path: Path, key: str = "") -> Iterator[Document | BadText]:
+    """Documents of a text file, one per line; .gz and .zst are decompressed."""
+
+    def lines(stream: io.BufferedIOBase) -> Iterator[Document | BadText]:
+        for number, data in enumerate(stream, 1):
+            text = _decode(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, path, number)
+            where = f"{path}:{number}"
+            yield text if isinstance(text, BadText) else Document(text.removesuffix("\n").removesuffix("\r"), where)
+
+    return _items(path, lines)
 
 
 def read_records(path: Path) -> Iterator[Record | BadText]:
@@ -127,7 +145,7 @@ def holds_records(path: Path) -> bool:
 
 
 def _format(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
 def from_record(record: dict[str, Any], key: str, where: str) -> Document | BadText:
@@ -274,9 +292,9 @@ def _decode(data: bytes, path: Path, line: int | None = None) -> str | BadText:
 
 
 def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix != ".zst":
+    if path.suffix.lower() != ".zst":
         return path.open("rb")
     zstandard = optional_import("zstandard", "a .zst file", "data")
     return io.BufferedReader(_Chunks(_zstd_frames(path.open("rb"), zstandard)), _CHUNK)

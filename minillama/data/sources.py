@@ -36,7 +36,7 @@ T = TypeVar("T")
 OnError = Literal["stop", "skip"]
 
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
-_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".jsonl")
+_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", *RECORDS)
 _HF = "hf:"
 _NAMES = (*BUILTIN, PYTHON_QA, *TASKS)
 
@@ -192,7 +192,7 @@ def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> It
     for path in (path for path in entries if not path.name.startswith(".")):
         if path.is_dir():
             yield from _walk(path, above | {real}, suffixes)
-        elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(suffixes):
+        elif path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes):
             yield path
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.files import refuse_url
+from minillama.files import model_folder, refuse_url
 from minillama.formats import gguf, hf, llama2c, meta
 from minillama.formats.gguf_header import is_gguf, read_header
 from minillama.formats.model_file import ModelFile
@@ -54,15 +54,14 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         InputError: no such path, a URL, or an unknown format; and the errors of the adapter.
     """
     refuse_url(path)
-    path = Path(path)
+    path = model_folder(Path(path))
     if path.is_dir():
         if (path / "config.json").exists():
             return hf.read(path)
         if (path / meta.PARAMS).exists():
             return meta.read(path)
-        what, inner = "no config.json in the model folder, and no params.json", path / "model"
-        fix = f"give the model inside the run, {inner}" if (inner / "config.json").exists() else None
-        raise InputError(what, where=path, expected=EXPECTED, fix=fix)
+        what = "no config.json in the model folder, and no params.json"
+        raise InputError(what, where=path, expected=EXPECTED)
     try:
         if not path.exists():
             raise InputError("no such model", where=path, expected=EXPECTED)

@@ -73,13 +73,18 @@ class Sampling:
     """Drop tokens less probable than P times the most probable."""
     repetition_penalty: float = field(default=1.0, metadata={"above": 0})
     """Over 1 makes tokens that were already there less likely."""
-    seed: int = 0
+    seed: int = field(default=0, metadata={"min": -(2**63), "max": 2**63 - 1})
     """Of the random choices; prompt i of a batch uses seed + i."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken; below 1e-6 logits divided by the temperature may be infinite."""
+        return self.temperature < 1e-6
 
 
 def distribution(logits: Tensor, settings: Sampling) -> Tensor:
     """Sampling distribution after the whole chain but the penalty: logits (B, V) -> (B, V); greedy: one-hot."""
-    if settings.temperature == 0:
+    if settings.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
     logits = temperature(logits, settings.temperature)
     if settings.top_k:
@@ -102,7 +107,7 @@ class Sampler:
     """
 
     def __init__(self, settings: Sampling, prompt: Sequence[int], vocab_size: int, seed: int | None = None) -> None:
-        self.settings = settings
+        self.settings, self.alike = settings, replace(settings, seed=0)  # equal for those that are chosen together
         self.generator = torch.Generator().manual_seed(settings.seed if seed is None else seed)
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1.0:
@@ -119,9 +124,7 @@ class Sampler:
 
     def draw(self, probabilities: Tensor) -> int:
         """Token from its distribution (V,)."""
-        if self.settings.temperature == 0:
-            return int(probabilities.argmax())
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        return int(probabilities.argmax()) if self.settings.temperature == 0 else draw(probabilities[None], [self])[0]
 
     def take(self, token: int) -> None:
         """Count a token as seen."""
@@ -135,6 +138,18 @@ class Sampler:
         return other
 
 
+def draw(probabilities: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Inverse transform sampling: the first token of each row (B, V) whose cumulative probability exceeds u.
+
+    Each sampler draws its u, uniform in [0, 1). A token of probability 0 is never the first.
+    """
+    sums = probabilities.cumsum(-1)
+    uniform = torch.cat([torch.rand(1, generator=sampler.generator) for sampler in samplers])[:, None]
+    total = sums[:, -1:]  # 1 but for rounding
+    aims = torch.minimum(uniform * total, total.nextafter(torch.zeros(())))
+    return torch.searchsorted(sums, aims, right=True)[:, 0].tolist()
+
+
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Batched sampling: logits (B, V) -> one token id per row, counted as seen; equal settings together.
 
@@ -143,16 +158,15 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
-        groups.setdefault(replace(sampler.settings, seed=0), []).append(row)
+        groups.setdefault(sampler.alike, []).append(row)
     tokens = [0] * len(samplers)
     for settings, rows in groups.items():
         group = [samplers[row] for row in rows]
         penalized = _penalized(logits if len(rows) == len(samplers) else logits[rows], group)
-        if settings.temperature == 0:  # `max` is twice as fast as `argmax`, and its index too is the first of equals
+        if settings.is_greedy:  # `max` is twice as fast as `argmax`, and its index too is the first of equals
             chosen = penalized.max(-1).indices.tolist()
         else:
-            pairs = zip(group, distribution(penalized, settings), strict=True)
-            chosen = [sampler.draw(probabilities) for sampler, probabilities in pairs]
+            chosen = draw(distribution(penalized, settings), group)
         for row, sampler, token in zip(rows, group, chosen, strict=True):
             sampler.take(token)
             tokens[row] = token

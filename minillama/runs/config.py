@@ -19,6 +19,7 @@ from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup
 from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
+from minillama.files import model_folder
 from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
     OBJECTIVES,
@@ -272,9 +273,9 @@ class RunConfig:
         if wanted.reads == "text" and wanted.special_tokens and self.context < 8:
             expected = "at least 8 tokens"
             raise InputError("no masked span fits", where="train.context", found=self.context, expected=expected)
-        if wanted.special_tokens and self.data.mask_documents:
-            what = "infilling attends to the whole sequence"
-            expected = f"false with objective {wanted.name}"
+        if self.data.mask_documents and (wanted.special_tokens or self.model.mixer == "wkv"):
+            what = "infilling and recurrences read the whole sequence"
+            expected = f"false with objective {wanted.name} and mixer {self.model.mixer}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
 
     def _check_mup(self) -> None:
@@ -343,7 +344,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     table = overrides(words_with_new_names(words), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
-    start = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
+    given = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
+    start = str(model_folder(Path(given))) if given else ""
     if start and (preset or changes):
         raise InputError(
             "the model's shape is that of train.init_from",
@@ -361,9 +363,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    if start and not config.tokenizer.path:
-        config = replace(config, tokenizer=replace(config.tokenizer, path=start))
-    return config
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+    return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,17 +19,15 @@ GIB = 2**30
 
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
     """Training memory of `minillama plan` for a micro-batch of `rows` sequences."""
-    width, recomputes, model = dtype.itemsize, config.train.checkpointing, config.model
-    if config.lora is None:
-        return training_memory(model, rows, config.context, activation_bytes=width, checkpointing=recomputes)
-    frozen = training_memory(
-        model, rows, config.context, weight_bytes=width, activation_bytes=width, checkpointing=recomputes
+    return training_memory(
+        config.model,
+        rows,
+        config.context,
+        activation_bytes=dtype.itemsize,
+        checkpointing=config.train.checkpointing,
+        lora=config.lora,
+        quantize=config.train.quantize,
     )
-    trained, ends = config.lora.num_params(model), model.vocab_size * model.dim * (1 if model.tie_embeddings else 2)
-    # int4 has a scale and a zero point per group of 32
-    linear = {"none": width, "int8": 1.0, "int4": 0.625}[config.train.quantize]
-    weights = int(width * ends + linear * (model.num_params() - ends)) + 4 * trained
-    return replace(frozen, weights=weights, gradients=4 * trained, optimizer=8 * trained, casts=0)
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers
 
 from minillama.errors import InputError
 from minillama.formats.gguf_header import GGUFHeader, read_header
@@ -45,11 +46,7 @@ def read(file: Path) -> Parts:
     elif kind == "gpt2":
         pre = header.get(f"{PREFIX}pre", str)
         backend = _byte_level(header, pre, pieces)
-        bos, eos, add_bos = (
-            _name(header, "bos"),
-            _name(header, "eos", 11),
-            PRE[pre] == "llama-3",
-        )  # llama.cpp's defaults
+        bos, eos, add_bos = _name(header, "bos"), _name(header, "eos", 11), PRE[pre] == "llama-3"  # as llama.cpp
     else:
         where = f"{file}, {PREFIX}model"
         raise InputError("this kind of tokenizer is not supported", where=where, found=kind, expected="llama or gpt2")
@@ -85,7 +82,11 @@ def _byte_level(header: GGUFHeader, pre: str, pieces: Pieces) -> Backend:
     merges = [(left, right) for left, _, right in pairs if known >= {left, right, left + right}]
     special = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
     words = pieces.of_type(PieceType.USER_DEFINED)
-    return byte_level_bpe(pieces.names, merges, PRE[pre], special, words, ignore_merges=PRE[pre] == "llama-3")
+    is_llama_3 = PRE[pre] == "llama-3"
+    backend = byte_level_bpe(pieces.names, merges, PRE[pre], special, words, ignore_merges=is_llama_3)
+    if PRE[pre] == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    return backend
 
 
 def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> list[Any]:

@@ -22,7 +22,7 @@ class StreamDecoder:
 
     Incomplete characters are buffered. The time per push is constant. (tokenizers' own DecodeStream waits
     forever, and slows down, after bytes that are not valid UTF-8, and it has no flush.) Where the text of a token
-    depends on more than its neighbors, as with the suffixes of the first BPE vocabularies, all of it comes at the flush.
+    depends on more than its neighbors, as with the suffixes of old BPE vocabularies, all of it comes at the flush.
 
     With `skip_special`, special tokens give no text; `after` are the ids of the prompt.
     """

@@ -12,7 +12,7 @@ from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
-from minillama.inference.quantize import quantize
+from minillama.inference.quantize import quantize_head, quantized
 from minillama.model import Decoder
 from minillama.model.lora import add_lora
 from minillama.runs.config import RunConfig
@@ -41,20 +41,23 @@ class Start:
 
         In float32; under an adapter the weights are frozen, and as the passes read them.
         """
-        train, lora, generator = self.config.train, self.config.lora, torch.Generator().manual_seed(self.config.seed)
+        train, lora, rows = self.config.train, self.config.lora, self.config.model.vocab_size
+        generator = torch.Generator().manual_seed(self.config.seed)
         if self.initial is None:
             model = Decoder(self.config.model, train.dropout)
             model.init_weights(generator, self.config.mup)
             return model.to(self.device)
-        model = Decoder(self.initial.config, train.dropout).to(torch.float32 if lora is None else self.dtype)
-        model.load_state_dict({name: tensor.to(model.dtype) for name, tensor in self.initial.tensors.items()})
-        model.stop_ids, model.sampling = self.initial.stop_ids, self.initial.sampling
-        if self.config.model.vocab_size > self.initial.config.vocab_size:
-            model.resize_embeddings(self.config.model.vocab_size, train.init_embeddings, generator)
-        model = model.to(self.device)
-        if lora is None:
-            return model
-        return add_lora(quantize(model, train.quantize), lora, generator=generator)
+        if train.quantize == "none":
+            with torch.device("meta"):
+                model = Decoder(self.initial.config, train.dropout)
+            model.fill(self.initial, torch.float32 if lora is None else self.dtype, self.device)
+        else:  # a tied head stays the embedding: a copy in int8 would be neither exact nor small
+            model = quantized(self.initial, train.quantize, self.dtype, self.device, False, train.dropout, head=False)
+        if rows > self.initial.config.vocab_size:
+            model.resize_embeddings(rows, train.init_embeddings, generator)
+        if train.quantize != "none" and model.lm_head is not None:
+            quantize_head(model)
+        return model if lora is None else add_lora(model, lora, generator=generator)
 
 
 def resolve(config: RunConfig, is_resumed: bool = False) -> Start:

@@ -88,8 +88,8 @@ class Trainer:
         self.working = cast(Decoder, objective.models[MODEL])
         if config.train.compile != "false":
             use_native_kernels(self.working, report.say)
-        mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
-        self.compiler = Compiler(mode, self.working, report)
+        stays_eager = config.train.compile == "auto" and (config.train.deterministic or not objective.compiles)
+        self.compiler = Compiler("false" if stays_eager else config.train.compile, self.working, report)
 
     def train(self) -> None:
         """Training from the current step to the last.
@@ -167,7 +167,7 @@ class Trainer:
         norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
         reason = self.guard.judge(losses.loss, norm)
         outcome = self._update(step + 1) if reason is None else self._skip(batch, reason, math.isfinite(losses.loss))
-        tokens, seconds = batch.tokens.numel() * self.ranks.world, time.perf_counter() - began
+        tokens, seconds = int(batch.kept.sum()) * self.ranks.world, time.perf_counter() - began
         self.state.count(tokens, seconds)
         record = _finite({**prepared, **losses.record(), "step": step + 1, "loss": losses.loss, "lr": rate, **norms})
         record |= self._costs(tokens / seconds)
@@ -222,6 +222,8 @@ class Trainer:
         A peak that a step beats was measured under contention, and is again.
         """
         flops = self.config.model.flops_per_token(self.config.context) * speed
+        if self.config.lora is not None:  # no gradients of the frozen weights
+            flops *= 2 / 3
         if flops > self.peak and self.state.step >= self.next_peak:
             self.peak = max(self.peak, peak_flops(self.model.device, self.dtype))
             self.next_peak = self.state.step + PEAK_EVERY

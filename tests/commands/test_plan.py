@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from minillama.commands import cli
+from minillama.commands.tables import duration_text
 from minillama.config import ModelConfig
 from minillama.config.cost import inference_memory, training_memory
 from minillama.config.loader import config_names
+from minillama.device import GPUS
 
 
 def plan_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -36,13 +39,15 @@ def test_known_numbers_of_70b(capsys: pytest.CaptureFixture[str]) -> None:
     assert table["inference_bytes"]["weights"] == {
         "float32": 275_906_592_768,
         "bfloat16": 137_953_296_384,
-        "int8": 68_976_648_192,
-        "int4": 34_488_324_096,
+        "int8": 69_500_944_384,
+        "int4": 43_831_312_384,
     }
     assert table["inference_bytes"]["state_per_token"] == 327_680
     assert table["inference_bytes"]["state"] == 4096 * 327_680
     assert table["tensors"]["model.layers.79.mlp.down_proj.weight"] == [8192, 28672]
     assert table["training"]["tokens"] == 20 * 68_976_648_192
+    fit = {one["gigabytes"]: one for one in table["fits"]}
+    assert not fit[80]["fits"] and min(fit[80]["instead"].values()) < 72 * 2**30 < fit[80]["missing"]
     assert table["flops_per_token"]["training"] == 3 * table["flops_per_token"]["forward"]
 
 
@@ -59,18 +64,80 @@ def test_every_preset_adds_up(name: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_options_reach_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
-    size = ["--seq-len", "64", "--batch-size", "3", "--dtype", "float32"]
-    time = ["--tokens", "1e9", "--tflops", "2", "--devices", "5"]
+    size = ["--context", "64", "--batch", "3", "--dtype", "float32"]
+    time = ["--tokens", "1e9", "--tflops", "2", "--gpus", "5"]
     table = plan_json(capsys, "stories15m", *size, *time)
     config = ModelConfig.load("stories15m")
-    for name, checkpointing in (("plain", False), ("checkpointing", True)):
-        expected = training_memory(config, 3, 64, activation_bytes=4, checkpointing=checkpointing)
-        assert table["training_bytes"][name]["activations"] == expected.activations
-        assert table["training_bytes"][name]["total"] == expected.total
+    for split, shard in (("data parallel", 1), ("FSDP", 5)):
+        expected = training_memory(config, 3, 64, fused_norm=True, shard=shard)
+        assert table["training_bytes"][split]["activations"] == expected.activations
+        assert table["training_bytes"][split]["total"] == expected.total
     assert table["inference_bytes"]["state"] == inference_memory(config, 3, 64, kv_bytes=4).state
     flops = 1e9 * config.flops_per_token(64)
     assert table["training"]["flops"] == flops
     assert table["training"]["days"] == pytest.approx(flops / (5 * 2e12) / 86400)
+    given = plan_json(capsys, "stories15m", "--tokens", "8640000", "--tokens-per-second", "50")["training"]
+    assert given["days"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        (["--gpu-memory", "24"], []),
+        (["--gpu-memory", "24", "--train", "qlora", "--checkpointing"], ["data parallel"]),
+        (["--gpu", "h100", "--gpus", "8", "--checkpointing"], ["FSDP", "tensor parallel"]),
+        (["--gpu-memory", "80", "--gpus", "3"], ["FSDP"]),  # 3 divides no heads
+    ],
+)
+def test_7b_fits(words: list[str], fits: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    [fit] = plan_json(capsys, "llama-2-7b", *words)["fits"]
+    assert fit["fits"] == fits
+
+
+def test_what_is_suggested_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    for fit in plan_json(capsys, "llama-2-13b", "--batch", "8")["fits"]:
+        assert fit["instead"]
+        for options, number in fit["instead"].items():
+            words, _, split = options.partition(" (")
+            changed = ([] if "--batch" in words else ["--batch", "8"]) + words.split()
+            asked = plan_json(capsys, "llama-2-13b", *changed)
+            memory = asked["training_bytes"]["FSDP" if split else "checkpointing"]["total"]
+            assert memory == number <= 0.9 * fit["gigabytes"] * 2**30
+
+
+def test_models_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llama-2-7b", "llama-2-70b", "--train", "lora", "--gpu", "RTX 4090"]) == 0
+    rows = {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["parameters"] == ["6.738", "B", "68.98", "B"]
+    assert rows["fits RTX 4090"][0] == "no," and rows["KV cache per token"] == ["512", "KiB", "320", "KiB"]
+    tables = plan_json(capsys, "llama-2-7b", "llama-2-70b")
+    assert [table["model"] for table in tables] == ["llama-2-7b", "llama-2-70b"]
+
+
+def test_every_known_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llama-3-8b", "--train", "qlora", "--checkpointing", "--gpu", "all"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n{name} " in out for name in GPUS)
+    assert re.search(r"RTX 3070 +8 +41 +no, .* too much", out) and re.search(r"\nL4 +24 +121 +yes", out)
+
+
+def test_a_run_tells_its_own_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(ModelConfig.load("stories15m").to_hf()))
+    lines = [{"step": i, "tokens_per_second": speed} for i, speed in enumerate((None, 10.0, 40.0, 50.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = plan_json(capsys, str(tmp_path), "--tokens", "3456000")["training"]
+    assert training["speed_of"] == "measured" and training["days"] == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.3, "1.3 s"), (16, "16 s"), (740, "12 minutes"), (18_800, "5.2 hours"), (3.2 * 86400, "3.2 days")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+    assert duration_text(1.71e4 * 86400) == "47 years"
 
 
 @pytest.mark.parametrize(("name", "kept"), [("stories15m", 38), ("bloom-tiny", 64)])
@@ -86,7 +153,7 @@ def test_a_window_takes_what_was_planned(
     from minillama.layers.cache import KVCache
     from minillama.model import Decoder
 
-    size = ["--seq-len", "64", "--batch-size", "2", "--dtype", "float32"]
+    size = ["--context", "64", "--batch", "2", "--dtype", "float32"]
     planned = plan_json(capsys, name, *size, "--window", "16", "--sinks", "6")["inference_bytes"]
     assert planned["state_tokens"] == kept
     model = Decoder(ModelConfig.load(name))
@@ -115,8 +182,7 @@ def test_tables_are_plain_and_narrow(name: str, capsys: pytest.CaptureFixture[st
 def test_human_units(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "llama-2-70b"]) == 0
     rows = {line[:30].strip(): line.split()[-2:] for line in capsys.readouterr().out.splitlines() if "iB" in line}
-    assert rows["weights, bfloat16"] == ["128.5", "GiB"]
-    assert rows["KV cache, bfloat16, per token"] == ["320", "KiB"]
+    assert rows["float32"] == ["80", "GB"]
 
 
 def test_a_hugging_face_folder_and_a_toml_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,9 +198,11 @@ def test_a_hugging_face_folder_and_a_toml_file(tmp_path: Path, capsys: pytest.Ca
     ("words", "message"),
     [
         (["llama2-70b"], "did you mean 'llama-2-70b'?"),
-        (["llama-tiny", "--seq-len", "100000"], "at most the model's max_seq_len"),
-        (["llama-tiny", "--batch-size", "0"], "at least 1"),
-        (["llama-tiny", "--tflops", "nan"], "more than 0"),
+        (["llama-tiny", "--context", "100000"], "at most the model's max_seq_len"),
+        (["llama-tiny", "--seq-len", "100000"], "--context"),
+        (["llama-tiny", "--batch", "0"], "at least 1"),
+        (["llama-tiny", "--tflops", "nan"], "a finite number"),
+        (["llama-tiny", "--gpu", "abacus"], "RTX 4090"),
     ],
 )
 def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +210,8 @@ def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[st
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
+    assert cli.main(["plan", *words, "--json"]) == 1
+    assert message in " ".join(json.loads(capsys.readouterr().out)["error"].values())
 
 
 @pytest.mark.parametrize("extra", [[], ["--json"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -49,6 +51,25 @@ class Batch:
     def total(self, name: str) -> float:
         """The divisor of a term, or of a metric: where there is none of its name the first term's; 1 instead of 0."""
         return self.totals.get(name, next(iter(self.totals.values()))) or 1.0
+
+    @property
+    def sequences(self) -> Tensor:
+        """(..., T) ids of the rows' documents, each row's its own."""
+        shape = self.tokens.shape[:-1]
+        rows = torch.arange(math.prod(shape), device=self.tokens.device).view(*shape, 1)
+        documents = self.mask.documents
+        return rows.expand_as(self.tokens) if documents is None else documents + rows * (documents.max() + 1)
+
+    @property
+    def kept(self) -> Tensor:
+        """(..., T) flags of the tokens that a causal model must read: those up to a sequence's last trained one."""
+        if self.weights.shape != self.tokens.shape:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        ids, trained = self.sequences.flatten(), self.weights.flatten() != 0
+        at = torch.arange(len(ids), device=ids.device)
+        following = torch.where(trained, at, len(ids)).flip(0).cummin(0).values.flip(0)
+        kept = (following < len(ids)) & (ids[following.clamp(max=len(ids) - 1)] == ids)
+        return kept.view_as(self.tokens)
 
     def share(self, rank: int, world: int) -> Batch:
         """The examples of one process among several; the totals stay those of all, so that gradients are summed.
@@ -112,6 +133,8 @@ class Objective(Protocol):
     """The measure by which the best checkpoint is kept, and its direction."""
     writes_text: bool = True
     """Whether a sample of the model's text shows what it learns."""
+    compiles: bool = True
+    """Whether compiled blocks may be faster than what it does with eager ones."""
     prompts: Sequence[Sequence[int]] = ()
     """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
 
@@ -139,7 +162,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Instructions | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Prompts | Records)
 
 
 @dataclass(eq=False)
