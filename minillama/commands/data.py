@@ -1,15 +1,18 @@
-"""Data sets: show the records of a fine-tuning file as a model reads them."""
+"""Data sets: clean text; show, grade and make the records of a fine-tuning file."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from minillama.commands.best_of_n import BestOfN
+from minillama.commands.data_clean import Clean
+from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, conversations
 from minillama.data.reading import BadText, Skipped
@@ -118,12 +121,21 @@ def _summary(shown: Sequence[Rendered], template: Template, report: Skipped) -> 
     return "; ".join(parts + [str(report)] * bool(str(report)))
 
 
-def parse(words: Sequence[str]) -> Show:
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
+    "clean": Clean,
+    "show": Show,
+    "difficulty": Difficulty,
+    "best-of-n": BestOfN,
+}
+Subcommand = Clean | Show | Difficulty | BestOfN
+
+
+def parse(words: Sequence[str]) -> Subcommand:
     """Subcommand of the command line."""
     refuse_repeated(words)
-    return tyro.extras.subcommand_cli_from_dict({"show": Show}, args=list(words), prog="minillama data")
+    return tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, args=list(words), prog="minillama data")
 
 
-def run(args: Show) -> int:
+def run(args: Subcommand) -> int:
     """Run the subcommand."""
     return args.run()

@@ -47,8 +47,9 @@ def in_segments(
     """Attention by `kernel`, called once per segment where the mask has segments."""
     if mask.segments is None:
         return kernel(q, k, v, mask)
-    parts = zip(*(x.split(mask.segments, dim=2) for x in (q, k, v)), strict=True)
-    outputs = [kernel(*part, KernelMask(None, True)).transpose(1, 2) for part in parts]
+    qs, ks, vs = (x.split(mask.segments, dim=2) for x in (q, k, v))
+    causal = KernelMask(None, True)
+    outputs = [kernel(*part, causal).transpose(1, 2) for part in zip(qs, ks, vs, strict=True)]
     return torch.cat(outputs, dim=1).transpose(1, 2)  # laid out as the output projection reads it
 
 

@@ -58,8 +58,8 @@ class Mask:
                 condition, or of another sum than the tokens.
         """
         if self.segments is not None:
-            others = (self.prefix, self.documents, self.lengths, self.window)
-            if not self.causal or others != (None,) * 4 or sum(self.segments) != span.end or span.end != span.count:
+            others = any(x is not None for x in (self.prefix, self.documents, self.lengths, self.window))
+            if not self.causal or others or not sum(self.segments) == span.end == span.count:
                 raise ValueError(
                     "segments are causal and hold all tokens of one row; no other condition goes with them"
                 )
@@ -81,7 +81,7 @@ class Mask:
     @property
     def is_plain(self) -> bool:
         """Whether the mask is purely causal."""
-        return self.causal and self.prefix is self.documents is self.segments is self.window is None
+        return self.causal and all(x is None for x in (self.prefix, self.documents, self.segments, self.window))
 
     def _allowed(self, span: CacheRange, device: torch.device) -> Tensor:
         queries = span.slots(device)[..., :, None]  # (T, 1) or (B, T, 1)

@@ -103,7 +103,8 @@ class NativeStep:
 
     Args:
         model: a fused decoder for which `unsupported` is None. Its matrices are shared, its norms, biases and int4
-            grids are copied: the step is a snapshot of the weights, see `refresh`.
+            grids are copied: the step is a snapshot of the weights, see `refresh`. A change is seen and refused, except
+            one through `parameter.data`, which torch does not count.
         say: called before compilation, which happens once per machine.
 
     Raises:

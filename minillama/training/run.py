@@ -15,6 +15,7 @@ import torch
 from minillama.config import ModelConfig
 from minillama.config.loader import to_dict
 from minillama.errors import InputError
+from minillama.formats.model_file import ModelFile
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
@@ -25,10 +26,10 @@ from minillama.runs.provenance import provenance
 from minillama.runs.report import Report, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
-from minillama.training.data import load_data
+from minillama.training.data import load_data, load_stages
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
-from minillama.training.objectives import make
+from minillama.training.objectives import make_staged
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.trainer import Trainer
 
@@ -90,14 +91,15 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report)
     if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
-        _say_next(folder, config, report)
+        _say_next(folder, config, report, start.initial)
         return 0
     check_disk(config, folder.path)
     warn_of_memory(config, start.dtype, start.device, report)
     data, tokenizer = load_data(config, start.tokenizer, report)
+    stages, tokenizer = load_stages(config, tokenizer, report)
     model = start.build_model()
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
-    objective = make(config, model, tokenizer, data)
+    objective = make_staged(config, model, tokenizer, data, stages)
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
@@ -121,7 +123,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         report.say(f"  {shlex.join(_resume(folder))}")
         return 128 + stopped.number
     _say_end(trainer, folder, before, report)
-    _say_next(folder, config, report)
+    _say_next(folder, config, report, start.initial)
     return 0
 
 
@@ -185,15 +187,15 @@ def _resume(folder: RunFolder) -> list[str]:
     return ["python", "train.py", "--out", str(folder.path), "--resume"]
 
 
-def _say_next(folder: RunFolder, config: RunConfig, report: Report) -> None:
-    """Commands that may follow."""
+def _say_next(folder: RunFolder, config: RunConfig, report: Report, initial: ModelFile | None) -> None:
+    """Commands that may follow; with an adapter, on the initial model."""
     model, tokenizer = str(folder.model), Tokenizer.load(folder.model)
     export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
     if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
         export, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
-    base = model if config.lora is None else config.train.init_from
+    base = model if config.lora is None or initial is None else str(initial.path)
     commands = config.objective.commands(base, next(iter(config.sample.prompts), "The"))
-    if config.data.template:
+    if config.data.template and config.objective.head == "lm":
         commands = {"chat": ["minillama", "chat", base]}
     resume = {"resume": [*_resume(folder), "--train.steps", str(2 * config.train.steps)]}
     if config.lora is None:

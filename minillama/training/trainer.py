@@ -154,6 +154,7 @@ class Trainer:
         step, config = self.state.step, self.config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout and rollouts are the same after a resume
         prepared = self.objective.prepare(step)
+        trains = time.perf_counter()
         self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
@@ -167,10 +168,11 @@ class Trainer:
         norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
         reason = self.guard.judge(losses.loss, norm)
         outcome = self._update(step + 1) if reason is None else self._skip(batch, reason, math.isfinite(losses.loss))
-        tokens, seconds = int(batch.kept.sum()) * self.ranks.world, time.perf_counter() - began
+        tokens, now = int(batch.kept.sum()) * self.ranks.world, time.perf_counter()
+        seconds = now - began
         self.state.count(tokens, seconds)
         record = _finite({**prepared, **losses.record(), "step": step + 1, "loss": losses.loss, "lr": rate, **norms})
-        record |= self._costs(tokens / seconds)
+        record |= self._costs(tokens / (now - trains))
         if "update_ratio" in outcome:
             rows = batch.rows(0, config.micro_batch_size).to(self.model.device)
             outcome["attention_logit_max"] = attention_logit_max(self.model, self.objective, rows)
@@ -242,12 +244,15 @@ class Trainer:
         with self.signals.leaving_at_once():
             found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
         self.state.seconds += time.perf_counter() - began
-        append_line(self.folder.metrics, record | _finite(found) | {"seconds": self.state.seconds})
+        sample = {"sample": dict(self.objective.sample)} if self.objective.sample else {}
+        append_line(self.folder.metrics, record | _finite(found) | {"seconds": self.state.seconds} | sample)
         if self.state.step and math.isfinite(found[self.objective.best[0]]):
             self.writer.losses[self.state.step] = self._score(found)
         shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.state.step}: {text}")
+        for line in self.objective.warnings(found) if self.state.step else ():
+            self.report.say(f"warning: {line}")
         with self.signals.leaving_at_once():
             self._sample()
         self.phase = "training"
@@ -259,6 +264,8 @@ class Trainer:
 
     def _sample(self) -> None:
         wanted, tokenizer = self.config.sample, self.saved.tokenizer
+        for name, value in self.objective.sample.items():
+            self.report.say(f"  | {name}: " + str(value).strip().replace("\n", "\n  | "))
         if not (wanted.max_new_tokens and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.preference_set import Preferences
 from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
@@ -138,6 +139,9 @@ class Objective(Protocol):
     prompts: Sequence[Sequence[int]] = ()
     """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
 
+    sample: Mapping[str, Any] = {}
+    """What a validation shows beside its measures, such as a question, its answer and reward."""
+
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
         return {}
@@ -154,6 +158,10 @@ class Objective(Protocol):
     def validate(self, rows: int, limit: int) -> Metrics:
         """Measures on held-out data, `best` among them, of about `limit` tokens (0: all), `rows` at a time."""
 
+    def warnings(self, measures: Metrics) -> list[str]:
+        """What is wrong with the measures of a validation, for the log."""
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""
         return {}
@@ -162,7 +170,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Instructions | Prompts | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Preferences | Prompts | Records)
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,11 +51,11 @@ class Feedback(DataObjective[Prompts]):
     settings: FeedbackConfig
     rewards: Rewards
     micro_batch_size: int
-    best: tuple[str, Literal["min", "max"]] = ("val_reward", "max")
     writes_text = False
 
     def __post_init__(self, decoder: Decoder) -> None:
         super().__post_init__(decoder)
+        self.best = ("val_reward", "max")
         decoder.stop_ids |= {self.data.end_id}
         self.stop_ids = end_ids(decoder, self.rewards.tokenizer)
         self.reference = Reference(decoder) if self.settings.has_reference else None

@@ -22,7 +22,7 @@ def unpadded(batch: Batch, model: Decoder) -> Batch:
     """
     is_eager = model.device.type == "cpu" and model.blocks[0]._compiled_call_impl is None
     kept = batch.kept
-    if not is_eager or model.config.position != "rope" or model.config.mixer == "wkv" or not kept.any():
+    if not is_eager or model.config.position != "rope" or model.config.sliding_window or not kept.any():
         return batch
     shape = batch.tokens.shape
     positions = torch.arange(shape[1]) if batch.positions is None else batch.positions
