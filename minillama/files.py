@@ -80,6 +80,17 @@ def reading(path: Path, what: str = "this file", fix: str | None = None) -> Iter
         raise InputError(f"cannot read {what}: {error.strerror}", where=path, fix=fix) from None
 
 
+@contextmanager
+def parsing(where: object, what: str = "this is damaged, or not what it should be") -> Iterator[None]:
+    """InputError for what code raises that takes the structure of someone else's file for granted."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(what, where=where, found=f"{type(error).__name__}: {error}") from error
+
+
 def check_size(size: float, most: float, where: object, unit: str = "bytes") -> None:
     """Refuse what is larger than any real one. The environment variable MINILLAMA_LIMITS multiplies all such bounds.
 

@@ -98,7 +98,6 @@ NEUTRAL: dict[str, Any] = {
     "embedding_scale": 1.0,
     "residual_scale": 1.0,
     "rope.scaling.attn_factor": 1.0,
-    "expert_count": 0,
     "attention.causal": True,
 }
 ROPE_FREQS = "rope_freqs.weight"

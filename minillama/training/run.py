@@ -140,7 +140,7 @@ def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
         report.say(f"resuming with {line}")
     before = learning_rate(saved.optim_at(done), min(done + 1, saved.train.steps), saved.train.steps)
     after = learning_rate(config.optim_at(done), done + 1, steps)
-    if after > 1.2 * before:
+    if done < steps and after > 1.2 * before:
         report.say(f"resuming with a learning rate of {after:.2g}, after {before:.2g}: that of a run of {steps} steps")
     return changes
 
