@@ -91,20 +91,25 @@ def parsing(where: object, what: str = "this is damaged, or not what it should b
         raise InputError(what, where=where, found=f"{type(error).__name__}: {error}") from error
 
 
-def check_size(size: float, most: float, where: object, unit: str = "bytes") -> None:
-    """Refuse what is larger than any real one. The environment variable MINILLAMA_LIMITS multiplies all such bounds.
+def bound(most: int) -> int:
+    """A bound on files of others, times the environment variable MINILLAMA_LIMITS."""
+    factor = os.environ.get("MINILLAMA_LIMITS", "1")
+    return int(most * float(factor)) if re.fullmatch(r"[0-9]{1,9}([.][0-9]{1,9})?", factor) else most
+
+
+def check_size(size: int, most: int, where: object, unit: str = "bytes") -> None:
+    """Refuse what is larger than a bound, that of no real file.
 
     Raises:
         InputError: it is.
     """
-    factor = os.environ.get("MINILLAMA_LIMITS", "1")
-    most *= float(factor) if re.fullmatch(r"\d{1,9}([.]\d{1,9})?", factor) else 1
+    most = bound(most)
     if size > most:
         fix = (
             "if it is what it should be, set MINILLAMA_LIMITS=10 in the environment: bounds are ten times as high then"
         )
-        expected = f"at most {most:,.0f} {unit}"
-        raise InputError("this is too large", where=where, found=f"{size:,.0f} {unit}", expected=expected, fix=fix)
+        expected = f"at most {most:,} {unit}"
+        raise InputError("this is too large", where=where, found=f"{size:,} {unit}", expected=expected, fix=fix)
 
 
 def read_bytes(path: Path, fix: str | None = None, most: int = LARGEST) -> bytes:

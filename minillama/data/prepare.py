@@ -121,7 +121,8 @@ def _trained(
         report("training the tokenizer", 0.0)
         shares = [int(SAMPLE * weight / sum(weights)) for weight in weights]
         pairs = zip(readers, shares, strict=True)
-        trainer(text for reader, share in pairs for text in reader.sample(share)).save(folder)
+        texts = (Part("train", text) for reader, share in pairs for text in reader.sample(share))
+        trainer(part.text for part in _chunks(texts)).save(folder)
         report("training the tokenizer", 1.0)
 
     key = _key(settings | {"from": known, "weights": weights, "by": trainer.description})

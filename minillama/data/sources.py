@@ -30,13 +30,14 @@ from minillama.data.reading import (
 )
 from minillama.data.tasks import TASKS, Task
 from minillama.errors import InputError, optional_import
-from minillama.files import parsing, read_json, reading
+from minillama.files import check_size, parsing, read_json, reading
 
 T = TypeVar("T")
 OnError = Literal["stop", "skip"]
 
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
 SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", *RECORDS)
+DEPTH = 200  # of folders in folders
 _HF = "hf:"
 _NAMES = (*BUILTIN, PYTHON_QA, *TASKS)
 CLEANED, UNFINISHED = "cleaned.json", ".cleaning"
@@ -205,6 +206,7 @@ def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> It
     real = folder.resolve()
     if real in above:
         raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
+    check_size(len(above), DEPTH, folder, "folders above it")
     with reading(folder, "this folder"):
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in (path for path in entries if not path.name.startswith(".")):

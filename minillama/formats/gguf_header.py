@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minillama.errors import InputError
+from minillama.files import check_size, regular
 from minillama.formats.stored import Stored
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _KEY_BYTES, _TENSOR_BYTES = 13, 24  # minimum size of a pair and of an info
 _MAX_RANK = 4
+_KEYS, _ITEMS = 2**17, 2**22  # each is an object of Python, ten times as large as in the file
 # ggml type -> name, values per block, bytes per block (ggml-org/ggml, src/ggml.c: type_traits)
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
@@ -54,8 +56,8 @@ class GGUFHeader:
             InputError: it is missing and has no default, or is of another type. An integer is a float too.
         """
         value = self.metadata.get(key, default)
-        if kind is int and isinstance(value, np.ndarray) and len(set(value.tolist())) == 1:  # per layer, all equal
-            value = value.tolist()[0]
+        if kind is int and isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
+            value = value[0].item()  # one per layer
         if value is None:
             raise InputError("a key is missing", where=f"{self.path}, {key}")
         if kind is float and type(value) is int:
@@ -68,7 +70,7 @@ class GGUFHeader:
 
 def is_gguf(path: Path) -> bool:
     """Whether the file has the GGUF magic."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return file.read(4) == MAGIC
 
 
@@ -80,7 +82,7 @@ def read_header(path: Path) -> GGUFHeader:
             that the file cannot hold.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open(path, "rb", opener=regular) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path).header()
     except InputError:
         raise
@@ -132,6 +134,7 @@ class _Reader:
             length = self.count(dtype.itemsize, f"length of {key}")
             return np.frombuffer(self.data, dtype, length, self.take(length * dtype.itemsize, key)).copy()
         length = self.count(8, f"length of {key}")
+        check_size(length, _ITEMS, f"{self.path}, {key}", "strings")
         return [self.value(inner, key, is_inside=True) for _ in range(length)]
 
     def header(self) -> GGUFHeader:
@@ -144,7 +147,9 @@ class _Reader:
             raise self.error("this version of GGUF is not supported", "version", found=version, expected=expected)
         tensor_count = self.count(_TENSOR_BYTES, "the number of tensors")
         metadata: dict[str, Any] = {}
-        for _ in range(self.count(_KEY_BYTES, "the number of keys")):
+        keys = self.count(_KEY_BYTES, "the number of keys")
+        check_size(max(keys, tensor_count), _KEYS, self.path, "keys or tensors")
+        for _ in range(keys):
             key = self.string("key")
             if key in metadata:
                 raise self.error("duplicate key", key)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
+from minillama.files import LARGEST, check_size, regular
 from minillama.formats.stored import Stored
 
-LIMIT = 100_000_000  # as in the library
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _OTHERS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
@@ -37,7 +37,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """
     try:
         total = path.stat().st_size
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             length = _header_length(path, file.read(64), total)
             file.seek(8)
             text = file.read(length)
@@ -83,9 +83,8 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
         if start[8:9] != b"{" and start.lstrip().startswith(magic):
             raise InputError(f"this is {what}", where=path, found=start[:40], fix=fix)
     length = int.from_bytes(start[:8], "little")
-    if length > LIMIT and len(start) >= 8:
-        what = "the header claims to be longer than any real one"
-        raise InputError(what, where=path, found=f"{length} bytes", expected=f"at most {LIMIT}")
+    if len(start) >= 8:
+        check_size(length, LARGEST, path, "bytes of header")
     if len(start) < 8 or 8 + length > size:
         found = f"{size} bytes, a header of {length}" if len(start) >= 8 else f"{size} bytes"
         raise InputError("the file is cut short in its header", where=path, found=found)
