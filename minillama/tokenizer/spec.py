@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.files import reading
 
-LIMIT = 500_000_000
+LARGEST = 2**27
+"""Bytes of a vocabulary at most; Gemma's has 33 MB."""
 FIX = "give the tokenizer's file, or a folder that holds it"
+
+
+@contextmanager
+def library(where: object, what: str = "the vocabulary or its normalization is damaged") -> Iterator[None]:
+    """InputError for what a tokenizer library raises from a file; a panic of Rust's is no Exception."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(what, where=where, found=f"{type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -40,34 +51,3 @@ def by_id(backend: Backend) -> dict[int, str]:
     """Id -> token, added tokens included, in the order of the ids."""
     table = backend.get_vocab(with_added_tokens=True)
     return {table[name]: name for name in sorted(table, key=table.__getitem__)}
-
-
-def read_bytes(file: Path) -> bytes:
-    """The whole file, unless it is too large to be a vocabulary."""
-    with reading(file, "the tokenizer", FIX):
-        size = file.stat().st_size
-        if size > LIMIT:
-            expected = f"at most {LIMIT}"
-            raise InputError("too large for a vocabulary", where=file, found=f"{size} bytes", expected=expected)
-        return file.read_bytes()
-
-
-def read_text(file: Path) -> str:
-    """The whole file, which must be UTF-8."""
-    try:
-        return read_bytes(file).decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError("this file is not UTF-8 text", where=file, found=str(error)) from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The whole file, which must be a JSON object."""
-    text = read_text(file)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        found = f"{error}; it starts with {text[:40]!r}"
-        raise InputError("this file is not JSON, or truncated", where=file, found=found) from None
-    if not isinstance(value, dict):
-        raise InputError("this file is not a JSON object", where=file, found=type(value).__name__)
-    return value

@@ -24,7 +24,7 @@ from minillama.tokenizer.pre import PRE, pattern_of
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
 from minillama.tokenizer.spec import Parts, to_dict
 from minillama.tokenizer.special import SpecialEncoder
-from minillama.tokenizer.stream import StreamDecoder
+from minillama.tokenizer.stream import StreamDecoder, added_words
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Members kept of a loaded tokenizer_config.json, besides those that save() writes itself.
@@ -224,16 +224,25 @@ class Tokenizer:
 
         They are `encode`'s except for vocabularies with a dummy prefix.
         """
-        for before in ("\n", "|", "~"):
-            start, ids = self.encode_batch([before, before + text])
-            if start and ids[: len(start)] == start:  # no token crosses the boundary
-                return ids[len(start) :]
-        return self.encode(text)
+        return self.encode_batch([text], [True])[0]
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Token ids per text, encoded on all cores."""
+    def encode_batch(self, texts: Iterable[str], inside: Sequence[bool] = ()) -> list[list[int]]:
+        """Token ids per text, encoded on all cores; where `inside` is true, as by `encode_inside`."""
+        texts, rest = list(texts), {i for i, is_inside in enumerate(inside) if is_inside}
+        rows = self._encode(["" if i in rest else text for i, text in enumerate(texts)])
+        for before in ("\n", "|", "~", ""):
+            if not rest:
+                break
+            start, *longer = self._encode([before, *(before + texts[i] for i in sorted(rest))])
+            for i, row in zip(sorted(rest), longer, strict=True):
+                if not before or (start and row[: len(start)] == start):  # no token crosses the boundary
+                    rows[i] = row[len(start) * bool(before) :]
+                    rest.remove(i)
+        return rows
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         if self._encoder is None:
-            return _encode(self.backend, list(texts))
+            return _encode(self.backend, texts)
         return self._encoder.encode(list(map(check_unicode, texts)))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -248,6 +257,9 @@ class Tokenizer:
             raise InputError("this id is not in the vocabulary", found=bad, expected=f"0 to {self.vocab_size - 1}")
         # The library overlooks special tokens that its file calls `normalized`, as Llama 2's does.
         kept = [i for i in ids if not (skip_special and i in self.special_ids)]
+        if not self._added_words.keys().isdisjoint(kept):
+            stream = self.stream(skip_special)
+            return "".join([*map(stream.push, kept), stream.flush()])
         return self.backend.decode(kept, skip_special_tokens=False)
 
     def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
@@ -255,13 +267,23 @@ class Tokenizer:
         return StreamDecoder(self.backend, self.special_ids, skip_special, after)
 
     @cached_property
+    def _added_words(self) -> dict[int, str]:
+        return added_words(self.backend)
+
+    @cached_property
     def vocab_size(self) -> int:
         """Rows of the embedding: the highest id plus one, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def check_fits(self, vocab_size: int, where: object = None, fix: str | None = None) -> None:
-        """Refuse a model whose vocabulary is smaller: it would lack some of the ids."""
-        if self.vocab_size > vocab_size:
+    def check_fits(
+        self, vocab_size: int, where: object = None, fix: str | None = None, spares_special: bool = False
+    ) -> None:
+        """Refuse a model whose vocabulary is smaller: it would lack some of the ids.
+
+        With `spares_special` it may lack special tokens, such as a [PAD] that was added for batches of texts.
+        """
+        lacks = range(vocab_size, self.vocab_size)
+        if lacks and not (spares_special and self.special_ids.issuperset(lacks)):
             found = f"a tokenizer of {self.vocab_size} tokens, a model of {vocab_size}"
             raise InputError("the tokenizer is larger than the model's vocabulary", where=where, found=found, fix=fix)
 
