@@ -33,6 +33,8 @@ from minillama.runs.objectives import (
 )
 from minillama.tokenizer.train import Kind
 
+CONVERSATION = 1024  # few are longer, and the memory of a row is that of its length
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -83,7 +85,7 @@ class TrainConfig:
     micro_batch_size: int = field(default=0, metadata={"min": 0})
     """Sequences in memory at once; gradients are accumulated over the batch. 0: the whole batch."""
     context: int = field(default=0, metadata={"min": 0})
-    """Tokens per sequence; 0: the model's max_seq_len."""
+    """Tokens per sequence; 0: the model's max_seq_len, of conversations at most 1024."""
     init_from: str = ""
     """Model to initialize from: its shape replaces [model], its tokenizer is used unless tokenizer.path is given."""
     init_embeddings: Literal["normal", "mean"] = "normal"
@@ -298,7 +300,8 @@ class RunConfig:
     @property
     def context(self) -> int:
         """T, tokens per training sequence."""
-        return self.train.context or self.model.max_seq_len
+        longest = min(self.model.max_seq_len, CONVERSATION) if self.data.template else self.model.max_seq_len
+        return self.train.context or longest
 
     @property
     def micro_batch_size(self) -> int:

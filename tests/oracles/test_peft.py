@@ -155,7 +155,7 @@ def test_merged_is_what_was_trained(case: str, base: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("case", ["lora", "queries and values", "rslora", "dora"])
 def test_layers_that_transformers_fuses(case: str, tmp_path: Path) -> None:
-    """Phi-3: adapters of the parts are one of the fused layer there, with the same logits, and come back."""
+    """Phi-3: adapters of the parts are one of the fused layer there, same logits, and come back as they were."""
     torch.manual_seed(0)
     config, folder, lora = replace(CONFIG, model_type="phi3"), tmp_path / "base", CASES[case]
     transformers.Phi3ForCausalLM(transformers.Phi3Config(**config.to_hf())).save_pretrained(folder)
