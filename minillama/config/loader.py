@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from minillama.errors import InputError
-from minillama.files import read_text, refuse_url
+from minillama.files import read_text, refuse_remote
 
 T = TypeVar("T")
 LARGEST = 2**63 - 1  # of whole numbers, unless a field says otherwise: tensors have no more
@@ -282,7 +282,7 @@ def config_path(kind: str, name: str) -> Path:
     Raises:
         InputError: neither, with the nearest name.
     """
-    refuse_url(name)
+    refuse_remote(name)
     path = Path(name)
     if path.suffix == ".toml" and os.path.isfile(path):  # False for a name that no file can have, too
         return path

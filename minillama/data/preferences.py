@@ -109,6 +109,8 @@ def _side(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         return {"messages": fields[f"{name}_messages"]}
     rest = {key: value for key, value in fields.items() if key not in (*SIDES, "margin")}
     answer, turns = fields.get(name), next((key for key in ("messages", "conversations") if key in fields), None)
+    if name == "chosen" and answer is None:  # of a record for fine-tuning with a rejected answer beside
+        answer = next((rest[key] for key in ("response", "completion", "output") if key in rest), None)
     if turns is not None:
         earlier = _list(fields, turns)
         if "chosen" not in fields:  # the conversation's own last answer is

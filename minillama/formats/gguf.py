@@ -193,7 +193,8 @@ def architecture(config: ModelConfig) -> str:
     kind = config.to_hf()["model_type"].replace("mistral", "llama")
     fields = ARCHITECTURES[kind].fields if kind in ARCHITECTURES else {"vocab_size": 0}
     is_scaled = kind != "llama" and config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
-    return "" if is_scaled or any(getattr(config, name) != value for name, value in fields.items()) else kind
+    is_other = is_scaled or config.head != "lm"
+    return "" if is_other or any(getattr(config, name) != value for name, value in fields.items()) else kind
 
 
 def _scaling(header: GGUFHeader, config: ModelConfig, path: Path, architecture: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from minillama.config.mup import Mup, check_mup
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.files import model_folder
+from minillama.formats.shape import model_config
 from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
     ELEMENTS,
@@ -31,6 +32,8 @@ from minillama.runs.objectives import (
     words_with_new_names,
 )
 from minillama.tokenizer.train import Kind
+
+CONVERSATION = 1024  # few are longer, and the memory of a row is that of its length
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class TrainConfig:
     micro_batch_size: int = field(default=0, metadata={"min": 0})
     """Sequences in memory at once; gradients are accumulated over the batch. 0: the whole batch."""
     context: int = field(default=0, metadata={"min": 0})
-    """Tokens per sequence; 0: the model's max_seq_len."""
+    """Tokens per sequence; 0: the model's max_seq_len, of conversations at most 1024."""
     init_from: str = ""
     """Model to initialize from: its shape replaces [model], its tokenizer is used unless tokenizer.path is given."""
     init_embeddings: Literal["normal", "mean"] = "normal"
@@ -296,7 +299,8 @@ class RunConfig:
     @property
     def context(self) -> int:
         """T, tokens per training sequence."""
-        return self.train.context or self.model.max_seq_len
+        longest = min(self.model.max_seq_len, CONVERSATION) if self.data.template else self.model.max_seq_len
+        return self.train.context or longest
 
     @property
     def micro_batch_size(self) -> int:
@@ -346,7 +350,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
             fix="leave it out",
         )
     if start and (Path(start).exists() or "dim" not in shape):  # a run's config.toml has the whole shape itself
-        model = ModelConfig.load(start)
+        model = model_config(start)
     else:
         model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
     model = model.changed(changes, command_line, "model")
@@ -355,7 +359,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+    own = str(Path(start).with_name("tokenizer.bin")) if start.endswith(".bin") else start  # llama2.c's lies beside
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or own)
     return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
 
 

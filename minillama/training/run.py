@@ -15,6 +15,7 @@ import torch
 from minillama.config import ModelConfig
 from minillama.config.loader import to_dict
 from minillama.errors import InputError
+from minillama.formats.gguf import architecture
 from minillama.formats.model_file import ModelFile
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
@@ -191,7 +192,7 @@ def _say_next(folder: RunFolder, config: RunConfig, report: Report, initial: Mod
     """Commands that may follow; with an adapter, on the initial model."""
     model, tokenizer = str(folder.model), Tokenizer.load(folder.model)
     export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
-    if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
+    if not architecture(config.model) or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
         export, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
     base = model if config.lora is None or initial is None else str(initial.path)
     commands = config.objective.commands(base, next(iter(config.sample.prompts), "The"))

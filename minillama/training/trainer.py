@@ -103,6 +103,8 @@ class Trainer:
                 self._run()
                 self.writer.finish()
                 replace_folder(self.folder.model, lambda path: self.saved.write(path, self.saved.tensors()))
+                for name, write in self.objective.folders(self.masters, self.saved).items():
+                    replace_folder(self.folder.path / name, write)
                 self.signals.check()
             except Interrupted:
                 self.writer.finish()

@@ -13,7 +13,8 @@ from minillama.data.preference_set import Judged, Preferences, collate, encode_a
 from minillama.data.preferences import preferences, read_preference
 from minillama.data.python_qa import python_qa
 from minillama.data.reading import BadText, Record, Skipped
-from minillama.data.sources import Source
+from minillama.data.sources import Source, records
+from minillama.data.tasks import is_right
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.tokenizer.template import load_template
@@ -50,6 +51,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "rejected": "Seven.",
     },
     "two lists": {"chosen_messages": [*USER, message("Red.")], "rejected_messages": [*USER, message("Seven.")]},
+    "question and answer": {"prompt": "Name a color.", "response": "Red.", "rejected": "Seven."},
     "conversation": {"messages": [*USER, message("Red.")], "rejected": "Seven."},
 }
 LABELED: dict[str, dict[str, Any]] = {
@@ -171,6 +173,14 @@ def test_files_of_llama_factory(shared: Path) -> None:
     ):
         found = list(preferences(Source(path=str(shared / "pref" / name))))
         assert len(found) == count and all(len(preference.sides) == sides for preference in found)
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic:1", "sorting:3", "spelling"])
+def test_tasks_have_a_near_miss_as_the_rejected_answer(name: str) -> None:
+    found = [(record.value["response"], record.value["rejected"]) for record in records(Source(name))]
+    assert all(not is_right(rejected, right) and len(rejected) == len(right) for right, rejected in found)
+    assert {sum(a != b for a, b in zip(*pair, strict=True)) for pair in found} == {1}
+    assert len(list(preferences(Source(name)))) == len(found)
 
 
 def test_python_qa_has_the_answer_of_a_neighbor_as_the_rejected_one() -> None:

@@ -77,8 +77,8 @@ def test_fault_01_typo_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
         load_run_config("tiny", ["--config", "tiny"])
     assert "comes first" in str(error.value.fix)
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["plan", "llama-7b", "--sq-len", "3"])
-    assert "--seq-len" in capsys.readouterr().err
+        cli.main(["plan", "llama-7b", "--contxt", "3"])
+    assert "--context" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,6 @@ class C4(Step):
     min_sentences: int = 5
 
     def __call__(self, draft: Draft) -> Removal | None:
-        """Keep the good lines."""
         kept, dropped = [], Counter[str]()
         for line in draft.text.splitlines():
             reason, line = self._line(line)
@@ -75,6 +74,5 @@ class MC4(Step):
     min_long_lines: int = 3
 
     def measure(self, draft: Draft) -> Figures:
-        """Number of long lines, at most `min_long_lines`."""
         longest = nlargest(self.min_long_lines, map(len, draft.text.split("\n")))
         return {"long_lines": sum(length >= self.line_characters for length in longest)}

@@ -22,7 +22,7 @@ class Draft:
         id: PART-INDEX, as it was read.
         source: tag of its source.
         where: file, and line or record.
-        kind: `html` until a step extracts the text.
+        kind: `html` until a step extracts the text; empty for text.
         language: ISO 639 code, once a step has identified it.
         fields: the other fields of its record.
         measured: figures by step.
@@ -33,7 +33,7 @@ class Draft:
     source: str = ""
     where: str = ""
     url: str = ""
-    kind: str = "text"
+    kind: str = ""
     language: str = ""
     fields: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Figures] = field(default_factory=dict)
@@ -75,13 +75,20 @@ class Step:
     figure `X`; the first that is crossed, in the order of the fields, removes the document.
 
     Args:
+        title: name in figures and reports, where a pipeline has a step twice.
         languages: only documents of these languages; empty: all.
         sources: only documents of the sources with these tags; empty: all.
     """
 
     name: str = ""
+    title: str = ""
     languages: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Name of its figures."""
+        return self.title or self.name
 
     def concerns(self, draft: Draft) -> bool:
         """Whether the step is for this document."""
@@ -98,7 +105,7 @@ class Step:
 
     def judge(self, draft: Draft, figures: Figures) -> Removal | None:
         """Note the figures and compare them with the thresholds."""
-        draft.measured[self.name] = {k: v if isinstance(v, str) else float(f"{v:.6g}") for k, v in figures.items()}
+        draft.measured[self.key] = {k: v if isinstance(v, str) else float(f"{v:.6g}") for k, v in figures.items()}
         for measure, limit, is_low in limits(self):
             value = figures.get(measure)
             if isinstance(value, int | float) and (value < limit if is_low else value > limit):

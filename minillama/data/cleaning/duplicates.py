@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,45 +14,59 @@ from numpy.typing import NDArray
 
 from minillama.data.cleaning.ccnet import normalized_for_duplicates
 from minillama.data.cleaning.document import Draft, Removal
-from minillama.data.cleaning.grouping import Collector, CorpusStep, Rows, Verdicts, groups, hash64, name_of
+from minillama.data.cleaning.grouping import CorpusStep, Groups, Rows, Verdicts, groups, hash64
 
 _SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True)
-class ExactDuplicates(CorpusStep):
+class _Hashed(CorpusStep):
+    """Step over equal hashes: `hashed` gives those of a document, `chosen` the rows of a group that go."""
+
+    def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
+        raise NotImplementedError
+
+    def chosen(self, group: Groups) -> NDArray[np.bool_]:
+        return np.arange(len(group.first)) > group.first
+
+    def collector(self) -> Rows:
+        return _Hashes(self)
+
+    def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
+        removed = 0
+        for group in groups(collected):
+            gone = self.chosen(group)
+            first = group.documents[group.first[gone]]
+            verdicts.add(group.documents[gone], first, group.sizes[gone], group.details[gone])
+            removed += int(gone.sum())
+        return {"removed": removed}
+
+
+class _Hashes(Rows):
+    def __init__(self, step: _Hashed) -> None:
+        super().__init__()
+        self._step = step
+
+    def add(self, draft: Draft) -> None:
+        for detail, text in self._step.hashed(draft):
+            self.add_row(hash64(text), draft.index, detail)
+
+
+@dataclass(frozen=True)
+class ExactDuplicates(_Hashed):
     """Equal documents, but for white space: the first is kept, by the order of sources, files and records."""
 
     name: Literal["exact-duplicates"] = "exact-duplicates"
 
-    def collector(self) -> Collector:
-        """Hashes of documents."""
-        return _Documents()
-
-    def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Verdicts on all but the first of a group."""
-        removed = 0
-        for group in groups(collected):
-            later = np.arange(len(group.first)) > group.first
-            verdicts.add(group.documents[later], group.documents[group.first[later]], group.sizes[later])
-            removed += int(later.sum())
-        return {"duplicates": removed}
+    def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
+        yield 0, _SPACE.sub(" ", draft.text).strip()
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Remove a duplicate."""
-        if not len(found):
-            return self.judge(draft, {})
-        self.judge(draft, {"duplicate_of": name_of(int(found["other"][0]), names), "copies": float(found["value"][0])})
-        return Removal("duplicate", str(draft.measured[self.name]["duplicate_of"]))
-
-
-class _Documents(Rows):
-    def add(self, draft: Draft) -> None:
-        self.add_row(hash64(_SPACE.sub(" ", draft.text).strip()), draft.index)
+        return self.like_another(draft, found, names, "duplicate", "copies")
 
 
 @dataclass(frozen=True)
-class _Lines(CorpusStep):
+class _Lines(_Hashed):
     """Removal of single lines; the document goes with the last of them."""
 
     min_lines: int = 1
@@ -60,11 +74,10 @@ class _Lines(CorpusStep):
     """Lines and characters that must be left."""
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Remove the lines."""
         gone = set(found["detail"].tolist())
-        lines = draft.text.split("\n")
-        draft.text = "\n".join(line for number, line in enumerate(lines) if number not in gone)
-        left = sum(bool(line.strip()) for line in draft.text.split("\n"))
+        lines = [line for number, line in enumerate(draft.text.split("\n")) if number not in gone]
+        draft.text = "\n".join(lines)
+        left = sum(bool(line.strip()) for line in lines)
         return self.judge(draft, {"removed_lines": len(gone), "lines": left, "characters": len(draft.text)})
 
 
@@ -74,26 +87,9 @@ class DuplicateParagraphs(_Lines):
 
     name: Literal["duplicate-paragraphs"] = "duplicate-paragraphs"
 
-    def collector(self) -> Collector:
-        """Hashes of normalized lines."""
-        return _Paragraphs()
-
-    def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Verdicts on all but the first line of a group."""
-        removed = 0
-        for group in groups(collected):
-            later = np.arange(len(group.first)) > group.first
-            chosen = group.documents[later]
-            verdicts.add(chosen, group.documents[group.first[later]], group.sizes[later], group.details[later])
-            removed += len(chosen)
-        return {"duplicate lines": removed}
-
-
-class _Paragraphs(Rows):
-    def add(self, draft: Draft) -> None:
-        for number, line in enumerate(draft.text.split("\n")):
-            if normal := normalized_for_duplicates(line):
-                self.add_row(hash64(normal), draft.index, number)
+    def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
+        normal = enumerate(map(normalized_for_duplicates, draft.text.split("\n")))
+        return ((number, line) for number, line in normal if line)
 
 
 @dataclass(frozen=True)
@@ -104,33 +100,14 @@ class HostLines(_Lines):
     pages: int = field(default=10, metadata={"min": 2})
     """Pages of a host on which a line repeats."""
 
-    def collector(self) -> Collector:
-        """Hashes of host and line."""
-        return _HostLines()
+    def hashed(self, draft: Draft) -> Iterator[tuple[int, str]]:
+        host, lines = host_of(draft.url), enumerate(draft.text.split("\n"))
+        return ((number, f"{host}\n{line.strip()}") for number, line in lines if host and line.strip())
 
-    def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Verdicts on the lines of groups that span enough documents."""
-        removed = 0
-        for group in groups(collected):
-            if not len(group.first):
-                continue
-            is_first = np.arange(len(group.first)) == group.first
-            is_new = is_first | (np.diff(group.documents, prepend=group.documents[:1]) != 0)
-            starts = np.flatnonzero(is_first)
-            pages = np.repeat(np.add.reduceat(is_new.astype(np.int64), starts), group.sizes[starts])
-            often = pages >= self.pages
-            chosen = group.documents[often]
-            verdicts.add(chosen, group.documents[group.first[often]], pages[often], group.details[often])
-            removed += len(chosen)
-        return {"repeated lines": removed}
-
-
-class _HostLines(Rows):
-    def add(self, draft: Draft) -> None:
-        host = host_of(draft.url)
-        for number, line in enumerate(draft.text.split("\n") if host else ()):
-            if line.strip():
-                self.add_row(hash64(f"{host}\n{line.strip()}"), draft.index, number)
+    def chosen(self, group: Groups) -> NDArray[np.bool_]:
+        row = np.arange(len(group.first))
+        is_new = (row == group.first) | (np.diff(group.documents, prepend=group.documents[:1]) != 0)
+        return np.bincount(group.first, is_new, len(row))[group.first] >= self.pages
 
 
 def host_of(url: str) -> str:

@@ -28,7 +28,6 @@ class FineWeb(Step):
     """Newlines per word."""
 
     def measure(self, draft: Draft) -> Figures:
-        """Figures of the four rules."""
         text = draft.text
         lines = [line for line in text.split("\n") if line.strip()]
         if not lines:

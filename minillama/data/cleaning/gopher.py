@@ -40,7 +40,6 @@ class GopherQuality(Step):
     stop_words: tuple[str, ...] = ENGLISH
 
     def measure(self, draft: Draft) -> Figures:
-        """Figures of the ten rules."""
         text, found = draft.text, words(draft.text)
         lines, distinct = text.splitlines() or [""], Counter(found)
         lengths = Counter[int]()
@@ -87,7 +86,6 @@ class GopherRepetition(Step):
     max_duplicate_10_grams: float = 0.10
 
     def measure(self, draft: Draft) -> Figures:
-        """Figures of the thirteen rules."""
         text, size = draft.text, max(len(draft.text), 1)
         figures = {}
         for unit, parts in ("paragraph", _PARAGRAPHS.split(text.strip())), ("line", _LINES.split(text)):

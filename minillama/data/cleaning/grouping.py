@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,22 +24,12 @@ U64 = NDArray[np.uint64]
 VERDICT = np.dtype([("document", "<u4"), ("detail", "<u4"), ("other", "<u8"), ("value", "<f8")])
 
 
-class Collector(Protocol):
-    """Accumulator of what a corpus step needs from the documents of a part."""
-
-    def add(self, draft: Draft) -> None:
-        """Take what is needed from a document."""
-
-    def save(self, path: Path) -> None:
-        """Write it to a file, or to several that begin with its name."""
-
-
 @dataclass(frozen=True)
 class CorpusStep(Step):
     """Step that looks at all documents at once: collect in each part, decide once, settle each document."""
 
-    def collector(self) -> Collector:
-        """An empty collector."""
+    def collector(self) -> Rows:
+        """An empty accumulator of what the step needs from the documents of a part."""
         raise NotImplementedError
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
@@ -50,6 +40,17 @@ class CorpusStep(Step):
         """Apply the verdicts of a document; `names` are those of the parts."""
         raise NotImplementedError
 
+    def like_another(
+        self, draft: Draft, found: NDArray[Any], names: Sequence[str], reason: str, measure: str
+    ) -> Removal | None:
+        """Remove a document that has a verdict: it is like another one, by the verdict's value."""
+        if not len(found):
+            return self.judge(draft, {})
+        part, index = divmod(int(found["other"][0]), 2**32)
+        other = f"{names[part]}-{index}"
+        self.judge(draft, {"like": other, measure: float(found["value"][0])})
+        return Removal(reason, other, getattr(self, measure, ""))
+
 
 def hash64(text: str) -> int:
     """First 8 bytes of SHA-1, little-endian: CCNet's hash of a paragraph."""
@@ -57,10 +58,14 @@ def hash64(text: str) -> int:
 
 
 class Rows:
-    """Rows (key, document, detail) of a part."""
+    """Accumulator of rows (key, document, detail) of a part."""
 
     def __init__(self) -> None:
         self._keys, self._places = array("Q"), array("Q")
+
+    def add(self, draft: Draft) -> None:
+        """Take what is needed from a document."""
+        raise NotImplementedError
 
     def add_row(self, key: int, index: int, detail: int = 0) -> None:
         """Add a row of document `index` of this part."""
@@ -150,8 +155,3 @@ class Verdicts:
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part}.bin"
-
-
-def name_of(document: int, names: Sequence[str]) -> str:
-    """Id of a document: PART-INDEX."""
-    return f"{names[document >> 32]}-{document & 2**32 - 1}"

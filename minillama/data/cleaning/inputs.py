@@ -74,10 +74,10 @@ class Input:
             elif isinstance(item, Record):
                 yield self._draft(item)
             elif isinstance(item, Document):
-                kind = "html" if path and plain.endswith(PAGES) else "text"
+                kind = "html" if path and plain.endswith(PAGES) else ""
                 yield Draft(item.text, where=item.where, kind=kind, source=self.label)
             else:
-                kind = "html" if item.is_html else "text"
+                kind = "html" if item.is_html else ""
                 yield Draft(item.text, where=item.where, kind=kind, source=self.label, url=item.url)
 
     def _draft(self, record: Record) -> Draft | BadText:

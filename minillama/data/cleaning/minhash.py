@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minillama.data.cleaning.document import Draft, Removal
-from minillama.data.cleaning.grouping import U64, CorpusStep, Groups, Rows, Verdicts, groups, name_of, save_array
+from minillama.data.cleaning.grouping import U64, CorpusStep, Groups, Rows, Verdicts, groups, save_array
 from minillama.data.cleaning.words import words
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -69,11 +69,9 @@ class NearDuplicates(CorpusStep):
         return keys
 
     def collector(self) -> _Signatures:
-        """Signatures and their bands."""
         return _Signatures(self)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
-        """Verdicts on all but the first of a cluster."""
         find, parent = _Signature(collected), dict[int, int]()
         for group in groups(collected):
             for one, other in self._similar(group, find):
@@ -85,7 +83,7 @@ class NearDuplicates(CorpusStep):
         if clusters:
             documents, roots = np.array(clusters, np.uint64).T
             verdicts.add(documents, roots, (find(documents) == find(roots)).mean(1))
-        largest = [[name_of(root, find.names), size + 1] for root, size in sizes.most_common(10)]
+        largest = [[f"{find.names[root >> 32]}-{root % 2**32}", size + 1] for root, size in sizes.most_common(10)]
         return {"duplicates": len(clusters), "clusters": len(sizes), "largest": largest}
 
     def _similar(self, group: Groups, find: _Signature) -> list[tuple[int, int]]:
@@ -112,12 +110,7 @@ class NearDuplicates(CorpusStep):
         return sorted(pairs)
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
-        """Remove a near duplicate."""
-        if not len(found):
-            return self.judge(draft, {})
-        kept = name_of(int(found["other"][0]), names)
-        self.judge(draft, {"duplicate_of": kept, "similarity": float(found["value"][0])})
-        return Removal("duplicate", kept, self.similarity)
+        return self.like_another(draft, found, names, "duplicate", "similarity")
 
 
 def _functions(step: NearDuplicates) -> tuple[U64, U64]:

@@ -9,24 +9,35 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from minillama.config.loader import build, config_path, read_toml, to_dict
-from minillama.data.cleaning import c4, duplicates, fineweb, gopher, minhash
+from minillama.data.cleaning.c4 import C4, MC4
+from minillama.data.cleaning.chinese import Chinese
+from minillama.data.cleaning.classifier import Classifier
+from minillama.data.cleaning.code import Code
 from minillama.data.cleaning.document import Step
+from minillama.data.cleaning.duplicates import DuplicateParagraphs, ExactDuplicates, HostLines
+from minillama.data.cleaning.extraction import Extract
+from minillama.data.cleaning.fineweb import FineWeb
+from minillama.data.cleaning.gopher import GopherQuality, GopherRepetition
 from minillama.data.cleaning.grouping import CorpusStep
 from minillama.data.cleaning.inputs import Input
+from minillama.data.cleaning.language import Language
+from minillama.data.cleaning.latex import Latex
+from minillama.data.cleaning.minhash import NearDuplicates
+from minillama.data.cleaning.model_score import ModelScore
+from minillama.data.cleaning.overlap import Overlap
+from minillama.data.cleaning.perplexity import Buckets, Perplexity
+from minillama.data.cleaning.personal import PersonalData
+from minillama.data.cleaning.repair import Repair, SimplifiedChinese
+from minillama.data.cleaning.stackexchange import StackExchange
+from minillama.data.cleaning.topics import SensitiveWords
 from minillama.errors import InputError
 from minillama.files import digest
 
-AnyStep = (
-    gopher.GopherQuality
-    | gopher.GopherRepetition
-    | c4.C4
-    | c4.MC4
-    | fineweb.FineWeb
-    | duplicates.ExactDuplicates
-    | duplicates.DuplicateParagraphs
-    | duplicates.HostLines
-    | minhash.NearDuplicates
-)
+_Pages = Extract | Repair | SimplifiedChinese | Language | PersonalData | SensitiveWords
+_Rules = C4 | MC4 | Chinese | Code | FineWeb | GopherQuality | GopherRepetition | Latex | StackExchange
+_Scores = Classifier | ModelScore | Perplexity
+_Corpus = Buckets | DuplicateParagraphs | ExactDuplicates | HostLines | NearDuplicates | Overlap
+AnyStep = _Pages | _Rules | _Scores | _Corpus
 """The steps by their field `name`: a step is added here and in its own file."""
 
 
@@ -96,5 +107,6 @@ class Pipeline:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the steps and of the files that they read."""
-        files = [digest(path) for step in self.steps for path in step.files() if path.is_file()]
+        paths = [path for step in self.steps for path in step.files()]
+        files = [digest(file) for path in paths for file in sorted([path, *path.rglob("*")]) if file.is_file()]
         return sha256(json.dumps([to_dict(self)["steps"], files], sort_keys=True).encode()).hexdigest()

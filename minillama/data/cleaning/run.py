@@ -69,9 +69,9 @@ class Cleaning:
         run_all(self.read, [(task,) for task in tasks], workers, say, "reading")
         parts = self.name_parts(tasks)
         for number, stage in enumerate(self.pipeline.stages, 1):
-            names = ", ".join(step.name for step in stage.all) or "copying"
+            names = ", ".join(step.key for step in stage.all) or "copying"
             run_all(self.clean, [(number, part, i) for i, part in enumerate(parts)], workers, say, names)
-            say(f"deciding {stage.closing.name}" if stage.closing else "finishing", 0.0)
+            say(f"deciding {stage.closing.key}" if stage.closing else "finishing", 0.0)
             self.decide(number)
         return self.finish(tasks)
 
@@ -213,7 +213,7 @@ class Cleaning:
         unread = [self.marker(task).with_suffix(".removed") for task in tasks]
         join(self.output / "removed" / "unread.jsonl.zst", unread)
         decisions = {
-            stage.closing.name: read_table(folder / "verdicts" / "summary.json")
+            stage.closing.key: read_table(folder / "verdicts" / "summary.json")
             for stage, folder in zip(stages, folders, strict=True)
             if stage.closing
         }
@@ -252,8 +252,8 @@ def _through(draft: Draft, stage: Stage, verdicts: Any, names: list[str], tally:
         after = before if draft.text is text else len(draft.text.encode(errors="replace"))
         draft.text = text if removal else draft.text
         tally.step(number).seconds += time.perf_counter() - start
-        tally.judged(number, step.name, draft, removal, (before, after))
+        tally.judged(number, step.key, draft, removal, (before, after))
         if removal:
-            return step.name, removal
+            return step.key, removal
         before = after
     return None

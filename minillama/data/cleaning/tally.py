@@ -13,7 +13,7 @@ from minillama.data.cleaning.document import Draft, Removal, Step
 from minillama.data.cleaning.duplicates import host_of
 
 READ = -1
-FIGURES, EXAMPLES, HOSTS, EXCERPT = 500, 10, 200, 600
+HOSTS, EXCERPT = 200, 600
 
 
 @dataclass
@@ -36,27 +36,21 @@ class Sample:
 class Counts:
     """Counts and samples of one step."""
 
-    def __init__(self, table: dict[str, Any] | None = None) -> None:
-        table = table or {}
-        self.documents, self.bytes = table.get("documents", 0), table.get("bytes", 0)
-        self.removed, self.removed_bytes = Counter[str](table.get("removed", {})), table.get("removed_bytes", 0)
-        self.bytes_after = table.get("bytes_after", 0)
-        self.seconds = table.get("seconds", 0.0)
-        self.figures = Sample(FIGURES, table.get("figures", []))
-        self.kept_examples = Sample(EXAMPLES, table.get("kept_examples", []))
-        self.removed_examples = Sample(EXAMPLES, table.get("removed_examples", []))
+    def __init__(self) -> None:
+        self.documents = self.bytes = self.bytes_after = 0
+        self.seconds, self.removed = 0.0, Counter[str]()
+        self.figures, self.kept_examples, self.removed_examples = Sample(500), Sample(10), Sample(10)
 
-    def merge(self, other: Counts) -> None:
-        """Add another part's."""
-        self.documents, self.bytes = self.documents + other.documents, self.bytes + other.bytes
-        self.bytes_after, self.seconds = self.bytes_after + other.bytes_after, self.seconds + other.seconds
-        self.removed += other.removed
-        self.removed_bytes += other.removed_bytes
-        for name in ("figures", "kept_examples", "removed_examples"):
+    def merge(self, table: dict[str, Any]) -> None:
+        """Add what another's `to_table` gave."""
+        for name, value in table.items():
             mine = getattr(self, name)
-            for key, document, item in getattr(other, name).items:
-                if mine.wants(key):
-                    mine.add(key, document, item)
+            if isinstance(mine, Sample):
+                for entry in value:
+                    if mine.wants(entry[0]):
+                        mine.add(*entry)
+            else:
+                setattr(self, name, mine + (Counter(value) if isinstance(mine, Counter) else value))
 
     def to_table(self) -> dict[str, Any]:
         """JSON object of it."""
@@ -66,11 +60,9 @@ class Counts:
 class Tally:
     """Counts per step, by its number in the pipeline; `READ` is reading."""
 
-    def __init__(self, table: dict[str, Any] | None = None) -> None:
-        table = table or {}
-        self.steps = {int(number): Counts(counts) for number, counts in table.get("steps", {}).items()}
-        self.languages = Counter[str](table.get("languages", {}))
-        self.hosts = Counter[str](table.get("hosts", {}))
+    def __init__(self) -> None:
+        self.steps: dict[int, Counts] = {}
+        self.languages, self.hosts = Counter[str](), Counter[str]()
 
     def step(self, number: int) -> Counts:
         """Counts of a step."""
@@ -78,20 +70,23 @@ class Tally:
 
     def judged(self, number: int, name: str, draft: Draft, removal: Removal | None, sizes: tuple[int, int]) -> None:
         """Count a document that a step has judged; `sizes` are its bytes before and after."""
-        counts, key = self.step(number), crc32(draft.id.encode())
+        counts, key, figures = self.step(number), crc32(draft.id.encode()), draft.measured.get(name, {})
         counts.documents += 1
         counts.bytes += sizes[0]
-        figures = draft.measured.get(name)
         if figures and counts.figures.wants(key):
             numbers = {name: value for name, value in figures.items() if not isinstance(value, str)}
             counts.figures.add(key, draft.id, numbers)
         examples = counts.removed_examples if removal else counts.kept_examples
         if examples.wants(key):
-            excerpt = {"where": draft.where, "text": draft.text[:EXCERPT], "figures": figures or {}}
-            examples.add(key, draft.id, excerpt | ({"removal": list(removal)} if removal else {}))
+            excerpt: dict[str, Any] = {
+                "where": draft.where,
+                "text": draft.text[:EXCERPT],
+                "figures": figures,
+                "removal": removal or [],
+            }
+            examples.add(key, draft.id, excerpt)
         if removal:
             counts.removed[removal.reason] += 1
-            counts.removed_bytes += sizes[0]
         else:
             counts.bytes_after += sizes[1]
 
@@ -107,26 +102,24 @@ class Tally:
         hosts = sorted(self.hosts.items(), key=lambda item: (-item[1], item[0]))[:HOSTS]
         return {"steps": steps, "languages": dict(sorted(self.languages.items())), "hosts": dict(hosts)}
 
-    def funnel(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
-        """Per step: documents and bytes left of all that were read, those removed by reason, what it saw."""
-        rows, read = [], self.step(READ)
-        documents, size = read.documents - read.removed.total(), read.bytes
-        for number, name in enumerate(["read", *(step.name for step in steps)], READ):
-            counts = self.step(number)
-            if number != READ:
-                documents, size = documents - counts.removed.total(), size - (counts.bytes - counts.bytes_after)
-            row = {"step": name, "seen": counts.documents, "documents": documents, "bytes": size}
-            rows.append(row | {"removed": dict(sorted(counts.removed.items()))})
-        return rows
-
     @classmethod
     def total(cls, tables: Iterable[dict[str, Any]]) -> Tally:
         """Sum of the parts' tallies."""
         total = cls()
         for table in tables:
-            part = cls(table)
-            for number, counts in part.steps.items():
-                total.step(number).merge(counts)
-            total.languages += part.languages
-            total.hosts += part.hosts
+            for number, counts in table["steps"].items():
+                total.step(int(number)).merge(counts)
+            total.languages.update(table["languages"])
+            total.hosts.update(table["hosts"])
         return total
+
+    def funnel(self, steps: Sequence[Step]) -> list[dict[str, Any]]:
+        """Per step: documents and bytes left of all that were read, those removed by reason, what it saw."""
+        rows, documents, size = [], self.step(READ).documents, self.step(READ).bytes
+        for number, name in enumerate(["read", *(step.key for step in steps)], READ):
+            counts = self.step(number)
+            documents -= counts.removed.total()
+            size -= counts.bytes - counts.bytes_after
+            row = {"step": name, "seen": counts.documents, "documents": documents, "bytes": size}
+            rows.append(row | {"removed": dict(sorted(counts.removed.items()))})
+        return rows

@@ -127,21 +127,16 @@ def _records(blocks: _Blocks, limit: int) -> Iterator[tuple[Mapping[str, str], b
             yield {}, b"", "no WARC header"
             continue
         headers = _headers(blocks)
-        length = headers.get("content-length", "")
-        if not length.isdecimal():
-            yield headers, b"", "no length"
-            continue
-        body = blocks.block(min(int(length), limit))
-        problem = "" if int(length) == len(body) else "too long" if len(body) == limit else "truncated"
-        after = b"" if problem else blocks.line()
-        while not problem and after and not after.strip():
-            after = blocks.line()
-        blocks.back(after)
-        if problem or (after and not after.startswith(b"WARC/1.")):  # a false length: the next record is inside, or on
-            inside = body.find(_MARK)
-            if inside >= 0:
-                blocks.back(body[inside + 1 :])
-                body = body[:inside]
+        stated = headers.get("content-length", "")
+        is_stated = stated.isdecimal() and len(stated) < 19
+        length = int(stated) if is_stated else 0
+        body = blocks.block(min(length, limit))
+        problem = "" if length == len(body) else "too long" if len(body) == limit else "truncated"
+        problem = problem if is_stated else "no length"
+        after, inside = b"" if problem else blocks.line(), body.find(_MARK)
+        if problem or after.strip() or inside >= 0:  # a false length: the next record is inside, or further on
+            blocks.back(body[inside + 1 :] + after if inside >= 0 else after)
+            body = body[:inside] if inside >= 0 else body
             problem = "false length" if inside >= 0 or not problem else problem
             while (rest := blocks.line()) and not rest.startswith(b"WARC/1."):
                 pass

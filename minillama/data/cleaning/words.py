@@ -9,7 +9,7 @@ from functools import lru_cache
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _LETTERS = rf"[^\W{UNSPACED}]"
 _WORD = re.compile(rf"{_LETTERS}+(?:['’\-]{_LETTERS}+)*|[{UNSPACED}]|\.{{2,}}|[^\w\s]")
-_SENTENCE = re.compile(r"""[.!?…]+["'”’)\]]*(?=\s|$)|[。！？]+[”’」』）]*""")
+_SENTENCE = re.compile(r"""(?<![.!?…])[.!?…]++["'”’)\]]*+(?=\s|$)|[。！？]++[”’」』）]*+""")
 
 
 @lru_cache(maxsize=1)  # several rules in a row count the words of one text

@@ -52,4 +52,5 @@ def _follow(parent: int) -> None:
             time.sleep(0.2)
         os._exit(1)
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core per worker, also for a model that scores
     threading.Thread(target=watch, daemon=True).start()

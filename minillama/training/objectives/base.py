@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
+from minillama.training.model_folder import ModelFolder
 
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
 Metrics = Mapping[str, float]
@@ -161,6 +163,15 @@ class Objective(Protocol):
     def warnings(self, measures: Metrics) -> list[str]:
         """What is wrong with the measures of a validation, for the log."""
         return []
+
+    def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
+        """Further model folders at the end of a run: names, and what writes each into a path.
+
+        Args:
+            masters: the float32 models.
+            saved: how the model is written.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""

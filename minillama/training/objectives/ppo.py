@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from minillama.data.corpus import Corpus
 from minillama.layers.cross_entropy import linear_log_probabilities
 from minillama.model import Decoder
 from minillama.model.heads import open_scores, scores, with_score
-from minillama.model.lora import lora_parameters
+from minillama.model.lora import adapter_names, lora_parameters
 from minillama.runs.feedback import PPOConfig
+from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives.advantages import adapted_beta, averaging, gae, token_rewards, value_loss, whiten
 from minillama.training.objectives.base import Batch, Metrics
 from minillama.training.objectives.grpo import policy_terms, policy_totals
@@ -98,7 +100,8 @@ class PPO(Feedback):
     def prepare(self, step: int) -> Metrics:
         """As `Feedback.prepare`; the average takes in the weights that the last step left."""
         decay, model = self.settings.average_decay, self.model
-        for name, weight in (lora_parameters(model) or model.state_dict()).items() if decay else ():
+        weights = lora_parameters(model) if adapter_names(model) else model.state_dict()
+        for name, weight in weights.items() if decay else ():
             average = self.average.setdefault(name, weight.detach().float().clone())
             average.lerp_(weight.detach().float(), 1 - decay)
         return super().prepare(step)
@@ -132,6 +135,18 @@ class PPO(Feedback):
         if text is not None:
             terms["text"] = self.settings.text_weight * self.model.loss(self.model.hidden(text[:, :-1]), text[:, 1:])
         return terms, metrics
+
+    def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
+        """The value model, with `score.weight`, and the average of the weights."""
+        critic, found = masters[VALUE], dict[str, Callable[[Path], object]]()
+        if isinstance(critic, Decoder):
+
+            def write(path: Path) -> None:
+                critic.save_pretrained(path)
+                saved.tokenizer.save(path)
+
+            found["value"] = write
+        return found | ({"average": lambda path: saved.write(path, self.average)} if self.average else {})
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rollout, the KL coefficient and the average of weights."""

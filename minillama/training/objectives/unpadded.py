@@ -21,8 +21,8 @@ def unpadded(batch: Batch, model: Decoder) -> Batch:
         model: the decoder.
     """
     is_eager = model.device.type == "cpu" and model.blocks[0]._compiled_call_impl is None
-    kept = batch.kept
-    if not is_eager or model.config.position != "rope" or model.config.sliding_window or not kept.any():
+    kept, config = batch.kept, model.config
+    if not is_eager or config.position != "rope" or config.sliding_window or config.is_longrope or not kept.any():
         return batch
     shape = batch.tokens.shape
     positions = torch.arange(shape[1]) if batch.positions is None else batch.positions
