@@ -16,6 +16,7 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
+PROMPT = 12  # tokens of a prompt from held-out text
 Metrics = Mapping[str, float]
 
 
@@ -113,7 +114,7 @@ class Objective(Protocol):
     writes_text: bool = True
     """Whether a sample of the model's text shows what it learns."""
     prompts: Sequence[Sequence[int]] = ()
-    """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
+    """Token ids of prompts from held-out data, which a sample continues where the settings have none."""
 
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
@@ -180,6 +181,10 @@ class TextObjective(DataObjective[Corpus]):
     """
 
     context: int
+
+    def __post_init__(self, decoder: Decoder) -> None:
+        super().__post_init__(decoder)
+        self.prompts = [self.data.prompt(PROMPT)]
 
     @property
     def window(self) -> int:
