@@ -33,6 +33,22 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
         raise InputError("this is a URL, and a path is expected", where=path, fix=fix)
 
 
+def refuse_remote(path: str | os.PathLike[str]) -> None:
+    """Refuse a URL, and a name of the Hugging Face hub where no such path exists.
+
+    Raises:
+        InputError: with the command that downloads it.
+    """
+    refuse_url(path)
+    found = Path(path)
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not (found.exists() or found.parent.is_dir()):
+        what, fix = (
+            "no such path",
+            f"if this is a model of the Hugging Face hub: hf download {path} --local-dir {found.name}",
+        )
+        raise InputError(what, where=path, fix=f"{fix}; then give {found.name}")
+
+
 def model_folder(path: Path) -> Path:
     """Model folder of a run's folder, said on standard error; another path as it is.
 

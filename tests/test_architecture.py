@@ -16,7 +16,7 @@ PACKAGE = Path(minillama.__file__).parent
 LEVELS = [
     ["commands"],
     ["training", "scaling"],
-    ["runs"],
+    ["runs", "synthetic"],
     ["evaluate"],
     ["inference"],
     ["data", "native", "convert"],

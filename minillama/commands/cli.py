@@ -26,7 +26,7 @@ COMMANDS = {
     "compare": "comparison of runs: configuration, metrics, loss curves",
     "convert": "model conversion to another format: Hugging Face, Meta, GGUF",
     "inspect": "format, configuration, metadata and tensors of a model, without loading it",
-    "data": "show records of fine-tuning files as a model reads them",
+    "data": "clean text; show fine-tuning records as a model reads them; grade them; best of several answers",
     "tokenizer": "train, merge, encode, decode, explain, compare tokenizers",
     "doctor": "environment report: versions, processor, kernels, compiler, extras, folders",
     "plan": "parameter counts, memory and FLOPs of a model, without building it",

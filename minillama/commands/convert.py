@@ -35,6 +35,7 @@ class Args:
 def run(args: Args) -> int:
     """Convert, with a progress line on standard error."""
     from minillama.convert import convert
+    from minillama.formats.open import open_model
     from minillama.inference.calibrate import by_text
 
     done = 0
@@ -62,4 +63,6 @@ def run(args: Args) -> int:
     size = sum(file.stat().st_size for file in files)
     end = "\r\x1b[K" if sys.stderr.isatty() else ""
     print(f"{end}wrote {path}: {done} tensors, {size / 1e6:,.1f} MB in {len(files)} files", file=sys.stderr)
+    if args.to == "gguf" and (window := open_model(path).config.switches().get("sliding_window")):
+        print(f"llama.cpp ignores the sliding window: beyond {window} tokens it attends to all", file=sys.stderr)
     return 0

@@ -1,19 +1,25 @@
-"""Data sets: show the records of a fine-tuning file as a model reads them."""
+"""Data sets: clean text; show, grade and make the records of a fine-tuning file."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from minillama.commands.best_of_n import BestOfN
+from minillama.commands.data_clean import Clean
+from minillama.commands.data_models import TrainClassifier, TrainNgramLM
+from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
-from minillama.data.conversations import Format, conversations
+from minillama.data.conversations import Format, read_record
+from minillama.data.preference_set import encode_answer, fitted
+from minillama.data.preferences import Preference, is_preference, read_preference
 from minillama.data.reading import BadText, Skipped
-from minillama.data.sources import OnError, parse_source
+from minillama.data.sources import OnError, parse_source, records
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.conversation import Conversation
@@ -26,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Show:
-    """Print conversations as the model reads them: tokens, weights in the loss, the trained ones colored and barred."""
+    """Print conversations as the model reads them: tokens, weights in the loss, the trained ones colored and barred.
+
+    Of preferences the chosen answer is green and marked +, the rejected one red and marked -.
+    """
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A file of records, .jsonl or .json, perhaps .gz or .zst, a folder of them, or hf:NAME."""
@@ -37,8 +46,8 @@ class Show:
     """Model whose tokenizer encodes the records."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="PATH")] = ""
     """Tokenizer file or folder, if it is not a model's."""
-    format: Format = "auto"
-    """Format of the records; auto: as their fields say."""
+    format: Format | Literal["preferences"] = "auto"
+    """Format of the records; auto: as their fields say. preferences: also where fine-tuning would take the record."""
     train_on: TrainOn = "all"
     """Trained answers of a conversation."""
     context: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -56,21 +65,40 @@ class Show:
         template = load_template(self.template, tokenizer)
         console = Console(highlight=False, soft_wrap=True)
         report, shown = Skipped(), []
-        found = conversations(parse_source(self.source), self.format, self.on_error, report)
-        for conversation in islice(found, self.limit or None):
+        preferences = 0
+        for item in islice(self._read(report), self.limit or None):
             try:
-                rendered = encode(conversation, template, tokenizer, self.train_on)
+                if isinstance(item, Preference):
+                    _print_preference(console, item, template, tokenizer, self.context)
+                    preferences += 1
+                    continue
+                rendered = encode(item, template, tokenizer, self.train_on)
             except InputError as error:
                 if self.on_error == "stop":
                     raise
                 report.add(BadText("not rendered", error.what, where=error.where))
                 continue
             shown.append(truncated(rendered, self.context, tokenizer.bos_id) if self.context else rendered)
-            _print(console, conversation, shown[-1])
-        if not shown:
+            _print(console, item, shown[-1])
+        if not shown and not preferences:
             raise InputError("no conversation to show", where=self.source, found=str(report) or "no records")
-        print(_summary(shown, template, report), file=sys.stderr)
+        counts = [f"{preferences:,} preferences, template {template.name}"] if preferences else []
+        counts += [_summary(shown, template)] if shown else []
+        print("; ".join(counts + [str(report)] * bool(str(report))), file=sys.stderr)
         return 0
+
+    def _read(self, report: Skipped) -> Iterator[Conversation | Preference]:
+        """Preferences where the format says so, or the record's fields, and else conversations."""
+        for record in records(parse_source(self.source), self.on_error, report):
+            try:
+                if self.format == "preferences" or (self.format == "auto" and is_preference(record.value)):
+                    yield read_preference(record)
+                else:
+                    yield from read_record(record, self.format, report)
+            except BadText as bad:
+                if self.on_error == "stop":
+                    raise
+                report.add(bad)
 
     def _tokenizer(self) -> Tokenizer:
         from minillama.formats.open import open_model
@@ -88,11 +116,37 @@ def _print(console: Console, conversation: Conversation, rendered: Rendered) -> 
     counts += [f"{cut} cut off the {part}" for cut, part in zip(rendered.cut, ("prompt", "answer"), strict=True) if cut]
     console.print(Text(f"{conversation.where}: {', '.join(counts)}", style="bold"))
     for text, weight in rendered.runs:
-        mark, style = ("┃", "green") if weight else ("│", "")
-        for number, line in enumerate(_lines(text)):
-            label = f"{weight:g}" if number == 0 else ""
-            console.print(Text(f"{label:>6} {mark} ", style=style or "dim").append(line, style=style))
+        _print_lines(console, text, f"{weight:g}", "green" if weight else "")
     console.print()
+
+
+def _print_preference(
+    console: Console, preference: Preference, template: Template, tokenizer: Tokenizer, context: int
+) -> None:
+    from rich.text import Text
+
+    sides = [encode_answer(side, template, tokenizer) for side in preference.sides]
+    prompt, answers = sides[0].prompt, [side.answer for side in sides]
+    if context:
+        prompt, answers = fitted(prompt, answers, context, tokenizer.bos_id)
+    kinds = [("+", "green")] * (preference.chosen is not None) + [("-", "red")] * (preference.rejected is not None)
+    counts = f"prompt {len(prompt):,} tokens, " + ", ".join(
+        f"{kind} {len(answer):,}" for (kind, _), answer in zip(kinds, answers, strict=True)
+    )
+    margin = f", margin {preference.margin:g}" if preference.margin else ""
+    console.print(Text(f"{preference.sides[0].where}: {counts}{margin}", style="bold"))
+    _print_lines(console, tokenizer.decode(prompt, skip_special=False), "", "")
+    for (kind, style), answer in zip(kinds, answers, strict=True):
+        _print_lines(console, tokenizer.decode(answer, skip_special=False), kind, style)
+    console.print()
+
+
+def _print_lines(console: Console, text: str, label: str, style: str) -> None:
+    from rich.text import Text
+
+    for number, line in enumerate(_lines(text)):
+        shown, mark = (label if number == 0 else ""), "┃" if style else "│"
+        console.print(Text(f"{shown:>6} {mark} ", style=style or "dim").append(line, style=style))
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -111,19 +165,30 @@ def _counts(rendered: Sequence[Rendered]) -> str:
     return f"{tokens:,} tokens, {trained:,} trained, weight {sum(sum(item.weights) for item in rendered):,.6g}"
 
 
-def _summary(shown: Sequence[Rendered], template: Template, report: Skipped) -> str:
+def _summary(shown: Sequence[Rendered], template: Template) -> str:
     cut = sum(any(item.cut) for item in shown)
     parts = [f"{len(shown):,} conversations, template {template.name}: {_counts(shown)}"]
-    parts += [f"{cut:,} truncated"] if cut else []
-    return "; ".join(parts + [str(report)] * bool(str(report)))
+    return "; ".join(parts + ([f"{cut:,} truncated"] if cut else []))
 
 
-def parse(words: Sequence[str]) -> Show:
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
+    "clean": Clean,
+    "show": Show,
+    "difficulty": Difficulty,
+    "best-of-n": BestOfN,
+}
+MODELS: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
+
+
+def parse(words: Sequence[str]) -> Any:
     """Subcommand of the command line."""
     refuse_repeated(words)
-    return tyro.extras.subcommand_cli_from_dict({"show": Show}, args=list(words), prog="minillama data")
+    if words and words[0] in MODELS:  # `ngram-lm train`: a subcommand of its own
+        known, prog = {"train": MODELS[words[0]]}, f"minillama data {words[0]}"
+        return tyro.extras.subcommand_cli_from_dict(known, args=list(words[1:]), prog=prog)
+    return tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS | MODELS, args=list(words), prog="minillama data")
 
 
-def run(args: Show) -> int:
+def run(args: Any) -> int:
     """Run the subcommand."""
     return args.run()

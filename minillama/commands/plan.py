@@ -18,6 +18,7 @@ from minillama.config.cost import WEIGHT_BYTES, cache_slots, inference_memory
 from minillama.config.loader import check, config_names, nearest, to_dict
 from minillama.device import GPUS
 from minillama.errors import InputError
+from minillama.formats.shape import model_config
 
 MFU = 0.4  # of a GPU's peak, unless a speed is given
 ADAPTER_TOKENS = 1e6
@@ -28,7 +29,7 @@ class Args:
     """Command-line arguments."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
-    """Model presets, TOML files, Hugging Face folders or runs; several are compared."""
+    """Model presets, TOML files, models of any format, or runs; several are compared."""
     train: Train = "full"
     """All weights, LoRA adapters, or LoRA adapters on int4 weights."""
     batch: int = field(default=1, metadata={"min": 1})
@@ -67,7 +68,7 @@ def run(args: Args) -> int:
     if not args.models:
         expected = f"a folder, a file, or one of {', '.join(config_names('model'))}"
         raise InputError("no model was given", where="command line", expected=expected)
-    configs = [ModelConfig.load(name) for name in args.models]
+    configs = [model_config(name) for name in args.models]
     tables = [figures(name, config, args) for name, config in zip(args.models, configs, strict=True)]
     if args.json:
         print(json.dumps(tables if len(tables) > 1 else tables[0]))
@@ -169,7 +170,8 @@ def _fit(config: ModelConfig, setting: Setting, gigabytes: float, gpu: str) -> d
 
 def _inference(config: ModelConfig, args: Args, context: int, width: int) -> dict[str, Any]:
     """Bytes of inference per GPU, with tensor parallelism on several."""
-    slots = cache_slots(config, context, args.window, args.sinks)
+    window, sinks = args.window or config.sliding_window, args.sinks if args.window else 0
+    slots = cache_slots(config, context, window, sinks)
     ranks = Setting("full", 1, context, args.gpus, "tensor parallel").ranks(config)
     int8_width = 1 + 4 / config.head_dim  # int8, and a float32 scale per head
     kinds = {kind: inference_memory(config, args.batch, slots, kind, width, ranks) for kind in WEIGHT_BYTES}

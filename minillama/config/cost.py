@@ -118,6 +118,8 @@ def training_memory(
     - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
     - gate F, up F, silu(gate) F, their product F
     - r for each adapter
+    - with qk_norm of every query and key head the norm's input and output, 2E in float32, and its reciprocal root 1;
+      the queries once more, HE
 
     Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
     input and, unless it is frozen, of the head's matrix, in float32, and a chunk of logits. With checkpointing the
@@ -163,6 +165,8 @@ def training_memory(
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     low_rank = len(sites) * (lora.rank if lora else 0) // config.n_layers
     split = 2 * norm + 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim)
+    if config.qk_norm:
+        split += (config.n_heads + config.n_kv_heads) * (8 * config.head_dim + 4) + width * q
     kept = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank)
     stream = width * config.dim / tensor
     kept = config.n_layers * stream + kept - stream if checkpointing else config.n_layers * kept

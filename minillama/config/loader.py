@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from minillama.errors import InputError
-from minillama.files import refuse_url
+from minillama.files import refuse_remote
 
 T = TypeVar("T")
 # bounds in a field's metadata
@@ -300,7 +300,7 @@ def config_path(kind: str, name: str) -> Path:
     Raises:
         InputError: neither, with the nearest name.
     """
-    refuse_url(name)
+    refuse_remote(name)
     path = Path(name)
     if path.suffix == ".toml" and path.is_file():
         return path

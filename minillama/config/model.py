@@ -82,7 +82,12 @@ class ModelConfig(Shape):
     def from_hf(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """A shape from the keys of a Hugging Face config.json. `to_hf` is the way back."""
         fields, keys = hf.from_hf(values, where)
-        return cls.from_keys(fields, where, keys)
+        return cls.from_keys(fields, where, keys).named(values["model_type"])
+
+    def named(self, kind: str) -> ModelConfig:
+        """This shape, whose files have that model_type even where the fields leave it open."""
+        is_open = kind in ("mistral", "phi3") and self.to_hf()["model_type"] != kind
+        return replace(self, model_type=kind) if is_open else self  # type: ignore[arg-type]
 
     @classmethod
     def from_keys(cls, values: Mapping[str, Any], where: object, keys: Mapping[str, str] | None = None) -> ModelConfig:
@@ -123,12 +128,15 @@ class ModelConfig(Shape):
 
         Forward: 2 for each weight of a linear layer (the head is one, the embedding is a lookup), and
         2 * 2 * H * E * (T + 1) / 2 per layer for scores and their sums, since a query attends to half of the
-        sequence on average. Training is three times that. PaLM's 6N + 12 LHET (arXiv 2204.02311, App. B)
-        counts the whole square and all parameters, and so comes out higher.
+        sequence on average, with a sliding window w < T to w - w (w - 1) / 2T tokens. Training is three times that.
+        PaLM's 6N + 12 LHET (arXiv 2204.02311, App. B) counts the whole square and all parameters, and so comes out
+        higher.
         """
         matrices = (math.prod(shape) for shape in self.layer_tensors().values() if len(shape) > 1)
         products = self.n_layers * sum(matrices) + (self.vocab_size if self.head == "lm" else 1) * self.dim
-        scores = 2 * self.n_heads * self.head_dim * (seq_len + 1) if self.mixer == "attention" else 0
+        window = min(self.sliding_window or seq_len, seq_len)
+        keys = window - window * (window - 1) / (2 * seq_len)  # per query, on average
+        scores = 4 * self.n_heads * self.head_dim * keys if self.mixer == "attention" else 0
         return (2 * products + self.n_layers * scores) * (3 if training else 1)
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:

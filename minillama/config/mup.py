@@ -18,7 +18,11 @@ every width. Depth, batch and duration are not covered.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from minillama.config.model import ModelConfig
+from minillama.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,33 @@ class Mup:
     def queries(self, name: str) -> float:
         """Factor of the query projection alone, and of its learning rate under Muon."""
         return self.head**-0.5 if name.endswith("q_proj.weight") else 1.0
+
+
+def check_mup(base: int, optimizer: str, model: ModelConfig) -> None:
+    """Check that there is a rule for all parts of a model.
+
+    Args:
+        base: width of the base model; 0 in the standard parametrization, which has rules for everything.
+        optimizer: its name; Adafactor's updates are relative to the parameter.
+        model: the shape.
+
+    Raises:
+        InputError: another optimizer, initialization or mixer, or a tied head whose scale does not make up for it.
+    """
+    if not base:
+        return
+    excluded = {
+        "optim.optimizer": (optimizer, "adamw"),
+        "model.init": (model.init, "normal"),
+        "model.mixer": (model.mixer, "attention"),
+    }
+    for where, (found, expected) in excluded.items():
+        if found != expected:
+            raise InputError("muP has no rule for this", where=where, found=found, expected=expected)
+    if model.tie_embeddings and not math.isclose(model.logit_scale, base / model.dim):
+        raise InputError(
+            "muP trains embedding and head by different rules",
+            where="model.tie_embeddings",
+            found=f"true, with logit_scale = {model.logit_scale}",
+            expected=f"false, or logit_scale = mup_base_dim / dim = {base / model.dim}",
+        )

@@ -25,7 +25,14 @@ Role = Literal[
 Values = tuple[object, ...]
 Condition = Mapping[str, Values]
 ALWAYS: Condition = {}
-V, D, F, HEADS, KV_HEADS = "vocab_size", "dim", "hidden_dim", "n_heads x head_dim", "n_kv_heads x head_dim"
+V, D, E, F, HEADS, KV_HEADS = (
+    "vocab_size",
+    "dim",
+    "head_dim",
+    "hidden_dim",
+    "n_heads x head_dim",
+    "n_kv_heads x head_dim",
+)
 CHANNELS = "attention_hidden_size"  # D channels of RWKV's recurrence, as transformers calls them
 POSITIONS = "max_seq_len + 1"
 SPLIT = (V, F, HEADS, KV_HEADS, CHANNELS)
@@ -101,6 +108,8 @@ BLOCK = (
     *_linear("self_attn.k_proj", "key", (KV_HEADS, D), _ATTENTION, "qkv_proj", _QKV),
     *_linear("self_attn.v_proj", "value", (KV_HEADS, D), _ATTENTION, "qkv_proj", _QKV),
     *_linear("self_attn.o_proj", "attention output", (D, HEADS), _ATTENTION),
+    Parameter("self_attn.q_norm.weight", "norm", (E,), {"qk_norm": (True,)}),
+    Parameter("self_attn.k_norm.weight", "norm", (E,), {"qk_norm": (True,)}),
     Parameter("self_attn.time_decay", "recurrence", (CHANNELS,), _WKV),
     Parameter("self_attn.time_first", "recurrence", (CHANNELS,), _WKV),
     Parameter("self_attn.time_mix_key", "token shift", (D,), _WKV),

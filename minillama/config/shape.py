@@ -17,8 +17,9 @@ from minillama.errors import InputError
 class RopeScaling:
     """RoPE scaling for contexts longer than the trained one; see `layers/rope.py`."""
 
-    kind: Literal["linear", "ntk", "llama3"] = "linear"
-    """linear: positions divided by factor; ntk: theta * factor^(E/(E-2)); llama3: low frequencies only."""
+    kind: Literal["linear", "ntk", "llama3", "longrope"] = "linear"
+    """linear: positions divided by factor; ntk: theta * factor^(E/(E-2)); llama3: low frequencies only; longrope: each
+    frequency by a factor of its own (Phi-3), see `layers/long_rope.py`."""
     factor: float = field(default=1.0, metadata={"min": 1})
     """Context extension factor."""
     low_freq_factor: float = field(default=1.0, metadata={"above": 0})
@@ -26,7 +27,11 @@ class RopeScaling:
     high_freq_factor: float = field(default=4.0, metadata={"above": 0})
     """llama3: frequencies with more rotations than this are unchanged."""
     original_max_seq_len: int = field(default=8192, metadata={"min": 1})
-    """llama3: the original context length."""
+    """llama3, longrope: the original context length."""
+    short_factor: tuple[float, ...] = field(default=(), metadata={"above": 0})
+    """longrope: divisors of the frequencies in sequences up to the original context length."""
+    long_factor: tuple[float, ...] = field(default=(), metadata={"above": 0})
+    """longrope: divisors of the frequencies in longer ones."""
 
     def __post_init__(self) -> None:
         if self.low_freq_factor >= self.high_freq_factor:
@@ -70,6 +75,12 @@ class Shape:
     """rope-2d and learned-2d have two position ids per token: in the text and within the masked span (GLM)."""
     rotary_dim: int = field(default=0, metadata={"min": 0})
     """Rotary dimension, the first values of a head that rope rotates; 0: all of it."""
+    nope_interval: int = field(default=0, metadata={"min": 0})
+    """Every n-th layer has no position embedding (NoPE; SmolLM3); 0: all have."""
+    qk_norm: bool = False
+    """RMSNorm of every query and key head, before rope (Qwen3)."""
+    sliding_window: int = field(default=0, metadata={"min": 0})
+    """Sliding-window attention: tokens that a token attends to, its own included (Mistral); 0: all."""
     mixer: Literal["attention", "wkv"] = "attention"
     """wkv: RWKV's recurrence; it has its own feed-forward layer and no position embedding."""
     mlp: Literal["swiglu", "gelu", "channel-mix"] = "swiglu"
@@ -92,6 +103,8 @@ class Shape:
     """score: one value per token in the place of the logits, as of a reward model."""
     pad_id: int = field(default=0, metadata={"min": 0})
     """Padding of a model with scores, no text's last token: transformers reads the score in front of the padding."""
+    model_type: Literal["", "mistral", "phi3"] = ""
+    """model_type of files, where the other fields leave it open; it changes no result."""
     preset: str = ""
     """Name of the file in configs/model that this shape came from."""
 
@@ -115,11 +128,26 @@ class Shape:
         """Switches that differ from LLaMA's."""
         names = (
             *("norm", "position", "mixer", "mlp", "bias", "parallel_block", "residual", "embedding_norm"),
-            *("logit_scale", "objective", "head"),
+            *("logit_scale", "objective", "head", "nope_interval", "qk_norm", "sliding_window"),
         )
         plain = {f.name: f.default for f in fields(self)}
         changed = {name: getattr(self, name) for name in names if getattr(self, name) != plain[name]}
+        changed |= {"rope_scaling": "longrope"} if self.is_longrope else {}
+        if self.sliding_window >= self.max_seq_len:  # without effect
+            changed.pop("sliding_window", None)
         return changed | ({"rotary_dim": self.rotary_dim} if self.rotary_width != self.head_dim else {})
+
+    @property
+    def is_longrope(self) -> bool:
+        """Whether the rotary frequencies depend on the length of a sequence."""
+        return self.rope_scaling is not None and self.rope_scaling.kind == "longrope"
+
+    @property
+    def short_context(self) -> int:
+        """Length up to which sequences have the same rotary frequencies: max_seq_len, with longrope the original."""
+        if self.rope_scaling is None or not self.is_longrope:
+            return self.max_seq_len
+        return min(self.max_seq_len, self.rope_scaling.original_max_seq_len)
 
     @property
     def rotary_width(self) -> int:
@@ -147,7 +175,11 @@ class Shape:
             ("residual", "norm", "parallel_block", (False,)),
             ("objective", "glm", "position", ("rope-2d", "learned-2d")),
             ("init", "rwkv", "mixer", ("wkv",)),
+            ("mixer", "wkv", "qk_norm", (False,)),
+            ("qk_norm", True, "nope_interval", (0,)),
+            ("mixer", "wkv", "sliding_window", (0,)),
             *(("position", other, "rotary_dim", (0,)) for other in ("none", "alibi", "learned-2d", "rope-2d")),
+            *(("position", other, "nope_interval", (0,)) for other in ("none", "alibi", "learned-2d", "rope-2d")),
         ]
         for switch, value, other, allowed in excluded:
             found = getattr(self, other)
@@ -169,9 +201,15 @@ class Shape:
         if width > self.head_dim:
             expected = f"at most head_dim = {self.head_dim}"
             raise InputError("rope cannot rotate more than a head", where=where, found=found, expected=expected)
-        if width == 2 and self.rope_scaling is not None and self.rope_scaling.kind == "ntk":
+        scaling = self.rope_scaling
+        if width == 2 and scaling is not None and scaling.kind == "ntk":
             what = "ntk scaling needs more than one rotary pair"
             raise InputError(what, where="head_dim", found=2, expected="at least 4")
+        for name in ("short_factor", "long_factor") if scaling is not None and self.is_longrope else ():
+            count, pairs = len(getattr(scaling, name)), self.rotary_width // 2
+            if count != pairs or self.position != "rope":
+                what, where = "longrope has a factor per rotary pair", f"rope_scaling.{name}"
+                raise InputError(what, where=where, found=f"{count}, position = {self.position!r}", expected=pairs)
 
 
 def ffn_width(dim: int) -> int:

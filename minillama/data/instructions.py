@@ -108,6 +108,7 @@ class Instructions:
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
     stop_ids: frozenset[int] = frozenset()
+    _epochs: dict[tuple[int, int], tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -190,12 +191,13 @@ class Instructions:
     def _wrapped(self, seed: int, step: int, count: int) -> Rows:
         length = self.context
         per_epoch = max(1, (sum(len(example.ids) for example in self.train) - 1) // length)
-        rows, joined = [], dict[int, tuple[NDArray[np.int32], NDArray[np.float32]]]()
+        rows = []
         for sample in range(step * count, (step + 1) * count):
             epoch, row = divmod(sample, per_epoch)
-            if epoch not in joined:
-                joined = {epoch: self._joined(seed, epoch)}
-            ids, weights = joined[epoch]
+            if (seed, epoch) not in self._epochs:
+                self._epochs.clear()
+                self._epochs[seed, epoch] = self._joined(seed, epoch)
+            ids, weights = self._epochs[seed, epoch]
             part = slice(row * length, row * length + length + 1)
             missing = length + 1 - len(ids[part])  # less than one row in all
             rows.append((np.pad(ids[part], (0, missing)), np.pad(weights[part], (0, missing))))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minillama.data.conversations import Format, read_record
+from minillama.data.corpus import Corpus
 from minillama.data.permutation import derive_keys, hash_fraction, permute
 from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.sources import OnError, Source, records
@@ -51,6 +52,7 @@ class Prompts:
         end_id: token that ends an answer.
         fingerprint: SHA-256 of the prompts and the split.
         skipped: records left out.
+        text: pretraining text that is mixed in.
     """
 
     train: Sequence[Prompt]
@@ -58,6 +60,7 @@ class Prompts:
     end_id: int
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
+    text: Corpus | None = None
 
     @classmethod
     def load(
@@ -77,7 +80,7 @@ class Prompts:
             template: chat template.
             tokenizer: to encode them.
             longest: tokens that a prompt may have; longer ones are left out and counted.
-            val_fraction: held-out share.
+            val_fraction: held-out share; 0: none.
             format: of the records.
             on_error: on a record that cannot be read.
 
@@ -95,7 +98,7 @@ class Prompts:
                 end_id = end
                 digest.update(f"{prompt.ids} {prompt.record.get('answer')}\n".encode())
                 split[hash_fraction(text, "held out") < val_fraction].append(prompt)
-        if not all(split.values()):
+        if not split[False] or (val_fraction and not split[True]):
             found = f"{len(split[False])} to train on, {len(split[True])} held out" + f"; {skipped}" * bool(
                 skipped.total
             )
@@ -146,13 +149,12 @@ def _answered(record: Record) -> Record:
     fields = record.value
     for key, member in (("messages", "role"), ("conversations", "role"), ("conversations", "from"), ("prompt", "role")):
         turns = fields.get(key)
-        last = turns[-1] if isinstance(turns, list) and turns else None
-        if isinstance(last, dict) and last.get(member) in ("user", "human"):
-            words = (member, "content" if member == "role" else "value")
-            turn = dict(zip(words, ("assistant" if member == "role" else "gpt", _OPEN), strict=True))
-            return Record(
-                {**fields, key: [*turns, turn]} if key != "prompt" else {"messages": [*turns, turn]}, record.where
-            )
+        if not (isinstance(turns, list) and turns and isinstance(turns[-1], dict)):
+            continue
+        if turns[-1].get(member) in ("user", "human"):
+            role, content = ("assistant", "content") if member == "role" else ("gpt", "value")
+            whole = [*turns, {member: role, content: _OPEN}]
+            return Record({"messages": whole} if key == "prompt" else {**fields, key: whole}, record.where)
     if isinstance(fields.get("prompt"), str) and not {"response", "completion"} & fields.keys():
         return Record({**fields, "response": _OPEN}, record.where)
     if "instruction" in fields and not {"output", "response", "instances"} & fields.keys():

@@ -127,7 +127,7 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
         InputError: the file cannot be opened, or needs a package that is not installed.
     """
     if not holds_records(path):
-        yield from _items(path, lambda stream: [_document(stream.read(), path)])
+        yield from read_items(path, lambda stream: [_document(stream.read(), path)])
         return
     given = key
     for item in read_records(path):
@@ -144,12 +144,16 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
         yield Remark(f"files of records with their texts in {key!r}")
 
 
-def read_records(path: Path) -> Iterator[Record | BadText | Remark]:
+def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadText | Remark]:
     """Objects of a JSONL file, or of a JSON file with an array; .gz and .zst decompressed; see `read_file`.
 
     The content says which of the two it is. JSONL is read line by line, an array as a whole.
+
+    Args:
+        path: the file.
+        limit: bytes of the longest line, or array; longer ones are errors. Memory is bounded by it.
     """
-    return _items(path, lambda stream: _json_records(stream, path))
+    return read_items(path, lambda stream: _json_records(_bounded(stream, limit) if limit else stream, path, limit))
 
 
 def is_jsonl(path: Path) -> bool:
@@ -208,13 +212,21 @@ def clean(text: str, where: str) -> Document | BadText:
     return Document(text.replace("\r\n", "\n"), where)
 
 
-def _items(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText | Remark]:
-    """Items of `read` on an open file in UTF-8, and an error for the rest of a damaged archive."""
+def read_items(
+    path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]], recognizes: bool = True
+) -> Iterator[T | BadText | Remark]:
+    """Items of `read` on an open file, and an error for the rest of a damaged archive.
+
+    Args:
+        path: the file.
+        read: from its bytes to items.
+        recognizes: give it those in UTF-8, where another encoding is recognized, and a remark.
+    """
     with reading(path):
         name = ""
         try:
             with open_file(path) as opened:
-                name, stream = recognized(opened)
+                name, stream = recognized(opened) if recognizes else ("", opened)
                 if name:
                     yield Remark(f"files in {name.upper()}")
                 yield from read(stream)
@@ -235,16 +247,35 @@ def _document(data: bytes, path: Path) -> Document | BadText:
     return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), str(path))
 
 
-def _json_records(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadText]:
+def _bounded(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes]:
+    """Lines; of one that is longer than `limit`, limit + 1 bytes."""
+    while line := stream.readline(limit + 1):
+        yield line
+        while len(line) > limit and not line.endswith(b"\n"):
+            line = stream.readline(limit + 1)
+
+
+def too_long(where: object, limit: int) -> BadText:
+    """Error of a document that is longer than `limit` bytes."""
+    return BadText("too long", "this document is too long", where=where, found=f"over {limit:,} bytes")
+
+
+def _json_records(stream: Iterable[bytes], path: Path, limit: int | None = None) -> Iterator[Record | BadText]:
     lines = iter(stream)
     head = list(_until_text(lines))
     first = head[-1].removeprefix(codecs.BOM_UTF8).strip() if head else b""
     after = list(_until_text(lines)) if first.startswith(b"[") else []
     text = chain(head, after, lines)
     if not _is_whole(first, is_last=not b"".join(after).strip(), is_jsonl=is_jsonl(path)):
-        yield from _json_lines(text, path)
+        yield from _json_lines(text, path, limit)
         return
-    whole = _decode(b"".join(text).removeprefix(codecs.BOM_UTF8), path)
+    data = bytearray()
+    for line in text:
+        data += line
+        if limit and len(data) > limit:
+            yield too_long(path, limit)
+            return
+    whole = _decode(bytes(data).removeprefix(codecs.BOM_UTF8), path)
     if isinstance(whole, BadText):
         yield whole
     else:
@@ -301,8 +332,11 @@ def _behind(pattern: re.Pattern[str], text: str, place: int) -> int:
     return match.end() if match else place
 
 
-def _json_lines(stream: Iterable[bytes], path: Path) -> Iterator[Record | BadText]:
+def _json_lines(stream: Iterable[bytes], path: Path, limit: int | None) -> Iterator[Record | BadText]:
     for number, data in enumerate(stream, 1):
+        if limit and len(data) > limit:
+            yield too_long(f"{path}:{number}", limit)
+            continue
         line = _decode(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, path, number)
         if isinstance(line, BadText):
             yield line

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from minillama.config.loader import read_json
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
@@ -39,9 +40,11 @@ T = TypeVar("T")
 OnError = Literal["stop", "skip"]
 
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
-_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", *RECORDS)
+SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", *RECORDS)
 _HF = "hf:"
 _NAMES = (*BUILTIN, PYTHON_QA, *TASKS)
+CLEANED, UNFINISHED = "cleaned.json", ".cleaning"
+"""In a folder of `minillama data clean`: the manifest of a finished one, the work of another."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     Raises:
         InputError: bad text, with file and line; nothing of that name; a file that cannot be opened.
     """
-    for document in _valid(_items(source), on_error, report):
+    for document in _valid(read_source(source), on_error, report):
         if document.text:
             yield document
         elif report is not None:
@@ -141,7 +144,7 @@ def identity(source: Source) -> dict[str, Any]:
     if source.name.startswith(_HF) and not Path(source.name.removeprefix(_HF)).is_dir():
         return known
     lines = []
-    for path in _files(source.label.removeprefix(_HF), ("",) if source.name.startswith(_HF) else _SUFFIXES):
+    for path in find_files(source.label.removeprefix(_HF), ("",) if source.name.startswith(_HF) else SUFFIXES):
         with reading(path):
             status = path.stat()
         lines.append(f"{path.as_posix()} {status.st_size} {status.st_mtime_ns}")
@@ -149,7 +152,8 @@ def identity(source: Source) -> dict[str, Any]:
     return known | {"files": len(lines), "listing": sha256(listing).hexdigest()}
 
 
-def _items(source: Source) -> Iterator[Document | BadText | Remark]:
+def read_source(source: Source) -> Iterator[Document | BadText | Remark]:
+    """Documents of a source, an error in place of each invalid one, and remarks."""
     if source.name == PYTHON_QA or Task.of(source.name) is not None:
         what, fix = "this source gives conversations, not texts", "add --data.template auto"
         raise InputError(what, where="data.sources", found=source.name, fix=fix)
@@ -161,13 +165,13 @@ def _items(source: Source) -> Iterator[Document | BadText | Remark]:
             yield from_record(row, source.field, where)
     else:
         folder = Path(source.label).expanduser()
-        files = _files(source.label)
-        if folder.is_dir():
-            others = [path for path in _walk(folder, frozenset(), ("",)) if not _is_of(path, _SUFFIXES)]
+        files, is_folder = find_files(source.label), folder.is_dir() and not (folder / CLEANED).is_file()
+        if is_folder:
+            others = [path for path in _walk(folder, frozenset(), ("",)) if not _is_of(path, SUFFIXES)]
             left_out = f"; left out: {_by_suffix(others)}" if others else ""
             yield Remark(f"{len(files)} file{'s' * (len(files) > 1)}: {_by_suffix(files)}{left_out}", is_counted=False)
         for path in files:
-            yield from read_file(path, source.field, not folder.is_dir())
+            yield from read_file(path, source.field, not is_folder)
 
 
 def _by_suffix(paths: Iterable[Path]) -> str:
@@ -184,18 +188,28 @@ def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
     if source.name.startswith(_HF):
         yield from (Record(row, where) for row, where in _rows(source))
         return
-    for path in _files(source.label, RECORDS):
+    for path in find_files(source.label, RECORDS):
         if not holds_records(path):
             expected = f"a file ending in {' '.join(RECORDS)}, perhaps with .gz or .zst behind"
             raise InputError("this file holds no records", where=path, expected=expected)
         yield from read_records(path)
 
 
-def _files(name: str, suffixes: tuple[str, ...] = _SUFFIXES) -> list[Path]:
+def cleaning_of(source: Source) -> dict[str, Any] | None:
+    """Pipeline and fingerprint of the cleaning that made a source; None if there was none."""
+    path = Path(source.label).expanduser() / CLEANED
+    return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")} if path.is_file() else None
+
+
+def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Files of a path or a glob, sorted by name; at least one. A folder gives those with the suffixes."""
     path = Path(name).expanduser()
     if "://" in name:
         raise InputError("a URL instead of a path", found=name, fix="download it first")
+    if (path / CLEANED).is_file():
+        return [path / shard["file"] for shard in read_json(path / CLEANED)["shards"]]
+    if (path / UNFINISHED).is_dir():
+        raise InputError("this cleaning is not finished", where=path, fix="run minillama data clean again: it goes on")
     if path.is_dir():
         found = list(_walk(path, frozenset(), suffixes))
         expected = f"files ending in {' '.join(suffixes)}, perhaps with .gz or .zst behind"

@@ -55,9 +55,10 @@ class Task:
             yield _KINDS[self.name].make(int(number), self.size)
 
     def records(self, seed: int = 0) -> Iterator[Record]:
-        """Different questions as records of `prompt` and `response`, all or `MOST`."""
+        """Different questions as records of `prompt`, `response` and, for preferences, `rejected`, all or `MOST`."""
         for index, (prompt, answer) in enumerate(self.questions(seed, range(min(self.count, MOST)))):
             value: dict[str, Any] = {"prompt": prompt, "response": answer, "task": self.name}
+            value["rejected"] = near_miss(answer, index)
             yield Record(value, f"{self.name}:{self.size}, question {index}")
 
 
@@ -96,6 +97,15 @@ _KINDS = {
     "spelling": _Kind(3, lambda n: (len(CONSONANTS) * len(VOWELS)) ** n, _spelling),
 }
 TASKS = tuple(_KINDS)
+
+
+def near_miss(answer: str, index: int) -> str:
+    """A wrong answer: one digit or letter is another one, which and by what follows from the index."""
+    places = [i for i, character in enumerate(answer) if character != " "]
+    at = places[index % len(places)]
+    alphabet = next(letters for letters in ("0123456789", CONSONANTS, VOWELS) if answer[at] in letters)
+    shift = 1 + index // len(places) % (len(alphabet) - 1)
+    return answer[:at] + alphabet[(alphabet.index(answer[at]) + shift) % len(alphabet)] + answer[at + 1 :]
 
 
 def is_right(answer: str, expected: str) -> bool:

@@ -1,9 +1,10 @@
-"""GGUF files of llama.cpp, architecture `llama`: reading and writing."""
+"""GGUF files of llama.cpp, architecture `llama` and its nearest relatives: reading and writing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from minillama.formats.layout import Entry, check_tensors, check_writable, layou
 from minillama.formats.model_file import FLOATS, LazyTensors, ModelFile
 from minillama.formats.stored import Stored
 from minillama.layers.int4 import GROUP, LOW, Int4
+from minillama.layers.long_rope import gain
 from minillama.layers.rope import inverse_frequencies
 
 NAMES = {
@@ -38,20 +40,60 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-KEYS = {
-    "dim": "llama.embedding_length",
-    "n_layers": "llama.block_count",
-    "n_heads": "llama.attention.head_count",
-    "n_kv_heads": "llama.attention.head_count_kv",
-    "head_dim": "llama.attention.key_length",
-    "hidden_dim": "llama.feed_forward_length",
-    "vocab_size": "llama.vocab_size",
-    "max_seq_len": "llama.context_length",
-    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "rope_theta": "llama.rope.freq_base",
+KEYS = {  # behind the architecture and a dot
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "hidden_dim": "feed_forward_length",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "rotary_dim": "rope.dimension_count",
+    "sliding_window": "attention.sliding_window",
 }
-DEFAULTS = {"n_kv_heads": 0, "head_dim": 0, "vocab_size": 0, "rope_theta": 10000.0}  # of keys that a file may lack
+# of keys that a file may lack
+DEFAULTS = {
+    "n_kv_heads": 0,
+    "head_dim": 0,
+    "vocab_size": 0,
+    "rope_theta": 10000.0,
+    "rotary_dim": 0,
+    "sliding_window": 0,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Architecture of llama.cpp.
+
+    Attributes:
+        fields: of ModelConfig, which its files do not hold.
+        interleaved: whether it rotates neighboring rows.
+        names: of its tensors, where they are not LLaMA's.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+ARCHITECTURES = {
+    "llama": Architecture(interleaved=True),
+    "qwen2": Architecture({"bias": "qkv"}),
+    "qwen3": Architecture(
+        {"qk_norm": True}, names={"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+    ),
+    "phi3": Architecture(
+        names=dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn_qkv")
+        | dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "ffn_up")
+    ),
+    "smollm3": Architecture({"nope_interval": 4}, interleaved=True),  # src/models/smollm3.cpp: every fourth
+}
 ROPE_FREQS = "rope_freqs.weight"
+LONG_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes of a block
 DType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3}  # -> general.file_type
@@ -66,15 +108,17 @@ def read(path: Path) -> ModelFile:
     """
     header = read_header(path)
     config = _config(header, path)
-    table = layout(config, NAMES, interleaved=True)
-    check_tensors(table, {name: info.shape for name, info in header.tensors.items()}, path, {ROPE_FREQS})
+    table = _layout(config, header.get("general.architecture", str))
+    known = {ROPE_FREQS, *LONG_FACTORS.values()}
+    check_tensors(table, {name: info.shape for name, info in header.tensors.items()}, path, known)
     packed = {
         name: entry for entry in table.values() for name in entry.ours if header.tensors[entry.name].dtype in INT4
     }
 
     def int4(name: str) -> Int4:
         entry = packed[name]
-        return Int4(*map(entry.half_split, _read_int4(path, header.tensors[entry.name])))
+        numbers = Int4(*map(entry.half_split, _read_int4(path, header.tensors[entry.name])))
+        return numbers.rows(*entry.span(name))
 
     tensors = lazy_tensors(config, table, lambda name: _tensor(path, header.tensors[name]))
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
@@ -83,34 +127,65 @@ def read(path: Path) -> ModelFile:
     return ModelFile(path, kind, config, tensors, header.tensors, tokenizer, metadata, stops, quantized, sampling)
 
 
+def _layout(config: ModelConfig, architecture: str) -> dict[str, Entry]:
+    kind = ARCHITECTURES[architecture]
+    return layout(config, {**NAMES, **kind.names}, kind.interleaved)
+
+
 def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     kind = header.get("general.architecture", str)
-    if kind != "llama":
-        where = f"{path}, general.architecture"
-        raise InputError("this architecture is not supported", where=where, found=kind, expected="llama")
+    if kind not in ARCHITECTURES or header.get(f"{kind}.expert_count", int, 0):
+        what, where = "this architecture is not supported", f"{path}, general.architecture"
+        found = f"{kind}, with mixture of experts" if f"{kind}.expert_count" in header.metadata else kind
+        fix = "run it with llama.cpp"
+        raise InputError(what, where=where, found=found, expected=", ".join(ARCHITECTURES), fix=fix)
     if header.get("split.count", int, 1) > 1:
         raise InputError("this is one shard of a split model", where=path, fix="merge it with llama-gguf-split --merge")
     if "token_embd.weight" not in header.tensors:
         raise InputError("the file has no model", where=path, expected="token_embd.weight", found="a vocabulary only")
+    keys = {ours: f"{kind}.{key}" for ours, key in KEYS.items()}
     values: dict[str, Any] = {
         ours: header.get(key, float if ours in ("norm_eps", "rope_theta") else int, DEFAULTS.get(ours))
-        for ours, key in KEYS.items()
+        for ours, key in keys.items()
     }
     values["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
-    # float32 in the file: 1e-5 comes back as 9.99999974e-06
-    values["norm_eps"] = float(str(np.float32(values["norm_eps"])))
+    values["norm_eps"] = _shortest(np.float32(values["norm_eps"]))
     values["tie_embeddings"] = "output.weight" not in header.tensors
-    config = ModelConfig.from_keys(values, path, KEYS)
-    scaling = _scaling(header, config, path)
-    return ModelConfig.from_keys(values | {"rope_scaling": scaling}, path, KEYS) if scaling else config
+    config = ModelConfig.from_keys({**values, **ARCHITECTURES[kind].fields}, path, keys)
+    if config.rotary_dim == config.head_dim:
+        config = replace(config, rotary_dim=0)
+    scaling = _scaling(header, config, path, kind)
+    if config.rotary_dim and ARCHITECTURES[kind].interleaved:
+        what, where = "rope of a part of the heads is not supported", f"{path}, {keys['rotary_dim']}"
+        raise InputError(what, where=where, found=config.rotary_dim, expected=config.head_dim)
+    return (config.changed({"rope_scaling": scaling}) if scaling else config).named(kind)
 
 
-def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, Any] | None:
-    kind = header.get("llama.rope.scaling.type", str, "none")
+def _shortest(value: np.float32) -> float:
+    """Shortest decimal of a number that is float32 in the file: 1e-5, not 9.99999974e-06."""
+    return float(str(value))
+
+
+def architecture(config: ModelConfig) -> str:
+    """Architecture of llama.cpp for a shape, "" where there is none."""
+    kind = config.to_hf()["model_type"].replace("mistral", "llama")
+    fields = ARCHITECTURES[kind].fields if kind in ARCHITECTURES else {"vocab_size": 0}
+    is_scaled = kind != "llama" and config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
+    is_other = is_scaled or config.head != "lm"
+    return "" if is_other or any(getattr(config, name) != value for name, value in fields.items()) else kind
+
+
+def _scaling(header: GGUFHeader, config: ModelConfig, path: Path, architecture: str) -> dict[str, Any] | None:
+    kind = header.get(f"{architecture}.rope.scaling.type", str, "none")
+    if LONG_FACTORS["long_factor"] in header.tensors:
+        tensors = {ours: _tensor(path, header.tensors[name]).float() for ours, name in LONG_FACTORS.items()}
+        factors = {ours: [_shortest(value) for value in tensor.numpy()] for ours, tensor in tensors.items()}
+        original = header.get(f"{architecture}.rope.scaling.original_context_length", int)
+        return {"kind": "longrope", "original_max_seq_len": original, **factors}
     if kind == "linear":
-        return {"kind": "linear", "factor": header.get("llama.rope.scaling.factor", float, 1.0)}
+        return {"kind": "linear", "factor": header.get(f"{architecture}.rope.scaling.factor", float, 1.0)}
     if kind != "none":
-        where = f"{path}, llama.rope.scaling.type"
+        where = f"{path}, {architecture}.rope.scaling.type"
         raise InputError("this rope scaling is not supported", where=where, found=kind, expected="none or linear")
     if ROPE_FREQS not in header.tensors:
         return None
@@ -122,6 +197,14 @@ def _scaling(header: GGUFHeader, config: ModelConfig, path: Path) -> dict[str, A
         where = f"{path}, {ROPE_FREQS}"
         raise InputError("these rotary divisors are not Llama 3.1's", where=where, found=divisors.tolist()[:8])
     return scaling
+
+
+def _rope_factors(config: ModelConfig) -> dict[str, Tensor]:
+    """Divisors of the rotary frequencies, by tensor name."""
+    if config.rope_scaling is not None and config.is_longrope:
+        return {name: torch.tensor(getattr(config.rope_scaling, ours)) for ours, name in LONG_FACTORS.items()}
+    divisors = rope_divisors(config)
+    return {} if divisors is None else {ROPE_FREQS: divisors}
 
 
 def rope_divisors(config: ModelConfig) -> Tensor | None:
@@ -202,14 +285,13 @@ def write(
         dtype: of the matrices.
         int4: quantized matrices for q4_1 by Hugging Face name; others are quantized by `Int4.of`.
     """
-    check_writable(tensors, config, "GGUF, as it is written here,")
+    check_writable(tensors, config, "" if (kind := architecture(config)) else "GGUF, as it is written here,")
     gguf = _package()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, kind)
     _write_metadata(writer, config, vocabulary, dtype, name)
-    entries, divisors = list(layout(config, NAMES, interleaved=True).values()), rope_divisors(config)
-    if divisors is not None:
-        shape = tuple(divisors.shape)
-        entries.insert(0, Entry(ROPE_FREQS, shape, ("pairs",), {ROPE_FREQS: shape}))
+    factors = _rope_factors(config)
+    entries = [Entry(name, tuple(t.shape), ("pairs",), {name: tuple(t.shape)}) for name, t in factors.items()]
+    entries += _layout(config, kind).values()
     kinds = [_kind(gguf, entry, dtype) for entry in entries]
     for entry, kind in zip(entries, kinds, strict=True):
         block, width = gguf.GGML_QUANT_SIZES[kind]
@@ -219,21 +301,22 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for entry, kind in zip(entries, kinds, strict=True):
-        source = tensors if divisors is None or entry.name != ROPE_FREQS else {ROPE_FREQS: divisors}
+        source = factors if entry.name in factors else tensors
         writer.write_tensor_data(_data(gguf, entry, kind, source, int4 or {}))
     writer.close()
 
 
 def _data(gguf: Any, entry: Entry, kind: Any, tensors: Mapping[str, Tensor], int4: Mapping[str, Int4]) -> Any:
     """A tensor's bytes or values."""
-    (ours,) = entry.ours
     if kind == gguf.GGMLQuantizationType.Q4_1:
-        numbers = int4.get(ours) or Int4.of(tensors[ours].detach().cpu())
+        numbers = Int4.stacked(int4.get(ours) or Int4.of(tensors[ours].detach().cpu()) for ours in entry.ours)
         return _q4_1_bytes(Int4(*map(entry.interleaved, numbers)))
     tensor = entry.pack(tensors).detach().cpu()
     if kind == gguf.GGMLQuantizationType.F16 and tensor.abs().max() > 65504:
         found = f"{tensor.abs().max().item():g}"
-        raise InputError("a value is too large for float16", where=ours, found=found, fix="choose bf16 or f32")
+        raise InputError(
+            "a value is too large for float16", where=next(iter(entry.ours)), found=found, fix="choose bf16 or f32"
+        )
     return gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
 
 
@@ -242,12 +325,18 @@ def _write_metadata(writer: Any, config: ModelConfig, vocabulary: Mapping[str, A
     writer.add_file_type(DTYPES[dtype])
     if dtype.startswith("q"):
         writer.add_quantization_version(_package().GGML_QUANT_VERSION)
-    values = {key: getattr(config, ours) for ours, key in KEYS.items()}
-    values["llama.rope.freq_base"] = config.to_hf()["rope_theta"]  # that of ntk scaling is larger
-    values["llama.attention.value_length"] = values["llama.rope.dimension_count"] = config.head_dim
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        values["llama.rope.scaling.type"] = "linear"
-        values["llama.rope.scaling.factor"] = config.rope_scaling.factor
+    values = {key: getattr(config, ours) for ours, key in KEYS.items()} | {"attention.value_length": config.head_dim}
+    values |= {KEYS["rope_theta"]: config.to_hf()["rope_theta"]}  # that of ntk scaling is larger
+    values |= {KEYS["rotary_dim"]: config.rotary_width}
+    if not config.sliding_window:
+        del values[KEYS["sliding_window"]]
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    if scaling is not None and scaling.kind == "longrope":
+        values |= {"rope.scaling.original_context_length": scaling.original_max_seq_len}
+        values |= {"rope.scaling.attn_factor": gain(config)}
+    values = {f"{architecture(config)}.{key}": value for key, value in values.items()}
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in {**values, **vocabulary}.items():
         adders.get(type(value), writer.add_array)(key, value)

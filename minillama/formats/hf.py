@@ -28,6 +28,13 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # model_type -> parts of LLaMA's names -> those of transformers' other models
 NAMES: Mapping[str, Mapping[str, str]] = {
+    "phi3": {
+        "self_attn.q_proj": "self_attn.qkv_proj",
+        "self_attn.k_proj": "self_attn.qkv_proj",
+        "self_attn.v_proj": "self_attn.qkv_proj",
+        "mlp.gate_proj": "mlp.gate_up_proj",
+        "mlp.up_proj": "mlp.gate_up_proj",
+    },
     "bloom": {
         "model.embed_tokens": "transformer.word_embeddings",
         "model.embed_norm": "transformer.word_embeddings_layernorm",

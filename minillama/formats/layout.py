@@ -29,7 +29,8 @@ class Entry:
         name: in the file.
         shape: in the file.
         axes: names of its axes.
-        ours: its parameters with their shapes: one, or query, key and value, fused by head, (H, 3, E, ...).
+        ours: its parameters with their shapes: one, or several whose rows are concatenated, those of every head in
+            turn with `heads`, (H, 3, E, ...).
         heads: number of heads that are fused, or whose rows are interleaved; 0: neither.
     """
 
@@ -50,16 +51,26 @@ class Entry:
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensor of the file from the parameters."""
         parts = [tensors[name] for name in self.ours]
+        if len(parts) > 1 and not self.heads:
+            return torch.cat(parts)
         if len(parts) > 1:
             return torch.stack([part.unflatten(0, (self.heads, -1)) for part in parts], dim=1).reshape(self.shape)
         return self.interleaved(parts[0]).reshape(self.shape)
 
     def unpack(self, tensor: Tensor, name: str) -> Tensor:
         """Parameter of that name from the file's tensor."""
+        if len(self.ours) > 1 and not self.heads:
+            return tensor[slice(*self.span(name))]
         if len(self.ours) > 1:
             tensor = tensor.unflatten(0, (self.heads, len(self.ours), -1))[:, list(self.ours).index(name)]
             return tensor.reshape(self.ours[name])
         return self.half_split(tensor.reshape(self.ours[name]))
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Rows of a parameter, the first and the one behind the last; of one of several, in a concatenation."""
+        before = list(self.ours)[: list(self.ours).index(name)]
+        start = sum(self.ours[other][0] for other in before)
+        return start, start + self.ours[name][0]
 
 
 def rename(name: str, names: Mapping[str, str]) -> str:
@@ -84,9 +95,9 @@ def layout(config: ModelConfig, names: Mapping[str, str], interleaved: bool = Fa
         if row.role == "token shift" and theirs.startswith("rwkv."):  # transformers has them as (1, 1, D)
             table[theirs] = Entry(theirs, (1, 1, *shape), ("1", "1", *axes), {name: shape})
         elif theirs in table:
-            ours = {**table[theirs].ours, name: shape}
-            fused = (len(ours) * shape[0], *shape[1:]), (f"{len(ours)} x {axes[0]}", *axes[1:])
-            table[theirs] = Entry(theirs, *fused, ours, config.n_heads)
+            first, by_head = table[theirs], "query_key_value" in theirs  # BLOOM's
+            fused = (first.shape[0] + shape[0], *shape[1:]), (f"{first.axes[0]} + {axes[0]}", *axes[1:])
+            table[theirs] = Entry(theirs, *fused, {**first.ours, name: shape}, config.n_heads if by_head else 0)
         else:
             table[theirs] = Entry(theirs, shape, axes, {name: shape}, heads)
     return table

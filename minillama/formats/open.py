@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.files import model_folder, refuse_url
+from minillama.files import model_folder, refuse_remote
 from minillama.formats import gguf, hf, llama2c, meta
 from minillama.formats.gguf_header import is_gguf, read_header
 from minillama.formats.model_file import ModelFile
@@ -53,7 +53,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
     Raises:
         InputError: no such path, a URL, or an unknown format; and the errors of the adapter.
     """
-    refuse_url(path)
+    refuse_remote(path)
     path = model_folder(Path(path))
     if path.is_dir():
         if (path / "config.json").exists():

@@ -23,8 +23,8 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.config.lora import EMBEDDING, HEAD, SCORE, matrices, named, refuse_tied
 from minillama.errors import InputError
-from minillama.files import refuse_url, replace_file
-from minillama.formats import generation_config, hf
+from minillama.files import refuse_remote, replace_file
+from minillama.formats import generation_config, hf, peft_fused
 from minillama.formats.layout import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
@@ -33,7 +33,7 @@ from minillama.layers.lora import Adapter, FullWeight
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-FINGERPRINT = "base_sha256"  # our key in the metadata of the weights
+FINGERPRINT, COLUMNS = "base_sha256", "fused_columns"  # our keys in the metadata of the weights
 Part = Adapter | FullWeight
 
 
@@ -102,7 +102,7 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
         InputError: a file is missing or damaged; a setting that is not supported; tensors that are missing, unknown or
             of another shape than the settings and the base model ask for; an adapter of a tied embedding or head.
     """
-    refuse_url(folder)
+    refuse_remote(folder)
     folder = Path(folder)
     settings, path = read_config(folder / CONFIG), folder / WEIGHTS
     if SCORE in settings.modules_to_save and config.head == "lm":
@@ -119,12 +119,24 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
     try:
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in stored}
-            sha = (file.metadata() or {}).get(FINGERPRINT)
+            metadata = file.metadata() or {}
     except SafetensorError as error:
         raise InputError("not a readable safetensors file", where=path, found=error) from None
     adapters = {name: _part(settings, _names(config)[name], [tensors[key] for key in sites[name]]) for name in sites}
-    base = settings.base_model_name_or_path
+    for name, entry in peft_fused.fused_layers(config).items():
+        if isinstance(fused := adapters.pop(name, None), Adapter):
+            adapters |= peft_fused.split(entry, fused, _columns(metadata, name, path))
+    base, sha = settings.base_model_name_or_path, metadata.get(FINGERPRINT)
     return AdapterFile(folder, config, adapters, base, sha, {name: tensors[key] for key, name in copies.items()})
+
+
+def _columns(metadata: Mapping[str, str], name: str, path: Path) -> dict[str, tuple[int, int]]:
+    """Columns of a fused layer's B that belong to each of its parts, as `write` noted them."""
+    try:
+        table = json.loads(metadata.get(COLUMNS, "{}")).get(name, {})
+        return {str(key): (int(start), int(end)) for key, (start, end) in table.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise InputError("the table of fused layers is damaged", where=f"{path}, metadata, {COLUMNS}") from None
 
 
 def _grown(config: ModelConfig, settings: PeftConfig, stored: Mapping[str, tuple[int, ...]]) -> ModelConfig:
@@ -140,6 +152,7 @@ def _sites(config: ModelConfig, settings: PeftConfig) -> dict[str, dict[str, tup
     """Our name of each adapted layer -> keys and shapes of its tensors: A, B and magnitude, or the whole weight."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     names, shapes = _names(config), matrices(config)
+    shapes |= {name: (e.shape[0], e.shape[1]) for name, e in peft_fused.fused_layers(config).items()}
     for module in settings.modules_to_save:
         if module == "classifier" and SCORE in names:
             continue  # which PEFT names beside the score, for other architectures
@@ -169,13 +182,13 @@ def _part(settings: PeftConfig, theirs: str, tensors: list[Tensor]) -> Part:
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
-    """Our name -> name in transformers of every layer that is one there as well."""
+    """Our name -> name in transformers of every layer that is one there as well; and those that are fused there."""
     table = layout(config, hf.NAMES.get(config.to_hf()["model_type"], {}))
     known = {f"{HEAD}.weight": f"{HEAD}.weight"}  # which a tied one has there too
-    known |= {name: theirs for theirs, entry in table.items() if not entry.heads for name in entry.ours}
-    return {
-        name: known[f"{name}.weight"].removesuffix(".weight") for name in matrices(config) if f"{name}.weight" in known
-    }
+    known |= {name: theirs for theirs, entry in table.items() if len(entry.ours) == 1 for name in entry.ours}
+    names = [name for name in matrices(config) if f"{name}.weight" in known]
+    fused = {name: name for name in peft_fused.fused_layers(config)}
+    return {name: known[f"{name}.weight"].removesuffix(".weight") for name in names} | fused
 
 
 def _keys(theirs: str, name: str) -> tuple[str, str, str]:
@@ -227,8 +240,14 @@ def write(
         InputError: a layer that is a part of another one in transformers; low-rank updates with unequal settings.
     """
     check_sites(config, adapters)
-    names = _names(config)
-    tensors: dict[str, Tensor] = {}
+    names, tensors = _names(config), dict[str, Tensor]()
+    updates = {name: part for name, part in adapters.items() if isinstance(part, Adapter)}
+    adapters, columns = dict(adapters), dict[str, Any]()
+    for name, entry in peft_fused.fused_layers(config).items():
+        if inside := [layer for layer in peft_fused.parts_of(entry) if layer in updates]:
+            adapters[name], columns[name] = peft_fused.join(name, entry, updates)
+            for layer in inside:
+                del adapters[layer]
     for name, part in adapters.items():
         if isinstance(part, FullWeight):
             tensors[f"{PREFIX}{names[name]}.weight"] = part.weight
@@ -239,6 +258,7 @@ def write(
     values = _settings(config, adapters, base)
     stored = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in tensors.items()}
     metadata = {"format": "pt"} | ({FINGERPRINT: sha} if sha else {})
+    metadata |= {COLUMNS: json.dumps(columns)} if columns else {}
     replace_file(folder / WEIGHTS, lambda path: save_file(stored, path, metadata))
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
@@ -250,7 +270,11 @@ def check_sites(config: ModelConfig, sites: Iterable[str]) -> None:
     Raises:
         InputError: a layer that is a part of another one in transformers.
     """
-    parts = [name for name in sites if name not in _names(config)]
+    known = {
+        *_names(config),
+        *(name for e in peft_fused.fused_layers(config).values() for name in peft_fused.parts_of(e)),
+    }
+    parts = [name for name in sites if name not in known]
     if parts:
         what = "this layer is a part of a fused one in transformers, which an adapter of its own does not fit"
         raise InputError(what, where=parts[0], fix="leave it out of the targets")

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from minillama.layers.cache import CacheRange, LayerState, State
+from minillama.layers.cache import CacheRange, State
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
@@ -72,8 +72,9 @@ class _StaticRange(CacheRange):
 class _StaticState:
     """State for `Decoder.hidden` over the same memory, with static inputs; attention covers the first `end` slots."""
 
-    def __init__(self, layers: Sequence[LayerState], slot: Tensor, position: Tensor, end: int) -> None:
-        self.layers, self._range = layers, _StaticRange(None, 1, end, slot=slot, position=position)
+    def __init__(self, state: State, slot: Tensor, position: Tensor, end: int) -> None:
+        self.layers = state.layers
+        self._range = _StaticRange(None, 1, end, length=state.length, slot=slot, position=position)
 
     def span(self, count: int) -> CacheRange:
         return self._range
@@ -133,7 +134,7 @@ class GraphStep:
     def _capture(self, inputs: Tensor, state: State, end: int, mask: Mask) -> None:
         self.inputs = inputs
         ids, slot, position = inputs
-        static = cast(State, _StaticState(state.layers, slot, position, end))
+        static = cast(State, _StaticState(state, slot, position, end))
         try:
             self.play = self.record(lambda: self.model.head(self.model.hidden(ids, mask=mask, state=static)[:, -1]))
         except RuntimeError as error:

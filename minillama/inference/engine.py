@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -102,6 +102,8 @@ class Engine:
         self.model, self.max_rows, self.chunk = model, max_rows, chunk
         self.cache_dtype, self.speculation = cache_dtype, speculation
         self.mask = Mask(window=window, sinks=sinks)
+        if speculation is None:
+            self.mask = self.mask.within(model.config.sliding_window)  # so that the cache holds no more
         self.waiting: deque[Row] = deque()
         self.entering: _Batch | None = None  # while one of its requests has not ended, as `running`
         self.running: _Batch | None = None
@@ -116,12 +118,12 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether a request is unfinished."""
-        return bool(self._unfinished())
+        return next(self._unfinished(), None) is not None
 
-    def _unfinished(self) -> list[Row]:
+    def _unfinished(self) -> Iterator[Row]:
         """All rows of requests that have not ended, the running ones first."""
-        batches = [batch.unfinished() for batch in (self.running, self.entering) if batch is not None]
-        return [*chain(*batches), *(row for row in self.waiting if not row.finished)]
+        batches = (batch.unfinished() for batch in (self.running, self.entering) if batch is not None)
+        return chain(chain.from_iterable(batches), (row for row in self.waiting if not row.finished))
 
     def submit(self, request: Request, samples: int = 1) -> list[Request]:
         """Queue a request; with several samples as many, with seeds from its own on, which read the prompt once.
@@ -141,7 +143,7 @@ class Engine:
         infills = isinstance(request.prompt, Layout)
         if infills and self.speculation is not None:
             raise ValueError("infilling prompts are decoded without speculation")
-        if any((row.layout is not None) != infills for row in self._unfinished()[:1]):
+        if any((row.layout is not None) != infills for row in islice(self._unfinished(), 1)):
             raise ValueError("infilling prompts do not share a batch with others")
         seed = request.sampling.seed if request.seed is None else request.seed
         more = [replace(request, seed=seed + i, tokens=[], log_probabilities=[]) for i in range(1, samples)]
@@ -220,18 +222,34 @@ class Engine:
     def _admit(self) -> None:
         """Start to read the prompts that wait and for which there is room."""
         self.waiting = deque(row for row in self.waiting if not row.finished)
-        room = self.max_rows - (len(self.running.unfinished()) if self.running is not None else 0)
+        running = self.running.unfinished() if self.running is not None else []
+        room = self.max_rows - len(running)
         if self.entering is not None or not self.waiting or self._others_wait or room < 1:
             return
-        rows = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
+        is_long = self._is_long([*running, *self.waiting][0])
+        alike = [row for row in self.waiting if self._is_long(row) == is_long]
+        rows = alike[:room]
+        entering = set(rows)
+        self.waiting = deque(row for row in self.waiting if row not in entering)
+        if not rows:  # they enter when the running ones have ended
+            return
         samples: dict[tuple[Request, tuple[int, ...]], list[Row]] = {}
         for row in rows:
             samples.setdefault((row.first, tuple(row.ids)), []).append(row)
         # the state of the first ones serves all that wait; what enters later is copied into it
         later = self.running is not None
-        tokens = max(len(row.ids) for row in rows) if later else max(row.limit for row in (*rows, *self.waiting))
-        state = self.model.state(len(samples), self._slots(tokens), self.cache_dtype)
+        tokens = max(len(row.ids) if later else row.limit for row in (rows if later else alike))
+        state = self._state(len(samples), self._slots(tokens), rows)
         self.entering = _Batch([same[0] for same in samples.values()], state, [*samples.values()])
+
+    def _is_long(self, row: Row) -> bool:
+        """Whether a row may get longer than sequences with the same rotary frequencies; the two share no pass."""
+        return row.limit > self.model.config.short_context
+
+    def _state(self, count: int, slots: int, rows: Sequence[Row]) -> State:
+        state = self.model.state(count, slots, self.cache_dtype)
+        state.length = max(row.limit for row in rows)
+        return state
 
     def _slots(self, tokens: int) -> int:
         padding = self.speculation.draft_tokens if self.speculation is not None else 0  # drafts differ in length
@@ -276,7 +294,7 @@ class Engine:
         slots = self._slots(max(row.limit for row in rows))
         if state.max_len >= slots:
             return state
-        grown = self.model.state(len(state.lengths), slots, self.cache_dtype)
+        grown = self._state(len(state.lengths), slots, rows)
         grown.replace(range(len(state.lengths)), state)
         return grown
 

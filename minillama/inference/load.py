@@ -57,10 +57,13 @@ class ModelArgs:
         opened, adapters = open_model(self.model), _by_name(self.adapter)
         if len(adapters) > 1 and not several:
             raise InputError("one adapter at a time", where="--adapter", found=", ".join(adapters), fix="give one")
-        if adapters:
-            opened = peft.with_files(opened, next(iter(adapters.values())))
-        model = load_model(opened, self.dtype, self.device, quantize, compiles, adapters)
-        return model, Tokenizer.load(self.tokenizer or opened.tokenizer_path())
+        readers = [peft.with_files(opened, folder) for folder in adapters.values()] or [opened]
+        paths: list[str | Path] = [self.tokenizer] if self.tokenizer else [r.tokenizer_path() for r in readers]
+        tokenizer, *others = map(Tokenizer.load, dict.fromkeys(paths))
+        if any((o.fingerprint, o.chat_template) != (tokenizer.fingerprint, tokenizer.chat_template) for o in others):
+            what, fix = "the adapters have different tokenizers or chat templates", "ask them one at a time"
+            raise InputError(what, where="--adapter", found=", ".join(adapters), fix=f"{fix}, or give --tokenizer")
+        return load_model(readers[0], self.dtype, self.device, quantize, compiles, adapters), tokenizer
 
 
 def _by_name(adapters: Sequence[str]) -> dict[str, Path]:

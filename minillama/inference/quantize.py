@@ -65,7 +65,7 @@ def quantize(model: Decoder, kind: Quantization, group: int = GROUP, calibration
         linear = model.get_submodule(name)
         if isinstance(linear, nn.Linear):
             model.set_submodule(name, _quantized(linear, kind, group, counts.get(name)))
-    return _with_head(model)
+    return quantize_head(model)
 
 
 @torch.no_grad()
@@ -75,6 +75,8 @@ def quantized(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     fuses: bool = True,
+    dropout: float = 0.0,
+    head: bool = True,
 ) -> Decoder:
     """Quantized loading: `quantize` of a fused model, one linear layer at a time from a file.
 
@@ -87,6 +89,8 @@ def quantized(
         dtype: of the inputs, and of embeddings and norms; `ModelFile.default_dtype` unless given.
         device: where to put it.
         fuses: whether it is fused; adapters need one that is not.
+        dropout: of the decoder, for training.
+        head: whether the head is quantized too.
 
     Raises:
         InputError: int4 elsewhere than on a CPU, or what reading tensors raises.
@@ -94,7 +98,7 @@ def quantized(
     _check(kind, torch.device(device))
     dtype = dtype or opened.default_dtype(device)
     with torch.device("meta"):
-        model = Decoder(opened.config)
+        model = Decoder(opened.config, dropout)
     for name in list(linears(model.fuse() if fuses else model)):
         linear, names = cast(nn.Linear, model.get_submodule(name)), parts(name)
         bias = _bias(opened, names, dtype)
@@ -106,7 +110,8 @@ def quantized(
             linear.weight = nn.Parameter(weight.to(device=device, dtype=dtype), requires_grad=False)
             linear.bias = cast(Any, bias)
             model.set_submodule(name, _quantized(linear, "int8", GROUP))
-    return _with_head(model.fill(opened, dtype, device))
+    model.fill(opened, dtype, device)
+    return quantize_head(model) if head else model
 
 
 def _numbers(opened: ModelFile, name: str) -> Int4:
@@ -141,7 +146,9 @@ def _quantized(linear: nn.Linear, kind: Quantization, group: int, importance: Te
     return Int8Linear(linear) if linear.in_features % 32 == 0 else linear
 
 
-def _with_head(model: Decoder) -> Decoder:
+@torch.no_grad()
+def quantize_head(model: Decoder) -> Decoder:
+    """Int8 quantization of the head in place, of a copy where it is tied to the embedding."""
     head = nn.Linear(model.config.dim, model.config.vocab_size, bias=False, device="meta")
     head.weight = nn.Parameter(model.output_weight.detach(), requires_grad=False)
     model.lm_head = cast(Any, _quantized(head, "int8", GROUP))

@@ -102,7 +102,7 @@ class Sampler:
     """
 
     def __init__(self, settings: Sampling, prompt: Sequence[int], vocab_size: int, seed: int | None = None) -> None:
-        self.settings = settings
+        self.settings, self.alike = settings, replace(settings, seed=0)  # equal for those that are chosen together
         self.generator = torch.Generator().manual_seed(settings.seed if seed is None else seed)
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1.0:
@@ -119,9 +119,7 @@ class Sampler:
 
     def draw(self, probabilities: Tensor) -> int:
         """Token from its distribution (V,)."""
-        if self.settings.temperature == 0:
-            return int(probabilities.argmax())
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+        return int(probabilities.argmax()) if self.settings.temperature == 0 else draw(probabilities[None], [self])[0]
 
     def take(self, token: int) -> None:
         """Count a token as seen."""
@@ -135,6 +133,18 @@ class Sampler:
         return other
 
 
+def draw(probabilities: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Inverse transform sampling: the first token of each row (B, V) whose cumulative probability exceeds u.
+
+    Each sampler draws its u, uniform in [0, 1). A token of probability 0 is never the first.
+    """
+    sums = probabilities.cumsum(-1)
+    uniform = torch.cat([torch.rand(1, generator=sampler.generator) for sampler in samplers])[:, None]
+    total = sums[:, -1:]  # 1 but for rounding
+    aims = torch.minimum(uniform * total, total.nextafter(torch.zeros(())))
+    return torch.searchsorted(sums, aims, right=True)[:, 0].tolist()
+
+
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Batched sampling: logits (B, V) -> one token id per row, counted as seen; equal settings together.
 
@@ -143,7 +153,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """
     groups: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):
-        groups.setdefault(replace(sampler.settings, seed=0), []).append(row)
+        groups.setdefault(sampler.alike, []).append(row)
     tokens = [0] * len(samplers)
     for settings, rows in groups.items():
         group = [samplers[row] for row in rows]
@@ -151,8 +161,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
         if settings.temperature == 0:  # `max` is twice as fast as `argmax`, and its index too is the first of equals
             chosen = penalized.max(-1).indices.tolist()
         else:
-            pairs = zip(group, distribution(penalized, settings), strict=True)
-            chosen = [sampler.draw(probabilities) for sampler, probabilities in pairs]
+            chosen = draw(distribution(penalized, settings), group)
         for row, sampler, token in zip(rows, group, chosen, strict=True):
             sampler.take(token)
             tokens[row] = token

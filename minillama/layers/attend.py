@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -37,6 +39,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     if grouped and q.shape[2] == 1:
         return _one_query(q, k, v, mask.allowed)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.allowed, is_causal=mask.is_causal, enable_gqa=grouped)
+
+
+def in_segments(
+    kernel: Callable[[Tensor, Tensor, Tensor, KernelMask], Tensor], q: Tensor, k: Tensor, v: Tensor, mask: KernelMask
+) -> Tensor:
+    """Attention by `kernel`, called once per segment where the mask has segments."""
+    if mask.segments is None:
+        return kernel(q, k, v, mask)
+    qs, ks, vs = (x.split(mask.segments, dim=2) for x in (q, k, v))
+    causal = KernelMask(None, True)
+    outputs = [kernel(*part, causal).transpose(1, 2) for part in zip(qs, ks, vs, strict=True)]
+    return torch.cat(outputs, dim=1).transpose(1, 2)  # laid out as the output projection reads it
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minillama.config import ModelConfig
-from minillama.layers.attend import attend
+from minillama.layers.attend import attend, in_segments
 from minillama.layers.cache import CacheRange, KVCache, LayerState
 from minillama.layers.mask import KernelMask
 from minillama.layers.rope import rotate
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, inputs.rope)
         if state is not None:
             k, v = cast(KVCache, state).append(k, v, inputs.span)
-        return self.o_proj(self.kernel(q, k, v, inputs.mask).transpose(1, 2).flatten(2))
+        return self.o_proj(in_segments(self.kernel, q, k, v, inputs.mask).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, E), keys and values (B, K, T, E) of (B, T, D), rotated by position."""

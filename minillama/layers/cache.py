@@ -31,6 +31,7 @@ class CacheRange:
         end: slots in use after this pass, the maximum over rows.
         starts: first slot per row, if they differ.
         dropped: tokens evicted before, per row; empty if none.
+        length: tokens that a row may get.
     """
 
     start: int | None
@@ -38,6 +39,7 @@ class CacheRange:
     end: int
     starts: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    length: int = 0
 
     def slots(self, device: torch.device) -> Tensor:
         """Slot per token, (T,), or (B, T) where rows differ."""
@@ -158,10 +160,13 @@ class State:
     Args:
         config: model configuration.
         batch_size: B.
-        max_len: slots per row; default: the model's context length.
+        max_len: slots per row; default: the model's context length, with longrope the original one.
         dtype: compute dtype.
         device: of the buffers.
         cache_dtype: of stored keys and values: default `dtype`, a lower-precision float, or int8.
+
+    Attributes:
+        length: tokens that a row may get: the slots, unless it is set.
     """
 
     def __init__(
@@ -173,7 +178,7 @@ class State:
         device: torch.device | str = "cpu",
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self.max_len = max_len or config.max_seq_len
+        self.length = self.max_len = max_len or config.short_context
         shape = (batch_size, config.n_kv_heads, self.max_len, config.head_dim)
         self.device = torch.device(device)
         self.layers: list[LayerState] = [
@@ -196,8 +201,8 @@ class State:
             raise ValueError(f"{end} tokens do not fit a decode state of {self.max_len} slots")
         dropped = tuple(self.dropped) if any(self.dropped) else ()
         if min(self.lengths) == max(self.lengths):
-            return CacheRange(self.lengths[0], count, end, dropped=dropped)
-        return CacheRange(None, count, end, tuple(self.lengths), dropped)
+            return CacheRange(self.lengths[0], count, end, (), dropped, self.length)
+        return CacheRange(None, count, end, tuple(self.lengths), dropped, self.length)
 
     def make_room(self, count: int, window: int, sinks: int) -> None:
         """Evict tokens outside the attention window from rows without room for `count` more tokens.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ class KernelMask(NamedTuple):
     """(B,) tokens per row without padding, for recurrent layers."""
     is_plain: bool = True
     """Whether the mask is purely causal."""
+    segments: tuple[int, ...] | None = None
+    """Lengths of sequences one after the other, each of them causal; `in_segments` calls the kernel for each."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Mask:
         causal: j <= i.
         prefix: (B,) prefix LM: every query attends to the first `prefix[b]` slots, to later ones causally.
         documents: (B, T) document ids of packed sequences; keys of another document are masked.
+        segments: lengths of the sequences that one row (B = 1) holds one after the other, causal attention within each:
+            what `documents` says, without a (T, T) mask and its masked products.
         lengths: (B,) tokens per row without right padding. A causal query never attends to padding, so the
             fused causal kernel stays in use; a decode state's lengths grow by it.
         window: sliding window of the last `window` slots, the query's own included.
@@ -41,6 +45,7 @@ class Mask:
     causal: bool = True
     prefix: Tensor | None = None
     documents: Tensor | None = None
+    segments: tuple[int, ...] | None = None
     lengths: Tensor | None = None
     window: int | None = None
     sinks: int = 0
@@ -49,8 +54,16 @@ class Mask:
         """Attention mask for queries at `span`, as a flag or as (1 or B, 1, T, S) booleans.
 
         Raises:
-            ValueError: document ids with a decode state, whose earlier ids are unknown.
+            ValueError: document ids with a decode state, whose earlier ids are unknown; segments with another
+                condition, or of another sum than the tokens.
         """
+        if self.segments is not None:
+            others = any(x is not None for x in (self.prefix, self.documents, self.lengths, self.window))
+            if not self.causal or others or not sum(self.segments) == span.end == span.count:
+                raise ValueError(
+                    "segments are causal and hold all tokens of one row; no other condition goes with them"
+                )
+            return KernelMask(None, False, None, False, self.segments)
         if self.documents is not None and span.end != span.count:
             raise ValueError("document ids describe a whole forward pass; a decode state holds one document per row")
         bounded = self.window is not None and self.window < span.end
@@ -61,10 +74,14 @@ class Mask:
             return KernelMask(None, is_causal, self.lengths, self.is_plain)
         return KernelMask(self._allowed(span, device), False, self.lengths, self.is_plain)
 
+    def within(self, window: int) -> Mask:
+        """This mask within a model's sliding window; 0: it has none. The narrower window counts, with its sinks."""
+        return self if not window or (self.window or window) < window else replace(self, window=window, sinks=0)
+
     @property
     def is_plain(self) -> bool:
         """Whether the mask is purely causal."""
-        return self.causal and self.prefix is None and self.documents is None and self.window is None
+        return self.causal and all(x is None for x in (self.prefix, self.documents, self.segments, self.window))
 
     def _allowed(self, span: CacheRange, device: torch.device) -> Tensor:
         queries = span.slots(device)[..., :, None]  # (T, 1) or (B, T, 1)

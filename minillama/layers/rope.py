@@ -20,6 +20,7 @@ def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScal
     - `llama3`: pairs whose wavelength 2 pi / w is over original / low are divided by factor, those under
       original / high are kept, and between them s = (original / wavelength - low) / (high - low) blends
       the two (meta-llama/llama-models, models/llama3/model.py).
+    - `longrope`: unchanged here, see `layers/long_rope.py`.
 
     Args:
         head_dim: E, even.
@@ -32,7 +33,7 @@ def inverse_frequencies(head_dim: int, theta: float = 10000.0, scaling: RopeScal
     if scaling is not None and scaling.kind == "ntk":
         theta = theta * scaling.factor ** (head_dim / (head_dim - 2))
     w = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is None or scaling.kind == "ntk":
+    if scaling is None or scaling.kind in ("ntk", "longrope"):
         return w
     if scaling.kind == "linear":
         return w / scaling.factor
@@ -63,12 +64,17 @@ class Rope(nn.Module):
             self.frequencies = exact.to(self.frequencies.device)
         return self
 
-    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32, length: int = 0) -> tuple[Tensor, Tensor]:
         """Position ids (T,) or (B, T) -> cosines and sines, (T, E) or (B, 1, T, E).
 
         Angles are computed in float32: in bfloat16 positions beyond 256 would coincide.
+
+        Args:
+            positions: position ids.
+            dtype: of the result.
+            length: tokens that a sequence may get, for frequencies that depend on it.
         """
-        return _tables(positions[..., None].float() * self.frequencies, dtype)
+        return tables(positions[..., None].float() * self.frequencies, dtype)
 
 
 class Rope2D(Rope):
@@ -82,13 +88,14 @@ class Rope2D(Rope):
         super().__init__(config)
         self.frequencies = inverse_frequencies(config.rotary_width // 2, config.rope_theta, config.rope_scaling)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32, length: int = 0) -> tuple[Tensor, Tensor]:
         """Position ids (2, T) or (B, 2, T) -> cosines and sines, (T, E) or (B, 1, T, E)."""
         angles = positions[..., None].float() * self.frequencies  # (..., 2, T, E/4)
-        return _tables(torch.cat(angles.unbind(-3), dim=-1), dtype)
+        return tables(torch.cat(angles.unbind(-3), dim=-1), dtype)
 
 
-def _tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles, (T, E/2) or (B, T, E/2) -> (T, E) or (B, 1, T, E)."""
     angles = torch.cat((angles, angles), dim=-1)
     if angles.dim() == 3:
         angles = angles[:, None]

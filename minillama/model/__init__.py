@@ -1,5 +1,6 @@
 """Decoder, weight initialization, linear layers by name."""
 
-from minillama.model.decoder import Block, Decoder
+from minillama.model.block import Block
+from minillama.model.decoder import Decoder
 
 __all__ = ["Block", "Decoder"]

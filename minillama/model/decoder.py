@@ -24,60 +24,21 @@ from minillama.formats import generation_config, hf
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.alibi import Alibi
-from minillama.layers.attention import Attention, AttentionInputs
+from minillama.layers.attention import AttentionInputs
 from minillama.layers.block_positions import BlockPositions
-from minillama.layers.cache import CacheRange, LayerState, State
+from minillama.layers.cache import CacheRange, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
-from minillama.layers.deepnorm_block import ScaledBlock
 from minillama.layers.dropout import dropout
-from minillama.layers.lora import LoRALayer, effective_weight
+from minillama.layers.long_rope import LongRope
+from minillama.layers.lora import effective_weight
 from minillama.layers.mask import Mask
-from minillama.layers.mlp import Gelu, SwiGLU
 from minillama.layers.norm import make_norm
-from minillama.layers.parallel_block import ParallelBlock
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 from minillama.layers.rope import Rope, Rope2D
-from minillama.layers.rwkv import RecurrentBlock
+from minillama.model.block import make_block
 from minillama.model.compile import compile_frugally
 from minillama.model.init import initialize
 from minillama.model.linears import fuse, is_fused, refuse_others
-
-
-class Block(nn.Module):
-    """y = x + attention(norm(x)); out = y + mlp(norm(y)). LLaMA, arXiv 2302.13971, §2.2."""
-
-    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.input_layernorm = make_norm(config)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = make_norm(config)
-        self.mlp = make_mlp(config)
-
-    def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); see `Attention.forward` for the rest."""
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), inputs, state))
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.dropout, self.training)
-
-
-def make_mlp(config: ModelConfig) -> nn.Module:
-    """The feed-forward layer that the configuration asks for."""
-    return SwiGLU(config) if config.mlp == "swiglu" else Gelu(config)
-
-
-def make_block(config: ModelConfig, dropout: float) -> nn.Module:
-    """The block that the configuration asks for: LLaMA's, or a relative's."""
-    if config.mixer == "wkv":
-        return RecurrentBlock(config, dropout)
-    if config.parallel_block:
-        return ParallelBlock(make_norm(config), Attention(config), make_mlp(config), dropout)
-    if config.residual == "norm":
-        norms = make_norm(config), make_norm(config)
-        return ScaledBlock(norms, Attention(config), make_mlp(config), config.n_layers, dropout)
-    return Block(config, dropout)
 
 
 class Backbone(nn.Module):
@@ -89,14 +50,15 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.embed_positions = BlockPositions(config) if config.position == "learned-2d" else None
         self.embed_norm = make_norm(config) if config.embedding_norm else None
-        self.layers = nn.ModuleList(make_block(config, dropout) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(make_block(config, dropout, i) for i in range(config.n_layers))
         self.norm = make_norm(config)
         self.reset_position_tables(config)
 
     def reset_position_tables(self, config: ModelConfig) -> None:
         """Make the position tables that hold no parameter, on the device of the surrounding context."""
         with torch.device("cpu"):  # arithmetic on meta would import torch's compiler, a second
-            self.rope = {"rope": Rope, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
+            kind = LongRope if config.is_longrope else Rope
+            self.rope = {"rope": kind, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
             self.alibi = Alibi(config.n_heads) if config.position == "alibi" else None
         for table in (self.rope, self.alibi):
             if table is not None:
@@ -201,12 +163,13 @@ class Decoder(nn.Module):
             state: the decode state, which takes the tokens in. Rows are padded on the right and
                 `mask.lengths` says how much of each is real.
         """
-        mask = mask or Mask()
-        span = state.span(tokens.shape[1]) if state is not None else CacheRange(0, tokens.shape[1], tokens.shape[1])
+        mask = (mask or Mask()).within(self.config.sliding_window)
+        count = tokens.shape[1]
+        span = state.span(count) if state is not None else CacheRange(0, count, count, length=count)
         if positions is None:
             positions = self._positions(span, tokens.device)
         kind = self._product_dtype()
-        rope = self.model.rope(positions, kind) if self.model.rope is not None else None
+        rope = self.model.rope(positions, kind, span.length) if self.model.rope is not None else None
         kernel_mask = mask.for_kernel(span, tokens.device)
         if self.model.alibi is not None:
             kernel_mask = self.model.alibi(kernel_mask, span, kind)
@@ -274,9 +237,8 @@ class Decoder(nn.Module):
             generator: source of the random numbers; torch's global one unless given.
 
         Raises:
-            InputError: fewer rows than there are, an unknown `init`, adapters, after `quantize`.
+            InputError: fewer rows than there are, an unknown `init`, a head or embedding with adapters or in int8.
         """
-        self._refuse_quantized("resized")
         old = self.config.vocab_size
         if vocab_size < old:
             raise InputError(
@@ -287,8 +249,9 @@ class Decoder(nn.Module):
         for module in (self.model.embed_tokens, self.lm_head):
             if module is None:
                 continue
-            if isinstance(module, LoRALayer):
-                raise InputError("a layer with adapters takes no more rows", fix="resize it before adding them")
+            if type(module) not in (nn.Embedding, nn.Linear):
+                what, fix = "this layer takes no more rows", "resize it before quantize() or adding adapters"
+                raise InputError(what, found=type(module).__name__, expected="nn.Embedding or nn.Linear", fix=fix)
             weight = module.weight
             rows = torch.empty(vocab_size - old, weight.shape[1], device=weight.device)
             if init == "mean":

@@ -23,15 +23,16 @@ from minillama.layers.mask import Mask
 from minillama.model.decoder import Decoder
 
 
-def with_score(model: Decoder, generator: torch.Generator | None = None) -> Decoder:
+def with_score(model: Decoder, generator: torch.Generator | None = None, pad_id: int = 0) -> Decoder:
     """Scalar model on the backbone of a language model, whose head it does not have; score normal, 0.02.
 
     Args:
         model: whose backbone is taken over, not copied.
         generator: source of the random numbers; torch's global one unless given.
+        pad_id: of the padding, for transformers; no text ends with it.
     """
     with torch.device("meta"):
-        made = Decoder(replace(model.config, head="score"), model.dropout)
+        made = Decoder(replace(model.config, head="score", pad_id=pad_id), model.dropout)
     weight = torch.empty(1, model.config.dim).normal_(0, 0.02, generator=generator)
     assert made.score is not None
     made.model, made.score.weight = model.model, nn.Parameter(weight.to(model.device, model.dtype))

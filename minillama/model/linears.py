@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from minillama.config.parameters import FUSED
 from minillama.errors import InputError
@@ -30,7 +31,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 def parts(name: str) -> tuple[str, ...]:
     """Names of the parts of a fused linear layer; of another its own."""
     path, _, last = name.rpartition(".")
-    return tuple(f"{path}.{part}" for part in FUSED.get(last, (last,)))
+    return tuple(f"{path}.{part}".removeprefix(".") for part in FUSED.get(last, (last,)))
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -48,6 +49,21 @@ def fuse(model: nn.Module) -> None:
                 parent.add_module(fused, fused_linear(*(cast(nn.Linear, getattr(parent, part)) for part in members)))
                 for member in members:
                     delattr(parent, member)
+
+
+@torch.no_grad()
+def refill(fused: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a fused model other weights, in place.
+
+    Args:
+        fused: of float linear layers.
+        weights: of the same model, not fused, by name.
+    """
+    for name, parameter in fused.named_parameters():
+        layer, _, kind = name.rpartition(".")
+        values = [weights[f"{part}.{kind}"] for part in parts(layer)]
+        for target, value in zip(parameter.split(list(map(len, values))), values, strict=True):
+            target.copy_(value)
 
 
 def refuse_others(

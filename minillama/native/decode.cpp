@@ -15,7 +15,8 @@
 extern "C" {
 
 struct Layer {
-    const float *attention_norm, *mlp_norm;
+    const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  // q_norm, k_norm: null without normalization of heads
+    int64_t rotates;
     Matrix qkv, output, gate_up, down;
 };
 
@@ -224,7 +225,8 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 int b = n / m.kv_heads, k = n % m.kv_heads;
                 float* key = shared.qkv + size_t(b) * all + Q + k * E;
                 const float* cosine = shared.rotations + size_t(b) * E;
-                rotate(key, E, cosine, cosine + E / 2);
+                if (layer.k_norm) rms_norm(key, layer.k_norm, E, m.eps, key);
+                if (layer.rotates) rotate(key, E, cosine, cosine + E / 2);
                 size_t at = ((tokens[b].sequence * m.kv_heads + k) * slots + tokens[b].slot) * E;
                 store_kv(keys + at, key, E);
                 store_kv(values + at, key + KV, E);
@@ -234,7 +236,8 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 int b = n / m.heads, h = n % m.heads;
                 float* q = shared.qkv + size_t(b) * all + h * E;
                 const float* cosine = shared.rotations + size_t(b) * E;
-                rotate(q, E, cosine, cosine + E / 2);
+                if (layer.q_norm) rms_norm(q, layer.q_norm, E, m.eps, q);
+                if (layer.rotates) rotate(q, E, cosine, cosine + E / 2);
                 size_t at = (tokens[b].sequence * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
                 VisibleSlots visible(int(tokens[b].slot) + 1, window, sinks);
                 attend(q, keys + at, values + at, visible, E, own.scores, shared.heads + size_t(b) * Q + h * E);

@@ -17,7 +17,9 @@ from minillama.layers.cache import KVCache, State
 from minillama.layers.lora import LoRALayer
 from minillama.layers.mask import Mask
 from minillama.layers.mlp import SwiGLU
+from minillama.layers.nope import NopeAttention
 from minillama.layers.norm import RMSNorm
+from minillama.layers.qk_norm import QKNormAttention
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 from minillama.layers.rope import Rope
 from minillama.model import Block, Decoder
@@ -29,6 +31,7 @@ FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 WIDTH = 16  # floats of a vector of decode.cpp
 GROUP = 32  # columns that share a scale there
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+LAYERS = (Attention, NopeAttention, QKNormAttention, SwiGLU, RMSNorm)
 # Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
 REORDERED = ("-fassociative-math", "-fno-signed-zeros")
 
@@ -44,9 +47,11 @@ class _Matrix(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_: ClassVar = _fields(c_void_p, "attention_norm", "mlp_norm") + _fields(
-        _Matrix, "qkv", "output", "gate_up", "down"
-    )
+    _fields_: ClassVar = [
+        *_fields(c_void_p, "attention_norm", "mlp_norm", "q_norm", "k_norm"),
+        ("rotates", c_int64),
+        *_fields(_Matrix, "qkv", "output", "gate_up", "down"),
+    ]
 
 
 class _Model(ctypes.Structure):
@@ -74,9 +79,7 @@ def unsupported(model: Decoder) -> str | None:
     if not all(type(block) is Block for block in model.blocks) or type(model.model.rope) is not Rope:
         return "its layers are not LLaMA's"
     parts = [part for block in model.blocks for part in block.children()]
-    if not all(getattr(part, "fused", True) for part in parts) or not all(
-        isinstance(part, Attention | SwiGLU | RMSNorm) for part in parts
-    ):
+    if not all(getattr(part, "fused", True) and type(part) in LAYERS for part in parts):
         return "its products are not fused, or its layers are not LLaMA's"
     widths = {config.dim, config.head_dim, config.hidden_dim, config.n_heads * config.head_dim}
     if config.rotary_width != config.head_dim or any(width % WIDTH for width in widths):
@@ -100,7 +103,8 @@ class NativeStep:
 
     Args:
         model: a fused decoder for which `unsupported` is None. Its matrices are shared, its norms, biases and int4
-            grids are copied: the step is a snapshot of the weights, see `refresh`.
+            grids are copied: the step is a snapshot of the weights, see `refresh`. A change is seen and refused, except
+            one through `parameter.data`, which torch does not count.
         say: called before compilation, which happens once per machine.
 
     Raises:
@@ -124,6 +128,7 @@ class NativeStep:
         self.kept: list[object] = []  # what the pointers below point to
         self.versions = _versions(model)
         config, backbone = model.config, model.model
+        self.window = config.sliding_window
         layers = [self._layer(cast(Any, block)) for block in model.blocks]
         head = backbone.embed_tokens if model.lm_head is None else model.lm_head
         assert backbone.rope is not None
@@ -163,7 +168,7 @@ class NativeStep:
         if len(kinds) != 1 or not kinds <= set(FLOATS):
             return None
         state.span(max(counts))  # refuses what does not fit
-        native = self.native
+        native, mask = self.native, mask.within(self.window)
         shape = (len(tokens), native.n_kv_heads, state.max_len, native.head_dim)
         if len(layers) != native.n_layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
             raise ValueError(f"the decode state is not one of {len(tokens)} rows of this model")
@@ -212,9 +217,12 @@ class NativeStep:
 
     def _layer(self, block: Block) -> _Layer:
         attention, mlp = block.self_attn, cast(Any, block.mlp)
-        norms = (cast(Any, norm).weight for norm in (block.input_layernorm, block.post_attention_layernorm))
+        norms: list[nn.Module | None] = [block.input_layernorm, block.post_attention_layernorm, None, None]
+        if isinstance(attention, QKNormAttention):
+            norms[2:] = attention.q_norm, attention.k_norm
+        pointers = [None if norm is None else self._floats(cast(Any, norm).weight) for norm in norms]
         matrices = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        return _Layer(*map(self._floats, norms), *map(self._matrix, matrices))
+        return _Layer(*pointers, not isinstance(attention, NopeAttention), *map(self._matrix, matrices))
 
     def _pointer(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()

@@ -5,7 +5,6 @@ A value comes from the defaults below, then the model preset, then the file, the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,21 +15,25 @@ from minillama.config import ModelConfig
 from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
-from minillama.config.mup import Mup
-from minillama.data.sources import Source, parse_source
+from minillama.config.mup import Mup, check_mup
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.files import model_folder
+from minillama.formats.shape import model_config
 from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
+    ELEMENTS,
     OBJECTIVES,
     LMConfig,
     ObjectiveConfig,
-    check_conversations,
+    check_data,
     name_objective,
     with_new_names,
     words_with_new_names,
 )
 from minillama.tokenizer.train import Kind
+
+CONVERSATION = 1024  # few are longer, and the memory of a row is that of its length
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class TrainConfig:
     micro_batch_size: int = field(default=0, metadata={"min": 0})
     """Sequences in memory at once; gradients are accumulated over the batch. 0: the whole batch."""
     context: int = field(default=0, metadata={"min": 0})
-    """Tokens per sequence; 0: the model's max_seq_len."""
+    """Tokens per sequence; 0: the model's max_seq_len, of conversations at most 1024."""
     init_from: str = ""
     """Model to initialize from: its shape replaces [model], its tokenizer is used unless tokenizer.path is given."""
     init_embeddings: Literal["normal", "mean"] = "normal"
@@ -197,12 +200,15 @@ class MetricsConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """Training stage with other optimizer settings or frozen parameters."""
+    """Training stage with other data, other optimizer settings or frozen parameters."""
 
     until_step: int = field(metadata={"min": 1})
     """The stage ends before this step; the last one lasts to the end."""
     optim: OptimConfig | None = None
     """Overrides of [optim], as a table `optim = {lr = 1e-4}`."""
+    data: DataConfig | None = None
+    """Overrides of [data], as a table `data = {sources = [...]}`, read from the beginning. val_loss is over the data of
+    [data], stage_val_loss over the stage's."""
     trainable: tuple[str, ...] = ("*",)
     """Globs of trained parameter names; the rest is frozen."""
 
@@ -224,7 +230,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     objective: ObjectiveConfig = field(default_factory=LMConfig)
-    """By `name`: lm, glm or cloze, each with settings of its own; the model's own unless given."""
+    """By `name`, each with its own settings: lm, glm, cloze, reward, dpo, kto, grpo, ppo; the model's unless given."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -251,17 +257,22 @@ class RunConfig:
         if self.lora is not None and not self.train.init_from:
             what, fix = "an adapter needs a model", "give one as train.init_from"
             raise InputError(what, where="lora", found="random weights", fix=fix)
-        if self.data.template:
-            check_conversations(self.objective, self.data.packing, self.model.mixer)
-        self._check_mup()
+        dropout = max(self.train.dropout, 0.0 if self.lora is None else self.lora.dropout)
+        for data in self.datas:
+            read, rows = (data.template, data.packing), self.train.batch_size
+            check_data(self.objective, *read, self.model.mixer, dropout, rows, self.context)
+        check_mup(self.optim.mup_base_dim, self.optim.optimizer, self.model)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
 
     def _check_objective(self) -> None:
         wanted = self.objective
+        if self.model.head == "score" != wanted.head:
+            what, expected = "a reward model predicts no tokens", "a language model"
+            raise InputError(what, where="train.init_from", found=self.train.init_from, expected=expected)
         if wanted.trains != self.model.objective:
-            fix = "leave it out" if wanted.reads == "text" else "start from an infilling model with train.init_from"
+            fix = "start from an infilling model with train.init_from" if wanted.reads == "records" else "leave it out"
             raise InputError(
                 "the model is made for another objective",
                 where="objective.name",
@@ -270,32 +281,11 @@ class RunConfig:
                 fix=fix,
             )
         if wanted.reads == "text" and wanted.special_tokens and self.context < 8:
-            expected = "at least 8 tokens"
-            raise InputError("no masked span fits", where="train.context", found=self.context, expected=expected)
+            raise InputError("no masked span fits", where="train.context", found=self.context, expected="at least 8")
         if wanted.special_tokens and self.data.mask_documents:
             what = "infilling attends to the whole sequence"
             expected = f"false with objective {wanted.name}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
-
-    def _check_mup(self) -> None:
-        base, model = self.optim.mup_base_dim, self.model
-        if not base:
-            return
-        excluded = {
-            "optim.optimizer": (self.optim.optimizer, "adamw"),  # Adafactor's updates are relative to the parameter
-            "model.init": (model.init, "normal"),
-            "model.mixer": (model.mixer, "attention"),
-        }
-        for where, (found, expected) in excluded.items():
-            if found != expected:
-                raise InputError("muP has no rule for this", where=where, found=found, expected=expected)
-        if model.tie_embeddings and not math.isclose(model.logit_scale, base / model.dim):
-            raise InputError(
-                "muP trains embedding and head by different rules",
-                where="model.tie_embeddings",
-                found=f"true, with logit_scale = {model.logit_scale}",
-                expected=f"false, or logit_scale = mup_base_dim / dim = {base / model.dim}",
-            )
 
     @property
     def mup(self) -> Mup:
@@ -308,12 +298,18 @@ class RunConfig:
     @property
     def context(self) -> int:
         """T, tokens per training sequence."""
-        return self.train.context or self.model.max_seq_len
+        longest = min(self.model.max_seq_len, CONVERSATION) if self.data.template else self.model.max_seq_len
+        return self.train.context or longest
 
     @property
     def micro_batch_size(self) -> int:
         """Sequences in memory at once."""
         return min(self.train.micro_batch_size or self.train.batch_size, self.train.batch_size)
+
+    @property
+    def datas(self) -> list[DataConfig]:
+        """Data settings of the run, and of the stages that have their own."""
+        return [self.data, *(stage.data for stage in self.stages if stage.data is not None)]
 
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to; one that changes nothing when there are none."""
@@ -340,7 +336,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     values, origin = read_toml(path)
     shape = values.pop("model", {"preset": "llama-tiny"})
     values.setdefault("name", path.stem)
-    table = overrides(words_with_new_names(words), RunConfig, {Source: lambda word: to_dict(parse_source(word))})
+    table = overrides(words_with_new_names(words), RunConfig, ELEMENTS)
     command_line, changes = CommandLine(), table.pop("model", {})
     sections = [section for section in (table.get("train"), values.get("train")) if isinstance(section, Mapping)]
     given = next((s["init_from"] for s in sections if isinstance(s.get("init_from"), str)), "")
@@ -353,7 +349,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
             fix="leave it out",
         )
     if start and (Path(start).exists() or "dim" not in shape):  # a run's config.toml has the whole shape itself
-        model = ModelConfig.load(start)
+        model = model_config(start)
     else:
         model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
     model = model.changed(changes, command_line, "model")
@@ -364,12 +360,13 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
-    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or start)
+    own = str(Path(start).with_name("tokenizer.bin")) if start.endswith(".bin") else start  # llama2.c's lies beside
+    tokenizer = replace(config.tokenizer, path=config.tokenizer.path or own)
     return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:
-    """Stages whose `optim` starts from the run's, whatever its origin."""
+    """Stages whose `optim` and `data` start from the run's, whatever their origin."""
     made = []
     for i, (stage, table) in enumerate(zip(config.stages, tables, strict=True)):
         if "optim" in table:
@@ -377,6 +374,8 @@ def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Loca
             optim = build(OptimConfig, table["optim"], origin, config.optim, where)
             _check_stage(optim, config.optim, where)
             stage = replace(stage, optim=optim)
+        if "data" in table:
+            stage = replace(stage, data=build(DataConfig, table["data"], origin, config.data, f"stages.{i}.data"))
         made.append(stage)
     return tuple(made)
 
@@ -392,9 +391,10 @@ def _check_stage(optim: OptimConfig, base: OptimConfig, where: str) -> None:
 
 
 def to_table(config: RunConfig) -> dict[str, Any]:
-    """Table of config.toml: every setting, and of a stage's `optim` the values that differ from the run's."""
+    """Table of config.toml: every setting; of a stage's `optim` and `data` the values that differ from the run's."""
     table = to_dict(config)
     for stage in table.get("stages", ()):
-        own = {key: value for key, value in stage.pop("optim", {}).items() if value != table["optim"][key]}
-        stage |= {"optim": own} if own else {}
+        for name in ("optim", "data"):
+            own = {key: value for key, value in stage.pop(name, {}).items() if value != table[name][key]}
+            stage |= {name: own} if own else {}
     return table

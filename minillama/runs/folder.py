@@ -18,8 +18,8 @@ from typing import IO, Any
 from minillama.errors import InputError
 from minillama.files import free_name, regular, remove, replace_file
 
-CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", "checkpoints", "model")
-FOLDERS = ("checkpoints", "model")
+FOLDERS = ("checkpoints", "model", "value", "average")
+CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", *FOLDERS)
 LOCK = ".lock"
 
 

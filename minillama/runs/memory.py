@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ GIB = 2**30
 
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
     """Training memory of `minillama plan` for a micro-batch of `rows` sequences."""
-    return training_memory(
+    rows *= config.objective.texts
+    found = training_memory(
         config.model,
         rows,
         config.context,
@@ -28,6 +30,9 @@ def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingM
         lora=config.lora,
         quantize=config.train.quantize,
     )
+    if config.lora is not None or not config.objective.has_reference:
+        return found
+    return replace(found, weights=found.weights + dtype.itemsize * config.model.num_params())  # under an adapter: none
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from minillama.config.loader import Located, say_renamed
+from minillama.config.loader import Located, say_renamed, to_dict
+from minillama.data.sources import Source, parse_source
 from minillama.errors import InputError
 from minillama.evaluate.question import Question
+from minillama.evaluate.rules import Reward, parse_reward
+from minillama.runs.feedback import GRPOConfig, PPOConfig
 from minillama.tokenizer.blanks import BLANK_TOKENS
 
 
@@ -25,16 +28,27 @@ def generate(model: str, prompt: str) -> list[str]:
     return [*typed("generate"), "--model", model, "--prompt", prompt]
 
 
-@dataclass(frozen=True)
-class LMConfig:
-    """Next-token prediction."""
+class Kind:
+    """What the settings of an objective say of it."""
 
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """That the tokenizer needs for it."""
     reads: ClassVar[str] = "text"
-    """What `load_data` makes of the sources: text or records."""
+    """What `load_data` makes of the sources: text (or conversations), records or preferences."""
     trains: ClassVar[str] = "lm"
     """The `objective` of the models that it is for."""
+    head: ClassVar[Literal["lm", "score"]] = "lm"
+    """The `head` of the model that is trained."""
+    has_reference: ClassVar[bool] = False
+    """Whether the start model, frozen, is needed all along."""
+    texts: ClassVar[int] = 1
+    """Sequences of an example."""
+
+
+@dataclass(frozen=True)
+class LMConfig(Kind):
+    """Next-token prediction."""
+
     name: Literal["lm"] = "lm"
     """Next-token prediction."""
     z_loss: float = field(default=0.0, metadata={"min": 0})
@@ -46,11 +60,10 @@ class LMConfig:
 
 
 @dataclass(frozen=True)
-class GLMConfig:
+class GLMConfig(Kind):
     """GLM's masked spans: mixture over the sequences of a batch, and lengths."""
 
     special_tokens: ClassVar[tuple[str, ...]] = BLANK_TOKENS
-    reads: ClassVar[str] = "text"
     trains: ClassVar[str] = "glm"
     name: Literal["glm"] = "glm"
     """Infilling of masked spans."""
@@ -83,7 +96,7 @@ class GLMConfig:
 
 
 @dataclass(frozen=True)
-class ClozeConfig(Question):
+class ClozeConfig(Question, Kind):
     """Classification by cloze questions."""
 
     special_tokens: ClassVar[tuple[str, ...]] = BLANK_TOKENS
@@ -98,16 +111,120 @@ class ClozeConfig(Question):
         return {"classify": ["minillama", "classify", "--model", model, *ask, "--text", "..."]}
 
 
-ObjectiveConfig: TypeAlias = LMConfig | GLMConfig | ClozeConfig
-OBJECTIVES = {"lm": LMConfig, "glm": GLMConfig, "cloze": ClozeConfig}
+@dataclass(frozen=True)
+class RewardConfig(Kind):
+    """Reward model of pairs of answers."""
+
+    reads: ClassVar[str] = "preferences"
+    head: ClassVar[Literal["lm", "score"]] = "score"
+    texts: ClassVar[int] = 2
+    name: Literal["reward"] = "reward"
+    """Reward model of pairs of answers."""
+    center: float = field(default=0.0, metadata={"min": 0})
+    """Times the square of the sum of both rewards is added to a pair's loss, which keeps rewards around 0."""
+
+    def commands(self, model: str, prompt: str) -> dict[str, list[str]]:
+        """What to do with the trained model."""
+        return {"inspect": ["minillama", "inspect", model]}
 
 
-def check_conversations(objective: ObjectiveConfig, packing: str, mixer: str) -> None:
-    """Check that an objective and a model's mixer can be trained on conversations.
+@dataclass(frozen=True)
+class DPOConfig(Kind):
+    """Direct preference optimization on pairs of answers."""
+
+    reads: ClassVar[str] = "preferences"
+    has_reference: ClassVar[bool] = True
+    texts: ClassVar[int] = 2
+    name: Literal["dpo"] = "dpo"
+    """Direct preference optimization on pairs of answers."""
+    loss: Literal[
+        "sigmoid", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo", "apo-zero", "apo-down", "forward-kl", "js"
+    ] = "sigmoid"
+    """Of h, by how much the chosen answer's log-probability rose more than the rejected one's; see docs/feedback.md."""
+    beta: float = field(default=0.1, metadata={"above": 0})
+    """Strength of the pull towards the reference: the implicit reward is beta times the log-ratio to it."""
+    label_smoothing: float = field(default=0.0, metadata={"min": 0, "below": 0.5})
+    """Share of pairs whose answers were exchanged by mistake; sigmoid: conservative DPO. For robust and exo as well."""
+    per_token: bool = False
+    """Log-ratios are means over the tokens of an answer, not sums: length-normalized DPO, IPO as TRL has it."""
+    sft: float = field(default=0.0, metadata={"min": 0})
+    """Times the mean loss per token of the chosen answers is added, so that they do not become unlikely."""
+
+    def __post_init__(self) -> None:
+        used = self.loss in ("sigmoid", "robust", "exo")
+        if (self.label_smoothing > 0 and not used) or (self.loss == "exo" and not self.label_smoothing):
+            expected = "more than 0 with loss exo" if used else "0, but with loss sigmoid, robust or exo"
+            raise InputError("label smoothing", where="label_smoothing", found=self.label_smoothing, expected=expected)
+
+    def commands(self, model: str, prompt: str) -> dict[str, list[str]]:
+        """What to do with the trained model."""
+        return {"generate": generate(model, prompt)}
+
+
+@dataclass(frozen=True)
+class KTOConfig(Kind):
+    """Kahneman-Tversky optimization on answers that were judged one by one."""
+
+    reads: ClassVar[str] = "preferences"
+    has_reference: ClassVar[bool] = True
+    texts: ClassVar[int] = 1
+    name: Literal["kto"] = "kto"
+    """Kahneman-Tversky optimization on answers that were judged one by one."""
+    beta: float = field(default=0.1, metadata={"above": 0})
+    """As in DPO."""
+    desirable_weight: float = field(default=1.0, metadata={"min": 0})
+    """Of good answers in the loss; times their number it should be 1 to 4/3 of that of the others."""
+    undesirable_weight: float = field(default=1.0, metadata={"min": 0})
+    """Of bad answers in the loss."""
+
+    def commands(self, model: str, prompt: str) -> dict[str, list[str]]:
+        """What to do with the trained model."""
+        return {"generate": generate(model, prompt)}
+
+
+ObjectiveConfig: TypeAlias = (
+    LMConfig | GLMConfig | ClozeConfig | RewardConfig | DPOConfig | KTOConfig | GRPOConfig | PPOConfig
+)
+OBJECTIVES = {
+    "lm": LMConfig,
+    "glm": GLMConfig,
+    "cloze": ClozeConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "grpo": GRPOConfig,
+    "ppo": PPOConfig,
+}
+
+
+# elements of lists of settings -> a table of one word of the command line
+ELEMENTS: Mapping[type, Callable[[str], Any]] = {
+    Source: lambda word: to_dict(parse_source(word)),
+    Reward: lambda word: to_dict(parse_reward(word)),
+}
+
+
+def check_data(
+    objective: ObjectiveConfig, template: str, packing: str, mixer: str, dropout: float, rows: int, context: int
+) -> None:
+    """Check that an objective and a model's mixer can be trained on conversations, on preferences or on prompts.
 
     Raises:
-        InputError: another objective than next-token prediction, or a recurrence over packed conversations.
+        InputError: conversations with another objective than next-token prediction, or a recurrence over packed ones;
+            preferences without a template; dropout beside a reference, whose log-probabilities it would make noisy.
     """
+    if isinstance(objective, GRPOConfig | PPOConfig):
+        objective.check(rows, context, dropout)
+    if objective.has_reference and dropout:
+        what, where = "log-probabilities under dropout do not compare with the reference's", "dropout"
+        raise InputError(what, where=where, found=dropout, expected=f"0 with objective {objective.name}")
+    if objective.reads in ("preferences", "prompts"):
+        if not template:
+            what, fix = f"{objective.reads} are rendered by a chat template", "add --data.template auto"
+            raise InputError(what, where="data.template", found="none", fix=fix)
+        return
+    if not template:
+        return
     if not isinstance(objective, LMConfig):
         what, fix = "conversations train next-token prediction", "leave data.template out"
         raise InputError(what, where="objective.name", found=objective.name, expected="lm", fix=fix)

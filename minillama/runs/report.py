@@ -71,7 +71,8 @@ class PlainReport:
         loss = "skipped" if "skipped" in record else f"loss {record['loss']:.4f}"
         mfu = f", mfu {record['mfu']:.0%}" if record.get("mfu") is not None else ""
         speed, left = record["tokens_per_second"] / 1e3, self.pace.left(self.steps - record["step"])
-        return f"{loss}, lr {record['lr']:.1e}, {speed:.1f}k tok/s{mfu}, eta {left}"
+        reward = f", reward {record['reward']:.3f}" if record.get("reward") is not None else ""
+        return f"{loss}{reward}, lr {record['lr']:.1e}, {speed:.1f}k tok/s{mfu}, eta {left}"
 
     def step(self, record: Record) -> None:
         status = self.status(record)

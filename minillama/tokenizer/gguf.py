@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers
 
 from minillama.errors import InputError
 from minillama.formats.gguf_header import GGUFHeader, read_header
@@ -76,7 +77,10 @@ def _byte_level(header: GGUFHeader, pre: str, pieces: Pieces) -> Backend:
     merges = [(left, right) for left, _, right in pairs if known >= {left, right, left + right}]
     special = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
     words = pieces.of_type(PieceType.USER_DEFINED)
-    return byte_level_bpe(pieces.names, merges, PRE[pre], special, words, ignore_merges=pre == "llama-bpe")
+    backend = byte_level_bpe(pieces.names, merges, PRE[pre], special, words, ignore_merges=pre == "llama-bpe")
+    if PRE[pre] == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    return backend
 
 
 def _numbers(header: GGUFHeader, key: str, names: list[str], default: float) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.files import model_folder, reading, refuse_url
+from minillama.files import model_folder, reading, refuse_remote
 from minillama.tokenizer import gguf, hf_json, llama2c, sentencepiece, tiktoken
 from minillama.tokenizer.spec import FIX, Parts
 
@@ -18,7 +18,7 @@ def read(path: str | Path) -> Parts:
     Raises:
         InputError: no such file, a URL, or an unknown format; and as the readers.
     """
-    refuse_url(path)
+    refuse_remote(path)
     file = model_folder(Path(path))
     if file.is_dir():
         file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])

@@ -32,11 +32,13 @@ STEPS = {
     "smollm": Steps([Digits(individual_digits=True), _GPT2]),
     "gpt-2": Steps([_GPT2]),
     "llama-3": Steps([Split(Regex(PATTERNS["llama-3"]), "isolated"), _BYTES]),
+    "qwen2": Steps([Split(Regex(PATTERNS["qwen2"]), "isolated"), _BYTES]),
     # the library reads {1,3}+ as a nested repetition, not as a possessive quantifier
     "cl100k": Steps([Split(Regex(PATTERNS["cl100k"].replace("{1,3}+", "{1,3}")), "isolated"), _BYTES]),
 }
 # llama.cpp's name -> ours; it has none for cl100k
-PRE = {"smollm": "smollm", "gpt-2": "gpt-2", "llama-bpe": "llama-3"}
+PRE = {"smollm": "smollm", "gpt-2": "gpt-2", "llama-bpe": "llama-3", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2"}
+NFC = {"type": "NFC"}  # of Qwen's files; llama.cpp does not normalize
 
 
 def byte_level_bpe(
@@ -66,9 +68,10 @@ def byte_level_bpe(
 def pattern_of(backend: Backend) -> str | None:
     """Pattern of a byte-level BPE backend, a key of `STEPS`; None for any other."""
     spec = to_dict(backend)
-    if spec["model"]["type"] != "BPE" or spec["normalizer"] is not None or spec["pre_tokenizer"] is None:
+    if spec["model"]["type"] != "BPE" or spec["normalizer"] not in (None, NFC) or spec["pre_tokenizer"] is None:
         return None
-    return next((name for name, known in STEPS.items() if _steps(known) == _steps(backend.pre_tokenizer)), None)
+    name = next((name for name, known in STEPS.items() if _steps(known) == _steps(backend.pre_tokenizer)), None)
+    return name if spec["normalizer"] is None or name == "qwen2" else None
 
 
 def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:

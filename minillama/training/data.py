@@ -1,4 +1,4 @@
-"""Training data: tokenized text, conversations, or records for classification."""
+"""Training data: tokenized text, conversations, preferences, prompts, or records for classification."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from minillama.data import preference_set
 from minillama.data.conversations import conversations
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Example, Instructions
 from minillama.data.permutation import hash_fraction
+from minillama.data.preference_set import Preferences
 from minillama.data.prepare import prepare
+from minillama.data.prompts import Prompts
 from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.records import Records
 from minillama.errors import InputError
@@ -18,17 +21,26 @@ from minillama.evaluate.cloze import Cloze
 from minillama.evaluate.question import Question
 from minillama.files import cache_folder
 from minillama.runs.config import RunConfig
+from minillama.runs.feedback import FeedbackConfig, PPOConfig
 from minillama.runs.objectives import ClozeConfig
 from minillama.runs.report import Report
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.tokenizer.rendering import encode, truncated
 from minillama.tokenizer.template import OWN, Template, load_template
 from minillama.training.init_model import template_name
+from minillama.training.objectives import Data
 
 
-def load_data(
-    config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
-) -> tuple[Corpus | Instructions | Records, Tokenizer]:
+def load_stages(config: RunConfig, tokenizer: Tokenizer, report: Report) -> tuple[list[Data | None], Tokenizer]:
+    """Data of each stage, None where it is the run's; and the tokenizer, with the template of the last that has one."""
+    found: list[Data | None] = [None] * len(config.stages)
+    for number, stage in enumerate(config.stages):
+        if stage.data is not None:
+            found[number], tokenizer = load_data(replace(config, data=stage.data), tokenizer, report)
+    return found, tokenizer
+
+
+def load_data(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report) -> tuple[Data, Tokenizer]:
     """Training data of the objective, and the tokenizer, trained on them if need be.
 
     Raises:
@@ -37,6 +49,10 @@ def load_data(
     """
     if isinstance(tokenizer, Tokenizer):
         _check_vocabulary(tokenizer, config)
+    if config.objective.reads == "preferences":
+        return _load_preferences(config, tokenizer, report)
+    if isinstance(config.objective, FeedbackConfig):
+        return _load_prompts(config, config.objective, tokenizer, report)
     if config.data.template:
         return _load_conversations(config, tokenizer, report)
     if isinstance(config.objective, ClozeConfig):
@@ -69,14 +85,9 @@ def _require(tokenizer: Tokenizer | TokenizerTrainer, what: str) -> Tokenizer:
 def _load_conversations(
     config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
 ) -> tuple[Instructions, Tokenizer]:
-    """Conversations, rendered by the template, which the tokenizer takes over for those who talk to the model."""
+    """Conversations, rendered by the template."""
     began = time.perf_counter()
-    tokenizer = _require(tokenizer, "conversations")
-    weights = {source.weight for source in config.data.sources}
-    if len(weights) > 1:
-        what, fix = "conversations are read once per epoch, whatever the weight of their source", "leave weights out"
-        raise InputError(what, where="data.sources", found=sorted(weights), fix=fix)
-    template = load_template(template_name(config, tokenizer), tokenizer)
+    tokenizer, template = _rendering(config, tokenizer, "conversations")
     data = _split(config, tokenizer, template)
     tokens = sum(len(example.ids) for example in data.train)
     trained = sum(int((example.weights > 0).sum()) for example in data.train)
@@ -85,7 +96,56 @@ def _load_conversations(
         f"trained answers; template {template.name} ({time.perf_counter() - began:.1f} s)"
     )
     _say_size(data, size, config, report)
-    return data, tokenizer if template.name == OWN else tokenizer.with_chat_template(template.source)
+    return data, _with(template, tokenizer)
+
+
+def _load_preferences(
+    config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
+) -> tuple[Preferences, Tokenizer]:
+    """Preferences, rendered by the template, as conversations are."""
+    began, settings, pairs = time.perf_counter(), config.data, config.objective.name != "kto"
+    tokenizer, template = _rendering(config, tokenizer, "preferences")
+    reading = template, tokenizer, config.context, settings.val_fraction, settings.on_error, pairs
+    data = preference_set.load(settings.sources, *reading)
+    what = "pairs" if pairs else "judged answers"
+    size = f"{len(data.train):,} {what}, {len(data.val):,} held out; template {template.name}"
+    _say_size(data, f"{size} ({time.perf_counter() - began:.1f} s)", config, report)
+    return data, _with(template, tokenizer)
+
+
+def _load_prompts(
+    config: RunConfig, settings: FeedbackConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
+) -> tuple[Prompts, Tokenizer]:
+    """Prompts, rendered by the template, of such a length that an answer fits behind them."""
+    began, data = time.perf_counter(), config.data
+    tokenizer, template = _rendering(config, tokenizer, "prompts")
+    longest = config.context - settings.max_new_tokens
+    found = Prompts.load(data.sources, template, tokenizer, longest, data.val_fraction, data.format, data.on_error)
+    size = f"{len(found.train):,} prompts, {len(found.val):,} held out; template {template.name}"
+    _say_size(found, f"{size} ({time.perf_counter() - began:.1f} s)", config, report)
+    if isinstance(settings, PPOConfig) and settings.text:
+        cache = Path(data.cache) if data.cache else cache_folder()
+        corpus, _ = prepare(
+            settings.text, tokenizer, cache=cache, val_fraction=data.val_fraction, on_error=data.on_error
+        )
+        corpus.check(config.context, config.train.batch_size)
+        found = replace(found, text=corpus, fingerprint=found.fingerprint + corpus.fingerprint)
+    return found, _with(template, tokenizer)
+
+
+def _rendering(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, what: str) -> tuple[Tokenizer, Template]:
+    """The tokenizer and the template of sources that are read once."""
+    tokenizer = _require(tokenizer, what)
+    weights = {source.weight for source in config.data.sources}
+    if len(weights) > 1:
+        text = f"{what} are read once per epoch, whatever the weight of their source"
+        raise InputError(text, where="data.sources", found=sorted(weights), fix="leave weights out")
+    return tokenizer, load_template(template_name(config.data, tokenizer), tokenizer)
+
+
+def _with(template: Template, tokenizer: Tokenizer) -> Tokenizer:
+    """Tokenizer that has taken over the template, for those who talk to the model."""
+    return tokenizer if template.name == OWN else tokenizer.with_chat_template(template.source)
 
 
 def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instructions:
@@ -146,7 +206,7 @@ def _check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
     tokenizer.check_fits(config.model.vocab_size, "model.vocab_size", fix)
 
 
-def _say_size(data: Corpus | Instructions | Records, size: str, config: RunConfig, report: Report) -> None:
+def _say_size(data: Data, size: str, config: RunConfig, report: Report) -> None:
     if left_out := str(data.skipped):
         report.say(left_out)
     report.say(f"data: {', '.join(source.label for source in config.data.sources)}: {size}")

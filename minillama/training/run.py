@@ -15,6 +15,8 @@ import torch
 from minillama.config import ModelConfig
 from minillama.config.loader import to_dict
 from minillama.errors import InputError, missing
+from minillama.formats.gguf import architecture
+from minillama.formats.model_file import ModelFile
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
@@ -26,10 +28,10 @@ from minillama.runs.provenance import provenance
 from minillama.runs.report import Report, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
-from minillama.training.data import load_data
+from minillama.training.data import load_data, load_stages
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
-from minillama.training.objectives import make
+from minillama.training.objectives import make_staged
 from minillama.training.trainer import Trainer
 
 FINE_TUNING = {"lr": 2e-3, "muon_lr": 1e-2}  # the highest learning rates of a trained model without a warning
@@ -92,16 +94,17 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report)
     if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
-        _say_next(folder, config, report)
+        _say_next(folder, config, report, start.initial)
         return 0
     check_disk(config, folder.path)
     warn_of_memory(config, start.dtype, start.device, report)
     if start.initial is not None and checkpoint is None:
         _warn_of_rates(config, report)
     data, tokenizer = load_data(config, start.tokenizer, report)
+    stages, tokenizer = load_stages(config, tokenizer, report)
     model = start.build_model()
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
-    objective = make(config, model, tokenizer, data)
+    objective = make_staged(config, model, tokenizer, data, stages)
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
@@ -129,7 +132,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     _say_end(trainer, folder, before, report)
     prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
     best = trainer.writer.best if trainer.writer.best != state.step else None
-    _say_next(folder, config, report, " ".join(prompts[0].split()) if prompts else "", best)
+    _say_next(folder, config, report, start.initial, " ".join(prompts[0].split()) if prompts else "", best)
     return 0
 
 
@@ -198,27 +201,39 @@ def _resume(folder: RunFolder) -> list[str]:
     return [*typed("train"), "--out", str(folder.path), "--resume"]
 
 
-def _say_next(folder: RunFolder, config: RunConfig, report: Report, prompt: str = "", best: int | None = None) -> None:
-    """Commands that may follow, with a prompt for the model, and the step of a better one than the last."""
+def _say_next(
+    folder: RunFolder,
+    config: RunConfig,
+    report: Report,
+    initial: ModelFile | None,
+    prompt: str = "",
+    best: int | None = None,
+) -> None:
+    """Commands that may follow, with a prompt for the model, and the step of a better one than the last.
+
+    With an adapter on the initial model.
+    """
     model, tokenizer = str(folder.model), Tokenizer.load(folder.model)
     export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp"
     if absent := missing("gguf"):
         remark += f", after pip install '{absent[0]}'"
-    if config.model.switches() or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
+    if not architecture(config.model) or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
         export, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
     models = {"": model} | ({} if best is None else {"best ": str(folder.checkpoints / f"step-{best}")})
+    own = None if config.lora is None or initial is None else str(initial.path)
     commands: dict[str, list[str]] = {}
     for rank, path in models.items():
-        base, adapter = (path, []) if config.lora is None else (config.train.init_from, ["--adapter", path])
-        uses = {"chat": ["minillama", "chat", base]} if config.data.template else None
-        uses = uses or config.objective.commands(base, prompt or next(iter(config.sample.prompts), "The"))
+        base, adapter = (path, []) if own is None else (own, ["--adapter", path])
+        uses = config.objective.commands(base, prompt or next(iter(config.sample.prompts), "The"))
+        if config.data.template and config.objective.head == "lm":
+            uses = {"chat": ["minillama", "chat", base]}
         commands |= {rank + name: [*words, *adapter] for name, words in uses.items()}
     commands["resume"] = [*_resume(folder), "--train.steps", str(2 * config.train.steps)]
     if config.lora is None:
         commands["export"] = ["minillama", "convert", model, *export]
         commands["plan"] = ["minillama", "plan", str(folder.path)]
     else:  # the folder has the adapter alone
-        base = config.train.init_from
+        base = own or config.train.init_from
         commands["merge"] = ["minillama", "convert", base, f"{model}-merged", "--to", "hf", "--merge", model]
     for name, words in commands.items():
         report.say(f"  {name:13} {shlex.join(words)}" + (f"  # {remark}" if name == "export" else ""))

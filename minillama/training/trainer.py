@@ -88,8 +88,8 @@ class Trainer:
         self.working = cast(Decoder, objective.models[MODEL])
         if config.train.compile != "false":
             use_native_kernels(self.working, report.say)
-        mode = "false" if config.train.deterministic and config.train.compile == "auto" else config.train.compile
-        self.compiler = Compiler(mode, self.working, report)
+        stays_eager = config.train.compile == "auto" and (config.train.deterministic or not objective.compiles)
+        self.compiler = Compiler("false" if stays_eager else config.train.compile, self.working, report)
 
     def train(self) -> None:
         """Training from the current step to the last.
@@ -103,6 +103,8 @@ class Trainer:
                 self._run()
                 self.writer.finish()
                 replace_folder(self.folder.model, lambda path: self.saved.write(path, self.saved.tensors()))
+                for name, write in self.objective.folders(self.masters, self.saved).items():
+                    replace_folder(self.folder.path / name, write)
                 self.signals.check()
             except Interrupted:
                 self.writer.finish()
@@ -154,6 +156,7 @@ class Trainer:
         step, config = self.state.step, self.config
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout and rollouts are the same after a resume
         prepared = self.objective.prepare(step)
+        trains = time.perf_counter()
         self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
@@ -167,10 +170,11 @@ class Trainer:
         norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
         reason = self.guard.judge(losses.loss, norm)
         outcome = self._update(step + 1) if reason is None else self._skip(batch, reason, math.isfinite(losses.loss))
-        tokens, seconds = batch.tokens.numel() * self.ranks.world, time.perf_counter() - began
+        tokens, now = int(batch.kept.sum()) * self.ranks.world, time.perf_counter()
+        seconds = now - began
         self.state.count(tokens, seconds)
         record = _finite({**prepared, **losses.record(), "step": step + 1, "loss": losses.loss, "lr": rate, **norms})
-        record |= self._costs(tokens / seconds)
+        record |= self._costs(tokens / (now - trains))
         if "update_ratio" in outcome:
             rows = batch.rows(0, config.micro_batch_size).to(self.model.device)
             outcome["attention_logit_max"] = attention_logit_max(self.model, self.objective, rows)
@@ -222,6 +226,8 @@ class Trainer:
         A peak that a step beats was measured under contention, and is again.
         """
         flops = self.config.model.flops_per_token(self.config.context) * speed
+        if self.config.lora is not None:  # no gradients of the frozen weights
+            flops *= 2 / 3
         if flops > self.peak and self.state.step >= self.next_peak:
             self.peak = max(self.peak, peak_flops(self.model.device, self.dtype))
             self.next_peak = self.state.step + PEAK_EVERY
@@ -240,12 +246,15 @@ class Trainer:
         with self.signals.leaving_at_once():
             found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
         self.state.seconds += time.perf_counter() - began
-        append_line(self.folder.metrics, record | _finite(found) | {"seconds": self.state.seconds})
+        sample = {"sample": dict(self.objective.sample)} if self.objective.sample else {}
+        append_line(self.folder.metrics, record | _finite(found) | {"seconds": self.state.seconds} | sample)
         if self.state.step and math.isfinite(found[self.objective.best[0]]):
             self.writer.losses[self.state.step] = self._score(found)
         shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.state.step}: {text}")
+        for line in self.objective.warnings(found) if self.state.step else ():
+            self.report.say(f"warning: {line}")
         with self.signals.leaving_at_once():
             self._sample()
         self.phase = "training"
@@ -257,6 +266,8 @@ class Trainer:
 
     def _sample(self) -> None:
         wanted, tokenizer = self.config.sample, self.saved.tokenizer
+        for name, value in self.objective.sample.items():
+            self.report.say(f"  | {name}: " + str(value).strip().replace("\n", "\n  | "))
         if not (wanted.max_new_tokens and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)

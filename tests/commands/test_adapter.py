@@ -161,6 +161,9 @@ def test_several_adapters(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert line["completion"] == greedy(model, line["prompt"])
     assert main(["generate", "--prompt", *words[:-1], f"first={tmp_path / 'second'}"]) == 1
     assert "two adapters of one name" in capsys.readouterr().err
+    byte_tokenizer().with_chat_template("{{ messages[0].content }}").save(tmp_path / "second")
+    assert main(["generate", "--prompt", *words]) == 1
+    assert "different tokenizers or chat templates" in capsys.readouterr().err
     glm = [str(base), "--adapter", str(tmp_path / "first"), f"b={tmp_path / 'second'}"]
     assert main(["infill", "--text", "a [MASK]", "--model", *glm]) == 1
     assert "one adapter at a time" in capsys.readouterr().err

@@ -108,3 +108,28 @@ def test_a_models_tokenizer_and_template(smollm2: Path, shared: Path, capsys: py
     file = shared / "sft" / "messages_v1_sft_demo.jsonl"
     assert main(["data", "show", str(file), "--model", str(smollm2), "--limit", "1", "--train-on", "last"]) == 0
     assert "     1 ┃ Hello! I am {{name}}, an AI assistant" in capsys.readouterr().out
+
+
+def test_preferences_are_shown_in_two_colors(
+    asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = {"prompt": "Hi", "chosen": "Ho", "rejected": "Hum\nno", "margin": 0.5}
+    lines = [pair, {"prompt": "Hi", "completion": "Ho", "label": False}, {"prompt": "a", "response": "b"}]
+    Path(asked[2]).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert main([*asked, "--template", "ziya"]) == 0
+    out, err = capsys.readouterr()
+    prompt = "       │ <|endoftext|><human>:Hi↵\n       │ <bot>:\n"
+    assert out.startswith(
+        f"{asked[2]}:1: prompt 18 tokens, + 3, - 7, margin 0.5\n{prompt}"
+        "     + ┃ Ho<|endoftext|>\n     - ┃ Hum↵\n       ┃ no<|endoftext|>\n\n"
+        f"{asked[2]}:2: prompt 18 tokens, - 3\n{prompt}     - ┃ Ho<|endoftext|>\n\n{asked[2]}:3: 2 messages"
+    )
+    assert err.startswith("2 preferences, template ziya; 1 conversations, template ziya")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    main([*asked, "--template", "ziya", "--limit", "1", "--context", "20"])
+    out = capsys.readouterr().out
+    assert "\x1b[32mHo<|endoftext|>" in out and "\x1b[31mHum↵" in out and "<|endoftext|><human>:Hi" not in out
+    assert main([*asked, "--template", "ziya", "--format", "preferences"]) == 1
+    assert f"{asked[2]}:3" in capsys.readouterr().err

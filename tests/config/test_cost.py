@@ -31,6 +31,8 @@ CONFIGS = {
     "tied": replace(CONFIG, tie_embeddings=True),
     "all heads": replace(CONFIG, n_kv_heads=8, n_layers=3),
     "wide heads": replace(CONFIG, head_dim=16, hidden_dim=80),
+    "qkv bias": replace(CONFIG, bias="qkv", sliding_window=7),
+    "normalized heads": replace(CONFIG, qk_norm=True),
 }
 
 

@@ -43,7 +43,14 @@ COUNTS = {
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,
     "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "phi-3-mini": 3_821_079_552,
+    "smollm3-3b": 3_075_098_624,
     "tinyllama-1.1b": 1_100_048_384,
     "smollm2-135m": 134_515_008,
     "stories260k": 260_032,
@@ -100,13 +107,16 @@ def test_the_count_is_the_sum_over_the_tensors(config: ModelConfig) -> None:
     assert config.num_params() - config.num_params(embedding=False) == embedding
 
 
-@pytest.mark.parametrize("name", ["llama-2-70b", "llama-3.2-1b", "smollm2-135m"])
+@pytest.mark.parametrize(
+    "name", ["llama-2-70b", "llama-3.2-1b", "smollm2-135m", "mistral-7b", "qwen2.5-0.5b", "qwen3-0.6b", "smollm3-3b"]
+)
 def test_tensors_are_those_of_transformers(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = ModelConfig.load(name)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf()))
+        theirs = transformers.AutoConfig.for_model(**config.to_hf())
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
     assert {key: tuple(p.shape) for key, p in model.named_parameters()} == config.tensors()
     assert sum(p.numel() for p in model.parameters()) == config.num_params()
 
@@ -138,6 +148,8 @@ def test_flops_per_token_by_hand() -> None:
     for config in (SMALL, replace(SMALL, tie_embeddings=True)):
         assert config.flops_per_token(4, training=False) == forward
         assert config.flops_per_token(4) == 3 * forward
+    narrow = replace(SMALL, sliding_window=2)  # queries 0..3 see 1, 2, 2, 2 keys, 1.75 on average
+    assert narrow.flops_per_token(4, training=False) == 2 * weights + 2 * 2 * 2 * 64 * 1.75
 
 
 def test_flops_are_near_six_times_the_parameters() -> None:
@@ -268,15 +280,15 @@ def test_every_generation_of_rope_keys(keys: dict[str, Any]) -> None:
 
 
 def test_mistral_without_a_window_is_a_llama() -> None:
-    assert ModelConfig.from_hf(V4 | {"model_type": "mistral", "sliding_window": None}) == ModelConfig.from_hf(V4)
+    same = V4 | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "sliding_window": None}
+    mistral = ModelConfig.from_hf(same | {"model_type": "mistral"})
+    assert replace(mistral, model_type="") == ModelConfig.from_hf(same)
 
 
 @pytest.mark.parametrize(
     ("keys", "where"),
     [
         ({"model_type": "gpt2"}, "model_type"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
-        ({"model_type": "mistral"}, "sliding_window"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),

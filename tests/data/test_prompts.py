@@ -14,15 +14,16 @@ from minillama.errors import InputError
 from minillama.tokenizer.template import load_template
 from minillama.tokenizer.train import byte_tokenizer
 
+TURNS = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "Sort 3 1 2.", "response": "1 2 3", "level": 2},
     {"prompt": "Only a question?"},
     {"prompt": [{"role": "user", "content": "A list?"}]},
     {"instruction": "Name a bird.", "input": "in Dutch"},
-    {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "Two?"}]},
+    {"messages": [*TURNS, {"role": "user", "content": "Two?"}]},
     {"conversations": [{"from": "human", "value": "Which?"}], "chosen": {"from": "gpt", "value": "This."}},
     {"prompt": "Preferred?", "chosen": "Yes.", "rejected": "No."},
-]  # fmt: skip
+]
 
 
 def load(path: Path, fraction: float = 0.5, longest: int = 400, template: str = "vicuna") -> Prompts:

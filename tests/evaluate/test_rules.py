@@ -55,7 +55,8 @@ def test_without_a_reference_there_is_nothing_to_verify() -> None:
 
 def test_functions_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_for_rules.py").write_text(
-        "def count(prompt, ids, text, record):\n    return None if 'skip' in record else len(prompt + text) + len(ids)\n"
+        "def count(prompt, ids, text, record):\n"
+        "    return None if 'skip' in record else len(prompt + text) + len(ids)\n"
         "value = 3\n"
     )
     assert earned(Reward(f"{tmp_path}/mine_for_rules.py:count"), "abc") == 8

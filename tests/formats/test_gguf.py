@@ -158,13 +158,15 @@ def test_a_vocabulary_smaller_than_the_model_is_padded(story: str, make: Make, b
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "qwen2")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(InputError, match=r"architecture is not supported(?s:.*)qwen2"):
-        open_model(tmp_path / "a.gguf")
+    for kind, experts, found in (("gemma2", 0, "gemma2"), ("llama", 8, "llama, with mixture of experts")):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", kind)
+        writer.add_expert_count(experts)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(InputError, match=rf"architecture is not supported(?s:.*){found}(?s:.*)llama\.cpp"):
+            open_model(tmp_path / "a.gguf")
 
 
 def test_a_value_beyond_float16_is_refused(make: Make, bpe: Tokenizer, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,6 +50,16 @@ def test_prefix() -> None:
 def test_padding_is_hidden_where_attention_looks_ahead() -> None:
     mask = Mask(causal=False, lengths=torch.tensor([2]))
     assert rows(mask, CacheRange(0, 3, 3)) == ["xx."] * 3
+
+
+def test_segments() -> None:
+    mask = Mask(segments=(2, 3))
+    assert mask.for_kernel(CacheRange(0, 5, 5), CPU) == KernelMask(None, False, None, False, (2, 3))
+    for other in (replace(mask, window=2), replace(mask, segments=(2, 2)), replace(mask, causal=False)):
+        with pytest.raises(ValueError, match="segments"):
+            other.for_kernel(CacheRange(0, 5, 5), CPU)
+    with pytest.raises(ValueError, match="segments"):
+        mask.for_kernel(CacheRange(5, 5, 10), CPU)
 
 
 def test_documents() -> None:

@@ -10,16 +10,27 @@ import pytest
 import torch
 
 from minillama.commands.cli import main
-from minillama.config import ModelConfig
+from minillama.config import ModelConfig, RopeScaling
 from minillama.errors import InputError
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
-MEMBERS = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
+TINY = ["llama", "palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"]
+LONG = RopeScaling("longrope", original_max_seq_len=16, short_factor=(1.0, 1.5), long_factor=(2.0, 3.0))
+OTHERS: dict[str, dict[str, object]] = {
+    "qwen2": {"bias": "qkv"},
+    "qwen3": {"qk_norm": True},
+    "mistral": {"sliding_window": 5},
+    "phi3": {"rope_scaling": LONG, "rotary_dim": 4},
+    "smollm3": {"nope_interval": 2},
+}
+MEMBERS = [*TINY, *OTHERS]
 
 
 def small(name: str) -> ModelConfig:
     """A member's switches on a shape of a few thousand parameters."""
+    if name in OTHERS:
+        return replace(small("llama"), **OTHERS[name])  # type: ignore[arg-type]
     tiny = ModelConfig.load(f"{name}-tiny")
     kv = {"llama": 2, "palm": 1, "chatglm2": 2}.get(name, 6)
     heads = {"n_heads": 1, "n_kv_heads": 1, "head_dim": 48} if name == "rwkv" else {"n_heads": 6, "n_kv_heads": kv}
@@ -138,6 +149,9 @@ def test_compiled_blocks_change_nothing(model: Decoder) -> None:
         ("bloom", "rotary_dim", 4, "position and rotary_dim exclude each other"),
         ("chatglm2", "rotary_dim", 128, "cannot rotate more than a head"),
         ("chatglm", "head_dim", 6, "rotate two halves of pairs"),
+        ("bloom", "nope_interval", 2, "position and nope_interval exclude each other"),
+        ("qwen3", "nope_interval", 2, "qk_norm and nope_interval exclude each other"),
+        ("phi3", "rotary_dim", 6, "longrope has a factor per rotary pair"),
     ],
 )
 def test_switches_that_exclude_each_other(member: str, switch: str, value: object, what: str) -> None:
@@ -146,7 +160,7 @@ def test_switches_that_exclude_each_other(member: str, switch: str, value: objec
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("member", MEMBERS)
+@pytest.mark.parametrize("member", TINY)
 def test_two_hundred_steps_lower_the_loss(member: str, tmp_path: Path) -> None:
     """`python train.py --model.preset NAME-tiny` on the default text, in small batches, and generation after it."""
     script = ["--model.preset", f"{member}-tiny", "--train.steps", "200", "--train.batch_size", "2"]

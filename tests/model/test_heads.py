@@ -27,8 +27,8 @@ def language_model(**changes: object) -> Decoder:
     return model.eval()
 
 
-def reward_model(**changes: object) -> Decoder:
-    return with_score(language_model(**changes), torch.Generator().manual_seed(5))
+def reward_model(pad_id: int = 0, **changes: object) -> Decoder:
+    return with_score(language_model(**changes), torch.Generator().manual_seed(5), pad_id)
 
 
 def texts(pad: int, longer: int = 0) -> torch.Tensor:

@@ -22,7 +22,7 @@ from minillama.inference.engine import Engine
 from minillama.inference.quantize import quantize, save_gguf
 from minillama.inference.request import Request
 from minillama.inference.sampling import Sampling
-from minillama.layers.lora import Adapter, LoRALinear
+from minillama.layers.lora import Adapter, LoRALayer, LoRALinear
 from minillama.layers.mlp import swiglu
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
 from minillama.model import Decoder
@@ -194,6 +194,22 @@ def test_a_working_copy_hands_gradients_to_the_adapters(kind: Kind) -> None:
     assert all(p.grad is not None and p.grad.any() for n, p in lora_parameters(model).items() if n.endswith("lora_B"))
 
 
+def test_one_product_is_the_separate_ones() -> None:
+    """To the bit in the forward pass: a reference that needs no gradients has the log-probabilities of the policy."""
+    model = randomized(add_lora(make(), LoRAConfig(rank=4, alpha=8)))
+    with torch.no_grad():
+        expected = model(tokens())
+    assert torch.equal(model(tokens()), expected)
+    gradients = []
+    for forward in (LoRALinear.forward, LoRALayer.forward):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LoRALinear, "forward", forward)
+            nats(model, tokens()).backward()
+        gradients.append([parameter.grad for parameter in lora_parameters(model).values()])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_the_head_has_its_adapter_in_the_loss_too(use_dora: bool) -> None:
     model = randomized(add_lora(make(logit_scale=0.5), LoRAConfig(rank=3, targets=ENDS, use_dora=use_dora)))
@@ -273,6 +289,25 @@ def test_dropout_is_that_of_the_adapters() -> None:
         assert torch.equal(model(tokens()), model(tokens()))
     model.eval()
     assert torch.equal(model(tokens()), model(tokens()))
+
+
+def test_a_thousand_rollouts_leave_the_base_as_it_is() -> None:
+    """An adapter that is merged and taken out again by += and -= would drift."""
+    model = randomized(add_lora(make().bfloat16(), LoRAConfig(rank=4))).eval()
+    before = fingerprint(base_tensors(model))
+    engine = Engine(model, max_rows=100)
+    for number in range(10):
+        with active(model, None if number % 2 else "default"):
+            assert len(engine.run([Request([3, 1, number], 2, GREEDY) for _ in range(100)])) == 100
+    assert fingerprint(base_tensors(model)) == before
+
+
+def test_merged_in_bfloat16_is_what_was_trained_to_its_rounding() -> None:
+    model = randomized(add_lora(make().bfloat16(), LoRAConfig(rank=4, alpha=8)))
+    with torch.no_grad():
+        expected, plain = model(tokens()).float(), make().bfloat16()(tokens()).float()
+        found = merge(copy.deepcopy(model))(tokens()).float()
+    assert (found - expected).norm() < 0.02 * expected.norm() < 0.1 * (plain - expected).norm()
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -67,8 +67,15 @@ def test_every_switch_keeps_table_and_decoder_together(member: str) -> None:
     config = odd(member)
     check(config)
     for norm in ("rms", "layer", "layer-scale"):
-        for change in ({"tie_embeddings": True}, {"embedding_norm": True}, {"bias": "all"}, {"bias": "qkv"}):
-            if config.mixer == "attention" or "bias" not in change:
+        changes = (
+            {"tie_embeddings": True},
+            {"embedding_norm": True},
+            {"bias": "all"},
+            {"bias": "qkv"},
+            {"qk_norm": True},
+        )
+        for change in changes:
+            if config.mixer == "attention" or not {"bias", "qk_norm"} & set(change):
                 check(replace(config, norm=norm, **change))
 
 

@@ -69,6 +69,8 @@ VARIANTS = [
     (torch.float32, "none", {}, 1e-5),
     (torch.float32, "none", {"tie_embeddings": True, "bias": "qkv"}, 1e-5),
     (torch.float32, "none", {"n_kv_heads": 6, "rope_scaling": RopeScaling("linear", 4.0)}, 1e-5),
+    (torch.float32, "none", {"qk_norm": True}, 1e-5),
+    (torch.float32, "none", {"nope_interval": 2, "sliding_window": 5}, 1e-5),
     (torch.bfloat16, "none", {}, 1e-2),  # keys and values are kept in bfloat16
     (torch.float32, "int8", {"tie_embeddings": True}, 1e-5),
     (torch.float32, "int4", {}, 1e-5),
@@ -101,7 +103,7 @@ def test_logits_are_those_of_the_layers(
 
 @pytest.mark.usefixtures("emulated_tiles")
 @pytest.mark.parametrize("rows", [8, 17])
-@pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS[3:])  # those that take tiles
+@pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS[5:])  # those that take tiles
 def test_logits_by_emulated_tiles(
     dtype: torch.dtype, kind: Quantization, changes: dict[str, object], bound: float, rows: int
 ) -> None:
@@ -187,7 +189,9 @@ def test_requests_reach_it_and_go_on_after_a_change_of_weights() -> None:
 def test_what_it_does_not_take() -> None:
     assert unsupported(Decoder(CONFIG)) is not None  # not fused
     assert unsupported(model()) is None
-    for changes in ({"head_dim": 8}, {"logit_scale": 0.5}, {"parallel_block": True}, {"norm": "layer"}):
+    long = RopeScaling("longrope", original_max_seq_len=32, short_factor=(1.0,) * 8, long_factor=(2.0,) * 8)
+    others = {"head_dim": 8}, {"logit_scale": 0.5}, {"parallel_block": True}, {"norm": "layer"}, {"rope_scaling": long}
+    for changes in others:
         assert unsupported(model(**changes)) is not None
     native = model()
     step = NativeStep(native)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from minillama import Decoder, ModelConfig, Tokenizer, generate
+from minillama import Decoder, ModelConfig, Tokenizer, TokenizerTrainer, generate
+from minillama.config import RopeScaling
 from minillama.convert import convert
 from minillama.formats.open import open_model
 from minillama.inference.quantize import quantized
@@ -73,6 +75,42 @@ def test_the_same_greedy_tokens(kind: str, tied: bool, scaling: dict | None, tmp
     convert(tmp_path / "hf", tmp_path / "a.gguf", "gguf", "f32")
     _, tokens = theirs(tmp_path / "a.gguf", PROMPT, 24)
     assert tokens == mine
+
+
+LONG = RopeScaling(
+    "longrope", original_max_seq_len=32, short_factor=(1.0,) * 8, long_factor=tuple(1 + i / 4 for i in range(8))
+)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"bias": "qkv", "tie_embeddings": True},
+        {"qk_norm": True, "head_dim": 24},
+        {"model_type": "phi3"},
+        {"rope_scaling": LONG, "max_seq_len": 256},
+        {"nope_interval": 4},
+    ],
+    ids=["qwen2", "qwen3", "phi3", "phi3 long", "smollm3"],
+)
+def test_the_same_greedy_tokens_of_relatives(switches: dict, tmp_path: Path) -> None:
+    """llama.cpp takes long factors, as its context is longer than the original one; here the sequence is."""
+    tokenizer = TokenizerTrainer("byte-bpe", 300, "qwen2")(["The miller kept two donkeys and a clock. " * 20])
+    config = ModelConfig(
+        dim=96, n_layers=5, n_heads=6, n_kv_heads=2, hidden_dim=160, vocab_size=300, max_seq_len=256, rope_theta=5e3,
+    )  # fmt: skip
+    model, mine = clear_cut(replace(config, **switches), tokenizer, 24)
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer.save(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "a.gguf", "gguf", "f32")
+    assert theirs(tmp_path / "a.gguf", PROMPT, 24)[1] == mine
+    again = Decoder.from_pretrained(tmp_path / "a.gguf")
+    assert again.config == model.config
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    convert(tmp_path / "hf", tmp_path / "b.gguf", "gguf", "q4_1")
+    four, x = open_model(tmp_path / "b.gguf"), torch.tensor([tokenizer.encode(PROMPT)])
+    expected = Decoder.from_pretrained(four)(x)  # dequantized
+    assert (quantized(four, "int4")(x) - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0", "q4_1"])

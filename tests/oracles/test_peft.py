@@ -85,13 +85,13 @@ def theirs(base: Path, config: LoRAConfig, **changes: Any) -> Any:
         "modules_to_save": list(config.modules_to_save) or None,
         "task_type": "CAUSAL_LM",
     }
-    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
     return randomized(peft.get_peft_model(model, peft.LoraConfig(**settings | changes)))
 
 
 def quiet(folder: Path, base: Path) -> Any:
     """PEFT's model of a folder; a warning of keys that are missing or unknown is an error."""
-    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return peft.PeftModel.from_pretrained(model, folder).eval()
@@ -151,6 +151,33 @@ def test_merged_is_what_was_trained(case: str, base: Path, tmp_path: Path) -> No
         in_memory = merge(load_adapter(Decoder.from_pretrained(base), tmp_path / "a"))
         torch.testing.assert_close(from_file(tokens()), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(in_memory.fuse()(tokens()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["lora", "queries and values", "rslora", "dora"])
+def test_layers_that_transformers_fuses(case: str, tmp_path: Path) -> None:
+    """Phi-3: adapters of the parts are one of the fused layer there, same logits, and come back as they were."""
+    torch.manual_seed(0)
+    config, folder, lora = replace(CONFIG, model_type="phi3"), tmp_path / "base", CASES[case]
+    transformers.Phi3ForCausalLM(transformers.Phi3Config(**config.to_hf())).save_pretrained(folder)
+    model = ours(folder, lora)
+    save_adapter(model, tmp_path / "a", base=open_model(folder))
+    again = load_adapter(Decoder.from_pretrained(folder), tmp_path / "a", base=open_model(folder))
+    assert {n: p.rank for n, p in adapters(again).items()} == {n: p.rank for n, p in adapters(model).items()}
+    with torch.no_grad():
+        expected = model(tokens())
+        torch.testing.assert_close(again(tokens()), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(quiet(tmp_path / "a", folder)(tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+    other = theirs(folder, replace(lora, targets=("all-linear",))).eval()
+    other.save_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        found = load_adapter(Decoder.from_pretrained(folder), tmp_path / "b")(tokens())
+        torch.testing.assert_close(found, other(tokens()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_dora_of_a_part_of_a_fused_layer_is_refused(tmp_path: Path) -> None:
+    model = add_lora(Decoder(replace(CONFIG, model_type="phi3")), LoRAConfig(targets=("q_proj",), use_dora=True))
+    with pytest.raises(InputError, match="DoRA of a part"):
+        files.write(tmp_path, model.config, adapters(model))
 
 
 def test_ranks_and_alphas_by_pattern(base: Path, tmp_path: Path) -> None:

@@ -98,4 +98,6 @@ def test_loss_and_gradients_of_real_weights_are_transformers(shared: Path, smoll
     tokenizer, model = Tokenizer.load(smollm2), Decoder.from_pretrained(open_model(smollm2), torch.float32)
     model.save_pretrained(tmp_path)
     found = [example for name in FILES for example in examples(shared / "sft" / name, tokenizer, 2, 64)]
-    compare(model, tmp_path, found, "best-fit", 64, is_small=False)  # single elements differ by up to 3e-5
+    # single elements differ by up to 2.9e-4: torch's log_softmax sums 49,152 exponentials in float32 to about 1e-5.
+    # Against float64 theirs are off by up to 2.8e-4, ours by 7e-6
+    compare(model, tmp_path, found, "best-fit", 64, is_small=False)

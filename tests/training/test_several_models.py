@@ -100,10 +100,10 @@ class StopAt(Quiet):
 
 @pytest.fixture
 def two_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus) -> PolicyAndValue:
+    def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus, stages: object) -> PolicyAndValue:
         return PolicyAndValue(config, model, data)
 
-    monkeypatch.setattr(run, "make", make)
+    monkeypatch.setattr(run, "make_staged", make)
 
 
 def metrics(out: Path) -> list[dict]:

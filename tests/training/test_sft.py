@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from minillama.runs.config import RunConfig, load_run_config
 from minillama.tokenizer import Tokenizer
 from minillama.training.gradients import accumulate
 from minillama.training.objectives.sft import FineTuning
+from minillama.training.objectives.unpadded import unpadded
 from minillama.training.run import train
 
 from .test_init_stages import Lines
@@ -89,6 +91,32 @@ def test_packed_and_single_rows_have_the_loss_and_gradients_of_each_alone(packin
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packing", ["none", "best-fit", "wrap"])
+def test_a_batch_without_padding_is_the_batch(packing: Packing) -> None:
+    """Fewer tokens, those up to each sequence's last trained one; compiled blocks, or GPUs, get whole rows."""
+    made, step = model(), data(packing, context=300)
+    batch = FineTuning(made, step, 1, {"none": 12, "best-fit": 4, "wrap": 3}[packing]).batch(0)
+    small = unpadded(batch, made)
+    whole, less = (made.hidden(part.tokens, part.positions, part.mask) for part in (batch, small))
+    kept = batch.kept
+    torch.testing.assert_close(less[0], whole[kept], atol=1e-5, rtol=1e-5)
+    assert torch.equal(small.targets[0], batch.targets[kept]) and torch.equal(small.weights[0], batch.weights[kept])
+    assert small.weights.sum() == batch.weights.sum() and small.totals == batch.totals
+    if packing != "wrap":
+        last = [int(np.flatnonzero(example.weights)[-1]) for example in step.train]
+        assert small.mask.segments is not None and sorted(small.mask.segments) == sorted(last)
+    made.compile_blocks()
+    assert unpadded(batch, made) is batch
+
+
+def test_other_positions_and_mixers_keep_their_rows() -> None:
+    for changes in ({"position": "alibi"}, {"mixer": "wkv", "mlp": "channel-mix", "position": "none", "n_kv_heads": 4}):
+        made = Decoder(replace(CONFIG, **changes))  # type: ignore[arg-type]
+        batch = FineTuning(made, data("none"), 1, 12).batch(0)
+        assert unpadded(batch, made) is batch
+        assert torch.isfinite(FineTuning(made, data("none"), 1, 12).loss(batch)[0]["loss"])
 
 
 def test_a_conversation_does_not_see_its_neighbors() -> None:

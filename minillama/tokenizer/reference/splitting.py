@@ -20,6 +20,11 @@ PATTERNS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    # Qwen2's: Llama 3's with single digits
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     # SmolLM's: single digits, GPT-2's words between them
     "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
     # SentencePiece's: U+2581, a space, begins a word; here newlines end one, too
@@ -29,13 +34,8 @@ PATTERNS = {
     "bert": r"[\p{Han}\p{P}$+<=>^`|~]|[^\s\p{Han}\p{P}$+<=>^`|~]+",
     "spaces": r"\S+",
 }
-LOSSLESS_PATTERNS = (
-    "gpt-2",
-    "cl100k",
-    "llama-3",
-    "smollm",
-    "sentencepiece",
-)  # lossless patterns; the others drop whitespace
+# lossless patterns; the others drop whitespace
+LOSSLESS_PATTERNS = ("gpt-2", "cl100k", "llama-3", "qwen2", "smollm", "sentencepiece")
 
 
 def split(text: str, pattern: str) -> list[str]:

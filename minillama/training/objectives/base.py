@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -11,9 +13,12 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.data.instructions import Instructions
+from minillama.data.preference_set import Preferences
+from minillama.data.prompts import Prompts
 from minillama.data.records import Records
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
+from minillama.training.model_folder import ModelFolder
 
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
 PROMPT = 12  # tokens of a prompt from held-out text
@@ -50,6 +55,25 @@ class Batch:
     def total(self, name: str) -> float:
         """The divisor of a term, or of a metric: where there is none of its name the first term's; 1 instead of 0."""
         return self.totals.get(name, next(iter(self.totals.values()))) or 1.0
+
+    @property
+    def sequences(self) -> Tensor:
+        """(..., T) ids of the rows' documents, each row's its own."""
+        shape = self.tokens.shape[:-1]
+        rows = torch.arange(math.prod(shape), device=self.tokens.device).view(*shape, 1)
+        documents = self.mask.documents
+        return rows.expand_as(self.tokens) if documents is None else documents + rows * (documents.max() + 1)
+
+    @property
+    def kept(self) -> Tensor:
+        """(..., T) flags of the tokens that a causal model must read: those up to a sequence's last trained one."""
+        if self.weights.shape != self.tokens.shape:
+            return torch.ones_like(self.tokens, dtype=torch.bool)
+        ids, trained = self.sequences.flatten(), self.weights.flatten() != 0
+        at = torch.arange(len(ids), device=ids.device)
+        following = torch.where(trained, at, len(ids)).flip(0).cummin(0).values.flip(0)
+        kept = (following < len(ids)) & (ids[following.clamp(max=len(ids) - 1)] == ids)
+        return kept.view_as(self.tokens)
 
     def share(self, rank: int, world: int) -> Batch:
         """The examples of one process among several; the totals stay those of all, so that gradients are summed.
@@ -113,8 +137,13 @@ class Objective(Protocol):
     """The measure by which the best checkpoint is kept, and its direction."""
     writes_text: bool = True
     """Whether a sample of the model's text shows what it learns."""
+    compiles: bool = True
+    """Whether compiled blocks may be faster than what it does with eager ones."""
     prompts: Sequence[Sequence[int]] = ()
     """Token ids of prompts from held-out data, which a sample continues where the settings have none."""
+
+    sample: Mapping[str, Any] = {}
+    """What a validation shows beside its measures, such as a question, its answer and reward."""
 
     def prepare(self, step: int) -> Metrics:
         """Rollouts, reference log-probabilities: called before a batch is made. Gives what there is to record."""
@@ -132,6 +161,19 @@ class Objective(Protocol):
     def validate(self, rows: int, limit: int) -> Metrics:
         """Measures on held-out data, `best` among them, of about `limit` tokens (0: all), `rows` at a time."""
 
+    def warnings(self, measures: Metrics) -> list[str]:
+        """What is wrong with the measures of a validation, for the log."""
+        return []
+
+    def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
+        """Further model folders at the end of a run: names, and what writes each into a path.
+
+        Args:
+            masters: the float32 models.
+            saved: how the model is written.
+        """
+        return {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""
         return {}
@@ -140,7 +182,7 @@ class Objective(Protocol):
         """Take it back."""
 
 
-D = TypeVar("D", bound=Corpus | Instructions | Records)
+D = TypeVar("D", bound=Corpus | Instructions | Preferences | Prompts | Records)
 
 
 @dataclass(eq=False)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
-import torch
 from torch import nn
 
 from minillama.layers.lora import Adapter
@@ -34,7 +33,7 @@ class Reference:
         self.companions: Mapping[str, nn.Module] = {}
         self.adapter: str | None = None
         if not adapter_names(policy):
-            self.companions = {REFERENCE: copy.deepcopy(policy)}
+            self.companions = {REFERENCE: copy.deepcopy(policy).eval().requires_grad_(False)}
             return
         parts = adapters(policy)
         if any(isinstance(part, Adapter) and bool(part.lora_A.any() and part.lora_B.any()) for part in parts.values()):
@@ -45,10 +44,13 @@ class Reference:
 
     @contextmanager
     def of(self, policy: Decoder) -> Iterator[Decoder]:
-        """The reference in a block without gradients, given the policy's working copy."""
-        with torch.no_grad():
-            if not adapter_names(policy):
-                yield cast(Decoder, self.companions[REFERENCE])
-            else:
-                with active(policy, self.adapter):
-                    yield policy
+        """The reference in a block, given the policy's working copy.
+
+        Nothing in it has a gradient. The block does not say `no_grad`, for which some kernels of attention are others
+        than in training: what a policy that is still the reference gives is then equal to the bit.
+        """
+        if not adapter_names(policy):
+            yield cast(Decoder, self.companions[REFERENCE])
+        else:
+            with active(policy, self.adapter):
+                yield policy

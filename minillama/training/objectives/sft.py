@@ -13,6 +13,7 @@ from minillama.inference.engine import evaluating
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
+from minillama.training.objectives.unpadded import unpadded
 
 
 @dataclass(eq=False)
@@ -29,6 +30,7 @@ class FineTuning(DataObjective[Instructions]):
 
     def __post_init__(self, decoder: Decoder) -> None:
         super().__post_init__(decoder)
+        self.compiles = decoder.device.type != "cpu"  # where `unpadded` needs eager blocks
         self.prompts = [example.prompt for example in self.data.val[:1]]
         decoder.stop_ids |= self.data.stop_ids
 
@@ -42,7 +44,8 @@ class FineTuning(DataObjective[Instructions]):
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of weighted nats over the answers, and their number of tokens."""
-        model, chosen = self.model, batch.weights != 0  # the head is the costliest layer, and prompts have no target
+        model, batch = self.model, unpadded(batch, self.model)
+        chosen = batch.weights != 0  # the head is the costliest layer, and prompts have no target
         hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
         z_loss = self.z_loss if model.training else 0.0
         loss = model.loss(hidden, batch.targets[chosen], batch.weights[chosen], z_loss)

@@ -1,0 +1,273 @@
+"""Speed of GRPO, PPO and rollouts beside TRL: every contender a process of its own, on the same random LLaMA.
+
+CPU seconds per step (median after two), completion tokens per CPU second and peak memory; 16 answers of 64 tokens to 2
+prompts of 32, one thread. PPO with 4 epochs over the rollout and four models. TRL's PPO needs TRL 1.12: --ppo-peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+CONTENDERS = ["grpo", "trl-grpo", "ppo", "ppo-shared", "trl-ppo", "rollout"]
+VOCABULARY, PROMPT, ANSWER, ROWS, GROUP = 4096, 32, 64, 16, 8
+
+
+def prepare(folder: Path) -> None:
+    """A random model of words w0 ... w4095, a reward model on it, and prompts of 32 words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from minillama.config import ModelConfig
+    from minillama.model import Decoder
+    from minillama.model.heads import with_score
+
+    words = {"<pad>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    shape = ModelConfig(
+        dim=256, n_layers=4, n_heads=8, n_kv_heads=4, hidden_dim=688, vocab_size=VOCABULARY, max_seq_len=128
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name in ("policy", "reward"):
+        model = Decoder(shape)
+        model.init_weights(generator)
+        (model if name == "policy" else with_score(model, generator)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    prompts = torch.randint(2, VOCABULARY, (256, PROMPT), generator=generator).tolist()
+    lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in ids)}) + "\n" for ids in prompts]
+    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def even(prompt: str, ids: list[int], text: str, record: Mapping[str, Any]) -> float:
+    """Share of even ids."""
+    return sum(i % 2 == 0 for i in ids) / max(1, len(ids))
+
+
+class Clock:
+    """CPU seconds at the end of each step."""
+
+    def __init__(self) -> None:
+        self.times = [time.process_time()]
+        self.tokens: list[float] = []
+
+    def tick(self) -> None:
+        self.times.append(time.process_time())
+
+    def result(self, tokens: float) -> dict[str, float]:
+        steps = [b - a for a, b in zip(self.times[2:], self.times[3:], strict=False)]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"seconds": median(steps), "tokens_per_second": tokens / median(steps), "memory": peak}
+
+
+def ours(folder: Path, name: str, steps: int) -> dict[str, float]:
+    """`minillama train` in this process."""
+    from minillama.runs.config import load_run_config
+    from minillama.training.run import train
+
+    clock, seen = Clock(), []
+
+    class Report:
+        def start(self, step: int, steps: int) -> None:
+            clock.times = [time.process_time()]
+
+        def step(self, record: Mapping[str, Any]) -> None:
+            seen.append(record)
+            if "reward" in record and len(seen) > 1:
+                clock.tick()
+
+        def say(self, text: str = "") -> None:
+            pass
+
+        def stop(self) -> None:
+            pass
+
+    (folder / "empty.toml").write_text("", encoding="utf-8")
+    epochs = 1 if name == "grpo" else 4
+    objective = ["--objective.name", name.partition("-")[0], "--objective.max_new_tokens", str(ANSWER)]
+    if name == "grpo":
+        objective += ["--objective.kl", "k3", "--objective.rewards", f"{__file__}:even"]
+    else:
+        objective += ["--objective.rewards", str(folder / "reward"), "--objective.epochs", str(epochs)]
+        objective += ["--objective.critic", "shared" if name == "ppo-shared" else "own"]
+        if name == "ppo":
+            objective += ["--objective.critic_from", str(folder / "reward")]
+    words = [
+        *("--data.sources", str(folder / "prompts.jsonl"), "--data.template", "plain", "--train.dtype", "float32"),
+        *("--train.init_from", str(folder / "policy"), "--train.batch_size", str(ROWS), "--train.compile", "false"),
+        *("--train.steps", str((steps + 2) * epochs + 1), "--validate.every", "100000", "--checkpoint.every", "100000"),
+        *("--validate.tokens", "64", "--objective.samples", str(GROUP), "--optim.lr", "1e-6"),
+    ]
+    config = load_run_config(str(folder / "empty.toml"), [*words, *objective])
+    train(config, str(folder / name), overwrite=True, report=Report())
+    return clock.result(seen[0]["rollout_tokens"])
+
+
+def trl_grpo(folder: Path, steps: int) -> dict[str, float]:
+    """TRL's GRPOTrainer."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    clock, tokens = Clock(), []
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *args: Any, **given: Any) -> None:
+            clock.tick()
+
+    def reward(completion_ids: list[list[int]], **given: Any) -> list[float]:
+        tokens.append(sum(map(len, completion_ids)))
+        return [even("", ids, "", {}) for ids in completion_ids]
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    config = GRPOConfig(
+        output_dir=str(folder / "trl-grpo"),
+        per_device_train_batch_size=ROWS,
+        num_generations=GROUP,
+        max_completion_length=ANSWER,
+        beta=0.04,
+        learning_rate=1e-6,
+        max_steps=steps + 2,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        str(folder / "policy"),
+        reward_funcs=reward,
+        args=config,
+        train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
+        processing_class=tokenizer,
+        callbacks=[Tick()],
+    )
+    trainer.train()
+    return clock.result(median(tokens))
+
+
+def trl_ppo(folder: Path, steps: int) -> dict[str, float]:
+    """PPOTrainer of TRL 1.12."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    clock = Clock()
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *args: Any, **given: Any) -> None:
+            clock.tick()
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    rows = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
+    rows = rows.map(lambda row: {"input_ids": tokenizer(row["prompt"])["input_ids"]}, remove_columns=["prompt"])
+    config = PPOConfig(
+        output_dir=str(folder / "trl-ppo"),
+        per_device_train_batch_size=ROWS,
+        num_mini_batches=1,
+        num_ppo_epochs=4,
+        response_length=ANSWER,
+        total_episodes=ROWS * (steps + 2),
+        local_rollout_forward_batch_size=ROWS,
+        num_sample_generations=0,
+        temperature=1.0,
+        learning_rate=1e-6,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    lm = [AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in range(2)]
+    scored = [AutoModelForSequenceClassification.from_pretrained(folder / "reward", num_labels=1) for _ in range(2)]
+    models = lm[0], lm[1], scored[0], rows, scored[1]
+    trainer = PPOTrainer(config, tokenizer, *models, eval_dataset=rows.select(range(4)), callbacks=[Tick()])
+    trainer.train()
+    return clock.result(float(ROWS * ANSWER))
+
+
+def rollout(folder: Path, steps: int) -> dict[str, float]:
+    """64 answers by the engine, 8 to each prompt, over the same one by one."""
+    from minillama.inference.rollout import DecodingCopy, answers
+    from minillama.inference.sampling import Sampling
+    from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
+
+    model, tokenizer = Decoder.from_pretrained(folder / "policy"), Tokenizer.load(folder / "policy")
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
+    decoder = DecodingCopy(model).refresh()
+
+    def cpu(work: Callable[[], object]) -> float:
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    def single() -> None:
+        for prompt in prompts:
+            for seed in range(8):
+                answers(decoder, [prompt], 1, ANSWER, Sampling(1.0), [], [seed])
+
+    def together() -> None:
+        answers(decoder, prompts, 8, ANSWER, Sampling(1.0), [], range(0, 64, 8))
+
+    one, all_ = (median(cpu(work) for _ in range(3)) for work in (single, together))
+    found = {"seconds": all_, "tokens_per_second": 64 * ANSWER / all_, "one_by_one": 64 * ANSWER / one}
+    return found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def child(name: str, folder: Path, steps: int) -> dict[str, float]:
+    """One contender."""
+    from minillama.threads import adapt
+
+    adapt()
+    import torch
+
+    torch.set_num_threads(1)
+    others = {"trl-grpo": trl_grpo, "trl-ppo": trl_ppo, "rollout": rollout}
+    return others[name](folder, steps) if name in others else ours(folder, name, steps)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """All contenders, one after the other."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        prepare(folder)
+        for name in args.contenders:
+            if name == "trl-ppo" and not args.ppo_peer:
+                print("trl-ppo: give --ppo-peer", flush=True)
+                continue
+            first = [args.ppo_peer] if name == "trl-ppo" else []
+            path = os.pathsep.join([*first, *(entry for entry in sys.path if entry)])
+            environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+            words = [sys.executable, __file__, name, place, str(args.steps)]
+            done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+            if done.returncode:
+                raise SystemExit(f"{name} ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            beside = f", one by one {found['one_by_one']:.0f}" if "one_by_one" in found else ""
+            print(
+                f"{name:10} {found['seconds']:.3f} CPU s a step, {found['tokens_per_second']:.0f} tokens per CPU second"
+                f"{beside}, {found['memory'] / 2**30:.2f} GiB",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))))

@@ -1,0 +1,83 @@
+"""Rejection sampling: write the best of K answers to each prompt, for fine-tuning."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from minillama.data.sources import parse_source
+from minillama.errors import InputError
+from minillama.inference.load import ModelArgs
+
+
+@dataclass(frozen=True)
+class BestOfN(ModelArgs):
+    """Write the best of K answers of a model, of this round and earlier ones, as conversations for `train.py sft`.
+
+    Prompts that training would hold out are left out. A file that is there is continued.
+    """
+
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = "python-qa"
+    """Prompts: conversations, of which the last answer is written anew, or records with a prompt alone."""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl")] = "best.jsonl"
+    """The file."""
+    rewards: tuple[str, ...] = ("verified",)
+    """NAME or WEIGHT*NAME, as in objective.rewards: rules, reward models' folders, MODULE:NAME."""
+    samples: int = 16
+    """Answers per prompt, K."""
+    earlier: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.jsonl")] = ()
+    """Files of earlier rounds, whose answers are scored anew and compared."""
+    max_new_tokens: int = 128
+    """Tokens per answer at most."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    template: str = ""
+    """Chat template; the tokenizer's own unless given."""
+    limit: int = 0
+    """Number of prompts; 0: all."""
+    val_fraction: float = 0.05
+    """Held-out share, as data.val_fraction of the training."""
+    seed: int = 1
+    """Random seed."""
+
+    def run(self) -> int:
+        """Write."""
+        from minillama.data.prompts import Prompts
+        from minillama.evaluate.rewards import Rewards
+        from minillama.evaluate.rules import parse_reward
+        from minillama.inference.generate import end_ids
+        from minillama.inference.sampling import Sampling
+        from minillama.synthetic import best_of_n
+        from minillama.tokenizer.template import load_template
+
+        if self.samples < 1 or self.max_new_tokens < 1 or self.temperature < 0:
+            found = f"samples {self.samples}, max_new_tokens {self.max_new_tokens}, temperature {self.temperature}"
+            raise InputError(
+                "out of range", where="command line", found=found, expected="1 or more, and no less than 0"
+            )
+        model, tokenizer = self.load()
+        longest = model.config.max_seq_len - self.max_new_tokens
+        template = load_template(self.template, tokenizer)
+        data = Prompts.load([parse_source(self.source)], template, tokenizer, longest, self.val_fraction)
+        rewards = Rewards(list(map(parse_reward, self.rewards)), tokenizer, data.end_id, model.device)
+        stop_ids = end_ids(model, tokenizer) | {data.end_id}
+        sampling = Sampling(self.temperature, seed=self.seed)
+        task = best_of_n.BestOfN(model, rewards, self.samples, self.max_new_tokens, sampling, stop_ids)
+        prompts, path = data.train[: self.limit or None], Path(self.out)
+        lines: list[Mapping[str, Any]] = []
+        for line in task.write(prompts, path, list(map(Path, self.earlier))):
+            lines.append(line)
+            if len(lines) % 50 == 0:
+                print(f"{len(lines)} of {len(prompts)}: {_summary(lines)}", file=sys.stderr)
+        print(f"{path}: {len(lines)} answers; {_summary(lines)}" if lines else f"{path} is complete", file=sys.stderr)
+        return 0
+
+
+def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
+    best, mean = (sum(line[key] for line in lines) / len(lines) for key in ("reward", "mean_reward"))
+    return f"mean reward {mean:.3f}, of the best {best:.3f}"

@@ -1,0 +1,125 @@
+"""Inputs of a cleaning: crawls, pages, texts and records as documents, each file read within bounded memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillama.data.builtin import BUILTIN
+from minillama.data.cleaning.charset import page_text
+from minillama.data.cleaning.document import Draft
+from minillama.data.cleaning.warc import read_warc
+from minillama.data.reading import (
+    BadText,
+    Document,
+    Record,
+    Remark,
+    clean,
+    holds_records,
+    read_items,
+    read_records,
+    too_long,
+)
+from minillama.data.sources import SUFFIXES, Source, find_files, read_source
+from minillama.errors import InputError
+
+LIMIT = 50 * 2**20
+"""Bytes of the longest document; longer ones are counted and left out."""
+
+CRAWLS, PAGES = (".warc", ".wet", ".warc.txt"), (".html", ".htm", ".xhtml")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Source of a cleaning.
+
+    Args:
+        path: what a training source can be, and .warc, .wet and .html files.
+        tag: its name in the output; made of `path` unless given.
+        field: text field of records, a string or a list of strings.
+        suffixes: files of a folder that are read; all of the known kinds unless given.
+    """
+
+    path: str
+    tag: str = ""
+    field: str = "text"
+    suffixes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w\-]*", self.tag):
+            raise InputError("a tag has letters, digits and hyphens", where="tag", found=self.tag)
+
+    @property
+    def label(self) -> str:
+        """Name in the output: the tag, or what the path ends in."""
+        stem = Path(self.path.partition("*")[0].rstrip("/") or "source").name.partition(".")[0]
+        return self.tag or re.sub(r"[^\w\-]+", "-", stem).strip("-") or "source"
+
+    def files(self) -> list[Path]:
+        """Its files in order; none if it is built in or on the hub.
+
+        Raises:
+            InputError: there are none.
+        """
+        if self.path in BUILTIN or self.path.startswith("hf:"):
+            return []
+        return find_files(self.path, self.suffixes or (*SUFFIXES, *CRAWLS, *PAGES))
+
+    def documents(self, path: Path | None) -> Iterator[Draft | BadText]:
+        """Documents of one of its files, or of a source without files; an error for each that cannot be read."""
+        if path is None:
+            found: Iterator[Any] = read_source(Source(name=self.path, field=self.field))
+        elif (plain := _plain(path)).endswith(CRAWLS):
+            found = read_warc(path, LIMIT)
+        elif holds_records(path):
+            found = read_records(path, LIMIT)
+        else:
+            found = _text(path)
+        for item in found:
+            if isinstance(item, Remark):
+                continue
+            if isinstance(item, BadText):
+                yield item
+            elif isinstance(item, Record):
+                yield self._draft(item)
+            elif isinstance(item, Document):
+                kind = "html" if path and plain.endswith(PAGES) else ""
+                yield Draft(item.text, where=item.where, kind=kind, source=self.label)
+            else:
+                kind = "html" if item.is_html else ""
+                yield Draft(item.text, where=item.where, kind=kind, source=self.label, url=item.url)
+
+    def _draft(self, record: Record) -> Draft | BadText:
+        rest = dict(record.value)
+        value = rest.pop(self.field, None)
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = "\n".join(value)
+        if not isinstance(value, str):
+            what, found = f"there is no text in the field {self.field!r}", f"fields {', '.join(record.value) or 'none'}"
+            return BadText("no text field", what, where=record.where, found=found[:200])
+        document = clean(value, record.where)
+        if isinstance(document, BadText):
+            return document
+        nested: dict[str, Any] = next(
+            (rest[key] for key in ("metadata", "meta") if isinstance(rest.get(key), dict)), {}
+        )
+        url = next((str(table["url"]) for table in (rest, nested) if isinstance(table.get("url"), str)), "")
+        return Draft(document.text, where=document.where, source=self.label, url=url, fields=rest)
+
+
+def _plain(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".zst")
+
+
+def _text(path: Path) -> Iterator[Document | BadText | Remark]:
+    """A file as one document, of any charset."""
+
+    def read(stream: Any) -> list[Document | BadText]:
+        data = stream.read(LIMIT + 1)
+        text = too_long(path, LIMIT) if len(data) > LIMIT else page_text(data, str(path))
+        return [text if isinstance(text, BadText) else Document(text, str(path))]
+
+    return read_items(path, read, recognizes=False)

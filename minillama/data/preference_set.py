@@ -1,0 +1,251 @@
+"""Preference data set: prompts and judged answers as token ids, in a training and a held-out split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minillama.data.instructions import MULTIPLE
+from minillama.data.permutation import derive_keys, hash_fraction, permute
+from minillama.data.preferences import Preference, preferences
+from minillama.data.reading import BadText, Skipped
+from minillama.data.sources import OnError, Source
+from minillama.errors import InputError
+from minillama.tokenizer.conversation import Conversation
+from minillama.tokenizer.rendering import encode
+from minillama.tokenizer.template import Template
+from minillama.tokenizer.tokenizer import Tokenizer
+
+
+class Answered(NamedTuple):
+    """Token ids of a prompt and of the answer behind it, which the token that ends the turn belongs to.
+
+    These are the ids of training and of scoring alike. `text` is what the prompt says.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    text: str = ""
+
+
+def encode_answer(conversation: Conversation, template: Template, tokenizer: Tokenizer) -> Answered:
+    """Prompt and last answer of a conversation, as `encode` renders them.
+
+    Raises:
+        InputError: as `encode`.
+    """
+    rendered = encode(conversation, template, tokenizer, "last")
+    ends = [i for i, weight in enumerate(rendered.weights) if weight > 0]
+    start, stop = ends[0], ends[-1] + 1
+    return Answered(rendered.ids[:start], rendered.ids[start:stop], rendered.text[: rendered.offsets[start][0]])
+
+
+def fitted(
+    prompt: Sequence[int], answers: Sequence[Sequence[int]], limit: int, bos_id: int | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """A prompt and its answers, each pair of at most `limit` tokens.
+
+    The prompt loses its beginning, down to half of the limit, the same for all answers; then answers lose their end,
+    and with it the token that ends the turn.
+
+    Args:
+        bos_id: stays in front, where the prompt begins with it.
+    """
+    longest = max(map(len, answers))
+    kept = min(len(prompt), max(limit - longest, limit // 2))
+    found = list(prompt[len(prompt) - kept :])
+    if kept < len(prompt) and kept and prompt[0] == bos_id:
+        found[0] = prompt[0]
+    return found, [list(answer[: limit - kept]) for answer in answers]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Tokenized preference.
+
+    Args:
+        prompt: ids.
+        answers: ids of the chosen and the rejected answer, or of one that was judged alone.
+        label: margin of a pair; of a single answer 1 if it is desirable, 0 if not.
+        where: file and record.
+    """
+
+    prompt: NDArray[np.int32]
+    answers: tuple[NDArray[np.int32], ...]
+    label: float = 0.0
+    where: str = ""
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], answers: Sequence[Sequence[int]], label: float, where: str = "") -> Judged:
+        """Judgment of lists."""
+        arrays = (np.asarray(ids, np.int32) for ids in (prompt, *answers))
+        return cls(next(arrays), tuple(arrays), label, where)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest answer."""
+        return len(self.prompt) + max(map(len, self.answers))
+
+
+class Texts(NamedTuple):
+    """Batch of texts; B judgments of L answers, T tokens.
+
+    Args:
+        ids: (B, L, T) of prompts and answers, 0 in the padding behind them.
+        lengths: (B, L) numbers of tokens.
+        answers: (B, L) numbers of tokens of the answers.
+    """
+
+    ids: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    answers: NDArray[np.int64]
+
+
+def collate(rows: Sequence[Judged], limit: int | None = None) -> Texts:
+    """Padded texts; T is a multiple of 32, so that compiled code meets few shapes, or the limit."""
+    padded = -(-max(row.longest for row in rows) // MULTIPLE) * MULTIPLE
+    shape = len(rows), len(rows[0].answers), min(padded, limit or padded)
+    ids, lengths = np.zeros(shape, np.int64), np.zeros(shape[:2], np.int64)
+    for row, judged in enumerate(rows):
+        for side, answer in enumerate(judged.answers):
+            text = np.concatenate([judged.prompt, answer])
+            ids[row, side, : len(text)], lengths[row, side] = text, len(text)
+    return Texts(ids, lengths, np.array([[len(answer) for answer in judged.answers] for judged in rows]))
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preference data set.
+
+    Args:
+        train: training split, each text of at most `context` tokens.
+        val: held-out split; no prompt is in both.
+        context: T, tokens per text.
+        fingerprint: SHA-256 of ids, labels and the split.
+        skipped: records left out.
+        stop_ids: special tokens that end an answer.
+    """
+
+    train: Sequence[Judged]
+    val: Sequence[Judged]
+    context: int
+    fingerprint: str = ""
+    skipped: Skipped = field(default_factory=Skipped)
+    stop_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        train: Sequence[Judged],
+        val: Sequence[Judged],
+        context: int,
+        skipped: Skipped | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Preferences:
+        """Data set of two splits, with its fingerprint.
+
+        Raises:
+            InputError: an empty split.
+        """
+        if not (train and val):
+            raise InputError(
+                "too few preferences",
+                where="data.sources",
+                found=f"{len(train)} to train on, {len(val)} held out" + (f"; {skipped}" if skipped else ""),
+                expected="at least one of each",
+                fix="give more, or another data.val_fraction",
+            )
+        digest = sha256(f"preferences {context}".encode())
+        for split in (train, val):
+            digest.update(f"{len(split)}".encode())
+            for row in split:
+                digest.update(f"{row.label} {[len(part) for part in (row.prompt, *row.answers)]}".encode())
+                digest.update(b"".join(part.tobytes() for part in (row.prompt, *row.answers)))
+        return cls(train, val, context, digest.hexdigest(), skipped or Skipped(), stop_ids)
+
+    def chosen(self, seed: int, step: int, count: int) -> list[int]:
+        """Indices of a step's rows, without replacement within an epoch: a pure function of the arguments."""
+        found = []
+        for sample in range(step * count, (step + 1) * count):
+            epoch, position = divmod(sample, len(self.train))
+            keys = derive_keys("preferences", seed, epoch)
+            found.append(int(permute(np.array([position], np.uint64), len(self.train), keys)[0]))
+        return found
+
+    def where(self, seed: int, step: int, count: int, rows: Sequence[int]) -> list[str]:
+        """File and record of the chosen rows of a step."""
+        chosen = self.chosen(seed, step, count)
+        return [self.train[chosen[row]].where for row in rows]
+
+    def held_out(self, count: int, limit: int = 0) -> Iterator[list[Judged]]:
+        """Held-out rows, `count` at a time, of similar lengths.
+
+        Args:
+            limit: approximate number of tokens in all, of evenly spaced rows; 0: all.
+        """
+        total = sum(len(row.answers) * row.longest for row in self.val)
+        ordered = sorted(self.val[:: max(1, total // limit) if limit else 1], key=lambda row: row.longest)
+        yield from (list(ordered[start : start + count]) for start in range(0, len(ordered), count))
+
+
+def load(
+    sources: Sequence[Source],
+    template: Template,
+    tokenizer: Tokenizer,
+    context: int,
+    val_fraction: float,
+    on_error: OnError = "stop",
+    pairs: bool = True,
+) -> Preferences:
+    """Read and tokenize all sources once, whatever their weight.
+
+    A preference is held out when a hash of its prompt falls below `val_fraction`. Pairs of equal answers say nothing,
+    and are left out with a note.
+
+    Args:
+        pairs: of two answers; else answers one by one, those of pairs as well.
+
+    Raises:
+        InputError: a record that cannot be read, rendered or compared, unless these are skipped; an empty split.
+    """
+    skipped, ends = Skipped(), set[int]()
+    split: dict[bool, list[Judged]] = {True: [], False: []}
+    for source in sources:
+        for preference in preferences(source, on_error, skipped):
+            try:
+                sides = [encode_answer(side, template, tokenizer) for side in preference.sides]
+                _check(preference, sides, pairs)
+            except InputError as error:
+                if on_error == "stop":
+                    raise
+                skipped.add(BadText("not rendered", error.what, where=preference.sides[0].where, found=error.found))
+                continue
+            if len(sides) == 2 and sides[0].answer == sides[1].answer:
+                skipped.note("pairs of equal answers left out")
+                continue
+            ends |= {side.answer[-1] for side in sides}
+            answers = [side.answer for side in sides]
+            if max(map(len, answers)) + len(sides[0].prompt) > context:
+                skipped.note("texts truncated to the context")
+            prompt, answers = fitted(sides[0].prompt, answers, context, tokenizer.bos_id)
+            rows, where = split[hash_fraction(sides[0].text, "held out") < val_fraction], preference.sides[0].where
+            if pairs:
+                rows.append(Judged.of(prompt, answers, preference.margin, where))
+            else:
+                labels = [float(side is preference.chosen) for side in preference.sides]
+                rows += [Judged.of(prompt, [ids], y, where) for ids, y in zip(answers, labels, strict=True)]
+    return Preferences.of(split[False], split[True], context, skipped, frozenset(ends & tokenizer.special_ids))
+
+
+def _check(preference: Preference, sides: Sequence[Answered], pairs: bool) -> None:
+    where = preference.sides[0].where
+    if pairs and len(sides) == 1:
+        what, fix = "an answer that was judged alone is no pair", 'take objective.name = "kto"'
+        raise InputError(what, where=where, expected="a chosen and a rejected answer", fix=fix)
+    if len(sides) == 2 and sides[0].prompt != sides[1].prompt:
+        raise InputError("the template renders the prompt otherwise in front of the two answers", where=where)

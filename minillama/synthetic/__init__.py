@@ -1,0 +1,1 @@
+"""Data sets that models write: JSONL in, JSONL out."""

@@ -1,0 +1,120 @@
+"""Objective of answers whose log-probabilities are compared with a reference's: what DPO and KTO share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minillama.data.preference_set import Judged, Preferences, collate
+from minillama.model import Decoder
+from minillama.training.objectives.answers import answer_log_probabilities
+from minillama.training.objectives.base import Batch, DataObjective, Metrics, rows_of
+from minillama.training.objectives.reference import Reference
+from minillama.training.ranks import Ranks
+
+REFERENCE = "reference"  # log-probabilities of answers, in a batch and in a checkpoint
+
+
+@dataclass(eq=False)
+class Compared(DataObjective[Preferences]):
+    """Answers compared with a reference, whose log-probabilities are computed once per record and kept.
+
+    They are computed on the rows of the micro-batches that train, so that a policy that is still the reference has
+    them to the bit, and are a part of checkpoints.
+
+    Args:
+        micro_batch_size: rows at once.
+    """
+
+    micro_batch_size: int
+
+    def __post_init__(self, decoder: Decoder) -> None:
+        super().__post_init__(decoder)
+        self.reference = Reference(decoder)
+        self.companions = dict(self.reference.companions)
+        self.known = torch.full((len(self.data.train), len(self.data.train[0].answers)), torch.nan)
+        self._held: dict[tuple[int, int], list[Tensor]] = {}
+        self.prompts = [row.prompt.tolist() for row in self.data.val[:1]]
+        decoder.stop_ids |= self.data.stop_ids
+
+    def log_probabilities(self, model: Decoder, batch: Batch) -> Tensor:
+        """Log-probabilities of the answers' tokens (B, L, T), 0 elsewhere."""
+        tokens, targets, answers = (
+            part.flatten(0, 1) for part in (batch.tokens, batch.targets, batch.extras["answers"])
+        )
+        return answer_log_probabilities(model, tokens, targets, answers)[0].view_as(batch.targets)
+
+    def prepare(self, step: int) -> Metrics:
+        """Log-probabilities under the reference of the step's answers that are not known yet."""
+        chosen, ranks = self.data.chosen(self.seed, step, self.batch_size), Ranks.current()
+        if self.known[chosen].isnan().any():
+            found = torch.zeros(len(chosen), self.known.shape[1], dtype=torch.float64)
+            own = rows_of(len(chosen), ranks.rank, ranks.world)
+            found[own.start : own.stop] = self._sums(self._texts(step, ranks.rank, ranks.world))
+            names = [f"{row}" for row in range(found.numel())]
+            summed = ranks.sum(dict(zip(names, found.flatten().tolist(), strict=True)))
+            new = torch.tensor([summed[name] for name in names]).view_as(found)
+            self.known[chosen] = self.known[chosen].where(~self.known[chosen].isnan(), new)
+        return {}
+
+    def _sums(self, batch: Batch, is_policy: bool = False) -> Tensor:
+        """Log-probabilities (B, L) of answers under the reference, or, without a gradient, the policy."""
+        found = []
+        for start in range(0, len(batch.tokens), self.micro_batch_size):
+            part = batch.rows(start, start + self.micro_batch_size).to(self.model.device)
+            if is_policy:
+                with torch.no_grad():
+                    found.append(self.log_probabilities(self.model, part).sum(-1))
+            else:
+                with self.reference.of(self.model) as reference:
+                    found.append(self.log_probabilities(reference, part).sum(-1))
+        return torch.cat(found).cpu()
+
+    def _texts(self, step: int, rank: int, world: int) -> Batch:
+        chosen = self.data.chosen(self.seed, step, self.batch_size)
+        return batch_of([self.data.train[i] for i in chosen], self.data.context).share(rank, world)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Answers of a step with their log-probabilities under the reference."""
+        batch = self._texts(step, rank, world)
+        own = rows_of(self.batch_size, rank, world)
+        known = self.known[self.data.chosen(self.seed, step, self.batch_size)[own.start : own.stop]]
+        return replace(batch, extras=batch.extras | {REFERENCE: known}, totals=self._totals(step))
+
+    def _totals(self, step: int) -> Mapping[str, float]:
+        return {"loss": float(self.batch_size)}
+
+    def held_out(self, rows: int, limit: int) -> list[tuple[list[Judged], Batch, Tensor]]:
+        """Held-out rows, their batch on the device, and log-probabilities (B, L, T) under the reference."""
+        parts = list(self.data.held_out(rows, limit))
+        batches = [batch_of(part, self.data.context).to(self.model.device) for part in parts]
+        if (rows, limit) not in self._held:
+            with self.reference.of(self.model) as reference:
+                self._held = {(rows, limit): [self.log_probabilities(reference, batch) for batch in batches]}
+        return list(zip(parts, batches, self._held[rows, limit], strict=True))
+
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
+        """File and record of these rows."""
+        return self.data.where(self.seed, step, self.batch_size, rows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Log-probabilities under the reference; NaN for records not met yet."""
+        return {REFERENCE: self.known}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        self.known = state[REFERENCE]
+
+
+def batch_of(rows: Sequence[Judged], limit: int) -> Batch:
+    """Batch (B, L, T) of answers; `extras` has where they are, their numbers of tokens, and the labels."""
+    texts = collate(rows, limit)
+    ids, lengths, counts = map(torch.from_numpy, texts)
+    places = torch.arange(1, ids.shape[-1])
+    ends = lengths[..., None]
+    answers = (places < ends) & (places >= ends - counts[..., None])
+    extras = {"answers": answers.float(), "counts": counts.float(), "label": torch.tensor([r.label for r in rows])}
+    return Batch(ids[..., :-1], ids[..., 1:], torch.ones(len(rows)), extras=extras)

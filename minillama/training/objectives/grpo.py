@@ -1,0 +1,78 @@
+"""Group-relative policy optimization: GRPO, Dr. GRPO, DAPO's clipping and mean, RLOO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from minillama.runs.feedback import FeedbackConfig, GRPOConfig
+from minillama.training.objectives.advantages import averaging, group_advantages, kl_estimate, policy_loss
+from minillama.training.objectives.base import Batch, Metrics
+from minillama.training.objectives.rollouts import Feedback, trimmed
+
+
+@dataclass(eq=False)
+class GRPO(Feedback):
+    """Clipped policy gradient whose advantage is the reward beside those of the other answers to the prompt.
+
+    loss = mean_t max(-A r_t, -A clip(r_t)) + beta KL_t, r_t = pi(token_t) / pi_old(token_t) (arXiv 2402.03300, eq. 3).
+    """
+
+    settings: GRPOConfig
+
+    def judge(self, scores: Tensor) -> Metrics:
+        """Advantages of the answers, the same for each token; share of groups whose rewards differ."""
+        settings = self.settings
+        if settings.kl == "k1":
+            scores = scores - settings.beta * (self.buffer["old"] - self.buffer["reference"]).sum(1)
+        groups = group_advantages(scores.view(-1, settings.samples), settings.baseline)
+        self.buffer["advantages"] = groups.view(-1, 1) * self.buffer["mask"]
+        return {"groups_with_signal": (groups != 0).any(1).float().mean().item()}
+
+    def weighted(self, batch: Batch) -> Batch:
+        """Weights of tokens by `average`."""
+        mask = batch.extras["mask"]
+        weights, total = averaging(mask, self.settings.average, self.settings.max_new_tokens)
+        return replace(batch, weights=weights, totals=policy_totals(mask, total))
+
+    def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Sums over the answers' tokens."""
+        batch = trimmed(batch)
+        found, entropies = self.log_probabilities(self.model, batch)
+        return policy_terms(self.settings, batch, found, entropies)
+
+
+def policy_totals(mask: Tensor, total: float) -> dict[str, float]:
+    """Divisors of what `policy_terms` gives: `total` of the loss, answers of the KL, tokens of the rest."""
+    tokens = dict.fromkeys(("entropy", "clipped", "approx_kl"), mask.sum().item())
+    return {"policy": total, "kl_penalty": total, "kl": float(len(mask)), **tokens}
+
+
+def policy_terms(
+    settings: FeedbackConfig, batch: Batch, log_probs: Tensor, entropies: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Policy loss and KL penalty, weighted sums; entropy in nats and clipped tokens, plain sums.
+
+    Args:
+        settings: clipping and KL.
+        batch: with `mask`, `advantages`, and, where known, `old` and `reference` log-probabilities (B, T).
+        log_probs: (B, T) under the policy.
+        entropies: (B, T).
+    """
+    parts, weights = batch.extras, batch.weights
+    mask, old = parts["mask"], parts.get("old", log_probs.detach())
+    losses, clipped = policy_loss(log_probs - old, parts["advantages"], settings.clip_low, settings.clip_high)
+    terms = {"policy": (losses * weights).sum()}
+    metrics = {"entropy": entropies.sum(), "clipped": (clipped & mask).sum()}
+    if settings.kl in ("k2", "k3"):
+        penalty = kl_estimate(log_probs, parts["reference"], settings.kl)
+        terms["kl_penalty"] = settings.beta * (penalty * weights).sum()
+        if "old" not in parts:
+            metrics["kl"] = (log_probs.detach() - parts["reference"]).sum()
+    if "old" in parts:
+        with torch.no_grad():
+            metrics["approx_kl"] = kl_estimate(parts["old"], log_probs, "k3")[mask].sum()
+    return terms, metrics

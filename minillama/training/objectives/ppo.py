@@ -1,0 +1,161 @@
+"""Proximal policy optimization with a value model: InstructGPT's, with its pretraining mix and average of weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minillama.data.corpus import Corpus
+from minillama.layers.cross_entropy import linear_log_probabilities
+from minillama.model import Decoder
+from minillama.model.heads import open_scores, scores, with_score
+from minillama.model.lora import adapter_names, lora_parameters
+from minillama.runs.feedback import PPOConfig
+from minillama.training.model_folder import ModelFolder
+from minillama.training.objectives.advantages import adapted_beta, averaging, gae, token_rewards, value_loss, whiten
+from minillama.training.objectives.base import Batch, Metrics
+from minillama.training.objectives.grpo import policy_terms, policy_totals
+from minillama.training.objectives.rollouts import Feedback, trimmed
+
+VALUE = "value"
+
+
+@dataclass(eq=False)
+class PPO(Feedback):
+    """Clipped policy and value losses over GAE of token rewards; arXiv 1707.06347, 1909.08593, 2203.02155 (appendix C).
+
+    loss = mean_t [max(-A r_t, -A clip(r_t)) + w_V value_loss_t] + gamma mean over text of -log p(token).
+
+    Args:
+        text: pretraining text, mixed in: a row of `context` tokens per answer.
+        context: T of these.
+    """
+
+    settings: PPOConfig
+    text: Corpus | None = None
+    context: int = 0
+
+    def __post_init__(self, decoder: Decoder) -> None:
+        super().__post_init__(decoder)
+        self.beta = torch.tensor(self.settings.beta)
+        self.models = {**self.models, VALUE: self._critic(decoder)}
+        self.average: dict[str, Tensor] = {}
+
+    def _critic(self, decoder: Decoder) -> nn.Module:
+        settings, generator = self.settings, torch.Generator().manual_seed(self.seed)
+        if settings.critic == "shared":
+            head = nn.Linear(decoder.config.dim, 1, bias=False, device=decoder.device)
+            nn.init.zeros_(head.weight)
+            return head
+        if settings.critic_from:
+            made = open_scores(settings.critic_from, torch.float32, decoder.device)
+        else:
+            made = with_score(copy.deepcopy(decoder), generator)
+        return made.float().requires_grad_(True).train()
+
+    def values(self, batch: Batch) -> Tensor:
+        """Values (B, T) of the states in which the targets were chosen, by a critic of its own."""
+        model = self.models[VALUE]
+        assert isinstance(model, Decoder)
+        return scores(model, batch.tokens)
+
+    def both(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, entropies and values (B, T); of a shared backbone in one pass."""
+        if self.settings.critic == "own":
+            return *self.log_probabilities(self.model, batch), self.values(batch)
+        model, chosen = self.model, batch.extras["mask"]
+        hidden = model.hidden(batch.tokens)[chosen]
+        scaled = hidden * (model.config.logit_scale / self.settings.temperature)
+        found = linear_log_probabilities(scaled, model.output_weight, batch.targets[chosen], model.loss_kernel)
+        values = self.models[VALUE](hidden)[:, 0].float()
+        empty = torch.zeros(chosen.shape, device=chosen.device)
+        log_probs, entropies, spread = (empty.masked_scatter(chosen, part) for part in (*found, values))
+        return log_probs, entropies, spread
+
+    def read(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Old log-probabilities and values."""
+        log_probs, _, values = self.both(batch)
+        return {"old": log_probs, "values": values}
+
+    def judge(self, scores: Tensor) -> Metrics:
+        """Whitened advantages and returns; an adaptive KL coefficient changes for the next rollout."""
+        settings, buffer = self.settings, self.buffer
+        buffer["mask"] &= ~scores.isnan()[:, None]
+        mask, beta = buffer["mask"], self.beta.item()
+        kl = buffer["old"] - buffer["reference"] if self.reference else torch.zeros(mask.shape)
+        rewards = token_rewards(kl, scores, mask, beta if settings.kl == "k1" else 0.0)
+        advantages, buffer["returns"] = gae(rewards, buffer["values"], mask, settings.gamma, settings.lam)
+        buffer["advantages"] = whiten(advantages, mask)
+        if settings.kl_target:
+            mean = (kl * mask).sum(1).mean().item()
+            self.beta = torch.tensor(adapted_beta(beta, mean, settings.kl_target, settings.kl_horizon, len(mask)))
+        explained = 1 - (advantages[mask].var() / buffer["returns"][mask].var()).item()
+        return {"beta": beta, "value_explained": explained} if self.reference else {"value_explained": explained}
+
+    def prepare(self, step: int) -> Metrics:
+        """As `Feedback.prepare`; the average takes in the weights that the last step left."""
+        decay, model = self.settings.average_decay, self.model
+        weights = lora_parameters(model) if adapter_names(model) else model.state_dict()
+        for name, weight in weights.items() if decay else ():
+            average = self.average.setdefault(name, weight.detach().float().clone())
+            average.lerp_(weight.detach().float(), 1 - decay)
+        return super().prepare(step)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The minibatch, and a row of text per answer."""
+        whole = super().batch(step)
+        if self.text is not None:
+            rows = self.text.batch(self.seed, step, self.batch_size, self.context, 0, self.batch_size)
+            whole = replace(
+                whole,
+                extras=whole.extras | {"text": torch.from_numpy(rows)},
+                totals={**whole.totals, "text": float(self.batch_size * self.context)},
+            )
+        return whole.share(rank, world)
+
+    def weighted(self, batch: Batch) -> Batch:
+        """Mean over all tokens."""
+        mask = batch.extras["mask"]
+        weights, total = averaging(mask, "tokens", 0)
+        return replace(batch, weights=weights, totals={**policy_totals(mask, total), "value": total})
+
+    def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Sums over the answers' tokens, and over those of the text."""
+        text = batch.extras.get("text")
+        batch = trimmed(replace(batch, extras={name: part for name, part in batch.extras.items() if name != "text"}))
+        parts, (log_probs, entropies, values) = batch.extras, self.both(batch)
+        terms, metrics = policy_terms(self.settings, batch, log_probs, entropies)
+        losses = value_loss(values, parts["values"], parts["returns"], self.settings.value_clip)
+        terms["value"] = self.settings.value_weight * (losses * batch.weights).sum()
+        if text is not None:
+            terms["text"] = self.settings.text_weight * self.model.loss(self.model.hidden(text[:, :-1]), text[:, 1:])
+        return terms, metrics
+
+    def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
+        """The value model, with `score.weight`, and the average of the weights."""
+        critic, found = masters[VALUE], dict[str, Callable[[Path], object]]()
+        if isinstance(critic, Decoder):
+
+            def write(path: Path) -> None:
+                critic.save_pretrained(path)
+                saved.tokenizer.save(path)
+
+            found["value"] = write
+        return found | ({"average": lambda path: saved.write(path, self.average)} if self.average else {})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rollout, the KL coefficient and the average of weights."""
+        average = {f"average/{name}": weight for name, weight in self.average.items()}
+        return {**super().state_dict(), "beta": self.beta, **average}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take them back."""
+        self.average = {n.removeprefix("average/"): w for n, w in state.items() if n.startswith("average/")}
+        rest = {name: tensor for name, tensor in state.items() if not name.startswith("average/")}
+        self.beta = rest.pop("beta")
+        super().load_state_dict(rest)

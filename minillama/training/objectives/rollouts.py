@@ -1,0 +1,282 @@
+"""Rollouts: the policy's own answers, their rewards and old log-probabilities, kept over several optimizer steps.
+
+Shapes: B answers of a rollout, T time. Rows are prompt and answer, padded on the right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from minillama.data.permutation import derive_keys, permute
+from minillama.data.prompts import Prompt, Prompts
+from minillama.evaluate.rewards import Rewards, Scored
+from minillama.evaluate.rules import Answer, distinct
+from minillama.inference.generate import end_ids
+from minillama.inference.request import Request
+from minillama.inference.rollout import DecodingCopy, answers
+from minillama.inference.sampling import Sampling
+from minillama.model import Decoder
+from minillama.runs.feedback import FeedbackConfig
+from minillama.training.objectives.advantages import kl_estimate
+from minillama.training.objectives.answers import answer_log_probabilities
+from minillama.training.objectives.base import Batch, DataObjective, Metrics
+from minillama.training.objectives.reference import Reference
+
+MULTIPLE = 8  # longer rows are padded to a multiple of it, so that compiled code meets few shapes
+LOST = 0.5  # share of the first rollout's distinct bigrams below which there is a warning
+
+
+@dataclass(eq=False)
+class Feedback(DataObjective[Prompts]):
+    """Objective of a policy that learns from its own answers; subclasses have the loss.
+
+    A rollout of B = batch_size x minibatches answers serves `epochs` x `minibatches` steps. It is a pure function of
+    weights, seed and number; the steps read it in an order by (seed, number, epoch). Every process makes all of it.
+
+    Args:
+        settings: of `[objective]`.
+        rewards: of an answer.
+        micro_batch_size: answers per pass.
+    """
+
+    settings: FeedbackConfig
+    rewards: Rewards
+    micro_batch_size: int
+    writes_text = False
+
+    def __post_init__(self, decoder: Decoder) -> None:
+        super().__post_init__(decoder)
+        self.best = ("val_reward", "max")
+        decoder.stop_ids |= {self.data.end_id}
+        self.stop_ids = end_ids(decoder, self.rewards.tokenizer)
+        self.reference = Reference(decoder) if self.settings.has_reference else None
+        self.companions = {**self.rewards.models, **(self.reference.companions if self.reference else {})}
+        self.buffer: dict[str, Tensor] = {}
+        self.first_distinct = torch.tensor(torch.nan)
+        self.recent: dict[str, float] = {}
+        self.sample: Mapping[str, Any] = {}
+        self._copy: DecodingCopy | None = None
+
+    # what a subclass gives
+
+    def judge(self, scores: Tensor) -> Metrics:
+        """Advantages into the buffer, from the answers' rewards (B,); what there is to record."""
+        raise NotImplementedError
+
+    def read(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Further (B, T) tensors of the buffer from the weights of the rollout, such as values."""
+        return {}
+
+    # the rollout
+
+    def prepare(self, step: int) -> Metrics:
+        """A rollout, where the step begins one."""
+        number, part = divmod(step, self.settings.updates)
+        return self._collect(number) if part == 0 else {}
+
+    def _collect(self, number: int) -> Metrics:
+        began, settings = time.perf_counter(), self.settings
+        rows = self.batch_size * settings.minibatches
+        prompts = self.data.batch(self.seed, number, rows // settings.samples)
+        keys = [derive_keys("rollout", self.seed, number, i)[0] >> 8 for i in range(len(prompts))]
+        requests = self._answers(prompts, settings.samples, Sampling(settings.temperature), keys)
+        seconds = time.perf_counter() - began
+        asked = [prompt for prompt in prompts for _ in range(settings.samples)]
+        self.buffer = self._rows(asked, requests)
+        found, scores = self._scores(asked, requests)
+        for name, values in self._passes(number).items():
+            self.buffer[name] = values
+        if self.first_distinct.isnan():
+            self.first_distinct = torch.tensor(found["distinct_2"])
+        tokens = sum(len(request.tokens) for request in requests)
+        speed = {"rollout_tokens": float(tokens), "rollout_tokens_per_second": tokens / seconds}
+        self.recent = {**found, **self._kl(), **self.judge(scores), **speed}
+        return self.recent
+
+    def _answers(
+        self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, keys: Sequence[int]
+    ) -> list[Request]:
+        self._copy = self._copy or DecodingCopy(self.model)
+        model, ids = self._copy.refresh(), [prompt.ids for prompt in prompts]
+        return answers(model, ids, samples, self.settings.max_new_tokens, sampling, self.stop_ids, keys)
+
+    def _rows(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> dict[str, Tensor]:
+        """Rows of ids, targets one place on, and the mask of targets that are of the answer."""
+        ids = [torch.tensor([*prompt.ids, *request.tokens]) for prompt, request in zip(prompts, requests, strict=True)]
+        padded = pad_sequence(ids, batch_first=True)
+        width = _width(padded.shape[1] - 1)
+        padded = F.pad(padded, (0, width + 1 - padded.shape[1]))
+        places = torch.arange(width)
+        starts = torch.tensor([len(prompt.ids) - 1 for prompt in prompts])[:, None]
+        ends = torch.tensor([len(row) - 1 for row in ids])[:, None]
+        return {"tokens": padded[:, :-1], "targets": padded[:, 1:], "mask": (places >= starts) & (places < ends)}
+
+    def _scores(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> tuple[dict[str, float], Tensor]:
+        """Measures of a rollout, and the rewards of its answers."""
+        given = [self._answer(*pair) for pair in zip(prompts, requests, strict=True)]
+        scored = self.rewards(given)
+        ended = torch.tensor([answer.ended for answer in given])
+        measures = {f"reward_{name}": _mean(part) for name, part in scored.parts.items()}
+        measures |= {
+            "reward": _mean(scored.total),
+            "answer_length": sum(len(answer.ids) for answer in given) / len(given),
+            "ended": ended.float().mean().item(),
+            "distinct_2": sum(distinct(answer.ids) for answer in given) / len(given),
+        }
+        self._show(given, scored)
+        return measures, scored.total - self.settings.cut_off * ~ended
+
+    def _answer(self, prompt: Prompt, request: Request) -> Answer:
+        ended = request.finish_reason == "eos"
+        text = self.rewards.tokenizer.decode(request.tokens[: len(request.tokens) - ended])
+        return Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended)
+
+    def _show(self, given: Sequence[Answer], scored: Scored) -> None:
+        answer, reward = given[0], scored.total[0].item()
+        parts = {name: _json(values[0].item()) for name, values in scored.parts.items()}
+        self.sample = {"question": answer.prompt, "answer": answer.text, "reward": _json(reward), "rewards": parts}
+
+    @torch.no_grad()
+    def _passes(self, number: int) -> dict[str, Tensor]:
+        """Log-probabilities of policy and reference, and what a subclass reads, before the weights change.
+
+        They are computed on the micro-batches of the first epoch, so that the first ratios are exactly 1, and a policy
+        that is still the reference has its log-probabilities to the bit. A single step needs none of its own.
+        """
+        needs_old, found = self.settings.updates > 1 or self.settings.kl == "k1", dict[str, Tensor]()
+        for rows, batch in self._micro_batches(number):
+            made = dict(self.read(batch))
+            if needs_old and "old" not in made:
+                made["old"] = self.log_probabilities(self.model, batch)[0]
+            if self.reference is not None:
+                with self.reference.of(self.model) as reference:
+                    made["reference"] = self.log_probabilities(reference, batch)[0]
+            for name, values in made.items():
+                whole = found.setdefault(name, torch.zeros(self.buffer["mask"].shape))
+                whole[rows, : values.shape[1]] = values.cpu()
+        return found
+
+    def _micro_batches(self, number: int) -> Iterator[tuple[Tensor, Batch]]:
+        """Rows of the buffer and their batches, as the first epoch will read them."""
+        for part in range(self.settings.minibatches):
+            rows = self._order(number, 0, part)
+            batch = self._batch(rows)
+            for start in range(0, len(rows), self.micro_batch_size):
+                stop = start + self.micro_batch_size
+                yield rows[start:stop], trimmed(batch.rows(start, stop)).to(self.model.device)
+
+    def _kl(self) -> Metrics:
+        """Mean KL to the reference per answer, where both log-probabilities are known."""
+        if not {"old", "reference"} <= self.buffer.keys():
+            return {}
+        kl = kl_estimate(self.buffer["old"], self.buffer["reference"], "k1").sum(1)
+        return {"kl": kl.mean().item()}
+
+    # the steps
+
+    def log_probabilities(self, model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, T) of the answers' tokens at the temperature of the rollout, and entropies."""
+        return answer_log_probabilities(
+            model, batch.tokens, batch.targets, batch.extras["mask"], self.settings.temperature
+        )
+
+    def _order(self, number: int, epoch: int, part: int) -> Tensor:
+        """Rows of a minibatch, the short answers first."""
+        count = self.batch_size * self.settings.minibatches
+        keys = derive_keys("minibatches", self.seed, number, epoch)
+        places = np.arange(part * self.batch_size, (part + 1) * self.batch_size, dtype=np.uint64)
+        rows = torch.from_numpy(permute(places, count, keys).astype(np.int64))
+        lengths = self.buffer["mask"].shape[1] - self.buffer["mask"][rows].flip(1).int().argmax(1)
+        return rows[lengths.argsort(stable=True)]
+
+    def _batch(self, rows: Tensor) -> Batch:
+        parts = {name: values[rows] for name, values in self.buffer.items() if values.dim() == 2}
+        tokens, targets, mask = (parts.pop(name) for name in ("tokens", "targets", "mask"))
+        return Batch(tokens, targets, mask.float(), extras={**parts, "mask": mask}, totals={"tokens": 1.0})
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """The minibatch of a step: a pure function of (seed, step) and the buffer."""
+        number, update = divmod(step, self.settings.updates)
+        epoch, part = divmod(update, self.settings.minibatches)
+        return self.weighted(self._batch(self._order(number, epoch, part))).share(rank, world)
+
+    def weighted(self, batch: Batch) -> Batch:
+        """The minibatch with weights of the tokens and totals of the loss's terms."""
+        raise NotImplementedError
+
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
+        """File and record of the prompts of these rows."""
+        number, update = divmod(step, self.settings.updates)
+        order = self._order(number, *divmod(update, self.settings.minibatches))
+        count = self.batch_size * self.settings.minibatches // self.settings.samples
+        prompts = self.data.batch(self.seed, number, count)
+        return [prompts[int(order[row]) // self.settings.samples].where for row in rows]
+
+    # around them
+
+    def validate(self, rows: int, limit: int) -> Metrics:
+        """Rewards of greedy answers to held-out prompts, evenly spaced, so many that they fill about `limit` tokens."""
+        data = self.data.val
+        prompts = data[:: max(1, len(data) * self.settings.max_new_tokens // limit) if limit else 1]
+        requests = self._answers(prompts, 1, Sampling(0.0), [0] * len(prompts))
+        measures, _ = self._scores(prompts, requests)
+        return {f"val_{name}": value for name, value in measures.items()}
+
+    def warnings(self, measures: Metrics) -> list[str]:
+        """A policy that left its reference, or repeats itself: signs that it games the rewards."""
+        found, known = [], {**self.recent, **measures}
+        kl, limit = known.get("kl", 0.0), self.settings.alarm_kl
+        if limit and kl > limit:
+            fix = "raise objective.beta" if self.settings.has_reference else "add a KL"
+            found.append(f"KL of {kl:.1f} nats per answer to the start model, over {limit:g}: {fix}, or lower optim.lr")
+        share = known.get("distinct_2", 1.0) / self.first_distinct.item()
+        if share < LOST:
+            found.append(
+                f"answers repeat themselves: {share:.0%} of the distinct bigrams that they had; look at the samples, "
+                "the reward may be gamed: bound it, or add the reward repetition"
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rollout that the next steps go on with."""
+        return {**self.buffer, "first_distinct": self.first_distinct}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take it back."""
+        self.buffer = dict(state)
+        self.first_distinct = self.buffer.pop("first_distinct")
+
+
+def trimmed(batch: Batch) -> Batch:
+    """A micro-batch without the columns behind its longest answer, padded to a multiple."""
+    places = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
+    width = _width(int((batch.extras["mask"] * places).max()))
+    return replace(
+        batch,
+        tokens=batch.tokens[:, :width],
+        targets=batch.targets[:, :width],
+        weights=batch.weights[:, :width],
+        extras={name: values[:, :width] for name, values in batch.extras.items()},
+    )
+
+
+def _width(used: int) -> int:
+    return max(1, used) if used < MULTIPLE else -(-used // MULTIPLE) * MULTIPLE
+
+
+def _mean(values: Tensor) -> float:
+    """Mean of what could be scored."""
+    return values.nanmean().item()
+
+
+def _json(value: float) -> float | None:
+    return value if value == value else None

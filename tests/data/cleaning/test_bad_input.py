@@ -1,0 +1,100 @@
+"""Damaged and hostile input: counted, named, left out; nothing hangs and nothing else is lost."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillama.data.cleaning import inputs
+from minillama.data.cleaning.extraction import Extract
+from minillama.data.cleaning.inputs import Input
+from minillama.data.cleaning.warc import read_warc
+from minillama.data.reading import BadText
+
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=%s\r\n%s\r\n%s"
+
+
+def record(body: bytes, length: int | None = None, url: str = "http://a.org/") -> bytes:
+    size = len(body) if length is None else length
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Length: {size}\r\n\r\n"
+    return head.encode() + body + b"\r\n\r\n"
+
+
+def page(text: str, charset: str = "utf-8", more: bytes = b"") -> bytes:
+    return PAGE % (charset.encode(), more, text.encode(charset))
+
+
+def found(path: Path, data: bytes, limit: int = 10_000) -> list[str]:
+    path.write_bytes(data)
+    return [item.reason if isinstance(item, BadText) else item.text for item in read_warc(path, limit)]
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_records_around_a_damaged_one_are_read(zipped: bool, tmp_path: Path) -> None:
+    path, ok = tmp_path / "a.warc.gz", record(page("fine"))
+    pack = gzip.compress if zipped else bytes
+    for bad, reason in [
+        (record(page("long"), 10**9), "false length"),
+        (record(page("short" * 9), 60), "false length"),
+        (record(page("x" * 20_000)), "too long"),
+        (b"not a record\r\nat all\r\n\r\n", "no WARC header"),
+        (record(page("x"), -5), "no length"),
+        (record(PAGE % (b"utf-8", b"", b"a\0b")), "NUL"),
+        (record(PAGE % (b"utf-8", b"Content-Encoding: gzip\r\n", gzip.compress(b"x" * 10**6))), "too long"),
+        (record(PAGE % (b"utf-8", b"Content-Encoding: gzip\r\n", b"\x1f\x8b\x08 junk")), "damaged page"),
+    ]:
+        assert found(path, pack(ok) + pack(bad) + pack(ok)) == ["fine", reason, "fine"], reason
+
+
+def test_cut_and_flipped_gzip_members(tmp_path: Path) -> None:
+    members = [gzip.compress(record(page(f"page {i} " * 30))) for i in range(4)]
+    texts = [f"page {i} " * 30 for i in range(4)]
+    damaged = members[1][:60] + b"\xff" * 9 + members[1][69:]
+    got = found(tmp_path / "a.warc.gz", members[0] + damaged + members[2] + members[3])
+    assert [text for text in got if text.startswith("page")] == [texts[0], *texts[2:]] and "damaged archive" in got
+    got = found(tmp_path / "a.warc.gz", b"".join(members)[:-30])
+    assert got[:3] == texts[:3] and got[-1] == "damaged archive"
+
+
+def test_charsets(tmp_path: Path) -> None:
+    path = tmp_path / "a.warc"
+    assert found(path, record(page("größer", "iso-8859-1"))) == ["größer"]
+    assert found(path, record(page("汉字", "gb2312"))) == ["汉字"]
+    text = "Der König hörte, daß über den Bäumen Vögel flögen; schließlich öffnete er müde die große Tür. " * 3
+    assert found(path, record(PAGE % (b"utf-8", b"", text.encode("cp1252")))) == [text]  # declared as another
+    assert found(path, record(PAGE % (b"nonsense", b"", "汉字".encode()))) == ["汉字"]
+    meta = '<meta charset="shift_jis">日本'.encode("shift_jis")
+    assert found(path, record(PAGE.replace(b"; charset=%s", b"%s") % (b"", b"", meta)))[0].endswith("日本")
+    chunked = b"4\r\n<p>a\r\n3\r\nbcd\r\n0\r\n\r\n"
+    assert found(path, record(PAGE % (b"utf-8", b"Transfer-Encoding: chunked\r\n", chunked))) == ["<p>abcd"]
+
+
+def test_bad_lines_and_files_are_named(clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "LIMIT", 10_000)
+    lines = ['{"text": "fine"}', "[1]", '{"text": 3}', '{"text": "a\\u0000b"}', "{", '{"text": "%s"}' % ("x" * 20_000)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": "last"}']))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"a" * 10**7))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"cut off" * 99)[:-12])
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "\xff"}\n{"text": "after"}\n')
+    (tmp_path / "e.html").write_text("<div>" * 1500 + "deep")
+    (tmp_path / "f.json").write_text(json.dumps([{"text": "y" * 20_000}]))
+    kept, removed = clean([Input(str(tmp_path), "t")], Extract(max_depth=1000), name="result")
+    assert [line["text"] for line in kept] == ["fine", "last", "after"]
+    reasons = {(line["where"].rpartition("/")[2].partition(",")[0], line["removed"]["reason"]) for line in removed}
+    assert reasons == {
+        ("a.jsonl:2", "malformed JSON"), ("a.jsonl:3", "no text field"), ("a.jsonl:4", "NUL"),
+        ("a.jsonl:5", "malformed JSON"), ("a.jsonl:6", "too long"), ("b.txt.gz", "too long"),
+        ("c.txt.gz", "damaged archive"), ("d.jsonl:1", "invalid UTF-8"), ("e.html", "depth"), ("f.json", "too long"),
+    }  # fmt: skip
+
+
+def test_real_crawls(shared: Path) -> None:
+    for name, count in (("warc/sample-0000.warc.gz", 22), ("warc/example.warc", 1), ("wet/sample.warc.txt", 3)):
+        (path,) = Input(str(shared / "web" / name)).files()
+        items = list(Input(str(path), "t").documents(path))
+        assert len(items) == count and not any(isinstance(item, BadText) for item in items)
+        assert all(item.url.startswith("http") for item in items if not isinstance(item, BadText))

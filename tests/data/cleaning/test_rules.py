@@ -1,0 +1,82 @@
+"""Rules of Gopher, C4, FineWeb and mC4: datatrove's verdicts on all real documents, and worked examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minillama.data.cleaning.c4 import C4, MC4
+from minillama.data.cleaning.document import Draft, Step
+from minillama.data.cleaning.fineweb import FineWeb
+from minillama.data.cleaning.gopher import GopherQuality, GopherRepetition
+from minillama.data.cleaning.words import sentences, words
+
+PAIRS = {
+    "gopher_quality_filter.GopherQualityFilter": GopherQuality,
+    "gopher_repetition_filter.GopherRepetitionFilter": GopherRepetition,
+    "c4_filters.C4QualityFilter": C4,
+    "c4_filters.C4ParagraphFilter": MC4,
+    "fineweb_quality_filter.FineWebQualityFilter": FineWeb,
+}
+
+
+class Ours:
+    """Our words and sentences behind datatrove's interface: the rules are compared, not the splitters."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return list(words(text))
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        ends, at = [], 0
+        for sentence in sentences(text):
+            at = text.index(sentence, at) + len(sentence)
+            ends.append((0, at))
+        return ends
+
+
+@pytest.fixture
+def filters(monkeypatch: pytest.MonkeyPatch) -> Any:
+    datatrove = pytest.importorskip("datatrove.utils.word_tokenizers")
+    monkeypatch.setattr(datatrove, "load_word_tokenizer", lambda language: Ours())
+    from importlib import import_module
+
+    def load(name: str, **settings: Any) -> Any:
+        module, _, cls = name.partition(".")
+        return getattr(import_module(f"datatrove.pipeline.filters.{module}"), cls)(**settings)
+
+    return load
+
+
+def verdict(step: Step, text: str) -> tuple[bool, str, str]:
+    draft = Draft(text)
+    removal = step(draft)
+    return removal is None, draft.text, removal.reason if removal else ""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_verdicts_are_datatroves(name: str, filters: Any, real: list[Draft]) -> None:
+    from datatrove.data import Document
+
+    theirs, ours = filters(name), PAIRS[name]()
+    removed, other = 0, 0
+    for draft in real:
+        document = Document(text=draft.text, id="")
+        result = theirs.filter(document)
+        kept, text, reason = verdict(ours, draft.text)
+        removed += not kept
+        if kept != (result is True) and is_meant(draft.text, result, reason):
+            other += 1
+            continue
+        assert kept == (result is True), (draft.text[:200], result, reason)
+        assert not kept or text == document.text
+    assert 0 < removed < len(real) and other <= 11
+
+
+def is_meant(text: str, result: Any, reason: str) -> bool:
+    """Differences: an n-gram that occurs once is no repetition; marks that its list lacks are no words."""
+    if result is not True and result[1].startswith("top_"):
+        n = int(result[1][4])
+        grams = list(zip(*(words(text)[i:] for i in range(n)), strict=False))
+        return len(set(grams)) == len(grams)
+    return reason == "words" and "・" in text

@@ -1,0 +1,91 @@
+"""Rejection sampling: the best answer of all rounds, resumed to the byte, read by fine-tuning."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama.commands.cli import main
+from minillama.config import ModelConfig
+from minillama.data.conversations import conversations
+from minillama.data.sources import Source
+from minillama.errors import InputError
+from minillama.model import Decoder
+from minillama.synthetic.best_of_n import kl_bound, read_lines
+from minillama.tokenizer.template import load_template
+from minillama.tokenizer.train import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that writes letters, with a chat template, and a reward: the number of vowels."""
+    path = tmp_path_factory.mktemp("model")
+    shape = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=257, max_seq_len=64)
+    model = Decoder(shape)
+    model.init_weights(torch.Generator().manual_seed(2))
+    with torch.no_grad():  # a letter is always far more probable than what is none
+        model.output_weight.zero_()[97:123].normal_(0, 1.3, generator=torch.Generator().manual_seed(2))
+    model.save_pretrained(path)
+    tokenizer = byte_tokenizer()
+    tokenizer.with_chat_template(load_template("plain", tokenizer).source).save(path)
+    (path / "mine.py").write_text("def low(prompt, ids, text, record):\n    return -sum(ids) / len(ids)\n")
+    return path
+
+
+def best(folder: Path, out: Path, samples: int = 6, *words: str) -> list[dict]:  # type: ignore[type-arg]
+    command = ["data", "best-of-n", "--model", str(folder), "--source", "sorting:2", "--out", str(out), "--limit", "10"]
+    rest = ["--rewards", f"{folder}/mine.py:low", "--samples", str(samples), "--max-new-tokens", "5", *words]
+    assert main([*command, *rest]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_the_best_is_written_for_fine_tuning(folder: Path, tmp_path: Path) -> None:
+    lines = best(folder, tmp_path / "a.jsonl")
+    assert len(lines) == 10 and len({line["key"] for line in lines}) == 10
+    assert all(line["reward"] > line["mean_reward"] and line["round"] == 1 and not line["ended"] for line in lines)
+    found = list(conversations(Source(path=str(tmp_path / "a.jsonl"))))
+    assert [c.messages[1].content for c in found] == [line["messages"][1]["content"] for line in lines]
+    assert all(c.messages[0].content.endswith(">") for c in found)
+
+
+def test_a_stopped_round_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    best(folder, whole)
+    text = whole.read_text()
+    third = sum(map(len, text.splitlines(keepends=True)[:3]))
+    cut.write_text(text[: third + 40])  # within the fourth line
+    best(folder, cut)
+    assert cut.read_bytes() == whole.read_bytes()
+    best(folder, cut)
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_rounds_before_are_scored_anew(folder: Path, tmp_path: Path) -> None:
+    first = best(folder, tmp_path / "1.jsonl", 12)
+    second = best(folder, tmp_path / "2.jsonl", 2, "--earlier", str(tmp_path / "1.jsonl"))
+    rounds = [line["round"] for line in second]
+    assert set(rounds) == {1, 2} and rounds.count(1) > 5
+    for old, new in zip(first, second, strict=True):
+        assert old["key"] == new["key"]
+        kept = new["messages"] == old["messages"]
+        assert kept == (new["round"] == 1)
+    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(InputError, match=r"not a line of an earlier round[\s\S]*bad.jsonl:1"):
+        read_lines(tmp_path / "bad.jsonl")
+
+
+def test_the_kl_of_the_best() -> None:
+    for samples, bound in ((2, 0.1931472), (4, 0.6362944), (16, 1.8350887), (64, 3.1745081)):
+        assert kl_bound(samples) == pytest.approx(bound)
+    q, best_of_4 = [0.4, 0.3, 0.2, 0.1], []
+    below = 0.0
+    for p in q:
+        best_of_4.append((below + p) ** 4 - below**4)
+        below += p
+    assert best_of_4 == pytest.approx([0.0256, 0.2145, 0.4160, 0.3439])
+    kl = sum(p * math.log(p / r) for p, r in zip(best_of_4, q, strict=True))
+    assert kl == pytest.approx(0.5871, abs=1e-4) and kl < kl_bound(4)

@@ -1,0 +1,152 @@
+"""Whole runs of GRPO and PPO: exact resume inside a rollout, metrics, samples, folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minillama.config import ModelConfig
+from minillama.errors import InputError
+from minillama.model import Decoder
+from minillama.model.heads import open_scores
+from minillama.runs.config import RunConfig, load_run_config
+from minillama.tokenizer.template import load_template
+from minillama.tokenizer.train import byte_tokenizer
+from minillama.training.run import train
+
+from .test_several_models import StopAt
+from .test_trainer import Quiet
+
+Make = Callable[..., RunConfig]
+TIMES = ("seconds", "tokens_per_second", "mfu", "rollout_tokens_per_second")
+
+ROLLOUT = ("--objective.max_new_tokens", "4", "--objective.samples", "2", "--objective.minibatches", "2")
+GRPO = ("--objective.name", "grpo", "--objective.epochs", "2", "--objective.kl", "k3", *ROLLOUT)
+PPO = ("--objective.name", "ppo", "--objective.epochs", "2", *ROLLOUT, "--objective.kl_target", "0.1")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """A random model with a chat template."""
+    path = tmp_path / "start"
+    shape = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=257, max_seq_len=32)
+    model = Decoder(shape)
+    model.init_weights(torch.Generator().manual_seed(2))
+    model.save_pretrained(path)
+    tokenizer = byte_tokenizer()
+    tokenizer.with_chat_template(load_template("plain", tokenizer).source).save(path)
+    return path
+
+
+def words(start: Path, *more: str) -> list[str]:
+    data = ["--data.sources", "sorting:2", "--data.template", "auto", "--data.val_fraction", "0.2"]
+    rewards = ["--objective.rewards", "verified", "0.5*repetition"]
+    return [*data, *rewards, "--train.init_from", str(start), "--validate.tokens", "0", *more]
+
+
+def metrics(out: Path) -> list[dict]:  # type: ignore[type-arg]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("which", [GRPO, PPO], ids=["grpo", "ppo"])
+def test_a_run_that_stops_inside_a_rollout_resumes_to_the_bit(
+    tiny_config: Make, start: Path, tmp_path: Path, which: tuple[str, ...], text_file: Path
+) -> None:
+    more = ("--objective.average_decay", "0.5", "--objective.text", str(text_file)) if which is PPO else ()
+    config = tiny_config(*words(start, *which, *more, "--train.micro_batch_size", "3"))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train(config, str(whole), report=Quiet()) == 0
+    for stop in (3, 9):  # in the second epoch of the first rollout, and behind the first step of the third
+        assert train(config, str(cut), resume=stop > 3, report=StopAt(stop)) == 143
+        held = load_file(cut / f"checkpoints/step-{stop}/optimizer.safetensors")
+        assert {"objective/tokens", "objective/mask", "objective/old", "objective/advantages"} <= held.keys()
+        assert not any("reference/" in name for name in held)
+    assert train(config, str(cut), resume=True, report=Quiet()) == 0
+    assert metrics(whole) == metrics(cut)
+    for name in ("optimizer.safetensors", "model.safetensors"):
+        one, two = (load_file(out / "checkpoints" / "step-12" / name) for out in (whole, cut))
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    lines = [line for line in metrics(whole) if "lr" in line]
+    rollouts = [line["step"] for line in lines if "reward" in line]
+    assert rollouts == [1, 5, 9] and lines[0]["kl"] == 0 and lines[0]["clipped"] == 0 == lines[0]["approx_kl"]
+    parts = {"reward_verified", "reward_repetition", "answer_length", "ended", "distinct_2", "rollout_tokens"}
+    assert parts <= lines[0].keys() and lines[3]["approx_kl"] > 0
+    assert lines[0]["reward"] == pytest.approx(lines[0]["reward_verified"] + 0.5 * lines[0]["reward_repetition"])
+
+
+def test_what_a_run_of_ppo_leaves_behind(tiny_config: Make, start: Path, tmp_path: Path, text_file: Path) -> None:
+    more = ("--objective.average_decay", "0.5", "--objective.text", str(text_file), "--train.steps", "6")
+    report = Quiet()
+    assert train(tiny_config(*words(start, *PPO, *more)), str(tmp_path / "run"), report=report) == 0
+    value = open_scores(tmp_path / "run/value")
+    average, final = (Decoder.from_pretrained(tmp_path / "run" / name) for name in ("average", "model"))
+    first = Decoder.from_pretrained(start)
+    assert value.score is not None
+    moved, behind = (
+        (p - q).abs().max().item()
+        for p, q in ((final.output_weight, first.output_weight), (average.output_weight, final.output_weight))
+    )
+    assert 0 < behind < moved
+    lines = [line for line in metrics(tmp_path / "run") if "val_reward" in line]
+    assert [line["step"] for line in lines] == [0, 6]
+    assert {"question", "answer", "reward", "rewards"} == lines[0]["sample"].keys()
+    assert lines[0]["sample"]["question"].endswith(">") and any("| question: " in line for line in report.lines)
+    assert any("best val_reward" in line for line in report.lines)
+    steps = [line for line in metrics(tmp_path / "run") if "loss_value" in line]
+    assert len(steps) == 6 and steps[0]["loss_text"] > steps[-1]["loss_text"] > 0
+
+
+def test_a_shared_critic_and_a_reward_model(tiny_config: Make, start: Path, tmp_path: Path) -> None:
+    config = tiny_config(*words(start, *PPO, "--objective.critic", "shared", "--train.steps", "4"))
+    assert train(config, str(tmp_path / "run"), report=Quiet()) == 0
+    assert not (tmp_path / "run/value").exists()
+    assert train(tiny_config(*words(start, *PPO, "--train.steps", "2")), str(tmp_path / "one"), report=Quiet()) == 0
+    reward = str(tmp_path / "one/value")  # a value model is a reward model
+    more = ("--objective.critic_from", reward, "--train.steps", "4")
+    arguments = [reward if word == "verified" else word for word in words(start, *PPO, *more)]
+    assert train(tiny_config(*arguments), str(tmp_path / "two"), report=Quiet()) == 0
+    run = json.loads((tmp_path / "two/checkpoints/step-4/run.json").read_text())
+    assert set(run["companions"]) == {reward, "reference"}
+    assert any("reward_value" in line for line in metrics(tmp_path / "two"))
+
+
+def test_settings_of_the_command_line_and_of_a_file(start: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    text = """
+[model]
+dim = 32
+n_layers = 1
+n_heads = 2
+vocab_size = 257
+max_seq_len = 32
+[objective]
+name = "grpo"
+max_new_tokens = 5
+[[objective.rewards]]
+name = "verified"
+[[objective.rewards]]
+name = "format"
+pattern = "[0-9]+"
+weight = 0.5
+[data]
+template = "plain"
+"""
+    path.write_text(text)
+    settings = load_run_config(str(path)).objective
+    assert [r.name for r in settings.rewards] == ["verified", "format"] and settings.rewards[1].weight == 0.5  # type: ignore[union-attr]
+    for old, new, message in (
+        ('template = "plain"', "", "prompts are rendered by a chat template"),
+        ('pattern = "[0-9]+"', "", r"run.toml:\d+, objective.rewards.1.*\.pattern"),
+        ("max_new_tokens = 5", "top_k = 50", "unknown key 'top_k'"),
+        ("max_new_tokens = 5", "samples = 5", "no whole number of prompts"),
+        ("max_new_tokens = 5", "max_new_tokens = 5\n[train]\ndropout = 0.1", "do not repeat"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(InputError, match=message):
+            load_run_config(str(path))

@@ -1,0 +1,295 @@
+"""Reward models, DPO and KTO: worked numbers, invariants, micro-batches, ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minillama.config import ModelConfig
+from minillama.config.lora import LoRAConfig
+from minillama.data.preference_set import Judged, Preferences
+from minillama.errors import InputError
+from minillama.model import Decoder
+from minillama.model.heads import with_score
+from minillama.model.lora import add_lora, lora_parameters
+from minillama.runs.objectives import DPOConfig, KTOConfig
+from minillama.training.gradients import accumulate
+from minillama.training.objectives import DPO, KTO, RewardModel
+from minillama.training.objectives.base import DataObjective
+from minillama.training.objectives.compared import Compared
+from minillama.training.objectives.dpo import LOSSES, dpo_loss
+from minillama.training.objectives.kto import kto_loss, mismatched
+from minillama.training.objectives.reward import bradley_terry
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=61, max_seq_len=320)
+POLICY, REFERENCE, LENGTHS = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -11.5]), torch.tensor([5.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "smoothing", "expected"),
+    [
+        ("sigmoid", 0.0, 0.6209570),
+        ("sigmoid", 0.1, 0.6359570),
+        ("robust", 0.1, 0.6022070),
+        ("hinge", 0.0, 0.85),
+        ("ipo", 0.0, 12.25),
+        ("nca", 0.0, 1.3508248),
+        ("bco", 0.0, 1.3128563),
+        ("sppo", 0.0, 36.25),
+        ("apo-zero", 0.0, 0.9625234),
+        ("apo-down", 0.0, 0.9875493),
+        ("exo", 0.1, 0.4313885),
+        ("forward-kl", 0.0, 0.6311544),
+        ("js", 0.0, 0.6606522),
+    ],
+)
+def test_worked_losses_of_pairs(loss: str, smoothing: float, expected: float) -> None:
+    found = dpo_loss((POLICY - REFERENCE).double(), loss, 0.1, smoothing)
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+    DPOConfig(loss=loss, label_smoothing=smoothing)  # type: ignore[arg-type]
+
+
+def test_worked_losses_per_token_and_the_gradient() -> None:
+    means = (POLICY - REFERENCE) / LENGTHS
+    assert dpo_loss(means, "ipo").item() == pytest.approx(22.4439063, abs=1e-5)
+    assert dpo_loss(means).item() == pytest.approx(0.6801083, abs=1e-6)
+    policy = POLICY.clone().requires_grad_()
+    dpo_loss(policy - REFERENCE).backward()
+    assert policy.grad is not None and policy.grad.tolist() == pytest.approx([-0.0462570, 0.0462570], abs=1e-6)
+    h = torch.tensor([2.0, 0.0])
+    assert dpo_loss(h).item() == pytest.approx(0.5981389, abs=1e-6)
+    assert set(get_args(get_type_hints(DPOConfig)["loss"])) == set(LOSSES)
+
+
+def test_worked_losses_of_judged_answers() -> None:
+    ratios = POLICY - REFERENCE
+    found = kto_loss(ratios, torch.tensor([1.0, 0.0]), 0.3)
+    assert found.tolist() == pytest.approx([0.4825071, 0.4800107], abs=1e-6)
+
+
+def test_worked_losses_of_rewards() -> None:
+    chosen, rejected = torch.tensor(1.5), torch.tensor(0.5)
+    assert bradley_terry(chosen, rejected, center=0.01).item() == pytest.approx(0.3532617, abs=1e-6)
+    for margin, expected in ((0, 0.3132617), (1, 0.6931472), (1 / 3, 0.4143701)):
+        assert bradley_terry(chosen, rejected, margin).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_swapping_the_answers_swaps_the_losses() -> None:
+    ratios = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+    one, two = dpo_loss(ratios)
+    assert (two - one).item() == pytest.approx(0.15)  # -log sigmoid(-x) = x - log sigmoid(x)
+    assert torch.equal(dpo_loss(ratios.flip(-1)), torch.stack([two, one]))
+
+
+# shapes that differ: answers of 1 to 200 tokens, prompts of 1 to 90
+SIZES = [(1, 2, 5), (90, 200, 3), (7, 1, 1), (30, 60, 61), (12, 9, 40), (3, 120, 2), (44, 4, 17), (5, 31, 33)]
+
+
+def rows(pairs: bool = True) -> list[Judged]:
+    rng, found = np.random.default_rng(7), []
+    for number, sizes in enumerate(SIZES):
+        prompt, *answers = (rng.integers(1, 61, size).tolist() for size in sizes)
+        where = f"file:{number}"
+        if pairs:
+            found.append(Judged.of(prompt, answers, number % 3 / 3, where))
+        else:
+            found.append(Judged.of(prompt, answers[:1], float(number % 3 == 0), where))
+    return found
+
+
+def decoder(dropout: float = 0.0) -> Decoder:
+    made = Decoder(CONFIG, dropout)
+    made.init_weights(torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        made.model.embed_tokens.weight.mul_(20)
+    return made
+
+
+def objective(kind: str, micro: int = 8, model: Decoder | None = None) -> DataObjective[Preferences]:
+    data = Preferences.of(rows(kind != "kto"), rows(kind != "kto")[:3], 320)
+    model = model or decoder()
+    over = data, 1, len(SIZES)
+    if kind == "reward":
+        return RewardModel(with_score(model, torch.Generator().manual_seed(4)), *over, center=0.01)
+    if kind == "kto":
+        return KTO(model, *over, micro, KTOConfig(desirable_weight=1.3))
+    settings = {"dpo": DPOConfig(), "dpo + sft": DPOConfig(sft=0.5), "ipo": DPOConfig(loss="ipo", per_token=True)}
+    return DPO(model, *over, micro, settings[kind])
+
+
+KINDS = ["reward", "dpo", "dpo + sft", "ipo", "kto"]
+
+
+def moved(made: DataObjective[Preferences]) -> DataObjective[Preferences]:
+    """The objective after the policy has left the reference."""
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for parameter in made.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return made
+
+
+def gradients(kind: str, micro: int) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+    made = moved(objective(kind, micro))
+    made.prepare(0)
+    losses = accumulate(made, made.batch(0), micro, CPU)
+    named = made.model.named_parameters()
+    return losses.loss, dict(losses.record()), {name: p.grad for name, p in named if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_loss_nor_gradients_depend_on_the_micro_batch(kind: str) -> None:
+    loss, record, whole = gradients(kind, 8)
+    assert math.isfinite(loss) and len(whole) > 10
+    for micro in (1, 3):
+        found, own, grads = gradients(kind, micro)
+        assert found == pytest.approx(loss, abs=2e-6) and own == pytest.approx(record, abs=1e-4, rel=1e-5)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, whole[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "dpo + sft", "ipo"])
+def test_the_loss_is_that_of_all_logits_pair_by_pair(kind: str) -> None:
+    made, old = moved(objective(kind)), decoder()
+    made.prepare(0)
+    found = accumulate(made, made.batch(0), 8, CPU).loss
+
+    def sums(model: Decoder, row: Judged) -> Tensor:
+        values = []
+        for answer in row.answers:
+            ids = torch.tensor([*row.prompt.tolist(), *answer.tolist()])
+            logs = model(ids[None])[0].log_softmax(-1)
+            start = len(row.prompt)
+            values.append(sum(logs[t - 1, ids[t]] for t in range(start, len(ids))))
+        return torch.stack(values)
+
+    with torch.no_grad():
+        pairs = [(sums(made.model, row), sums(old, row), [len(a) for a in row.answers]) for row in rows()]
+    ratios = torch.stack([policy - reference for policy, reference, _ in pairs])
+    lengths = torch.tensor([counts for _, _, counts in pairs])
+    if kind == "ipo":
+        expected = (ratios[:, 0] / lengths[:, 0] - ratios[:, 1] / lengths[:, 1] - 5).square().mean()
+    else:
+        expected = -(0.1 * (ratios[:, 0] - ratios[:, 1])).sigmoid().log().mean()
+    if kind == "dpo + sft":
+        expected += -0.5 * sum(policy[0] for policy, _, _ in pairs) / lengths[:, 0].sum()
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "micro", "dtype"),
+    [
+        ("none", 3, torch.float32),
+        ("none", 8, torch.bfloat16),
+        ("fresh", 8, torch.float32),
+        ("trained", 3, torch.float32),
+    ],
+)
+def test_the_first_loss_is_ln_2_exactly(adapter: str, micro: int, dtype: torch.dtype) -> None:
+    """After supervised fine-tuning of an adapter too, where the reference is the adapter as it was, not the base."""
+    model = decoder().to(dtype)
+    if adapter != "none":
+        add_lora(model, LoRAConfig(rank=2), generator=torch.Generator().manual_seed(1))
+    if adapter == "trained":
+        with torch.no_grad():
+            for parameter in lora_parameters(model).values():
+                parameter.add_(0.1)
+    made = objective("dpo", micro, model)
+    made.model.train()
+    made.prepare(0)
+    batch = made.batch(0)
+    for start in range(0, 8, micro):
+        terms, metrics = made.loss(batch.rows(start, start + micro))
+        count = min(micro, 8 - start)
+        assert terms["loss"].item() == pytest.approx(count * math.log(2), abs=1e-7 * count)
+        assert metrics["reward_margin"].item() == 0 and metrics["accuracy"].item() == count / 2
+    found = made.validate(4, 0)
+    assert found["val_loss"] == pytest.approx(math.log(2), abs=1e-7) and found["val_kl"] == 0
+    assert found["val_accuracy"] == 0.5 and found["val_longer_wins"] == pytest.approx((0 + 1 + 0.5) / 3)
+
+
+def test_reference_log_probabilities_are_computed_once_and_come_back() -> None:
+    made = objective("dpo")
+    assert isinstance(made, Compared)
+    made.prepare(0)
+    first = made.known.clone()
+    assert not first.isnan().any()
+    moved(made)
+    made.reference.companions["reference"].requires_grad_(False).zero_grad()
+    for parameter in made.companions["reference"].parameters():
+        parameter.data.mul_(float("nan"))  # it is not asked again
+    made.prepare(1)
+    assert torch.equal(made.known, first)
+    again = objective("dpo")
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.batch(0).extras["reference"], made.batch(0).extras["reference"])
+
+
+def test_the_chosen_answers_fall_and_there_is_a_warning() -> None:
+    made = objective("dpo")
+    assert made.warnings(made.validate(4, 0)) == []
+    with torch.no_grad():
+        made.model.model.norm.weight.mul_(3)
+    found = made.validate(4, 0)
+    assert found["val_chosen_log_ratio"] < -1 and "nats less likely" in made.warnings(found)[0]
+
+
+def test_the_reward_is_read_at_the_last_token_of_each_answer() -> None:
+    made = objective("reward")
+    batch = made.batch(0)
+    _, whole = made.loss(batch)
+    assert isinstance(made, RewardModel)
+    alone = 0.0
+    for row in rows():
+        ids = torch.tensor([*row.prompt.tolist(), *row.answers[0].tolist()])
+        alone += (made.model.hidden(ids[None])[0, -1] @ made.model.state_dict()["score.weight"][0]).item()
+    assert whole["chosen_reward"].item() == pytest.approx(alone, abs=1e-5)
+    changed = batch.tokens.clone()
+    places = torch.arange(changed.shape[-1])
+    changed[places >= batch.extras["lengths"][..., None]] = 60  # another padding
+    assert made.loss(replace(batch, tokens=changed))[0]["loss"].item() == made.loss(batch)[0]["loss"].item()
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+def test_no_prompt_meets_its_own_answer(count: int) -> None:
+    made = rows(pairs=False)[:count]
+    for row, other in zip(made, mismatched(made, 320), strict=True):
+        assert row.prompt.tolist() == other.prompt.tolist() and row.answers[0].tolist() != other.answers[0].tolist()
+    with pytest.raises(ValueError, match="two answers at least"):
+        mismatched(made[:1], 320)
+
+
+def test_the_kl_of_kto_is_the_mean_of_mismatched_log_ratios() -> None:
+    made = objective("kto", 3)
+    assert made.prepare(0) == {"kl": 0.0} and made.batch(0).extras["kl"].tolist() == [0.0] * 8
+    moved(made)
+    old, total, order = decoder(), 0.0, made.data.chosen(1, 0, 8)
+    with torch.no_grad():
+        for one, two in zip(order, [*order[1:], order[0]], strict=True):
+            prompt, answer = rows(False)[one].prompt.tolist(), rows(False)[two].answers[0].tolist()
+            ids = torch.tensor([prompt + answer])
+            for model, sign in ((made.model, 1), (old, -1)):
+                logs = model(ids)[0].log_softmax(-1)
+                total += sign * sum(logs[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+    assert made.prepare(1)["kl"] == pytest.approx(max(0.0, total / 8), abs=1e-4)
+    assert made.validate(2, 0)["val_majority"] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="another one's answer"):
+        KTO(decoder(), made.data, 1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_share_the_rows_and_the_totals(kind: str) -> None:
+    made = objective(kind)
+    made.prepare(0)
+    whole, halves = made.batch(0), [made.batch(0, rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([half.tokens for half in halves]), whole.tokens)
+    assert all(half.totals == whole.totals for half in halves)
+    for name, value in whole.extras.items():
+        assert torch.equal(torch.cat([half.extras[name] for half in halves]), value)

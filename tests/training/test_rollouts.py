@@ -1,0 +1,311 @@
+"""GRPO and PPO on rollouts of a tiny model: ratios, KL, micro-batches, distributions, the arithmetic of whole steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillama.config import ModelConfig
+from minillama.config.lora import LoRAConfig
+from minillama.data.prompts import Prompt, Prompts
+from minillama.errors import InputError
+from minillama.evaluate.rewards import Scored
+from minillama.evaluate.rules import Answer
+from minillama.inference.sampling import Sampler, Sampling
+from minillama.model import Decoder
+from minillama.model.lora import add_lora, base_tensors, is_adapter
+from minillama.runs.feedback import FeedbackConfig, GRPOConfig, PPOConfig
+from minillama.tokenizer.conversation import Conversation
+from minillama.tokenizer.train import byte_tokenizer
+from minillama.training.gradients import accumulate
+from minillama.training.objectives.advantages import kl_estimate
+from minillama.training.objectives.grpo import GRPO
+from minillama.training.objectives.ppo import PPO
+from minillama.training.objectives.rollouts import Feedback
+
+SHAPE = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=257, max_seq_len=64)
+TOKENIZER = byte_tokenizer()
+CPU = torch.device("cpu")
+
+
+class Vowels:
+    """Reward: the number of even ids, and not a number for an answer that begins with 13 modulo 16."""
+
+    tokenizer, models = TOKENIZER, {}
+
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        found = [float(sum(i % 2 == 0 for i in a.ids)) if a.ids[0] % 16 != 13 else math.nan for a in answers]
+        return Scored(torch.tensor(found), {"even": torch.tensor(found)})
+
+
+def model(seed: int = 2, scale: float = 8.0) -> Decoder:
+    """Random weights whose next tokens are far from uniform, and of which some end an answer."""
+    made = Decoder(SHAPE)
+    made.init_weights(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        made.output_weight.mul_(scale)
+        made.output_weight[256] *= 2
+    return made
+
+
+def prompts(count: int = 6) -> Prompts:
+    """Prompts of 1 to `count` tokens."""
+    rows = [Prompt([*range(40, 41 + n)], f"p{n}", {}, Conversation(()), f"file:{n}") for n in range(count)]
+    return Prompts(rows, rows[:2], 256, "x")
+
+
+def objective(settings: FeedbackConfig, rows: int = 8, micro: int = 8, **given: Any) -> Feedback:
+    kind = PPO if isinstance(settings, PPOConfig) else GRPO
+    made = kind(given.pop("model", None) or model(), prompts(), 1, rows, settings, Vowels(), micro, **given)  # type: ignore[arg-type]
+    for companion in made.companions.values():
+        companion.eval().requires_grad_(False)
+    return made
+
+
+GROUPS = [
+    GRPOConfig(max_new_tokens=9, samples=4, minibatches=2, epochs=2, kl="k1"),
+    GRPOConfig(max_new_tokens=9, samples=4, minibatches=2, kl="k3", average="answers", baseline="mean"),
+    GRPOConfig(max_new_tokens=9, samples=4, kl="k2", average="length", baseline="leave-one-out", temperature=0.7),
+]
+ACTORS = [
+    PPOConfig(max_new_tokens=9, minibatches=2, epochs=2),
+    PPOConfig(max_new_tokens=9, minibatches=2, critic="shared", samples=2, temperature=1.3),
+    PPOConfig(max_new_tokens=9, minibatches=1, epochs=1, kl="k3"),
+]
+
+
+def losses(made: Feedback, step: int, micro: int = 8) -> tuple[dict[str, float], dict[str, float]]:
+    found = accumulate(made, made.batch(step), micro, CPU)
+    return dict(found.terms), dict(found.metrics)
+
+
+@pytest.mark.parametrize("settings", [*GROUPS, *ACTORS])
+@pytest.mark.parametrize("micro", [8, 3])
+def test_the_first_ratios_are_exactly_1_and_the_first_kl_is_0(settings: FeedbackConfig, micro: int) -> None:
+    made = objective(settings, micro=micro)
+    recorded = made.prepare(0)
+    terms, metrics = losses(made, 0, micro)
+    batch = made.batch(0)
+    parts, weights = batch.extras, batch.weights
+    assert terms["policy"] == pytest.approx(
+        -(parts["advantages"] * weights).sum().item() / batch.totals["policy"], abs=1e-6
+    )
+    assert metrics["clipped"] == 0 and metrics.get("approx_kl", 0) == 0 and 0 < metrics["entropy"] < math.log(257)
+    assert {**recorded, **metrics}["kl"] == 0 and terms.get("kl_penalty", 0) == 0
+    assert recorded["rollout_tokens"] == made.buffer["mask"].sum() or isinstance(settings, PPOConfig)
+    if "old" in parts:
+        assert torch.equal(parts["old"], parts["reference"]) and parts["old"][parts["mask"]].max() < 0
+    lengths = parts["mask"].sum(1)
+    assert 4 < lengths.float().mean() <= 9
+    assert len(set(lengths.tolist())) > 1 or settings.temperature == 1.3
+
+
+@pytest.mark.parametrize("settings", [*GROUPS, *ACTORS])
+def test_micro_batches_change_nothing(settings: FeedbackConfig) -> None:
+    found = []
+    for micro in (8, 4, 2, 1):
+        made = objective(settings, micro=micro)
+        with torch.no_grad():
+            made.prepare(0)
+            for weight in made.model.parameters():  # so that no ratio is 1
+                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+        terms, metrics = losses(made, 0, micro)
+        grads = {
+            f"{k}/{n}": p.grad for k, m in made.models.items() for n, p in m.named_parameters() if p.grad is not None
+        }
+        found.append((terms, metrics, grads))
+    first_terms, first_metrics, first = found[0]
+    assert first_metrics.get("approx_kl", 1) > 1e-4 and len(first) > 18
+    for terms, metrics, grads in found[1:]:
+        assert terms == pytest.approx(first_terms, abs=1e-5) and metrics == pytest.approx(first_metrics, abs=1e-5)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, first[name], atol=2e-6, rtol=1e-4)
+
+
+def test_a_step_of_ppo_is_that_of_the_formulas() -> None:
+    """From the buffer alone, row by row, without masks: advantages, policy, value and KL terms."""
+    settings = PPOConfig(max_new_tokens=9, minibatches=1, epochs=2, beta=0.3, cut_off=2.0, gamma=0.9, lam=0.8)
+    made = objective(settings)
+    with torch.no_grad():
+        for weight in made.model.parameters():  # away from the reference
+            weight.mul_(1.1)
+    made.prepare(0)
+    rows, advantages, returns = made.buffer, [], []
+    for i, row in enumerate(rows["mask"]):
+        ids, old, ref, values = (rows[n][i][row] for n in ("targets", "old", "reference", "values"))
+        if not len(ids):
+            assert rows["targets"][i][0] >= 0  # an answer that no reward could score
+            continue
+        ended = int(ids[-1]) == 256
+        score = sum(int(j) % 2 == 0 for j in ids) - (0.0 if ended else 2.0)
+        reward = -0.3 * (old - ref)
+        reward[-1] += score
+        running = following = torch.zeros(())
+        found = []
+        for t in reversed(range(len(ids))):
+            running = reward[t] + 0.9 * following - values[t] + 0.9 * 0.8 * running
+            following = values[t]
+            found.append(running)
+        advantages.append(torch.stack(found[::-1]))
+        returns.append(torch.stack(found[::-1]) + values)
+    flat = torch.cat(advantages)
+    white = (flat - flat.mean()) / (flat.var() + 1e-8).sqrt()
+    torch.testing.assert_close(rows["advantages"][rows["mask"]], white, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows["returns"][rows["mask"]], torch.cat(returns), atol=1e-5, rtol=1e-5)
+    terms, _ = losses(made, 0)
+    assert terms["policy"] == pytest.approx(-white.mean().item(), abs=1e-6)
+    old_values = rows["values"][rows["mask"]]
+    assert terms["value"] == pytest.approx(
+        0.1 * 0.5 * (old_values - torch.cat(returns)).square().mean().item(), rel=1e-4
+    )
+
+
+def test_the_kl_in_the_reward_of_a_group_is_the_answers() -> None:
+    made = objective(GROUPS[0])
+    made.prepare(0)
+    made.buffer["old"] = made.buffer["old"] - 0.1 * made.buffer["mask"]
+    scores = torch.arange(16.0)
+    made.judge(scores)
+    lowered = scores + GROUPS[0].beta * 0.1 * made.buffer["mask"].sum(1)
+    groups = lowered.view(4, 4)
+    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(
+        made.buffer["advantages"].amax(1) + made.buffer["advantages"].amin(1), expected.flatten()
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.4])
+def test_the_trained_distribution_is_the_sampled_one(temperature: float) -> None:
+    made = objective(GRPOConfig(max_new_tokens=9, samples=4, minibatches=2, temperature=temperature))
+    made.prepare(0)
+    rows = made.buffer
+    ratios = []
+    for tokens, targets, mask, old in zip(*(rows[n] for n in ("tokens", "targets", "mask", "old")), strict=True):
+        with torch.no_grad():
+            logits = made.model(tokens[None])[0]
+        for t in mask.nonzero()[:, 0].tolist():
+            sampler = Sampler(Sampling(temperature), [], 257, 0)
+            ratios.append(old[t].exp() / sampler.probabilities(logits[t])[targets[t]])
+    assert len(ratios) > 50 and torch.stack(ratios).mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_kl_estimates_of_samples_are_those_of_the_distributions() -> None:
+    made = objective(GRPOConfig(max_new_tokens=1, samples=2048, minibatches=2, kl="k1"), rows=2048, micro=2048)
+    with torch.no_grad():
+        made.model.output_weight.mul_(1.2)
+    made.data.train[:] = made.data.train[:1]  # type: ignore[index]
+    made.prepare(0)
+    with torch.no_grad():
+        ids = torch.tensor([made.data.train[0].ids])
+        p, q = (m(ids)[0, -1].log_softmax(0) for m in (made.model, made.companions["reference"]))
+    exact = (p.exp() * (p - q)).sum().item()
+    mask = made.buffer["mask"]
+    for kind in ("k1", "k3"):
+        samples = kl_estimate(made.buffer["old"], made.buffer["reference"], kind)[mask]  # type: ignore[arg-type]
+        assert len(samples) == 4096
+        assert abs(samples.mean().item() - exact) < 4 * samples.std().item() / 64
+    assert made.recent["kl"] == pytest.approx(
+        kl_estimate(made.buffer["old"], made.buffer["reference"], "k1")[mask].mean().item()
+    )
+
+
+def test_samples_differ_and_repeat_by_seed_and_step() -> None:
+    def rollout(made: Feedback, number: int) -> Tensor:
+        made.prepare(number)
+        return made.buffer["targets"] * made.buffer["mask"]
+
+    settings = GRPOConfig(max_new_tokens=9, samples=64)
+    made = objective(settings, rows=64)
+    first, second = rollout(made, 0), rollout(made, 1)
+    assert len({tuple(row) for row in first.tolist()}) > 60
+    assert first.shape != second.shape or not torch.equal(first, second)
+    assert torch.equal(rollout(objective(settings, rows=64), 0), first)
+
+
+def test_an_epoch_trains_on_every_answer_once() -> None:
+    made = objective(GROUPS[0])
+    made.prepare(0)
+    whole = sorted(map(tuple, made.buffer["tokens"].tolist()))
+    for epoch in range(2):
+        parts = [made.batch(2 * epoch + part).tokens for part in range(2)]
+        assert sorted(map(tuple, torch.cat(parts).tolist())) == whole
+    assert not torch.equal(made.batch(0).tokens, made.batch(2).tokens)
+    halves = [made.batch(1, rank, 2).tokens for rank in range(2)]
+    assert torch.equal(torch.cat(halves), made.batch(1).tokens)
+    assert made.where(0, [0, 7])[0].startswith("file:") and len(set(made.where(0, [*range(8)]))) > 1
+
+
+def test_an_adapter_is_its_own_reference_and_its_base_stays() -> None:
+    adapted = add_lora(model(), LoRAConfig(rank=2), generator=torch.Generator().manual_seed(1))
+    before = {name: tensor.clone() for name, tensor in base_tensors(adapted).items()}
+    made = objective(GRPOConfig(max_new_tokens=9, samples=4, kl="k3"), model=adapted)
+    made.prepare(0)
+    terms, metrics = losses(made, 0)
+    assert not made.companions and metrics["kl"] == 0 == terms["kl_penalty"]
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if is_adapter(name) and "lora_B" in name:
+                weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(3))
+    made.prepare(1)
+    assert losses(made, 1)[0]["kl_penalty"] > 0
+    tokens = made.buffer["tokens"][:1]
+    decoded = made._copy.refresh()  # type: ignore[union-attr]
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(tokens), adapted(tokens), atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base_tensors(adapted).items())
+
+
+def test_an_answer_that_cannot_be_scored_teaches_nothing() -> None:
+    made = objective(PPOConfig(max_new_tokens=9, samples=8), rows=64)
+    made.prepare(0)
+    first = made.buffer["targets"].gather(1, (made.buffer["tokens"] > 0).int().argmin(1, keepdim=True))
+    assert first.shape == (64, 1)
+    empty = ~made.buffer["mask"].any(1)
+    assert 0 < empty.sum() < 20
+    terms, _ = losses(made, 0)
+    assert all(math.isfinite(value) for value in terms.values())
+
+
+def test_validation_and_its_warnings() -> None:
+    made = objective(GRPOConfig(max_new_tokens=9, samples=4, kl="k1"))
+    measures = made.validate(8, 0)
+    assert made.best == ("val_reward", "max") and {"val_reward", "val_reward_even", "val_ended"} <= measures.keys()
+    assert made.sample["question"] == "p0" and made.sample["reward"] == made.sample["rewards"]["even"]
+    assert measures == made.validate(8, 0)
+    made.prepare(0)
+    assert made.warnings(measures) == []
+    made.recent |= {"kl": 21.0, "distinct_2": 0.4 * made.first_distinct.item()}
+    kl, repeats = made.warnings(measures)
+    assert "21.0 nats" in kl and "raise objective.beta" in kl and "40%" in repeats
+
+
+def test_the_coefficient_of_the_kl_adapts() -> None:
+    made = objective(PPOConfig(max_new_tokens=9, kl_target=6.0, kl_horizon=100, beta=0.2))
+    assert made.prepare(0)["beta"] == pytest.approx(0.2)
+    assert made.prepare(4)["beta"] == pytest.approx(0.2 * (1 - 0.2 * 8 / 100))  # KL 0 is under the target
+    state = made.state_dict()
+    again = objective(PPOConfig(max_new_tokens=9, kl_target=6.0, kl_horizon=100, beta=0.2))
+    again.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
+    assert again.state_dict().keys() == state.keys() and torch.equal(again.beta, made.beta)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 3}, "no whole number of prompts"),
+        ({"samples": 1}, "no baseline"),
+        ({"max_new_tokens": 64}, "no room for its prompt"),
+        ({"dropout": 0.1}, "log-probabilities do not repeat"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    dropout = settings.pop("dropout", 0.0)
+    with pytest.raises(InputError, match=message):
+        GRPOConfig(**settings).check(8, 64 if "max_new_tokens" in settings else 80, dropout)
+    with pytest.raises(InputError, match="adaptive coefficient"):
+        PPOConfig(kl="k3", kl_target=1.0)
