@@ -326,7 +326,7 @@ def measure(model_folder: Path, template: str, asked: list[tuple[list[dict[str, 
     ids = [prompts(messages) for messages, _ in asked]
     longest = model.config.max_seq_len - NEW
     given = generate(model, tokenizer, [row[-longest:] for row in ids], NEW, Sampling(temperature=0))
-    scorer, found = RougeScorer(["rougeL"]), [("ends", float(answer.reason == "stop")) for answer in given]
+    scorer, found = RougeScorer(["rougeL"]), [("ends", float(answer.reason != "length")) for answer in given]
     for answer, (_, expected) in zip(given, asked, strict=True):
         kind = "where" if " is in the module " in expected else "call" if "(" in expected.split()[0] else "what"
         text = answer.text.strip()
