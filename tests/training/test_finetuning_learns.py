@@ -33,7 +33,6 @@ def ends(folder: Path, adapter: tuple[str, ...] = ()) -> float:
     model.stop_ids |= prompts.stop_ids
     ids = [prompts(question) for question, _ in questions()]
     given = generate(model, tokenizer, ids, 80, Sampling(temperature=0))
-    print(given[0].text, given[77].text, sep=" | ")
     return sum(answer.reason != "length" for answer in given) / len(given)
 
 
