@@ -114,6 +114,17 @@ def digest(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
+def complete_lines(path: Path) -> list[str]:
+    """Lines of a file to which lines are appended; a last one that was not written to its end is cut off."""
+    if not path.exists():
+        return []
+    with reading(path), path.open("r+b") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        file.truncate(end)
+    return data[:end].decode().splitlines()
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
     """Atomic file write: `write` makes a temporary file beside `path`, which is synced and renamed.
 
@@ -129,6 +140,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
         temporary.replace(path)
         _sync(path.parent)
     return path
+
+
+def replace_text(path: Path, text: str) -> Path:
+    """Atomic write of a text in UTF-8, see `replace_file`."""
+    return replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:

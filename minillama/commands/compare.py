@@ -27,7 +27,6 @@ class Args:
 def run(args: Args) -> int:
     """Print tables."""
     from minillama.runs.diff import flat
-    from minillama.runs.plot import chart
     from minillama.runs.record import RecordedRun
 
     if len(args.paths) < 2:
@@ -47,14 +46,23 @@ def run(args: Args) -> int:
     names = [str(path) for path in args.paths]
     rows = [_row(key, tables) for key in keys]
     print_table("configuration", names, rows or [("no differences",)])
-    print_table("metrics", names, [_row(key, summaries) for key in summaries[0] if key not in ("run", "checkpoints")])
+    measures = dict.fromkeys(key for one in summaries for key in one if key not in ("run", "checkpoints"))
+    print_table("metrics", names, [_row(key, summaries) for key in measures])
+    for name in ["val_loss", *dict.fromkeys(name for found in runs for name in found.accuracies)]:
+        _print_curves(name, names, [dict(found.curve(name)) for found in runs])
+    return 0
+
+
+def _print_curves(name: str, names: Sequence[str], curves: Sequence[Mapping[int, float]]) -> None:
+    """A measure step by step, as a table and a chart."""
+    from minillama.runs.plot import chart
+
     steps = sorted(set().union(*curves))
     stride = max(1, -(-len(steps) // 20))
     shown = [step for i, step in enumerate(steps) if i % stride == 0 or step == steps[-1]]
-    print_table("val_loss at step", names, [_row(step, curves) for step in shown])
+    print_table(f"{name} at step", names, [_row(step, curves) for step in shown])
     pairs = enumerate(zip(names, curves, strict=True))
-    print(chart({f"{chr(97 + i)}: {name}": sorted(curve.items()) for i, (name, curve) in pairs}))
-    return 0
+    print(chart({f"{chr(97 + i)}: {run}": sorted(curve.items()) for i, (run, curve) in pairs}))
 
 
 def _row(key: Any, columns: Sequence[Mapping[Any, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Data sets: clean text; show, grade and make the records of a fine-tuning file."""
+"""Data sets: clean and decontaminate text; show, grade and make the records of a fine-tuning file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tyro
 from minillama.commands.best_of_n import BestOfN
 from minillama.commands.data_clean import Clean
 from minillama.commands.data_models import TrainClassifier, TrainNgramLM
+from minillama.commands.decontaminate import Decontaminate
 from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, read_record
@@ -176,6 +177,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "show": Show,
     "difficulty": Difficulty,
     "best-of-n": BestOfN,
+    "decontaminate": Decontaminate,
 }
 MODELS: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
 

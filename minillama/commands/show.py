@@ -40,4 +40,6 @@ def run(args: Args) -> int:
         print(f"\nstep {line['step']} was skipped: {line['skipped']}")
     print()
     print(chart({"loss": found.curve("loss"), "val_loss": found.curve("val_loss")}))
+    if found.accuracies:
+        print(chart({f"{chr(97 + i)}: {name}": found.curve(name) for i, name in enumerate(found.accuracies)}))
     return 0

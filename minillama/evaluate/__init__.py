@@ -1,1 +1,1 @@
-"""Evaluation: perplexity, log-likelihood, cloze classification."""
+"""Evaluation: multiple-choice sets, perplexity, judging, cloze classification, rewards, decontamination."""

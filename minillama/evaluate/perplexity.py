@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from minillama.errors import InputError
+from minillama.evaluate import likelihood
 from minillama.inference.engine import evaluating
 from minillama.inference.generate import blanks_of
 from minillama.layers.mask import Mask
@@ -85,25 +86,36 @@ def score(
     return Score(nats, count, count * bytes_per_token)
 
 
+def windows(ids: Sequence[int], prefix: int, length: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Rolling windows: context and targets, each token a target once, at most `length` inputs.
+
+    The first context is the prefix token alone, and the last window begins earlier to have as many inputs as others.
+    """
+    yield [prefix], ids[:length]
+    for start in range(length, len(ids), length):
+        end = min(start + length, len(ids))
+        yield ids[end - length - 1 : start], ids[start:end]
+
+
 def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0) -> Score:
-    """Perplexity and bits per byte of a text, in disjoint windows, each predicted from left to right.
+    """Perplexity and bits per byte of a text, in rolling windows, each predicted from left to right.
 
     Args:
         model: the decoder.
-        tokenizer: its tokenizer.
-        text: of two tokens or more.
+        tokenizer: its tokenizer; the text follows its bos token, or eos where it has none.
+        text: of one token or more.
         context: T, tokens per window; the model's context length unless given.
 
     Raises:
-        InputError: the text has one token or none.
+        InputError: an empty text, or a window longer than the model's context.
     """
-    blanks = blanks_of(model, tokenizer)
+    blanks, ids = blanks_of(model, tokenizer), tokenizer.encode(text)
     length = (context or model.config.max_seq_len) - (2 if blanks else 0)
-    ids = np.array(tokenizer.encode(text, bos=tokenizer.add_bos), np.int64)
-    if len(ids) < 2:
-        raise InputError("the text is too short to be scored", found=f"{len(ids)} tokens", expected="2 or more")
-    windows = [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
-    return score(model, windows, len(text.encode()) / (len(ids) - 1), blanks=blanks)
+    if not ids or length < 1:
+        raise InputError("nothing to be scored", found=f"{len(ids)} tokens in windows of {length}", expected=">= 1")
+    pairs = [[pair] for pair in windows(ids, tokenizer.bos_id, length)]
+    nats = math.fsum(found[0].nats for _, found in likelihood.score(model, pairs, blanks))
+    return Score(-nats, len(ids), len(text.encode()))
 
 
 def _as_masked_span(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:

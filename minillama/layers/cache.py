@@ -10,6 +10,7 @@ move up, and `dropped[b]` is the difference between position and slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,12 @@ class LayerState:
         """Keep these rows, in this order; a row may occur twice."""
         self.tensors = [tensor[rows] for tensor in self.tensors]
 
+    def fork(self, rows: Tensor, length: int, slots: int) -> LayerState:
+        """Another state with copies of these rows; of the first `length` slots, where there are any, among `slots`."""
+        other = copy(self)
+        other.tensors = [tensor[rows] for tensor in self.tensors]
+        return other
+
     def replace(self, rows: Tensor, other: LayerState, length: int) -> None:
         """Overwrite these rows with all rows of `other`, a state of the same kind with `length` slots in use."""
         raise NotImplementedError
@@ -113,6 +120,16 @@ class KVCache(LayerState):
                 rows = torch.arange(len(slots), device=part.device)[:, None]
                 tensor[rows, :, slots] = part.transpose(1, 2).to(tensor.dtype)
         return [tensor[:, :, : span.end] for tensor in self.tensors]
+
+    def fork(self, rows: Tensor, length: int, slots: int) -> LayerState:
+        """See `LayerState.fork`."""
+        other = copy(self)
+        other.tensors = [
+            tensor.new_zeros(len(rows), tensor.shape[1], slots, tensor.shape[3]) for tensor in self.tensors
+        ]
+        for new, tensor in zip(other.tensors, self.tensors, strict=True):
+            new[:, :, :length] = tensor[rows, :, :length]
+        return other
 
     def replace(self, rows: Tensor, other: LayerState, length: int) -> None:
         """See `LayerState.replace`."""
@@ -236,6 +253,14 @@ class State:
         indices = torch.tensor(rows, device=self.device)
         for layer, new in zip(self.layers, other.layers, strict=True):
             layer.replace(indices, new, max(other.lengths))
+
+    def fork(self, rows: Sequence[int], more: int) -> State:
+        """Another state with copies of these rows, in this order, and room for `more` tokens each."""
+        other, length = copy(self), max(self.lengths[row] for row in rows)
+        other.lengths, other.dropped = ([values[row] for row in rows] for values in (self.lengths, self.dropped))
+        other.max_len, indices = length + more, torch.tensor(rows, device=self.device)
+        other.layers = [layer.fork(indices, length, other.max_len) for layer in self.layers]
+        return other
 
     def snapshot(self) -> StateSnapshot:
         """Snapshot for rollback, as for several continuations of one prompt."""

@@ -31,6 +31,7 @@ from minillama.runs.objectives import (
     with_new_names,
     words_with_new_names,
 )
+from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer.train import Kind
 
 CONVERSATION = 1024  # few are longer, and the memory of a row is that of its length
@@ -142,16 +143,6 @@ class OptimConfig:
     """Maximal update parametrization: width of the model whose learning rate all widths take; 0: the standard one."""
     mup_base_head_dim: int = field(default=0, metadata={"min": 0})
     """Width of that model's heads; 0: the model's own."""
-
-
-@dataclass(frozen=True)
-class ValidateConfig:
-    """Validation on held-out text."""
-
-    every: int = field(default=100, metadata={"min": 1})
-    """Steps between validations; there is one at step 0 and one at the end as well."""
-    tokens: int = field(default=0, metadata={"min": 0})
-    """Held-out tokens that are scored; 0: all."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +57,7 @@ def chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int = 64, he
 
 
 def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
-    """Draw training and validation loss of metrics.jsonl's records.
+    """Draw training and validation loss of metrics.jsonl's records, and accuracies on evaluation sets.
 
     Returns:
         Whether it was drawn: false without matplotlib (`pip install 'minillama[plot]'`).
@@ -73,6 +74,14 @@ def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
             axes.plot(*zip(*points, strict=True), label=key, **style)
     axes.set(xlabel="step", ylabel="nats per token", title=path.parent.name)
     axes.legend()
+    accuracies = dict.fromkeys(key for r in records for key in r if re.search(r"_acc(_norm|_pmi)?$", key))
+    if accuracies:
+        right = axes.twinx()
+        for key in accuracies:
+            points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+            right.plot(*zip(*points, strict=True), label=key, linestyle="--", marker=".")
+        right.set(ylabel="accuracy")
+        right.legend(loc="lower left")
     axes.grid(alpha=0.3)
     replace_file(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     return True

@@ -17,6 +17,7 @@ import torch
 
 import minillama
 from minillama.data.sources import cleaning_of
+from minillama.evaluate.decontaminate import record_of
 from minillama.runs.config import RunConfig
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
@@ -39,6 +40,7 @@ def provenance(config: RunConfig, step: int, fingerprints: Mapping[str, str], de
         "git": _git(Path(minillama.__file__).parent),
         "sources": [source.label for source in config.data.sources],
         "cleaned": {source.label: made for source in config.data.sources if (made := cleaning_of(source))},
+        "decontaminated": {source.label: record_of(Path(source.label)) for source in config.data.sources},
         **fingerprints,
     }
 

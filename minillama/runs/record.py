@@ -48,6 +48,13 @@ class RecordedRun:
         return [(line["step"], line[key]) for line in self.records if line.get(key) is not None]
 
     @property
+    def accuracies(self) -> list[str]:
+        """Names of the accuracies on evaluation sets that were measured."""
+        names = self.config.get("validate", {}).get("tasks", ())
+        keys = dict.fromkeys(key for line in self.records for key in line)
+        return [key for key in keys if any(key.startswith(f"{name}_acc") for name in names)]
+
+    @property
     def step(self) -> int:
         """The last step that is recorded."""
         return int(self.records[-1]["step"]) if self.records else 0
@@ -90,6 +97,7 @@ class RecordedRun:
             "val_loss": val_losses[-1][1] if val_losses else None,
             "best_val_loss": best[1],
             "best_step": best[0],
+            **{name: self.curve(name)[-1][1] for name in self.accuracies},
             "skipped_steps": len(self.skipped),
             "checkpoints": self.checkpoints,
             "starts": len(self.starts),

@@ -1,20 +1,49 @@
-"""Training diagnostics at about the cost of a step: update-to-weight ratio and largest attention logit."""
+"""Training diagnostics: update-to-weight ratio, largest attention logit, accuracy on evaluation sets."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minillama.evaluate.multiple_choice import outcomes
+from minillama.evaluate.tasks import named
 from minillama.inference.engine import evaluating
 from minillama.layers.attention import Attention
 from minillama.model import Decoder
+from minillama.runs.validation import ValidateConfig
+from minillama.tokenizer import Tokenizer
 from minillama.training.objectives import MODEL, Batch, Objective
 
 QUERIES = 256  # per chunk of scores
+
+
+class TaskAccuracy:
+    """Accuracy on the first items of evaluation sets, by the harness's prompts and without examples.
+
+    Raises:
+        InputError: a set that is not there.
+    """
+
+    def __init__(self, config: ValidateConfig, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        tasks = named(config.tasks) if config.tasks else {}
+        self.sets = {name: task.load(Path(config.data), "lm-eval", 0, config.items) for name, task in tasks.items()}
+        self.metrics = {name: task.forms["lm-eval"].metric for name, task in tasks.items()}
+
+    def __call__(self, model: Decoder) -> dict[str, float]:
+        """Accuracies under their names in metrics.jsonl, such as piqa_acc_norm."""
+        found = {}
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made anew for every length
+            for name, items in self.sets.items():
+                metric = self.metrics[name]
+                right = [outcome.is_right(metric) for outcome in outcomes(model, self.tokenizer, name, items)]
+                found[f"{name}_{metric}"] = sum(right) / len(right)
+        return found
 
 
 def matrices(model: nn.Module) -> list[Tensor]:

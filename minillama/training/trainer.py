@@ -32,7 +32,7 @@ from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.optim.groups import change_settings, make_optimizers
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.precision import choose_precision
-from minillama.training.probes import attention_logit_max, matrices, update_ratio
+from minillama.training.probes import TaskAccuracy, attention_logit_max, matrices, update_ratio
 from minillama.training.ranks import Ranks
 from minillama.training.state import TrainingState
 
@@ -73,6 +73,7 @@ class Trainer:
         self.guard, self.signals = Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.phase = "training"
+        self.accuracy = TaskAccuracy(config.validate, self.saved.tokenizer)
         trainable.check(config.stages, self.masters)
         model.checkpointing = config.train.checkpointing
         self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint.keep, self.saved.write, report)
@@ -245,6 +246,7 @@ class Trainer:
         self.phase = "evaluating"
         with self.signals.leaving_at_once():
             found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
+            found = {**found, **self.accuracy(self.working)}
         self.state.seconds += time.perf_counter() - began
         sample = {"sample": dict(self.objective.sample)} if self.objective.sample else {}
         append_line(self.folder.metrics, record | _finite(found) | {"seconds": self.state.seconds} | sample)

@@ -1,0 +1,197 @@
+"""Evaluation: multiple-choice sets, perplexity, pairwise judging.
+
+`eval judge A B` compares the answers of two models, see its --help.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from minillama.commands.progress import Progress
+from minillama.commands.tables import print_pairs, print_table
+from minillama.config.command_line import refuse_repeated
+from minillama.config.loader import check
+from minillama.errors import InputError
+from minillama.files import refuse_url, replace_text
+from minillama.inference.load import ModelArgs, Quantize
+
+if TYPE_CHECKING:
+    from minillama.commands.judge import Judge
+    from minillama.evaluate.results import ResultFolder
+    from minillama.evaluate.task import Item, Style, Task
+else:
+    from minillama.evaluate.task import Style
+
+
+@dataclass(frozen=True)
+class Args(ModelArgs):
+    """Command-line arguments."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
+    tasks: tuple[str, ...] = ()
+    """Sets: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, mmlu, or all; cmmlu."""
+    data: Path | None = None
+    """Folder of the sets, each in a folder of its name, in the forms in which they are published."""
+    style: Style = "lm-eval"
+    """Prompts and normalization: of EleutherAI's harness, of LLaMA's report, or of OLMES in its cloze or its
+    multiple-choice form."""
+    shots: int | None = field(default=None, metadata={"min": 0})
+    """Few-shot examples; the style's number unless given: 0, llama 5 for MMLU and CMMLU, olmes 5."""
+    limit: int = field(default=0, metadata={"min": 0})
+    """Items per set, the first ones, evenly over subjects; 0: all."""
+    output: Path | None = None
+    """Folder of the results, one per model: a line per item, and the summary as JSON and Markdown; evals/MODEL-ID
+    unless given. What it has already is not computed again."""
+    against: str = ""
+    """Model, or its folder of results: the paired difference on the same items."""
+    perplexity: Path | None = None
+    """Text file, or .jsonl of texts: perplexity and bits per byte instead of sets."""
+    context: int = field(default=0, metadata={"min": 0})
+    """Tokens per window with --perplexity; 0: the model's context."""
+    quantize: Quantize = "none"
+    """int8 or int4 weights, or auto as in generate; none: a quantized file is evaluated in float."""
+
+
+def parse(words: Sequence[str]) -> Args | Judge:
+    """Arguments of `eval`, or of `eval judge`."""
+    refuse_repeated(words)
+    if words and words[0] == "judge":
+        from minillama.commands.judge import Judge
+
+        return tyro.cli(Judge, args=list(words[1:]), prog="minillama eval judge", description=Judge.__doc__)
+    return tyro.cli(Args, args=list(words), prog="minillama eval", description=__doc__)
+
+
+def run(args: Args | Judge) -> int:
+    """Evaluate, and print a table."""
+    check(args)
+    if not isinstance(args, Args):
+        return args.run()
+    if bool(args.tasks) == (args.perplexity is not None):
+        raise InputError("give either --tasks or --perplexity", where="command line")
+    return _perplexity(args) if args.perplexity is not None else _tasks(args)
+
+
+def _perplexity(args: Args) -> int:
+    from minillama.data.sources import documents, parse_source
+    from minillama.evaluate.perplexity import Score, perplexity
+
+    texts = [document.text for document in documents(parse_source(str(args.perplexity)))]
+    model, tokenizer = args.load(args.quantize)
+    whole, words = Score(0.0, 0, 0), sum(len(re.split(r"\s+", text)) for text in texts)
+    progress = Progress("perplexity", sum(map(len, texts)))
+    for text in texts:
+        whole += perplexity(model, tokenizer, text, args.context)
+        progress.advance(len(text))
+    progress.stop()
+    counts = {"documents": len(texts), "tokens": whole.tokens, "words": words, "bytes": whole.bytes}
+    measures = {
+        "nats per token": whole.nats_per_token,
+        "perplexity per token": whole.perplexity,
+        "perplexity per word": math.exp(whole.nats / words),
+        "bits per byte": whole.bits_per_byte,
+    }
+    print_pairs("", counts | measures)
+    return 0
+
+
+def _tasks(args: Args) -> int:
+    from minillama.evaluate.results import read_outcomes
+    from minillama.evaluate.tasks import named
+
+    if args.data is None:
+        raise InputError("there is no folder of the sets", where="--data", fix="add --data DIR")
+    tasks = named(args.tasks)
+    items = {name: task.load(args.data, args.style, args.shots, args.limit) for name, task in tasks.items()}
+    others = None
+    if args.against:
+        is_result = (Path(args.against) / "items.jsonl").is_file()
+        if is_result:
+            others = read_outcomes(Path(args.against) / "items.jsonl")
+        else:
+            others = _evaluate(replace(args, model=args.against, output=None, adapter=()), items).known
+    folder = _evaluate(args, items)
+    return _report(args, tasks, items, folder, others)
+
+
+def _evaluate(args: Args, items: dict[str, list[Item]]) -> ResultFolder:
+    """Outcomes of all items; those in the model's folder are taken from there."""
+    from minillama.evaluate.multiple_choice import outcomes
+    from minillama.evaluate.results import ResultFolder
+
+    identity = _identity(args)
+    digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    folder = ResultFolder(args.output or Path("evals") / f"{Path(args.model).resolve().name}-{digest}", identity)
+    missing = {name: folder.missing(name, found) for name, found in items.items()}
+    total, left = sum(map(len, items.values())), sum(map(len, missing.values()))
+    known = f", {total - left} of them known" if left < total else ""
+    print(f"{args.model}: {total} items{known}; results in {folder.path}", file=sys.stderr)
+    if not left:
+        return folder
+    model, tokenizer = args.load(args.quantize)
+    progress = Progress("items", sum(map(_weight, (item for found in missing.values() for item in found))))
+    for name, found in missing.items():
+        weights = {item.id: _weight(item) for item in found}
+        for outcome in outcomes(model, tokenizer, name, found):
+            folder.add(outcome)
+            progress.advance(weights[outcome.id], name)
+    progress.stop()
+    return folder
+
+
+def _weight(item: Item) -> int:
+    """Characters to read, for the time left."""
+    return len(item.pairs[0][0]) + sum(len(end) for _, end in item.pairs)
+
+
+def _identity(args: Args) -> dict[str, Any]:
+    """What the outcomes of a model depend on; of its files name, size and time."""
+    paths = [args.model, *([args.tokenizer] if args.tokenizer else []), *args.adapter]
+    stats = []
+    for path in map(Path, paths):
+        refuse_url(path)
+        for file in sorted(path.iterdir()) if path.is_dir() else [path] * path.exists():
+            status = file.stat()
+            stats.append([file.name, status.st_size, status.st_mtime_ns])
+    files = sha256(json.dumps(stats).encode()).hexdigest()[:16]
+    names = {"model": args.model, "tokenizer": args.tokenizer, "adapter": list(args.adapter)}
+    return {**names, "dtype": args.dtype, "quantize": args.quantize, "files": files}
+
+
+def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], folder: ResultFolder, others: Any) -> int:
+    import minillama
+    from minillama.evaluate.results import markdown, mean_of, summary, table
+
+    sets = {n: summary(task, args.style, folder.of(n, items[n]), others) for n, task in tasks.items()}
+    headers, rows = table(sets)
+    print_table(headers[0], headers[1:], rows)
+    notes = [f"{args.model}, style {args.style}, percent ± standard error; * the accuracy that the style reports."]
+    if others is not None:
+        notes.append(
+            f"difference: * of the model less that of {args.against}, on the same items, with its 95 % interval."
+        )
+    notes += [
+        f"{one['title']}: mean of {len(one['subjects'])} subjects {100 * one['mean_of_subjects']:.2f}."
+        for one in sets.values()
+        if "subjects" in one
+    ]
+    print("\n".join(notes))
+    shots = "" if args.shots is None else f"-{args.shots}shot"
+    settings = {"style": args.style, "shots": args.shots, "limit": args.limit, "against": args.against or None}
+    value = {"minillama": minillama.__version__, **folder.model, **settings, "sets": sets}
+    value |= {"mean": mean_of(sets)._asdict()}
+    for ending, text in ((".json", json.dumps(value, indent=2) + "\n"), (".md", markdown(sets, notes))):
+        path = replace_text(folder.path / f"{args.style}{shots}{ending}", text)
+        print(f"written: {path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,130 @@
+"""Comparison of the answers of two models by a judge."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from minillama.commands.progress import Progress
+from minillama.commands.tables import print_table
+from minillama.errors import InputError
+from minillama.files import complete_lines, replace_text
+from minillama.inference.load import DType, ModelArgs, Quantize
+
+if TYPE_CHECKING:
+    from minillama.evaluate.judge import Ask, Question, Verdict
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Ask a judge whose answers are better, in both orders; a win counts if both verdicts agree."""
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """A model, or a .jsonl file of its answers (question_id, choices[0].turns)."""
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """The other one."""
+    judge: str
+    """Model that judges, by its chat template."""
+    questions: Path | None = None
+    """.jsonl file in the form of Vicuna (text), MT-bench (turns) or Ziya (task, kind, question, reference); 30 of the
+    last form, in English and Chinese, unless given."""
+    mode: Literal["pairwise", "single"] = "pairwise"
+    """pairwise: which of the two is better; single: ratings from 1 to 10, of each alone."""
+    output: Path = Path("judged")
+    """Folder of answers, verdicts, figures and the HTML report; verdicts that it has are not asked for again."""
+    max_new_tokens: int = field(default=512, metadata={"min": 1})
+    """New tokens of an answer at most."""
+    judge_tokens: int = field(default=512, metadata={"min": 1})
+    """New tokens of a verdict at most."""
+    template: str = ""
+    """Chat template of A and B instead of their own."""
+    limit: int = field(default=0, metadata={"min": 0})
+    """The first so many questions; 0: all."""
+    dtype: DType = "auto"
+    """Weight dtype, see generate."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    quantize: Quantize = "auto"
+    """Weight quantization, see generate."""
+
+    def run(self) -> int:
+        """Compare."""
+        from minillama.evaluate import judge, judge_report
+
+        if "://" in self.judge:
+            what, expected = "a judge behind a URL is not supported yet", "a local model"
+            raise InputError(what, where="--judge", found=self.judge, expected=expected)
+        questions = judge.read_questions(self.questions or judge.QUESTIONS)[: self.limit or None]
+        names = [f"{side}: {_name(path)}" for side, path in zip("AB", (self.a, self.b), strict=True)]
+        ours, theirs = (self._answers(path, questions) for path in (self.a, self.b))
+        if self.mode == "pairwise":
+            verdicts = self._verdicts(judge.pairwise_prompts(questions, ours, theirs))
+            table = judge_report.pairwise(questions, ours, theirs, judge_report.values_of(verdicts))
+        else:
+            prompts = judge.single_prompts(questions, ours, "a") | judge.single_prompts(questions, theirs, "b")
+            verdicts = self._verdicts(prompts)
+            table = judge_report.single(questions, judge_report.values_of(verdicts))
+        lengths = (sum(len(text) for turns in own for text in turns) / len(questions) for own in (ours, theirs))
+        shown = (
+            f"{name} with {length:.0f} characters per question" for name, length in zip(names, lengths, strict=True)
+        )
+        table.notes.append("; ".join(shown))
+        print_table(table.headers[0], table.headers[1:], table.rows)
+        print("\n".join(table.notes))
+        settings = {"a": self.a, "b": self.b, "judge": self.judge, "mode": self.mode, "questions": len(questions)}
+        value = settings | {"results": table.figures, "notes": table.notes}
+        texts = {key.rpartition("/")[0]: verdict.text for key, verdict in verdicts.items()}
+        for ending, text in (
+            (".json", json.dumps(value, indent=2, ensure_ascii=False) + "\n"),
+            (".html", judge_report.page(names, table, questions, (ours, theirs), texts)),
+        ):
+            print(f"written: {replace_text(self.output / (self.mode + ending), text)}", file=sys.stderr)
+        return 0
+
+    def _load(self, path: str, template: str = "") -> Ask:
+        from minillama.evaluate.judge import LocalModel
+
+        model, tokenizer = ModelArgs(path, None, self.dtype, self.device).load(self.quantize, compiles=True)
+        return LocalModel(model, tokenizer, template)
+
+    def _answers(self, path: str, questions: Sequence[Question]) -> list[list[str]]:
+        from minillama.evaluate import judge
+
+        if path.endswith(".jsonl"):
+            return judge.read_answers(Path(path), questions)
+        print(f"{path}: answering {len(questions)} questions", file=sys.stderr)
+        found = judge.answer(self._load(path, self.template), questions, self.max_new_tokens)
+        lines = [
+            json.dumps({"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}, ensure_ascii=False) + "\n"
+            for one, turns in zip(questions, found, strict=True)
+        ]
+        replace_text(self.output / f"answers-{_name(path)}.jsonl", "".join(lines))
+        return found
+
+    def _verdicts(self, prompts: Mapping[str, Any]) -> dict[str, Verdict]:
+        from minillama.evaluate.judge import Verdict, ask_verdicts
+
+        path = self.output / f"verdicts-{_name(self.judge)}.jsonl"
+        known = {one.key: one for one in (Verdict(**json.loads(line)) for line in complete_lines(path))}
+        left = {key: prompt for key, prompt in prompts.items() if key not in known}
+        if left:
+            self.output.mkdir(parents=True, exist_ok=True)
+            ask, progress = self._load(self.judge), Progress("verdicts", len(left))
+            with path.open("a", encoding="utf-8") as file:
+                for verdict in ask_verdicts(ask, left, self.judge_tokens, self.mode):
+                    file.write(json.dumps(verdict._asdict(), ensure_ascii=False) + "\n")
+                    file.flush()
+                    known[verdict.key] = verdict
+                    progress.advance(1)
+            progress.stop()
+        return {key: known[key] for key in prompts}
+
+
+def _name(path: str) -> str:
+    return Path(path).resolve().name.removesuffix(".jsonl")

@@ -1,0 +1,48 @@
+"""Progress with the time left, on standard error: a bar on a terminal, a line every ten seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress:
+    """Progress towards a total.
+
+    Args:
+        name: of what is done.
+        total: in any unit that time is proportional to.
+    """
+
+    def __init__(self, name: str, total: int, every: float = 10.0) -> None:
+        self.name, self.total, self.every = name, total, every
+        self.done, self.began = 0, time.monotonic()
+        self.shown = self.began
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        self.bar = Bar(*columns, console=console, transient=True) if console.is_terminal else None
+        if self.bar is not None:
+            self.task = self.bar.add_task(name, total=total)
+            self.bar.start()
+
+    def advance(self, amount: int, name: str = "") -> None:
+        """Add what has been done."""
+        self.done, self.name = self.done + amount, name or self.name
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=self.name)
+        now = time.monotonic()
+        if self.bar is None and now - self.shown >= self.every:
+            self.shown, seconds = now, (now - self.began) * (self.total - self.done) / self.done
+            share = self.done / self.total
+            print(
+                f"{self.name}: {share:.0%}, {seconds // 60:.0f}:{seconds % 60:02.0f} left", file=sys.stderr, flush=True
+            )
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.stop()

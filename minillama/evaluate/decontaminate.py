@@ -1,0 +1,157 @@
+"""Decontamination: n-grams of training text that evaluation sets have. Brown et al. 2020, arXiv 2005.14165, C."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minillama.data.cleaning.words import words
+from minillama.data.reading import BadText, holds_records, read_file, read_records
+from minillama.errors import InputError
+from minillama.evaluate.tasks import TASKS
+from minillama.files import digest, replace_text
+
+SHORTEST = 8  # words of a text that is shorter than n and still looked for, as a whole
+
+
+class Hit(NamedTuple):
+    """Overlap of a document with an item."""
+
+    where: str
+    set: str
+    item: str
+    words: str
+
+
+def normalized(text: str) -> list[str]:
+    """Words in lower case without punctuation; a Chinese character is a word."""
+    return [word for word in words(unicodedata.normalize("NFKC", text).lower()) if word[0].isalnum()]
+
+
+class Index:
+    """n-grams of evaluation sets.
+
+    Args:
+        folder: of the sets; all of a set's parts but the training part count.
+        n: words per n-gram. A text of fewer is one n-gram if it has 8 or more.
+
+    Attributes:
+        items: number of items by set; `short` those without any n-gram.
+
+    Raises:
+        InputError: there is no set in the folder, or n is below 1.
+    """
+
+    def __init__(self, folder: Path, n: int = 13) -> None:
+        self.n, self.first = n, min(n, SHORTEST)
+        self.grams: dict[tuple[str, ...], dict[tuple[str, ...], tuple[str, str]]] = {}
+        self.items: dict[str, int] = {}
+        self.short = 0
+        for name, task in TASKS.items():
+            for number, (where, problem) in enumerate(task.problems(folder)):
+                self.items[name] = number + 1
+                texts = [*problem.fields.values(), *problem.choices]
+                joined = f"{problem.fields['question']} {problem.choices[problem.gold]}"
+                self.short += not sum(self._add(text, name, where) for text in dict.fromkeys([*texts, joined]))
+        if not self.items:
+            raise InputError("there is no evaluation set in this folder", where=folder, expected=", ".join(TASKS))
+
+    def _add(self, text: str, name: str, where: str) -> int:
+        found = normalized(text)
+        size = self.n if len(found) >= self.n else len(found)
+        if size < self.first:
+            return 0
+        for start in range(len(found) - size + 1):
+            gram = tuple(found[start : start + size])
+            self.grams.setdefault(gram[: self.first], {}).setdefault(gram, (name, where))
+        return len(found) - size + 1
+
+    def hits(self, text: str, where: str) -> list[Hit]:
+        """Items of which a document has an n-gram, each once with its first."""
+        found, known = normalized(text), {}
+        for start in range(len(found) - self.first + 1):
+            for gram, (name, item) in self.grams.get(tuple(found[start : start + self.first]), {}).items():
+                if (name, item) not in known and tuple(found[start : start + len(gram)]) == gram:
+                    known[name, item] = Hit(where, name, item, " ".join(gram))
+        return [*known.values()]
+
+
+class Text(NamedTuple):
+    """Document of a file: its line as it stands, the text that is compared, and its location."""
+
+    line: str
+    text: str
+    where: str
+
+
+def texts(path: Path) -> Iterator[Text]:
+    """Documents: the records of a JSON or JSONL file with all their strings, or the paragraphs of a text.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    if holds_records(path):
+        for record in read_records(path):
+            if isinstance(record, BadText):
+                raise InputError(record.what, where=record.where, found=record.found, expected=record.expected)
+            line = json.dumps(record.value, ensure_ascii=False)
+            yield Text(line, " \n".join(_strings(record.value)), record.where)
+        return
+    for document in read_file(path, "text"):
+        if isinstance(document, BadText):
+            raise InputError(document.what, where=document.where, found=document.found, expected=document.expected)
+        for number, paragraph in enumerate(re.split(r"\n\s*\n", document.text), 1):
+            yield Text(paragraph + "\n", paragraph, f"{path}, paragraph {number}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+@dataclass(frozen=True)
+class Decontaminated:
+    """Record beside a decontaminated file, which a run's provenance repeats."""
+
+    sha256: str
+    source: str
+    n: int
+    items: dict[str, int]
+    documents: int
+    removed: int
+
+
+def marker(path: Path) -> Path:
+    """Place of the record beside a file."""
+    return path.with_name(path.name + ".decontaminated.json")
+
+
+def write(path: Path, source: Path, index: Index, kept: Iterable[str], removed: int) -> Decontaminated:
+    """Write the documents that are kept, and the record beside them."""
+    lines = list(kept)
+    replace_text(path, "".join(line + "\n" for line in lines))
+    record = Decontaminated(digest(path), str(source), index.n, index.items, len(lines) + removed, removed)
+    replace_text(marker(path), json.dumps(asdict(record), indent=2) + "\n")
+    return record
+
+
+def record_of(path: Path) -> dict[str, Any] | None:
+    """Record of a file, if it has one and is still the file that was written."""
+    try:
+        record: dict[str, Any] = json.loads(marker(path).read_text(encoding="utf-8"))
+        return record if record["sha256"] == digest(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def by_set(hits: Sequence[Hit], items: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Items of each set of which a document has an n-gram, and all of its items."""
+    return {name: (len({hit.item for hit in hits if hit.set == name}), count) for name, count in items.items()}

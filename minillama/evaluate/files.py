@@ -1,0 +1,113 @@
+"""Files of an evaluation set in its published forms: JSONL with label files, CSV, TSV, Parquet."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minillama.data.reading import BadText, read_records
+from minillama.errors import InputError, optional_import
+from minillama.files import reading
+
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")  # in the order in which they are preferred
+PACKED = (".gz", ".zst", ".bz2")
+NAMES = {"val": "validation", "valid": "validation"}
+SPLITS = ("train", "validation", "dev", "test")
+
+
+class Row(NamedTuple):
+    """Record as its file has it, the split that the file's name says, and file and line."""
+
+    value: dict[str, Any]
+    where: str
+
+
+def suffix(path: Path) -> str:
+    """Format of a file, by its name."""
+    return (path.with_suffix("") if path.suffix in PACKED else path).suffix.lower()
+
+
+def find(folders: Sequence[Path], wanted: str = "", unwanted: str = "") -> dict[str, list[Path]]:
+    """Data files by split, those of one format.
+
+    Args:
+        folders: where to look, at any depth; a split is a word of a file's path in it.
+        wanted: pattern that a path must match.
+        unwanted: pattern that it must not.
+    """
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder.parent).as_posix().lower()
+            if suffix(path) not in SUFFIXES or not re.search(wanted, name) or (unwanted and re.search(unwanted, name)):
+                continue
+            words = re.split(r"[^a-z]+", path.relative_to(folder).as_posix().lower())
+            splits = [split for word in words if (split := NAMES.get(word, word)) in SPLITS]
+            if splits:
+                found.setdefault(splits[-1], []).append(path)
+    return {split: _one_format(paths) for split, paths in found.items()}
+
+
+def _one_format(paths: Sequence[Path]) -> list[Path]:
+    best = min(map(suffix, paths), key=SUFFIXES.index)
+    same = [path for path in paths if suffix(path) == best]
+    whole = [path for path in same if path.parent.name == "all"]  # Hugging Face has it beside the subjects
+    return whole or same
+
+
+def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Records of a file.
+
+    Args:
+        path: the file. The labels of `NAME.jsonl` may lie in `NAME-labels.lst` beside it, line by line.
+        columns: names for those of a CSV file without a header; none if it has one.
+
+    Raises:
+        InputError: a file that is damaged or does not agree with its labels.
+    """
+    rows = list(_rows(path, columns))
+    stem = path.name.removesuffix(path.suffix if path.suffix in PACKED else "")
+    labels = path.with_name(Path(stem).stem + "-labels.lst")
+    if suffix(path) in (".jsonl", ".json") and labels.exists() and not (rows and "answer" in rows[0].value):
+        with reading(labels):
+            found = labels.read_text(encoding="utf-8").split()
+        if len(found) != len(rows):
+            raise InputError("labels and records differ in number", where=labels, found=len(found), expected=len(rows))
+        rows = [Row(row.value | {"label": label}, row.where) for row, label in zip(rows, found, strict=True)]
+    yield from rows
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    kind = suffix(path)
+    if kind in (".jsonl", ".json"):
+        for record in read_records(path):
+            if isinstance(record, BadText):
+                raise InputError(record.what, where=record.where, found=record.found, expected=record.expected)
+            yield Row(record.value, record.where)
+        return
+    with reading(path):
+        if kind == ".parquet":
+            table = optional_import("pyarrow.parquet", "a .parquet file", "data").read_table(path)
+            yield from (Row(row, f"{path}, row {i}") for i, row in enumerate(table.to_pylist(), 1))
+        elif kind == ".txt":
+            yield from _six_lines(path)
+        else:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                tsv = kind == ".tsv"
+                rows = csv.reader(file, delimiter=",\t"[tsv], quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
+                names = columns or next(rows)
+                yield from (Row(dict(zip(names, row, strict=False)), f"{path}:{rows.line_num}") for row in rows)
+
+
+def _six_lines(path: Path) -> Iterator[Row]:
+    """HellaSwag as text: context, label, four endings, a line each."""
+    lines = (bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()).decode().splitlines()
+    if len(lines) % 6:
+        raise InputError("not six lines per record", where=path, found=f"{len(lines)} lines")
+    for start in range(0, len(lines), 6):
+        query, label, *endings = lines[start : start + 6]
+        yield Row({"query": query, "choices": endings, "gold": label}, f"{path}:{start + 1}")

@@ -1,0 +1,195 @@
+"""Judging by a model: pairwise in both orders, and single ratings (MT-bench, Zheng et al. 2023, arXiv 2306.05685).
+
+The prompts are our own; verdicts have MT-bench's form: [[A]], [[B]], [[C]] for a tie, [[7]] for a rating of 1 to 10.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from minillama.data.reading import BadText, Record, read_records
+from minillama.errors import InputError
+from minillama.inference.chat import ChatPrompts, Messages
+from minillama.inference.engine import Engine
+from minillama.inference.generate import Completion, generate
+from minillama.inference.sampling import Sampling
+from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer
+
+Ask = Callable[[Sequence[Messages], int, Sampling], list[Completion]]
+"""Conversations, new tokens at most, sampling -> one completion each."""
+Answers = Sequence[Sequence[str]]
+"""Per question one answer per turn."""
+QUESTIONS = Path(__file__).with_name("questions.jsonl")
+TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # others 0, as in MT-bench
+VERDICT = {"pairwise": r"\[\[([ABC])\]\]", "single": r"\[\[(\d+(?:\.\d+)?)\]\]"}
+COMPARE = (
+    "You are an impartial judge. Two assistants, A and B, answered the same user. Decide which answers are more "
+    "helpful, correct, relevant and clear. Neither the order in which they are shown nor their length may count. Give "
+    "your reasons in a few sentences, and then the verdict on a line of its own: [[A]] if A is better, [[B]] if B is "
+    "better, [[C]] if they are equally good."
+)
+RATE = (
+    "You are an impartial judge. Rate how helpful, correct, relevant and clear an assistant's answer is, from 1 to 10. "
+    "Its length may not count. Give your reasons in a few sentences, and then the rating on a line of its own, in this "
+    "form: [[5]]"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Question of one or more turns, with what a good answer would be, if that is known."""
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+    reference: tuple[str, ...] = ()
+
+
+class Verdict(NamedTuple):
+    """Verdict on a turn: `A`, `B` or `C` in the order that was shown, a rating, or None if there was none."""
+
+    key: str
+    text: str
+    value: str | None
+
+
+class LocalModel:
+    """A local model that is asked by its chat template; a conversation that fills its context gets no answer."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str = "", rows: int = 16) -> None:
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+        self.encode = ChatPrompts(tokenizer, template)
+        model.stop_ids |= self.encode.stop_ids
+
+    def __call__(self, prompts: Sequence[Messages], max_new_tokens: int, sampling: Sampling) -> list[Completion]:
+        """See `Ask`."""
+        ids = [self.encode(prompt) for prompt in prompts]
+        fits = [i for i, one in enumerate(ids) if len(one) < self.model.config.max_seq_len - 2]
+        engine, found = Engine(self.model, self.rows, None), [Completion("", (), "context")] * len(ids)
+        asked = [ids[i] for i in fits]
+        made = generate(self.model, self.tokenizer, asked, max_new_tokens, sampling, engine=engine)
+        for i, one in zip(fits, made, strict=True):
+            found[i] = one
+        return found
+
+
+def _records(path: Path) -> Iterator[Record]:
+    for record in read_records(path):
+        if isinstance(record, BadText):
+            raise InputError(record.what, where=record.where, found=record.found, expected=record.expected)
+        yield record
+
+
+def read_questions(path: Path = QUESTIONS) -> list[Question]:
+    """Questions in the form of Vicuna (text), MT-bench (turns) or Ziya (task, kind, question, reference).
+
+    Raises:
+        InputError: a line that has none of these forms, or no line.
+    """
+    found = []
+    for number, (value, where) in enumerate(((record.value, record.where) for record in _records(path)), 1):
+        turns = value.get("turns") or [value.get("text") or value.get("question")]
+        if not all(isinstance(turn, str) and turn for turn in turns):
+            expected = "text (Vicuna), turns (MT-bench) or question (Ziya)"
+            raise InputError("this is not a question", where=where, found=", ".join(value), expected=expected)
+        reference = value.get("reference") or []
+        reference = [reference] if isinstance(reference, str) else reference
+        category = str(value.get("category") or value.get("task") or "all")
+        found.append(Question(str(value.get("question_id", number)), category, tuple(turns), tuple(reference)))
+    if not found:
+        raise InputError("there is no question", where=path)
+    return found
+
+
+def read_answers(path: Path, questions: Sequence[Question]) -> list[list[str]]:
+    """Answers of a file in MT-bench's form (question_id, choices[0].turns), in the order of the questions.
+
+    Raises:
+        InputError: a line of another form, or one is missing.
+    """
+    known: dict[str, list[str]] = {}
+    for record in _records(path):
+        try:
+            known[str(record.value["question_id"])] = record.value["choices"][0]["turns"]
+        except (KeyError, IndexError, TypeError):
+            expected = "question_id, choices[0].turns"
+            raise InputError("this is not an answer", where=record.where, expected=expected) from None
+    for question in questions:
+        if len(known.get(question.id, [])) < len(question.turns):
+            raise InputError("an answer is missing", where=path, found=f"too few turns for question {question.id}")
+    return [known[question.id] for question in questions]
+
+
+def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512, seed: int = 0) -> list[list[str]]:
+    """Answers to each turn, the earlier ones in the conversation; temperatures by category as in MT-bench."""
+    answers: list[list[str]] = [[] for _ in questions]
+    for turn in range(max(len(question.turns) for question in questions)):
+        by_heat: dict[float, list[int]] = {}
+        for i, question in enumerate(questions):
+            if turn < len(question.turns):
+                by_heat.setdefault(TEMPERATURE.get(question.category, 0.0), []).append(i)
+        for heat, rows in by_heat.items():
+            asked = [_dialog(questions[i].turns, answers[i]) for i in rows]
+            for i, one in zip(rows, ask(asked, max_new_tokens, Sampling(temperature=heat, seed=seed)), strict=True):
+                answers[i].append(one.text)
+    return answers
+
+
+def _dialog(turns: Sequence[str], answers: Sequence[str]) -> Messages:
+    """Messages up to the first turn without an answer."""
+    said = [{"role": "user", "content": turn} for turn in turns]
+    replies = [{"role": "assistant", "content": reply} for reply in answers]
+    return [*chain(*zip(said, replies, strict=False)), said[len(answers)]]
+
+
+def pairwise_prompts(questions: Sequence[Question], ours: Answers, theirs: Answers) -> dict[str, Messages]:
+    """Prompts of every turn in both orders; the key is question/turn/order/hash of the prompt."""
+    prompts: dict[str, Messages] = {}
+    for question, a, b in zip(questions, ours, theirs, strict=True):
+        for turn in range(len(question.turns)):
+            for order, (first, second) in enumerate(((a, b), (b, a))):
+                shown = {"Assistant A": first, "Assistant B": second}
+                prompts |= _prompt(question, turn, shown, COMPARE, str(order))
+    return prompts
+
+
+def single_prompts(questions: Sequence[Question], answers: Answers, side: str) -> dict[str, Messages]:
+    """Prompts for a rating of every turn; the key is question/turn/side/hash of the prompt."""
+    prompts: dict[str, Messages] = {}
+    for question, own in zip(questions, answers, strict=True):
+        for turn in range(len(question.turns)):
+            prompts |= _prompt(question, turn, {"Assistant": own}, RATE, side)
+    return prompts
+
+
+def _prompt(
+    question: Question, turn: int, shown: Mapping[str, Sequence[str]], task: str, name: str
+) -> dict[str, Messages]:
+    parts = [task] + ["The conversation has several turns. Judge the answer to the last one."] * (turn > 0)
+    if turn < len(question.reference):
+        parts.append(f"<reference>\n{question.reference[turn]}\n</reference>")
+    for who, answers in shown.items():
+        turns = zip(question.turns[: turn + 1], answers, strict=False)
+        said = "\n\n".join(f"User: {text}\n\n{who}: {reply}" for text, reply in turns)
+        parts.append(f"<{who}>\n{said}\n</{who}>")
+    text = "\n\n".join(parts)
+    key = f"{question.id}/{turn}/{name}/{sha256(text.encode()).hexdigest()[:12]}"
+    return {key: [{"role": "user", "content": text}]}
+
+
+def ask_verdicts(ask: Ask, prompts: Mapping[str, Messages], max_new_tokens: int, mode: str) -> Iterator[Verdict]:
+    """Verdicts by key, greedily, 16 at a time; the last one of a text counts."""
+    asked = [*prompts.items()]
+    for start in range(0, len(asked), 16):
+        part = asked[start : start + 16]
+        found = ask([prompt for _, prompt in part], max_new_tokens, Sampling(temperature=0))
+        for (key, _), one in zip(part, found, strict=True):
+            values = re.findall(VERDICT[mode], one.text)
+            yield Verdict(key, one.text, values[-1] if values else None)

@@ -1,0 +1,137 @@
+"""Multiple-choice scoring: tokens of contexts and continuations, sums of log-probabilities per choice, accuracies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any
+
+from minillama.errors import InputError
+from minillama.evaluate.likelihood import score
+from minillama.evaluate.task import Item
+from minillama.inference.generate import blanks_of
+from minillama.model import Decoder
+from minillama.tokenizer import Tokenizer
+
+Encoded = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores of an item.
+
+    Args:
+        prompt: the first 16 digits of the SHA-256 of the item's texts, by which equal questions are known.
+        nats: ln P(continuation | context) per choice.
+        characters: of the answers; none where lengths mean nothing.
+        bytes: of the answers in UTF-8.
+        prior: ln P(continuation | "Answer:"), where the style needs it.
+    """
+
+    task: str
+    id: str
+    prompt: str
+    subject: str
+    gold: int
+    nats: list[float]
+    characters: list[int]
+    bytes: list[int]
+    prior: list[float]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the accuracies that can be computed."""
+        return ["acc", *["acc_norm", "acc_bytes"] * bool(self.characters), *["acc_pmi"] * bool(self.prior)]
+
+    def choice(self, metric: str = "acc") -> int:
+        """Index of the model's choice; the first of equals.
+
+        Args:
+            metric: acc: the highest sum of log-probabilities; acc_norm: per character; acc_bytes: per byte; acc_pmi:
+                less the sum behind "Answer:" alone.
+        """
+        nats = self.nats
+        if metric in ("acc_norm", "acc_bytes"):
+            lengths = self.characters if metric == "acc_norm" else self.bytes
+            nats = [value / max(1, length) for value, length in zip(nats, lengths, strict=True)]
+        elif metric == "acc_pmi":
+            nats = [value - prior for value, prior in zip(nats, self.prior, strict=True)]
+        return nats.index(max(nats))
+
+    def is_right(self, metric: str = "acc") -> bool:
+        """Whether the choice is the right one."""
+        return self.choice(metric) == self.gold
+
+    def to_json(self) -> str:
+        """Line of a file."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def of(cls, value: dict[str, Any]) -> Outcome:
+        """Outcome of a line's object."""
+        return cls(**value)
+
+
+def fingerprint(item: Item) -> str:
+    """See `Outcome.prompt`."""
+    return sha256(json.dumps([item.pairs, item.choices, item.gold, item.prior]).encode()).hexdigest()[:16]
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], special: bool = False) -> list[Encoded]:
+    """Token ids of contexts and continuations, each pair encoded as one text and split behind the context.
+
+    Whitespace at the end of a context belongs to the continuation. An empty context is the bos token. Where a token
+    crosses the boundary, the continuation is encoded by itself, as text behind other text.
+
+    Args:
+        tokenizer: the model's; its bos token comes first if it adds one, and never twice.
+        pairs: context and continuation.
+        special: parse the names of special tokens, for contexts by a chat template.
+
+    Raises:
+        InputError: an empty continuation.
+    """
+    moved = [(before := context.rstrip(), context[len(before) :] + end) for context, end in pairs]
+    if not all(end for _, end in moved):
+        raise InputError("an empty continuation", found=next(pair for pair in pairs if not pair[1]))
+    texts = list(dict.fromkeys([*(before for before, _ in moved), *(before + end for before, end in moved)]))
+    encoded = [tokenizer.encode(text, special=True) for text in texts] if special else tokenizer.encode_batch(texts)
+    known, found = dict(zip(texts, encoded, strict=True)), []
+    for before, end in moved:
+        ids, whole = known[before], known[before + end]
+        if not before:
+            rest = whole[1:] if whole[:1] == [tokenizer.bos_id] and len(whole) > 1 else whole
+            found.append(([tokenizer.bos_id], rest))
+        else:
+            fits = len(whole) > len(ids) and whole[: len(ids)] == ids
+            bos = [tokenizer.bos_id] * (tokenizer.add_bos and ids[:1] != [tokenizer.bos_id])
+            found.append(([*bos, *ids], whole[len(ids) :] if fits else tokenizer.encode_inside(end)))
+    return found
+
+
+def outcomes(model: Decoder, tokenizer: Tokenizer, task: str, items: Sequence[Item]) -> Iterator[Outcome]:
+    """Scores of a set's items, in the order in which they are ready.
+
+    Raises:
+        InputError: the tokenizer is not the model's; see `score`.
+    """
+    blanks = blanks_of(model, tokenizer)
+    priors = list(dict.fromkeys(pair for item in items for pair in item.prior))
+    known = dict(score(model, [[pair] for pair in encode_pairs(tokenizer, priors)], blanks))
+    prior = {pair: known[i][0].nats for i, pair in enumerate(priors)}
+    encoded = iter(encode_pairs(tokenizer, [pair for item in items for pair in item.pairs]))
+    for i, found in score(model, [[next(encoded) for _ in item.pairs] for item in items], blanks):
+        item = items[i]
+        yield Outcome(
+            task,
+            item.id,
+            fingerprint(item),
+            item.subject,
+            item.gold,
+            [likelihood.nats for likelihood in found],
+            [len(choice) for choice in item.choices],
+            [len(choice.encode()) for choice in item.choices],
+            [prior[pair] for pair in item.prior],
+        )

@@ -1,0 +1,166 @@
+"""Results of an evaluation in a folder: a line per item, from which a stopped one goes on, and the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillama.errors import InputError
+from minillama.evaluate.comparison import Estimate, average, estimate, paired
+from minillama.evaluate.multiple_choice import Outcome, fingerprint
+from minillama.evaluate.task import Item, Task
+from minillama.files import complete_lines, reading, replace_text
+
+ITEMS, MODEL = "items.jsonl", "model.json"
+Key = tuple[str, str, str]
+
+
+class ResultFolder:
+    """Folder of one model's outcomes, in any style.
+
+    Args:
+        path: the folder; made if it is not there.
+        model: what the outcomes depend on besides the items.
+
+    Attributes:
+        known: outcomes by set, id and prompt.
+
+    Raises:
+        InputError: it has another model's.
+    """
+
+    def __init__(self, path: Path, model: Mapping[str, Any]) -> None:
+        self.path, self.model = path, dict(model)
+        if (path / MODEL).exists():
+            saved = _json(path / MODEL)
+            changed = sorted(key for key in saved.keys() | model.keys() if saved.get(key) != model.get(key))
+            if changed:
+                found = ", ".join(f"{key} {saved.get(key)!r}" for key in changed)
+                expected = ", ".join(f"{key} {model.get(key)!r}" for key in changed)
+                what = "this folder has the results of another model"
+                raise InputError(what, where=path, found=found, expected=expected, fix="give another --output")
+        else:
+            replace_text(path / MODEL, json.dumps(self.model, indent=2) + "\n")
+        self.known = read_outcomes(path / ITEMS)
+
+    def missing(self, name: str, items: Sequence[Item]) -> list[Item]:
+        """Items of a set without an outcome."""
+        return [item for item in items if (name, item.id, fingerprint(item)) not in self.known]
+
+    def add(self, outcome: Outcome) -> None:
+        """Append an outcome to the file."""
+        self.known[outcome.task, outcome.id, outcome.prompt] = outcome
+        with reading(self.path / ITEMS, "the results"), (self.path / ITEMS).open("a", encoding="utf-8") as file:
+            file.write(outcome.to_json() + "\n")
+
+    def of(self, name: str, items: Sequence[Item]) -> list[Outcome]:
+        """Outcomes of a set's items that there are."""
+        keys = ((name, item.id, fingerprint(item)) for item in items)
+        return [self.known[key] for key in keys if key in self.known]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        with reading(path):
+            return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError("this file is not JSON", where=path, found=error) from None
+
+
+def read_outcomes(path: Path) -> dict[Key, Outcome]:
+    """Outcomes of a file.
+
+    Raises:
+        InputError: a line that is not an outcome.
+    """
+    known = {}
+    for number, line in enumerate(complete_lines(path), 1):
+        try:
+            outcome = Outcome.of(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise InputError("this line is not an outcome", where=f"{path}:{number}", found=error) from None
+        known[outcome.task, outcome.id, outcome.prompt] = outcome
+    return known
+
+
+def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Key, Outcome] | None) -> dict[str, Any]:
+    """Figures of a set: accuracies with standard errors, the best constant answer, and the paired difference.
+
+    Args:
+        found: outcomes, at least one.
+        others: of another model.
+
+    Raises:
+        InputError: the other model has none of these items.
+    """
+    own = task.forms[style].metric
+    values: dict[str, Any] = {"title": task.title, "items": len(found), "metric": own}
+    for metric in found[0].metrics:
+        accuracy = estimate([one.is_right(metric) for one in found])
+        values |= {metric: accuracy.mean, f"{metric}_stderr": accuracy.error}
+    golds = [one.gold for one in found]
+    values["constant"] = max(map(golds.count, set(golds))) / len(golds)
+    subjects: dict[str, list[bool]] = {}
+    for one in found:
+        subjects.setdefault(one.subject, []).append(one.is_right(own))
+    if len(subjects) > 1:
+        means = {name: sum(right) / len(right) for name, right in sorted(subjects.items())}
+        values |= {"mean_of_subjects": sum(means.values()) / len(means), "subjects": means}
+    if others is not None:
+        pairs = [(a, others[key]) for a in found if (key := (a.task, a.id, a.prompt)) in others]
+        if not pairs:
+            fix = "evaluate both with the same --tasks, --style, --shots and --limit"
+            raise InputError("there is no item that both results have", where=f"{task.title}", fix=fix)
+        ours, theirs = ([one.is_right(own) for one in side] for side in zip(*pairs, strict=True))
+        change = paired(ours, theirs)
+        values["against"] = {
+            "items": change.n,
+            own: sum(theirs) / len(theirs),
+            "difference": change.mean,
+            "stderr": change.error,
+            "interval": change.interval,
+        }
+    return values
+
+
+def mean_of(sets: Mapping[str, Mapping[str, Any]]) -> Estimate:
+    """Mean over sets of the accuracies by which the style reports them."""
+    return average(
+        [Estimate(one[one["metric"]], one[f"{one['metric']}_stderr"], one["items"]) for one in sets.values()]
+    )
+
+
+def table(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows, in percent; the accuracy by which the style reports a set has a star."""
+    shown = ["acc", "acc_norm", "acc_bytes", "acc_pmi"]
+    if all(one.get("acc_bytes") == one.get("acc_norm") for one in sets.values()):
+        shown.remove("acc_bytes")  # in English
+    metrics = [metric for metric in shown if any(metric in one for one in sets.values())]
+    has_other = any("against" in one for one in sets.values())
+    rows = []
+    for one in sets.values():
+        cells = [one["title"], str(one["items"])]
+        for metric in metrics:
+            star = "*" if metric == one["metric"] else ""
+            cells.append(
+                f"{one[metric]:.2%} ±{one[f'{metric}_stderr']:.2%}{star}".replace("%", "") if metric in one else ""
+            )
+        cells.append(f"{100 * one['constant']:.2f}")
+        if has_other:
+            low, high = one["against"]["interval"]
+            cells.append(f"{100 * one['against']['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
+        rows.append(cells)
+    if len(sets) > 1:
+        mean = mean_of(sets)
+        blank = [""] * (len(metrics) - 1 + 1 + has_other)
+        rows.append(["mean of *", str(mean.n), f"{100 * mean.mean:.2f} ±{100 * mean.error:.2f}", *blank])
+    return ["set", "items", *metrics, "constant", *["difference"] * has_other], rows
+
+
+def markdown(sets: Mapping[str, Mapping[str, Any]], lines: Sequence[str]) -> str:
+    """The table in Markdown, and lines below it."""
+    headers, rows = table(sets)
+    cells = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
+    return "\n".join(["| " + " | ".join(row) + " |" for row in cells] + ["", *lines]) + "\n"

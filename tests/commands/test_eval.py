@@ -1,0 +1,126 @@
+"""`minillama eval`: a table, files, where it goes on, the paired difference, perplexity with its units."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minillama import Decoder, ModelConfig
+from minillama.commands.cli import main
+from minillama.evaluate import multiple_choice
+from minillama.tokenizer import byte_tokenizer
+
+WORDS = ["a kite", "a stone", "a lamp", "the sea", "a horse", "some bread", "two shoes"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model, and seven records of PIQA."""
+    torch.manual_seed(3)
+    tokenizer = byte_tokenizer()
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64, "max_seq_len": 128}
+    for name in ("one", "two"):
+        Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(tmp_path / name)
+        tokenizer.save(tmp_path / name, 128)
+    data = tmp_path / "data" / "piqa"
+    data.mkdir(parents=True)
+    records = ({"goal": f"Find {word}.", "sol1": f"look {word}", "sol2": f"{word} it is"} for word in WORDS)
+    (data / "valid.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (data / "valid-labels.lst").write_text("0\n1\n1\n0\n1\n0\n1\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_table_and_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "one", "--tasks", "piqa", "--data", "data", "--output", "out"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert out.split()[:4] == ["set", "items", "acc", "acc_norm"] and "PIQA" in out and "57.14" in out  # four of seven
+    found = json.loads((folder / "out/lm-eval.json").read_text())["sets"]["piqa"]
+    items = lines(folder / "out/items.jsonl")
+    right = [line["nats"].index(max(line["nats"])) == line["gold"] for line in items]
+    assert (found["items"], found["acc"], found["constant"]) == (7, sum(right) / 7, 4 / 7)
+    assert (folder / "out/lm-eval.md").read_text().startswith("| set | items |")
+    assert {line["id"] for line in items} == {*map(str, range(7))}
+
+
+def test_it_goes_on_where_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after three items, with a line that was not written to its end."""
+    words = ["eval", "one", "--tasks", "piqa", "--data", "data", "--output", "out"]
+    score, asked = multiple_choice.score, []
+
+    def stopping(model, items, *rest):
+        asked.append(len(items))
+        for number, found in enumerate(score(model, items, *rest)):
+            if number == 3 and len(items) == 7:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(multiple_choice, "score", stopping)
+    assert main(words) == 130
+    with (folder / "out/items.jsonl").open("a") as file:
+        file.write('{"task": "piqa", "id"')
+    assert main(words) == 0
+    assert [count for count in asked if count] == [7, 4]
+    assert "7 items, 3 of them known" in capsys.readouterr().err
+    resumed = {line["id"]: line["nats"] for line in lines(folder / "out/items.jsonl")}
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert main([*words[:-1], "whole"]) == 0
+    for line in lines(folder / "whole/items.jsonl"):
+        assert resumed[line["id"]] == pytest.approx(line["nats"], abs=1e-4)
+
+
+def test_paired_difference_with_a_model_or_its_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "one", "--tasks", "piqa", "--data", "data"]
+    assert main([*words, "--against", "two"]) == 0
+    assert "difference: * of the model less that of two" in capsys.readouterr().out
+    (other,), (own,) = (folder / "evals").glob("two-*"), (folder / "evals").glob("one-*")
+    first = json.loads((own / "lm-eval.json").read_text())["sets"]["piqa"]["against"]
+    assert main([*words, "--against", str(other)]) == 0
+    assert json.loads((own / "lm-eval.json").read_text())["sets"]["piqa"]["against"] == first
+    assert main([*words, "--against", str(own)]) == 0
+    same = json.loads((own / "lm-eval.json").read_text())["sets"]["piqa"]["against"]
+    assert (same["difference"], same["stderr"], same["items"]) == (0.0, 0.0, 7)
+
+
+def test_results_of_another_model_are_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tasks", "piqa", "--data", "data", "--output", "out"]
+    assert main(["eval", "one", *words]) == 0
+    before = (folder / "out/items.jsonl").read_text()
+    assert main(["eval", "two", *words]) == 1
+    assert "results of another model" in capsys.readouterr().err
+    shutil.copy(folder / "two/model.safetensors", folder / "one/model.safetensors")  # retrained, under the same name
+    assert main(["eval", "one", *words]) == 1
+    assert (folder / "out/items.jsonl").read_text() == before
+
+
+def test_perplexity_has_its_units(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "t.txt").write_text("the tide comes in\n" * 20)
+    assert main(["eval", "one", "--perplexity", "t.txt"]) == 0
+    out = capsys.readouterr().out
+    for unit in ("nats per token", "perplexity per token", "perplexity per word", "bits per byte"):
+        assert unit in out
+    assert "bytes                 360" in out
+
+
+def test_arguments_are_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["--data", "data"], "either --tasks or --perplexity"),
+        (["--tasks", "piqa"], "no folder of the sets"),
+        (["--tasks", "pika", "--data", "data"], "no such evaluation set"),
+        (["--tasks", "boolq", "--data", "data"], "files of BoolQ are missing"),
+        (["--tasks", "piqa", "--data", "data", "--shots", "9"], "too few examples"),
+    ):
+        assert main(["eval", "one", *words]) == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,63 @@
+"""Overlap of training text with evaluation sets: windows, Chinese, removal, and what a run remembers of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minillama.commands.cli import main
+from minillama.errors import InputError
+from minillama.evaluate.decontaminate import Index, marker, normalized, record_of, texts
+
+GOAL = "one two three four five six seven eight nine ten eleven twelve thirteen"
+CHINESE = "春天来了河边的柳树都发芽了"
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    folder = tmp_path / "eval" / "piqa"
+    folder.mkdir(parents=True)
+    records = [(GOAL, "left", "right"), (CHINESE, "甲", "乙"), ("too short", "a", "b"), ("a b c d e f g h", "i", "j")]
+    lines = (json.dumps({"goal": goal, "sol1": a, "sol2": b}) + "\n" for goal, a, b in records)
+    (folder / "valid.jsonl").write_text("".join(lines))
+    (folder / "valid-labels.lst").write_text("0\n1\n0\n0\n")
+    return tmp_path / "eval"
+
+
+def test_thirteen_words_are_one_window(sets: Path) -> None:
+    index = Index(sets)
+    assert len(normalized(CHINESE)) == 13 and normalized("It's 3,5 – ÉTÉ.") == ["it's", "3", "5", "été"]
+    found = index.hits(f"x {GOAL.upper().replace(' ', ', ')}! y", "f:1")
+    assert [(hit.where, hit.set, hit.words) for hit in found] == [("f:1", "piqa", GOAL)]
+    assert index.hits(GOAL.rpartition(" ")[0], "f:1") == []  # twelve of them
+    assert len(index.hits(f"昨天，{CHINESE}。", "f:2")) == 1 and index.hits(CHINESE[:-1], "f:2") == []
+    assert len(index.hits("0 a b c d e f g h 1", "f:3")) == 1  # a short text is looked for as a whole
+    assert (index.items, index.short) == ({"piqa": 4}, 1)
+    with pytest.raises(InputError, match="no evaluation set"):
+        Index(sets / "piqa")
+
+
+def test_documents_are_listed_and_removed(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out, report = tmp_path / "t.jsonl", tmp_path / "clean.jsonl", tmp_path / "report.jsonl"
+    records = [{"text": "nothing of it"}, {"messages": [{"content": f"so {GOAL}"}]}, {"text": CHINESE}]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["data", "decontaminate", str(source), "--against", str(sets)]
+    assert main([*words, "--remove", str(out), "--report", str(report)]) == 0
+    assert "2 of 3 documents" in capsys.readouterr().out
+    assert [json.loads(line)["where"] for line in report.read_text().splitlines()] == [f"{source}:2", f"{source}:3"]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == records[:1]
+    made = record_of(out)
+    assert made is not None and (made["removed"], made["documents"], made["items"]) == (2, 3, {"piqa": 4})
+    out.write_text(source.read_text())  # another file under the same name
+    assert marker(out).exists() and record_of(out) is None and record_of(source) is None
+
+
+def test_a_text_has_paragraphs(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("one\ntwo\n\nthree\n")
+    assert [(text.text.strip(), text.where) for text in texts(path)] == [
+        ("one\ntwo", f"{path}, paragraph 1"),
+        ("three", f"{path}, paragraph 2"),
+    ]

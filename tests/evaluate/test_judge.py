@@ -1,0 +1,172 @@
+"""Judges that always say A, that prefer length, that say nothing, and a live one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minillama import Decoder, ModelConfig
+from minillama.commands.cli import main
+from minillama.errors import InputError
+from minillama.evaluate import judge
+from minillama.evaluate.judge import LocalModel, Question, answer, ask_verdicts, read_answers, read_questions
+from minillama.evaluate.judge_report import Table, outcome, page, pairwise, single, values_of
+from minillama.inference.chat import Messages
+from minillama.inference.generate import Completion
+from minillama.inference.sampling import Sampling
+from minillama.tokenizer import byte_tokenizer
+
+QUESTIONS = [
+    Question("1", "writing", ("Say it.", "Again.")),
+    Question("2", "math", ("2 + 2?",), ("4",)),
+    Question("3", "math", ("3 + 3?",)),
+]
+OURS = [["short", "s"], ["four", ""], ["six"]]
+THEIRS = [["a much longer answer", "and again much longer"], ["it is four indeed"], ["it is six, and no less"]]
+
+
+def asks(say: Callable[[str], str]) -> judge.Ask:
+    def ask(prompts: Sequence[Messages], count: int, sampling: Sampling) -> list[Completion]:
+        return [Completion(say(prompt[-1]["content"]), (), "eos") for prompt in prompts]
+
+    return ask
+
+
+def longer(text: str) -> str:
+    a, b = (text.split(f"<Assistant {side}>")[1].split(f"</Assistant {side}>")[0] for side in "AB")
+    return f"so [[{'A' if len(a) > len(b) else 'B'}]]"
+
+
+def compare(say: Callable[[str], str]) -> Table:
+    prompts = judge.pairwise_prompts(QUESTIONS, OURS, THEIRS)
+    assert len(prompts) == 8  # four turns in both orders
+    verdicts = {one.key: one for one in ask_verdicts(asks(say), prompts, 9, "pairwise")}
+    return pairwise(QUESTIONS, OURS, THEIRS, values_of(verdicts))
+
+
+def test_a_judge_that_always_says_a_gives_no_win() -> None:
+    table = compare(lambda text: "I like it. [[A]]")
+    whole = table.figures["all"]
+    assert (whole["A"], whole["B"], whole["disagree"], whole["rate"][0]) == (0, 0, 4, 0.5)
+    assert whole["first"][0] == 1.0 and whole["longer"][0] == 0.5
+    assert any("for the answer shown first: 100% of 8" in note for note in table.notes)
+
+
+def test_a_judge_that_prefers_length_is_reported() -> None:
+    table = compare(longer)
+    whole = table.figures["all"]
+    assert (whole["A"], whole["B"], whole["longer"][0], whole["first"][0]) == (0, 4, 1.0, 0.5)
+    assert any("for the longer answer: 100% of 8" in note for note in table.notes)
+    assert [row[0] for row in table.rows] == ["writing", "math", "turn 1", "turn 2", "all"]
+    assert table.figures["math"]["B"] == 2 and table.figures["turn 2"]["B"] == 1
+
+
+def test_no_verdict_is_an_error_and_never_a_tie() -> None:
+    whole = compare(lambda text: "[[A]]" if "2 + 2?" not in text else "hard to say").figures["all"]
+    assert (whole["error"], whole["tie"], whole["disagree"], whole["rate"][3]) == (1, 0, 3, 3)
+    assert outcome(None, "A") == "error" and outcome("C", "C") == "tie" and outcome("C", "A") == "disagree"
+    assert outcome("A", "B") == "A" and outcome("B", "A") == "B" and outcome("B", "B") == "disagree"
+
+
+def test_prompts_have_both_turns_and_the_reference() -> None:
+    prompts = {
+        key.rpartition("/")[0]: p[0]["content"] for key, p in judge.pairwise_prompts(QUESTIONS, OURS, THEIRS).items()
+    }
+    assert "Say it." in prompts["1/1/0"] and "Again." in prompts["1/1/0"] and "Again." not in prompts["1/0/0"]
+    assert "<reference>\n4\n</reference>" in prompts["2/0/1"] and "<reference>" not in prompts["3/0/0"]
+    first, second = prompts["3/0/0"], prompts["3/0/1"]
+    assert first.index("six, and") > first.index("Assistant A: six") and "Assistant A: it is six" in second
+
+
+def test_ratings_have_means_and_errors() -> None:
+    sides = {side: judge.single_prompts(QUESTIONS, own, side) for side, own in (("a", OURS), ("b", THEIRS))}
+    says = asks(lambda text: "good [[3]], no, [[7.5]]" if "longer" in text else "[[11]]" if "six" in text else "[[4]]")
+    verdicts = {one.key: one for prompts in sides.values() for one in ask_verdicts(says, prompts, 9, "single")}
+    figures = single(QUESTIONS, values_of(verdicts)).figures
+    assert figures["writing"]["b"] == {"rating": 7.5, "stderr": 0.0, "errors": 0}
+    assert figures["math"]["a"]["errors"] == 1 and figures["writing"]["b_higher"] == 2  # 11 is no rating
+
+
+def test_turns_are_asked_with_the_answers_before() -> None:
+    seen: list[tuple[list[str], float]] = []
+
+    def ask(prompts: Sequence[Messages], count: int, sampling: Sampling) -> list[Completion]:
+        seen.extend(([one["content"] for one in prompt], sampling.temperature) for prompt in prompts)
+        return [Completion(f"re: {prompt[-1]['content']}", (), "eos") for prompt in prompts]
+
+    assert answer(ask, QUESTIONS)[0] == ["re: Say it.", "re: Again."]
+    assert seen[-1] == (["Say it.", "re: Say it.", "Again."], 0.7) and (["2 + 2?"], 0.0) in seen
+
+
+def test_question_files_of_three_projects(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"question_id": 5, "text": "Why?", "category": "generic"},
+        {"question_id": 81, "turns": ["One.", "Two."], "category": "writing", "reference": ["1", "2"]},
+        {"task": "推理", "kind": "逻辑", "question": "能否推出？", "reference": "能"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_questions(path)
+    assert [(one.id, one.category, len(one.turns), len(one.reference)) for one in found] == [
+        ("5", "generic", 1, 0),
+        ("81", "writing", 2, 2),
+        ("3", "推理", 1, 1),
+    ]
+    own = read_questions()
+    assert len(own) == 30 and len({one.category for one in own}) == 9 and all(one.reference for one in own)
+    path.write_text('{"prompt": "x"}\n')
+    with pytest.raises(InputError, match="not a question"):
+        read_questions(path)
+    path.write_text('{"question_id": "1", "choices": [{"turns": ["a"]}]}\n')
+    with pytest.raises(InputError, match="an answer is missing"):
+        read_answers(path, QUESTIONS)
+
+
+def test_a_page_is_text_alone() -> None:
+    bad = "<script>alert(1)</script><img src=x>"
+    html = page([bad, "B"], Table([bad], [[bad]], [bad], {}), [Question(bad, bad, (bad,))], ([[bad]], [[bad]]), {})
+    assert "<script" not in html and "<img" not in html and html.count("&lt;script&gt;") >= 8
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    torch.manual_seed(3)
+    tokenizer = byte_tokenizer()
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64, "max_seq_len": 2048}
+    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.with_chat_template(template).save(tmp_path / "tiny", 2048)
+    return tmp_path / "tiny"
+
+
+def test_a_live_judge_on_two_models(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A random model gives no verdict: errors throughout. What has been asked is not asked again."""
+    out = tmp_path / "judged"
+    words = ["eval", "judge", str(tiny), str(tiny), "--judge", str(tiny), "--output", str(out), "--limit", "2"]
+    words += ["--max-new-tokens", "4", "--judge-tokens", "3"]
+    assert main(words) == 0
+    figures = json.loads((out / "pairwise.json").read_text())["results"]["all"]
+    assert (figures["error"], figures["A"], figures["tie"]) == (2, 0, 0)
+    assert "2 turns lack a verdict" in capsys.readouterr().out and (out / "pairwise.html").exists()
+    assert len((out / "verdicts-tiny.jsonl").read_text().splitlines()) == 4  # two questions in both orders
+    assert main(words) == 0 and len((out / "verdicts-tiny.jsonl").read_text().splitlines()) == 4
+    assert main(["eval", "judge", "a", "b", "--judge", "https://host/v1"]) == 1
+    assert "URL" in capsys.readouterr().err
+
+
+def test_a_conversation_that_does_not_fit_gets_no_answer(tiny: Path) -> None:
+    from minillama.inference.load import ModelArgs
+
+    ask = LocalModel(*ModelArgs(str(tiny)).load())
+    prompts = [[{"role": "user", "content": "x" * size}] for size in (3000, 3)]
+    found = ask(prompts, 2, Sampling(temperature=0))
+    assert (found[0].text, found[0].reason) == ("", "context") and len(found[1].tokens) > 0

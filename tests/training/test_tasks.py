@@ -1,0 +1,49 @@
+"""Accuracy on evaluation sets while training: in the metrics, on the curve, in comparisons, in provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minillama.commands.cli import main
+from minillama.errors import InputError
+from minillama.runs.config import RunConfig
+from minillama.training.run import train
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    folder = tmp_path / "sets" / "piqa"
+    folder.mkdir(parents=True)
+    lines = (json.dumps({"goal": f"Go {i}.", "sol1": "left", "sol2": "right"}) + "\n" for i in range(5))
+    (folder / "valid.jsonl").write_text("".join(lines))
+    (folder / "valid-labels.lst").write_text("0\n1\n0\n1\n0\n")
+    return tmp_path / "sets"
+
+
+def test_accuracies_are_recorded_and_shown(
+    tiny_config: Callable[..., RunConfig], sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--validate.tasks", "piqa", "--validate.data", str(sets), "--validate.items", "4"]
+    out = tmp_path / "run"
+    assert train(tiny_config(*words), str(out)) == 0
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = {record["step"]: record["piqa_acc_norm"] for record in records if "piqa_acc_norm" in record}
+    assert sorted(found) == [0, 6, 12] and set(found.values()) <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    starts = [json.loads(line) for line in (out / "provenance.jsonl").read_text().splitlines()]
+    assert [*starts[0]["decontaminated"].values()] == [None]
+    capsys.readouterr()
+    assert main(["show", str(out)]) == 0 and "a: piqa_acc_norm" in capsys.readouterr().out
+    assert main(["compare", str(out), str(out)]) == 0 and "piqa_acc_norm at step" in capsys.readouterr().out
+
+
+def test_a_missing_set_stops_before_the_first_step(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder of the evaluation sets"):
+        tiny_config("--validate.tasks", "piqa")
+    config = tiny_config("--validate.tasks", "piqa", "--validate.data", str(tmp_path / "none"))
+    with pytest.raises(InputError, match="files of PIQA are missing"):
+        train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
