@@ -49,7 +49,7 @@ def ours(model: str, data: Path, name: str, limit: int) -> tuple[dict[str, Any],
     from minillama.evaluate.tasks import TASKS
     from minillama.inference.load import ModelArgs
 
-    loaded = ModelArgs(model, None, "float32", "cpu").load()
+    loaded = ModelArgs(model, None, "float32", "cpu").load(scores=True)
     items = TASKS[name].load(data, "lm-eval", shots(name), limit)
     began = time.perf_counter()
     return {one.id: one for one in outcomes(*loaded, name, items)}, time.perf_counter() - began

@@ -88,7 +88,7 @@ def _perplexity(args: Args) -> int:
     from minillama.evaluate.perplexity import Score, perplexity
 
     texts = [document.text for document in documents(parse_source(str(args.perplexity)))]
-    model, tokenizer = args.load(args.quantize)
+    model, tokenizer = args.load(args.quantize, scores=True)
     whole, words = Score(0.0, 0, 0), sum(len(re.split(r"\s+", text)) for text in texts)
     progress = Progress("perplexity", sum(map(len, texts)))
     for text in texts:
@@ -139,7 +139,7 @@ def _evaluate(args: Args, items: dict[str, list[Item]]) -> ResultFolder:
     print(f"{args.model}: {total} items{known}; results in {folder.path}", file=sys.stderr)
     if not left:
         return folder
-    model, tokenizer = args.load(args.quantize)
+    model, tokenizer = args.load(args.quantize, scores=True)
     progress = Progress("items", sum(map(_weight, (item for found in missing.values() for item in found))))
     for name, found in missing.items():
         weights = {item.id: _weight(item) for item in found}

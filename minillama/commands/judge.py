@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ import tyro
 
 from minillama.commands.progress import Progress
 from minillama.commands.tables import print_table
-from minillama.errors import InputError
 from minillama.files import complete_lines, replace_text
 from minillama.inference.load import DType, ModelArgs, Quantize
 
@@ -30,7 +30,10 @@ class Judge:
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     """The other one."""
     judge: str
-    """Model that judges, by its chat template."""
+    """Model that judges, by its chat template; or the URL of an OpenAI-compatible endpoint, up to /v1. It is sent the
+    questions and answers, and MINILLAMA_API_KEY if that is set."""
+    judge_name: str = ""
+    """Model of the endpoint; the first that it lists unless given."""
     questions: Path | None = None
     """.jsonl file in the form of Vicuna (text), MT-bench (turns) or Ziya (task, kind, question, reference); 30 of the
     last form, in English and Chinese, unless given."""
@@ -57,12 +60,9 @@ class Judge:
         """Compare."""
         from minillama.evaluate import judge, judge_report
 
-        if "://" in self.judge:
-            what, expected = "a judge behind a URL is not supported yet", "a local model"
-            raise InputError(what, where="--judge", found=self.judge, expected=expected)
         questions = judge.read_questions(self.questions or judge.QUESTIONS)[: self.limit or None]
         names = [f"{side}: {_name(path)}" for side, path in zip("AB", (self.a, self.b), strict=True)]
-        ours, theirs = (self._answers(path, questions) for path in (self.a, self.b))
+        ours, theirs = (self._answers(side, path, questions) for side, path in zip("AB", (self.a, self.b), strict=True))
         if self.mode == "pairwise":
             verdicts = self._verdicts(judge.pairwise_prompts(questions, ours, theirs))
             table = judge_report.pairwise(questions, ours, theirs, judge_report.values_of(verdicts))
@@ -93,7 +93,12 @@ class Judge:
         model, tokenizer = ModelArgs(path, None, self.dtype, self.device).load(self.quantize, compiles=True)
         return LocalModel(model, tokenizer, template)
 
-    def _answers(self, path: str, questions: Sequence[Question]) -> list[list[str]]:
+    def _judge(self) -> Ask:
+        from minillama.inference.remote import RemoteModel
+
+        return RemoteModel(self.judge, self.judge_name) if "://" in self.judge else self._load(self.judge)
+
+    def _answers(self, side: str, path: str, questions: Sequence[Question]) -> list[list[str]]:
         from minillama.evaluate import judge
 
         if path.endswith(".jsonl"):
@@ -104,18 +109,19 @@ class Judge:
             json.dumps({"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}, ensure_ascii=False) + "\n"
             for one, turns in zip(questions, found, strict=True)
         ]
-        replace_text(self.output / f"answers-{_name(path)}.jsonl", "".join(lines))
+        replace_text(self.output / f"answers-{side}-{_name(path)}.jsonl", "".join(lines))
         return found
 
     def _verdicts(self, prompts: Mapping[str, Any]) -> dict[str, Verdict]:
         from minillama.evaluate.judge import Verdict, ask_verdicts
 
-        path = self.output / f"verdicts-{_name(self.judge)}.jsonl"
+        name = re.sub(r"[^\w.-]+", "-", f"{_name(self.judge)} {self.judge_name}".strip())
+        path = self.output / f"verdicts-{name}.jsonl"
         known = {one.key: one for one in (Verdict(**json.loads(line)) for line in complete_lines(path))}
         left = {key: prompt for key, prompt in prompts.items() if key not in known}
         if left:
             self.output.mkdir(parents=True, exist_ok=True)
-            ask, progress = self._load(self.judge), Progress("verdicts", len(left))
+            ask, progress = self._judge(), Progress("verdicts", len(left))
             with path.open("a", encoding="utf-8") as file:
                 for verdict in ask_verdicts(ask, left, self.judge_tokens, self.mode):
                     file.write(json.dumps(verdict._asdict(), ensure_ascii=False) + "\n")

@@ -224,7 +224,7 @@ class _Reader:
     def __init__(self, model: Decoder, results: _Results, tokens: int) -> None:
         is_gpu = model.device.type != "cpu"
         work = max(1, int(WORK[is_gpu] / (2 * model.config.num_params())))
-        self.model, self.results, self.tokens = model, results, tokens or min(work, 16384 if is_gpu else 1024)
+        self.model, self.results, self.tokens = model, results, tokens or min(work, 16384 if is_gpu else 512)
         self.at_once = min(work, GROUP * self.tokens)
 
     def groups(self, nodes: Sequence[_Node], taken: int = 0) -> Iterator[list[_Node]]:

@@ -61,7 +61,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"  # the harness asks for cuda:0 unless told otherwise
         args = ModelArgs(path, tokenizer, dtype, device, (adapter,) if adapter else ())
-        self.model, self._tokenizer = args.load(quantize)
+        self.model, self._tokenizer = args.load(quantize, scores=True)
         self.blanks, self.max_gen_toks = blanks_of(self.model, self._tokenizer), max_gen_toks
         self.rows = int(batch_size) if str(batch_size).isdigit() else 16
         self.is_chat, self.path = False, path

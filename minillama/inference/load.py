@@ -39,7 +39,7 @@ class ModelArgs:
     several each completes every prompt, in JSON lines that name it."""
 
     def load(
-        self, quantize: Quantize = "none", compiles: bool = False, several: bool = False
+        self, quantize: Quantize = "none", compiles: bool = False, several: bool = False, scores: bool = False
     ) -> tuple[Decoder, Tokenizer]:
         """Model, as by `load_model`, and its tokenizer.
 
@@ -47,6 +47,7 @@ class ModelArgs:
             quantize: see `load_model`.
             compiles: see `load_model`.
             several: whether there may be several adapters.
+            scores: see `load_model`.
         """
         from minillama.device import keep_freed_pages
         from minillama.formats import peft
@@ -63,7 +64,7 @@ class ModelArgs:
         if any((o.fingerprint, o.chat_template) != (tokenizer.fingerprint, tokenizer.chat_template) for o in others):
             what, fix = "the adapters have different tokenizers or chat templates", "ask them one at a time"
             raise InputError(what, where="--adapter", found=", ".join(adapters), fix=f"{fix}, or give --tokenizer")
-        return load_model(readers[0], self.dtype, self.device, quantize, compiles, adapters), tokenizer
+        return load_model(readers[0], self.dtype, self.device, quantize, compiles, adapters, scores), tokenizer
 
 
 def _by_name(adapters: Sequence[str]) -> dict[str, Path]:
@@ -86,6 +87,7 @@ def load_model(
     quantize: Quantize = "none",
     compiles: bool = False,
     adapters: Mapping[str, Path] | None = None,
+    scores: bool = False,
 ) -> Decoder:
     """Model ready to decode, its linear layers fused unless it has adapters beside them.
 
@@ -99,6 +101,8 @@ def load_model(
             CUDA device the CUDA graph.
         adapters: their folders by name. One is merged into float weights; several, and those of quantized weights, stay
             beside them, the first one active.
+        scores: many tokens are read, and none or few generated: linear layers in float32 on a CPU with AMX are
+            those of `native/linear.py`, where it can be compiled.
     """
     import torch
 
@@ -122,6 +126,10 @@ def load_model(
         _attach(model, opened, folders)
     if compiles:
         attach_fast_step(model)
+    if scores:
+        from minillama.native.linear import use_split_linears
+
+        use_split_linears(model, partial(print, file=sys.stderr))
     return model
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from minillama.evaluate.judge import LocalModel, Question, answer, ask_verdicts,
 from minillama.evaluate.judge_report import Table, outcome, page, pairwise, single, values_of
 from minillama.inference.chat import Messages
 from minillama.inference.generate import Completion
+from minillama.inference.remote import RemoteModel
 from minillama.inference.sampling import Sampling
 from minillama.tokenizer import byte_tokenizer
 
@@ -159,8 +162,48 @@ def test_a_live_judge_on_two_models(tiny: Path, tmp_path: Path, capsys: pytest.C
     assert "2 turns lack a verdict" in capsys.readouterr().out and (out / "pairwise.html").exists()
     assert len((out / "verdicts-tiny.jsonl").read_text().splitlines()) == 4  # two questions in both orders
     assert main(words) == 0 and len((out / "verdicts-tiny.jsonl").read_text().splitlines()) == 4
-    assert main(["eval", "judge", "a", "b", "--judge", "https://host/v1"]) == 1
-    assert "URL" in capsys.readouterr().err
+
+
+def test_a_judge_behind_a_url(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is busy once, always says A, and has its key; one that is not there, and one that talks nonsense."""
+    bodies: list[dict[str, Any]] = []
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._reply(200, {"data": [{"id": "judge-1"}]})
+
+        def do_POST(self) -> None:
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            said = {"message": {"content": f"{self.headers['Authorization']} [[A]]"}, "finish_reason": "stop"}
+            self._reply(
+                503 if len(bodies) == 1 else 200, {"choices": [said] if self.path == "/v1/chat/completions" else 3}
+            )
+
+        def _reply(self, status: int, value: Any) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(value).encode())
+
+        def log_message(self, *words: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url, out = f"http://127.0.0.1:{server.server_port}", tmp_path / "judged"
+    words = ["eval", "judge", str(tiny), str(tiny), "--output", str(out), "--limit", "2", "--max-new-tokens", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINILLAMA_API_KEY", "secret")
+        patch.setattr("minillama.inference.remote.time.sleep", lambda seconds: None)
+        assert main([*words, "--judge", f"{url}/v1"]) == 0
+    assert len(bodies) == 5 and bodies[1]["model"] == "judge-1" and bodies[1]["temperature"] == 0
+    assert json.loads((out / "pairwise.json").read_text())["results"]["all"]["disagree"] == 2
+    assert "Bearer secret [[A]]" in (out / "verdicts-v1.jsonl").read_text()
+    assert len(list(out.glob("answers-[AB]-tiny.jsonl"))) == 2
+    with pytest.raises(InputError, match="another form"):
+        RemoteModel(url, "x")([[{"role": "user", "content": "?"}]], 1, Sampling())
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(InputError, match="cannot be reached"):
+        RemoteModel(url)
 
 
 def test_a_conversation_that_does_not_fit_gets_no_answer(tiny: Path) -> None:

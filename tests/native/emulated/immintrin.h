@@ -146,9 +146,11 @@ inline void emulated_aligned(const void* at, uintptr_t bytes) {  // the processo
     if ((uintptr_t)at % bytes) __builtin_trap();
 }
 inline __m512 _mm512_load_ps(const void* from) { return emulated_aligned(from, 64), emulated_load<__m512>(from); }
+inline __m512 _mm512_loadu_ps(const void* from) { return emulated_load<__m512>(from); }
 inline __m512i _mm512_load_si512(const void* from) { return emulated_aligned(from, 64), emulated_load<__m512i>(from); }
 inline __m256i _mm256_loadu_si256(const __m256i* from) { return emulated_load<__m256i>(from); }
 inline void _mm512_store_ps(void* to, __m512 x) { emulated_aligned(to, 64), std::memcpy(to, &x, sizeof x); }
+inline void _mm512_storeu_ps(void* to, __m512 x) { std::memcpy(to, &x, sizeof x); }
 inline void _mm512_store_si512(void* to, __m512i x) { emulated_aligned(to, 64), std::memcpy(to, &x, sizeof x); }
 inline void _mm256_store_si256(__m256i* to, __m256i x) { emulated_aligned(to, 32), std::memcpy(to, &x, sizeof x); }
 inline void _mm256_storeu_si256(__m256i* to, __m256i x) { std::memcpy(to, &x, sizeof x); }
