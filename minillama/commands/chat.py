@@ -98,7 +98,7 @@ class Session:
             say(f"(no text: {why_empty(reason)})")
         elif reason in CUT_OFF:
             say(f"(cut off: {CUT_OFF[reason]})")
-        self.messages.append(Message("assistant", text))
+        self.messages.append(self.prompts.answer(text))
 
     def ask(self, question: str) -> None:
         """Answer a question; one that cannot be answered leaves the conversation as it was."""

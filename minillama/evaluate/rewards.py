@@ -100,9 +100,7 @@ class Rewards:
     def _scores(self, model: nn.Module, answers: Sequence[Answer]) -> Tensor:
         """Reward at the last token of prompt and answer, which is the end token, as in training."""
         assert isinstance(model, Decoder)
-        texts = [
-            [*a.prompt_ids, *a.ids, *([] if a.ids and a.ids[-1] == self.end_id else [self.end_id])] for a in answers
-        ]
+        texts = [[*answer.prompt_ids, *self._without_end(answer), self.end_id] for answer in answers]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found = torch.empty(len(texts))
         with evaluating(model):
@@ -112,6 +110,11 @@ class Rewards:
                 lengths = torch.tensor([len(texts[i]) for i in rows], device=model.device)
                 found[rows] = last(scores(model, tokens), lengths).float().cpu()
         return found
+
+    def _without_end(self, answer: Answer) -> Sequence[int]:
+        """Ids of an answer without the token that ended it: a chat model may end its turn with EOS, too."""
+        ends = {self.end_id} | (self.tokenizer.special_ids if answer.ended else frozenset())
+        return answer.ids[:-1] if answer.ids and answer.ids[-1] in ends else answer.ids
 
 
 def gated(safety: Tensor, helpful: Tensor, is_safety: Tensor, threshold: float) -> Tensor:

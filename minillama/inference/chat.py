@@ -33,6 +33,8 @@ class ChatPrompts:
         probe = encode(Conversation((Message("user", "a"), Message("assistant", "b"))), self.template, tokenizer)
         self.stop_ids = frozenset([probe.end_id]) & tokenizer.special_ids
         """The special token that ends an answer of this template, if one does."""
+        self.lead = next(text for text, weight in probe.runs if weight).partition("b")[0]
+        """What the template writes in front of an answer and the model generates, as Vicuna's space."""
 
     def __call__(self, prompt: str | Messages) -> list[int]:
         """Token ids of a question, or of messages, up to the answer that is to be written.
@@ -48,6 +50,10 @@ class ChatPrompts:
         has_system = bool(messages) and messages[0].role == "system"
         messages = (*(() if has_system else self.system), *messages)
         return encode_prompt(Conversation(tuple(messages)), self.template, self.tokenizer)
+
+    def answer(self, text: str) -> Message:
+        """Message of a generated text, which rendered again gives what the model wrote, and not two spaces for one."""
+        return Message("assistant", text.removeprefix(self.lead))
 
 
 def is_messages(prompt: object) -> bool:

@@ -12,11 +12,13 @@ import torch
 from minillama.commands.cli import main
 from minillama.config import ModelConfig
 from minillama.inference.chat import ChatPrompts
-from minillama.inference.generate import generate
+from minillama.inference.generate import Chunk, generate
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer, byte_tokenizer
-from minillama.tokenizer.template import load_template, special_tokens
+from minillama.tokenizer.conversation import Conversation, Message
+from minillama.tokenizer.rendering import encode
+from minillama.tokenizer.template import BUILTIN, load_template, special_tokens
 
 transformers = pytest.importorskip("transformers")
 GREEDY = Sampling(temperature=0)
@@ -119,6 +121,36 @@ def test_a_conversation_in_the_terminal(
     shown = f"{first}\n{second}\n{second}\n{brief}\n> One?\n{first}\n> Two?\n{second}\n"
     assert found.out == shown
     assert "unknown command /what" in found.err and "not a saved conversation" in found.err
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_an_answer_goes_into_the_history_as_it_was_generated(name: str) -> None:
+    """Vicuna's begins with a space that the template writes: the next prompt has one space, as in training."""
+    tokenizer = byte_tokenizer().with_special(special_tokens(name))
+    prompts = ChatPrompts(tokenizer, name)
+    asked = [Message("user", "One?")]
+    rendered = encode(Conversation((*asked, Message("assistant", " 1.\n"))), prompts.template, tokenizer)
+    prompt = prompts.encode(asked)
+    written = [i for i, weight in zip(rendered.ids, rendered.weights, strict=True) if weight]
+    answer = prompts.answer(tokenizer.decode(written))
+    assert not answer.content.startswith("  ") and answer.content.strip() == "1."
+    history = prompts.encode([*asked, answer, Message("user", "Two?")])
+    if not name.startswith("chatglm"):  # earlier rounds are written otherwise there
+        assert history[: len(prompt) + len(written)] == prompt + written
+
+
+def test_a_saved_answer_has_no_space_of_the_template_and_reset_forgets(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minillama.inference import generate as module
+
+    monkeypatch.setattr(module, "stream", lambda *args: iter([Chunk(0, " Fine.", (1,)), Chunk(0, "", (2,), "eos")]))
+    saved = tmp_path / "chat.json"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"One?\n/reset\n/regenerate\nTwo?\n/save {saved}\n"))
+    assert main(["chat", str(folder), "--template", "vicuna"]) == 0
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["content"] for message in messages] == ["Two?", "Fine."]
+    assert "there is no answer to a question yet" in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ import torch
 from torch import tensor
 
 from minillama.config import ModelConfig
+from minillama.data import preference_set
+from minillama.data.prompts import Prompts
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.evaluate.rewards import Rewards, gated, pass_at_k
 from minillama.evaluate.rules import Answer, Reward
 from minillama.model import Decoder
 from minillama.model.heads import scores, with_score
+from minillama.tokenizer.template import load_template, special_tokens
 from minillama.tokenizer.train import byte_tokenizer, train_byte_bpe
 
 SHAPE = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=257, max_seq_len=64)
@@ -72,6 +78,33 @@ def test_a_reward_model_scores_the_ids_of_its_training(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(rewards([answer]).total[0], found, atol=1e-5, rtol=1e-5)
     assert together.std() > 0.1
+
+
+def test_answers_are_scored_by_the_ids_of_training_from_the_record_on(tmp_path: Path) -> None:
+    """Template, BOS and end token: of a chat model whose turns do not end with EOS, also where it wrote EOS instead."""
+    tokenizer = TOKENIZER.with_special(special_tokens("chatml"))
+    template, file = load_template("chatml", tokenizer), tmp_path / "r.jsonl"
+    lines = [{"prompt": f"Q{i}?", "chosen": "good " * (1 + i), "rejected": "bad"} for i in range(6)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained = preference_set.load([Source(path=str(file))], template, tokenizer, 64, 0.5)
+    asked = Prompts.load([Source(path=str(file))], template, tokenizer, 64, 0.5)
+    model = Decoder(replace(SHAPE, vocab_size=tokenizer.vocab_size))
+    model.init_weights(torch.Generator().manual_seed(3))
+    made = with_score(model, torch.Generator().manual_seed(3))
+    made.score.weight.data.mul_(40)  # type: ignore[union-attr]
+    made.save_pretrained(tmp_path / "rm")
+    tokenizer.save(tmp_path / "rm")
+    rewards = Rewards([Reward(str(tmp_path / "rm"))], tokenizer, asked.end_id)
+    rows = {row.where: row for row in (*trained.train, *trained.val)}
+    assert asked.end_id == tokenizer.backend.token_to_id("<|im_end|>") != tokenizer.eos_id and len(rows) == 6
+    for prompt in (*asked.train, *asked.val):
+        row = rows[prompt.where]
+        for ids in row.answers:
+            text, whole = ids[:-1].tolist(), tensor([[*row.prompt.tolist(), *ids.tolist()]])
+            expected = scores(rewards.models[str(tmp_path / "rm")], whole)[0, -1].item()  # type: ignore[arg-type]
+            ends = ([asked.end_id], True), ([tokenizer.eos_id], True), ([], False)
+            given = [Answer("", [*text, *end], "", {}, prompt.ids, ended) for end, ended in ends]
+            assert rewards(given).total.tolist() == pytest.approx([expected] * 3, abs=1e-5)
 
 
 def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:

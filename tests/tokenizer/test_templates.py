@@ -168,6 +168,21 @@ def test_the_prompt_of_an_answer_is_the_beginning_of_its_conversation(name: str)
     )
 
 
+ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>", "chatglm": "<eop>"}
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_the_last_trained_token_ends_the_turn(name: str) -> None:
+    chosen, tokenizer = usable(name)
+    rendered = encode(Conversation.of([U1, A1, U2, A2]), chosen, tokenizer)
+    end = ENDS.get(name, tokenizer.eos_token)
+    answers = [run for run, weight in rendered.runs if weight]
+    assert len(answers) == (1 if name.startswith("chatglm") else 2) and all(run.endswith(end) for run in answers)
+    wanted = [message["content"] for message in (A1, A2)][2 - len(answers) :]
+    assert [run.removesuffix(end).strip() for run in answers] == wanted
+    assert rendered.end_id in tokenizer.special_ids and tokenizer.decode([rendered.end_id], skip_special=False) == end
+
+
 @pytest.mark.parametrize("name", [name for name in BUILTIN if name not in ("chatml", "llama-3")])
 def test_turns_that_a_template_cannot_express_are_refused(name: str) -> None:
     chosen, _ = usable(name)

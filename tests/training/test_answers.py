@@ -57,6 +57,16 @@ def test_values_entropies_and_gradients_are_those_of_all_logits(
         torch.testing.assert_close(one.grad, two.grad, atol=1e-5, rtol=1e-4)
 
 
+def test_a_constant_added_to_every_logit_changes_nothing() -> None:
+    tokens, targets, weights = rows()
+    model = policy()
+    before = answer_log_probabilities(model, tokens, targets, weights)
+    with torch.no_grad():
+        model.output_weight.add_(torch.randn(16, generator=torch.Generator().manual_seed(4)))
+    assert (model(tokens).mean(-1).abs() > 1).any()
+    torch.testing.assert_close(answer_log_probabilities(model, tokens, targets, weights), before, atol=1e-5, rtol=1e-5)
+
+
 def test_frozen_weights_and_a_row_without_an_answer() -> None:
     tokens, targets, weights = rows()
     model = add_lora(policy(), LoRAConfig(rank=2))

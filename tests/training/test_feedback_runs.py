@@ -80,6 +80,16 @@ def test_a_run_that_stops_inside_a_rollout_resumes_to_the_bit(
     assert lines[0]["reward"] == pytest.approx(lines[0]["reward_verified"] + 0.5 * lines[0]["reward_repetition"])
 
 
+@pytest.mark.parametrize("which", [GRPO, PPO], ids=["grpo", "ppo"])
+def test_the_first_ratios_in_bfloat16_are_1_too(
+    tiny_config: Make, start: Path, tmp_path: Path, which: tuple[str, ...]
+) -> None:
+    more = "--train.dtype", "bfloat16", "--train.steps", "1", "--train.micro_batch_size", "3"
+    assert train(tiny_config(*words(start, *which, *more)), str(tmp_path / "run"), report=Quiet()) == 0
+    first = next(line for line in metrics(tmp_path / "run") if "lr" in line)
+    assert first["kl"] == 0 == first["clipped"] == first["approx_kl"] and first["entropy"] > 1
+
+
 def test_what_a_run_of_ppo_leaves_behind(tiny_config: Make, start: Path, tmp_path: Path, text_file: Path) -> None:
     more = ("--objective.average_decay", "0.5", "--objective.text", str(text_file), "--train.steps", "6")
     report = Quiet()

@@ -23,6 +23,7 @@ from minillama.runs.config import load_run_config
 from minillama.runs.objectives import GLMConfig
 from minillama.tokenizer.blanks import BLANK_TOKENS, Blanks, Layout
 from minillama.tokenizer.train import TokenizerTrainer
+from minillama.training.gradients import accumulate
 from minillama.training.objectives.glm import BlankInfilling, Example
 from minillama.training.spans import documents, long_span, sentence_ends, sentence_spans, short_spans, span_lengths
 
@@ -217,6 +218,21 @@ def test_the_loss_is_the_sum_over_the_blanks(corpus: Corpus) -> None:
         expected = expected - logits[chosen].gather(-1, part.targets[0, :size][chosen, None]).sum()
     torch.testing.assert_close(loss, expected)
     assert weight == batch.weights.sum()
+
+
+def test_micro_batches_change_nothing(corpus: Corpus) -> None:
+    """Rows of very unequal numbers of masked tokens: sums over the batch, and no means of means."""
+    found = []
+    for micro in (6, 4, 1):
+        torch.manual_seed(0)
+        made = objective(model=Decoder(MODEL), data=corpus)
+        losses = accumulate(made, made.batch(2), micro, torch.device("cpu"))
+        found.append((losses.loss, [p.grad for p in made.model.parameters()]))
+    counts = made.batch(2).weights.sum(1)
+    assert counts.max() > 2 * counts.min()
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], abs=1e-6)
+        torch.testing.assert_close(gradients, found[0][1], atol=1e-6, rtol=1e-4)
 
 
 def test_part_a_sees_nothing_of_part_b() -> None:

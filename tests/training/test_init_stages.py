@@ -69,7 +69,7 @@ def grown_config(base: Path, tmp_path: Path, *words: str) -> RunConfig:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("init", ["normal", "mean"])
-def test_old_rows_stay_and_new_ones_come(tied: bool, init: str) -> None:
+def test_old_rows_stay_and_new_ones_come(tied: bool, init: str, tmp_path: Path) -> None:
     config = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=50, tie_embeddings=tied)
     model, tokens = Decoder(config), torch.randint(50, (2, 7))
     before, logits = {n: p.detach().clone() for n, p in model.named_parameters()}, model(tokens)
@@ -85,6 +85,9 @@ def test_old_rows_stay_and_new_ones_come(tied: bool, init: str) -> None:
             assert 0.015 < parameter[50:].std() < 0.025
     assert torch.equal(model(tokens)[..., :50], logits)
     model(torch.tensor([[69]]))
+    model.save_pretrained(tmp_path)
+    again = Decoder.from_pretrained(tmp_path)
+    assert again.config.tie_embeddings == tied and torch.equal(again(tokens + 15), model(tokens + 15))
     with pytest.raises(InputError, match="cannot lose rows"):
         model.resize_embeddings(69)
 

@@ -89,6 +89,15 @@ def test_a_run_resumes_to_the_bit_inside_and_behind_its_first_epoch(
         assert found[0] > found[1]
 
 
+def test_the_first_loss_in_bfloat16_is_ln_2_too(tiny_config: Make, base: Path, pairs: Path, tmp_path: Path) -> None:
+    """Policy and reference are cast alike, on rows of the same micro-batches."""
+    more = "--train.dtype", "bfloat16", "--train.steps", "1", "--train.micro_batch_size", "3"
+    assert train(tiny_config(*words(base, pairs, "dpo", *more)), str(tmp_path / "run"), report=Quiet()) == 0
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["val_loss"] == pytest.approx(math.log(2), abs=1e-7) and lines[0]["val_kl"] == 0
+    assert lines[1]["loss"] == pytest.approx(math.log(2), abs=1e-7) and lines[1]["reward_margin"] == 0
+
+
 def test_dpo_goes_on_from_the_adapter_of_fine_tuning(
     tiny_config: Make, base: Path, pairs: Path, tmp_path: Path
 ) -> None:

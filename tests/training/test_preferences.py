@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minillama.config import ModelConfig
 from minillama.config.lora import LoRAConfig
@@ -22,7 +23,7 @@ from minillama.runs.objectives import DPOConfig, KTOConfig
 from minillama.training.gradients import accumulate
 from minillama.training.objectives import DPO, KTO, RewardModel
 from minillama.training.objectives.base import DataObjective
-from minillama.training.objectives.compared import Compared
+from minillama.training.objectives.compared import Compared, batch_of
 from minillama.training.objectives.dpo import LOSSES, dpo_loss
 from minillama.training.objectives.kto import kto_loss, mismatched
 from minillama.training.objectives.reward import bradley_terry
@@ -153,6 +154,31 @@ def test_neither_loss_nor_gradients_depend_on_the_micro_batch(kind: str) -> None
         assert found == pytest.approx(loss, abs=2e-6) and own == pytest.approx(record, abs=1e-4, rel=1e-5)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, whole[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_neither_loss_nor_metrics(kind: str) -> None:
+    """Other ids in it, and more of it."""
+    made = moved(objective(kind))
+    made.prepare(0)
+    batch, texts = made.batch(0), rows(kind != "kto")
+    chosen = [texts[i] for i in made.data.chosen(1, 0, 8)]
+    ends = torch.tensor([[len(row.prompt) + len(answer) for answer in row.answers] for row in chosen])
+    tokens, targets = (F.pad(ids, (0, 9), value=60) for ids in (batch.tokens, batch.targets))
+    tokens = tokens.where(torch.arange(tokens.shape[-1]) < ends[..., None], 60)
+    extras = {n: F.pad(v, (0, 9)) if v.shape == batch.tokens.shape else v for n, v in batch.extras.items()}
+    padded = replace(batch, tokens=tokens, targets=targets, extras=extras)
+    for found, expected in zip(made.loss(padded), made.loss(batch), strict=True):
+        assert {n: v.item() for n, v in found.items()} == pytest.approx(
+            {n: v.item() for n, v in expected.items()}, abs=1e-4, rel=1e-5
+        )
+
+
+def test_an_end_token_with_the_id_of_padding_is_of_the_answer() -> None:
+    texts = [Judged.of([5, 6], [[7, 0], [0]], 0), Judged.of([0], [[8, 9, 0], [9, 0]], 0)]
+    batch = batch_of(texts, 320)
+    answers = [batch.targets[i, side][batch.extras["answers"][i, side] > 0].tolist() for i in (0, 1) for side in (0, 1)]
+    assert answers == [[7, 0], [0], [8, 9, 0], [9, 0]] and batch.extras["counts"].tolist() == [[2, 1], [3, 2]]
 
 
 @pytest.mark.parametrize("kind", ["dpo", "dpo + sft", "ipo"])

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from minillama.config import ModelConfig
 from minillama.config.lora import LoRAConfig
+from minillama.data.corpus import Corpus, Split
 from minillama.data.prompts import Prompt, Prompts
+from minillama.data.shards import Shard
 from minillama.errors import InputError
 from minillama.evaluate.rewards import Scored
 from minillama.evaluate.rules import Answer
+from minillama.inference.request import Request
 from minillama.inference.sampling import Sampler, Sampling
 from minillama.model import Decoder
+from minillama.model.heads import scores
 from minillama.model.lora import add_lora, base_tensors, is_adapter
 from minillama.runs.feedback import FeedbackConfig, GRPOConfig, PPOConfig
 from minillama.tokenizer.conversation import Conversation
@@ -127,6 +135,113 @@ def test_micro_batches_change_nothing(settings: FeedbackConfig) -> None:
             torch.testing.assert_close(grad, first[name], atol=2e-6, rtol=1e-4)
 
 
+def moved(made: Feedback, by: float) -> Decoder:
+    """The model, whose weights are changed; a copy as it was."""
+    before = copy.deepcopy(made.model)
+    with torch.no_grad():
+        for weight in made.model.parameters():
+            weight.add_(by * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    return before
+
+
+@pytest.mark.parametrize("settings", GROUPS)
+def test_a_step_of_grpo_is_that_of_the_formulas(settings: GRPOConfig) -> None:
+    """Answer by answer, from all logits of rows without padding: reference, old and new policy are three models."""
+    made = objective(settings)
+    moved(made, 0.03)
+    recorded = made.prepare(0)
+    old = moved(made, 0.05)
+    terms, metrics = losses(made, 0)
+    rows, baseline = made.buffer, settings.baseline
+    logs: dict[str, list[Tensor]] = {"new": [], "old": [], "reference": []}
+    entropies, rewards = [], []
+    for tokens, targets, mask in zip(rows["tokens"], rows["targets"], rows["mask"], strict=True):
+        stop = int(mask.nonzero()[-1]) + 1
+        for name, model in (("new", made.model), ("old", old), ("reference", made.companions["reference"])):
+            with torch.no_grad():
+                found = (model(tokens[None, :stop])[0] / settings.temperature).log_softmax(-1)[mask[:stop]]
+            logs[name].append(found.gather(1, targets[mask][:, None])[:, 0])
+            if name == "new":
+                entropies.append(-(found.exp() * found).sum(1))
+        ids = targets[mask]
+        rewards.append(math.nan if ids[0] % 16 == 13 else float((ids % 2 == 0).sum()))
+    kl = [float((a - b).sum()) for a, b in zip(logs["old"], logs["reference"], strict=True)]
+    if settings.kl == "k1":
+        rewards = [reward - settings.beta * value for reward, value in zip(rewards, kl, strict=True)]
+    if "kl" in recorded:
+        assert recorded["kl"] == pytest.approx(sum(kl) / len(kl), abs=1e-5)
+    policy, penalty, total, share = 0.0, 0.0, 0, made._order(0, 0, 0).tolist()
+    for row in share:
+        start = row // settings.samples * settings.samples
+        group = [reward for reward in rewards[start : start + settings.samples] if reward == reward]
+        mean = sum(group) / max(1, len(group))
+        advantage = rewards[row] - mean if rewards[row] == rewards[row] and len(group) > 1 else 0.0
+        if baseline == "std" and advantage:
+            advantage /= torch.tensor(group).std().item() + 1e-4
+        elif baseline == "leave-one-out" and advantage:
+            advantage *= len(group) / (len(group) - 1)
+        new = logs["new"][row]
+        ratio = (new - logs["old"][row]).exp() if settings.updates > 1 else torch.ones(len(new))
+        losing = -torch.minimum(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))
+        d = new - logs["reference"][row]
+        own = {"k1": d * 0, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[settings.kl] * settings.beta
+        weight = {"tokens": 1.0, "answers": 1 / len(new), "length": 1.0}[settings.average]
+        policy, penalty = policy + float(losing.sum()) * weight, penalty + float(own.sum()) * weight
+        total += len(new)
+    divisor = {"tokens": total, "answers": len(share), "length": len(share) * 9}[settings.average]
+    assert terms["policy"] == pytest.approx(policy / divisor, abs=1e-5)
+    assert ("kl_penalty" in terms) == (settings.kl != "k1")  # in a loss k1 would do nothing
+    assert terms.get("kl_penalty", 0) == pytest.approx(penalty / divisor, abs=1e-6)
+    chosen = torch.cat([entropies[row] for row in share])
+    assert metrics["entropy"] == pytest.approx(chosen.mean().item(), abs=1e-5)
+    new, was, base = (torch.cat([values[row] for row in share]) for values in logs.values())
+    if settings.updates > 1:
+        assert metrics["approx_kl"] == pytest.approx(((new - was).exp() - 1 - new + was).mean().item(), abs=1e-5)
+    else:
+        assert metrics["kl"] == pytest.approx((new - base).sum().item() / len(share), abs=1e-4)
+
+
+@pytest.mark.parametrize("critic", ["own", "shared"])
+def test_values_are_of_the_states_in_which_the_tokens_were_chosen(critic: str) -> None:
+    """Of a prompt of P tokens the first is that of token P - 1, which chooses the first token of the answer."""
+    made = objective(PPOConfig(max_new_tokens=9, minibatches=1, critic=critic))  # type: ignore[arg-type]
+    value, generator = made.models["value"], torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in value.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    made.prepare(0)
+    rows, asked = made.buffer, made.data.batch(1, 0, 8)
+    for prompt, tokens, mask, values in zip(asked, *(rows[n] for n in ("tokens", "mask", "values")), strict=True):
+        places = mask.nonzero()[:, 0].tolist()
+        if not places:
+            continue  # an answer that no reward could score
+        assert places[0] == len(prompt.ids) - 1 and tokens[: len(prompt.ids)].tolist() == prompt.ids
+        ids = tokens[None, : places[-1] + 1]
+        with torch.no_grad():
+            found = scores(value, ids) if isinstance(value, Decoder) else value(made.model.hidden(ids))[..., 0]
+        torch.testing.assert_close(values[mask], found[0, places], atol=1e-5, rtol=1e-5)
+        assert found[0].std() > 0.01
+
+
+def test_a_share_of_text_is_a_mean_over_its_own_tokens() -> None:
+    text = np.random.default_rng(2).integers(0, 257, 2000)
+    splits = [Split([Shard(Path("x"), text.astype(np.uint16))], 257, 2000, "test")]
+    corpus, settings = Corpus(splits, splits, None), PPOConfig(max_new_tokens=9, text_weight=0.5)
+    for micro in (8, 3):
+        made = objective(settings, micro=micro, text=corpus, context=12)
+        made.prepare(0)
+        ids = made.batch(0).extras["text"]
+        with torch.no_grad():
+            expected = F.cross_entropy(made.model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        assert ids.shape == (8, 13) and losses(made, 0, micro)[0]["text"] == pytest.approx(0.5 * expected.item())
+
+
+def test_an_end_token_with_the_id_of_padding_is_of_the_answer() -> None:
+    made, given = objective(GROUPS[1]), ([5, 0], [0], [7, 8, 9])
+    rows = made._rows(made.data.train[:3], [Request([1], 9, tokens=tokens) for tokens in given])
+    assert [row[mask].tolist() for row, mask in zip(rows["targets"], rows["mask"], strict=True)] == list(given)
+
+
 def test_a_step_of_ppo_is_that_of_the_formulas() -> None:
     """From the buffer alone, row by row, without masks: advantages, policy, value and KL terms."""
     settings = PPOConfig(max_new_tokens=9, minibatches=1, epochs=2, beta=0.3, cut_off=2.0, gamma=0.9, lam=0.8)
@@ -192,6 +307,21 @@ def test_the_trained_distribution_is_the_sampled_one(temperature: float) -> None
             sampler = Sampler(Sampling(temperature), [], 257, 0)
             ratios.append(old[t].exp() / sampler.probabilities(logits[t])[targets[t]])
     assert len(ratios) > 50 and torch.stack(ratios).mean().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.4])
+def test_what_is_sampled_comes_from_the_trained_distribution(temperature: float) -> None:
+    """The mean log-probability of samples is minus the entropy, whatever sampling the model asks for by itself."""
+    settings = GRPOConfig(max_new_tokens=1, samples=1024, minibatches=2, temperature=temperature)
+    made = objective(settings, rows=1024, micro=1024)
+    made.model.sampling = {"top_k": 2, "temperature": 0.1}
+    made.data.train[:] = made.data.train[:1]  # type: ignore[index]
+    made.prepare(0)
+    with torch.no_grad():
+        exact = (made.model(torch.tensor([made.data.train[0].ids]))[0, -1] / temperature).log_softmax(0)
+    found = made.buffer["old"][made.buffer["mask"]]
+    assert len(found) == 2048
+    assert abs(found.mean().item() - (exact.exp() * exact).sum().item()) < 4 * found.std().item() / 2048**0.5
 
 
 def test_kl_estimates_of_samples_are_those_of_the_distributions() -> None:

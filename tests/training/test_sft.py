@@ -136,6 +136,30 @@ def test_a_conversation_does_not_see_its_neighbors() -> None:
     assert torch.equal(before[row, end:], after[row, end:]) and not torch.equal(before[row, :end], after[row, :end])
 
 
+def test_a_packed_row_on_a_worked_example() -> None:
+    """Conversations of 3, 2 and 4 targets: no target crosses from one into the next."""
+    made = examples([4, 3, 5])
+    rows = collate([made], 9)
+    assert rows.positions is not None and rows.documents is not None
+    assert rows.positions[0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert rows.documents[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert rows.targets[0].tolist() == [token for example in made for token in example.ids[1:].tolist()]
+    assert rows.weights[0].tolist() == [weight for example in made for weight in example.weights[1:].tolist()]
+
+
+@pytest.mark.parametrize("packing", ["none", "best-fit", "wrap"])
+def test_an_end_token_with_the_id_of_padding_is_trained(packing: Packing) -> None:
+    """Rows are padded with 0, which is some tokenizers' EOS: weights are of slots, and not of ids."""
+    made = [replace(example, ids=np.append(example.ids[:-1], np.int32(0))) for example in examples()]
+    step, rows = Instructions.of(made, made[:4], 320, packing), {"none": 12, "best-fit": 4, "wrap": 3}[packing]
+    batch = FineTuning(model(), step, 1, rows).batch(0)
+    for part in (batch, unpadded(batch, model())):
+        ends = part.weights[part.targets == 0]
+        # wrap: those behind the last whole row are left out
+        assert (ends > 0).sum() == len(made) if packing != "wrap" else 0 < len(made) - (ends > 0).sum() < 3
+        assert part.weights.sum() == batch.totals["loss"]
+
+
 def test_best_fit_on_a_worked_example() -> None:
     """Items 6, 5, 5, 3, 1 into rows of 10: 6, then 5 and 5, 3 and 1 beside 6."""
     assert best_fit([3, 6, 5, 1, 5], 10) == [[1, 0, 3], [2, 4]]

@@ -145,21 +145,21 @@ class Feedback(DataObjective[Prompts]):
         parts = {name: _json(values[0].item()) for name, values in scored.parts.items()}
         self.sample = {"question": answer.prompt, "answer": answer.text, "reward": _json(reward), "rewards": parts}
 
-    @torch.no_grad()
     def _passes(self, number: int) -> dict[str, Tensor]:
         """Log-probabilities of policy and reference, and what a subclass reads, before the weights change.
 
-        They are computed on the micro-batches of the first epoch, so that the first ratios are exactly 1, and a policy
-        that is still the reference has its log-probabilities to the bit. A single step needs none of its own.
+        They are computed on the micro-batches of the first epoch, and not under `no_grad`, for which some kernels of
+        attention are others: so the first ratios are exactly 1, and a policy that is still the reference has its
+        log-probabilities to the bit. A single step needs none of its own.
         """
         needs_old, found = self.settings.updates > 1 or self.settings.kl == "k1", dict[str, Tensor]()
         for rows, batch in self._micro_batches(number):
-            made = dict(self.read(batch))
+            made = {name: values.detach() for name, values in self.read(batch).items()}  # one graph at a time
             if needs_old and "old" not in made:
-                made["old"] = self.log_probabilities(self.model, batch)[0]
+                made["old"] = self.log_probabilities(self.model, batch)[0].detach()
             if self.reference is not None:
                 with self.reference.of(self.model) as reference:
-                    made["reference"] = self.log_probabilities(reference, batch)[0]
+                    made["reference"] = self.log_probabilities(reference, batch)[0].detach()
             for name, values in made.items():
                 whole = found.setdefault(name, torch.zeros(self.buffer["mask"].shape))
                 whole[rows, : values.shape[1]] = values.cpu()
