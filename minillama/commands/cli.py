@@ -22,6 +22,7 @@ COMMANDS = {
     "infill": "infilling of masked spans with a GLM or ChatGLM model",
     "classify": "cloze classification with an infilling model: pattern and verbalizers",
     "show": "summary of a run folder: state, provenance, configuration, loss curve",
+    "runs": "list of runs with their best figures",
     "compare": "comparison of runs: configuration, metrics, loss curves",
     "convert": "model conversion to another format: Hugging Face, Meta, GGUF",
     "inspect": "format, configuration, metadata and tensors of a model, without loading it",
