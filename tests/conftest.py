@@ -77,7 +77,9 @@ def uncached() -> Decode:
             while len(ids) < min(start + count, model.config.max_seq_len) and not {*ids[start:]} & {*stop_ids}:
                 positions = torch.tensor([places]).mT if prompt is layout else None
                 with torch.inference_mode():
-                    logits = model.eval()(torch.tensor([ids]), positions, Mask(prefix=prefix, **mask))[:, -1]
+                    logits = model.eval()(torch.tensor([ids]), positions=positions, mask=Mask(prefix=prefix, **mask))[
+                        :, -1
+                    ]
                 ids += choose(logits, [sampler])
                 places.append((places[-1][0], places[-1][1] + 1))
             rows.append(ids[start:])

@@ -23,6 +23,7 @@ COMMANDS = {
     "classify": "cloze classification with an infilling model: pattern and verbalizers",
     "eval": "accuracy on LLaMA's nine sets, perplexity, comparison by a judge",
     "show": "summary of a run folder: state, provenance, configuration, loss curve",
+    "runs": "list of runs with their best figures",
     "compare": "comparison of runs: configuration, metrics, loss curves",
     "convert": "model conversion to another format: Hugging Face, Meta, GGUF",
     "inspect": "format, configuration, metadata and tensors of a model, without loading it",

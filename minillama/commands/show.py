@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from minillama.commands.tables import print_pairs
+from minillama.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,22 @@ class Args:
     """Run folder, such as runs/tiny; the run may still be in progress."""
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one JSON object with all of it but the curve."""
+    png: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Draw the loss curves into loss.png of the run's folder, and print its path alone."""
 
 
 def run(args: Args) -> int:
     """Print the summary."""
     from minillama.runs.diff import flat
-    from minillama.runs.plot import chart
+    from minillama.runs.plot import MISSING, chart, write_png
     from minillama.runs.record import RecordedRun
 
     found = RecordedRun.open(args.path)
+    if args.png:
+        if not write_png(args.path / "loss.png", found.records):
+            raise InputError("matplotlib is not installed", where="--png", fix=MISSING)
+        print(args.path / "loss.png")
+        return 0
     if args.json:
         print(json.dumps({"summary": found.summary(), "starts": found.starts, "config": found.config}))
         return 0

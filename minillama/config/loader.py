@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -257,20 +258,48 @@ def _type_name(kind: Any) -> str:
 
 
 def check(instance: Any, origin: Located | None = None, prefix: str = "") -> None:
-    """Range check of every number of a dataclass, and of those in it.
+    """Type check of every field of a dataclass and range check of every number, and of those in it.
 
     Raises:
-        InputError: field, value and range.
+        InputError: field, value, and type or range.
     """
-    origin = origin or Located()
+    cls: Any = type(instance)
+    origin, hints = origin or Located(), _hints(cls)
     for f in fields(instance):
         key, value = _join(prefix, f.name), getattr(instance, f.name)
+        if not _is_a(hints[f.name], value):
+            kind = without_none(hints[f.name])
+            choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+            expected = " or ".join(map(repr, choices)) or (
+                str(kind.__name__) if is_dataclass(kind) and isinstance(kind, type) else _type_name(kind)
+            )
+            fix = suggestion(value, choices) if isinstance(value, str) else None
+            raise _wrong(value, expected, origin, key, fix)
         items = {f"{key}.{i}": item for i, item in enumerate(value)} if isinstance(value, tuple) else {key: value}
         for name, item in items.items():
             if is_dataclass(item):
                 check(item, origin, name)
             elif isinstance(item, int | float) and not isinstance(item, bool):
                 _check_number(item, f.metadata, origin, name)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value is of a field's type; an integer is a float too, true is no integer."""
+    outer, inner = typing.get_origin(kind), typing.get_args(kind)
+    if outer in (Union, types.UnionType):
+        return any(_is_a(one, value) for one in inner)
+    if outer is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if outer is tuple:
+        return isinstance(value, tuple) and all(_is_a(inner[0], item) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind) if isinstance(kind, type) else True
 
 
 def _check_number(value: float, limits: Mapping[str, float], origin: Located, key: str) -> None:

@@ -7,9 +7,9 @@ width, T sequence length.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from minillama.config.loader import check
+from minillama.config.loader import check, suggestion
 from minillama.errors import InputError
 
 
@@ -107,6 +107,14 @@ class Shape:
     """model_type of files, where the other fields leave it open; it changes no result."""
     preset: str = ""
     """Name of the file in configs/model that this shape came from."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Refuse unknown names as the loader does."""
+        names = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise InputError(f"unknown key {name!r}", where=cls.__name__, fix=suggestion(name, names))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check(self)

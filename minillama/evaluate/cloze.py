@@ -32,7 +32,7 @@ class Answers(Rows):
         size = self.tokens.shape[:2]
         chosen = self.weights.flatten(0, 1) > 0
         mask = Mask(prefix=self.prefix.flatten())
-        hidden = model.hidden(self.tokens.flatten(0, 1), self.positions.flatten(0, 1), mask)[chosen]
+        hidden = model.hidden(self.tokens.flatten(0, 1), positions=self.positions.flatten(0, 1), mask=mask)[chosen]
         targets = self.targets.flatten(0, 1)[chosen]
         nats = log_probabilities(model.head(hidden), targets)
         rows = torch.arange(size.numel(), device=chosen.device)[:, None].expand_as(chosen)[chosen]

@@ -265,7 +265,7 @@ class _Reader:
             positions = pad_sequence(places, batch_first=True).mT.to(device)
             prefix = torch.tensor([node.prefix for node in nodes]) if above is None else None
         mask = Mask(lengths=None if len({*counts.tolist()}) == 1 else counts, prefix=prefix)
-        self._score(self.model.hidden(ids, positions, mask, state), nodes)
+        self._score(self.model.hidden(ids, positions=positions, mask=mask, state=state), nodes)
         return state
 
     def _score(self, hidden: Tensor, nodes: Sequence[_Node]) -> None:

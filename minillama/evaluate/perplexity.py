@@ -125,7 +125,7 @@ def _as_masked_span(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.
     tokens[:, 0], tokens[:, 3:] = ids[:, 0], ids[:, 1:-1]
     positions = torch.tensor(layout.positions, device=ids.device).T.expand(len(ids), -1, -1)
     mask = Mask(prefix=torch.full((len(ids),), 2))
-    return model.hidden(tokens, positions, mask)[:, 2:]
+    return model.hidden(tokens, positions=positions, mask=mask)[:, 2:]
 
 
 def _batches(windows: Iterable[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

@@ -285,7 +285,8 @@ def write(
         dtype: of the matrices.
         int4: quantized matrices for q4_1 by Hugging Face name; others are quantized by `Int4.of`.
     """
-    check_writable(tensors, config, "" if (kind := architecture(config)) else "GGUF, as it is written here,")
+    kind = architecture(config)
+    check_writable({*tensors, *(int4 or {})}, config, "" if kind else "GGUF, as it is written here,")
     gguf = _package()
     writer = gguf.GGUFWriter(path, kind)
     _write_metadata(writer, config, vocabulary, dtype, name)

@@ -141,10 +141,13 @@ def check_writable(tensors: Iterable[str], config: ModelConfig, llama_only: str 
         for switch, found in config.switches().items():
             what, expected = f"{llama_only} has no such model", "LLaMA's switches"
             raise InputError(what, where=switch, found=found, expected=expected, fix="write it as hf")
-    unknown = sorted(set(tensors) - set(config.tensors()))
-    if unknown:
-        what, fix = "tensors that would not be written", "merge adapters and take off heads before saving the model"
-        raise InputError(what, found=_listed(unknown, 5), expected="the parameters of the configuration", fix=fix)
+    names = config.tensors()
+    unknown, missing = sorted(set(tensors) - set(names)), [name for name in names if name not in tensors]
+    if unknown or missing:
+        fix = "merge adapters and take off heads before saving the model; a changed layer is saved with torch.save"
+        what = "tensors that would not be written" if unknown else "tensors that the model lacks"
+        expected = "the parameters of the configuration"
+        raise InputError(what, found=_listed(unknown or missing, 5), expected=expected, fix=fix)
 
 
 def _listed(names: list[str], most: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minillama.layers.cache import CacheRange, State
+from minillama.layers.hooks import has_hooks
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
@@ -108,6 +109,7 @@ class GraphStep:
         self.inputs = torch.empty(0)  # (3, B, 1) ids, slots and positions
         self.play: Play | None = None
         self.failed = False
+        self.modules: list[tuple[int, int]] = []
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
         """Logits (B, V) after one token per sequence; None while the layers are to read them."""
@@ -130,6 +132,12 @@ class GraphStep:
         state.advance([1] * len(tokens))
         self.inputs.copy_(inputs)
         return self.play().clone()  # the next replay overwrites it
+
+    def unsupported(self) -> str | None:
+        """Reason why the layers are to decode now, or None; layers and kernels replaced by hand are captured anew."""
+        modules = [(id(part), id(getattr(part, "kernel", None))) for part in self.model.modules()]
+        self.key, self.modules = self.key if modules == self.modules else (), modules
+        return next((f"{name} has hooks" for name, part in self.model.named_modules() if has_hooks(part)), None)
 
     def _capture(self, inputs: Tensor, state: State, end: int, mask: Mask) -> None:
         self.inputs = inputs

@@ -107,6 +107,7 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.entering: _Batch | None = None  # while one of its requests has not ended, as `running`
         self.running: _Batch | None = None
+        self.steps = False  # whether `model.step` may be used
         self._others_wait = False  # running requests had no pass since others entered
         if max_rows < 1 or (chunk is not None and chunk < 1):
             raise ValueError(f"max_rows and chunk are 1 or more, not {max_rows} and {chunk}")
@@ -233,6 +234,8 @@ class Engine:
         self.waiting = deque(row for row in self.waiting if row not in entering)
         if not rows:  # they enter when the running ones have ended
             return
+        # hooks and kernels set by hand turn the faster step off
+        self.steps = self.model.step is not None and not getattr(self.model.step, "unsupported", lambda: None)()
         samples: dict[tuple[Request, tuple[int, ...]], list[Row]] = {}
         for row in rows:
             samples.setdefault((row.first, tuple(row.ids)), []).append(row)
@@ -371,13 +374,13 @@ class Engine:
             # one more token attends to all there is
             if not rows[0].read or self.mask.window is not None:
                 prefix = torch.tensor([row.layout.prefix for row in rows if row.layout is not None])
-        elif model.step is not None and min(counts) and last is None:
+        elif self.steps and model.step is not None and min(counts) and last is None:
             logits = model.step(unread, state, self.mask)
             if logits is not None:
                 return logits
         lengths = torch.tensor(counts) if min(counts) < max(counts) else None
         mask = replace(self.mask, lengths=lengths, prefix=prefix)
-        hidden = model.hidden(_padded(unread).to(model.device), positions, mask, state)
+        hidden = model.hidden(_padded(unread).to(model.device), positions=positions, mask=mask, state=state)
         if last is not None:
             ends = zip(hidden, counts, last, strict=True)
             return model.head(torch.cat([row[end - size : end] for row, end, size in ends]))

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minillama.config.loader import build
 from minillama.errors import InputError
 from minillama.inference.chat import Prompt, chat_ids, is_messages
 from minillama.inference.engine import Engine
@@ -27,15 +28,17 @@ class Chunk:
     text: str
     tokens: tuple[int, ...]
     reason: FinishReason | None = None
+    log_probabilities: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Completion of one prompt, whole."""
+    """Completion of one prompt, whole; ln p of each token where `logprobs` is set."""
 
     text: str
     tokens: tuple[int, ...]
     reason: FinishReason
+    log_probabilities: tuple[float, ...] = ()
 
 
 class StopText:
@@ -93,7 +96,8 @@ class _Text:
             return None
         text, start = self.text, self.taken
         self.text, self.taken = "", len(request.tokens)
-        return Chunk(self.row, text, tuple(request.tokens[start:]), "stop" if self.stopped else reason)
+        tokens, chosen = tuple(request.tokens[start:]), tuple(request.log_probabilities[start:])
+        return Chunk(self.row, text, tokens, "stop" if self.stopped else reason, chosen)
 
 
 def end_ids(model: Decoder, tokenizer: Tokenizer) -> frozenset[int]:
@@ -128,7 +132,7 @@ def check_room(length: int, context: int, where: str) -> None:
 
 def stream(
     model: Decoder,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     prompt: str | Sequence[Prompt],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
@@ -136,6 +140,8 @@ def stream(
     ignore_eos: bool = False,
     engine: Engine | None = None,
     chat: bool = False,
+    logprobs: bool = False,
+    **settings: Any,
 ) -> Generator[Chunk, None, None]:
     """Streaming generation, chunk by chunk, never half a character or part of a stop string.
 
@@ -143,7 +149,7 @@ def stream(
 
     Args:
         model: the decoder.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, a `Tokenizer` or one of transformers, which is converted at each call.
         prompt: a text, or several, of any length, which share a batch; token ids are taken as they are, messages
             (`[{"role": "user", "content": ...}]`) by the tokenizer's chat template.
         max_new_tokens: tokens per prompt at most.
@@ -152,21 +158,24 @@ def stream(
         ignore_eos: go on after the end-of-text token.
         engine: of this model; one for all prompts at once unless given.
         chat: texts are questions for the chat template, too, and not to be continued.
+        logprobs: ln p of each token, of the model's distribution before temperature and the other settings.
+        settings: fields of `Sampling` by name, as `temperature=0`, in place of those of `sampling`.
 
     Raises:
-        InputError: a prompt that does not fit the context, an empty stop string, a foreign tokenizer.
+        InputError: a prompt that does not fit the context, an empty stop string, a foreign tokenizer, an unknown
+            or invalid setting.
     """
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
-    prompts: Sequence[Any] = [prompt] if isinstance(prompt, str) or is_messages(prompt) else prompt
+    tokenizer, prompts = Tokenizer.from_transformers(tokenizer), _several(prompt)
     asked, stop_ids = chat_ids(tokenizer, prompts, chat)
-    blanks, sampling = blanks_of(model, tokenizer), sampling or Sampling()
+    blanks, sampling = blanks_of(model, tokenizer), build(Sampling, settings, base=sampling or Sampling())
     ends = frozenset() if ignore_eos else end_ids(model, tokenizer) | stop_ids
     texts: dict[Request, _Text] = {}
     for row, each in enumerate(asked):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
         read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop)
-        request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text)
+        request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text, logprobs)
         check_room(len(request.ids), model.config.max_seq_len, f"prompt {row + 1}")
         texts[request] = text
     engine = engine or Engine(model, max(1, len(texts)), chunk=None)
@@ -186,6 +195,11 @@ def stream(
             engine.cancel(request)
 
 
+def _several(prompt: str | Sequence[Prompt]) -> Sequence[Any]:
+    """Prompts, also of one that is a text or messages."""
+    return [prompt] if isinstance(prompt, str) or is_messages(prompt) else prompt
+
+
 def encode(tokenizer: Tokenizer, prompt: str | Sequence[int], where: str) -> list[int]:
     """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one. Ids stay as they are.
 
@@ -200,28 +214,32 @@ def encode(tokenizer: Tokenizer, prompt: str | Sequence[int], where: str) -> lis
 
 def generate(
     model: Decoder,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    prompts: str | Sequence[Prompt],
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
     chat: bool = False,
+    logprobs: bool = False,
+    **settings: Any,
 ) -> list[Completion]:
-    """Batched generation of several prompts. The arguments are those of `stream`.
+    """Batched generation of several prompts, or of one. The arguments are those of `stream`.
 
     Returns:
         One completion per prompt, in order, without the prompt.
     """
-    rows: list[list[Chunk]] = [[] for _ in prompts]
-    for chunk in stream(model, tokenizer, prompts, max_new_tokens, sampling, stop, ignore_eos, engine, chat):
+    rows: list[list[Chunk]] = [[] for _ in _several(prompts)]
+    options = (max_new_tokens, sampling, stop, ignore_eos, engine, chat, logprobs)
+    for chunk in stream(model, tokenizer, prompts, *options, **settings):
         rows[chunk.row].append(chunk)
     return [
         Completion(
             "".join(chunk.text for chunk in row),
             tuple(token for chunk in row for token in chunk.tokens),
             row[-1].reason or "length",
+            tuple(value for chunk in row for value in chunk.log_probabilities),
         )
         for row in rows
     ]

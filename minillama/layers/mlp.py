@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minillama.config import ModelConfig
+from minillama.layers.hooks import is_own
 
 
 def swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
@@ -37,6 +39,8 @@ class SwiGLU(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         if not self.fused:
             return self.kernel(x, self.gate_proj, self.up_proj, self.down_proj)
+        if not is_own(self.kernel):
+            return self.kernel(x, _Half(self.gate_up_proj, 0), _Half(self.gate_up_proj, 1), self.down_proj)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         y: Tensor = self.down_proj(F.silu(gate) * up)
         return y
@@ -45,6 +49,17 @@ class SwiGLU(nn.Module):
     def fused(self) -> bool:
         """Whether gate_proj and up_proj are one, see `model/linears.py`."""
         return hasattr(self, "gate_up_proj")
+
+
+class _Half(nn.Module):
+    """Gate or up of a fused layer, for a kernel set by hand."""
+
+    def __init__(self, fused: nn.Module, index: int) -> None:
+        super().__init__()
+        self.fused, self.index = fused, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.fused(x).chunk(2, dim=-1)[self.index])
 
 
 class Gelu(nn.Module):

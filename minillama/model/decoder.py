@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from minillama.config import ModelConfig
 from minillama.config.mup import Mup
 from minillama.errors import InputError
 from minillama.formats import generation_config, hf
+from minillama.formats.layout import check_writable
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.alibi import Alibi
@@ -93,6 +94,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
+        if isinstance(config, str):
+            fix = f"give ModelConfig.load({config!r}), or take Decoder.from_pretrained for a folder"
+            raise InputError("the configuration is not a ModelConfig", found=type(config).__name__, fix=fix)
         self.config = config
         self.dropout = dropout
         self.checkpointing = False
@@ -149,6 +153,7 @@ class Decoder(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
+        *,
         positions: Tensor | None = None,
         mask: Mask | None = None,
         state: State | None = None,
@@ -182,21 +187,22 @@ class Decoder(nn.Module):
             elif state is None:
                 x = layer(x, inputs)
             else:  # not through compiled code, which would be made anew for every length of the state
-                x = layer.forward(x, inputs, state.layers[i])
+                x = layer._call_impl(x, inputs, state.layers[i])
         if state is None:
             return self.model.norm(x)
         state.advance([span.count] * len(tokens) if mask.lengths is None else mask.lengths.tolist())
-        return self.model.norm.forward(x)  # for the same reason
+        return cast(Tensor, self.model.norm._call_impl(x))  # for the same reason
 
     def forward(
         self,
         tokens: Tensor,
+        *,
         positions: Tensor | None = None,
         mask: Mask | None = None,
         state: State | None = None,
     ) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V). The arguments are those of `hidden`."""
-        return self.head(self.hidden(tokens, positions, mask, state))
+        return self.head(self.hidden(tokens, positions=positions, mask=mask, state=state))
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
@@ -288,6 +294,15 @@ class Decoder(nn.Module):
         self.step = None  # it has the old matrices
         return self
 
+    def _refuse_changed(self) -> None:
+        """Refuse layers of another kind or shape than those that a folder's reader makes."""
+        with torch.device("meta"):
+            found, expected = map(_described, (self, Decoder(self.config)))
+        for name in found:
+            if found[name] != expected.get(name):
+                what, fix = "a folder cannot say that this was changed", "save its state_dict() with torch.save"
+                raise InputError(what, where=name, found=found[name], expected=expected.get(name), fix=fix)
+
     def _refuse_quantized(self, verb: str) -> None:
         if any(isinstance(part, Int8Linear | Int4Linear) for part in self.modules()):
             raise InputError(f"a quantized model cannot be {verb}", fix="do it before quantize()")
@@ -353,11 +368,21 @@ class Decoder(nn.Module):
             max_shard_size: of one file, in bytes or as "500MB".
 
         Raises:
-            InputError: after `fuse` or `quantize`, when the tensors no longer have their names; a size that is none.
+            InputError: after `fuse` or `quantize`, when the tensors no longer have their names; layers that were
+                changed by hand; a size that is none.
         """
         self._refuse_quantized("saved")
         if is_fused(self):
             raise InputError("a fused model cannot be saved", fix="save it before calling fuse()")
-        hf.write(Path(path), self.config, self.state_dict(), max_shard_size=hf.parse_size(max_shard_size))
+        size, tensors = hf.parse_size(max_shard_size), self.state_dict()
+        check_writable(tensors, self.config)
+        self._refuse_changed()
+        hf.write(Path(path), self.config, tensors, max_shard_size=size)
         if self.stop_ids or self.sampling:
             generation_config.write(Path(path), bos_id=None, eos_ids=sorted(self.stop_ids), sampling=self.sampling)
+
+
+def _described(model: nn.Module) -> dict[str, object]:
+    """Kinds of the modules within a model and shapes of its parameters, by name."""
+    kinds: dict[str, object] = {name: type(part).__name__ for name, part in model.named_modules() if name}
+    return kinds | {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -54,7 +54,7 @@ def scores(model: Decoder, tokens: Tensor, positions: Tensor | None = None, mask
     """
     if model.score is None:
         raise InputError("this model has no scalar head", expected="a reward or value model, with score.weight")
-    hidden = model.hidden(tokens, positions, mask)
+    hidden = model.hidden(tokens, positions=positions, mask=mask)
     return F.linear(hidden.float(), effective_weight(model.score).float())[..., 0]
 
 

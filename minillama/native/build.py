@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from minillama.files import cache_folder
+from minillama.layers.hooks import is_own
 
 FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
@@ -62,6 +63,7 @@ class Kernel:
             CannotBuild: no compiler, failed compilation, or unsupported processor.
         """
         parts = [part for part in model.modules() if isinstance(part, self.owner)]
+        parts = [part for part in parts if is_own(getattr(part, self.attribute) or is_own)]
         if not parts:
             return
         missing = self.unsupported()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minillama.layers.attention import Attention
 from minillama.layers.cache import KVCache, State
+from minillama.layers.hooks import changed
 from minillama.layers.lora import LoRALayer
 from minillama.layers.mask import Mask
 from minillama.layers.mlp import SwiGLU
@@ -74,6 +75,8 @@ def unsupported(model: Decoder) -> str | None:
     config = model.config
     if model.device.type != "cpu":
         return f"the model is on {model.device}"
+    if reason := changed(model):
+        return reason
     if any(isinstance(part, LoRALayer) for part in model.modules()):
         return "it has adapters"
     if not all(type(block) is Block for block in model.blocks) or type(model.model.rope) is not Rope:
@@ -120,6 +123,11 @@ class NativeStep:
         self.slots = self.threads = 0
         self.lock = Lock()
         self.refresh()
+
+    def unsupported(self) -> str | None:
+        """Reason why the layers are to decode now: what was changed by hand since; see `unsupported`."""
+        model = self.model()
+        return "the model is gone" if model is None else unsupported(model)
 
     def refresh(self) -> None:
         """Take the model's weights as they are now, after any change of them."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from minillama.layers.hooks import has_hooks
 from minillama.layers.mlp import SwiGLU, swiglu
 from minillama.native.build import Kernel
 
@@ -17,7 +18,7 @@ FEWEST = 64  # tokens: for fewer, packing weights into tiles takes longer than m
 
 def native_swiglu(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     """SwiGLU by `mlp` if supported (bfloat16, CPU, no biases, 64 tokens or more), else `swiglu`."""
-    parts = (gate, up, down)
+    parts = [part for part in (gate, up, down) if not has_hooks(part)]
     weights = [cast(Tensor, part.weight) for part in parts if type(part) is nn.Linear and part.bias is None]
     if len(weights) < 3 or not _supported(x, *weights) or x.numel() < FEWEST * x.shape[-1]:
         return swiglu(x, gate, up, down)

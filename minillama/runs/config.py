@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from minillama.config import ModelConfig
 from minillama.config.command_line import CommandLine, overrides
-from minillama.config.loader import Located, build, config_path, read_toml, to_dict
+from minillama.config.loader import Located, build, check, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup, check_mup
 from minillama.data.sources import Source
@@ -231,6 +231,7 @@ class RunConfig:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
+        check(self)
         if self.train.context > self.model.max_seq_len:
             raise InputError(
                 "the training context is longer than the model's",

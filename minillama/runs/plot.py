@@ -12,6 +12,7 @@ from typing import Any
 
 from minillama.files import replace_file
 
+MISSING = "pip install 'minillama[plot]'"
 BARS = "▁▂▃▄▅▆▇█"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from itertools import groupby
 from statistics import median
 from typing import Any, Protocol
 
@@ -12,6 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 Record = Mapping[str, Any]
+
+
+def quoted(text: str) -> str:
+    """Sample with a bar in front of its lines; three empty ones or more in a row are counted."""
+    lines: list[str] = []
+    for is_empty, group in groupby(text.strip().split("\n"), lambda line: not line.strip()):
+        same = list(group)
+        lines += [f"({len(same)} empty lines)"] if is_empty and len(same) > 2 else same
+    return "\n".join(f"  | {line}" for line in lines)
 
 
 class Report(Protocol):

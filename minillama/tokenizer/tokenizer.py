@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
@@ -116,6 +117,22 @@ class Tokenizer:
         """The tokenizer of a reader's or a trainer's parts."""
         return cls(**vars(parts))
 
+    @classmethod
+    def from_transformers(cls, tokenizer: Any) -> Tokenizer:
+        """The tokenizer of an object of transformers, through its files; one of ours as it is.
+
+        Raises:
+            InputError: another object, or one without tokenizer.json.
+        """
+        if isinstance(tokenizer, cls):
+            return tokenizer
+        if not hasattr(tokenizer, "save_pretrained"):
+            what, expected = "this is no tokenizer", "a Tokenizer, or one of transformers"
+            raise InputError(what, where="tokenizer", found=type(tokenizer).__name__, expected=expected)
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            return cls.load(folder)
+
     @property
     def parts(self) -> Parts:
         """The arguments that make this tokenizer."""
@@ -193,6 +210,10 @@ class Tokenizer:
         Raises:
             InputError: the text holds a lone surrogate.
         """
+        if not isinstance(text, str):
+            raise InputError(
+                "this is no text", where="text", found=type(text).__name__, fix="encode_batch takes several"
+            )
         ids = [self.bos_id] * bos
         if not special:
             return ids + self.encode_batch([text])[0]

@@ -22,7 +22,7 @@ from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
 from minillama.runs.folder import RunFolder, choose_folder, read_lines
 from minillama.runs.memory import check_disk, warn_of_memory
-from minillama.runs.plot import sparkline, write_png
+from minillama.runs.plot import MISSING, sparkline, write_png
 from minillama.runs.provenance import provenance
 from minillama.runs.report import Report, make_report
 from minillama.runs.signals import Interrupted
@@ -154,6 +154,8 @@ def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report)
         report.say(f"best {name} {value:.4f}: {folder.checkpoints / f'step-{best}'}")
     if write_png(folder.path / "loss.png", records):
         report.say(f"plot: {folder.path / 'loss.png'}")
+    else:
+        report.say(f"no plot without matplotlib: {MISSING}, then minillama show {folder.path} --png")
     earlier = f" ({before:.0f} s before it was resumed)" if before else ""
     report.say(f"finished in {trainer.state.seconds - before:.0f} s{earlier}. Next:")
 

@@ -20,7 +20,7 @@ from minillama.runs import memory
 from minillama.runs.checkpoint import Checkpoint
 from minillama.runs.config import RunConfig, Stage
 from minillama.runs.folder import RunFolder, append_line, read_lines
-from minillama.runs.report import Report
+from minillama.runs.report import Report, quoted
 from minillama.runs.signals import Interrupted, Signals
 from minillama.runs.writer import CheckpointWriter
 from minillama.training import trainable
@@ -269,7 +269,7 @@ class Trainer:
     def _sample(self) -> None:
         wanted, tokenizer = self.config.sample, self.saved.tokenizer
         for name, value in self.objective.sample.items():
-            self.report.say(f"  | {name}: " + str(value).strip().replace("\n", "\n  | "))
+            self.report.say(quoted(f"{name}: {str(value).strip()}"))
         if not (wanted.max_new_tokens and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
@@ -277,7 +277,7 @@ class Trainer:
         for prompt in prompts:
             completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            self.report.say("  | " + (text + completion.text).strip().replace("\n", "\n  | "))
+            self.report.say(quoted(text + completion.text))
 
     def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""

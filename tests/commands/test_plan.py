@@ -224,3 +224,17 @@ def test_no_torch_is_loaded(extra: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
     assert "68976648192" in done.stdout.replace(",", "")
+
+
+def test_models_of_other_formats_are_planned(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """llama2.c's binary, and the same in GGUF."""
+    binary, vocabulary = shared / "models/stories260K/checkpoint_v1.bin", shared / "tokenizer/stories260K/tok512.bin"
+    words = ["convert", str(binary), str(tmp_path / "a.gguf"), "--to", "gguf", "--tokenizer", str(vocabulary)]
+    assert cli.main(words) == 0
+    for path in (binary, tmp_path / "a.gguf"):
+        assert plan_json(capsys, str(path))["parameters"]["total"] == 260_032
+
+
+def test_a_sliding_window_bounds_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, "mistral-7b")["inference_bytes"]
+    assert found["state_tokens"] == 8192 and found["state"] == 8192 * 131_072  # twice the window of 4096

@@ -93,3 +93,32 @@ def test_a_chart_puts_each_value_in_its_place() -> None:
     assert rows[0] == "4 |l" and rows[2] == "  |     v" and rows[4] == "2 |          l"
     assert rows[5] == "  +-----------" and rows[6].endswith("10  step; l loss, v val")
     assert chart({"loss": []}) == "no values yet"
+
+
+def test_show_draws_the_curves(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = runs[0] / "loss.png"
+    picture.unlink(missing_ok=True)
+    assert main(["show", str(runs[0]), "--png"]) == 0
+    assert capsys.readouterr().out == f"{picture}\n" and picture.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("minillama.runs.plot.find_spec", lambda name: None)
+    assert main(["show", str(runs[0]), "--png"]) == 1
+    assert "pip install 'minillama[plot]'" in capsys.readouterr().err
+    again = ["train", "--out", str(runs[0]), "--resume", "--train.steps", "9"]
+    assert main(again) == 0 and f"minillama show {runs[0]} --png" in capsys.readouterr().out
+
+
+def test_runs_lists_all_with_their_best_figures(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["runs", str(runs[0].parent), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [Path(one["run"]) for one in listed] == list(runs)
+    assert main(["runs", str(runs[0].parent)]) == 0
+    head, first, second = capsys.readouterr().out.strip().splitlines()
+    assert "best val_loss" in head and first.split()[:2] == ["a", "finished"] and second.startswith("b")
+    assert f"{listed[0]['best_val_loss']:.6g}" in first and "of 6" in second
+    for folder, found in ((tmp_path, "no runs"), (tmp_path / "none", "no such folder")):
+        assert main(["runs", str(folder)]) == 1
+        assert found in capsys.readouterr().err

@@ -157,6 +157,27 @@ def test_flops_are_near_six_times_the_parameters() -> None:
     assert 1.0 < config.flops_per_token(4096) / (6 * config.num_params()) < 1.05
 
 
+@pytest.mark.parametrize(
+    ("values", "what", "more"),
+    [
+        ({"position": "abs"}, "position has a value of the wrong type", "'alibi'"),
+        ({"position": "ropes"}, "position has a value", "did you mean 'rope'"),
+        ({"dim": "100"}, "dim has a value of the wrong type", "a whole number"),
+        ({"dim": 64.0}, "dim has a value of the wrong type", "64.0"),
+        ({"dim": True}, "dim has a value of the wrong type", "True"),
+        ({"tie_embeddings": 1}, "tie_embeddings has a value of the wrong type", "true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling has a value of the wrong type", "RopeScaling"),
+        ({"rope_scaling": RopeScaling("lin")}, "rope_scaling.kind has a value", "'linear'"),  # type: ignore[arg-type]
+        ({"n_head": 4}, "unknown key 'n_head'", "did you mean 'n_heads'"),
+    ],
+)
+def test_python_is_as_strict_as_toml(values: dict[str, Any], what: str, more: str) -> None:
+    with pytest.raises(InputError) as error:
+        ModelConfig(**values)
+    assert what in str(error.value) and more in str(error.value)
+    assert ModelConfig(rope_theta=500000).rope_theta == 500000  # a whole number is a number
+
+
 def test_numbers_out_of_range_are_refused_without_a_file_too() -> None:
     wrong: list[dict[str, Any]] = [
         {"dim": 0},

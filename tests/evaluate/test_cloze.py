@@ -87,7 +87,7 @@ def test_a_score_is_the_likelihood_of_the_whole_answer(model: Decoder, tokenizer
             for token in [*tokenizer.encode(words), blanks.end]:
                 places = [(k, 0) for k in range(len(part_a))] + [(place, k + 1) for k in range(len(read))]
                 mask = Mask(prefix=torch.tensor([len(part_a)]))
-                logits = model(torch.tensor([part_a + read]), torch.tensor([places]).mT, mask)[0, -1]
+                logits = model(torch.tensor([part_a + read]), positions=torch.tensor([places]).mT, mask=mask)[0, -1]
                 expected += logits.log_softmax(-1)[token].item()
                 read.append(token)
             assert float(scores[i, j]) == pytest.approx(expected, rel=1e-4)

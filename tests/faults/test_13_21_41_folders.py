@@ -246,3 +246,23 @@ def test_a_strangers_name_does_not_reach_the_terminal_raw(tmp_path: Path, capsys
     assert main(["inspect", str(tmp_path / "b.safetensors")]) == 0
     out = capsys.readouterr().out
     assert "[2J" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "Qwen/Qwen2.5-0.5B"),
+        ("generate", "--model", "Qwen/Qwen2.5-0.5B", "--prompt", "a"),
+        ("train", "--train.init_from", "Qwen/Qwen2.5-0.5B"),
+        ("convert", "Qwen/Qwen2.5-0.5B", "a.gguf", "--to", "gguf"),
+    ],
+)
+def test_41_a_name_of_the_hub_says_the_command_that_downloads_it(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(list(words)) == 1
+    assert "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B" in capsys.readouterr().err
+    (tmp_path / "Qwen").mkdir()  # a folder of one's own: a path, misspelled
+    assert main(list(words)) == 1
+    assert "hf download" not in capsys.readouterr().err

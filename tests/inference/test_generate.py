@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,40 @@ def test_batch_equals_single_and_cached_equals_uncached(
         own = Sampling(**{**sampling.__dict__, "seed": sampling.seed + row})
         assert generate(model, tokenizer, [prompt], 20, own) == [together[row]]
     assert len({completion.tokens for completion in together}) == len(PROMPTS)
+
+
+def test_one_prompt_keywords_and_log_probabilities(model: Decoder, tokenizer: Tokenizer) -> None:
+    expected = generate(model, tokenizer, ["Alice"], 6, GREEDY)
+    assert generate(model, tokenizer, "Alice", 6, temperature=0) == expected
+    assert generate(model, tokenizer, "Alice", 6, Sampling(temperature=0.7), temperature=0.0) == expected
+    (found,) = generate(model, tokenizer, "Alice", 6, temperature=0, logprobs=True, ignore_eos=True)
+    ids = tokenizer.encode("Alice", bos=tokenizer.add_bos)
+    with torch.inference_mode():
+        rows = model(torch.tensor([[*ids, *found.tokens]]))[0, len(ids) - 1 : -1].log_softmax(-1)
+    chosen = rows.gather(1, torch.tensor(found.tokens)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found.log_probabilities), chosen, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="did you mean 'temperature'"):
+        generate(model, tokenizer, "Alice", temprature=0)
+    with pytest.raises(InputError, match="top_p is out of range"):
+        generate(model, tokenizer, "Alice", top_p=2.0)
+
+
+def test_a_tokenizer_of_transformers_is_taken(model: Decoder, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    own = TokenizerTrainer("byte-bpe", 260)(["two donkeys and a clock " * 9])
+    own.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    before = theirs("a <|endoftext|> b").input_ids
+    assert generate(model, theirs, "two", 5, GREEDY) == generate(model, own, "two", 5, GREEDY)
+    assert theirs("a <|endoftext|> b").input_ids == before  # it is left as it was
+    for wrong in ("gpt2", None):
+        with pytest.raises(InputError, match="no tokenizer"):
+            generate(model, wrong, "two")
+
+
+def test_several_texts_are_not_one(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"no text(?s:.*)encode_batch"):
+        tokenizer.encode(["a", "b"])  # type: ignore[arg-type]
 
 
 def test_stream_equals_generate(model: Decoder, tokenizer: Tokenizer) -> None:

@@ -63,7 +63,7 @@ def greedy(model: Decoder, layout: Layout, end: int, count: int) -> list[int]:
     for _ in range(count):
         mask = Mask(prefix=torch.tensor([layout.prefix]))
         with torch.no_grad():
-            logits = model(torch.tensor([tokens]), torch.tensor([places]).mT, mask)[0, -1]
+            logits = model(torch.tensor([tokens]), positions=torch.tensor([places]).mT, mask=mask)[0, -1]
         token = int(logits.argmax())
         if token == end:
             break

@@ -95,7 +95,7 @@ def test_log_probabilities_are_those_of_a_full_forward_pass() -> None:
 def test_samples_of_a_prompt_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, read = model(), []
     plain = decoder.hidden
-    monkeypatch.setattr(decoder, "hidden", lambda tokens, *rest: read.append(tokens.shape) or plain(tokens, *rest))
+    monkeypatch.setattr(decoder, "hidden", lambda ids, **rest: read.append(ids.shape) or plain(ids, **rest))
     engine = Engine(decoder, 8)
     other = engine.submit(Request([4, 4], 12))
     engine.step()
@@ -118,7 +118,7 @@ def test_a_long_prompt_holds_nobody_up_for_longer_than_a_chunk(monkeypatch: pyte
     engine.step()
     widths: list[int] = []
     plain = decoder.hidden
-    monkeypatch.setattr(decoder, "hidden", lambda t, *rest: widths.append(t.shape[1]) or plain(t, *rest))
+    monkeypatch.setattr(decoder, "hidden", lambda t, **rest: widths.append(t.shape[1]) or plain(t, **rest))
     (long,) = engine.submit(Request([3] * 2000, 3))
     for step in range(19):
         assert engine.step() == running, step  # it gets a token in every one

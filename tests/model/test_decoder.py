@@ -126,15 +126,15 @@ def test_packed_documents_equal_documents_alone(model: Decoder) -> None:
     ids = tokens(1, 11)
     documents = torch.tensor([[0] * 4 + [1] * 7])
     positions = torch.tensor([[*range(4), *range(7)]])
-    packed = model(ids, positions, Mask(documents=documents))
+    packed = model(ids, positions=positions, mask=Mask(documents=documents))
     torch.testing.assert_close(packed[:, :4], model(ids[:, :4]), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed[:, 4:], model(ids[:, 4:]), atol=1e-5, rtol=1e-5)
 
 
 def test_positions_are_relative(model: Decoder) -> None:
     ids = tokens(1, 9)
-    torch.testing.assert_close(model(ids, torch.arange(20, 29)), model(ids), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(model(ids, torch.arange(0, 18, 2)), model(ids), atol=1e-2)
+    torch.testing.assert_close(model(ids, positions=torch.arange(20, 29)), model(ids), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(ids, positions=torch.arange(0, 18, 2)), model(ids), atol=1e-2)
 
 
 def test_checkpointing_changes_no_gradient(model: Decoder) -> None:
@@ -255,3 +255,90 @@ def test_tensors_that_would_not_be_written_are_refused(tmp_path: Path) -> None:
             keys = ({}, "f32", "x") if write is gguf.write else (torch.float32,)
             write(tmp_path / "b", model.config, model.state_dict(), *keys)
     assert not (tmp_path / "b").exists()
+
+
+def test_hooks_fire_while_decoding_as_in_a_forward_pass(model: Decoder) -> None:
+    """On every module of a pass, once per call; what a hook returns is what the next layer reads."""
+    calls: list[str] = []
+    handles = [
+        part.register_forward_hook(lambda _, inputs, output, name=name: calls.append(name))
+        for name, part in model.named_modules()
+        if name
+    ]
+    ids = tokens(1, 4)
+    model(ids)
+    expected, state = sorted(calls), model.state(1)
+    for token in ids.split(1, dim=1):
+        calls.clear()
+        model(token, state=state)
+        assert sorted(calls) == expected
+    assert {"model.norm", "model.layers.1", "model.layers.0.mlp.gate_proj"} <= set(expected)
+    for handle in handles:
+        handle.remove()
+    model.blocks[-1].register_forward_hook(lambda _, inputs, output: torch.zeros_like(output))
+    assert not model.hidden(ids, state=model.state(1)).any()
+
+
+def test_hooks_fire_beside_compiled_blocks(model: Decoder) -> None:
+    """A state is read by the layers as they are, whatever was compiled."""
+    model.compile_blocks()
+    calls: list[int] = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: calls.append(1))
+    with torch.inference_mode():
+        model(tokens(1, 3), state=model.state(1))
+    assert calls == [1]
+
+
+def test_positions_are_named(model: Decoder) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        model(tokens(1, 4), tokens(1, 4))  # targets, as another trainer takes them
+
+
+def test_a_name_is_no_configuration() -> None:
+    with pytest.raises(InputError, match=r"ModelConfig.load\('llama-tiny'\)"):
+        Decoder("llama-tiny")  # type: ignore[arg-type]
+
+
+class Gated(nn.Module):
+    """SwiGLU's parameters, another function."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_proj(x).relu() * self.up_proj(x))
+
+
+def test_a_changed_model_is_not_saved_as_another(tmp_path: Path) -> None:
+    """Layers with the same names of parameters, with fewer, and of another shape; no folder is left."""
+    config = ModelConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96, vocab_size=50, max_seq_len=16)
+    changes = {
+        "model.layers.1.mlp": lambda model: setattr(model.blocks[1], "mlp", Gated(model.blocks[1].mlp)),
+        "model.layers.0.mlp.gate_proj": lambda model: setattr(model.blocks[0], "mlp", nn.Identity()),
+        "model.layers.0.self_attn.o_proj": lambda model: setattr(
+            model.blocks[0].self_attn, "o_proj", nn.Linear(64, 32, bias=False)
+        ),
+        "model.norm": lambda model: setattr(model.model, "norm", nn.LayerNorm(64, bias=False)),
+    }
+    for name, change in changes.items():
+        model = Decoder(config)
+        change(model)
+        with pytest.raises(InputError) as error:
+            model.save_pretrained(tmp_path / "a")
+        assert name in str(error.value) and not (tmp_path / "a").exists()
+
+
+def test_a_kernel_of_its_own_is_used_by_a_fused_layer(model: Decoder) -> None:
+    """Set before fuse() or after it."""
+    ids = tokens(1, 5)
+
+    def kernel(x: torch.Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> torch.Tensor:
+        return down(gate(x).relu() * up(x))
+
+    for block in model.blocks:
+        block.mlp.kernel = kernel
+    expected = model(ids)
+    torch.testing.assert_close(model.fuse()(ids), expected, atol=1e-5, rtol=1e-5)
+    plain = Decoder(model.config).eval()
+    assert (plain.fuse()(ids) - expected).abs().max() > 1e-3

@@ -208,6 +208,40 @@ def test_what_it_does_not_take() -> None:
             step([[token]], native.state(1, 8), Mask())
 
 
+@pytest.mark.parametrize("change", ["hook", "attention kernel", "mlp kernel", "mlp"])
+@torch.no_grad()
+def test_what_was_changed_by_hand_turns_the_step_off(change: str) -> None:
+    """In the next generation: the layers decode, as they do without a step, and the step again when all is undone."""
+    native, seen, block = model(), [], model().blocks[0]
+    native.step = NativeStep(native)
+    asked = lambda: Engine(native).run([Request([3, 1, 4], 6)])[0].tokens  # noqa: E731
+    steps, plain, block = [], asked(), native.blocks[0]
+    native.step.library, library = None, native.step.library  # whoever takes it fails
+    if change == "hook":
+        undo = block.self_attn.o_proj.register_forward_hook(lambda *args: seen.append(1) or -args[-1]).remove
+    elif change == "mlp":
+        old, block.mlp = block.mlp, torch.nn.Identity()
+        undo = lambda: setattr(block, "mlp", old)  # noqa: E731
+    else:
+        part = block.mlp if change == "mlp kernel" else block.self_attn
+        old, part.kernel = part.kernel, lambda *args: args[0] * 2
+        undo = lambda: setattr(part, "kernel", old)  # noqa: E731
+    changed = asked()
+    native.step, kept = None, native.step
+    assert changed == asked() != plain and (change != "hook" or len(seen) >= 12)
+    native.step = kept
+    undo()
+    native.step.library = library
+    native.step.__class__.__call__, call = (
+        (lambda *args: steps.append(1) or call(*args)),
+        native.step.__class__.__call__,
+    )
+    try:
+        assert asked() == plain and steps
+    finally:
+        native.step.__class__.__call__ = call
+
+
 def test_fewer_threads_beside_other_programs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     native = model(torch.bfloat16, "int4")
     step, found = NativeStep(native), []

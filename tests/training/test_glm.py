@@ -213,7 +213,7 @@ def test_the_loss_is_the_sum_over_the_blanks(corpus: Corpus) -> None:
         assert batch.positions is not None
         part = batch.rows(row, row + 1)
         assert part.positions is not None
-        logits = model(part.tokens[:, :size], part.positions[..., :size], part.mask)[0].log_softmax(-1)
+        logits = model(part.tokens[:, :size], positions=part.positions[..., :size], mask=part.mask)[0].log_softmax(-1)
         chosen = part.weights[0, :size] > 0
         expected = expected - logits[chosen].gather(-1, part.targets[0, :size][chosen, None]).sum()
     torch.testing.assert_close(loss, expected)
@@ -240,7 +240,7 @@ def test_part_a_sees_nothing_of_part_b() -> None:
     batch = objective(16).collate([Example(np.arange(10, 22), [(8, 12), (2, 4)], BLANKS.token, BLANKS)])
     changed = batch.tokens.clone()
     changed[0, 11] = 50  # the second token of the first blank
-    before, after = (model(tokens, batch.positions, batch.mask)[0] for tokens in (batch.tokens, changed))
+    before, after = (model(tokens, positions=batch.positions, mask=batch.mask)[0] for tokens in (batch.tokens, changed))
     moved = (before - after).abs().amax(-1) > 0
     assert moved.tolist() == [False] * 11 + [True] * 5
 
@@ -250,7 +250,7 @@ def test_the_first_token_of_the_text_sees_its_end() -> None:
     batch = objective(16).collate([Example(np.arange(10, 22), [(2, 4)], BLANKS.token, BLANKS)])
     changed = batch.tokens.clone()
     changed[0, 10] = 50
-    before, after = (model(tokens, batch.positions, batch.mask)[0] for tokens in (batch.tokens, changed))
+    before, after = (model(tokens, positions=batch.positions, mask=batch.mask)[0] for tokens in (batch.tokens, changed))
     assert (before[0] - after[0]).abs().max() > 0
 
 
@@ -333,6 +333,6 @@ def test_a_text_is_scored_from_left_to_right_as_one_blank(corpus: Corpus) -> Non
         for size in range(1, len(row)):  # one prediction after another
             layout = Layout.of([row[0], BLANKS.document]).fill(1, [BLANKS.start, *row[1:size]])
             places = torch.tensor([layout.positions]).mT
-            logits = model(torch.tensor([layout.tokens]), places, Mask(prefix=torch.tensor([2])))
+            logits = model(torch.tensor([layout.tokens]), positions=places, mask=Mask(prefix=torch.tensor([2])))
             nats -= logits[0, -1].log_softmax(-1)[row[size]].item()
     assert found.nats == pytest.approx(nats, rel=1e-5) and found.tokens == 40

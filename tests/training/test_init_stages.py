@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minillama import Decoder, ModelConfig, Tokenizer
+from minillama.convert import convert
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig, Stage, load_run_config, to_table
 from minillama.runs.report import Report
@@ -231,3 +232,25 @@ def test_a_start_of_a_wrong_type_is_named(line: str, tmp_path: Path) -> None:
     path.write_text(line + "\n")
     with pytest.raises(InputError, match=r"wrong\.toml:\d, train"):
         load_run_config(str(path))
+
+
+@pytest.mark.parametrize("kind", ["gguf", "llama2c"])
+def test_a_run_starts_from_a_model_of_another_format(kind: str, shared: Path, tmp_path: Path) -> None:
+    """Its tokenizer is in the GGUF file, beside llama2.c's binary."""
+    path, source = tmp_path / "a.gguf", shared / "models/stories260K/checkpoint_v1.bin"
+    vocabulary = shared / "tokenizer/stories260K/tok512.bin"
+    if kind == "gguf":
+        convert(source, path, "gguf", "f32", vocabulary)
+    else:
+        path = tmp_path / "stories.bin"
+        path.write_bytes(source.read_bytes())
+        (tmp_path / "tokenizer.bin").write_bytes(vocabulary.read_bytes())
+    (tmp_path / "a.txt").write_text("Once upon a time there was a girl named Lily. " * 200)
+    words = ["--train.init_from", str(path), "--data.sources", str(tmp_path / "a.txt"), "--train.context", "32"]
+    words += ["--data.cache", str(tmp_path / "cache"), "--optim.lr", "1e-8", "--optim.muon_lr", "0"]
+    words += ["--train.steps", "1", "--train.batch_size", "1", "--sample.max_new_tokens", "0"]
+    config = load_run_config("tiny", [*words, "--train.compile", "false", "--train.dtype", "float32"])
+    assert train(config, str(tmp_path / "run"), report=Lines()) == 0
+    before, after = Decoder.from_pretrained(path), Decoder.from_pretrained(tmp_path / "run/model")
+    ids = torch.tensor([Tokenizer.load(tmp_path / "run/model").encode("Once upon a time")])
+    torch.testing.assert_close(after(ids), before(ids), atol=1e-4, rtol=1e-4)

@@ -83,8 +83,8 @@ def test_documents_are_masked_and_positions_start_anew(corpus: Corpus) -> None:
     start = next(i for i in range(16) if changed[0, i] == 0)
     assert start > 0
     changed[0, start - 1] = (changed[0, start - 1] + 1) % 49 + 1
-    a = model(batch.tokens, batch.positions, batch.mask)[0, start:]
-    b = model(changed, batch.positions, batch.mask)[0, start:]
+    a = model(batch.tokens, positions=batch.positions, mask=batch.mask)[0, start:]
+    b = model(changed, positions=batch.positions, mask=batch.mask)[0, start:]
     torch.testing.assert_close(a, b)
 
 

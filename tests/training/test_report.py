@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from minillama.runs.report import Pace, PlainReport, TerminalReport
+from minillama.runs.report import Pace, PlainReport, TerminalReport, quoted
 
 
 def test_the_step_that_compiles_does_not_foretell_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +55,9 @@ def test_the_line_of_a_terminal_has_it_too() -> None:
     report.step({"step": 1, "loss": 1.0, "lr": 0.1, "tokens_per_second": 5.0})
     report.stop()
     assert "loss 1.0000, lr 1.0e-01, 0.0k tok/s, eta 0:00" in out.getvalue()
+
+
+def test_empty_lines_of_a_sample_are_counted() -> None:
+    assert (
+        quoted("This\n\nmodule" + "\n" * 41 + "end\n\n") == "  | This\n  | \n  | module\n  | (40 empty lines)\n  | end"
+    )

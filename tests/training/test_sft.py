@@ -99,7 +99,7 @@ def test_a_batch_without_padding_is_the_batch(packing: Packing) -> None:
     made, step = model(), data(packing, context=300)
     batch = FineTuning(made, step, 1, {"none": 12, "best-fit": 4, "wrap": 3}[packing]).batch(0)
     small = unpadded(batch, made)
-    whole, less = (made.hidden(part.tokens, part.positions, part.mask) for part in (batch, small))
+    whole, less = (made.hidden(part.tokens, positions=part.positions, mask=part.mask) for part in (batch, small))
     kept = batch.kept
     torch.testing.assert_close(less[0], whole[kept], atol=1e-5, rtol=1e-5)
     assert torch.equal(small.targets[0], batch.targets[kept]) and torch.equal(small.weights[0], batch.weights[kept])
@@ -132,7 +132,9 @@ def test_a_conversation_does_not_see_its_neighbors() -> None:
     row = int((batch.mask.documents[:, 0] != batch.mask.documents[:, -1]).nonzero()[0])
     end = int((batch.mask.documents[row] == 0).sum())
     changed[row, :end] = (changed[row, :end] + 1) % 61
-    before, after = (objective.model(ids, batch.positions, batch.mask) for ids in (batch.tokens, changed))
+    before, after = (
+        objective.model(ids, positions=batch.positions, mask=batch.mask) for ids in (batch.tokens, changed)
+    )
     assert torch.equal(before[row, end:], after[row, end:]) and not torch.equal(before[row, :end], after[row, :end])
 
 

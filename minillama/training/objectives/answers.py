@@ -38,7 +38,7 @@ def answer_log_probabilities(
         have no gradient.
     """
     chosen = weights != 0
-    hidden = model.hidden(tokens, positions, mask)[chosen]
+    hidden = model.hidden(tokens, positions=positions, mask=mask)[chosen]
     if (scale := model.config.logit_scale / temperature) != 1:
         hidden = hidden * scale
     found = linear_log_probabilities(hidden, model.output_weight, targets[chosen], model.loss_kernel)

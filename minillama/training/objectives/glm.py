@@ -121,7 +121,7 @@ class BlankInfilling(TextObjective):
         """Sum of nats over the tokens of part B and the end tokens."""
         model = self.model
         chosen = batch.weights > 0  # the head is the costliest layer, and most slots have no target
-        hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
+        hidden = model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask)[chosen]
         z_loss = self.config.z_loss if model.training else 0.0
         loss = model.loss(hidden, batch.targets[chosen], batch.weights[chosen], z_loss)
         return {"loss": loss}, {}

@@ -41,7 +41,7 @@ class LanguageModel(TextObjective):
         return Batch(tokens, targets, weights, mask, positions, totals=totals)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        hidden = self.model.hidden(batch.tokens, batch.positions, batch.mask)
+        hidden = self.model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask)
         return {"loss": self.model.loss(hidden, batch.targets, batch.weights, self.z_loss)}, {}
 
     def validate(self, rows: int, limit: int) -> Metrics:

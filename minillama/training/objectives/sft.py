@@ -46,7 +46,7 @@ class FineTuning(DataObjective[Instructions]):
         """Sum of weighted nats over the answers, and their number of tokens."""
         model, batch = self.model, unpadded(batch, self.model)
         chosen = batch.weights != 0  # the head is the costliest layer, and prompts have no target
-        hidden = model.hidden(batch.tokens, batch.positions, batch.mask)[chosen]
+        hidden = model.hidden(batch.tokens, positions=batch.positions, mask=batch.mask)[chosen]
         z_loss = self.z_loss if model.training else 0.0
         loss = model.loss(hidden, batch.targets[chosen], batch.weights[chosen], z_loss)
         return {"loss": loss}, {"answer_tokens": chosen.sum()}
