@@ -54,7 +54,7 @@ def test_models_score_the_same(changes: dict[str, object], fused: bool) -> None:
 @pytest.mark.parametrize(
     "preset", ["palm-tiny", "bloom-tiny", "glm-tiny", "chatglm-tiny", "chatglm2-tiny", "rwkv-tiny"]
 )
-def test_relatives_have_the_same_logits(preset: str, kernels: str) -> None:
+def test_relatives_have_the_same_logits(name: str, kernels: str) -> None:
     if kernels != "processor":
         pytest.skip("slow, and nothing new to emulation")
     torch.manual_seed(2)
