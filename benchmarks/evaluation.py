@@ -8,7 +8,8 @@
 MODEL is a Hugging Face folder in float32, as both read it (minillama convert FILE.gguf DIR --to hf). `parity` compares
 the sum of every choice, accuracy and normalized accuracy of the harness's Hugging Face backend, of our scorer, and of
 our adapter with the harness driving. `speed` runs each contender in a process of its own, the harness at each batch
-size, with the threads of OMP_NUM_THREADS: seconds of scoring without loading, and the process's peak memory. The
+size, with the threads of OMP_NUM_THREADS: seconds of scoring without loading, by the clock and of the processors (which
+other programs disturb less), and the process's peak memory. The
 harness's five-shot prompts of MMLU are `mmlu`, zero-shot ones are those of all other sets.
 """
 
@@ -43,16 +44,25 @@ def theirs(model: str, batch: int) -> Any:
     return HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=batch)
 
 
-def ours(model: str, data: Path, name: str, limit: int) -> tuple[dict[str, Any], float]:
-    """Outcomes by id, and the seconds without loading."""
+def clocks() -> list[float]:
+    return [time.perf_counter(), time.process_time()]
+
+
+def since(began: list[float]) -> list[float]:
+    return [now - then for now, then in zip(clocks(), began, strict=True)]
+
+
+def ours(model: str, data: Path, name: str, limit: int) -> tuple[dict[str, Any], list[float]]:
+    """Outcomes by id, and the seconds without loading: by the clock, and of the processors."""
     from minillama.evaluate.multiple_choice import outcomes
     from minillama.evaluate.tasks import TASKS
     from minillama.inference.load import ModelArgs
 
     loaded = ModelArgs(model, None, "float32", "cpu").load(scores=True)
     items = TASKS[name].load(data, "lm-eval", shots(name), limit)
-    began = time.perf_counter()
-    return {one.id: one for one in outcomes(*loaded, name, items)}, time.perf_counter() - began
+    began = clocks()
+    found = {one.id: one for one in outcomes(*loaded, name, items)}
+    return found, since(began)
 
 
 def in_order(found: dict[str, Any]) -> list[Any]:
@@ -100,42 +110,34 @@ def one(args: argparse.Namespace) -> None:
             score, spent = model.loglikelihood, []
 
             def timed(requests: Any, **options: Any) -> Any:
-                began = time.perf_counter()
+                began = clocks()
                 result = score(requests, **options)
-                spent.append(time.perf_counter() - began)
+                spent.append(since(began))
                 return result
 
             model.loglikelihood = timed
             count = len(sums(evaluate(model, Path(folder), tasks, shots(args.set)), tasks))
-            seconds = sum(spent)
+            seconds = [sum(column) for column in zip(*spent, strict=True)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"items": count, "seconds": seconds, "peak": peak}))
 
 
 def speed(args: argparse.Namespace) -> None:
-    print("set items ours:seconds MiB harness:seconds MiB batch ratio")
+    print("set items ours:seconds processor-seconds MiB harness: the same, batch ratios:seconds processor-seconds")
     for name in args.sets:
         runs = {}
         for contender in ["ours", *map(str, args.batches)]:
-            command = [
-                sys.executable,
-                __file__,
-                "one",
-                args.model,
-                "--data",
-                str(args.data),
-                "--limit",
-                str(args.limit),
-            ]
-            command += ["--set", name, "--contender", contender]
+            command = [sys.executable, __file__, "one", args.model, "--data", str(args.data)]
+            command += ["--limit", str(args.limit), "--set", name, "--contender", contender]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             runs[contender] = json.loads(done.stdout.splitlines()[-1])
         own = runs.pop("ours")
         best = min(runs, key=lambda batch: runs[batch]["seconds"])
         other = runs[best]
         assert own["items"] == other["items"]
-        cells = f"{own['seconds']:.1f} {own['peak']:.0f} {other['seconds']:.1f} {other['peak']:.0f} {best}"
-        print(name, own["items"], cells, f"{other['seconds'] / own['seconds']:.2f}", flush=True)
+        cells = ["{:.1f} {:.1f} {:.0f}".format(*run["seconds"], run["peak"]) for run in (own, other)]
+        ratios = [f"{b / a:.2f}" for a, b in zip(own["seconds"], other["seconds"], strict=True)]
+        print(name, own["items"], *cells, best, *ratios, flush=True)
 
 
 def whole(args: argparse.Namespace) -> None:

@@ -174,6 +174,9 @@ def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], fo
     from minillama.evaluate.results import markdown, mean_of, summary, table
 
     sets = {n: summary(task, args.style, folder.of(n, items[n]), others) for n, task in tasks.items()}
+    if others is not None and not any("against" in one for one in sets.values()):
+        fix = "evaluate both with the same --tasks, --style, --shots and --limit"
+        raise InputError("there is no item that both results have", where="--against", found=args.against, fix=fix)
     headers, rows = table(sets)
     print_table(headers[0], headers[1:], rows)
     notes = [f"{args.model}, style {args.style}, percent ± standard error; * the accuracy that the style reports."]

@@ -90,10 +90,7 @@ def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Ke
 
     Args:
         found: outcomes, at least one.
-        others: of another model.
-
-    Raises:
-        InputError: the other model has none of these items.
+        others: of another model; no difference is given where it has none of these items.
     """
     own = task.forms[style].metric
     values: dict[str, Any] = {"title": task.title, "items": len(found), "metric": own}
@@ -108,11 +105,8 @@ def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Ke
     if len(subjects) > 1:
         means = {name: sum(right) / len(right) for name, right in sorted(subjects.items())}
         values |= {"mean_of_subjects": sum(means.values()) / len(means), "subjects": means}
-    if others is not None:
-        pairs = [(a, others[key]) for a in found if (key := (a.task, a.id, a.prompt)) in others]
-        if not pairs:
-            fix = "evaluate both with the same --tasks, --style, --shots and --limit"
-            raise InputError("there is no item that both results have", where=f"{task.title}", fix=fix)
+    pairs = [(a, others[key]) for a in found if (key := (a.task, a.id, a.prompt)) in others] if others else []
+    if pairs:
         ours, theirs = ([one.is_right(own) for one in side] for side in zip(*pairs, strict=True))
         change = paired(ours, theirs)
         values["against"] = {
@@ -148,9 +142,11 @@ def table(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[s
                 f"{one[metric]:.2%} ±{one[f'{metric}_stderr']:.2%}{star}".replace("%", "") if metric in one else ""
             )
         cells.append(f"{100 * one['constant']:.2f}")
-        if has_other:
+        if "against" in one:
             low, high = one["against"]["interval"]
             cells.append(f"{100 * one['against']['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
+        elif has_other:
+            cells.append("")
         rows.append(cells)
     if len(sets) > 1:
         mean = mean_of(sets)

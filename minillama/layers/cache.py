@@ -125,10 +125,11 @@ class KVCache(LayerState):
         """See `LayerState.fork`."""
         other = copy(self)
         other.tensors = [
-            tensor.new_zeros(len(rows), tensor.shape[1], slots, tensor.shape[3]) for tensor in self.tensors
+            tensor.new_empty(len(rows), tensor.shape[1], slots, tensor.shape[3]) for tensor in self.tensors
         ]
         for new, tensor in zip(other.tensors, self.tensors, strict=True):
             new[:, :, :length] = tensor[rows, :, :length]
+            new[:, :, length:] = 0
         return other
 
     def replace(self, rows: Tensor, other: LayerState, length: int) -> None:

@@ -51,6 +51,20 @@ def test_models_score_the_same(changes: dict[str, object], fused: bool) -> None:
             assert one.nats == pytest.approx(other.nats, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"])
+def test_relatives_have_the_same_logits(name: str, kernels: str) -> None:
+    if kernels != "processor":
+        pytest.skip("slow, and nothing new to emulation")
+    torch.manual_seed(2)
+    model = Decoder(ModelConfig.load(f"{name}-tiny")).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 40))
+    with torch.inference_mode():
+        expected = model(tokens)
+        use_split_linears(model)
+        assert any(isinstance(layer, SplitLinear) for layer in model.modules())
+        assert (model(tokens) - expected).norm() < 3e-5 * expected.norm()
+
+
 def test_what_is_refused_or_left_alone() -> None:
     model = Decoder(CONFIG).bfloat16()
     use_split_linears(model)
