@@ -52,7 +52,7 @@ kind = "bytes"
 [data]
 sources = [{{ path = "{path}" }}]
 template = "plain"
-val_fraction = 0.02
+val_fraction = 0.1
 [train]
 batch_size = 32
 context = {context}
