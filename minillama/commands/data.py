@@ -13,6 +13,7 @@ import tyro
 from minillama.commands.best_of_n import BestOfN
 from minillama.commands.data_clean import Clean
 from minillama.commands.data_models import TrainClassifier, TrainNgramLM
+from minillama.commands.data_synthetic import Constitutional, GhostAttention, Hindsight, SelfInstruct
 from minillama.commands.decontaminate import Decontaminate
 from minillama.commands.difficulty import Difficulty
 from minillama.config.command_line import refuse_repeated
@@ -178,6 +179,10 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "difficulty": Difficulty,
     "best-of-n": BestOfN,
     "decontaminate": Decontaminate,
+    "self-instruct": SelfInstruct,
+    "constitutional": Constitutional,
+    "hindsight": Hindsight,
+    "ghost-attention": GhostAttention,
 }
 MODELS: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
 

@@ -31,7 +31,7 @@ class Judge:
     """The other one."""
     judge: str
     """Model that judges, by its chat template; or the URL of an OpenAI-compatible endpoint, up to /v1. It is sent the
-    questions and answers, and MINILLAMA_API_KEY if that is set."""
+    questions and answers, and OPENAI_API_KEY if that is set."""
     judge_name: str = ""
     """Model of the endpoint; the first that it lists unless given."""
     questions: Path | None = None
@@ -94,9 +94,9 @@ class Judge:
         return LocalModel(model, tokenizer, template)
 
     def _judge(self) -> Ask:
-        from minillama.inference.remote import RemoteModel
+        from minillama.inference.remote import Remote
 
-        return RemoteModel(self.judge, self.judge_name) if "://" in self.judge else self._load(self.judge)
+        return Remote(self.judge, self.judge_name) if "://" in self.judge else self._load(self.judge)
 
     def _answers(self, side: str, path: str, questions: Sequence[Question]) -> list[list[str]]:
         from minillama.evaluate import judge

@@ -124,7 +124,7 @@ def _prompts(
     """Prompts of a source, each with the text that decides its split and the token that ends its answer."""
     for record in records(source, on_error, skipped):
         try:
-            for conversation in read_record(_answered(record), format, skipped):
+            for conversation in read_record(answered(record), format, skipped):
                 yield _prompt(conversation.until_last_answer(), record, template, tokenizer)
         except InputError as error:
             if on_error == "stop":
@@ -144,7 +144,7 @@ def _prompt(
     return Prompt(ids, tokenizer.decode(ids), fields, asked, record.where), rendered.text, rendered.end_id
 
 
-def _answered(record: Record) -> Record:
+def answered(record: Record) -> Record:
     """The record with an answer where it has a prompt alone, or one of which answers are compared."""
     fields = record.value
     for key, member in (("messages", "role"), ("conversations", "role"), ("conversations", "from"), ("prompt", "role")):

@@ -1,84 +1,314 @@
-"""Model behind an OpenAI-compatible endpoint."""
+"""Teacher model: an OpenAI-compatible endpoint, or a local model, behind one signature, that of `generate`."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import time
-from collections.abc import Sequence
-from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
-from minillama.errors import InputError
-from minillama.inference.chat import Messages
-from minillama.inference.generate import Completion
+from minillama.errors import InputError, optional_import
+from minillama.files import replace_file
+from minillama.inference.chat import ChatPrompts, Messages, Prompt, chat_ids, is_messages
+from minillama.inference.engine import evaluating
+from minillama.inference.generate import Completion, encode, generate
+from minillama.inference.request import FinishReason
 from minillama.inference.sampling import Sampling
 
-KEY = "MINILLAMA_API_KEY"
-BUSY = (429, 500, 502, 503, 504)
-TRIES = 4
+if TYPE_CHECKING:
+    from minillama.model import Decoder
+    from minillama.tokenizer import Tokenizer
+
+KEY = "OPENAI_API_KEY"
+"""Environment variable of the key."""
+_REASONS: dict[object, FinishReason] = {"length": "length", "content_filter": "cancelled"}
+_AGAIN, _LONGEST = (408, 409, 429), 60.0
 
 
-class RemoteModel:
-    """Chat completions of `POST URL/chat/completions`, one request after the other.
+class Teacher(Protocol):
+    """Model that answers, local or remote."""
 
-    The environment variable MINILLAMA_API_KEY is sent as a bearer token, if there is one.
+    about: Mapping[str, Any]
+    """Its name, for provenance."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+    ) -> list[Completion]:
+        """Completions, as of `generate`; an empty one with the reason `context` for a prompt that does not fit."""
+
+    def option_logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities, in nats, that the answer to messages begins with each option; -inf where it is unknown."""
+
+
+class Local:
+    """Local model as a teacher.
 
     Args:
-        url: up to `/v1`.
-        name: of the model; the first that the endpoint lists unless given.
-        timeout: seconds per request.
-
-    Raises:
-        InputError: the endpoint cannot be reached, refuses, or answers in another form.
+        model: the decoder.
+        tokenizer: its tokenizer; its chat template is needed for messages.
+        name: for provenance.
     """
 
-    def __init__(self, url: str, name: str = "", timeout: float = 600.0, wait: float = 2.0) -> None:
-        self.url, self.timeout, self.wait = url.rstrip("/"), timeout, wait
-        self.name = name or str(self._value(self._send("models", None), "data", 0, "id"))
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str = "") -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.about: Mapping[str, Any] = {"model": name, "tokenizer": tokenizer.fingerprint[:16]}
 
-    def __call__(self, prompts: Sequence[Messages], max_new_tokens: int, sampling: Sampling) -> list[Completion]:
-        """One completion per conversation; prompt i has the sampling's seed + i."""
-        found = []
-        for i, messages in enumerate(prompts):
-            settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed + i}
-            body = {"model": self.name, "messages": list(messages), "max_tokens": max_new_tokens, **settings}
-            reply = self._send("chat/completions", body)
-            text = self._value(reply, "choices", 0, "message", "content") or ""
-            cut = self._value(reply, "choices", 0).get("finish_reason") == "length"
-            found.append(Completion(str(text), (), "length" if cut else "eos"))
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+    ) -> list[Completion]:
+        """Completions; prompt i has seed + i whether others fit the context or not."""
+        sampling, found = sampling or Sampling(), list[Completion]()
+        ids = chat_ids(self.tokenizer, prompts, chat)[0]
+        room = [len(encode(self.tokenizer, each, "prompt")) < self.model.config.max_seq_len for each in ids]
+        for fits, group in groupby(range(len(prompts)), key=room.__getitem__):
+            rows = list(group)
+            shifted, part = replace(sampling, seed=sampling.seed + rows[0]), [prompts[i] for i in rows]
+            answered = generate(self.model, self.tokenizer, part, max_new_tokens, shifted, stop, chat=chat)
+            found += answered if fits else [Completion("", (), "context")] * len(rows)
         return found
 
-    def _send(self, path: str, body: dict[str, Any] | None) -> Any:
-        where, headers = f"{self.url}/{path}", {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        request = Request(where, None if body is None else json.dumps(body).encode(), headers)
-        for attempt in range(TRIES):
-            try:
-                with urlopen(request, timeout=self.timeout) as reply:
-                    return json.load(reply)
-            except HTTPError as error:
-                if error.code in BUSY and attempt + 1 < TRIES:
-                    time.sleep(self.wait * 2**attempt)
-                    continue
-                said = error.read(300).decode(errors="replace")
-                fix = f"set {KEY}" if error.code in (401, 403) else None
-                raise InputError("the endpoint refused", where=where, found=f"{error.code} {said}", fix=fix) from None
-            except (URLError, TimeoutError, ConnectionError) as error:
-                raise InputError("the endpoint cannot be reached", where=where, found=error) from None
-            except ValueError as error:
-                raise InputError("the endpoint's answer is not JSON", where=where, found=error) from None
-        raise AssertionError("unreachable")
+    def option_logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities of the options' first tokens; all -inf for a prompt that does not fit."""
+        import torch
 
-    def _value(self, reply: Any, *path: str | int) -> Any:
-        value = reply
+        asked, firsts = ChatPrompts(self.tokenizer), [self.tokenizer.encode_inside(option)[0] for option in options]
+        found = []
+        for prompt in prompts:
+            ids = asked(prompt)
+            if len(ids) > self.model.config.max_seq_len:
+                found.append([-math.inf] * len(firsts))
+                continue
+            with evaluating(self.model):
+                logits = self.model(torch.tensor([ids], device=self.model.device))[0, -1].float()
+            found.append(logits.log_softmax(-1)[firsts].tolist())
+        return found
+
+
+class BudgetError(InputError):
+    """Budget of requests or tokens that is spent. Every answer that was paid for is in the cache."""
+
+
+class Remote:
+    """OpenAI-compatible endpoint as a teacher, by the official client (extra `teacher`).
+
+    The key comes from the environment, `OPENAI_API_KEY`, and is written nowhere. 408, 409, 429, 5xx, broken and
+    senseless replies are asked for again, after Retry-After or wait * 2^attempt seconds; other errors stop.
+
+    Args:
+        url: base URL; `/v1` is added to one without a path.
+        model: its name there; the first that the endpoint lists unless given.
+        concurrency: requests at once.
+        retries: per request, behind the first attempt.
+        max_requests: budget, of attempts; 0: none.
+        max_tokens: budget, of prompts and answers, as the endpoint counts them; 0: none. What an answer may still
+            take is reserved before it is asked for.
+        cache: folder of the replies, by a digest of the request: nothing is asked twice.
+        timeout: seconds per request.
+        wait: seconds before the first repetition.
+
+    Raises:
+        InputError: a URL with a password or query, no such endpoint, or no openai package.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str = "",
+        concurrency: int = 4,
+        retries: int = 5,
+        max_requests: int = 0,
+        max_tokens: int = 0,
+        cache: Path | None = None,
+        timeout: float = 300.0,
+        wait: float = 1.0,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.username is not None or parts.query or parts.fragment:
+            shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+            fix = f"give the URL alone, and the key in the environment variable {KEY}"
+            raise InputError("a URL with a user, a query or a fragment", where="--teacher", found=shown, fix=fix)
+        self._openai = optional_import("openai", "a remote teacher", "teacher")
+        self.url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+        self._key = os.environ.get(KEY) or "none"  # servers of one's own take any
+        self._client = self._openai.OpenAI(api_key=self._key, base_url=self.url, max_retries=0, timeout=timeout)
+        self.concurrency, self.retries, self.wait, self.cache = concurrency, retries, wait, cache
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.requests = self.tokens = self.cached = self._reserved = 0
+        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self.model = model or self._first_model()
+        self.about: Mapping[str, Any] = {"url": self.url, "model": self.model}
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+    ) -> list[Completion]:
+        """Completions, asked for concurrently.
+
+        Raises:
+            BudgetError: the budget is spent.
+            InputError: a prompt of token ids, an error that no repetition mends, or no answer after all of them.
+        """
+        sampling = sampling or Sampling()
+        settings = {"max_tokens": max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        more = {name: getattr(sampling, name) for name in ("top_k", "min_p", "repetition_penalty")}
+        extra = {name: value for name, value in more.items() if value != getattr(Sampling(), name)}
+        bodies = [
+            {**self._prompt(prompt, chat), **settings, **extra, "seed": (sampling.seed + i) % 2**31}
+            | ({"stop": list(stop)} if stop else {})
+            for i, prompt in enumerate(prompts)
+        ]
+        return [Completion(reply["text"], (), reply["reason"]) for reply in self._all(bodies)]
+
+    def option_logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:
+        """Log-probabilities from the 20 most probable first tokens, as many as endpoints give."""
+        ask = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+        found = []
+        for reply in self._all([{**self._prompt(prompt, True), **ask} for prompt in prompts]):
+            shares = [
+                math.fsum(math.exp(p) for token, p in reply["first"] if token.strip(' ("') == option)
+                for option in options
+            ]
+            found.append([math.log(share) if share else -math.inf for share in shares])
+        return found
+
+    def _prompt(self, prompt: Prompt, chat: bool) -> dict[str, Any]:
+        if is_messages(prompt):
+            return {"model": self.model, "messages": [dict(message) for message in prompt]}  # type: ignore[arg-type]
+        if not isinstance(prompt, str):
+            raise InputError("a remote teacher takes text, not token ids", where=self.url)
+        asked = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+        return {"model": self.model, **asked}
+
+    def _all(self, bodies: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Replies in order; those to requests that are under way when one fails go to the cache."""
+        keys = [sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest() for body in bodies]
+        self._stopping.clear()
+        with ThreadPoolExecutor(max(1, self.concurrency)) as pool:
+            unique = dict(zip(keys, bodies, strict=True))
+            once = {key: pool.submit(self._reply, key, body) for key, body in unique.items()}
+            try:
+                return [once[key].result() for key in keys]
+            except BaseException:
+                self._stopping.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _reply(self, key: str, body: dict[str, Any]) -> dict[str, Any]:
+        path = self.cache / key[:2] / f"{key}.json" if self.cache is not None else None
+        if path is not None and path.is_file():
+            with self._lock:
+                self.cached += 1
+            return json.loads(path.read_text(encoding="utf-8"))["reply"]
+        reply = self._ask(body)
+        if path is not None:
+            text = json.dumps({"url": self.url, "request": body, "reply": reply}, ensure_ascii=False)
+            replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        return reply
+
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        openai, problem = self._openai, ""
+        kind = self._client.chat.completions if "messages" in body else self._client.completions
+        known = {name: body[name] for name in body if name not in ("top_k", "min_p", "repetition_penalty")}
+        most = len(json.dumps(body).encode()) // 3 + body["max_tokens"]  # three bytes per token of the prompt
+        for attempt in range(self.retries + 1):
+            self._take(most)
+            delay, used = self.wait * 2**attempt * (0.75 + random.random() / 2), 0
+            try:
+                extra = {name: body[name] for name in body.keys() - known.keys()}
+                raw = kind.with_raw_response.create(**known, extra_body=extra or None)
+                reply = _read(raw.http_response.json())
+                used = reply.pop("tokens")
+                return reply
+            except openai.APIStatusError as error:
+                problem = f"{error.status_code} {self._told(error)}"
+                if error.status_code == 400 and "context" in problem.lower():
+                    return {"text": "", "reason": "context", "first": []}
+                if error.status_code not in _AGAIN and error.status_code < 500:
+                    fix = f"set {KEY}" if error.status_code in (401, 403) else "see --teacher and --teacher-model"
+                    raise InputError("the teacher refuses", where=self.url, found=problem, fix=fix) from None
+                after = error.response.headers.get("retry-after", "")
+                delay = float(after) if after.replace(".", "", 1).isdigit() else delay
+            except (openai.OpenAIError, ValueError) as error:
+                problem = self._told(error)
+            finally:
+                with self._lock:
+                    self._reserved, self.tokens = self._reserved - most, self.tokens + used
+            if attempt < self.retries and self._stopping.wait(min(delay, _LONGEST)):
+                break
+        fix = "see that the server runs, then give the same command again: it goes on where it is"
+        raise InputError("no usable reply of the teacher", where=self.url, found=problem, fix=fix)
+
+    def _take(self, tokens: int) -> None:
+        """Reserve a request and its tokens.
+
+        Raises:
+            BudgetError: there is no room for them.
+        """
+        with self._lock:
+            left = self.max_tokens - self.tokens - self._reserved
+            if (self.max_requests and self.requests >= self.max_requests) or (self.max_tokens and left < tokens):
+                found = f"{self.requests:,} requests, {self.tokens:,} tokens"
+                fix = "give the same command again, with another budget: it goes on where it is"
+                raise BudgetError("the budget of the teacher is spent", where=self.url, found=found, fix=fix)
+            self.requests += 1
+            self._reserved += tokens
+
+    def _told(self, error: Exception) -> str:
+        """What an error says, in one short line without the key."""
+        cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+        return " ".join(f"{error}{cause}".replace(self._key, "***").split())[:200]
+
+    def _first_model(self) -> str:
         try:
-            for step in path:
-                value = value[step]
-        except (KeyError, IndexError, TypeError):
-            expected = ".".join(map(str, path))
-            what = "the endpoint answers in another form"
-            raise InputError(what, where=self.url, found=str(reply)[:200], expected=expected) from None
-        return value
+            return str(next(iter(self._client.models.list())).id)
+        except Exception as error:  # a server of one's own may list anything
+            fix = "give --teacher-model NAME, or see that the server runs"
+            raise InputError("the teacher lists no model", where=self.url, found=self._told(error), fix=fix) from None
+
+
+def _read(reply: Any) -> dict[str, Any]:
+    """Text, finish reason, alternatives of the first token and number of tokens of a reply.
+
+    Raises:
+        ValueError: it is no reply.
+    """
+    try:
+        choice = reply["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        reason, usage = choice.get("finish_reason"), reply.get("usage") or {}
+        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+        pairs = [[str(each["token"]), float(each["logprob"])] for each in first]
+        tokens = int(usage.get("total_tokens") or 0)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a chat or text completion: {json.dumps(reply)[:120]}") from error
+    if not isinstance(text, str) or not (reason is None or isinstance(reason, str)):
+        raise ValueError(f"a reply without text: {json.dumps(reply)[:120]}")
+    return {
+        "text": text,
+        "reason": _REASONS.get(reason, "stop"),
+        "first": pairs,
+        "tokens": tokens or len(text) // 3 + 1,
+    }
