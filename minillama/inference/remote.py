@@ -81,9 +81,11 @@ class Local:
         room = [len(encode(self.tokenizer, each, "prompt")) < self.model.config.max_seq_len for each in ids]
         for fits, group in groupby(range(len(prompts)), key=room.__getitem__):
             rows = list(group)
+            if not fits:
+                found += [Completion("", (), "context")] * len(rows)
+                continue
             shifted, part = replace(sampling, seed=sampling.seed + rows[0]), [prompts[i] for i in rows]
-            answered = generate(self.model, self.tokenizer, part, max_new_tokens, shifted, stop, chat=chat)
-            found += answered if fits else [Completion("", (), "context")] * len(rows)
+            found += generate(self.model, self.tokenizer, part, max_new_tokens, shifted, stop, chat=chat)
         return found
 
     def option_logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:

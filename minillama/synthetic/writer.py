@@ -85,8 +85,9 @@ class Generated:
             InputError: the file cannot be written.
         """
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        if not self.beside.exists():
+            self._save()  # in front of the first line, which a killed process could leave alone otherwise
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(data)
                 file.flush()
@@ -95,13 +96,11 @@ class Generated:
             raise InputError("cannot write", where=self.path, found=error.strerror) from error
         self.done, self.bytes = done, self.bytes + len(data)
         self.counts.update({"lines": len(lines), **left_out})
-        state = {
-            "about": self.about,
-            "minillama": minillama.__version__,
-            "done": self.done,
-            "bytes": self.bytes,
-            "counts": dict(self.counts),
-        }
+        self._save()
+
+    def _save(self) -> None:
+        progress = {"done": self.done, "bytes": self.bytes, "counts": dict(self.counts)}
+        state = {"about": self.about, "minillama": minillama.__version__, **progress}
         text = json.dumps(state, ensure_ascii=False, indent=1) + "\n"
         replace_file(self.beside, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 

@@ -108,22 +108,23 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, method: str) -> 
     assert len(path.read_bytes()) == state["bytes"]
     path.unlink()
     (tmp_path / "cut.jsonl.provenance.json").unlink()
-    stopping(path, method)
+    stopping(path, method, 2)
+    stopping(path, method, 3)
     with path.open("ab") as file:
         file.write(b'{"instruction": "torn')
     write(path, 20, method=method, requests=1)
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def stopping(path: Path, method: Any) -> None:
-    """Stop within the third commit, behind the lines and before the provenance."""
+def stopping(path: Path, method: Any, stop: int) -> None:
+    """Stop behind the lines of a commit, the first for 2, and before its provenance."""
     from minillama.synthetic import writer
 
     real, calls = writer.replace_file, []
 
     def fail(*words: Any) -> Any:
         calls.append(0)
-        if len(calls) == 3:
+        if len(calls) == stop:
             raise KeyboardInterrupt
         return real(*words)
 
