@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -39,6 +40,9 @@ RENAMED = {
 }
 
 
+NARROWEST = 20  # columns; with five tyro never ends
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one command and return its exit status.
 
@@ -56,6 +60,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     adapt()  # before the import of torch, which reads some of it once
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     try:
         status = _dispatch([word for word in words if word != "--debug"], prog)
         sys.stdout.flush()  # a closed pipe shows here, and not while the interpreter shuts down

@@ -10,15 +10,19 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
-from minillama.errors import InputError, optional_import
-from minillama.files import reading
+from minillama.data.archives import PACKED, DamagedError, open_file
+from minillama.errors import InputError
+from minillama.files import bound, check_size, reading
 
 RECORDS = (".jsonl", ".json", ".ndjson")
-"""Suffixes of files with records."""
+"""Suffixes of files with records, in any case."""
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+DOCUMENT, LINE = 2**32, 2**28
+"""Bytes of a text file and of a line or an array of JSON at most; they are in memory as a whole."""
 
 _LOCATIONS = 5
 _CHUNK = 2**20
@@ -101,11 +105,28 @@ def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
     Raises:
         InputError: the file cannot be opened, or needs a package that is not installed.
     """
-    if not is_jsonl(path):
-        yield from read_items(path, lambda stream: [_document(stream.read(), path)])
+    if _format(path) in TABLES:
+        what, fix = "a table is not read", "convert it to JSONL, or rename it to .txt to read it as text"
+        raise InputError(what, where=path, expected=f"{', '.join(RECORDS)} or text", fix=fix)
+    if not holds_records(path):
+        yield from read_items(path, lambda stream: [_document(_content(stream, path), path)])
         return
-    for item in read_records(path):
+    for item in read_records(path, bound(LINE)):
         yield item if isinstance(item, BadText) else from_record(item.value, key, item.where)
+
+
+def read_lines(path: Path, key: str = "") -> Iterator[Document | BadText]:
+    """Documents of a text file, one per line; .gz and .zst are decompressed."""
+    limit = bound(LINE)
+
+    def lines(stream: io.BufferedIOBase) -> Iterator[Document | BadText]:
+        for number, data in enumerate(_bounded(stream, limit), 1):
+            where = f"{path}:{number}"
+            text = _decode(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, path, number)
+            bad = text if isinstance(text, BadText) else too_long(where, limit) if len(data) > limit else None
+            yield bad or Document(str(text).removesuffix("\n").removesuffix("\r"), where)
+
+    return read_items(path, lines)
 
 
 def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadText]:
@@ -131,7 +152,7 @@ def holds_records(path: Path) -> bool:
 
 
 def _format(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
 def from_record(record: dict[str, Any], key: str, where: str) -> Document | BadText:
@@ -161,9 +182,9 @@ def read_items(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> 
     """Items of `read` on an open file, and an error for the rest of a damaged archive."""
     with reading(path):
         try:
-            with _open(path) as stream:
+            with open_file(path) as stream:
                 yield from read(stream)
-        except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, DamagedError) as error:
             yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
 
 
@@ -173,7 +194,16 @@ def _object(value: object, where: str, what: str) -> Record | BadText:
     return BadText("malformed JSON", f"{what} is not a JSON object", where=where, found=type(value).__name__)
 
 
-def _document(data: bytes, path: Path) -> Document | BadText:
+def _content(stream: io.BufferedIOBase, path: Path) -> bytearray:
+    """The content of a file that is one document."""
+    data = bytearray()
+    while chunk := stream.read(_CHUNK):  # not all at once, which would allocate the bound
+        data += chunk
+        check_size(len(data), DOCUMENT, path)
+    return data
+
+
+def _document(data: bytearray, path: Path) -> Document | BadText:
     text = _decode(data.removeprefix(codecs.BOM_UTF8), path)
     return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), str(path))
 
@@ -193,11 +223,10 @@ def too_long(where: object, limit: int) -> BadText:
 
 def _json_records(stream: Iterable[bytes], path: Path, limit: int | None = None) -> Iterator[Record | BadText]:
     lines = iter(stream)
-    head = list(_until_text(lines))
-    first = head[-1].removeprefix(codecs.BOM_UTF8).strip() if head else b""
-    after = list(_until_text(lines)) if first.startswith(b"[") else []
+    head, first = _until_text(lines)
+    after, second = _until_text(lines) if first.startswith(b"[") else ((), b"")
     text = chain(head, after, lines)
-    if not _is_whole(first, is_last=not b"".join(after).strip(), is_jsonl=is_jsonl(path)):
+    if not _is_whole(first, is_last=not second, is_jsonl=is_jsonl(path)):
         yield from _json_lines(text, path, limit)
         return
     data = bytearray()
@@ -222,12 +251,14 @@ def _is_whole(first: bytes, is_last: bool, is_jsonl: bool) -> bool:
     return first[:1] in (b"[", b"{") and not _is_json(first)
 
 
-def _until_text(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines up to the next that is not blank."""
+def _until_text(lines: Iterator[bytes]) -> tuple[Iterable[bytes], bytes]:
+    """Lines up to the next that is not blank, and that one without spaces; b"" where there is none."""
+    blank = 0
     for line in lines:
-        yield line
-        if line.removeprefix(codecs.BOM_UTF8).strip():
-            return
+        if text := line.removeprefix(codecs.BOM_UTF8).strip():
+            return chain(repeat(b"\n", blank), [line]), text
+        blank += 1
+    return repeat(b"\n", blank), b""
 
 
 def _is_json(line: bytes) -> bool:
@@ -284,7 +315,7 @@ def _record(line: str, where: str) -> Record | BadText:
     return _object(value, where, "this line")
 
 
-def _decode(data: bytes, path: Path, line: int | None = None) -> str | BadText:
+def _decode(data: bytes | bytearray, path: Path, line: int | None = None) -> str | BadText:
     """UTF-8 decoding without NUL; `line` is the line number of the data, None counts it in them."""
     try:
         text = data.decode()
@@ -297,52 +328,3 @@ def _decode(data: bytes, path: Path, line: int | None = None) -> str | BadText:
         if start < 0:
             return text
     return BadText(reason, what, where=f"{path}:{line or data.count(10, 0, start) + 1}", found=found)
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix != ".zst":
-        return path.open("rb")
-    zstandard = optional_import("zstandard", "a .zst file", "data")
-    return io.BufferedReader(_Chunks(_zstd_frames(path.open("rb"), zstandard)), _CHUNK)
-
-
-class _DamagedError(Exception):
-    """Invalid or truncated zstd stream."""
-
-
-def _zstd_frames(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
-    """Decompressed chunks of all frames. The library's own reader does not detect a truncated file."""
-    frame, data = None, b""
-    with file:
-        while data := data or file.read(_CHUNK):
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise _DamagedError(error) from None
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise _DamagedError("the last zstd frame is not complete")
-
-
-class _Chunks(io.RawIOBase):
-    """Binary file of an iterator's chunks."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._ready = chunks, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._ready = chunk
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count

@@ -15,7 +15,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from minillama.config.loader import read_json
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
@@ -31,13 +30,14 @@ from minillama.data.reading import (
 )
 from minillama.data.tasks import TASKS, Task
 from minillama.errors import InputError, optional_import
-from minillama.files import reading
+from minillama.files import check_size, parsing, read_json, reading
 
 T = TypeVar("T")
 OnError = Literal["stop", "skip"]
 
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
-SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".jsonl")
+SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", *RECORDS)
+DEPTH = 200  # of folders in folders
 _HF = "hf:"
 _NAMES = (*BUILTIN, PYTHON_QA, *TASKS)
 CLEANED, UNFINISHED = "cleaned.json", ".cleaning"
@@ -169,7 +169,8 @@ def _record_items(source: Source) -> Iterator[Record | BadText]:
 def cleaning_of(source: Source) -> dict[str, Any] | None:
     """Pipeline and fingerprint of the cleaning that made a source; None if there was none."""
     path = Path(source.label).expanduser() / CLEANED
-    return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")} if path.is_file() else None
+    with parsing(path):
+        return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")} if path.is_file() else None
 
 
 def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
@@ -178,7 +179,11 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     if "://" in name:
         raise InputError("a URL instead of a path", found=name, fix="download it first")
     if (path / CLEANED).is_file():
-        return [path / shard["file"] for shard in read_json(path / CLEANED)["shards"]]
+        with parsing(path / CLEANED):
+            names = [str(shard["file"]) for shard in read_json(path / CLEANED)["shards"]]
+        if out := next((name for name in names if Path(name).name != name), None):
+            raise InputError("a file outside the folder", where=path / CLEANED, found=out, expected="a plain name")
+        return [path / name for name in names]
     if (path / UNFINISHED).is_dir():
         raise InputError("this cleaning is not finished", where=path, fix="run minillama data clean again: it goes on")
     if path.is_dir():
@@ -201,12 +206,13 @@ def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> It
     real = folder.resolve()
     if real in above:
         raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
+    check_size(len(above), DEPTH, folder, "folders above it")
     with reading(folder, "this folder"):
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in (path for path in entries if not path.name.startswith(".")):
         if path.is_dir():
             yield from _walk(path, above | {real}, suffixes)
-        elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(suffixes):
+        elif path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes):
             yield path
 
 

@@ -221,7 +221,7 @@ class RunConfig:
 
     name: str = "tiny"
     """The run's folder is runs/NAME unless --out says otherwise."""
-    seed: int = field(default=1, metadata={"min": 0})
+    seed: int = field(default=1, metadata={"min": 0, "max": 2**32 - 1})
     """Random seed of initialization, data order and dropout."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig.load("llama-tiny"))
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -284,9 +284,9 @@ class RunConfig:
             )
         if wanted.reads == "text" and wanted.special_tokens and self.context < 8:
             raise InputError("no masked span fits", where="train.context", found=self.context, expected="at least 8")
-        if wanted.special_tokens and self.data.mask_documents:
-            what = "infilling attends to the whole sequence"
-            expected = f"false with objective {wanted.name}"
+        if self.data.mask_documents and (wanted.special_tokens or self.model.mixer == "wkv"):
+            what = "infilling and recurrences read the whole sequence"
+            expected = f"false with objective {wanted.name} and mixer {self.model.mixer}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
 
     @property

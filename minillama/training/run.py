@@ -31,6 +31,7 @@ from minillama.training.data import load_data, load_stages
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import make_staged
+from minillama.training.optim.schedule import learning_rate
 from minillama.training.trainer import Trainer
 
 
@@ -138,6 +139,10 @@ def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
         raise InputError(what, where="train.steps", found=steps, expected=f"at least {done}", fix=fix)
     for line in changes:
         report.say(f"resuming with {line}")
+    before = learning_rate(saved.optim_at(done), min(done + 1, saved.train.steps), saved.train.steps)
+    after = learning_rate(config.optim_at(done), done + 1, steps)
+    if done < steps and after > 1.2 * before:
+        report.say(f"resuming with a learning rate of {after:.2g}, after {before:.2g}: that of a run of {steps} steps")
     return changes
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from minillama.data import archives
 from minillama.data.sources import Skipped, Source, documents, identity, parse_source
 from minillama.errors import InputError
 
@@ -109,7 +110,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so no mode bits
+    monkeypatch.setattr(archives, "regular", refuse)  # root may read everything, so no mode bits
     with pytest.raises(InputError, match=r"cannot read this file: Permission denied(?s:.)*a\.txt"):
         texts(str(tmp_path))
 
