@@ -38,7 +38,7 @@ def open_file(path: Path) -> io.BufferedIOBase:
         chunks = iter(lambda: archive.read(_CHUNK), b"")
     else:
         chunks = _zstd_frames(file, optional_import("zstandard", "a .zst file", "data"))
-    return io.BufferedReader(_Chunks(file, chunks, path, max(SMALL, RATIO * packed)), _CHUNK)
+    return io.BufferedReader(Chunks(_bounded(chunks, path, max(SMALL, RATIO * packed)), file), _CHUNK)
 
 
 class DamagedError(Exception):
@@ -60,27 +60,37 @@ def _zstd_frames(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
         raise DamagedError("the last zstd frame is not complete")
 
 
-class _Chunks(io.RawIOBase):
-    """Binary file of an iterator's chunks, of `most` bytes at most; `file` is closed with it."""
+def _bounded(chunks: Iterator[bytes], path: Path, most: int) -> Iterator[bytes]:
+    count = 0
+    for chunk in chunks:
+        count += len(chunk)
+        check_size(count, most, path, "unpacked bytes")
+        yield chunk
 
-    def __init__(self, file: BinaryIO, chunks: Iterator[bytes], path: Path, most: int) -> None:
-        self._file, self._chunks, self._path, self._most = file, chunks, path, most
-        self._ready, self._count = b"", 0
+
+class Chunks(io.RawIOBase):
+    """Binary file of an iterator's chunks; `file` is closed with it."""
+
+    def __init__(self, chunks: Iterator[bytes], file: BinaryIO | None = None) -> None:
+        self._chunks, self._file, self._ready = chunks, file, b""
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """The next bytes, as many as fit."""
         while not self._ready:
             chunk = next(self._chunks, None)
             if chunk is None:
                 return 0
-            self._ready, self._count = chunk, self._count + len(chunk)
-            check_size(self._count, self._most, self._path, "unpacked bytes")
+            self._ready = chunk
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
     def close(self) -> None:
-        self._file.close()
+        """Close the file behind it, too."""
+        if self._file is not None:
+            self._file.close()
         super().close()

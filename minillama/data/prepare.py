@@ -92,7 +92,7 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     splits: dict[SplitName, list[Split]] = {"train": [], "val": []}
     skipped = Skipped()
     for folder, table in zip(folders, tables, strict=True):
-        skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"]))
+        skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"], table["skipped"]["notes"]))
         for side, made in splits.items():
             entry = table["splits"][side]
             opened = [_open_shard(folder, shard, verify) for shard in entry["shards"]]
@@ -103,7 +103,8 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
     separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
     train, val = splits["train"], splits["val"]
-    return Corpus(train, val, weights, separator, fingerprint, skipped)
+    held_out = " and ".join(dict.fromkeys(table["held_out"] for table in tables))
+    return Corpus(train, val, weights, separator, fingerprint, skipped, held_out)
 
 
 def _trained(
@@ -154,7 +155,8 @@ def _tokenize(
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "separator": None if single else tokenizer.bos_id,
-        "skipped": {"counts": reader.skipped.counts, "places": reader.skipped.locations},
+        "skipped": {"counts": reader.skipped.counts, "places": reader.skipped.locations, "notes": reader.skipped.notes},
+        "held_out": reader.held_out,
         "splits": {
             side: counts[side] | {"tokens": writer.tokens, "shards": [_listed(path) for path in writer.paths]}
             for side, writer in writers.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import platform
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,11 +23,14 @@ from minillama.data.reading import (
     BadText,
     Document,
     Record,
+    Remark,
     Skipped,
+    format_of,
     from_record,
     holds_records,
     read_file,
     read_records,
+    text_field,
 )
 from minillama.data.tasks import TASKS, Task
 from minillama.errors import InputError, optional_import
@@ -56,9 +60,10 @@ class Source:
     """python-docs, python-code, python-qa, arithmetic, sorting, spelling (also of a size, arithmetic:3), hf:NAME or
     hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
     path: str = ""
-    """A text file (one document), a .jsonl file (one per line), a folder of them, a glob; .gz and .zst as well."""
-    field: str = "text"
-    """Text field of a JSONL object, or text column of a data set."""
+    """A text file (one document), a .json or .jsonl file (one per record), a folder of them, a glob; .gz and .zst as
+    well."""
+    field: str = ""
+    """Text field of a record, or text column of a data set; data.field unless given."""
     weight: float = dataclasses.field(default=1.0, metadata={"above": 0})
     """Mixture weight: share of the training tokens, relative to the other sources."""
 
@@ -89,7 +94,11 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     Raises:
         InputError: bad text, with file and line; nothing of that name; a file that cannot be opened.
     """
-    yield from (document for document in _valid(read_source(source), on_error, report) if document.text)
+    for document in _valid(read_source(source), on_error, report):
+        if document.text:
+            yield document
+        elif report is not None:
+            report.note("empty documents")
 
 
 def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
@@ -108,10 +117,13 @@ def records(source: Source, on_error: OnError = "stop", report: Skipped | None =
     yield from _valid(items, on_error, report)
 
 
-def _valid(items: Iterable[T | BadText], on_error: OnError, report: Skipped | None) -> Iterator[T]:
-    """The valid items; the error of an invalid one is raised, or counted in `report`."""
+def _valid(items: Iterable[T | BadText | Remark], on_error: OnError, report: Skipped | None) -> Iterator[T]:
+    """The valid items; the error of an invalid one is raised, or counted in `report`, as remarks are."""
     for item in items:
-        if not isinstance(item, BadText):
+        if isinstance(item, Remark):
+            if report is not None:
+                report.note(item.text, int(item.is_counted))
+        elif not isinstance(item, BadText):
             yield item
         elif on_error == "stop":
             raise item
@@ -141,21 +153,39 @@ def identity(source: Source) -> dict[str, Any]:
     return known | {"files": len(lines), "listing": sha256(listing).hexdigest()}
 
 
-def read_source(source: Source) -> Iterator[Document | BadText]:
-    """Documents of a source, and an error in place of each invalid one."""
+def read_source(source: Source) -> Iterator[Document | BadText | Remark]:
+    """Documents of a source, an error in place of each invalid one, and remarks."""
     if source.name == PYTHON_QA or Task.of(source.name) is not None:
         what, fix = "this source gives conversations, not texts", "add --data.template auto"
         raise InputError(what, where="data.sources", found=source.name, fix=fix)
     if source.name in BUILTIN:
         yield from builtin_documents(source.name)
     elif source.name.startswith(_HF):
-        yield from (from_record(row, source.field, where) for row, where in _rows(source))
+        for row, where in _rows(source):
+            source = dataclasses.replace(source, field=source.field or text_field(row))
+            yield from_record(row, source.field, where)
     else:
-        for path in find_files(source.label):
-            yield from read_file(path, source.field)
+        folder = Path(source.label).expanduser()
+        files, is_folder = find_files(source.label), folder.is_dir() and not (folder / CLEANED).is_file()
+        if is_folder:
+            others = [path for path in _walk(folder, frozenset(), ("",)) if not _is_of(path, SUFFIXES)]
+            left_out = f"; left out: {_by_suffix(others)}" if others else ""
+            yield Remark(f"{len(files)} file{'s' * (len(files) > 1)}: {_by_suffix(files)}{left_out}", is_counted=False)
+        for path in files:
+            yield from read_file(path, source.field, not is_folder)
 
 
-def _record_items(source: Source) -> Iterator[Record | BadText]:
+def _by_suffix(paths: Iterable[Path]) -> str:
+    counts = Counter(format_of(path) for path in paths)
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in counts.most_common())
+
+
+def _is_of(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file has one of the suffixes, perhaps with .gz or .zst behind."""
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes)
+
+
+def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
     if source.name.startswith(_HF):
         yield from (Record(row, where) for row, where in _rows(source))
         return
@@ -212,7 +242,7 @@ def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> It
     for path in (path for path in entries if not path.name.startswith(".")):
         if path.is_dir():
             yield from _walk(path, above | {real}, suffixes)
-        elif path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes):
+        elif _is_of(path, suffixes):
             yield path
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from minillama.data.reading import BadText, holds_records, read_file, read_lines
+from minillama.data.reading import BadText, Document, holds_records, read_file, read_lines
 from minillama.errors import InputError
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[
     for item in read(file, field):
         if isinstance(item, BadText):
             raise InputError(item.what, where=item.where, found=item.found, expected=item.expected)
-        texts += [item.text] if item.text.strip() else []
+        texts += [item.text] if isinstance(item, Document) and item.text.strip() else []
     if not texts:
         raise InputError(f"the file holds no {field}", where=file)
     return texts

@@ -259,7 +259,7 @@ def test_a_bad_record_is_found_before_step_0(
     said = capsys.readouterr()
     assert "r.jsonl:127, text" in said.err and "step 0" not in said.out
     assert main([*words, "--data.on_error", "skip", "--out", str(tmp_path / "run")]) == 0
-    assert "1 documents left out: 1 does not fit the question" in capsys.readouterr().out
+    assert "1 document left out: 1 does not fit the question" in capsys.readouterr().out
 
 
 def test_answers_that_are_the_same_tokens_are_refused() -> None:

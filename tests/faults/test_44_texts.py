@@ -145,7 +145,9 @@ def test_masked_documents_are_validated_as_they_are_trained() -> None:
         alone += model.loss(model.hidden(ids[:, :-1]), ids[:, 1:]).item()
         start += len(document)
     held_out = SimpleNamespace(
-        fingerprint="", held_out=lambda context, limit: [(SimpleNamespace(bytes=13, tokens=13), [window])]
+        fingerprint="",
+        prompt=lambda length: [0],
+        held_out=lambda context, limit: [(SimpleNamespace(bytes=13, tokens=13), [window])],
     )
     for separator, is_alone in ((0, True), (None, False)):
         objective: Any = LanguageModel(model, held_out, 0, 2, 12, separator=separator)
