@@ -63,7 +63,7 @@ def convert(
     tokenizer_path = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     vocab = Tokenizer.load(tokenizer_path) if tokenizer_path is not None else None
     if vocab is not None:
-        vocab.check_fits(config.vocab_size, tokenizer_path)
+        vocab.check_fits(config.vocab_size, tokenizer_path, spares_special=to == "hf")
     stored = next((name for name, kind in FLOATS.items() if kind == opened.default_dtype("meta")), "f32")
 
     tensors = _reported(opened.tensors, progress, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 
@@ -53,4 +54,23 @@ def optional_import(module: str, purpose: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         what = f"{purpose} needs the package {module.partition('.')[0]}"
-        raise InputError(what, found=error, fix=f"pip install 'minillama[{extra}]'") from None
+        needs = (need for need in missing(extra) if need.partition(">")[0] == module.partition(".")[0])
+        raise InputError(what, found=error, fix=f"pip install '{next(needs, f'minillama[{extra}]')}'") from None
+
+
+def missing(extra: str) -> list[str]:
+    """Requirements of an extra that are not installed, as `gguf>=0.17`; none where this package is not installed."""
+    from packaging.requirements import Requirement
+
+    def is_here(need: Requirement) -> bool:
+        try:
+            return version(need.name) in need.specifier
+        except PackageNotFoundError:
+            return False
+
+    try:
+        needs = [Requirement(line) for line in requires("minillama") or ()]
+    except PackageNotFoundError:
+        return []
+    asked = [n for n in needs if n.marker and n.marker.evaluate({"extra": extra}) > n.marker.evaluate({"extra": ""})]
+    return [f"{need.name}{need.specifier}" for need in asked if not is_here(need)]

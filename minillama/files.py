@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -12,8 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
+from typing import Any
 
 from minillama.errors import InputError
+
+LARGEST = 2**25
+"""Bytes of a configuration at most: Python's objects take twenty times as much."""
 
 
 def cache_folder() -> Path:
@@ -89,6 +94,80 @@ def reading(path: Path, what: str = "this file", fix: str | None = None) -> Iter
         yield
     except OSError as error:
         raise InputError(f"cannot read {what}: {error.strerror}", where=path, fix=fix) from None
+
+
+@contextmanager
+def parsing(where: object, what: str = "this is damaged, or not what it should be") -> Iterator[None]:
+    """InputError for what code raises that takes the structure of someone else's file for granted."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InputError(what, where=where, found=f"{type(error).__name__}: {error}") from error
+
+
+def bound(most: int) -> int:
+    """A bound on files of others, times the environment variable MINILLAMA_LIMITS."""
+    factor = os.environ.get("MINILLAMA_LIMITS", "1")
+    return int(most * float(factor)) if re.fullmatch(r"[0-9]{1,9}([.][0-9]{1,9})?", factor) else most
+
+
+def check_size(size: int, most: int, where: object, unit: str = "bytes") -> None:
+    """Refuse what is larger than a bound, that of no real file.
+
+    Raises:
+        InputError: it is.
+    """
+    most = bound(most)
+    if size > most:
+        fix = (
+            "if it is what it should be, set MINILLAMA_LIMITS=10 in the environment: bounds are ten times as high then"
+        )
+        expected = f"at most {most:,} {unit}"
+        raise InputError("this is too large", where=where, found=f"{size:,} {unit}", expected=expected, fix=fix)
+
+
+def read_bytes(path: Path, fix: str | None = None, most: int = LARGEST) -> bytes:
+    """The whole of a file of someone else, which is a regular one and not too large.
+
+    Raises:
+        InputError: it is not, or cannot be read.
+    """
+    with reading(path, path.name, fix), open(path, "rb", opener=regular) as file:
+        check_size(os.fstat(file.fileno()).st_size, most, path)
+        return file.read()
+
+
+def read_text(path: Path, fix: str | None = None, most: int = LARGEST) -> str:
+    """The whole of a file of someone else, which is UTF-8, without its byte order mark.
+
+    Raises:
+        InputError: it is not, or as `read_bytes`.
+    """
+    try:
+        return read_bytes(path, fix, most).decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError("this file is not UTF-8 text", where=path, found=error) from None
+
+
+def read_json(path: Path, fix: str | None = None, most: int = LARGEST) -> dict[str, Any]:
+    """The whole of a file of someone else, which is a JSON object.
+
+    Raises:
+        InputError: it is not, is nested too deep, holds a lone surrogate, or as `read_text`.
+    """
+    text = read_text(path, fix, most)
+    try:
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        found = f"{str(error)[:200]}; it starts with {text[:40]!r}"
+        raise InputError(f"not a readable {path.name}: not JSON, or cut", where=path, found=found, fix=fix) from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path.name} is not a JSON object", where=path, found=type(value).__name__)
+    return value
 
 
 def free_name(path: Path) -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
 from minillama import __version__
+from minillama.commands.usage import UsageError, own_errors
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import say_renamed
 from minillama.errors import InputError
@@ -40,6 +42,9 @@ RENAMED = {
 }
 
 
+NARROWEST = 20  # columns; with five tyro never ends
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run one command and return its exit status.
 
@@ -52,11 +57,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         0, or 1 for an error, 2 for a command line that cannot be parsed, 130 after Ctrl-C, 141 for a closed pipe.
 
     Raises:
-        SystemExit: from tyro, for `--help` (0) and for arguments that it cannot parse (2).
+        SystemExit: from tyro, for `--help` (0).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     adapt()  # before the import of torch, which reads some of it once
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     try:
         status = _dispatch([word for word in words if word != "--debug"], prog)
         sys.stdout.flush()  # a closed pipe shows here, and not while the interpreter shuts down
@@ -74,12 +81,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             print(json.dumps({"error": error.parts() if isinstance(error, InputError) else {"what": internal}}))
         else:
             print(f"error: {error}" if isinstance(error, InputError) else internal, file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
 
 
 def _dispatch(words: list[str], prog: str | None) -> int:
     name, rest = (words[0], words[1:]) if words else ("--help", [])
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help", "help"):
+        if rest and rest[0] in COMMANDS:
+            return _dispatch([rest[0], *rest[1:], "--help"], prog)
         print(_usage())
         return 0
     if name == "--version":
@@ -91,17 +100,18 @@ def _dispatch(words: list[str], prog: str | None) -> int:
         print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
     command = import_module(f"minillama.commands.{name}")
-    if hasattr(command, "parse"):
-        args = command.parse(rest)
-    else:
-        import tyro
+    with own_errors(command):
+        if hasattr(command, "parse"):
+            args = command.parse(rest)
+        else:
+            import tyro
 
-        renamed = RENAMED.get(name, {})
-        for old in renamed.keys() & set(rest):
-            say_renamed(old, renamed[old])
-        rest = [renamed.get(word, word) for word in rest]
-        refuse_repeated(rest)
-        args = tyro.cli(command.Args, args=rest, prog=prog or f"minillama {name}", description=command.__doc__)
+            renamed = RENAMED.get(name, {})
+            for old in renamed.keys() & set(rest):
+                say_renamed(old, renamed[old])
+            rest = [renamed.get(word, word) for word in rest]
+            refuse_repeated(rest)
+            args = tyro.cli(command.Args, args=rest, prog=prog or f"minillama {name}", description=command.__doc__)
     status: int = command.run(args)
     return status
 
@@ -110,5 +120,5 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
     head = ["usage: minillama COMMAND [ARGUMENTS]", "", "commands:"]
-    tail = ["", "minillama COMMAND --help lists its arguments; --version; --debug shows tracebacks."]
+    tail = ["", "minillama COMMAND --help, or help COMMAND, lists its arguments; --version; --debug shows tracebacks."]
     return "\n".join([*head, *lines, *tail])

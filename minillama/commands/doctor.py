@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from minillama.commands.tables import print_pairs
+from minillama.errors import missing
 
 UNITS = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "neon", "bf16")  # they decide dtypes and kernels
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
@@ -36,13 +37,12 @@ def run(args: Args) -> int:
     from minillama.native.build import compilers
     from minillama.threads import VARIABLES, policy
 
-    missing = compiler_missing(torch.device("cpu"))
     table = {
         "versions": _versions(),
         "processor": _processor(),
         "kernels": _kernels(),
-        "compiler": {"c++": " ".join(compilers()) or "none", "torch.compile": missing or "available"},
-        "waiting": {"policy": policy()} | {name: os.environ.get(name, "not set") for name in VARIABLES},
+        "compiler": {"c++": compilers(), "torch.compile": compiler_missing(torch.device("cpu")) or True},
+        "waiting": {"policy": policy().partition(",")[0]} | {name: os.environ.get(name) for name in VARIABLES},
         "extras": _extras(),
         "folders": _folders(),
     }
@@ -51,18 +51,33 @@ def run(args: Args) -> int:
         return 0
     width = max(len(name) for part in table.values() for name in part)
     for title, part in table.items():
-        print_pairs(title, part, width)
+        title = "missing packages of the extras" if title == "extras" else title
+        print_pairs(title, {name: _words(value) for name, value in part.items()}, width)
+    for extra, absent in table["extras"].items():
+        if absent:
+            print(f"for {extra}: pip install {' '.join(map(repr, absent))}")
     return 0
 
 
-def _versions() -> dict[str, str]:
+def _words(value: object) -> str:
+    """A value as the report prints it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items() if inner is not None)
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    if isinstance(value, bool | None):
+        return {True: "yes", False: "no", None: "not set"}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _versions() -> dict[str, str | None]:
     import minillama
 
     found = {"minillama": minillama.__version__, "python": platform.python_version(), "system": platform.platform()}
-    return found | {name: _version(name) or "missing" for name in PACKAGES}
+    return found | {name: _version(name) for name in PACKAGES}
 
 
-def _processor() -> dict[str, str]:
+def _processor() -> dict[str, Any]:
     import torch
 
     from minillama.device import choose_device, choose_dtype, peak_flops
@@ -70,16 +85,17 @@ def _processor() -> dict[str, str]:
     there = torch.cpu.get_capabilities()
     device = choose_device()
     dtype = choose_dtype("auto", device)
-    name = str(dtype).removeprefix("torch.")
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "units": " ".join(unit for unit in UNITS if there.get(unit)) or "none beyond the base",
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "products while training": f"{name}, {peak_flops(device, dtype) / 1e9:.0f} GFLOP/s measured now",
+        "instructions": [unit for unit in UNITS if there.get(unit)],
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "training dtype": str(dtype).removeprefix("torch."),
+        "GFLOP/s measured now": round(peak_flops(device, dtype) / 1e9),
     }
 
 
-def _kernels() -> dict[str, str]:
+def _kernels() -> dict[str, dict[str, Any]]:
     from minillama.files import cache_folder
     from minillama.native import attention, build, softmax, swiglu
 
@@ -88,28 +104,18 @@ def _kernels() -> dict[str, str]:
     sources |= {name: (part.KERNEL.source, part.KERNEL.unsupported()) for name, part in named.items()}
     table = {}
     for name, (source, unsupported) in sources.items():
-        missing = unsupported if build.can_build() else build.NO_COMPILER
-        is_compiled = any((cache_folder() / "native").glob(f"{Path(source).stem}-*.so"))
-        table[name] = f"torch ({missing})" if missing else "C++" if is_compiled else "C++, compiled at the first use"
+        absent = unsupported if build.can_build() else build.NO_COMPILER
+        compiled = any((cache_folder() / "native").glob(f"{Path(source).stem}-*.so"))
+        table[name] = {"C++": absent is None, "compiled": compiled if absent is None else None, "reason": absent}
     return table
 
 
-def _extras() -> dict[str, str]:
-    from packaging.requirements import Requirement
-
+def _extras() -> dict[str, list[str]]:
+    """Missing requirements of each extra."""
     try:
-        declared = metadata("minillama")
+        return {extra: missing(extra) for extra in metadata("minillama").get_all("Provides-Extra") or ()}
     except PackageNotFoundError:
-        return {"none known": "the package is not installed"}
-    needs = [Requirement(line) for line in declared.get_all("Requires-Dist") or ()]
-    wanted = [need for need in needs if need.marker and not need.marker.evaluate({"extra": ""})]
-    found = {}
-    for extra in declared.get_all("Provides-Extra") or ():
-        asked = [need for need in wanted if need.marker and need.marker.evaluate({"extra": extra})]
-        missing = [need.name for need in asked if (_version(need.name) or "") not in need.specifier]
-        install = f"optional, not installed: {' '.join(missing)}; pip install 'minillama[{extra}]'"
-        found[extra] = install if missing else "complete"
-    return found
+        return {}
 
 
 def _version(package: str) -> str | None:
@@ -123,18 +129,15 @@ def _folders() -> dict[str, Any]:
     from minillama.files import cache_folder
 
     cache = cache_folder()
-    failed = [path.name for path in (cache / "native").glob("*.failed")]
     return {
-        "cache": f"{cache}, {_size(cache)}",
-        "compiled C++": f"{cache / 'native'}, {_size(cache / 'native')}",
-        "failed to compile": " ".join(failed) or "none",
-        "free where runs are written": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB in {Path.cwd()}",
+        "cache": _size(cache),
+        "compiled C++": _size(cache / "native"),
+        "failed to compile": [path.name for path in (cache / "native").glob("*.failed")],
+        "runs": {"path": str(Path.cwd()), "free bytes": shutil.disk_usage(Path.cwd()).free},
         "temporary": tempfile.gettempdir(),
     }
 
 
-def _size(folder: Path) -> str:
-    if not folder.is_dir():
-        return "not made yet"
+def _size(folder: Path) -> dict[str, Any]:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.0f} MB"
+    return {"path": str(folder), "files": len(files), "bytes": sum(path.stat().st_size for path in files)}

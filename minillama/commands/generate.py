@@ -83,7 +83,7 @@ def run(args: Args) -> int:
     model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True)
     asked, stop_ids = _asked(args, tokenizer, prompts)
     model.stop_ids |= stop_ids
-    engine = _engine(args, model)
+    engine = _engine(args, model, tokenizer)
     options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine)
     if len(args.adapter) > 1:
         from minillama.model.lora import active, adapter_names
@@ -126,21 +126,37 @@ def _asked(
     return [encode(prompt) for prompt in prompts], encode.stop_ids
 
 
-def _engine(args: Args, model: Decoder) -> Engine:
+def _engine(args: Args, model: Decoder, tokenizer: Tokenizer) -> Engine:
     import torch
 
     from minillama.formats.open import open_model
     from minillama.inference.engine import Engine
     from minillama.inference.speculative import Speculation
+    from minillama.tokenizer import Tokenizer
 
     speculation = None
     if args.draft is not None:
-        draft = load_model(open_model(args.draft), args.dtype, args.device, args.quantize)
+        opened = open_model(args.draft)
+        if opened.tokenizer is not None:
+            _check_draft(Tokenizer.load(opened.tokenizer), tokenizer)
+        draft = load_model(opened, args.dtype, args.device, args.quantize)
         speculation = Speculation(draft, args.draft_tokens)
     elif args.speculate:
         speculation = Speculation(None, args.draft_tokens)
     cache_dtype = None if args.cache_dtype == "auto" else getattr(torch, args.cache_dtype)
     return Engine(model, args.batch_size, None, cache_dtype, args.window or None, args.sinks, speculation)
+
+
+def _check_draft(draft: Tokenizer, own: Tokenizer) -> None:
+    """Refuse a draft model whose token ids mean something else: its drafts would all be rejected, or nearly."""
+    if draft.fingerprint == own.fingerprint:
+        return
+    pairs = ((i, draft.backend.id_to_token(i), own.backend.id_to_token(i)) for i in range(own.vocab_size))
+    other = next(((i, found, expected) for i, found, expected in pairs if found != expected), None)
+    if other is not None:
+        what, fix = "the draft model has another tokenizer", "give a draft model that was trained with the model's"
+        found, expected = f"{other[1]!r} at id {other[0]}", repr(other[2])
+        raise InputError(what, where="--draft", found=found, expected=expected, fix=fix)
 
 
 def _print(

@@ -15,7 +15,7 @@ from minillama.commands.tables import bytes_text, count_text, duration_text, pri
 from minillama.config import ModelConfig
 from minillama.config.budget import MOST, SIZES, USABLE, Setting, Train, fits, remedies, usable
 from minillama.config.cost import WEIGHT_BYTES, cache_slots, inference_memory
-from minillama.config.loader import check, nearest, to_dict
+from minillama.config.loader import check, config_names, nearest, to_dict
 from minillama.device import GPUS
 from minillama.errors import InputError
 from minillama.formats.shape import model_config
@@ -66,7 +66,8 @@ def run(args: Args) -> int:
     """Print the figures as tables, or as JSON."""
     check(args)
     if not args.models:
-        raise InputError("no model was given", where="command line", expected="minillama plan MODEL ...")
+        expected = f"a folder, a file, or one of {', '.join(config_names('model'))}"
+        raise InputError("no model was given", where="command line", expected=expected)
     configs = [model_config(name) for name in args.models]
     tables = [figures(name, config, args) for name, config in zip(args.models, configs, strict=True)]
     if args.json:

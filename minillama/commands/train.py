@@ -57,6 +57,10 @@ def parse(argv: Sequence[str]) -> Args:
             fix = "look at --out, or name the CONFIG that is to be trained there"
             raise InputError("there is no run to resume", where=saved.parent, found="no such folder", fix=fix)
         given = str(saved) if os.path.isfile(saved) else None
+        if given is None and (saved.parent / "config.json").is_file():
+            run = next((path for path in saved.parent.absolute().parents[:2] if (path / "config.toml").is_file()), None)
+            fix = f"resume its run: --out {run}" if run else f"train from it: --train.init_from {saved.parent}"
+            raise InputError("this is the folder of a model, not of a run", where=saved.parent, fix=fix)
     return Args(load_run_config(given or "tiny", words, preset), out, resume, overwrite, verify)
 
 
@@ -97,6 +101,7 @@ SHA-256 of a checkpoint's files. --deterministic: as --train.deterministic true.
         prog="train.py [CONFIG]",
         description=(__doc__ or "") + options,
         default=replace(tiny, model=replace(tiny.model, rope_scaling=RopeScaling())),
+        use_underscores=True,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
         registry=registry,
     )

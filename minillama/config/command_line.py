@@ -16,6 +16,7 @@ from minillama.errors import InputError
 # our settings -> their names in other trainers
 ELSEWHERE = {
     "optim.lr": ("learning_rate",),
+    "data.sources": ("data", "dataset", "train_file"),
     "train.steps": ("max_steps", "max_iters"),
     "train.context": ("block_size", "seq_len", "max_seq_length"),
     "out": ("output_dir", "out_dir"),
@@ -132,7 +133,10 @@ def _settings(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
 def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
     last, by_last = key.rpartition(".")[2], {name.rpartition(".")[2]: name for name in kinds}
     other = next((name for name, words in ELSEWHERE.items() if last in words), None)
-    close = by_last.get(key) or other or nearest(key, kinds) or by_last.get(nearest(last, by_last) or "")
+    alike = [name for name in kinds if name.endswith(f".{last}")]
+    flags = ("help", "out", "resume", "overwrite")
+    close = alike[0] if len(alike) == 1 or (alike and key == last) else other
+    close = close or nearest(key, (*kinds, *flags)) or by_last.get(nearest(last, by_last) or "")
     if last == "config":
         fix = "the configuration's name or file comes first, without an option: train.py CONFIG"
     else:

@@ -48,16 +48,17 @@ def _like_llama(name: str, *free: str, **others: Any) -> dict[str, Any]:
     return MODEL | {"class": f"{name}ForCausalLM", "free": free, "optional": optional, **others}
 
 
-MODEL: dict[str, Any] = {"keys": KEYS, "switches": {}, "free": (), "defaults": {}, "fixed": PLAIN}
-# model_type -> class of transformers; our fields -> its keys, and those that a file may lack; our switches, and those
-# that may have any value; its defaults; its keys that have one value here
+MODEL: dict[str, Any] = {"keys": KEYS, "switches": {}, "free": (), "defaults": {}, "also": {}, "fixed": PLAIN}
+# model_type -> class of transformers; our fields -> its keys, those that a file may lack, and other spellings of them;
+# our switches, and those that may have any value; its defaults; its keys that have one value here
 MODELS: dict[str, dict[str, Any]] = {
     "llama": _like_llama(
         "Llama",
         optional=("n_kv_heads", "head_dim", "max_seq_len", "norm_eps", "tie_embeddings"),
-        fixed={**PLAIN, "sliding_window": None},
     ),
-    "mistral": _like_llama("Mistral", "sliding_window", defaults={"sliding_window": 4096}),
+    "mistral": _like_llama(
+        "Mistral", "sliding_window", defaults={"sliding_window": 4096, "max_position_embeddings": 131072}
+    ),
     "qwen2": _like_llama("Qwen2", "sliding_window", switches={"bias": "qkv"}, fixed={"hidden_act": "silu"}),
     "qwen3": _like_llama(
         "Qwen3", "sliding_window", switches={"qk_norm": True}, optional=("max_seq_len", "tie_embeddings")
@@ -85,6 +86,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "max_seq_len": "seq_length",
         },
         "optional": ("max_seq_len",),
+        "also": {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
         "switches": {"norm": "layer", "position": "alibi", "mlp": "gelu", "bias": "all", "embedding_norm": True},
         "fixed": {"apply_residual_connection_post_layernorm": False, "slow_but_exact": False, "pretraining_tp": 1},
     },
@@ -99,6 +101,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "max_seq_len": "context_length",
         },
         "optional": ("max_seq_len",),
+        "also": {"max_position_embeddings": "context_length"},
         "switches": {"norm": "layer", "position": "none", "mixer": "wkv", "mlp": "channel-mix", "embedding_norm": True},
         "fixed": {"rescale_every": 0},  # it halves activations for float16, which is not used here
     },
@@ -122,9 +125,10 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
         return dict(own), {}
     if not isinstance(kind, str) or kind not in MODELS:
         raise _unsupported(values, where)
-    model, width = MODELS[kind], values.get("hidden_size")
-    values = model["defaults"] | values
-    classes = values.get("architectures") or [""]
+    model = MODELS[kind]
+    spelt = {theirs: values[other] for other, theirs in model["also"].items() if other in values}
+    values = {**model["defaults"], **spelt, **{k: v for k, v in values.items() if v is not None or k not in spelt}}
+    width, classes = values.get("hidden_size"), values.get("architectures") or [""]
     table: dict[str, Any] = {}
     if str(classes[0]).endswith(SEQUENCE):
         table = {"head": "score", "pad_id": values.get("pad_token_id") or 0}
@@ -134,7 +138,7 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
         elif ours not in model["optional"]:
             raise InputError(f"{theirs} is missing", where=where)
     for key, only in (model["fixed"] | ({"attention_hidden_size": width} if kind == "rwkv" else {})).items():
-        if key not in SAME and values.get(key) not in (None, only):
+        if key not in SAME and values.get(key) not in (None, only) and (key, values[key]) != ("hidden_act", "swish"):
             raise InputError(f"{key} is not supported", where=f"{where}, {key}", found=values[key], expected=only)
     if model["keys"] is KEYS:
         for read in (_rope, _window, _nope):
@@ -159,12 +163,16 @@ def _unsupported(values: Mapping[str, Any], where: str) -> InputError:
 
 
 def _rope(values: Mapping[str, Any], where: str, free: Sequence[str]) -> dict[str, Any]:
-    # version 5 has the base inside the table, version 4 beside it
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise InputError("the rope parameters are not a table", where=where, found=repr(rope))
-    beside = ("rope_theta", "partial_rotary_factor", ORIGINAL[1])
-    rope = {**{key: values[key] for key in beside if values.get(key) is not None}, **rope}
+    # version 5 has the base inside the table, version 4 beside it; transformers lets version 4's table win
+    tables = [table for key in ("rope_scaling", "rope_parameters") if (table := values.get(key))] or [{}]
+    if not all(isinstance(table, Mapping) for table in tables):
+        raise InputError("the rope parameters are not a table", where=where, found=repr(tables)[:80])
+    beside, bases = ("rope_theta", "partial_rotary_factor", ORIGINAL[1]), {"rope_theta": tables[-1].get("rope_theta")}
+    bases |= {key: values[key] for key in beside if values.get(key) is not None}
+    rope = {key: value for key, value in {**bases, **tables[0]}.items() if value is not None}
+    if (other := tables[-1].get("rope_theta")) not in (None, rope.get("rope_theta")):
+        found = f"{rope['rope_theta']!r} and {other!r}"
+        raise InputError("two values of rope_theta", where=f"{where}, rope_scaling and rope_parameters", found=found)
     table, factor = {"rope_theta": rope.get("rope_theta", 10000.0)}, rope.get("partial_rotary_factor", 1.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = "longrope" if kind == "su" else kind

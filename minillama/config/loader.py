@@ -8,9 +8,9 @@ line and the field.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import operator
+import os
 import re
 import sys
 import tomllib
@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from minillama.errors import InputError
-from minillama.files import refuse_remote
+from minillama.files import read_text, refuse_remote
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1  # of whole numbers, unless a field says otherwise: tensors have no more
 # bounds in a field's metadata
 LIMITS = {
     "min": ("at least", operator.ge),
@@ -93,12 +94,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
     Raises:
         InputError: no such file, not UTF-8, or a syntax error, with line and column.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte order mark
-    except FileNotFoundError as error:
-        raise InputError("no such file", where=path) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("the file cannot be read", where=path, found=error) from error
+    text = read_text(path)
     try:
         return tomllib.loads(text), Origin(path, text)
     except tomllib.TOMLDecodeError as error:
@@ -109,24 +105,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Origin]:
         found = lines[int(line) - 1].strip() or None
         what = f"not valid TOML: {message.split(' (at')[0]}"
         raise InputError(what, where=f"{path}:{line}:{column}", found=found, fix="see https://toml.io") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        InputError: no such file, not JSON, or another type.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"no {path.name} in the model folder", where=path) from error
-    except (OSError, ValueError, RecursionError) as error:
-        found = f"{type(error).__name__}: {error}"[:200]
-        raise InputError(f"not a readable {path.name}", where=path, found=found) from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path.name} is not a JSON object", where=path, found=type(values).__name__)
-    return values
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, tables in tables in tables
+        raise InputError("not valid TOML", where=path, found=error) from None
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
@@ -303,10 +283,12 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 
 def _check_number(value: float, limits: Mapping[str, float], origin: Located, key: str) -> None:
+    limits = {"max": LARGEST, **limits} if isinstance(value, int) else limits
     bounds = {name: limits[name] for name in LIMITS if name in limits}
     finite = value == value and abs(value) != math.inf  # isfinite takes no integer over 1e308
     if not finite or not all(LIMITS[name][1](value, bound) for name, bound in bounds.items()):
-        words = " and ".join(f"{LIMITS[name][0]} {bound}" for name, bound in bounds.items())
+        shown = {name: bound for name, bound in bounds.items() if bound != LARGEST or value > LARGEST}
+        words = " and ".join(f"{LIMITS[name][0]} {bound}" for name, bound in shown.items())
         expected = ", ".join(part for part in ("" if finite else "a finite number", words) if part)
         raise InputError(f"{key} is out of range", where=origin.at(key), found=value, expected=expected)
 
@@ -331,14 +313,19 @@ def config_path(kind: str, name: str) -> Path:
     """
     refuse_remote(name)
     path = Path(name)
-    if path.suffix == ".toml" and path.is_file():
+    if path.suffix == ".toml" and os.path.isfile(path):  # False for a name that no file can have, too
         return path
     names = config_names(kind)
     if name in names:
         return config_folder(kind) / f"{name}.toml"
-    what = f"no {kind} configuration of that name, and no such file"
-    expected = f"a path ending in .toml, or one of {', '.join(names)}"
-    raise InputError(what, found=name, expected=expected, fix=suggestion(name, names))
+    what = f"no {kind} configuration of that name" + ("" if path.exists() else ", and no such file")
+    listed = ", ".join(names) if len(names) <= 12 else f"{len(names)} names that `minillama plan` lists"
+    expected = f"a path ending in .toml, or one of {listed}"
+    fix = suggestion(name, names)
+    if kind == "train" and path.exists():
+        is_run = (path / "config.toml").is_file()
+        fix = f"to go on with this run: --out {name} --resume" if is_run else f"to train on it: --data.sources {name}"
+    raise InputError(what, found=name, expected=expected, fix=fix)
 
 
 def to_dict(instance: Any) -> dict[str, Any]:

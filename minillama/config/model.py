@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from minillama.config import hf
-from minillama.config.loader import Located, build, config_folder, config_path, located, read_json, read_toml, to_dict
+from minillama.config.loader import Located, build, config_folder, config_path, located, read_toml, to_dict
 from minillama.config.parameters import Parameter, block, table
 from minillama.config.shape import Shape, ffn_width
 from minillama.errors import InputError
-from minillama.files import model_folder
+from minillama.files import model_folder, read_json
 
 
 @dataclass(frozen=True)

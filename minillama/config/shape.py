@@ -20,17 +20,17 @@ class RopeScaling:
     kind: Literal["linear", "ntk", "llama3", "longrope"] = "linear"
     """linear: positions divided by factor; ntk: theta * factor^(E/(E-2)); llama3: low frequencies only; longrope: each
     frequency by a factor of its own (Phi-3), see `layers/long_rope.py`."""
-    factor: float = field(default=1.0, metadata={"min": 1})
+    factor: float = field(default=1.0, metadata={"min": 1, "max": 2**20})
     """Context extension factor."""
-    low_freq_factor: float = field(default=1.0, metadata={"above": 0})
+    low_freq_factor: float = field(default=1.0, metadata={"above": 0, "max": 2**20})
     """llama3: frequencies with fewer rotations than this in the original context are divided by factor."""
-    high_freq_factor: float = field(default=4.0, metadata={"above": 0})
+    high_freq_factor: float = field(default=4.0, metadata={"above": 0, "max": 2**20})
     """llama3: frequencies with more rotations than this are unchanged."""
-    original_max_seq_len: int = field(default=8192, metadata={"min": 1})
+    original_max_seq_len: int = field(default=8192, metadata={"min": 1, "max": 2**31})
     """llama3, longrope: the original context length."""
-    short_factor: tuple[float, ...] = field(default=(), metadata={"above": 0})
+    short_factor: tuple[float, ...] = field(default=(), metadata={"above": 0, "max": 2**20})
     """longrope: divisors of the frequencies in sequences up to the original context length."""
-    long_factor: tuple[float, ...] = field(default=(), metadata={"above": 0})
+    long_factor: tuple[float, ...] = field(default=(), metadata={"above": 0, "max": 2**20})
     """longrope: divisors of the frequencies in longer ones."""
 
     def __post_init__(self) -> None:
@@ -44,26 +44,26 @@ class RopeScaling:
 class Shape:
     """The fields of a `ModelConfig` and the rules between them; LLaMA 7B's by default (arXiv 2302.13971, Table 2)."""
 
-    # the upper bounds keep arithmetic on a forged config.json short
+    # beyond the upper bounds no model computes anything, and arithmetic on a forged config.json stays short
     dim: int = field(default=4096, metadata={"min": 1, "max": 2**20})
     """D, width of the residual stream."""
     n_layers: int = field(default=32, metadata={"min": 1, "max": 2**14})
     """L, number of blocks."""
     n_heads: int = field(default=32, metadata={"min": 1, "max": 2**20})
     """H, query heads."""
-    n_kv_heads: int = field(default=0, metadata={"min": 0})
+    n_kv_heads: int = field(default=0, metadata={"min": 0, "max": 2**20})
     """K, key/value heads; 0: as many as query heads."""
-    head_dim: int = field(default=0, metadata={"min": 0})
+    head_dim: int = field(default=0, metadata={"min": 0, "max": 2**20})
     """E, width of a head; 0: dim / n_heads."""
-    hidden_dim: int = field(default=0, metadata={"min": 0})
+    hidden_dim: int = field(default=0, metadata={"min": 0, "max": 2**24})
     """F, feed-forward width; 0: 8/3 dim, rounded up to a multiple of 256 (Meta's rule)."""
-    vocab_size: int = field(default=32000, metadata={"min": 1})
+    vocab_size: int = field(default=32000, metadata={"min": 1, "max": 2**28})
     """V, vocabulary size, rows of the embedding."""
-    max_seq_len: int = field(default=2048, metadata={"min": 1})
+    max_seq_len: int = field(default=2048, metadata={"min": 1, "max": 2**31})
     """Maximum context length, in tokens."""
-    norm_eps: float = field(default=1e-6, metadata={"above": 0})
+    norm_eps: float = field(default=1e-6, metadata={"above": 0, "max": 0.1})
     """Added to the mean square in RMSNorm."""
-    rope_theta: float = field(default=10000.0, metadata={"above": 1})
+    rope_theta: float = field(default=10000.0, metadata={"above": 1, "max": 1e12})
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """RoPE scaling."""
@@ -93,7 +93,7 @@ class Shape:
     """norm: the skip connection carries the norm's output times sqrt(2 n_layers), not its input (ChatGLM-6B)."""
     embedding_norm: bool = False
     """A norm after the embedding (BLOOM, RWKV)."""
-    logit_scale: float = field(default=1.0, metadata={"above": 0})
+    logit_scale: float = field(default=1.0, metadata={"above": 0, "max": 2**20})
     """Factor of the logits."""
     init: Literal["normal", "fan-in", "rwkv"] = "normal"
     """Weight initialization; see `model/init.py`."""

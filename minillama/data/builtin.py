@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from minillama.data.reading import BadText, Document, read_file
+from minillama.data.reading import BadText, Document, Remark, read_file
 from minillama.errors import InputError
 
 BUILTIN = ("python-docs", "python-code")
@@ -22,7 +22,7 @@ _LEFT_OUT = frozenset(
 )
 
 
-def builtin_documents(name: str) -> Iterator[Document | BadText]:
+def builtin_documents(name: str) -> Iterator[Document | BadText | Remark]:
     """Documents of a built-in source, in an order that depends on the Python version alone.
 
     python-docs: the language reference of `help()`, one document per topic; then the docstrings of each module,

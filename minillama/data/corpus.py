@@ -122,6 +122,8 @@ class Corpus:
         weights: mixture weights, relative to each other; equal unless given.
         separator: token id that begins a document, None where there are no separators.
         fingerprint: SHA-256 of all that batches depend on except seed and step.
+        skipped: documents left out, and what is said of the files.
+        held_out_part: what of the text is held out, for messages.
 
     Raises:
         InputError: a weight below one sample per block of 4096.
@@ -133,6 +135,7 @@ class Corpus:
     separator: int | None = None
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
+    held_out_part: str = ""
 
     def __post_init__(self) -> None:
         weights = self.weights or [1.0] * len(self.train)
@@ -202,6 +205,12 @@ class Corpus:
             if split.tokens > 1:
                 yield split, islice(split.val_windows(length), 0, None, every)
 
+    def prompt(self, length: int) -> list[int]:
+        """Beginning of the held-out text, at most `length` tokens of one document."""
+        split = next(split for split in self.val if split.tokens)
+        ids: list[int] = split.read(0, min(length, split.tokens)).tolist()
+        return ids[: ids.index(self.separator, 1)] if self.separator in ids[1:] else ids
+
     def check(self, length: int, rows: int) -> None:
         """Refuse a corpus without a batch of training windows in every source, or without held-out text.
 
@@ -220,8 +229,8 @@ class Corpus:
             )
 
     def _check_train(self, length: int, rows: int) -> None:
-        for split, count in zip(self.train, self.block_counts, strict=True):
-            needed = -(-rows * count // BLOCK)
+        for split, share in zip(self.train, self.block_counts, strict=True):
+            needed = -(-rows * share // BLOCK)
             if split.tokens <= length:
                 raise InputError(
                     "the training text is shorter than the context",
@@ -230,11 +239,11 @@ class Corpus:
                     expected=f"at least {length + 1} (train.context {length}, and one to predict)",
                     fix="give more text, or make train.context smaller",
                 )
-            if split.windows(length) < needed:
+            if (count := split.windows(length)) < needed:
                 raise InputError(
                     "the training text is shorter than one batch",
                     where=split.name,
-                    found=f"{split.tokens} tokens, {split.windows(length)} windows of {length}",
+                    found=f"{split.tokens} tokens, {count} window{'s' * (count != 1)} of {length}",
                     expected=f"at least {needed} windows (train.batch_size {rows})",
                     fix="give more text, or make train.batch_size or train.context smaller",
                 )

@@ -23,10 +23,10 @@ from minillama.data.shards import Shard, ShardWriter, damaged, token_dtype
 from minillama.data.sources import OnError, Source, identity
 from minillama.data.split import Part, SplitName, SplitSource
 from minillama.errors import InputError
-from minillama.files import digest
+from minillama.files import digest, read_json
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
-VERSION = 1  # of the cache format; a change invalidates the cache
+VERSION = 2  # of the cache format; a change invalidates the cache
 MEMORY = 256 * 2**20  # bytes of text kept in memory instead of being read again
 SAMPLE = 20_000_000  # characters of tokenizer training
 CHUNK = 2**20  # characters to encode at once
@@ -35,8 +35,7 @@ VERIFIED = 2**30  # bytes of shards whose checksums are verified on every start
 Progress = Callable[[str, float], None]
 """Progress callback: the task, and the fraction of it that is done, 0 to 1."""
 
-# A boundary between two words with one space in between: byte-level pre-tokenizers split there regardless of context;
-# character-based vocabularies give each chunk its own dummy prefix.
+# A boundary between two words with one space in between: pre-tokenizers split there regardless of context.
 _BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
 
 
@@ -93,7 +92,7 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     splits: dict[SplitName, list[Split]] = {"train": [], "val": []}
     skipped = Skipped()
     for folder, table in zip(folders, tables, strict=True):
-        skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"]))
+        skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"], table["skipped"]["notes"]))
         for side, made in splits.items():
             entry = table["splits"][side]
             opened = [_open_shard(folder, shard, verify) for shard in entry["shards"]]
@@ -104,7 +103,8 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
     separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
     train, val = splits["train"], splits["val"]
-    return Corpus(train, val, weights, separator, fingerprint, skipped)
+    held_out = " and ".join(dict.fromkeys(table["held_out"] for table in tables))
+    return Corpus(train, val, weights, separator, fingerprint, skipped, held_out)
 
 
 def _trained(
@@ -122,7 +122,8 @@ def _trained(
         report("training the tokenizer", 0.0)
         shares = [int(SAMPLE * weight / sum(weights)) for weight in weights]
         pairs = zip(readers, shares, strict=True)
-        trainer(text for reader, share in pairs for text in reader.sample(share)).save(folder)
+        texts = (Part("train", text) for reader, share in pairs for text in reader.sample(share))
+        trainer(part.text for part in _chunks(texts)).save(folder)
         report("training the tokenizer", 1.0)
 
     key = _key(settings | {"from": known, "weights": weights, "by": trainer.description})
@@ -142,7 +143,8 @@ def _tokenize(
     done, total = 0, sum(reader.chars.values())
     for parts in _batches(_chunks(reader.parts())):
         report(f"tokenizing {reader.source.label}", done / total)
-        for part, ids in zip(parts, tokenizer.encode_batch(part.text for part in parts), strict=True):
+        encoded = tokenizer.encode_batch([part.text for part in parts], [not part.starts for part in parts])
+        for part, ids in zip(parts, encoded, strict=True):
             writers[part.split].write(before * part.starts + ids + after * part.ends)
             counts[part.split]["documents"] += part.starts
             counts[part.split]["bytes"] += len(part.text.encode())
@@ -153,7 +155,8 @@ def _tokenize(
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "separator": None if single else tokenizer.bos_id,
-        "skipped": {"counts": reader.skipped.counts, "places": reader.skipped.locations},
+        "skipped": {"counts": reader.skipped.counts, "places": reader.skipped.locations, "notes": reader.skipped.notes},
+        "held_out": reader.held_out,
         "splits": {
             side: counts[side] | {"tokens": writer.tokens, "shards": [_listed(path) for path in writer.paths]}
             for side, writer in writers.items()
@@ -230,10 +233,10 @@ def _open_shard(folder: Path, listed: dict[str, Any], verify: bool) -> Shard:
 def _read_table(folder: Path) -> dict[str, Any]:
     path = folder / "dataset.json"
     try:
-        table: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
         if table["version"] == VERSION:
             return table
         problem = f"version {table['version']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise damaged(path, "this is not the table of a tokenized source", problem)

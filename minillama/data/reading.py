@@ -1,4 +1,4 @@
-"""Document readers: UTF-8 text, JSONL, gzip, zstd; errors by file and line."""
+"""Document readers: text, JSON and JSONL; errors by file and line."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
-from minillama.errors import InputError, optional_import
-from minillama.files import reading
+from minillama.data.archives import PACKED, DamagedError, open_file
+from minillama.data.encoding import recognized
+from minillama.errors import InputError
+from minillama.files import bound, check_size, reading
 
 RECORDS = (".jsonl", ".json", ".ndjson")
-"""Suffixes of files with records."""
+"""Suffixes of files with records, in any case."""
+TABLES = (".csv", ".tsv", ".parquet", ".arrow")
+DOCUMENT, LINE = 2**32, 2**28
+"""Bytes of a text file and of a line or an array of JSON at most; they are in memory as a whole."""
+FIELDS = ("text", "content", "body", "article", "paragraphs", "document", "story", "passage", "raw_content")
+"""Fields that usually hold a record's text."""
 
 _LOCATIONS = 5
 _CHUNK = 2**20
@@ -41,11 +48,27 @@ class Record:
     where: str
 
 
+@dataclass(frozen=True)
+class Remark:
+    """What is said of files beside their documents: in the plural, to be counted, or once."""
+
+    text: str
+    is_counted: bool = True
+
+
 class BadText(InputError):
     """Error of an invalid document. `reason` is the error class, for counting."""
 
-    def __init__(self, reason: str, what: str, *, where: object, found: object = None, expected: object = None) -> None:
-        fix = 'correct it, or skip such documents with data.on_error = "skip"'
+    def __init__(
+        self,
+        reason: str,
+        what: str,
+        *,
+        where: object,
+        found: object = None,
+        expected: object = None,
+        fix: str = 'correct it, or skip such documents with data.on_error = "skip"',
+    ) -> None:
         super().__init__(what, where=where, found=found, expected=expected, fix=fix)
         self.reason = reason
 
@@ -54,7 +77,7 @@ class BadText(InputError):
 class Skipped:
     """Skipped documents: counts by reason, and the locations of the first few, as file:line.
 
-    `notes` has the number of documents that were changed, by the change.
+    `notes` has the number of documents that were changed, by the change, and of files, by what is said of them.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -65,9 +88,9 @@ class Skipped:
         """Add a document."""
         self.merge(Skipped({bad.reason: 1}, [str(bad.where)]))
 
-    def note(self, change: str) -> None:
-        """Count a document that was changed."""
-        self.notes[change] = self.notes.get(change, 0) + 1
+    def note(self, change: str, count: int = 1) -> None:
+        """Count a document that was changed, or a file; 0 notes something else."""
+        self.notes[change] = self.notes.get(change, 0) + count
 
     def merge(self, other: Skipped) -> None:
         """Add another's counts."""
@@ -84,31 +107,66 @@ class Skipped:
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        left_out = [f"{self.total} documents left out: {reasons} ({', '.join(self.locations)})"] if self.total else []
-        return "; ".join(left_out + [f"{count} {change}" for change, count in self.notes.items()])
+        words = f"{self.total} {'document' if self.total == 1 else 'documents'} left out: {reasons}"
+        left_out = [f"{words} ({', '.join(self.locations)})"] if self.total else []
+        counted = {_singular(change) if count == 1 else change: count for change, count in self.notes.items()}
+        return "; ".join([*left_out, *(f"{count} {words}" if count else words for words, count in counted.items())])
 
 
-def read_file(path: Path, key: str) -> Iterator[Document | BadText]:
-    """Documents of a file: one per line of JSONL, otherwise one; .gz and .zst are decompressed.
+def _singular(words: str) -> str:
+    return re.sub(r"\b(document|file|conversation)s\b", r"\1", words, count=1)
+
+
+def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document | BadText | Remark]:
+    """Documents of a file: one per record of JSON or JSONL, otherwise one; .gz and .zst are decompressed.
 
     Args:
         path: the file; its suffix is the format.
-        key: text field of a JSONL object.
+        key: text field of a record; empty: found in the file's first one, see `text_field`.
+        is_named: not one of a folder, in which JSON files without texts are left out.
 
     Yields:
-        Documents, and an error in place of each invalid one.
+        Documents, an error in place of each invalid one, and remarks.
 
     Raises:
         InputError: the file cannot be opened, or needs a package that is not installed.
     """
-    if not is_jsonl(path):
-        yield from read_items(path, lambda stream: [_document(stream.read(), path)])
+    if format_of(path) in TABLES:
+        what, fix = "a table is not read", "convert it to JSONL, or rename it to .txt to read it as text"
+        raise InputError(what, where=path, expected=f"{', '.join(RECORDS)} or text", fix=fix)
+    if not holds_records(path):
+        yield from read_items(path, lambda stream: [_document(_content(stream, path), path)])
         return
-    for item in read_records(path):
-        yield item if isinstance(item, BadText) else from_record(item.value, key, item.where)
+    given = key
+    for item in read_records(path, bound(LINE)):
+        if not isinstance(item, Record):
+            yield item
+            continue
+        if not key:
+            key = text_field(item.value)
+            if not key and not (is_named or is_jsonl(path)):
+                yield Remark(f"{format_of(path)} files without a field of text left out")
+                return
+        yield from_record(item.value, key, item.where)
+    if key not in (given, "text"):
+        yield Remark(f"files of records with their texts in {key!r}")
 
 
-def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadText]:
+def read_lines(path: Path, key: str = "") -> Iterator[Document | BadText | Remark]:
+    """Documents of a text file, one per line; .gz and .zst are decompressed."""
+    limit = bound(LINE)
+
+    def lines(stream: io.BufferedIOBase) -> Iterator[Document | BadText]:
+        for number, data in enumerate(_bounded(stream, limit), 1):
+            where = f"{path}:{number}"
+            text = _decode(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, path, number)
+            bad = text if isinstance(text, BadText) else too_long(where, limit) if len(data) > limit else None
+            yield bad or Document(str(text).removesuffix("\n").removesuffix("\r"), where)
+
+    return read_items(path, lines)
+
+
+def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadText | Remark]:
     """Objects of a JSONL file, or of a JSON file with an array; .gz and .zst decompressed; see `read_file`.
 
     The content says which of the two it is. JSONL is read line by line, an array as a whole.
@@ -122,26 +180,47 @@ def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadT
 
 def is_jsonl(path: Path) -> bool:
     """Whether a file has the suffix of JSONL: one JSON object per line."""
-    return _format(path) == ".jsonl"
+    return format_of(path) == ".jsonl"
 
 
 def holds_records(path: Path) -> bool:
     """Whether a file has the suffix of JSON or JSONL."""
-    return _format(path) in RECORDS
+    return format_of(path) in RECORDS
 
 
-def _format(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
+def format_of(path: Path) -> str:
+    """Suffix of a file, that before .gz or .zst, in small letters."""
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+
+
+def text_field(record: dict[str, Any]) -> str:
+    """Field of a record that holds its text: one of `FIELDS`, or the only one with a text; else empty."""
+    texts = [name for name, value in record.items() if _text(value) is not None]
+    return next((name for name in FIELDS if name in texts), texts[0] if len(texts) == 1 else "")
+
+
+def _text(value: object) -> str | None:
+    """A string, or the lines of a list of strings."""
+    if isinstance(value, list) and value and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    return value if isinstance(value, str) else None
 
 
 def from_record(record: dict[str, Any], key: str, where: str) -> Document | BadText:
-    """Document of a JSON object or a data set row: its field `key`."""
-    value = record.get(key)
-    if isinstance(value, str):
-        return clean(value, where)
+    """Document of a JSON object or a data set row: its field `key`, a string or a list of lines."""
+    text = _text(record.get(key))
+    if text is not None:
+        return clean(text, where)
+    found = f"fields {', '.join(map(repr, record)) or 'none'}"
+    if not key:
+        what, expected = "no field of this record is known to hold its text", " or ".join(FIELDS[:3])
+        return BadText(
+            "no text field", what, where=where, found=found, expected=expected, fix="name it with --data.field"
+        )
     what = f"field {key!r} is not a string" if key in record else f"there is no field {key!r}"
-    found = repr(value)[:80] if key in record else f"fields {', '.join(map(repr, record)) or 'none'}"
-    return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r} (source field)")
+    found = repr(record[key])[:80] if key in record else found
+    fix = 'name another with --data.field, or skip such records with data.on_error = "skip"'
+    return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r}", fix=fix)
 
 
 def clean(text: str, where: str) -> Document | BadText:
@@ -157,13 +236,27 @@ def clean(text: str, where: str) -> Document | BadText:
     return Document(text.replace("\r\n", "\n"), where)
 
 
-def read_items(path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]]) -> Iterator[T | BadText]:
-    """Items of `read` on an open file, and an error for the rest of a damaged archive."""
+def read_items(
+    path: Path, read: Callable[[io.BufferedIOBase], Iterable[T]], recognizes: bool = True
+) -> Iterator[T | BadText | Remark]:
+    """Items of `read` on an open file, and an error for the rest of a damaged archive.
+
+    Args:
+        path: the file.
+        read: from its bytes to items.
+        recognizes: give it those in UTF-8, where another encoding is recognized, and a remark.
+    """
     with reading(path):
+        name = ""
         try:
-            with _open(path) as stream:
+            with open_file(path) as opened:
+                name, stream = recognized(opened) if recognizes else ("", opened)
+                if name:
+                    yield Remark(f"files in {name.upper()}")
                 yield from read(stream)
-        except (EOFError, zlib.error, gzip.BadGzipFile, _DamagedError) as error:
+        except UnicodeDecodeError as error:
+            yield BadText(f"invalid {name}", f"this text is not {name}", where=path, found=error.reason)
+        except (EOFError, zlib.error, gzip.BadGzipFile, DamagedError) as error:
             yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
 
 
@@ -173,7 +266,16 @@ def _object(value: object, where: str, what: str) -> Record | BadText:
     return BadText("malformed JSON", f"{what} is not a JSON object", where=where, found=type(value).__name__)
 
 
-def _document(data: bytes, path: Path) -> Document | BadText:
+def _content(stream: io.BufferedIOBase, path: Path) -> bytearray:
+    """The content of a file that is one document."""
+    data = bytearray()
+    while chunk := stream.read(_CHUNK):  # not all at once, which would allocate the bound
+        data += chunk
+        check_size(len(data), DOCUMENT, path)
+    return data
+
+
+def _document(data: bytearray, path: Path) -> Document | BadText:
     text = _decode(data.removeprefix(codecs.BOM_UTF8), path)
     return text if isinstance(text, BadText) else Document(text.replace("\r\n", "\n"), str(path))
 
@@ -193,11 +295,10 @@ def too_long(where: object, limit: int) -> BadText:
 
 def _json_records(stream: Iterable[bytes], path: Path, limit: int | None = None) -> Iterator[Record | BadText]:
     lines = iter(stream)
-    head = list(_until_text(lines))
-    first = head[-1].removeprefix(codecs.BOM_UTF8).strip() if head else b""
-    after = list(_until_text(lines)) if first.startswith(b"[") else []
+    head, first = _until_text(lines)
+    after, second = _until_text(lines) if first.startswith(b"[") else ((), b"")
     text = chain(head, after, lines)
-    if not _is_whole(first, is_last=not b"".join(after).strip(), is_jsonl=is_jsonl(path)):
+    if not _is_whole(first, is_last=not second, is_jsonl=is_jsonl(path)):
         yield from _json_lines(text, path, limit)
         return
     data = bytearray()
@@ -222,12 +323,14 @@ def _is_whole(first: bytes, is_last: bool, is_jsonl: bool) -> bool:
     return first[:1] in (b"[", b"{") and not _is_json(first)
 
 
-def _until_text(lines: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines up to the next that is not blank."""
+def _until_text(lines: Iterator[bytes]) -> tuple[Iterable[bytes], bytes]:
+    """Lines up to the next that is not blank, and that one without spaces; b"" where there is none."""
+    blank = 0
     for line in lines:
-        yield line
-        if line.removeprefix(codecs.BOM_UTF8).strip():
-            return
+        if text := line.removeprefix(codecs.BOM_UTF8).strip():
+            return chain(repeat(b"\n", blank), [line]), text
+        blank += 1
+    return repeat(b"\n", blank), b""
 
 
 def _is_json(line: bytes) -> bool:
@@ -244,7 +347,7 @@ def _json_values(text: str, path: Path) -> Iterator[Record | BadText]:
     text = text.strip()
     place, end = (1, "]") if text.startswith("[") else (0, "")
     number = 0
-    while (place := _behind(blank, text, place)) < len(text) and text[place] != end:
+    while (place := next(blank.finditer(text, place)).end()) < len(text) and text[place] != end:
         number += 1
         where = f"{path}, record {number}"
         try:
@@ -256,11 +359,6 @@ def _json_values(text: str, path: Path) -> Iterator[Record | BadText]:
     if text[place:] != end:
         what, where = "the file's array does not end with it", f"{path}, behind record {number}"
         yield BadText("malformed JSON", what, where=where, found=repr(text[place:][:60]), expected="]")
-
-
-def _behind(pattern: re.Pattern[str], text: str, place: int) -> int:
-    match = pattern.match(text, place)
-    return match.end() if match else place
 
 
 def _json_lines(stream: Iterable[bytes], path: Path, limit: int | None) -> Iterator[Record | BadText]:
@@ -284,65 +382,17 @@ def _record(line: str, where: str) -> Record | BadText:
     return _object(value, where, "this line")
 
 
-def _decode(data: bytes, path: Path, line: int | None = None) -> str | BadText:
+def _decode(data: bytes | bytearray, path: Path, line: int | None = None) -> str | BadText:
     """UTF-8 decoding without NUL; `line` is the line number of the data, None counts it in them."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         start, reason, what = error.start, "invalid UTF-8", "this text is not UTF-8"
         found = f"byte 0x{data[start]:02x}, {error.reason}"
+        fix = 'convert it (iconv -f ENCODING -t UTF-8), correct it, or skip such documents with data.on_error = "skip"'
     else:
         start, reason, what = data.find(0), "NUL", "there is a NUL byte in this text"
-        found = f"at byte {start}"
+        found, fix = f"at byte {start}", 'correct it, or skip such documents with data.on_error = "skip"'
         if start < 0:
             return text
-    return BadText(reason, what, where=f"{path}:{line or data.count(10, 0, start) + 1}", found=found)
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix != ".zst":
-        return path.open("rb")
-    zstandard = optional_import("zstandard", "a .zst file", "data")
-    return io.BufferedReader(_Chunks(_zstd_frames(path.open("rb"), zstandard)), _CHUNK)
-
-
-class _DamagedError(Exception):
-    """Invalid or truncated zstd stream."""
-
-
-def _zstd_frames(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
-    """Decompressed chunks of all frames. The library's own reader does not detect a truncated file."""
-    frame, data = None, b""
-    with file:
-        while data := data or file.read(_CHUNK):
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise _DamagedError(error) from None
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise _DamagedError("the last zstd frame is not complete")
-
-
-class _Chunks(io.RawIOBase):
-    """Binary file of an iterator's chunks."""
-
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._ready = chunks, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._ready = chunk
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
+    return BadText(reason, what, where=f"{path}:{line or data.count(10, 0, start) + 1}", found=found, fix=fix)

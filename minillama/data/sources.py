@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import platform
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +16,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from minillama.config.loader import read_json
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
@@ -23,21 +23,25 @@ from minillama.data.reading import (
     BadText,
     Document,
     Record,
+    Remark,
     Skipped,
+    format_of,
     from_record,
     holds_records,
     read_file,
     read_records,
+    text_field,
 )
 from minillama.data.tasks import TASKS, Task
 from minillama.errors import InputError, optional_import
-from minillama.files import reading
+from minillama.files import check_size, parsing, read_json, reading
 
 T = TypeVar("T")
 OnError = Literal["stop", "skip"]
 
 # Suffixes of text files in a folder. A file that is named, or matched by a glob, may have any suffix.
-SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", ".jsonl")
+SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py", *RECORDS)
+DEPTH = 200  # of folders in folders
 _HF = "hf:"
 _NAMES = (*BUILTIN, PYTHON_QA, *TASKS)
 CLEANED, UNFINISHED = "cleaned.json", ".cleaning"
@@ -56,9 +60,10 @@ class Source:
     """python-docs, python-code, python-qa, arithmetic, sorting, spelling (also of a size, arithmetic:3), hf:NAME or
     hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
     path: str = ""
-    """A text file (one document), a .jsonl file (one per line), a folder of them, a glob; .gz and .zst as well."""
-    field: str = "text"
-    """Text field of a JSONL object, or text column of a data set."""
+    """A text file (one document), a .json or .jsonl file (one per record), a folder of them, a glob; .gz and .zst as
+    well."""
+    field: str = ""
+    """Text field of a record, or text column of a data set; data.field unless given."""
     weight: float = dataclasses.field(default=1.0, metadata={"above": 0})
     """Mixture weight: share of the training tokens, relative to the other sources."""
 
@@ -89,7 +94,11 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     Raises:
         InputError: bad text, with file and line; nothing of that name; a file that cannot be opened.
     """
-    yield from (document for document in _valid(read_source(source), on_error, report) if document.text)
+    for document in _valid(read_source(source), on_error, report):
+        if document.text:
+            yield document
+        elif report is not None:
+            report.note("empty documents")
 
 
 def records(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Record]:
@@ -108,10 +117,13 @@ def records(source: Source, on_error: OnError = "stop", report: Skipped | None =
     yield from _valid(items, on_error, report)
 
 
-def _valid(items: Iterable[T | BadText], on_error: OnError, report: Skipped | None) -> Iterator[T]:
-    """The valid items; the error of an invalid one is raised, or counted in `report`."""
+def _valid(items: Iterable[T | BadText | Remark], on_error: OnError, report: Skipped | None) -> Iterator[T]:
+    """The valid items; the error of an invalid one is raised, or counted in `report`, as remarks are."""
     for item in items:
-        if not isinstance(item, BadText):
+        if isinstance(item, Remark):
+            if report is not None:
+                report.note(item.text, int(item.is_counted))
+        elif not isinstance(item, BadText):
             yield item
         elif on_error == "stop":
             raise item
@@ -141,21 +153,39 @@ def identity(source: Source) -> dict[str, Any]:
     return known | {"files": len(lines), "listing": sha256(listing).hexdigest()}
 
 
-def read_source(source: Source) -> Iterator[Document | BadText]:
-    """Documents of a source, and an error in place of each invalid one."""
+def read_source(source: Source) -> Iterator[Document | BadText | Remark]:
+    """Documents of a source, an error in place of each invalid one, and remarks."""
     if source.name == PYTHON_QA or Task.of(source.name) is not None:
         what, fix = "this source gives conversations, not texts", "add --data.template auto"
         raise InputError(what, where="data.sources", found=source.name, fix=fix)
     if source.name in BUILTIN:
         yield from builtin_documents(source.name)
     elif source.name.startswith(_HF):
-        yield from (from_record(row, source.field, where) for row, where in _rows(source))
+        for row, where in _rows(source):
+            source = dataclasses.replace(source, field=source.field or text_field(row))
+            yield from_record(row, source.field, where)
     else:
-        for path in find_files(source.label):
-            yield from read_file(path, source.field)
+        folder = Path(source.label).expanduser()
+        files, is_folder = find_files(source.label), folder.is_dir() and not (folder / CLEANED).is_file()
+        if is_folder:
+            others = [path for path in _walk(folder, frozenset(), ("",)) if not _is_of(path, SUFFIXES)]
+            left_out = f"; left out: {_by_suffix(others)}" if others else ""
+            yield Remark(f"{len(files)} file{'s' * (len(files) > 1)}: {_by_suffix(files)}{left_out}", is_counted=False)
+        for path in files:
+            yield from read_file(path, source.field, not is_folder)
 
 
-def _record_items(source: Source) -> Iterator[Record | BadText]:
+def _by_suffix(paths: Iterable[Path]) -> str:
+    counts = Counter(format_of(path) for path in paths)
+    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in counts.most_common())
+
+
+def _is_of(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a file has one of the suffixes, perhaps with .gz or .zst behind."""
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes)
+
+
+def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
     if source.name.startswith(_HF):
         yield from (Record(row, where) for row, where in _rows(source))
         return
@@ -169,7 +199,8 @@ def _record_items(source: Source) -> Iterator[Record | BadText]:
 def cleaning_of(source: Source) -> dict[str, Any] | None:
     """Pipeline and fingerprint of the cleaning that made a source; None if there was none."""
     path = Path(source.label).expanduser() / CLEANED
-    return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")} if path.is_file() else None
+    with parsing(path):
+        return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")} if path.is_file() else None
 
 
 def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
@@ -178,7 +209,11 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     if "://" in name:
         raise InputError("a URL instead of a path", found=name, fix="download it first")
     if (path / CLEANED).is_file():
-        return [path / shard["file"] for shard in read_json(path / CLEANED)["shards"]]
+        with parsing(path / CLEANED):
+            names = [str(shard["file"]) for shard in read_json(path / CLEANED)["shards"]]
+        if out := next((name for name in names if Path(name).name != name), None):
+            raise InputError("a file outside the folder", where=path / CLEANED, found=out, expected="a plain name")
+        return [path / name for name in names]
     if (path / UNFINISHED).is_dir():
         raise InputError("this cleaning is not finished", where=path, fix="run minillama data clean again: it goes on")
     if path.is_dir():
@@ -201,12 +236,13 @@ def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> It
     real = folder.resolve()
     if real in above:
         raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
+    check_size(len(above), DEPTH, folder, "folders above it")
     with reading(folder, "this folder"):
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in (path for path in entries if not path.name.startswith(".")):
         if path.is_dir():
             yield from _walk(path, above | {real}, suffixes)
-        elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(suffixes):
+        elif _is_of(path, suffixes):
             yield path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,8 @@ from minillama.errors import InputError
 SplitName = Literal["train", "val"]
 
 _LONG = 2**16  # characters
+FEW = 10  # held-out documents below which they are few
+_CUT = 1000  # characters from which a document of few gives its end
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class SplitSource:
     """Documents of a source with their splits.
 
     A document is held out when a hash of its text falls below `val_fraction`, so that its split does not depend on
-    other documents, and duplicates have the same split. Where this leaves a split empty, and so for a
-    single document, the whole text is split at character int(n * (1 - val_fraction)), and the rest is held
-    out. Documents are kept in memory up to a limit, beyond which they are read again.
+    other documents, and duplicates have the same split. Where the documents are few, under 10 / val_fraction, those
+    of 1,000 characters or more are split themselves: the last `val_fraction` of each is held out. Where this leaves a
+    split empty, the whole text is split at character int(n * (1 - val_fraction)), and the rest is held out. Documents
+    are kept in memory up to a limit, beyond which they are read again.
 
     Args:
         val_fraction: between 0 and 1.
@@ -47,7 +51,9 @@ class SplitSource:
         self.skipped = Skipped()
         self.count = 0
         self.chars: dict[SplitName, int] = {"train": 0, "val": 0}
+        self.held_out = ""
         self._kept: list[Document] | None = None
+        self._is_few = False
         self._boundary: int | None = None
 
     def scan(self) -> None:
@@ -59,38 +65,45 @@ class SplitSource:
         if self.count:
             return
         kept: list[Document] | None = []
-        size = 0
+        whole, cut = Counter[SplitName](), Counter[SplitName]()  # characters by the two rules
+        documents_out, size = 0, 0
         for document in documents(self.source, self.on_error, self.skipped):
             self.count += 1
-            self.chars[self._split(document)] += len(document.text)
+            whole[self._split(document)] += len(document.text)
+            documents_out += self._split(document) == "val"
+            for part in self._cut(document):
+                cut[part.split] += len(part.text)
             size += sys.getsizeof(document.text)
             if kept is not None:
                 kept.append(document)
                 kept = kept if size <= self.memory else None
         if not self.count:
             found = str(self.skipped) or "no text"
-            raise InputError("this source holds no text", where=self.source.label, found=found)
-        self._kept = kept
-        if not all(self.chars.values()):
-            total = sum(self.chars.values())
-            self._boundary = int(total * (1 - self.val_fraction))
-            self.chars = {"train": self._boundary, "val": total - self._boundary}
+            fix = "name the field of its records with --data.field" if "field" in found else None
+            raise InputError("this source holds no text", where=self.source.label, found=found, fix=fix)
+        self._kept, self._is_few = kept, self.count < FEW / self.val_fraction
+        share = f"the last {self.val_fraction:.2g} of"
+        self.held_out = f"{share} each document" if self._is_few else f"{documents_out} of {self.count:,} documents"
+        chars = cut if self._is_few else whole
+        if not (chars["train"] and chars["val"]) or self.count == 1:
+            total = chars.total()
+            self._boundary, self.held_out = int(total * (1 - self.val_fraction)), f"{share} the text"
+            chars = Counter({"train": self._boundary, "val": total - self._boundary})
+        self.chars = {"train": chars["train"], "val": chars["val"]}
 
     def parts(self) -> Iterator[Part]:
-        """Documents in order, with their splits; at most one is split in two."""
+        """Documents in order, with their splits."""
         self.scan()
         at = 0
         for document in self._kept if self._kept is not None else documents(self.source, self.on_error):
             text = document.text
-            if self._boundary is None:
+            if self._boundary is not None:
+                yield from _divided(text, self._boundary - at)
+                at += len(text)
+            elif self._is_few:
+                yield from self._cut(document)
+            else:
                 yield Part(self._split(document), text)
-                continue
-            inside = min(max(self._boundary - at, 0), len(text))
-            at += len(text)
-            if inside:
-                yield Part("train", text[:inside], ends=inside == len(text))
-            if inside < len(text):
-                yield Part("val", text[inside:], starts=not inside)
 
     def sample(self, chars: int) -> Iterator[str]:
         """Subsample of at most `chars` characters of the training documents, in order.
@@ -111,5 +124,21 @@ class SplitSource:
             yield text
             chars -= len(text)
 
+    def _cut(self, document: Document) -> Iterator[Part]:
+        """Parts of one of few documents."""
+        if len(document.text) < _CUT:
+            yield Part(self._split(document), document.text)
+        else:
+            yield from _divided(document.text, int(len(document.text) * (1 - self.val_fraction)))
+
     def _split(self, document: Document) -> SplitName:
         return "val" if hash_fraction(document.text, "held out") < self.val_fraction else "train"
+
+
+def _divided(text: str, boundary: int) -> Iterator[Part]:
+    """Parts before and behind a character."""
+    inside = min(max(boundary, 0), len(text))
+    if inside:
+        yield Part("train", text[:inside], ends=inside == len(text))
+    if inside < len(text):
+        yield Part("val", text[inside:], starts=not inside)

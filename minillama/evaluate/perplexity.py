@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minillama.data.packing import document_ids, document_positions
 from minillama.errors import InputError
 from minillama.evaluate import likelihood
 from minillama.inference.engine import evaluating
@@ -65,6 +66,7 @@ def score(
     bytes_per_token: float,
     batch_size: int = 16,
     blanks: Blanks | None = None,
+    separator: int | None = None,
 ) -> Score:
     """Negative log-likelihood of windows: each token but the first, given those before it.
 
@@ -75,12 +77,16 @@ def score(
         batch_size: windows of equal length per forward pass.
         blanks: special tokens of an infilling model. It predicts all but the first token as one masked span, which
             takes two positions more than the window.
+        separator: id of the token that opens a document, for attention and positions within documents.
     """
     nats, count = 0.0, 0
     with evaluating(model):
         for rows in _batches(windows, batch_size):
             ids = torch.from_numpy(rows).to(model.device)
-            hidden = model.hidden(ids[:, :-1]) if blanks is None else _as_masked_span(model, ids, blanks)
+            at, mask = (None, None) if separator is None else by_document(rows[:, :-1], separator, model.device)
+            hidden = (
+                _as_masked_span(model, ids, blanks) if blanks else model.hidden(ids[:, :-1], positions=at, mask=mask)
+            )
             nats += model.loss(hidden, ids[:, 1:]).item()
             count += ids[:, 1:].numel()
     return Score(nats, count, count * bytes_per_token)
@@ -95,6 +101,12 @@ def windows(ids: Sequence[int], prefix: int, length: int) -> Iterator[tuple[Sequ
     for start in range(length, len(ids), length):
         end = min(start + length, len(ids))
         yield ids[end - length - 1 : start], ids[start:end]
+
+
+def by_document(rows: NDArray[np.int64], separator: int, device: torch.device) -> tuple[torch.Tensor, Mask]:
+    """Positions and attention mask (B, T) of packed documents, each opened by the separator."""
+    documents = torch.from_numpy(document_ids(rows, separator)).to(device)
+    return torch.from_numpy(document_positions(rows, separator)).to(device), Mask(documents=documents)
 
 
 def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0) -> Score:

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from minillama.errors import InputError
+from minillama.files import read_json
+
 FILE = "generation_config.json"
 STOP_IDS = "minillama.stop_token_ids"
 """GGUF key of stop tokens for which llama.cpp has neither a key nor a name."""
@@ -80,10 +83,9 @@ def write(folder: Path, *, bos_id: int | None, eos_ids: Iterable[int], sampling:
 def _members(path: Path) -> dict[str, Any]:
     """The members of a JSON object; none of a file that is not there or holds none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except InputError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

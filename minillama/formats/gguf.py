@@ -92,6 +92,14 @@ ARCHITECTURES = {
     ),
     "smollm3": Architecture({"nope_interval": 4}, interleaved=True),  # src/models/smollm3.cpp: every fourth
 }
+# keys that change what is computed, each with the value at which it changes nothing
+NEUTRAL: dict[str, Any] = {
+    "logit_scale": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "attention.causal": True,
+}
 ROPE_FREQS = "rope_freqs.weight"
 LONG_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 INT4 = {"Q4_0": 1, "Q4_1": 2}  # type -> float16 values before the bytes of a block
@@ -111,6 +119,10 @@ def read(path: Path) -> ModelFile:
     table = _layout(config, header.get("general.architecture", str))
     known = {ROPE_FREQS, *LONG_FACTORS.values()}
     check_tensors(table, {name: info.shape for name, info in header.tensors.items()}, path, known)
+    for name, info in header.tensors.items():
+        if len(info.shape) == 1 and info.dtype not in FLOATS:
+            found, expected = info.dtype, ", ".join(FLOATS)
+            raise InputError("not a type of a norm", where=f"{path}, {name}", found=found, expected=expected)
     packed = {
         name: entry for entry in table.values() for name in entry.ours if header.tensors[entry.name].dtype in INT4
     }
@@ -154,11 +166,21 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     config = ModelConfig.from_keys({**values, **ARCHITECTURES[kind].fields}, path, keys)
     if config.rotary_dim == config.head_dim:
         config = replace(config, rotary_dim=0)
+    _refuse_others(header, config, path, kind)
     scaling = _scaling(header, config, path, kind)
     if config.rotary_dim and ARCHITECTURES[kind].interleaved:
         what, where = "rope of a part of the heads is not supported", f"{path}, {keys['rotary_dim']}"
         raise InputError(what, where=where, found=config.rotary_dim, expected=config.head_dim)
     return (config.changed({"rope_scaling": scaling}) if scaling else config).named(kind)
+
+
+def _refuse_others(header: GGUFHeader, config: ModelConfig, path: Path, architecture: str) -> None:
+    """Refuse keys of another computation."""
+    for key, neutral in {**NEUTRAL, "attention.value_length": config.head_dim}.items():
+        found = header.metadata.get(f"{architecture}.{key}", neutral)
+        if isinstance(found, np.ndarray) or found != neutral:
+            where = f"{path}, {architecture}.{key}"
+            raise InputError("this is not supported", where=where, found=str(found)[:80], expected=neutral)
 
 
 def _shortest(value: np.float32) -> float:
@@ -176,14 +198,16 @@ def architecture(config: ModelConfig) -> str:
 
 
 def _scaling(header: GGUFHeader, config: ModelConfig, path: Path, architecture: str) -> dict[str, Any] | None:
-    kind = header.get(f"{architecture}.rope.scaling.type", str, "none")
+    old = header.get(f"{architecture}.rope.scale_linear", float, 1.0)  # before November 2023
+    factor = header.get(f"{architecture}.rope.scaling.factor", float, old) or 1.0
+    kind = header.get(f"{architecture}.rope.scaling.type", str, "none" if factor == 1.0 else "linear")
     if LONG_FACTORS["long_factor"] in header.tensors:
         tensors = {ours: _tensor(path, header.tensors[name]).float() for ours, name in LONG_FACTORS.items()}
         factors = {ours: [_shortest(value) for value in tensor.numpy()] for ours, tensor in tensors.items()}
         original = header.get(f"{architecture}.rope.scaling.original_context_length", int)
         return {"kind": "longrope", "original_max_seq_len": original, **factors}
     if kind == "linear":
-        return {"kind": "linear", "factor": header.get(f"{architecture}.rope.scaling.factor", float, 1.0)}
+        return {"kind": "linear", "factor": factor}
     if kind != "none":
         where = f"{path}, {architecture}.rope.scaling.type"
         raise InputError("this rope scaling is not supported", where=where, found=kind, expected="none or linear")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from minillama.errors import InputError
+from minillama.files import check_size, regular
 from minillama.formats.stored import Stored
 
 T = TypeVar("T")
@@ -25,7 +26,8 @@ MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _KEY_BYTES, _TENSOR_BYTES = 13, 24  # minimum size of a pair and of an info
-_MAX_RANK, _MAX_DEPTH = 4, 2
+_MAX_RANK = 4
+_KEYS, _ITEMS = 2**17, 2**22  # each is an object of Python, ten times as large as in the file
 # ggml type -> name, values per block, bytes per block (ggml-org/ggml, src/ggml.c: type_traits)
 _TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
@@ -54,6 +56,8 @@ class GGUFHeader:
             InputError: it is missing and has no default, or is of another type. An integer is a float too.
         """
         value = self.metadata.get(key, default)
+        if kind is int and isinstance(value, np.ndarray) and len(value) and (value == value[0]).all():
+            value = value[0].item()  # one per layer
         if value is None:
             raise InputError("a key is missing", where=f"{self.path}, {key}")
         if kind is float and type(value) is int:
@@ -66,7 +70,7 @@ class GGUFHeader:
 
 def is_gguf(path: Path) -> bool:
     """Whether the file has the GGUF magic."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         return file.read(4) == MAGIC
 
 
@@ -78,7 +82,7 @@ def read_header(path: Path) -> GGUFHeader:
             that the file cannot hold.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open(path, "rb", opener=regular) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data, path).header()
     except InputError:
         raise
@@ -117,12 +121,12 @@ class _Reader:
         start = self.take(length, what)
         return self.data[start : start + length].decode("utf-8", "replace")
 
-    def value(self, kind: int, key: str, depth: int = 0) -> Any:
+    def value(self, kind: int, key: str, is_inside: bool = False) -> Any:
         if kind == _STRING:
             return self.string(key)
         if kind in _SCALARS:
             return self.number(_SCALARS[kind], key)
-        if kind != _ARRAY or depth == _MAX_DEPTH:
+        if kind != _ARRAY or is_inside:  # llama.cpp reads no arrays of arrays either
             raise self.error("unknown value type", key, found=kind)
         inner = self.number("I", key)
         if inner in _SCALARS:
@@ -130,7 +134,8 @@ class _Reader:
             length = self.count(dtype.itemsize, f"length of {key}")
             return np.frombuffer(self.data, dtype, length, self.take(length * dtype.itemsize, key)).copy()
         length = self.count(8, f"length of {key}")
-        return [self.value(inner, key, depth + 1) for _ in range(length)]
+        check_size(length, _ITEMS, f"{self.path}, {key}", "strings")
+        return [self.value(inner, key, is_inside=True) for _ in range(length)]
 
     def header(self) -> GGUFHeader:
         start = self.take(4, "magic")
@@ -142,7 +147,9 @@ class _Reader:
             raise self.error("this version of GGUF is not supported", "version", found=version, expected=expected)
         tensor_count = self.count(_TENSOR_BYTES, "the number of tensors")
         metadata: dict[str, Any] = {}
-        for _ in range(self.count(_KEY_BYTES, "the number of keys")):
+        keys = self.count(_KEY_BYTES, "the number of keys")
+        check_size(max(keys, tensor_count), _KEYS, self.path, "keys or tensors")
+        for _ in range(keys):
             key = self.string("key")
             if key in metadata:
                 raise self.error("duplicate key", key)
@@ -160,10 +167,12 @@ class _Reader:
             if info.start % alignment or base + info.start + info.size > self.size:
                 found = f"{info.shape} of {info.dtype}, {info.size} bytes at {base + info.start} of {self.size}"
                 raise self.error("the tensor does not lie in the file, or the file is cut short", name, found=found)
-        end = base
-        for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
-            if info.start < end:
-                raise self.error("two tensors overlap", name, found=info.start, expected=f"{end} or more")
+        end, places = base, sorted(tensors.items(), key=lambda item: item[1].start)
+        for name, info in [*places, *[("the end of the file", Stored("", (), self.size))][: len(places)]]:
+            # without gaps: a tensor whose type is forged takes fewer bytes than its place
+            if info.start < end or info.start - end >= alignment:
+                what = "two tensors overlap" if info.start < end else "there is a gap before this"
+                raise self.error(what, name, found=f"byte {info.start}", expected=f"byte {end}, perhaps padded")
             end = info.start + info.size
         return GGUFHeader(self.path, version, metadata, tensors)
 

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.config import ModelConfig
-from minillama.config.loader import read_json
 from minillama.errors import InputError
+from minillama.files import read_json
 from minillama.formats import generation_config
-from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
+from minillama.formats.layout import Entry, check_tensors, check_writable, is_same, layout, lazy_tensors, rename
 from minillama.formats.model_file import ModelFile
-from minillama.formats.safetensors_header import read_header
+from minillama.formats.safetensors_header import read_header, refuse_integers
 from minillama.formats.stored import Stored
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,6 +77,19 @@ def read(folder: Path) -> ModelFile:
             that are not those of config.json.
     """
     config = ModelConfig.load(folder)
+    try:
+        return _read(folder, config)
+    except InputError as error:
+        quantized = read_json(folder / "config.json").get("quantization_config")
+        if not quantized:
+            raise
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        what, found = "weights quantized in this way are not read", f"{method or quantized}; {error.what}"
+        fix = "give the model before its quantization, or a GGUF file of it"
+        raise InputError(what, where=f"{folder / 'config.json'}, quantization_config", found=found, fix=fix) from None
+
+
+def _read(folder: Path, config: ModelConfig) -> ModelFile:
     stored: dict[str, Stored] = {}
     shards: dict[str, Path] = {}
     for shard, listed in _shards(folder).items():
@@ -84,15 +99,23 @@ def read(folder: Path) -> ModelFile:
             raise InputError(f"the shard does not hold what {INDEX} lists", where=shard, found=", ".join(odd[:12]))
         stored |= header
         shards |= dict.fromkeys(header, shard)
-    # transformers may store a tied head twice; old conversions stored the rotary frequencies
+    # old conversions stored the rotary frequencies
     ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        ignored.add("lm_head.weight")
     names = NAMES.get(config.to_hf()["model_type"], {})
     if not any(name.startswith("transformer.") for name in stored):  # BLOOM's first files lack the prefix
         names = {ours: theirs.removeprefix("transformer.") for ours, theirs in names.items()}
+    head, embedding = (rename(name, names) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    if config.tie_embeddings and head in stored and embedding in stored:  # transformers may store a tied head twice
+        if is_same(_tensor(shards[head], head), _tensor(shards[embedding], embedding)):
+            ignored.add(head)
+        else:
+            config = replace(config, tie_embeddings=False)
+            print(
+                f"{folder}: config.json ties {head} to the embedding, but they differ; both are used", file=sys.stderr
+            )
     table = layout(config, names)
     check_tensors(table, {name: item.shape for name, item in stored.items()}, folder, ignored)
+    refuse_integers({name: stored[name] for name in table}, folder)
     tokenizer = folder if any((folder / name).exists() for name in TOKENIZERS) else None
     tensors = lazy_tensors(config, table, lambda name: _tensor(shards[name], name))
     stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)
@@ -102,9 +125,9 @@ def read(folder: Path) -> ModelFile:
 def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
     """Every weight file, with the tensors that the index lists for it."""
     index = folder / INDEX
+    if (folder / WEIGHTS).is_file():  # as transformers: an index beside it is of an earlier save
+        return {folder / WEIGHTS: None}
     if not index.exists():
-        if (folder / WEIGHTS).is_file():
-            return {folder / WEIGHTS: None}
         pickles = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         if pickles:
             what = "the weights are a pickle, which can run any code when it is opened"

@@ -125,6 +125,11 @@ def check_tensors(
             raise InputError(what, where=f"{where}, {name}", found=found[name], expected=expected)
 
 
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices are equal; their first rows are compared first."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a[0], b[0]) and torch.equal(a, b)
+
+
 def lazy_tensors(config: ModelConfig, table: Mapping[str, Entry], read: Callable[[str], Tensor]) -> LazyTensors[Tensor]:
     """Parameters by Hugging Face name, in the order of the model; `read` gives the file's tensor of a name."""
     entries = {ours: entry for entry in table.values() for ours in entry.ours}

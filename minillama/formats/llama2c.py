@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.files import regular
 from minillama.formats.layout import layout, lazy_tensors
 from minillama.formats.model_file import ModelFile
 from minillama.formats.stored import Stored
@@ -34,7 +35,7 @@ BOS = 1  # separates documents; llama2.c stops there (run.c, generate)
 
 def is_llama2c(path: Path) -> bool:
     """Whether the file is a llama2.c binary: the magic of version 1, or a legacy header of at least its size."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         start = file.read(HEADER.size)
     if start[:4] == MAGIC:
         return True
@@ -50,7 +51,7 @@ def read(path: Path) -> ModelFile:
     Raises:
         InputError: another version, a damaged header, or a file length that differs from the header's.
     """
-    with path.open("rb") as file:
+    with open(path, "rb", opener=regular) as file:
         start = file.read(256)
     config, stored, expected = _header(path, start)
     size = path.stat().st_size

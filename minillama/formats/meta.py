@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig, RopeScaling
-from minillama.config.loader import read_json
 from minillama.config.parameters import split_axis
 from minillama.errors import InputError
+from minillama.files import read_json
 from minillama.formats import generation_config
-from minillama.formats.layout import check_tensors, check_writable, layout, lazy_tensors
+from minillama.formats.layout import check_tensors, check_writable, is_same, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, ModelFile
 from minillama.formats.stored import Stored
 
@@ -41,6 +41,7 @@ NAMES = {
 }
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 PARAMS = "params.json"
+LLAMA_3_2 = ((2048, 16), (3072, 28))  # 1B and 3B, whose rope factor params.json leaves out
 _SAFE_TORCH = (2, 10)  # CVE-2025-32434, CVE-2026-24747
 
 
@@ -177,7 +178,7 @@ def _config(folder: Path, ranks: list[dict[str, Tensor]]) -> ModelConfig:
         if scaled:
             values["rope_scaling"] = {
                 "kind": "llama3",
-                "factor": float(params.get("rope_scaling_factor") or 8.0),
+                "factor": float(params.get("rope_scaling_factor") or (32.0 if (dim, n_layers) in LLAMA_3_2 else 8.0)),
                 "high_freq_factor": float(params.get("rope_high_freq_factor") or 4.0),
             }
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:
@@ -192,7 +193,7 @@ def _is_tied(ranks: list[dict[str, Tensor]], axis: int) -> bool:
         return True
     # the first value, so that both are read in full only where they may be equal
     first = torch.equal(ranks[0][HEAD][0, :1], ranks[0][EMBEDDING][0, :1])
-    return first and torch.equal(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
+    return first and is_same(_whole(ranks, HEAD, 0), _whole(ranks, EMBEDDING, axis))
 
 
 def write(

@@ -28,7 +28,7 @@ from minillama.formats import generation_config, hf, peft_fused
 from minillama.formats.layout import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
-from minillama.formats.safetensors_header import read_header
+from minillama.formats.safetensors_header import read_header, refuse_integers
 from minillama.layers.lora import Adapter, FullWeight
 
 WEIGHTS = "adapter_model.safetensors"
@@ -110,7 +110,9 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
         config = replace(config, head="score", pad_id=own.pad_id)
     if not path.exists():
         raise InputError("no weights in the adapter folder", where=folder, expected=WEIGHTS)
-    stored = {key: item.shape for key, item in read_header(path).items()}
+    header = read_header(path)
+    refuse_integers(header, path)
+    stored = {key: item.shape for key, item in header.items()}
     config = _grown(config, settings, stored)
     sites = _sites(config, settings)
     expected = {key: shape for keys in sites.values() for key, shape in keys.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import regex
 
 from minillama.config.lora import ALL_LINEAR, named
 from minillama.errors import InputError
+from minillama.files import read_json
 
 CONFIG = "adapter_config.json"
 VERSION = "0.21.2"  # whose format is read and written
@@ -103,14 +105,9 @@ def read_config(path: Path) -> PeftConfig:
     Raises:
         InputError: not a JSON object; a setting of another type, or one that is not supported, by its name.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("no adapter in this folder", where=path.parent, expected=CONFIG) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError("not a readable adapter configuration", where=path, found=str(error)[:200]) from None
-    if not isinstance(values, dict):
-        raise InputError("the adapter configuration is not a JSON object", where=path, found=type(values).__name__)
+    if not os.path.lexists(path):
+        raise InputError("no adapter in this folder", where=path.parent, expected=CONFIG)
+    values = read_json(path)
     for key, value in values.items():
         if key in _FIELDS or key in WITHOUT_EFFECT:
             continue

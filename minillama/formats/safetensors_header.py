@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
+from minillama.files import LARGEST, check_size, regular
 from minillama.formats.stored import Stored
 
-LIMIT = 100_000_000  # as in the library
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _OTHERS = {
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "run git lfs pull"),
@@ -35,7 +37,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """
     try:
         total = path.stat().st_size
-        with path.open("rb") as file:
+        with open(path, "rb", opener=regular) as file:
             length = _header_length(path, file.read(64), total)
             file.seek(8)
             text = file.read(length)
@@ -64,14 +66,25 @@ def read_header(path: Path) -> dict[str, Stored]:
     return tensors
 
 
+def refuse_integers(stored: Mapping[str, Stored], path: Path) -> None:
+    """Refuse integers in place of a model's parameters, which need scales that this file does not say how to apply.
+
+    Raises:
+        InputError: the first tensor of such a type.
+    """
+    for name, tensor in stored.items():
+        if not re.fullmatch("B?F(16|32|64)", tensor.dtype):
+            expected = "F64, F32, F16 or BF16"
+            raise InputError("not a type of weights", where=f"{path}, {name}", found=tensor.dtype, expected=expected)
+
+
 def _header_length(path: Path, start: bytes, size: int) -> int:
     for magic, (what, fix) in _OTHERS.items():
         if start[8:9] != b"{" and start.lstrip().startswith(magic):
             raise InputError(f"this is {what}", where=path, found=start[:40], fix=fix)
     length = int.from_bytes(start[:8], "little")
-    if length > LIMIT and len(start) >= 8:
-        what = "the header claims to be longer than any real one"
-        raise InputError(what, where=path, found=f"{length} bytes", expected=f"at most {LIMIT}")
+    if len(start) >= 8:
+        check_size(length, LARGEST, path, "bytes of header")
     if len(start) < 8 or 8 + length > size:
         found = f"{size} bytes, a header of {length}" if len(start) >= 8 else f"{size} bytes"
         raise InputError("the file is cut short in its header", where=path, found=found)

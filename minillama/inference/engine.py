@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minillama.config.cost import cache_slots
+from minillama.errors import InputError
 from minillama.inference.request import Request, Row
 from minillama.inference.sampling import choose
 from minillama.inference.speculative import Speculation
@@ -140,7 +141,8 @@ class Engine:
         if request.finish_reason is not None or request.tokens:
             raise ValueError("this request was submitted before")
         if not all(0 <= token < vocab_size for token in request.ids):
-            raise ValueError(f"a prompt with a token id outside 0..{vocab_size - 1}")
+            what, expected = "a prompt with a token that the model has not", f"ids of 0 to {vocab_size - 1}"
+            raise InputError(what, found=max(request.ids), expected=expected)
         infills = isinstance(request.prompt, Layout)
         if infills and self.speculation is not None:
             raise ValueError("infilling prompts are decoded without speculation")

@@ -55,19 +55,21 @@ class StopText:
     def push(self, text: str) -> tuple[str, bool]:
         """New text in; text that is safe to emit out, and whether a stop string was matched.
 
-        Text before the earliest stop string is emitted, text after it is not.
+        Text before the earliest stop string is emitted, text after it is not. A match is one when no other that began
+        before it may be completed, so that where a text is cut does not depend on how it comes in.
         """
         self.held += text
-        found = [at for at in map(self.held.find, self.stops) if at >= 0]
-        begun = [n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])]
-        end = min(found) if found else len(self.held) - max(begun, default=0)
-        shown, self.held = self.held[:end], "" if found else self.held[end:]
-        return shown, bool(found)
+        found = min((at for at in map(self.held.find, self.stops) if at >= 0), default=len(self.held))
+        begun = max((n for stop in self.stops for n in range(len(stop)) if self.held.endswith(stop[:n])), default=0)
+        end = min(found, len(self.held) - begun)
+        is_stop = found < len(self.held) and found == end
+        shown, self.held = self.held[:end], "" if is_stop else self.held[end:]
+        return shown, is_stop
 
     def flush(self) -> str:
-        """Text held back, at the end."""
+        """Text held back, at the end; up to a stop string in it."""
         held, self.held = self.held, ""
-        return held
+        return held[: min((at for at in map(held.find, self.stops) if at >= 0), default=len(held))]
 
 
 class _Text:
@@ -91,7 +93,8 @@ class _Text:
         reason = request.finish_reason
         if reason is not None and not self.stopped:
             self._push(self.decoder.flush())
-            self.text += self.filter.flush()
+            held, rest = self.filter.held, self.filter.flush()
+            self.text, self.stopped = self.text + rest, self.stopped or rest != held
         if not self.text and reason is None:
             return None
         text, start = self.text, self.taken
@@ -113,7 +116,8 @@ def blanks_of(model: Decoder, tokenizer: Tokenizer) -> Blanks | None:
     Raises:
         InputError: the tokenizer is not the model's.
     """
-    tokenizer.check_fits(model.config.vocab_size, fix="give the tokenizer that the model was trained with")
+    fix = "give the tokenizer that the model was trained with"
+    tokenizer.check_fits(model.config.vocab_size, fix=fix, spares_special=True)
     return Blanks.of(tokenizer) if model.config.objective == "glm" else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from minillama.data.reading import BadText, Document, holds_records, read_file, read_lines
 from minillama.errors import InputError
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[
 
     Args:
         given: of the option --FIELD.
-        file: of the option --FIELDs: JSONL with that field, or plain text with one per line.
+        file: of the option --FIELDs: JSONL or JSON with that field, or plain text with one per line.
         field: name of the texts.
 
     Raises:
@@ -176,25 +176,12 @@ def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[
         raise InputError(f"give either --{field} or --{field}s", where="command line")
     if file is None:
         return given
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the {field}s cannot be read", where=file, found=error) from error
-    jsonl = file.suffix == ".jsonl"
-    texts = [_text(line, f"{file}:{n}", field, jsonl) for n, line in enumerate(lines, 1) if line.strip()]
+    read = read_file if holds_records(file) else read_lines
+    texts = []
+    for item in read(file, field):
+        if isinstance(item, BadText):
+            raise InputError(item.what, where=item.where, found=item.found, expected=item.expected)
+        texts += [item.text] if isinstance(item, Document) and item.text.strip() else []
     if not texts:
         raise InputError(f"the file holds no {field}", where=file)
     return texts
-
-
-def _text(line: str, where: str, field: str, jsonl: bool) -> str:
-    if not jsonl:
-        return line
-    try:
-        value = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError) as error:
-        what, expected = f"not a JSON object with a {field}", f'{{"{field}": "..."}}'
-        raise InputError(what, where=where, found=line[:80], expected=expected) from error
-    if not isinstance(value, str):
-        raise InputError(f"the {field} is no text", where=f"{where}, {field}", found=repr(value))
-    return value

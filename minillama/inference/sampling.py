@@ -73,13 +73,18 @@ class Sampling:
     """Drop tokens less probable than P times the most probable."""
     repetition_penalty: float = field(default=1.0, metadata={"above": 0})
     """Over 1 makes tokens that were already there less likely."""
-    seed: int = 0
+    seed: int = field(default=0, metadata={"min": -(2**63), "max": 2**63 - 1})
     """Of the random choices; prompt i of a batch uses seed + i."""
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken; below 1e-6 logits divided by the temperature may be infinite."""
+        return self.temperature < 1e-6
 
 
 def distribution(logits: Tensor, settings: Sampling) -> Tensor:
     """Sampling distribution after the whole chain but the penalty: logits (B, V) -> (B, V); greedy: one-hot."""
-    if settings.temperature == 0:
+    if settings.is_greedy:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
     logits = temperature(logits, settings.temperature)
     if settings.top_k:
@@ -158,7 +163,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     for settings, rows in groups.items():
         group = [samplers[row] for row in rows]
         penalized = _penalized(logits if len(rows) == len(samplers) else logits[rows], group)
-        if settings.temperature == 0:  # `max` is twice as fast as `argmax`, and its index too is the first of equals
+        if settings.is_greedy:  # `max` is twice as fast as `argmax`, and its index too is the first of equals
             chosen = penalized.max(-1).indices.tolist()
         else:
             chosen = draw(distribution(penalized, settings), group)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minillama.errors import InputError
-from minillama.files import digest, free_name, replace_folder
+from minillama.files import digest, free_name, read_json, replace_folder
 
 MANIFEST = "manifest.json"
 NEEDED = ("config.json", "optimizer.safetensors", "run.json")
@@ -44,7 +44,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, verify: bool = True) -> None:
         self.path = path
-        manifest = _read_json(path / MANIFEST)
+        manifest = read_json(path / MANIFEST)
         missing = [name for name in NEEDED if name not in manifest]
         odd = [name for name, known in manifest.items() if Path(name).name != name or not _is_entry(known)]
         if missing or odd:
@@ -53,7 +53,7 @@ class Checkpoint:
             raise InputError(what, where=path / MANIFEST, found=found)
         for name, known in manifest.items():
             _check(path / name, known, verify)
-        self.run = _read_json(path / "run.json")
+        self.run = read_json(path / "run.json")
         if any(key not in self.run for key in RUN):
             found, expected = ", ".join(self.run), ", ".join(RUN)
             what = "this checkpoint was written by another version"
@@ -198,13 +198,3 @@ def _check(file: Path, known: dict[str, Any], verify: bool) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError("a file of the checkpoint cannot be read", where=path, found=error) from error
-    if not isinstance(value, dict):
-        raise InputError("a file of the checkpoint cannot be read", where=path, found=type(value).__name__)
-    return value

@@ -55,12 +55,11 @@ class DataConfig:
     sources: tuple[Source, ...] = (Source("python-docs"),)
     """Built-in name (python-docs, python-code), file, folder, glob, or hf:NAME; several are mixed by weight."""
     val_fraction: float = field(default=0.05, metadata={"above": 0, "below": 1})
-    """Held-out share of the documents (or of the text, where it is one document)."""
+    """Held-out share of the documents; of each one's end where there are few of them."""
     mask_documents: bool = False
     """Attention mask per document: tokens attend within their own document, and positions restart in each."""
     on_error: Literal["stop", "skip"] = "stop"
-    """On text that is not UTF-8, a line that is not JSON or a record that is no conversation: stop, or count it and
-    continue."""
+    """On text of unknown encoding, a line that is not JSON, or no conversation: stop, or count it and continue."""
     template: str = ""
     """Chat template; with one the sources are conversations and the answers are trained. auto: the model's own, or
     chatml; alpaca, chatglm, chatglm2, chatml, llama-2, llama-3, plain, vicuna, ziya; or a Jinja file."""
@@ -73,6 +72,8 @@ class DataConfig:
     none: one, padded."""
     cache: str = ""
     """Cache folder of the tokenized data; ~/.cache/minillama unless given."""
+    field: str = ""
+    """Text field of the records in .json and .jsonl files; found unless given."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ class OptimConfig:
 class SampleConfig:
     """Samples printed at each validation."""
 
-    prompts: tuple[str, ...] = ("The",)
-    """Prompts to continue."""
+    prompts: tuple[str, ...] = ()
+    """Prompts to continue; none: the beginning of held-out text, or a held-out question."""
     max_new_tokens: int = field(default=48, metadata={"min": 0})
     """Maximum number of new tokens per sample; 0 prints none."""
     temperature: float = field(default=0.8, metadata={"min": 0})
@@ -212,7 +213,7 @@ class RunConfig:
 
     name: str = "tiny"
     """The run's folder is runs/NAME unless --out says otherwise."""
-    seed: int = field(default=1, metadata={"min": 0})
+    seed: int = field(default=1, metadata={"min": 0, "max": 2**32 - 1})
     """Random seed of initialization, data order and dropout."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig.load("llama-tiny"))
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -233,12 +234,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.train.context > self.model.max_seq_len:
-            raise InputError(
-                "the training context is longer than the model's",
-                where="train.context",
-                found=self.train.context,
-                expected=f"at most model.max_seq_len = {self.model.max_seq_len}",
-            )
+            expected = f"at most model.max_seq_len = {self.model.max_seq_len}"
+            what = "the training context is longer than the model's"
+            raise InputError(what, where="train.context", found=self.train.context, expected=expected)
         check_name(self.name)
         self._check_objective()
         if self.optim.optimizer == "adafactor" and self.optim.muon_lr:
@@ -275,9 +273,9 @@ class RunConfig:
             )
         if wanted.reads == "text" and wanted.special_tokens and self.context < 8:
             raise InputError("no masked span fits", where="train.context", found=self.context, expected="at least 8")
-        if wanted.special_tokens and self.data.mask_documents:
-            what = "infilling attends to the whole sequence"
-            expected = f"false with objective {wanted.name}"
+        if self.data.mask_documents and (wanted.special_tokens or self.model.mixer == "wkv"):
+            what = "infilling and recurrences read the whole sequence"
+            expected = f"false with objective {wanted.name} and mixer {self.model.mixer}"
             raise InputError(what, where="data.mask_documents", found="true", expected=expected)
 
     @property
@@ -346,6 +344,8 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     else:
         model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
     model = model.changed(changes, command_line, "model")
+    if "sources" in table.get("data", {}) and "sources" in values.get("data", {}):
+        values.get("sample", {}).pop("prompts", None)  # which belong to the file's sources
     values = with_new_names(values, origin, model.objective)
     name_objective(values, table, model.objective)
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))

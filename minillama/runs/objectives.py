@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from minillama.config.loader import Located, say_renamed, to_dict
@@ -15,9 +17,15 @@ from minillama.runs.feedback import GRPOConfig, PPOConfig
 from minillama.tokenizer.blanks import BLANK_TOKENS
 
 
+def typed(command: str) -> list[str]:
+    """Words that run a command, as this one was: by the script of a clone, or `minillama`."""
+    is_script = Path(sys.argv[0]).name in ("train.py", "generate.py")
+    return ["python", f"{command}.py"] if is_script else ["minillama", command]
+
+
 def generate(model: str, prompt: str) -> list[str]:
     """Arguments that continue a prompt."""
-    return ["python", "generate.py", "--model", model, "--prompt", prompt]
+    return [*typed("generate"), "--model", model, "--prompt", prompt]
 
 
 class Kind:

@@ -12,6 +12,7 @@ from tokenizers import normalizers
 
 from minillama.errors import InputError
 from minillama.formats.gguf_header import GGUFHeader, read_header
+from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.pre import PRE, byte_level_bpe
 from minillama.tokenizer.sentencepiece_vocab import Pieces, PieceType
 from minillama.tokenizer.spec import Parts
@@ -45,14 +46,18 @@ def read(file: Path) -> Parts:
     elif kind == "gpt2":
         pre = header.get(f"{PREFIX}pre", str)
         backend = _byte_level(header, pre, pieces)
-        bos, eos, add_bos = _name(header, "bos"), _name(header, "eos", 11), pre == "llama-bpe"  # llama.cpp's defaults
+        bos, eos, add_bos = _name(header, "bos"), _name(header, "eos", 11), PRE[pre] == "llama-3"  # as llama.cpp
     else:
         where = f"{file}, {PREFIX}model"
         raise InputError("this kind of tokenizer is not supported", where=where, found=kind, expected="llama or gpt2")
+    model, encoder = b"", None
+    if kind == "llama" and not pieces.has_characters:
+        model = sentencepiece.serialize(pieces, names.index(bos or eos or ""), names.index(eos or ""))
+        encoder = sentencepiece.parse(model, file).encoder
     stops = [name for key in ("eot", "eom") if (name := _name(header, key))]
     stops += end_of_turn(names)
     add_bos = bos is not None and header.get(f"{PREFIX}add_bos_token", bool, add_bos)
-    return Parts(backend, eos or "", bos, add_bos, {"chat_template": _templates(header)}, stops=stops)
+    return Parts(backend, eos or "", bos, add_bos, {"chat_template": _templates(header)}, model, encoder, stops)
 
 
 def end_of_turn(names: Iterable[str]) -> frozenset[str]:
@@ -77,7 +82,8 @@ def _byte_level(header: GGUFHeader, pre: str, pieces: Pieces) -> Backend:
     merges = [(left, right) for left, _, right in pairs if known >= {left, right, left + right}]
     special = pieces.of_type(PieceType.CONTROL, PieceType.UNKNOWN)
     words = pieces.of_type(PieceType.USER_DEFINED)
-    backend = byte_level_bpe(pieces.names, merges, PRE[pre], special, words, ignore_merges=pre == "llama-bpe")
+    is_llama_3 = PRE[pre] == "llama-3"
+    backend = byte_level_bpe(pieces.names, merges, PRE[pre], special, words, ignore_merges=is_llama_3)
     if PRE[pre] == "qwen2":
         backend.normalizer = normalizers.NFC()
     return backend

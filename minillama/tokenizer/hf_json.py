@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
+from minillama.files import read_json, read_text
+from minillama.formats.generation_config import stop_ids
 from minillama.tokenizer import sentencepiece
-from minillama.tokenizer.spec import Parts, read_json, read_text
+from minillama.tokenizer.charsmap import charsmaps
+from minillama.tokenizer.charsmap import check as check_charsmap
+from minillama.tokenizer.spec import FIX, LARGEST, Parts, library
 
 END_OF_TEXT = "<|endoftext|>"
 SETTINGS, _ADDITIONAL = "tokenizer_config.json", "additional_chat_templates"
@@ -31,7 +37,9 @@ def read(file: Path) -> Parts:
     backend = _backend(file)
     settings_file = file.with_name(SETTINGS)
     settings = _settings(file.parent)
-    eos = _token(settings.get("eos_token"), backend, _EOS_NAMES)
+    _add(backend, settings.get("added_tokens_decoder"), settings_file)
+    names = (*(backend.id_to_token(i) or "" for i in sorted(stop_ids(file.parent))), *_EOS_NAMES)
+    eos = _token(settings.get("eos_token"), backend, names)
     bos = _token(settings.get("bos_token"), backend, () if settings_file.exists() else _BOS_NAMES)
     if eos is None:
         raise InputError(
@@ -59,16 +67,30 @@ def read(file: Path) -> Parts:
 
 
 def _backend(file: Path) -> Backend:
-    spec = read_json(file)
-    try:
-        return Backend.from_str(json.dumps(spec))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(
-            "this is not a tokenizer.json of the tokenizers library",
-            where=file,
-            found=f"{error}; its keys are {', '.join(spec) or 'none'}",
-            expected="keys version, added_tokens, pre_tokenizer, decoder, model, ...",
-        ) from None
+    spec = read_json(file, FIX, LARGEST)
+    with library(file, "this is not a tokenizer.json of the tokenizers library"):
+        for data in charsmaps(spec.get("normalizer")):
+            check_charsmap(b64decode(str(data), validate=True), file)
+        backend = Backend.from_str(json.dumps(spec))
+        backend.encode("a")  # some damage fails only in use
+    return backend
+
+
+def _add(backend: Backend, table: object, where: Path) -> None:
+    """Add the tokens of tokenizer_config.json's added_tokens_decoder that tokenizer.json lacks."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    rows = table.items() if isinstance(table, dict) else ()
+    for index, row in sorted(rows, key=lambda item: (len(item[0]), item[0])):
+        name = row.get("content") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name or name in known:
+            continue
+        flags = {key: row.get(key) is True for key in ("lstrip", "rstrip", "normalized", "single_word", "special")}
+        token = AddedToken(name, **flags)
+        (backend.add_special_tokens if flags["special"] else backend.add_tokens)([token])
+        if str(backend.token_to_id(name)) != index:
+            what, found = "an added token has another id than in tokenizer.json", f"{name}, {index}"
+            where_, expected = f"{where}, added_tokens_decoder", backend.token_to_id(name)
+            raise InputError(what, where=where_, found=found, expected=expected)
 
 
 def _token(value: object, backend: Backend, defaults: Iterable[str]) -> str | None:
@@ -92,6 +114,9 @@ def _settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json of a folder, its chat templates by name, or the only one if it is the default."""
     file, default = folder / SETTINGS, folder / "chat_template.jinja"
     settings = read_json(file) if file.exists() else {}
+    names = folder / "special_tokens_map.json"
+    if names.exists():
+        settings = {**read_json(names), **{key: value for key, value in settings.items() if value is not None}}
     templates = dict(_named(settings.pop("chat_template", None)))
     if default.exists():
         templates["default"] = read_text(default)

@@ -6,9 +6,10 @@ import struct
 from pathlib import Path
 
 from minillama.errors import InputError
+from minillama.files import read_bytes
 from minillama.tokenizer.reference.byte_fallback import BYTE
 from minillama.tokenizer.sentencepiece_vocab import SPACE, Pieces, PieceType
-from minillama.tokenizer.spec import Parts, read_bytes
+from minillama.tokenizer.spec import FIX, LARGEST, Parts
 
 NAMES = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2; the file has newlines around the last two
 
@@ -19,7 +20,7 @@ def read(file: Path) -> Parts:
     Raises:
         InputError: truncated, or not a tokenizer.bin.
     """
-    data, at = read_bytes(file), 4
+    data, at = read_bytes(file, FIX, LARGEST), 4
     names: list[str] = []
     scores: list[float] = []
     try:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import Conversation
+from minillama.tokenizer.spec import check_unicode
 from minillama.tokenizer.special import SpecialEncoder, refuse_stand_ins
 from minillama.tokenizer.template import Template
-from minillama.tokenizer.tokenizer import check_unicode
 
 
 class Coded(NamedTuple):

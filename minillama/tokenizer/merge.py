@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
+from minillama.files import read_bytes
 from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.pre import byte_level_bpe, pattern_of
 from minillama.tokenizer.reference.splitting import by_frequency
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, PieceType
-from minillama.tokenizer.spec import by_id, read_bytes, to_dict
+from minillama.tokenizer.spec import FIX, LARGEST, by_id, to_dict
 from minillama.tokenizer.tokenizer import Tokenizer
 
 SENTENCEPIECE, BYTE_LEVEL = "SentencePiece model", "byte-level BPE"
@@ -153,7 +154,7 @@ def _model(path: str | Path) -> Any:
         file = file / "tokenizer.model"
     if not file.is_file():
         return None
-    data = read_bytes(file)
+    data = read_bytes(file, FIX, LARGEST)
     return sentencepiece.message(data, file) if sentencepiece.is_sentencepiece(data) else None
 
 

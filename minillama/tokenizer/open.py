@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minillama.errors import InputError
-from minillama.files import model_folder, reading, refuse_remote
+from minillama.files import model_folder, reading, refuse_remote, regular
 from minillama.tokenizer import gguf, hf_json, llama2c, sentencepiece, tiktoken
 from minillama.tokenizer.spec import FIX, Parts
 
@@ -22,7 +22,7 @@ def read(path: str | Path) -> Parts:
     file = model_folder(Path(path))
     if file.is_dir():
         file = next((file / name for name in NAMES if (file / name).exists()), file / NAMES[0])
-    with reading(file, "the tokenizer", FIX), file.open("rb") as stream:
+    with reading(file, "the tokenizer", FIX), open(file, "rb", opener=regular) as stream:
         start = stream.read(4096)
     try:
         if start[:4] == b"GGUF":

@@ -36,8 +36,9 @@ STEPS = {
     # the library reads {1,3}+ as a nested repetition, not as a possessive quantifier
     "cl100k": Steps([Split(Regex(PATTERNS["cl100k"].replace("{1,3}+", "{1,3}")), "isolated"), _BYTES]),
 }
-# llama.cpp's name -> ours; it has none for cl100k
-PRE = {"smollm": "smollm", "gpt-2": "gpt-2", "llama-bpe": "llama-3", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2"}
+# llama.cpp's names -> ours, the first of several the usual one; it has none for cl100k
+PRE = {"smollm": "smollm", "gpt-2": "gpt-2", "llama-bpe": "llama-3", "llama3": "llama-3", "llama-v3": "llama-3"}
+PRE |= {"qwen2": "qwen2", "deepseek-r1-qwen": "qwen2"}
 NFC = {"type": "NFC"}  # of Qwen's files; llama.cpp does not normalize
 
 

@@ -8,8 +8,10 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError, optional_import
+from minillama.files import read_bytes
+from minillama.tokenizer import charsmap
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces, PieceType
-from minillama.tokenizer.spec import Parts, read_bytes
+from minillama.tokenizer.spec import FIX, LARGEST, Parts, library
 
 
 def is_sentencepiece(data: bytes) -> bool:
@@ -64,6 +66,7 @@ def pieces_of(proto: Any, where: object) -> Pieces:
         charsmap=rules.precompiled_charsmap,
         squeeze=rules.remove_extra_whitespaces,
     )
+    charsmap.check(pieces.charsmap, where)
     if pieces.kind == ModelKind.UNIGRAM and pieces.unknown is None:
         raise InputError("the vocabulary has no unknown token", where=where)
     return pieces
@@ -71,7 +74,7 @@ def pieces_of(proto: Any, where: object) -> Pieces:
 
 def read(file: Path) -> Parts:
     """Read a .model file."""
-    return parse(read_bytes(file), file)
+    return parse(read_bytes(file, FIX, LARGEST), file)
 
 
 def parse(data: bytes, where: object) -> Parts:
@@ -84,15 +87,17 @@ def parse(data: bytes, where: object) -> Parts:
         raise InputError("the vocabulary has no end-of-text token", where=field, found=spec.eos_id)
     bos, backend, encoder = names.get(spec.bos_id), _backend(pieces, where), None
     if not pieces.is_exact:
-        library = optional_import("sentencepiece", "a SentencePiece .model file", "sentencepiece")
-        encoder = library.SentencePieceProcessor(model_proto=data)
+        module = optional_import("sentencepiece", "a SentencePiece .model file", "sentencepiece")
+        with library(where):
+            encoder = module.SentencePieceProcessor(model_proto=data)
+            encoder.encode("a")
     return Parts(backend, names[spec.eos_id], bos, bos is not None, model=data, encoder=encoder)
 
 
 def with_offsets(encoder: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids by a SentencePieceProcessor, and the range of characters that each covers."""
-    library = optional_import("sentencepiece.sentencepiece_pb2", "a SentencePiece .model file", "sentencepiece")
-    found = library.SentencePieceText()
+    module = optional_import("sentencepiece.sentencepiece_pb2", "a SentencePiece .model file", "sentencepiece")
+    found = module.SentencePieceText()
     found.ParseFromString(encoder.encode(text, out_type="serialized_proto"))
     places = [0]  # of a byte: the character that it belongs to
     for number, character in enumerate(text, 1):
@@ -101,13 +106,9 @@ def with_offsets(encoder: Any, text: str) -> tuple[list[int], list[tuple[int, in
 
 
 def _backend(pieces: Pieces, where: object) -> Backend:
-    try:
+    with library(where):
         backend = pieces.backend()
-        backend.encode("a")  # a damaged normalization fails only in use
-    except (InputError, KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library's panic is not an Exception
-        raise InputError("the vocabulary or its normalization is damaged", where=where, found=error) from None
+        backend.encode("a")  # some damage fails only in use
     return backend
 
 

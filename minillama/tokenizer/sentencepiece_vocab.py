@@ -18,10 +18,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
+from minillama.files import check_size
 from minillama.tokenizer.reference.byte_fallback import BYTE
 from minillama.tokenizer.spec import by_id, to_dict
 
-LONGEST = 1000
+LONGEST = 1000  # characters of a token piece
+CHARACTERS = 2**23  # of all; Llama 3's have 0.8 million
 SPACE = "▁"  # U+2581, a space inside token pieces
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # byte fallback: an unknown character becomes these
 RESERVED_NAMES = frozenset([*BYTES, "<unk>", "<s>", "</s>", "<|endoftext|>"])  # never learned from text
@@ -78,20 +80,26 @@ class Pieces:
         Not under a normalization: the library ignores rules of more than five bytes, as those for half-width
         kana. Not with user-defined token pieces: the library splits there before it normalizes, so that each part
         loses and gains spaces of its own. Not for a unigram model: it may break ties between segmentations
-        otherwise. Not where token pieces of a BPE model have equal scores: SentencePiece then merges from left to
-        right, the library the smaller id first. Nor where merges lead to an unused token piece, which
-        SentencePiece splits again.
+        otherwise. Not where a character of a token piece is none itself: the library merges token pieces alone,
+        SentencePiece any characters. Not where token pieces of a BPE model have equal scores: SentencePiece then
+        merges from left to right, the library the smaller id first. Nor where merges lead to an unused token piece,
+        which SentencePiece splits again.
         """
         if self.charsmap or self.squeeze or PieceType.USER_DEFINED in self.types or self.kind == ModelKind.UNIGRAM:
             return False
         if self.kind == ModelKind.CHAR:
             return True
         scores = self._normal_scores
-        if any(splits(name, scores) for name in self.of_type(PieceType.UNUSED)):
+        if not self.has_characters or any(splits(name, scores) for name in self.of_type(PieceType.UNUSED)):
             return False
         # Llama 2's runs of spaces have equal scores, but lead to the longest run in either order
         joined = {left + right for left, right in self._merges() if len({*left, *right}) > 1}
         return len({scores[name] for name in joined}) == len(joined)
+
+    @property
+    def has_characters(self) -> bool:
+        """Whether every character of a normal token piece is one itself, as in all but pruned vocabularies."""
+        return self._normal_scores.keys() >= {char for name in self._normal_scores for char in name}
 
     def backend(self) -> Backend:
         """Equivalent `tokenizers` backend: SentencePiece's ids, if `is_exact`."""
@@ -217,6 +225,7 @@ def merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     if longest > LONGEST:
         expected = f"at most {LONGEST} characters"
         raise InputError("a token of the vocabulary is too long", found=longest, expected=expected)
+    check_size(sum(map(len, scores)), CHARACTERS, None, "characters of token pieces")
     return [pair for piece in sorted(scores, key=lambda piece: -scores[piece]) for pair in splits(piece, scores)]
 
 

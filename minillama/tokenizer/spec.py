@@ -1,20 +1,33 @@
-"""Tokenizer specification: the output of vocabulary readers, bounded file reads, and tables of a backend."""
+"""Tokenizer specification: the output of vocabulary readers, and tables and calls of a backend."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
-from minillama.files import reading
 
-LIMIT = 500_000_000
+LARGEST = 2**27
+"""Bytes of a vocabulary at most; Gemma's has 33 MB."""
 FIX = "give the tokenizer's file, or a folder that holds it"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@contextmanager
+def library(where: object, what: str = "the vocabulary or its normalization is damaged") -> Iterator[None]:
+    """InputError for what a tokenizer library raises from a file; a panic of Rust's is no Exception."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(what, where=where, found=f"{type(error).__name__}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -42,32 +55,19 @@ def by_id(backend: Backend) -> dict[int, str]:
     return {table[name]: name for name in sorted(table, key=table.__getitem__)}
 
 
-def read_bytes(file: Path) -> bytes:
-    """The whole file, unless it is too large to be a vocabulary."""
-    with reading(file, "the tokenizer", FIX):
-        size = file.stat().st_size
-        if size > LIMIT:
-            expected = f"at most {LIMIT}"
-            raise InputError("too large for a vocabulary", where=file, found=f"{size} bytes", expected=expected)
-        return file.read_bytes()
-
-
-def read_text(file: Path) -> str:
-    """The whole file, which must be UTF-8."""
+def encode_texts(backend: Backend, texts: list[str]) -> list[list[int]]:
+    """Token ids per text, encoded on all cores; lone surrogates are refused."""
     try:
-        return read_bytes(file).decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError("this file is not UTF-8 text", where=file, found=str(error)) from None
+        return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except TypeError:
+        for text in texts:
+            check_unicode(text)
+        raise
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The whole file, which must be a JSON object."""
-    text = read_text(file)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        found = f"{error}; it starts with {text[:40]!r}"
-        raise InputError("this file is not JSON, or truncated", where=file, found=found) from None
-    if not isinstance(value, dict):
-        raise InputError("this file is not a JSON object", where=file, found=type(value).__name__)
-    return value
+def check_unicode(text: str) -> str:
+    """The text; lone surrogates are refused."""
+    if match := _SURROGATE.search(text):
+        what = "this text is not valid Unicode: it holds a lone surrogate"
+        raise InputError(what, found=ascii(text[match.start() :][:80]), fix="give it as UTF-8") from None
+    return text

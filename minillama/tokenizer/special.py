@@ -70,8 +70,10 @@ class SpecialEncoder:
             added.append(AddedToken(character, normalized=False, special=False, **strips))
         self._backend.add_tokens(added)
         self._stand_ins = {self._backend.token_to_id(character) for character in self._characters.values()}
+        words = {name for name in self._names if (known := flags.get(special[name])) and known.single_word}
         longest = sorted(self._names, key=len, reverse=True)
-        self.names = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+        patterns = (rf"(?<!\w){re.escape(n)}(?!\w)" if n in words else re.escape(n) for n in longest)
+        self.names = re.compile("|".join(patterns) or r"(?!)")
         """Matches the name of any special token."""
 
     def stand_in(self, name: str) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
+from minillama.files import read_text
 from minillama.tokenizer.chat import ChatTemplate
 from minillama.tokenizer.conversation import Conversation
-from minillama.tokenizer.spec import read_text
 from minillama.tokenizer.tokenizer import Tokenizer
 
 OWN = "own"

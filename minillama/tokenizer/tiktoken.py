@@ -9,10 +9,12 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from minillama.errors import InputError
+from minillama.files import read_bytes
 from minillama.tokenizer.pre import BYTE_TO_CHAR, byte_level_bpe, pattern_of, piece_bytes
 from minillama.tokenizer.sentencepiece_vocab import merges_by_score
-from minillama.tokenizer.spec import Parts, by_id, read_bytes
+from minillama.tokenizer.spec import FIX, LARGEST, Parts, by_id
 
+RANKS = 128000
 # Llama 3.1's names for the 256 ids behind the ranks (meta-llama/llama-models, models/llama3/tokenizer.py).
 _NAMED = {
     0: "begin_of_text",
@@ -41,10 +43,17 @@ def read(file: Path) -> Parts:
     """Read the ranks, and add Llama 3's pre-tokenizer and its 256 special tokens.
 
     Raises:
-        InputError: a malformed line, or ranks that are not 0, 1, 2, ...
+        InputError: a malformed line, ranks that are not 0, 1, 2, ..., or as many as only another model has.
     """
     pieces: list[str] = []
-    for number, line in enumerate(read_bytes(file).splitlines(), 1):
+    lines = read_bytes(file, FIX, LARGEST).splitlines()
+    if len(lines) != RANKS and (len(lines) > RANKS or file.suffix == ".tiktoken"):
+        found, fix = (
+            f"{len(lines)} ranks",
+            "give the tokenizer.json of that model: ranks do not say how it splits texts",
+        )
+        raise InputError("these are not Llama 3's ranks", where=file, found=found, expected=f"{RANKS} ranks", fix=fix)
+    for number, line in enumerate(lines, 1):
         token, _, rank = line.partition(b" ")
         try:
             if int(rank) != len(pieces):

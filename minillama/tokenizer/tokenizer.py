@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,11 +21,10 @@ from minillama.tokenizer.chat import ChatTemplate
 from minillama.tokenizer.hf_json import ENCODE_WITH, END_OF_TEXT
 from minillama.tokenizer.pre import PRE, pattern_of
 from minillama.tokenizer.sentencepiece_vocab import ModelKind, Pieces
-from minillama.tokenizer.spec import Parts, to_dict
+from minillama.tokenizer.spec import Parts, check_unicode, encode_texts, to_dict
 from minillama.tokenizer.special import SpecialEncoder
-from minillama.tokenizer.stream import StreamDecoder
+from minillama.tokenizer.stream import StreamDecoder, added_words
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 # Members kept of a loaded tokenizer_config.json, besides those that save() writes itself.
 _CARRIED = ("unk_token", "pad_token", "chat_template", "model_max_length")
 
@@ -224,16 +222,25 @@ class Tokenizer:
 
         They are `encode`'s except for vocabularies with a dummy prefix.
         """
-        for before in ("\n", "|", "~"):
-            start, ids = self.encode_batch([before, before + text])
-            if start and ids[: len(start)] == start:  # no token crosses the boundary
-                return ids[len(start) :]
-        return self.encode(text)
+        return self.encode_batch([text], [True])[0]
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Token ids per text, encoded on all cores."""
+    def encode_batch(self, texts: Iterable[str], inside: Sequence[bool] = ()) -> list[list[int]]:
+        """Token ids per text, encoded on all cores; where `inside` is true, as by `encode_inside`."""
+        texts, rest = list(texts), {i for i, is_inside in enumerate(inside) if is_inside}
+        rows = self._encode(["" if i in rest else text for i, text in enumerate(texts)])
+        for before in ("\n", "|", "~", ""):
+            if not rest:
+                break
+            start, *longer = self._encode([before, *(before + texts[i] for i in sorted(rest))])
+            for i, row in zip(sorted(rest), longer, strict=True):
+                if not before or (start and row[: len(start)] == start):  # no token crosses the boundary
+                    rows[i] = row[len(start) * bool(before) :]
+                    rest.remove(i)
+        return rows
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         if self._encoder is None:
-            return _encode(self.backend, list(texts))
+            return encode_texts(self.backend, texts)
         return self._encoder.encode(list(map(check_unicode, texts)))
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -248,6 +255,9 @@ class Tokenizer:
             raise InputError("this id is not in the vocabulary", found=bad, expected=f"0 to {self.vocab_size - 1}")
         # The library overlooks special tokens that its file calls `normalized`, as Llama 2's does.
         kept = [i for i in ids if not (skip_special and i in self.special_ids)]
+        if not self._added_words.keys().isdisjoint(kept):
+            stream = self.stream(skip_special)
+            return "".join([*map(stream.push, kept), stream.flush()])
         return self.backend.decode(kept, skip_special_tokens=False)
 
     def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> StreamDecoder:
@@ -255,13 +265,23 @@ class Tokenizer:
         return StreamDecoder(self.backend, self.special_ids, skip_special, after)
 
     @cached_property
+    def _added_words(self) -> dict[int, str]:
+        return added_words(self.backend)
+
+    @cached_property
     def vocab_size(self) -> int:
         """Rows of the embedding: the highest id plus one, added tokens included."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def check_fits(self, vocab_size: int, where: object = None, fix: str | None = None) -> None:
-        """Refuse a model whose vocabulary is smaller: it would lack some of the ids."""
-        if self.vocab_size > vocab_size:
+    def check_fits(
+        self, vocab_size: int, where: object = None, fix: str | None = None, spares_special: bool = False
+    ) -> None:
+        """Refuse a model whose vocabulary is smaller: it would lack some of the ids.
+
+        With `spares_special` it may lack special tokens, such as a [PAD] that was added for batches of texts.
+        """
+        lacks = range(vocab_size, self.vocab_size)
+        if lacks and not (spares_special and self.special_ids.issuperset(lacks)):
             found = f"a tokenizer of {self.vocab_size} tokens, a model of {vocab_size}"
             raise InputError("the tokenizer is larger than the model's vocabulary", where=where, found=found, fix=fix)
 
@@ -377,20 +397,3 @@ class Tokenizer:
         names = {name: i for i in self.special_ids if (name := self.backend.id_to_token(i))}
         own = {self.bos_token: self.bos_id, self.eos_token: self.eos_id}
         return SpecialEncoder(self.backend, names | own, self._encoder)
-
-
-def _encode(backend: Backend, texts: list[str]) -> list[list[int]]:
-    try:
-        return [item.ids for item in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    except TypeError:
-        for text in texts:
-            check_unicode(text)
-        raise
-
-
-def check_unicode(text: str) -> str:
-    """The text; lone surrogates are refused."""
-    if match := _SURROGATE.search(text):
-        what = "this text is not valid Unicode: it holds a lone surrogate"
-        raise InputError(what, found=ascii(text[match.start() :][:80]), fix="give it as UTF-8") from None
-    return text

@@ -14,7 +14,8 @@ from minillama.tokenizer.pre import BYTE_TO_CHAR, STEPS, byte_level_bpe
 from minillama.tokenizer.reference.bpe import Ties
 from minillama.tokenizer.reference.splitting import by_frequency, count_words
 from minillama.tokenizer.reference.wordpiece import Score
-from minillama.tokenizer.tokenizer import Tokenizer, check_unicode
+from minillama.tokenizer.spec import check_unicode
+from minillama.tokenizer.tokenizer import Tokenizer
 from minillama.tokenizer.trainers import RULES, SENTENCEPIECE_RESERVED, Library, Model, Reference
 
 Kind = Literal["byte-bpe", "bpe", "unigram", "sentencepiece", "wordpiece", "word", "char", "bytes"]

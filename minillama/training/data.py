@@ -180,8 +180,9 @@ def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instr
 def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report) -> tuple[Corpus, Tokenizer]:
     """Tokenized corpus, new or from the cache, checked to fit the model."""
     began = time.perf_counter()
+    sources = [replace(source, field=source.field or config.data.field) for source in config.data.sources]
     corpus, trained = prepare(
-        config.data.sources,
+        sources,
         tokenizer,
         cache=Path(config.data.cache) if config.data.cache else cache_folder(),
         val_fraction=config.data.val_fraction,
@@ -194,7 +195,8 @@ def _load_text(config: RunConfig, tokenizer: Tokenizer | TokenizerTrainer, repor
         trained.add_bos = corpus.separator is not None
     tokens, held_out = (sum(split.tokens for split in splits) for splits in (corpus.train, corpus.val))
     seconds = time.perf_counter() - began
-    size = f"{tokens:,} tokens, {held_out:,} held out, vocabulary {trained.vocab_size} ({seconds:.1f} s)"
+    held = f"{held_out:,} held out, {corpus.held_out_part}"
+    size = f"{tokens:,} tokens ({held}), vocabulary {trained.vocab_size} ({seconds:.1f} s)"
     _say_size(corpus, size, config, report)
     return corpus, trained
 

@@ -14,7 +14,7 @@ import torch
 
 from minillama.config import ModelConfig
 from minillama.config.loader import to_dict
-from minillama.errors import InputError
+from minillama.errors import InputError, missing
 from minillama.formats.gguf import architecture
 from minillama.formats.model_file import ModelFile
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
@@ -22,6 +22,7 @@ from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
 from minillama.runs.folder import RunFolder, choose_folder, read_lines
 from minillama.runs.memory import check_disk, warn_of_memory
+from minillama.runs.objectives import typed
 from minillama.runs.plot import MISSING, sparkline, write_png
 from minillama.runs.provenance import provenance
 from minillama.runs.report import Report, make_report
@@ -31,7 +32,10 @@ from minillama.training.data import load_data, load_stages
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import make_staged
+from minillama.training.optim.schedule import learning_rate
 from minillama.training.trainer import Trainer
+
+FINE_TUNING = {"lr": 2e-3, "muon_lr": 1e-2}  # the highest learning rates of a trained model without a warning
 
 
 def train(
@@ -95,6 +99,8 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         return 0
     check_disk(config, folder.path)
     warn_of_memory(config, start.dtype, start.device, report)
+    if start.initial is not None and checkpoint is None:
+        _warn_of_rates(config, report)
     data, tokenizer = load_data(config, start.tokenizer, report)
     stages, tokenizer = load_stages(config, tokenizer, report)
     model = start.build_model()
@@ -121,10 +127,23 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         reached = f"saved at step {state.step}" if state.step else "no step was taken"
         report.say(f"stopped by {stopped}; {reached}. To go on:")
         report.say(f"  {shlex.join(_resume(folder))}")
+        if state.step and config.lora is None:
+            report.say(f"or to try what there is: {shlex.join([*typed('generate'), '--model', str(folder.path)])}")
         return 128 + stopped.number
     _say_end(trainer, folder, before, report)
-    _say_next(folder, config, report, start.initial)
+    prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
+    best = trainer.writer.best if trainer.writer.best != state.step else None
+    _say_next(folder, config, report, start.initial, " ".join(prompts[0].split()) if prompts else "", best)
     return 0
+
+
+def _warn_of_rates(config: RunConfig, report: Report) -> None:
+    """Warn of learning rates that suit random weights, where a model is to be trained on."""
+    rates = {f"optim.{name}": getattr(config.optim, name) for name in FINE_TUNING}
+    if config.lora is None and any(rates[f"optim.{name}"] > highest for name, highest in FINE_TUNING.items()):
+        now = " and ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate)
+        tenth = " ".join(f"--{name} {rate / 10:g}" for name, rate in rates.items() if rate)
+        report.say(f"warning: {now} suit random weights, and a trained model forgets; a tenth of them: {tenth}")
 
 
 def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, report: Report) -> list[str]:
@@ -138,6 +157,10 @@ def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
         raise InputError(what, where="train.steps", found=steps, expected=f"at least {done}", fix=fix)
     for line in changes:
         report.say(f"resuming with {line}")
+    before = learning_rate(saved.optim_at(done), min(done + 1, saved.train.steps), saved.train.steps)
+    after = learning_rate(config.optim_at(done), done + 1, steps)
+    if done < steps and after > 1.2 * before:
+        report.say(f"resuming with a learning rate of {after:.2g}, after {before:.2g}: that of a run of {steps} steps")
     return changes
 
 
@@ -182,27 +205,42 @@ def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
 
 
 def _resume(folder: RunFolder) -> list[str]:
-    return ["python", "train.py", "--out", str(folder.path), "--resume"]
+    return [*typed("train"), "--out", str(folder.path), "--resume"]
 
 
-def _say_next(folder: RunFolder, config: RunConfig, report: Report, initial: ModelFile | None) -> None:
-    """Commands that may follow; with an adapter, on the initial model."""
+def _say_next(
+    folder: RunFolder,
+    config: RunConfig,
+    report: Report,
+    initial: ModelFile | None,
+    prompt: str = "",
+    best: int | None = None,
+) -> None:
+    """Commands that may follow, with a prompt for the model, and the step of a better one than the last.
+
+    With an adapter on the initial model.
+    """
     model, tokenizer = str(folder.model), Tokenizer.load(folder.model)
-    export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp, after pip install 'minillama[gguf]'"
+    export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp"
+    if absent := missing("gguf"):
+        remark += f", after pip install '{absent[0]}'"
     if not architecture(config.model) or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
         export, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
-    base = model if config.lora is None or initial is None else str(initial.path)
-    commands = config.objective.commands(base, next(iter(config.sample.prompts), "The"))
-    if config.data.template and config.objective.head == "lm":
-        commands = {"chat": ["minillama", "chat", base]}
-    resume = {"resume": [*_resume(folder), "--train.steps", str(2 * config.train.steps)]}
+    models = {"": model} | ({} if best is None else {"best ": str(folder.checkpoints / f"step-{best}")})
+    own = None if config.lora is None or initial is None else str(initial.path)
+    commands: dict[str, list[str]] = {}
+    for rank, path in models.items():
+        base, adapter = (path, []) if own is None else (own, ["--adapter", path])
+        uses = config.objective.commands(base, prompt or next(iter(config.sample.prompts), "The"))
+        if config.data.template and config.objective.head == "lm":
+            uses = {"chat": ["minillama", "chat", base]}
+        commands |= {rank + name: [*words, *adapter] for name, words in uses.items()}
+    commands["resume"] = [*_resume(folder), "--train.steps", str(2 * config.train.steps)]
     if config.lora is None:
-        commands |= resume | {
-            "export": ["minillama", "convert", model, *export],
-            "plan": ["minillama", "plan", model],
-        }
+        commands["export"] = ["minillama", "convert", model, *export]
+        commands["plan"] = ["minillama", "plan", str(folder.path)]
     else:  # the folder has the adapter alone
-        merge = ["minillama", "convert", base, f"{model}-merged", "--to", "hf", "--merge", model]
-        commands = {name: [*words, "--adapter", model] for name, words in commands.items()} | resume | {"merge": merge}
+        base = own or config.train.init_from
+        commands["merge"] = ["minillama", "convert", base, f"{model}-merged", "--to", "hf", "--merge", model]
     for name, words in commands.items():
-        report.say(f"  {name:9} {shlex.join(words)}" + (f"  # {remark}" if name == "export" else ""))
+        report.say(f"  {name:13} {shlex.join(words)}" + (f"  # {remark}" if name == "export" else ""))

@@ -273,7 +273,7 @@ class Trainer:
         if not (wanted.max_new_tokens and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
-        prompts: Sequence[str | Sequence[int]] = self.objective.prompts or wanted.prompts
+        prompts: Sequence[str | Sequence[int]] = wanted.prompts or self.objective.prompts
         for prompt in prompts:
             completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)

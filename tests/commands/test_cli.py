@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 import types
@@ -14,7 +16,7 @@ import pytest
 from minillama import Decoder, ModelConfig, __version__
 from minillama.commands import cli
 from minillama.errors import InputError
-from minillama.tokenizer import byte_tokenizer
+from minillama.tokenizer import TokenizerTrainer, byte_tokenizer
 
 
 @dataclass
@@ -75,9 +77,44 @@ def test_help_names_the_program(command: types.ModuleType, capsys: pytest.Captur
 
 
 def test_a_bad_argument_exits_2(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["probe", "--n", "x"])
-    assert "x" in capsys.readouterr().err
+    assert cli.main(["probe", "--n", "x"]) == 2
+    said = "error: --n has a value of the wrong type\n  where: command line\n  found: 'x'\n  expected: a whole number\n"
+    assert capsys.readouterr() == ("", said)
+    assert cli.main(["probe", "--n", "x", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["what"] == "unknown option --json"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "--modell", "x"], "error: missing: --model\n(?s:.)*do: did you mean --model\\?"),
+        (["generate", "--model", "x", "--temp", "1"], "unknown option --temp\n(?s:.)*did you mean --temperature\\?"),
+        (["generate", "--model", "x", "--max-tokens", "1"], "did you mean --max-new-tokens\\?"),
+        (["show"], "missing: RUN\n(?s:.)*do: minillama show --help"),
+        (
+            ["infill", "--model", "x", "--dtype", "flat32"],
+            "expected: auto, .*\n  do: did you mean 'float32'",
+        ),
+        (["plan", "llama-tiny", "--batch"], "--batch needs a value"),
+        (["tokenizer"], "no such subcommand\n(?s:.)*expected: train, merge, encode"),
+        (["tokenizer", "encode", "a", "b"], "missing: --model"),
+    ],
+)
+def test_errors_of_the_command_line_have_one_style(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and "│" not in err
+    assert re.search(said, err)
+
+
+def test_help_as_a_command(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: minillama COMMAND")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["help", "probe"])
+    assert "Return a number." in capsys.readouterr().out
 
 
 def test_an_option_given_twice_is_refused(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +173,8 @@ def test_a_closed_pipe_is_quiet() -> None:
 def test_trains_help_shows_the_defaults_of_the_default_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    assert "Optimizer steps. (default: 360)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Optimizer steps. (default: 360)" in out and "--train.batch_size INT" in out
 
 
 def test_generates_device_is_named_as_it_was_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,3 +183,14 @@ def test_generates_device_is_named_as_it_was_typed(tmp_path: Path, capsys: pytes
     byte_tokenizer().save(tmp_path)
     assert cli.main(["generate", "--model", str(tmp_path), "--device", "quantum", "--prompt", "x"]) == 1
     assert "where: --device\n  found: quantum" in capsys.readouterr().err
+
+
+def test_a_draft_of_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ModelConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=48, vocab_size=260, max_seq_len=64)
+    for name, text in (("own", "abcd " * 20), ("draft", "dcba " * 20)):
+        Decoder(config).save_pretrained(tmp_path / name)
+        TokenizerTrainer("byte-bpe", 260)([text]).save(tmp_path / name)
+    words = ["generate", "--model", str(tmp_path / "own"), "--prompt", "a", "--max-new-tokens", "2", "--draft"]
+    assert cli.main([*words, str(tmp_path / "draft")]) == 1
+    assert "the draft model has another tokenizer\n  where: --draft" in capsys.readouterr().err
+    assert cli.main([*words, str(tmp_path / "own")]) == 0

@@ -60,7 +60,7 @@ def test_a_record_that_cannot_be_read_stops_or_is_counted(asked: list[str], caps
     assert main([*asked, "--template", "ziya", "--limit", "0"]) == 1
     assert f"{asked[2]}:3" in capsys.readouterr().err
     assert main([*asked, "--template", "ziya", "--limit", "0", "--on-error", "skip"]) == 0
-    assert capsys.readouterr().err.endswith(f"1 documents left out: 1 no conversation ({asked[2]}:3)\n")
+    assert capsys.readouterr().err.endswith(f"1 document left out: 1 no conversation ({asked[2]}:3)\n")
 
 
 def test_a_record_without_a_trained_token_is_named(

@@ -19,23 +19,25 @@ def test_it_says_what_is_here(
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
-    assert found["extras"]["gguf"] == "complete"
-    assert found["waiting"]["policy"] == "OMP_WAIT_POLICY=PASSIVE, from the environment"
-    assert found["folders"]["cache"].startswith(str(cache))
+    assert found["extras"]["gguf"] == []
+    assert found["waiting"]["policy"] == "OMP_WAIT_POLICY=PASSIVE"
+    assert found["folders"]["cache"] == {"path": str(cache / "minillama"), "files": 0, "bytes": 0}
     (cache / "minillama").mkdir()
     (cache / "minillama" / "x").write_bytes(b"\0" * 2_000_000)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert f"{cache / 'minillama'}, 1 files, 2 MB" in said
+    assert f"path {cache / 'minillama'}, files 1, bytes 2,000,000" in said
 
 
 def test_it_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minillama.commands.doctor._version", lambda name: None if name == "gguf" else "99")
+    monkeypatch.setattr("minillama.errors.version", lambda name: "0.1" if name == "gguf" else "99999")
     monkeypatch.setattr("minillama.native.build.can_build", lambda: False)
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["extras"]["gguf"] == "optional, not installed: gguf; pip install 'minillama[gguf]'"
-    assert found["extras"]["plot"] == "complete"
-    assert found["kernels"]["attention"] == "torch (it takes g++ or clang++ on Linux)"
-    assert found["processor"]["units"] == "none beyond the base"
+    assert found["extras"]["gguf"] == ["gguf>=0.17"] and found["extras"]["plot"] == []
+    reason = "it takes g++ or clang++ on Linux"
+    assert found["kernels"]["attention"] == {"C++": False, "compiled": None, "reason": reason}
+    assert found["processor"]["instructions"] == []
+    assert main(["doctor"]) == 0
+    assert "for gguf: pip install 'gguf>=0.17'\n" in capsys.readouterr().out

@@ -164,7 +164,14 @@ def test_ranges_hold_at_every_depth(instance: Any, where: str, expected: str) ->
 
 
 def test_inclusive_bounds_are_inside() -> None:
-    check(Outer(inner=Inner(steps=1), extra=Inner(steps=100), limit=10**400))
+    check(Outer(inner=Inner(steps=1), extra=Inner(steps=100), limit=2**63 - 1))
+
+
+@pytest.mark.parametrize("limit", [2**63, 10**22, 10**400])
+def test_a_whole_number_that_no_tensor_holds_is_out_of_range(limit: int) -> None:
+    with pytest.raises(InputError, match="limit is out of range") as error:
+        check(Outer(limit=limit))
+    assert error.value.expected == f"at most {2**63 - 1}"
 
 
 @dataclass(frozen=True)
@@ -249,15 +256,27 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
-    with pytest.raises(InputError, match="no such file") as error:
+    with pytest.raises(InputError, match="No such file") as error:
         read_toml(path)
     assert error.value.where == path
     path.write_bytes(b"a = '\xff'")
-    with pytest.raises(InputError, match="cannot be read") as error:
+    with pytest.raises(InputError, match="not UTF-8") as error:
         read_toml(path)
     assert error.value.where == path
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="not a regular file"):
         read_toml(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 3000, "a = " + "{b=" * 3000, "a = " + "9" * 5000])
+def test_toml_that_the_library_gives_up_on_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="not valid TOML"):
+        read_toml(tmp_path / "f.toml")
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(InputError, match="no such file"):
+        config_path("train", "x" * 10_000 + ".toml")
 
 
 def test_nearest_ignores_case_and_punctuation() -> None:

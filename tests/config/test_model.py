@@ -302,14 +302,52 @@ def test_every_generation_of_rope_keys(keys: dict[str, Any]) -> None:
 
 def test_mistral_without_a_window_is_a_llama() -> None:
     same = V4 | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5, "sliding_window": None}
-    mistral = ModelConfig.from_hf(same | {"model_type": "mistral"})
+    mistral = ModelConfig.from_hf(same | {"model_type": "mistral", "max_position_embeddings": 2048})
     assert replace(mistral, model_type="") == ModelConfig.from_hf(same)
+    assert ModelConfig.from_hf(same | {"model_type": "mistral"}).max_seq_len == 131072  # transformers' default
+
+
+def test_other_spellings_of_transformers() -> None:
+    """AutoConfig's attribute_map, hidden_act's other name, a base that is null, a window that LLaMA has not."""
+    bloom = {"model_type": "bloom", "vocab_size": 32, "layer_norm_epsilon": 1e-5}
+    for width in ("hidden_size", "n_embed"):
+        for layers in ("n_layer", "num_hidden_layers"):
+            for heads in ("n_head", "num_attention_heads"):
+                found = ModelConfig.from_hf(bloom | {width: 64, layers: 2, heads: 4})
+                assert (found.dim, found.n_layers, found.n_heads) == (64, 2, 4)
+    rwkv = {"model_type": "rwkv", "vocab_size": 32, "layer_norm_epsilon": 1e-5, "hidden_size": 64}
+    assert ModelConfig.from_hf(rwkv | {"num_hidden_layers": 2, "max_position_embeddings": 99}).max_seq_len == 99
+    odd = {"hidden_act": "swish", "rope_theta": None, "sliding_window": 64}
+    assert ModelConfig.from_hf(V4 | odd) == ModelConfig.from_hf(V4)
+
+
+def test_rope_settings_in_two_places() -> None:
+    """Version 4's table wins, as in transformers; two different bases are refused."""
+    linear, llama3 = {"type": "linear", "factor": 4.0}, {"rope_type": "llama3", "factor": 8.0}
+    for other in ({"rope_type": "default", "rope_theta": 10000.0}, llama3, None):
+        found = ModelConfig.from_hf(V4 | {"rope_scaling": linear, "rope_parameters": other}).rope_scaling
+        assert found is not None and (found.kind, found.factor) == ("linear", 4.0)
+    with pytest.raises(InputError, match="two values of rope_theta"):
+        ModelConfig.from_hf(V4 | {"rope_scaling": linear | {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 5e5}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rms_norm_eps", 1e308), ("rms_norm_eps", 1.0), ("rope_theta", 1e38), ("vocab_size", 10**22)),
+        *(("max_position_embeddings", 2**40), ("intermediate_size", 10**22), ("head_dim", 2**30)),
+    ],
+)
+def test_absurd_constants_are_out_of_range(key: str, value: float) -> None:
+    with pytest.raises(InputError, match="is out of range"):
+        ModelConfig.from_hf(V4 | {key: value})
 
 
 @pytest.mark.parametrize(
     ("keys", "where"),
     [
         ({"model_type": "gpt2"}, "model_type"),
+        ({"model_type": ["llama"]}, "model_type"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
@@ -349,7 +387,7 @@ def test_a_null_size_is_a_missing_one() -> None:
 
 
 def test_a_folder_without_config_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no config\.json"):
+    with pytest.raises(InputError, match=r"cannot read config\.json"):
         ModelConfig.load(tmp_path)
 
 

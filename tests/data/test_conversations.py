@@ -120,7 +120,7 @@ def test_an_answer_in_front_of_every_question_is_left_out_and_noted() -> None:
     report = Skipped()
     found = one({"conversations": [{"from": role, "value": value} for role, value in turns]}, report=report)
     assert pairs(found) == [("system", "s"), ("user", "Hi"), ("assistant", "Ho")]
-    assert str(report) == "1 conversations without the answer in front of their first question"
+    assert str(report) == "1 conversation without the answer in front of their first question"
 
 
 # --- what cannot be read

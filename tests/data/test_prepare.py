@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from minillama.data import prepare as module
-from minillama.data.corpus import Split
+from minillama.data.corpus import Corpus, Split
 from minillama.data.prepare import load_corpus, prepare
+from minillama.data.shards import Shard
 from minillama.data.sources import Document, Source, documents
 from minillama.data.split import Part, SplitSource, hash_fraction
 from minillama.errors import InputError
@@ -113,11 +115,29 @@ def test_sample_for_the_tokenizer_spreads_over_training_documents(tmp_path: Path
 
 def test_sample_holds_the_beginning_of_every_long_document(tmp_path: Path) -> None:
     """A hash alone would leave all of them out, and the tokenizer would learn nothing."""
-    texts = [letter * 100_000 for letter in "abcdefgh"]
-    reader = SplitSource(lines(tmp_path / "a.jsonl", texts), 0.3, "stop", 2**20)
-    assert [part.text[0] for part in reader.parts() if part.split == "val"] == ["h"]
-    assert not any(hash_fraction(text, "sample") < 7000 / 700_000 for text in texts)
-    assert list(reader.sample(7000)) == [letter * 1000 for letter in "abcdefg"]
+    texts = [letter * 125_000 for letter in "abcdefgh"]
+    reader = SplitSource(lines(tmp_path / "a.jsonl", texts), 0.2, "stop", 2**20)
+    assert sum(hash_fraction(text, "sample") < 0.01 for text in texts) < 8
+    assert list(reader.sample(8000)) == [letter * 1000 for letter in "abcdefgh"]
+
+
+def test_few_documents_give_their_ends(tmp_path: Path) -> None:
+    """The held-out text is of all of them; short ones stay whole, and of many a hash takes some."""
+    texts = ["".join(f"{name}{i:03} " for i in range(500)) for name in "abc"]
+    reader = SplitSource(lines(tmp_path / "a.jsonl", [*texts, "short"]), 0.1, "stop", 2**20)
+    parts = list(reader.parts())
+    assert [part.text for part in parts if part.split == "val"] == [text[2250:] for text in texts]
+    assert parts[-1] == Part("train", "short") and not parts[0].ends and not parts[1].starts
+    assert reader.chars == {"train": 3 * 2250 + 5, "val": 3 * 250}
+    assert reader.held_out == "the last 0.1 of each document"
+    many = SplitSource(lines(tmp_path / "b.jsonl", [f"{text}{i}" for i in range(40) for text in texts]), 0.1, "stop", 0)
+    assert all(part.starts and part.ends for part in many.parts())
+    assert re.fullmatch(r"\d+ of 120 documents", many.held_out)
+    corpus, _ = prepare([Source(path=str(tmp_path / "a.jsonl"))], BYTES, cache=tmp_path / "c", val_fraction=0.1)
+    assert corpus.held_out_part == reader.held_out
+    assert BYTES.decode(corpus.prompt(8)) == texts[0][2250:2258]
+    separate = Corpus(corpus.val, [Split([Shard(Path("x"), np.array([256, 7, 8, 256, 9]))], 257)], separator=256)
+    assert separate.prompt(4) == [256, 7, 8]
 
 
 def _text(folder: Path, text: str) -> Path:

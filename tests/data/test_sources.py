@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from minillama.data import archives
+from minillama.data.encoding import _encoding
 from minillama.data.sources import Skipped, Source, documents, identity, parse_source
+from minillama.data.split import SplitSource
 from minillama.errors import InputError
 
 
@@ -109,7 +112,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so no mode bits
+    monkeypatch.setattr(archives, "regular", refuse)  # root may read everything, so no mode bits
     with pytest.raises(InputError, match=r"cannot read this file: Permission denied(?s:.)*a\.txt"):
         texts(str(tmp_path))
 
@@ -198,4 +201,87 @@ def test_skipped_counts_add_up() -> None:
     one.merge(Skipped({"NUL": 2, "invalid UTF-8": 1}, ["b:1", "c:1", "d:1", "e:1", "f:1"]))
     assert one.total == 4
     assert str(one) == "4 documents left out: 3 NUL, 1 invalid UTF-8 (a:1, b:1, c:1, d:1, e:1)"
+    assert str(Skipped({"NUL": 1}, ["a:1"])) == "1 document left out: 1 NUL (a:1)"
     assert str(Skipped()) == ""
+
+
+ZH = "潮水退了，船停在沙上。孩子们在岸边找贝壳，老人说明天的风会更大。\n" * 3
+KO = "나는 어제 시장에 가서 사과와 배를 샀다. 날씨가 맑고 바람이 불었다. 우리는 함께 저녁을 먹고 이야기를 나누었다.\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("gb18030", "1 file in GB18030"),
+        ("utf-16", "1 file in UTF-16"),
+        ("utf-32", "1 file in UTF-32"),
+        ("utf-16-be", "1 file in UTF-16-BE"),
+        ("utf-8-sig", ""),
+        ("utf-8", ""),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".txt.gz"])
+def test_recognized_encodings(tmp_path: Path, encoding: str, said: str, suffix: str) -> None:
+    text = ZH + "And in English: the boats are out.\n"
+    written = json.dumps({"text": text}, ensure_ascii=False) + "\n" if suffix == ".jsonl" else text
+    data = written.encode(encoding) if encoding != "utf-16-be" else ("a boat " * 99).encode(encoding)
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix == ".txt.gz" else data)
+    if encoding == "utf-16-be" and suffix == ".jsonl":
+        return
+    report = Skipped()
+    found = [document.text for document in documents(Source(str(path)), report=report)]
+    assert found == ["a boat " * 99 if encoding == "utf-16-be" else text]
+    assert str(report) == said
+
+
+@pytest.mark.parametrize(
+    "data", [KO.encode("euc_kr"), "Le café fermé à midi".encode("cp1252"), ZH.encode()[:-4] + b"\xff"]
+)
+def test_other_encodings_are_asked_for(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(InputError, match=r"not UTF-8(?s:.)*iconv -f ENCODING -t UTF-8"):
+        texts(str(tmp_path / "a.txt"))
+
+
+def test_no_text_of_the_corpus_is_misread(shared: Path, tmp_path: Path) -> None:
+    """Every Chinese text through GB18030, and texts in other encodings, which it is not."""
+    for path in sorted((shared / "text" / "zh").glob("*.json")):
+        assert _encoding(path.read_text(encoding="utf-8").encode("gb18030")[:65536]) == "gb18030", path
+    others = {"jpn_Jpan": ("euc_jp", "shift_jis"), "rus_Cyrl": ("cp1251", "koi8_r"), "zho_Hant": ("big5", "utf-8")}
+    for name, encodings in others.items():
+        text = (shared / "text" / "flores200" / f"{name}.dev").read_text(encoding="utf-8")
+        for encoding in encodings:
+            assert _encoding(text.encode(encoding, "ignore")[:65536]) == "", (name, encoding)
+
+
+def test_the_field_of_records_is_found_or_asked_for(tmp_path: Path) -> None:
+    poems = [{"author": "A", "title": str(i), "paragraphs": [f"line {i}", "and more"]} for i in range(3)]
+    (tmp_path / "poems.json").write_text(json.dumps(poems, indent=1))
+    (tmp_path / "one.ndjson").write_text('{"n": 1, "words": "the only text"}\n')
+    assert texts(str(tmp_path / "poems.json"), "") == ["line 0\nand more", "line 1\nand more", "line 2\nand more"]
+    assert texts(str(tmp_path / "one.ndjson"), "") == ["the only text"]
+    assert texts(str(tmp_path / "poems.json"), "title") == ["0", "1", "2"]
+    (tmp_path / "open.jsonl").write_text('{"a": "x", "b": "y"}\n')
+    with pytest.raises(InputError, match=r"(?s)no field of this record.*open.jsonl:1.*'a', 'b'.*--data.field"):
+        texts(str(tmp_path / "open.jsonl"), "")
+
+
+def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
+    (tmp_path / "poems.json").write_text('[{"title": "t", "content": "sea"}]')
+    (tmp_path / "settings.json").write_text('{"depth": 3, "names": {}}')
+    for name in ("a.md", "b.md", "c.txt", "scan.pdf", "d/photo.jpg", "e.txt.gz", "Makefile"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(b"e") if name.endswith("gz") else b"" if name == "b.md" else b"x")
+    report = Skipped()
+    found = [document.text for document in documents(Source(str(tmp_path)), report=report)]
+    assert sorted(found) == ["e", "sea", "x", "x"]
+    assert str(report) == (
+        "6 files: 2 .md, 2 .txt, 2 .json; left out: 1 without suffix, 1 .jpg, 1 .pdf; 1 empty document; "
+        "1 file of records with their texts in 'content'; 1 .json file without a field of text left out"
+    )
+    (tmp_path / "only").mkdir()
+    (tmp_path / "settings.json").rename(tmp_path / "only" / "settings.json")
+    with pytest.raises(InputError, match=r"(?s)holds no text.*1 \.json file without a field.*--data.field"):
+        SplitSource(Source(str(tmp_path / "only")), 0.1, "stop", 99).scan()

@@ -76,9 +76,36 @@ def test_fault_01_typo_on_the_command_line(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(InputError) as error:
         load_run_config("tiny", ["--config", "tiny"])
     assert "comes first" in str(error.value.fix)
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["plan", "llama-7b", "--contxt", "3"])
-    assert "--context" in capsys.readouterr().err
+    assert cli.main(["plan", "llama-7b", "--contxt", "3"]) == 2
+    assert "unknown option --contxt\n  where: command line\n  do: did you mean --context?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--data", "texts"], "did you mean --data.sources?"),
+        (["--train.lr", "1e-3"], "did you mean --optim.lr?"),
+        (["--hlp"], "did you mean --help?"),
+        (["texts"], "to train on it: --data.sources texts"),
+        (["texts/a.txt"], "to train on it: --data.sources texts/a.txt"),
+        (["runs/a"], "to go on with this run: --out runs/a --resume"),
+        (["tinny"], "did you mean 'tiny'?"),
+        (["--out", "runs/a/model", "--resume"], "resume its run: --out {}/runs/a"),
+        (["--out", "base", "--resume"], "train from it: --train.init_from base"),
+        (["--model.preset", "lama-tiny"], "did you mean 'llama-tiny'?"),
+    ],
+)
+def test_the_next_step_after_a_wrong_one(
+    words: list[str], fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("texts/a.txt", "runs/a/config.toml", "runs/a/model/config.json", "base/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *words]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith(f"  do: {fix.format(tmp_path)}\n")
+    assert len(said) < 300  # no list of all presets
 
 
 @pytest.mark.parametrize(

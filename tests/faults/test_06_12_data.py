@@ -146,7 +146,8 @@ def test_fault_10_replaced_data_have_another_fingerprint(tmp_path: Path) -> None
 BAD_TEXT = [
     (b"one\ntw\xff\n", "a.txt:2", "byte 0xff, invalid start byte", "invalid UTF-8"),
     (b"one\ntwo\n\xe4\xbd", "a.txt:3", "unexpected end of data", "invalid UTF-8"),
-    ("text".encode("utf-16"), "a.txt:1", "byte 0xff", "invalid UTF-8"),
+    ("caf\xe9".encode("latin-1"), "a.txt:1", "byte 0xe9", "invalid UTF-8"),
+    ("text".encode("utf-16")[:-1], "a.txt", "truncated data", "invalid utf-16"),
     (b"one\n\ntwo\0three\n", "a.txt:3", "at byte 8", "NUL"),
 ]
 BAD_LINES = [
@@ -207,7 +208,7 @@ def test_fault_12_skipped_lines_are_counted_on_every_start(tmp_path: Path) -> No
 def test_fault_12_nothing_left_after_skipping(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("oops\n")
     source = Source(path=str(tmp_path / "a.jsonl"))
-    with pytest.raises(InputError, match=r"holds no text(?s:.)*1 documents left out: 1 malformed JSON"):
+    with pytest.raises(InputError, match=r"holds no text(?s:.)*1 document left out: 1 malformed JSON"):
         prepare([source], byte_tokenizer(), cache=tmp_path / "c", on_error="skip")
 
 

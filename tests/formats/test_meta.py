@@ -84,7 +84,7 @@ def test_what_it_cannot_express_is_refused_by_name(make: Make, bpe: Tokenizer, t
     with pytest.raises(InputError, match="neither Llama 2's nor Llama 3's"):
         convert(tmp_path / "hf", tmp_path / "meta", "meta")
     with pytest.raises(InputError, match=r"cannot express this(?s:.*)head_dim"):
-        meta.write(tmp_path / "meta", make(head_dim=32).config, {})
+        meta.write(tmp_path / "meta", (wide := make(head_dim=32)).config, wide.state_dict())
     convert(tmp_path / "hf", tmp_path / "free", "hf")
     assert not (tmp_path / "meta/consolidated.00.pth").exists()
 

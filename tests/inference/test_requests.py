@@ -221,7 +221,7 @@ def test_what_no_request_can_be() -> None:
     for prompt, said in (([], "without a token"), ([1] * 25, "longer than the model's context of 24")):
         with pytest.raises(ValueError, match=said):
             engine.submit(Request(prompt, 4))
-    with pytest.raises(ValueError, match=r"outside 0\.\.28"):
+    with pytest.raises(ValueError, match=r"ids of 0 to 28"):
         engine.submit(Request([1, 29], 4))
     with pytest.raises(ValueError, match="submitted before"):
         engine.submit(Request([1], 4, tokens=[3]))

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from minillama.commands.cli import main
 from minillama.errors import InputError
 from minillama.inference.generate import generate
 from minillama.inference.sampling import Sampling
@@ -77,6 +78,60 @@ def test_a_run_writes_what_the_design_says(tiny_config: Make, tmp_path: Path) ->
     assert "val_bits_per_byte" in text and "  | " in text
     for word in ("generate", "resume", "export", "plan"):
         assert any(line.strip().startswith(word) for line in lines)
+    assert any(f"minillama generate --model {out / 'model'} --prompt" in line for line in lines)
+
+
+def test_best_and_last_are_offered_as_the_run_was_typed(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    out = tmp_path / "run"
+    rates = ("--optim.lr", "3", "--optim.schedule", "constant", "--optim.grad_clip", "0", "--optim.warmup_steps", "12")
+    lines = run(tiny_config(*rates, "--validate.every", "1"), out)  # at first small, in the end a rate that undoes it
+    losses = {r["step"]: r["val_loss"] for r in metrics(out) if r.get("val_loss") and r["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 12
+    commands = {line[:16].strip(): line[16:] for line in lines if line.startswith("  ") and "|" not in line}
+    assert commands["generate"].startswith(f"python generate.py --model {out / 'model'} --prompt")
+    assert commands["best generate"].startswith(f"python generate.py --model {out / 'checkpoints' / f'step-{best}'} ")
+    assert commands["resume"] == f"python train.py --out {out} --resume --train.steps 24"
+
+
+def test_a_run_opens_as_its_model_or_newest_checkpoint(
+    tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run(tiny_config(), out)
+    capsys.readouterr()
+    assert (
+        main(["generate", "--model", str(out), "--prompt", "The", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    )
+    text, said = capsys.readouterr()
+    assert said == f"{out} is a run; its model: {out / 'model'}\n"
+    shutil.rmtree(out / "model")
+    assert (
+        main(["generate", "--model", str(out), "--prompt", "The", "--max-new-tokens", "3", "--temperature", "0"]) == 0
+    )
+    assert capsys.readouterr() == (text, f"{out} is a run; its newest checkpoint: {out / 'checkpoints' / 'step-12'}\n")
+    config = tiny_config("--train.init_from", str(out))
+    assert config.train.init_from == config.tokenizer.path == str(out / "checkpoints" / "step-12")
+    said = run(config, tmp_path / "next")
+    assert any("optim.lr 0.01 suit random weights" in line and "--optim.lr 0.001" in line for line in said)
+    quiet = run(tiny_config("--train.init_from", str(out), "--optim.lr", "1e-3"), tmp_path / "third")
+    assert not any(line.startswith("warning: optim") for line in quiet)
+
+
+def test_own_text_has_a_prompt_of_its_own(tiny_config: Make, text_file: Path, tmp_path: Path) -> None:
+    assert (
+        load_run_config("tiny").sample.prompts and not load_run_config("tiny", ["--data.sources", "a"]).sample.prompts
+    )
+    lines = run(tiny_config(), tmp_path / "run")
+    sample = next(line for line in lines if line.startswith("  | ")).removeprefix("  | ")
+    tokenizer = Tokenizer.load(tmp_path / "run" / "model")
+    text = text_file.read_text(encoding="utf-8")
+    held_out = text[int(len(text) * 0.9) :].strip()
+    assert held_out.startswith(sample[:4]) and len(tokenizer.encode(held_out[:4])) <= 12
+    assert any("the last 0.1 of the text" in line for line in lines)
 
 
 def test_the_model_folder_opens_here_and_in_transformers(tiny_config: Make, tmp_path: Path) -> None:

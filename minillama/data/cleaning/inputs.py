@@ -12,7 +12,17 @@ from minillama.data.builtin import BUILTIN
 from minillama.data.cleaning.charset import page_text
 from minillama.data.cleaning.document import Draft
 from minillama.data.cleaning.warc import read_warc
-from minillama.data.reading import BadText, Document, Record, clean, holds_records, read_items, read_records, too_long
+from minillama.data.reading import (
+    BadText,
+    Document,
+    Record,
+    Remark,
+    clean,
+    holds_records,
+    read_items,
+    read_records,
+    too_long,
+)
 from minillama.data.sources import SUFFIXES, Source, find_files, read_source
 from minillama.errors import InputError
 
@@ -56,7 +66,7 @@ class Input:
         """
         if self.path in BUILTIN or self.path.startswith("hf:"):
             return []
-        return find_files(self.path, self.suffixes or (*SUFFIXES, ".json", *CRAWLS, *PAGES))
+        return find_files(self.path, self.suffixes or (*SUFFIXES, *CRAWLS, *PAGES))
 
     def documents(self, path: Path | None) -> Iterator[Draft | BadText]:
         """Documents of one of its files, or of a source without files; an error for each that cannot be read."""
@@ -69,6 +79,8 @@ class Input:
         else:
             found = _text(path)
         for item in found:
+            if isinstance(item, Remark):
+                continue
             if isinstance(item, BadText):
                 yield item
             elif isinstance(item, Record):
@@ -102,7 +114,7 @@ def _plain(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".zst")
 
 
-def _text(path: Path) -> Iterator[Document | BadText]:
+def _text(path: Path) -> Iterator[Document | BadText | Remark]:
     """A file as one document, of any charset."""
 
     def read(stream: Any) -> list[Document | BadText]:
@@ -110,4 +122,4 @@ def _text(path: Path) -> Iterator[Document | BadText]:
         text = too_long(path, LIMIT) if len(data) > LIMIT else page_text(data, str(path))
         return [text if isinstance(text, BadText) else Document(text, str(path))]
 
-    return read_items(path, read)
+    return read_items(path, read, recognizes=False)

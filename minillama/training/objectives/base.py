@@ -21,6 +21,7 @@ from minillama.model import Decoder
 from minillama.training.model_folder import ModelFolder
 
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
+PROMPT = 12  # tokens of a prompt from held-out text
 Metrics = Mapping[str, float]
 
 
@@ -139,7 +140,7 @@ class Objective(Protocol):
     compiles: bool = True
     """Whether compiled blocks may be faster than what it does with eager ones."""
     prompts: Sequence[Sequence[int]] = ()
-    """Token ids of prompts from held-out data, which a sample continues instead of those of the settings."""
+    """Token ids of prompts from held-out data, which a sample continues where the settings have none."""
 
     sample: Mapping[str, Any] = {}
     """What a validation shows beside its measures, such as a question, its answer and reward."""
@@ -222,6 +223,10 @@ class TextObjective(DataObjective[Corpus]):
     """
 
     context: int
+
+    def __post_init__(self, decoder: Decoder) -> None:
+        super().__post_init__(decoder)
+        self.prompts = [self.data.prompt(PROMPT)]
 
     @property
     def window(self) -> int:

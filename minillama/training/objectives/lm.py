@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillama.data.packing import document_ids, document_positions
-from minillama.evaluate.perplexity import Score, score
-from minillama.layers.mask import Mask
+from minillama.evaluate.perplexity import Score, by_document, score
 from minillama.training.objectives.base import Batch, Metrics, TextObjective, rows_of
 
 
@@ -36,8 +34,7 @@ class LanguageModel(TextObjective):
         weights, totals = torch.ones(targets.shape), {"loss": float(self.batch_size * self.context)}
         if self.separator is None:
             return Batch(tokens, targets, weights, totals=totals)
-        mask = Mask(documents=torch.from_numpy(document_ids(window[:, :-1], self.separator)))
-        positions = torch.from_numpy(document_positions(window[:, :-1], self.separator))
+        positions, mask = by_document(window[:, :-1], self.separator, tokens.device)
         return Batch(tokens, targets, weights, mask, positions, totals=totals)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -48,5 +45,5 @@ class LanguageModel(TextObjective):
         """Nats per token and bits per byte of held-out text, at the training context."""
         whole = Score(0.0, 0, 0.0)
         for split, windows in self.data.held_out(self.context, limit):
-            whole += score(self.model, windows, split.bytes / split.tokens, rows)
+            whole += score(self.model, windows, split.bytes / split.tokens, rows, separator=self.separator)
         return whole.measures()

@@ -1,0 +1,96 @@
+"""Files that may be compressed, gzip or zstd, and what they unpack to at most."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minillama.errors import optional_import
+from minillama.files import check_size, regular
+
+PACKED = (".gz", ".zst")
+"""Suffixes of compressed files, in any case."""
+RATIO, SMALL = 100, 2**26
+"""An archive unpacks to so many times its size at most, or to so many bytes; web text to five times."""
+_CHUNK = 2**20
+_ZSTD = 2**13  # bytes of it at once, as four of them unpack to 2^17 at most
+
+
+def open_file(path: Path) -> io.BufferedIOBase:
+    """The content of a regular file, decompressed.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe or a device.
+        InputError: later, while it is read: it unpacks to more than `RATIO` times its size, and more than `SMALL`.
+        DamagedError: later; and what the `gzip` module raises.
+    """
+    file = open(path, "rb", opener=regular)  # noqa: SIM115 - closed with what is returned, or at once
+    suffix = path.suffix.lower()
+    if suffix not in PACKED:
+        return file
+    packed = os.fstat(file.fileno()).st_size
+    if suffix == ".gz":
+        archive = gzip.GzipFile(fileobj=file)
+        chunks = iter(lambda: archive.read(_CHUNK), b"")
+    else:
+        chunks = _zstd_frames(file, optional_import("zstandard", "a .zst file", "data"))
+    return io.BufferedReader(Chunks(_bounded(chunks, path, max(SMALL, RATIO * packed)), file), _CHUNK)
+
+
+class DamagedError(Exception):
+    """Invalid or truncated zstd stream."""
+
+
+def _zstd_frames(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
+    """Decompressed chunks of all frames. The library's own reader does not detect a truncated file."""
+    frame, data = None, b""
+    while data := data or file.read(_ZSTD):
+        frame = frame or zstandard.ZstdDecompressor().decompressobj()
+        try:
+            yield frame.decompress(data)
+        except zstandard.ZstdError as error:
+            raise DamagedError(error) from None
+        data = frame.unused_data if frame.eof else b""
+        frame = None if frame.eof else frame
+    if frame is not None:
+        raise DamagedError("the last zstd frame is not complete")
+
+
+def _bounded(chunks: Iterator[bytes], path: Path, most: int) -> Iterator[bytes]:
+    count = 0
+    for chunk in chunks:
+        count += len(chunk)
+        check_size(count, most, path, "unpacked bytes")
+        yield chunk
+
+
+class Chunks(io.RawIOBase):
+    """Binary file of an iterator's chunks; `file` is closed with it."""
+
+    def __init__(self, chunks: Iterator[bytes], file: BinaryIO | None = None) -> None:
+        self._chunks, self._file, self._ready = chunks, file, b""
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes, as many as fit."""
+        while not self._ready:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._ready = chunk
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file behind it, too."""
+        if self._file is not None:
+            self._file.close()
+        super().close()
