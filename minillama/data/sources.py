@@ -94,7 +94,7 @@ def documents(source: Source, on_error: OnError = "stop", report: Skipped | None
     Raises:
         InputError: bad text, with file and line; nothing of that name; a file that cannot be opened.
     """
-    for document in _valid(read_source(source), on_error, report):
+    for document in valid(read_source(source), on_error, report):
         if document.text:
             yield document
         elif report is not None:
@@ -114,10 +114,12 @@ def records(source: Source, on_error: OnError = "stop", report: Skipped | None =
         raise InputError(what, where="data.sources", found=source.name, expected=".jsonl or .json files")
     task = Task.of(source.name)
     items = python_qa() if source.name == PYTHON_QA else task.records() if task is not None else _record_items(source)
-    yield from _valid(items, on_error, report)
+    yield from valid(items, on_error, report)
 
 
-def _valid(items: Iterable[T | BadText | Remark], on_error: OnError, report: Skipped | None) -> Iterator[T]:
+def valid(
+    items: Iterable[T | BadText | Remark], on_error: OnError = "stop", report: Skipped | None = None
+) -> Iterator[T]:
     """The valid items; the error of an invalid one is raised, or counted in `report`, as remarks are."""
     for item in items:
         if isinstance(item, Remark):

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minillama.data.cleaning.words import words
-from minillama.data.reading import BadText, holds_records, read_file, read_records
+from minillama.data.reading import holds_records, read_file, read_records
+from minillama.data.sources import valid
 from minillama.errors import InputError
 from minillama.evaluate.tasks import TASKS
 from minillama.files import digest, replace_text
@@ -96,15 +97,11 @@ def texts(path: Path) -> Iterator[Text]:
         InputError: a file that cannot be read.
     """
     if holds_records(path):
-        for record in read_records(path):
-            if isinstance(record, BadText):
-                raise InputError(record.what, where=record.where, found=record.found, expected=record.expected)
+        for record in valid(read_records(path)):
             line = json.dumps(record.value, ensure_ascii=False)
             yield Text(line, " \n".join(_strings(record.value)), record.where)
         return
-    for document in read_file(path, "text"):
-        if isinstance(document, BadText):
-            raise InputError(document.what, where=document.where, found=document.found, expected=document.expected)
+    for document in valid(read_file(path, "text")):
         for number, paragraph in enumerate(re.split(r"\n\s*\n", document.text), 1):
             yield Text(paragraph + "\n", paragraph, f"{path}, paragraph {number}")
 

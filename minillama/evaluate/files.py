@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillama.data.reading import BadText, read_records
+from minillama.data.reading import read_records
+from minillama.data.sources import valid
 from minillama.errors import InputError, optional_import
 from minillama.files import reading
 
@@ -84,10 +85,7 @@ def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     kind = suffix(path)
     if kind in (".jsonl", ".json"):
-        for record in read_records(path):
-            if isinstance(record, BadText):
-                raise InputError(record.what, where=record.where, found=record.found, expected=record.expected)
-            yield Row(record.value, record.where)
+        yield from (Row(record.value, record.where) for record in valid(read_records(path)))
         return
     with reading(path):
         if kind == ".parquet":

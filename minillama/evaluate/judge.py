@@ -13,7 +13,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from minillama.data.reading import BadText, Record, read_records
+from minillama.data.reading import read_records
+from minillama.data.sources import valid
 from minillama.errors import InputError
 from minillama.inference.chat import ChatPrompts, Messages
 from minillama.inference.engine import Engine
@@ -80,13 +81,6 @@ class LocalModel:
         return found
 
 
-def _records(path: Path) -> Iterator[Record]:
-    for record in read_records(path):
-        if isinstance(record, BadText):
-            raise InputError(record.what, where=record.where, found=record.found, expected=record.expected)
-        yield record
-
-
 def read_questions(path: Path = QUESTIONS) -> list[Question]:
     """Questions in the form of Vicuna (text), MT-bench (turns) or Ziya (task, kind, question, reference).
 
@@ -94,7 +88,7 @@ def read_questions(path: Path = QUESTIONS) -> list[Question]:
         InputError: a line that has none of these forms, or no line.
     """
     found = []
-    for number, (value, where) in enumerate(((record.value, record.where) for record in _records(path)), 1):
+    for number, (value, where) in enumerate(((record.value, record.where) for record in valid(read_records(path))), 1):
         turns = value.get("turns") or [value.get("text") or value.get("question")]
         if not all(isinstance(turn, str) and turn for turn in turns):
             expected = "text (Vicuna), turns (MT-bench) or question (Ziya)"
@@ -115,7 +109,7 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[list[str]]:
         InputError: a line of another form, or one is missing.
     """
     known: dict[str, list[str]] = {}
-    for record in _records(path):
+    for record in valid(read_records(path)):
         try:
             known[str(record.value["question_id"])] = record.value["choices"][0]["turns"]
         except (KeyError, IndexError, TypeError):
