@@ -136,6 +136,7 @@ def _unknown(key: str, kinds: Mapping[str, Any]) -> InputError:
     alike = [name for name in kinds if name.endswith(f".{last}")]
     flags = ("help", "out", "resume", "overwrite")
     close = alike[0] if len(alike) == 1 or (alike and key == last) else other
+    close = other if other and key == last else close
     close = close or nearest(key, (*kinds, *flags)) or by_last.get(nearest(last, by_last) or "")
     if last == "config":
         fix = "the configuration's name or file comes first, without an option: train.py CONFIG"

@@ -318,11 +318,11 @@ def config_path(kind: str, name: str) -> Path:
     names = config_names(kind)
     if name in names:
         return config_folder(kind) / f"{name}.toml"
-    what = f"no {kind} configuration of that name" + ("" if path.exists() else ", and no such file")
+    what = f"no {kind} configuration of that name" + ("" if os.path.exists(path) else ", and no such file")
     listed = ", ".join(names) if len(names) <= 12 else f"{len(names)} names that `minillama plan` lists"
     expected = f"a path ending in .toml, or one of {listed}"
     fix = suggestion(name, names)
-    if kind == "train" and path.exists():
+    if kind == "train" and os.path.exists(path):
         is_run = (path / "config.toml").is_file()
         fix = f"to go on with this run: --out {name} --resume" if is_run else f"to train on it: --data.sources {name}"
     raise InputError(what, found=name, expected=expected, fix=fix)

@@ -206,9 +206,9 @@ class Corpus:
                 yield split, islice(split.val_windows(length), 0, None, every)
 
     def prompt(self, length: int) -> list[int]:
-        """Beginning of the held-out text, at most `length` tokens of one document."""
-        split = next(split for split in self.val if split.tokens)
-        ids: list[int] = split.read(0, min(length, split.tokens)).tolist()
+        """Beginning of the held-out text, at most `length` tokens of one document; empty where there is none."""
+        split = next((split for split in self.val if split.tokens), None)
+        ids: list[int] = [] if split is None else split.read(0, min(length, split.tokens)).tolist()
         return ids[: ids.index(self.separator, 1)] if self.separator in ids[1:] else ids
 
     def check(self, length: int, rows: int) -> None:

@@ -97,7 +97,6 @@ NEUTRAL: dict[str, Any] = {
     "logit_scale": 1.0,
     "embedding_scale": 1.0,
     "residual_scale": 1.0,
-    "rope.scaling.attn_factor": 1.0,
     "attention.causal": True,
 }
 ROPE_FREQS = "rope_freqs.weight"
@@ -166,17 +165,20 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     config = ModelConfig.from_keys({**values, **ARCHITECTURES[kind].fields}, path, keys)
     if config.rotary_dim == config.head_dim:
         config = replace(config, rotary_dim=0)
-    _refuse_others(header, config, path, kind)
     scaling = _scaling(header, config, path, kind)
+    config = config.changed({"rope_scaling": scaling}) if scaling else config
+    factor = np.float32(gain(config)) if scaling and scaling["kind"] == "longrope" else 1.0
+    known = {"attention.value_length": config.head_dim, "rope.scaling.attn_factor": factor}
+    _refuse_others(header, NEUTRAL | known, path, kind)
     if config.rotary_dim and ARCHITECTURES[kind].interleaved:
         what, where = "rope of a part of the heads is not supported", f"{path}, {keys['rotary_dim']}"
         raise InputError(what, where=where, found=config.rotary_dim, expected=config.head_dim)
-    return (config.changed({"rope_scaling": scaling}) if scaling else config).named(kind)
+    return config.named(kind)
 
 
-def _refuse_others(header: GGUFHeader, config: ModelConfig, path: Path, architecture: str) -> None:
+def _refuse_others(header: GGUFHeader, known: Mapping[str, Any], path: Path, architecture: str) -> None:
     """Refuse keys of another computation."""
-    for key, neutral in {**NEUTRAL, "attention.value_length": config.head_dim}.items():
+    for key, neutral in known.items():
         found = header.metadata.get(f"{architecture}.{key}", neutral)
         if isinstance(found, np.ndarray) or found != neutral:
             where = f"{path}, {architecture}.{key}"

@@ -89,7 +89,9 @@ def test_an_infilling_model_reads_contexts_in_both_directions(name: str) -> None
             layout = Layout.of([*context, 47]).fill(len(context), [48, *continuation[:-1]])
             positions, mask = torch.tensor([layout.positions]).mT, Mask(prefix=torch.tensor([layout.prefix]))
             with torch.inference_mode():
-                logits = decoder(torch.tensor([layout.tokens]), positions, mask)[0, layout.prefix :].log_softmax(-1)
+                logits = decoder(torch.tensor([layout.tokens]), positions=positions, mask=mask)[
+                    0, layout.prefix :
+                ].log_softmax(-1)
             wanted = torch.tensor(continuation)
             nats = logits.gather(-1, wanted[:, None]).sum().item()
             sums.append(Likelihood(nats, bool((logits.argmax(-1) == wanted).all())))
@@ -114,9 +116,9 @@ def passes(decoder: Decoder, asked: list[list[Pair]], tokens: int) -> list[tuple
     shapes: list[tuple[int, int]] = []
     hidden: Callable[..., torch.Tensor] = decoder.hidden
 
-    def record(ids: torch.Tensor, *rest: object) -> torch.Tensor:
+    def record(ids: torch.Tensor, **rest: object) -> torch.Tensor:
         shapes.append((ids.shape[0], ids.shape[1]))
-        return hidden(ids, *rest)
+        return hidden(ids, **rest)
 
     decoder.hidden = record  # type: ignore[method-assign]
     list(score(decoder, asked, tokens=tokens))

@@ -70,7 +70,7 @@ def test_a_graded_curriculum_is_trained_from_easy_to_hard(
     assert "all.jsonl:37" in capsys.readouterr().err and not (tmp_path / "graded").exists()
     assert main([*words, "--template", "ziya", "--batch-size", "2", "--on-error", "skip"]) == 0
     out, err = capsys.readouterr()
-    assert "1 documents left out" in err
+    assert "1 document left out" in err
     graded = [[json.loads(line) for line in (tmp_path / f"graded/bucket-{n}.jsonl").open()] for n in (1, 2, 3)]
     assert [len(part) for part in graded] == [12, 12, 12]
     for lower, higher in pairwise(graded):

@@ -279,7 +279,7 @@ def test_processes_share_a_batch(corpus: Corpus) -> None:
         ("llama-tiny", ["--objective.name", "cloze"], "made for another objective"),
         ("glm-tiny", ["--train.context", "4"], "no masked span fits"),
         ("glm-tiny", ["--objective.pattern", "{a} [MASK]"], "unknown key 'pattern'"),
-        ("glm-tiny", ["--data.mask_documents", "true"], "attends to the whole sequence"),
+        ("glm-tiny", ["--data.mask_documents", "true"], "read the whole sequence"),
         (
             "glm-tiny",
             ["--objective.tokens", "0", "--objective.sentences", "0", "--objective.document", "0"],

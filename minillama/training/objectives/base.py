@@ -226,7 +226,7 @@ class TextObjective(DataObjective[Corpus]):
 
     def __post_init__(self, decoder: Decoder) -> None:
         super().__post_init__(decoder)
-        self.prompts = [self.data.prompt(PROMPT)]
+        self.prompts = [prompt] if (prompt := self.data.prompt(PROMPT)) else []
 
     @property
     def window(self) -> int:
