@@ -197,11 +197,11 @@ def complete_lines(path: Path) -> list[str]:
     """Lines of a file to which lines are appended; a last one that was not written to its end is cut off."""
     if not path.exists():
         return []
-    with reading(path), path.open("r+b") as file:
+    with reading(path), open(path, "r+b", opener=regular) as file:
         data = file.read()
         end = data.rfind(b"\n") + 1
         file.truncate(end)
-    return data[:end].decode().splitlines()
+    return data[:end].decode().split("\n")[:-1]  # not splitlines, which cuts at U+2028
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> Path:

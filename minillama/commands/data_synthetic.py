@@ -16,7 +16,7 @@ from minillama.commands.tables import print_pairs, print_table
 from minillama.config.loader import check
 from minillama.data.conversations import read_record
 from minillama.data.prompts import answered
-from minillama.data.sources import parse_source, records
+from minillama.data.sources import identity, parse_source, records
 from minillama.errors import InputError
 from minillama.files import cache_folder
 from minillama.inference.load import DType, ModelArgs
@@ -44,6 +44,8 @@ class _Output:
         """Output file, which depends on the inputs, what it is about and the arguments named there."""
         check(self)
         told = {"command": type(self).__name__, "seed": self.seed, "language": self.language, **about}
+        others = [identity(parse_source(name)) for name in inputs if not Path(name).is_file()]
+        told |= {"sources": others} if others else {}
         return Generated(self.output, told, [Path(name) for name in inputs])
 
     def _show(self, out: Generated) -> None:

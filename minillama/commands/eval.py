@@ -88,6 +88,8 @@ def _perplexity(args: Args) -> int:
     from minillama.evaluate.perplexity import Score, perplexity
 
     texts = [document.text for document in documents(parse_source(str(args.perplexity)))]
+    if not texts:
+        raise InputError("there is no text", where=args.perplexity)
     model, tokenizer = args.load(args.quantize, scores=True)
     whole, words = Score(0.0, 0, 0), sum(len(re.split(r"\s+", text)) for text in texts)
     progress = Progress("perplexity", sum(map(len, texts)))
@@ -99,7 +101,7 @@ def _perplexity(args: Args) -> int:
     measures = {
         "nats per token": whole.nats_per_token,
         "perplexity per token": whole.perplexity,
-        "perplexity per word": math.exp(whole.nats / words),
+        "perplexity per word": math.exp(whole.nats / words) if whole.nats / words < 700 else math.inf,
         "bits per byte": whole.bits_per_byte,
     }
     print_pairs("", counts | measures)
@@ -157,7 +159,11 @@ def _weight(item: Item) -> int:
 
 def _identity(args: Args) -> dict[str, Any]:
     """What the outcomes of a model depend on; of its files name, size and time."""
-    paths = [args.model, *([args.tokenizer] if args.tokenizer else []), *args.adapter]
+    paths = [
+        args.model,
+        *([args.tokenizer] if args.tokenizer else []),
+        *(a if Path(a).exists() else a.partition("=")[2] for a in args.adapter),
+    ]
     stats = []
     for path in map(Path, paths):
         refuse_url(path)

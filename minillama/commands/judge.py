@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -116,7 +117,9 @@ class Judge:
         from minillama.evaluate.judge import Verdict, ask_verdicts
 
         name = re.sub(r"[^\w.-]+", "-", f"{_name(self.judge)} {self.judge_name}".strip())
-        path = self.output / f"verdicts-{name}.jsonl"
+        judge = self.judge if "://" in self.judge else str(Path(self.judge).resolve())
+        told = json.dumps([judge, self.judge_name, self.judge_tokens, self.dtype, self.quantize])
+        path = self.output / f"verdicts-{name}-{sha256(told.encode()).hexdigest()[:8]}.jsonl"
         known = {one.key: one for one in (Verdict(**json.loads(line)) for line in complete_lines(path))}
         left = {key: prompt for key, prompt in prompts.items() if key not in known}
         if left:

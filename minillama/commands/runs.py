@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import tyro
 
 from minillama.commands.tables import duration_text, plain, print_table
 from minillama.errors import InputError
+from minillama.files import parsing
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,13 @@ def run(args: Args) -> int:
     if not paths:
         found = "no runs" if args.folder.is_dir() else "no such folder"
         raise InputError("there is nothing to list", where=args.folder, found=found, fix="minillama runs DIR")
-    found_runs = [RecordedRun.open(path).summary() for path in paths]
+    found_runs = []
+    for path in paths:
+        try:
+            with parsing(path, "this is not the folder of a run"):
+                found_runs.append(RecordedRun.open(path).summary())
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
     if args.json:
         print(json.dumps(found_runs))
         return 0

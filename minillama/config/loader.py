@@ -319,7 +319,7 @@ def config_path(kind: str, name: str) -> Path:
     if name in names:
         return config_folder(kind) / f"{name}.toml"
     what = f"no {kind} configuration of that name" + ("" if os.path.exists(path) else ", and no such file")
-    listed = ", ".join(names) if len(names) <= 12 else f"{len(names)} names that `minillama plan` lists"
+    listed = f"{len(names)} names that `minillama plan` lists" if kind == "model" else ", ".join(names)
     expected = f"a path ending in .toml, or one of {listed}"
     fix = suggestion(name, names)
     if kind == "train" and os.path.exists(path):

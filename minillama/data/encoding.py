@@ -45,7 +45,8 @@ def _encoding(head: bytes) -> str:
     nulls = [i % 2 for i, byte in enumerate(head) if not byte]
     if marked:
         return marked
-    if len(nulls) > len(head) / 200 and len(set(nulls)) == 1 and len(nulls) > 1:
+    is_dense = len(nulls) > len(head) / 4 or _decoded(head, "utf-8") is None  # Latin letters, or others
+    if is_dense and len(nulls) > len(head) / 200 and len(set(nulls)) == 1 and len(nulls) > 1:
         name = ("utf-16-be", "utf-16-le")[nulls[0]]
         return name if _decoded(head, name) is not None else ""
     if nulls or _decoded(head, "utf-8") is not None:

@@ -139,15 +139,12 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
         return
     given = key
     for item in read_records(path, bound(LINE)):
-        if not isinstance(item, Record):
-            yield item
-            continue
-        if not key:
+        if isinstance(item, Record) and not key:
             key = text_field(item.value)
-            if not key and not (is_named or is_jsonl(path)):
-                yield Remark(f"{format_of(path)} files without a field of text left out")
-                return
-        yield from_record(item.value, key, item.where)
+        if not isinstance(item, Remark) and not (key or is_named or is_jsonl(path)):
+            yield Remark(f"{format_of(path)} files without a field of text left out")
+            return
+        yield from_record(item.value, key, item.where) if isinstance(item, Record) else item
     if key not in (given, "text"):
         yield Remark(f"files of records with their texts in {key!r}")
 

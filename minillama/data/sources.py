@@ -184,7 +184,7 @@ def _by_suffix(paths: Iterable[Path]) -> str:
 
 def _is_of(path: Path, suffixes: tuple[str, ...]) -> bool:
     """Whether a file has one of the suffixes, perhaps with .gz or .zst behind."""
-    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes)
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(tuple(map(str.lower, suffixes)))
 
 
 def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:

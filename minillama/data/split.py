@@ -66,11 +66,12 @@ class SplitSource:
             return
         kept: list[Document] | None = []
         whole, cut = Counter[SplitName](), Counter[SplitName]()  # characters by the two rules
-        documents_out, size = 0, 0
+        documents_out, size, long = 0, 0, 0
         for document in documents(self.source, self.on_error, self.skipped):
             self.count += 1
             whole[self._split(document)] += len(document.text)
             documents_out += self._split(document) == "val"
+            long += len(document.text) >= _CUT
             for part in self._cut(document):
                 cut[part.split] += len(part.text)
             size += sys.getsizeof(document.text)
@@ -83,7 +84,9 @@ class SplitSource:
             raise InputError("this source holds no text", where=self.source.label, found=found, fix=fix)
         self._kept, self._is_few = kept, self.count < FEW / self.val_fraction
         share = f"the last {self.val_fraction:.2g} of"
-        self.held_out = f"{share} each document" if self._is_few else f"{documents_out} of {self.count:,} documents"
+        counted = f"{documents_out} of {self.count:,} documents"
+        parts = f"{share} each document" + (f", those under {_CUT:,} characters whole" if long < self.count else "")
+        self.held_out = parts if self._is_few and long else counted
         chars = cut if self._is_few else whole
         if not (chars["train"] and chars["val"]) or self.count == 1:
             total = chars.total()

@@ -57,8 +57,9 @@ class Index:
             for number, (where, problem) in enumerate(task.problems(folder)):
                 self.items[name] = number + 1
                 texts = [*problem.fields.values(), *problem.choices]
-                joined = f"{problem.fields['question']} {problem.choices[problem.gold]}"
-                self.short += not sum(self._add(text, name, where) for text in dict.fromkeys([*texts, joined]))
+                right = [problem.choices[problem.gold]] if problem.gold >= 0 else []  # a test part may lack it
+                joined = [f"{problem.fields['question']} {choice}" for choice in right]
+                self.short += not sum(self._add(text, name, where) for text in dict.fromkeys([*texts, *joined]))
         if not self.items:
             raise InputError("there is no evaluation set in this folder", where=folder, expected=", ".join(TASKS))
 
@@ -98,7 +99,7 @@ def texts(path: Path) -> Iterator[Text]:
     """
     if holds_records(path):
         for record in valid(read_records(path)):
-            line = json.dumps(record.value, ensure_ascii=False)
+            line = json.dumps(record.value, ensure_ascii=False).encode(errors="replace").decode()
             yield Text(line, " \n".join(_strings(record.value)), record.where)
         return
     for document in valid(read_file(path, "text")):

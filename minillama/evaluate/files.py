@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from minillama.data.reading import read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError, optional_import
-from minillama.files import reading
+from minillama.files import parsing, reading
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")  # in the order in which they are preferred
 PACKED = (".gz", ".zst", ".bz2")
@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "dev", "test")
 
 
 class Row(NamedTuple):
-    """Record as its file has it, the split that the file's name says, and file and line."""
+    """Record as its file has it, and file and line."""
 
     value: dict[str, Any]
     where: str
@@ -87,7 +87,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     if kind in (".jsonl", ".json"):
         yield from (Row(record.value, record.where) for record in valid(read_records(path)))
         return
-    with reading(path):
+    with reading(path), parsing(path):
         if kind == ".parquet":
             table = optional_import("pyarrow.parquet", "a .parquet file", "data").read_table(path)
             yield from (Row(row, f"{path}, row {i}") for i, row in enumerate(table.to_pylist(), 1))
@@ -97,7 +97,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 tsv = kind == ".tsv"
                 rows = csv.reader(file, delimiter=",\t"[tsv], quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
-                names = columns or next(rows)
+                names = columns or next(rows, [])
                 yield from (Row(dict(zip(names, row, strict=False)), f"{path}:{rows.line_num}") for row in rows)
 
 

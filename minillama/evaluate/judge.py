@@ -28,7 +28,8 @@ Ask = Callable[[Sequence[Messages], int, Sampling], list[Completion]]
 Answers = Sequence[Sequence[str]]
 """Per question one answer per turn."""
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
-TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # others 0, as in MT-bench
+# as in MT-bench, but 0, not 0.7, for categories that it does not have
+TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 VERDICT = {"pairwise": r"\[\[([ABC])\]\]", "single": r"\[\[(\d+(?:\.\d+)?)\]\]"}
 COMPARE = (
     "You are an impartial judge. Two assistants, A and B, answered the same user. Decide which answers are more "
@@ -99,6 +100,8 @@ def read_questions(path: Path = QUESTIONS) -> list[Question]:
         found.append(Question(str(value.get("question_id", number)), category, tuple(turns), tuple(reference)))
     if not found:
         raise InputError("there is no question", where=path)
+    if len({one.id for one in found}) < len(found):
+        raise InputError("two questions have the same question_id", where=path)
     return found
 
 

@@ -125,10 +125,11 @@ def single(questions: Sequence[Question], values: Values) -> Table:
     def pair(i: int, turn: int) -> tuple[str | None, ...]:
         return tuple(values.get(f"{questions[i].id}/{turn}/{side}") for side in "ab")
 
-    for name, pairs in _groups(questions, pair).items():
+    for name, found in _groups(questions, pair).items():
+        pairs = [tuple(v if v is not None and 1 <= float(v) <= 10 else None for v in both) for both in found]
         cells, entry = [name, str(len(pairs))], dict[str, Any]()
         for side, own in zip("ab", zip(*pairs, strict=True), strict=True):
-            ratings = [float(value) for value in own if value is not None and 1 <= float(value) <= 10]
+            ratings = [float(value) for value in own if value is not None]
             mean = estimate(ratings) if ratings else None
             cells += [f"{mean.mean:.2f} ±{mean.error:.2f}" if mean else "-", str(len(own) - len(ratings))]
             entry[side] = {

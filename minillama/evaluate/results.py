@@ -11,7 +11,7 @@ from minillama.errors import InputError
 from minillama.evaluate.comparison import Estimate, average, estimate, paired
 from minillama.evaluate.multiple_choice import Outcome, fingerprint
 from minillama.evaluate.task import Item, Task
-from minillama.files import complete_lines, reading, replace_text
+from minillama.files import complete_lines, read_json, reading, replace_text
 
 ITEMS, MODEL = "items.jsonl", "model.json"
 Key = tuple[str, str, str]
@@ -34,7 +34,7 @@ class ResultFolder:
     def __init__(self, path: Path, model: Mapping[str, Any]) -> None:
         self.path, self.model = path, dict(model)
         if (path / MODEL).exists():
-            saved = _json(path / MODEL)
+            saved = read_json(path / MODEL)
             changed = sorted(key for key in saved.keys() | model.keys() if saved.get(key) != model.get(key))
             if changed:
                 found = ", ".join(f"{key} {saved.get(key)!r}" for key in changed)
@@ -59,14 +59,6 @@ class ResultFolder:
         """Outcomes of a set's items that there are."""
         keys = ((name, item.id, fingerprint(item)) for item in items)
         return [self.known[key] for key in keys if key in self.known]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        with reading(path):
-            return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError("this file is not JSON", where=path, found=error) from None
 
 
 def read_outcomes(path: Path) -> dict[Key, Outcome]:

@@ -188,7 +188,7 @@ class Task:
             if split != "train":
                 for path in paths:
                     for row in files.read(path, self.columns):
-                        yield row.where, self._problem(row, path)
+                        yield row.where, self._problem(row, path, is_labeled=False)
 
     def _files(self, folder: Path) -> dict[str, list[Path]]:
         folders = [path for name in self.folders if (path := folder / name).is_dir()]
@@ -197,11 +197,11 @@ class Task:
     def _read(self, paths: Sequence[Path]) -> list[Problem]:
         return [self._problem(row, path) for path in paths for row in files.read(path, self.columns)]
 
-    def _problem(self, row: Row, path: Path) -> Problem:
+    def _problem(self, row: Row, path: Path, is_labeled: bool = True) -> Problem:
         subject = re.sub(r"_(dev|val|test)$", "", path.stem) if path.suffix == ".csv" else path.parent.name
         try:
             problem = self.problem(row.value, subject)
-            if 0 <= problem.gold < len(problem.choices):
+            if not is_labeled or 0 <= problem.gold < len(problem.choices):
                 return problem
             what, found = "a record without its answer", "as the test parts of some sets are published"
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
@@ -214,7 +214,10 @@ class Task:
         if not shots:
             return _Examples(self.title, [])
         if not (style.startswith("olmes") and self.curated):
-            chosen = next(split for split in self.examples if split in found)
+            chosen = next((split for split in self.examples if split in found), None)
+            if chosen is None:
+                what, where = f"the few-shot examples of {self.title} are missing", f"{folder}/{self.folders[0]}"
+                raise InputError(what, where=where, expected=f"a part {' or '.join(self.examples)}, or --shots 0")
             drawn = None if self.first else Random(SEED)
             return _Examples(self.title, self._read(found[chosen]), drawn, chosen == split)
         path = folder / CURATED

@@ -18,7 +18,7 @@ def boolq(value: Value, subject: str) -> Problem:
     """BoolQ: SuperGLUE's records, or Google's, whose title SuperGLUE puts before the passage."""
     title = f"{value['title']} -- " if value.get("title") else ""
     fields = {"question": value["question"], "passage": title + value["passage"]}
-    label = value["answer"] if "answer" in value else value["label"]
+    label = value.get("answer", value.get("label"))
     return Problem(fields, ("no", "yes"), NO_YES.get(str(label).lower(), -1))
 
 
@@ -39,7 +39,8 @@ def hellaswag(value: Value, subject: str) -> Problem:
     if "query" in value:
         return Problem({"question": value["query"]}, tuple(value["choices"]), int(value["gold"]), is_clean=True)
     context = f"{value['activity_label']}: {value['ctx_a']} {value['ctx_b'].capitalize()}"
-    return Problem({"question": context}, tuple(value["endings"]), int(value.get("label") or -1))
+    label = value.get("label")
+    return Problem({"question": context}, tuple(value["endings"]), -1 if label in (None, "") else int(label))
 
 
 def winogrande(value: Value, subject: str) -> Problem:
@@ -52,7 +53,7 @@ def winogrande(value: Value, subject: str) -> Problem:
             raise ValueError("no sentence with its options in the instruction")
         sentence, *options = match.groups()
     sentence.index("_")
-    return Problem({"question": sentence}, tuple(options), int(value["answer"].removeprefix("option") or 0) - 1)
+    return Problem({"question": sentence}, tuple(options), int(value.get("answer", "").removeprefix("option") or 0) - 1)
 
 
 def lettered(value: Value, subject: str) -> Problem:
@@ -171,6 +172,7 @@ TASKS: dict[str, Task] = {
             _question(QUESTION, ours, "acc_norm", olmes),
             splits=("test", "validation", "dev"),
             wanted=level,
+            unwanted=r"\.csv$",
             curated=f"ARC-{level.capitalize()}",
         )
         for level, ours, olmes in (("easy", "acc", "acc_norm"), ("challenge", "acc_norm", "acc_pmi"))

@@ -141,8 +141,9 @@ class Engine:
         if request.finish_reason is not None or request.tokens:
             raise ValueError("this request was submitted before")
         if not all(0 <= token < vocab_size for token in request.ids):
-            what, expected = "a prompt with a token that the model has not", f"ids of 0 to {vocab_size - 1}"
-            raise InputError(what, found=max(request.ids), expected=expected)
+            what, expected = "a token id outside the vocabulary", f"ids of 0 to {vocab_size - 1}"
+            found = next(token for token in request.ids if not 0 <= token < vocab_size)
+            raise InputError(what, found=found, expected=expected)
         infills = isinstance(request.prompt, Layout)
         if infills and self.speculation is not None:
             raise ValueError("infilling prompts are decoded without speculation")

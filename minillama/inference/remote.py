@@ -113,7 +113,7 @@ class Remote:
     """OpenAI-compatible endpoint as a teacher, by the official client (extra `teacher`).
 
     The key comes from the environment, `OPENAI_API_KEY`, and is written nowhere. 408, 409, 429, 5xx, broken and
-    senseless replies are asked for again, after Retry-After or wait * 2^attempt seconds; other errors stop.
+    senseless replies are asked for again, after Retry-After or wait * 2^attempt seconds, 60 at most; other errors stop.
 
     Args:
         url: base URL; `/v1` is added to one without a path.
@@ -281,7 +281,7 @@ class Remote:
     def _told(self, error: Exception) -> str:
         """What an error says, in one short line without the key."""
         cause = f": {error.__cause__}" if error.__cause__ is not None else ""
-        return " ".join(f"{error}{cause}".replace(self._key, "***").split())[:200]
+        return " ".join(f"{error}{cause}".replace(os.environ.get(KEY) or "\0", "***").split())[:200]
 
     def _first_model(self) -> str:
         try:
@@ -306,6 +306,8 @@ def _read(reply: Any) -> dict[str, Any]:
         tokens = int(usage.get("total_tokens") or 0)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"not a chat or text completion: {json.dumps(reply)[:120]}") from error
+    if text is None and reason in ("length", "content_filter"):
+        text = ""
     if not isinstance(text, str) or not (reason is None or isinstance(reason, str)):
         raise ValueError(f"a reply without text: {json.dumps(reply)[:120]}")
     return {

@@ -7,12 +7,13 @@ from torch import nn
 
 def is_own(kernel: object) -> bool:
     """Whether a kernel is this package's, and not set by hand."""
-    return getattr(kernel, "__module__", "").startswith("minillama.")
+    return (getattr(kernel, "__module__", "") or "").startswith("minillama.")
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module does more than its `forward`."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
 
 
 def changed(model: nn.Module) -> str | None:

@@ -25,7 +25,8 @@ def typed(command: str) -> list[str]:
 
 def generate(model: str, prompt: str) -> list[str]:
     """Arguments that continue a prompt."""
-    return [*typed("generate"), "--model", model, "--prompt", prompt]
+    given = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
+    return [*typed("generate"), "--model", model, *given]
 
 
 class Kind:

@@ -40,7 +40,9 @@ def provenance(config: RunConfig, step: int, fingerprints: Mapping[str, str], de
         "git": _git(Path(minillama.__file__).parent),
         "sources": [source.label for source in config.data.sources],
         "cleaned": {source.label: made for source in config.data.sources if (made := cleaning_of(source))},
-        "decontaminated": {source.label: record_of(Path(source.label)) for source in config.data.sources},
+        "decontaminated": {
+            s.label: made for s in config.data.sources if (made := record_of(Path(s.label).expanduser()))
+        },
         **fingerprints,
     }
 

@@ -23,7 +23,7 @@ class Constitutional:
 
     §3: an answer, its critique by a principle that is drawn, a revision, and so on from the revision. §4 (RLAIF): of
     two answers a model says with p = P(A) / (P(A) + P(B)) which one follows a principle better; p is the mean over both
-    orders, so that a preference for a place cancels.
+    orders, so that position bias cancels.
 
     Args:
         teacher: that answers, criticizes, revises and judges.

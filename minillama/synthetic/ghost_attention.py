@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from minillama.data.permutation import derive_keys
@@ -45,13 +46,14 @@ class GhostAttention:
                 if turn < len(questions):
                     talk.append({"role": "user", "content": f"{questions[turn]}\n\n{instruction}"})
             base = derive_keys("ghost-attention", self.sampling.seed, turn)[0] >> 34
-            sampling = replace(self.sampling, seed=base + first)
-            replies = self.teacher(
-                [t if t[-1]["role"] == "user" else t[:-1] for t in talks], self.max_new_tokens, sampling
-            )
-            for talk, reply in zip(talks, replies, strict=True):
-                if talk[-1]["role"] == "user":
-                    talk.append({"role": "assistant", "content": reply.text.strip()})
+            is_open = [turn < len(questions) for questions in dialogues]
+            for asks, group in groupby(range(len(talks)), key=is_open.__getitem__):
+                if asks:
+                    rows = list(group)
+                    sampling = replace(self.sampling, seed=base + first + rows[0])
+                    replies = self.teacher([talks[i] for i in rows], self.max_new_tokens, sampling)
+                    for i, reply in zip(rows, replies, strict=True):
+                        talks[i].append({"role": "assistant", "content": reply.text.strip()})
         lines, left_out = [], Counter[str]()
         for talk, questions, instruction in zip(talks, dialogues, drawn, strict=True):
             answers = [message["content"] for message in talk[1::2]]

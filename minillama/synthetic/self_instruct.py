@@ -238,6 +238,9 @@ def parse_instances(reply: Completion, language: Language, flag: bool, left_out:
     first, second = (wording(language)["label"], given) if flag else (given, output)
     marks = re.split(rf"(?:^|\n)\s*({first}|{second})\s*[:：]", f"{first}:{reply.text}")
     pairs = list(zip(marks[1::2], (text.strip() for text in marks[2::2]), strict=True))
+    if is_cut(reply):
+        pairs = pairs[: (len(pairs) - 1) // 2 * 2]
+        left_out["cut off"] += 1
     found: dict[str, str] = {}
     for (a, one), (b, other) in zip(pairs[::2], pairs[1::2], strict=False):
         asked, answer = (other, one) if flag else (one, other)

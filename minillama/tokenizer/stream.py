@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -12,7 +13,6 @@ from tokenizers import decoders
 
 from minillama.tokenizer.pre import piece_bytes
 from minillama.tokenizer.reference.byte_fallback import BYTE
-from minillama.tokenizer.spec import to_dict
 
 _PER_TOKEN = {"Replace", "ByteFallback", "Metaspace", "WordPiece"}  # decoder steps
 
@@ -36,7 +36,8 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if is_byte_level else None
         self._words = added_words(backend)
         self._held: tuple[bytes, str] | None = None  # a byte, or an added word that looks like one
-        self._is_local = is_byte_level or _is_local(to_dict(backend)["decoder"])
+        state = backend.decoder.__getstate__() if backend.decoder else b"null"
+        self._is_local = is_byte_level or _is_local(json.loads(state))
         # One token of context: SentencePiece strips the space of a sequence's first token. Not a byte token, which
         # would be decoded together with those that follow, though its run is complete.
         texts = (i for i in reversed(after) if i not in special_ids and not self._is_byte(i))

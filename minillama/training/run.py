@@ -128,12 +128,13 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         report.say(f"stopped by {stopped}; {reached}. To go on:")
         report.say(f"  {shlex.join(_resume(folder))}")
         if state.step and config.lora is None:
-            report.say(f"or to try what there is: {shlex.join([*typed('generate'), '--model', str(folder.path)])}")
+            report.say(f"or to try what there is: {shlex.join(next(iter(_uses(config, str(folder.path)).values())))}")
         return 128 + stopped.number
     _say_end(trainer, folder, before, report)
     prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
     best = trainer.writer.best if trainer.writer.best != state.step else None
-    _say_next(folder, config, report, start.initial, " ".join(prompts[0].split()) if prompts else "", best)
+    prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
+    _say_next(folder, config, report, start.initial, prompt, best)
     return 0
 
 
@@ -208,6 +209,13 @@ def _resume(folder: RunFolder) -> list[str]:
     return [*typed("train"), "--out", str(folder.path), "--resume"]
 
 
+def _uses(config: RunConfig, model: str, prompt: str = "") -> dict[str, list[str]]:
+    """Commands that use a model of the run."""
+    if config.data.template and config.objective.head == "lm":
+        return {"chat": ["minillama", "chat", model]}
+    return config.objective.commands(model, prompt or next(iter(config.sample.prompts), "The"))
+
+
 def _say_next(
     folder: RunFolder,
     config: RunConfig,
@@ -231,9 +239,7 @@ def _say_next(
     commands: dict[str, list[str]] = {}
     for rank, path in models.items():
         base, adapter = (path, []) if own is None else (own, ["--adapter", path])
-        uses = config.objective.commands(base, prompt or next(iter(config.sample.prompts), "The"))
-        if config.data.template and config.objective.head == "lm":
-            uses = {"chat": ["minillama", "chat", base]}
+        uses = _uses(config, base, prompt)
         commands |= {rank + name: [*words, *adapter] for name, words in uses.items()}
     commands["resume"] = [*_resume(folder), "--train.steps", str(2 * config.train.steps)]
     if config.lora is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def test_runs_lists_all_with_their_best_figures(
     head, first, second = capsys.readouterr().out.strip().splitlines()
     assert "best val_loss" in head and first.split()[:2] == ["a", "finished"] and second.startswith("b")
     assert f"{listed[0]['best_val_loss']:.6g}" in first and "of 6" in second
+    damaged = runs[0].parent / "c"
+    damaged.mkdir()
+    (damaged / "config.toml").write_text("")
+    assert main(["runs", str(runs[0].parent)]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.strip().splitlines()) == 3 and "left out: this is not the folder of a run" in printed.err
+    shutil.rmtree(damaged)
     for folder, found in ((tmp_path, "no runs"), (tmp_path / "none", "no such folder")):
         assert main(["runs", str(folder)]) == 1
         assert found in capsys.readouterr().err

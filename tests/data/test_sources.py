@@ -235,6 +235,12 @@ def test_recognized_encodings(tmp_path: Path, encoding: str, said: str, suffix: 
     assert str(report) == said
 
 
+def test_nul_bytes_do_not_make_utf_16(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one two\0three fou\0five!\n")
+    with pytest.raises(InputError, match="NUL"):
+        texts(str(tmp_path / "a.txt"))
+
+
 @pytest.mark.parametrize(
     "data", [KO.encode("euc_kr"), "Le café fermé à midi".encode("cp1252"), ZH.encode()[:-4] + b"\xff"]
 )
@@ -270,6 +276,7 @@ def test_the_field_of_records_is_found_or_asked_for(tmp_path: Path) -> None:
 def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "poems.json").write_text('[{"title": "t", "content": "sea"}]')
     (tmp_path / "settings.json").write_text('{"depth": 3, "names": {}}')
+    (tmp_path / "labels.json").write_text('["cat", "dog"]')
     for name in ("a.md", "b.md", "c.txt", "scan.pdf", "d/photo.jpg", "e.txt.gz", "Makefile"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -278,8 +285,8 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
     found = [document.text for document in documents(Source(str(tmp_path)), report=report)]
     assert sorted(found) == ["e", "sea", "x", "x"]
     assert str(report) == (
-        "6 files: 2 .md, 2 .txt, 2 .json; left out: 1 without suffix, 1 .jpg, 1 .pdf; 1 empty document; "
-        "1 file of records with their texts in 'content'; 1 .json file without a field of text left out"
+        "7 files: 3 .json, 2 .md, 2 .txt; left out: 1 without suffix, 1 .jpg, 1 .pdf; 1 empty document; "
+        "1 file of records with their texts in 'content'; 2 .json files without a field of text left out"
     )
     (tmp_path / "only").mkdir()
     (tmp_path / "settings.json").rename(tmp_path / "only" / "settings.json")

@@ -54,6 +54,11 @@ def test_documents_are_listed_and_removed(sets: Path, tmp_path: Path, capsys: py
     assert marker(out).exists() and record_of(out) is None and record_of(source) is None
 
 
+def test_parts_without_answers_are_compared_too(sets: Path) -> None:
+    (sets / "piqa" / "test.jsonl").write_text(json.dumps({"goal": "nine " * 13, "sol1": "a", "sol2": "b"}) + "\n")
+    assert Index(sets).items == {"piqa": 5} and Index(sets).hits("nine " * 14, "f:1")
+
+
 def test_a_text_has_paragraphs(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_text("one\ntwo\n\nthree\n")

@@ -159,8 +159,10 @@ def test_a_live_judge_on_two_models(tiny: Path, tmp_path: Path, capsys: pytest.C
     figures = json.loads((out / "pairwise.json").read_text())["results"]["all"]
     assert (figures["error"], figures["A"], figures["tie"]) == (2, 0, 0)
     assert "2 turns lack a verdict" in capsys.readouterr().out and (out / "pairwise.html").exists()
-    assert len((out / "verdicts-tiny.jsonl").read_text().splitlines()) == 4  # two questions in both orders
-    assert main(words) == 0 and len((out / "verdicts-tiny.jsonl").read_text().splitlines()) == 4
+    (verdicts,) = out.glob("verdicts-tiny-*.jsonl")
+    assert len(verdicts.read_text().splitlines()) == 4  # two questions in both orders
+    assert main(words) == 0 and len(verdicts.read_text().splitlines()) == 4
+    assert main([*words, "--judge-tokens", "4"]) == 0 and len([*out.glob("verdicts-tiny-*.jsonl")]) == 2
 
 
 def test_a_judge_behind_a_url(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +195,7 @@ def test_a_judge_behind_a_url(tiny: Path, tmp_path: Path, capsys: pytest.Capture
         assert main([*words, "--judge", f"{url}/v1"]) == 0
     assert len(bodies) == 5 and bodies[1]["model"] == "judge-1" and bodies[1]["temperature"] == 0
     assert json.loads((out / "pairwise.json").read_text())["results"]["all"]["disagree"] == 2
-    assert "Bearer secret [[A]]" in (out / "verdicts-v1.jsonl").read_text()
+    assert "Bearer secret [[A]]" in next(out.glob("verdicts-v1-*.jsonl")).read_text()
     assert len(list(out.glob("answers-[AB]-tiny.jsonl"))) == 2
     server.shutdown()
     server.server_close()

@@ -55,7 +55,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
                     "ctx_a": "A pot. [title] Boil",
                     "ctx_b": "the Cook",
                     "endings": ["[step] waits.", "runs  off.", "sings.", "stirs."],
-                    "label": "3",
+                    "label": 0,
                 }
             ]
         },

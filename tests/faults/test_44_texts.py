@@ -19,6 +19,7 @@ from minillama.commands.cli import main
 from minillama.config.loader import check
 from minillama.data.prepare import prepare
 from minillama.data.sources import CLEANED, Source, documents
+from minillama.files import complete_lines
 from minillama.inference.generate import StopText
 from minillama.inference.load import read_texts
 from minillama.inference.sampling import Sampler, Sampling
@@ -204,3 +205,15 @@ def test_where_a_text_stops_does_not_depend_on_how_it_comes() -> None:
             shown, hit = stop.push(rest[:size])
             out, rest = out + shown, rest[size:]
         assert out + stop.flush() == text[: min(ends, default=len(text))], (text, stops)
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    """And a link is not followed, as what it leads to would be cut."""
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text('{"text": "one\u2028two"}\n{"text": "cut', encoding="utf-8")
+    assert complete_lines(path) == ['{"text": "one\u2028two"}'] and path.read_bytes().endswith(b"}\n")
+    (tmp_path / "notes.txt").write_text("kept")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(InputError):
+        complete_lines(tmp_path / "link.jsonl")
+    assert (tmp_path / "notes.txt").read_text() == "kept"

@@ -155,6 +155,11 @@ def test_what_passes_is_asked_again(start: Start, script: list[str]) -> None:
     assert teacher.requests == len(script) + 1
 
 
+def test_a_filtered_answer_is_empty(start: Start) -> None:
+    _, teacher = start('{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}')
+    assert (teacher(["hello"])[0].text, teacher.requests) == ("", 1)
+
+
 def test_what_does_not_pass_is_said(start: Start) -> None:
     _, teacher = start("401")
     with pytest.raises(InputError, match=r"the teacher refuses[\s\S]*401[\s\S]*OPENAI_API_KEY") as refused:

@@ -111,7 +111,7 @@ class Input:
 
 
 def _plain(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".zst")
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def _text(path: Path) -> Iterator[Document | BadText | Remark]:
