@@ -286,7 +286,7 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
     assert sorted(found) == ["e", "sea", "x", "x"]
     assert str(report) == (
         "7 files: 3 .json, 2 .md, 2 .txt; left out: 1 without suffix, 1 .jpg, 1 .pdf; 1 empty document; "
-        "1 file of records with their texts in 'content'; 2 .json files without a field of text left out"
+        "2 .json files without a field of text left out; 1 file of records with their texts in 'content'"
     )
     (tmp_path / "only").mkdir()
     (tmp_path / "settings.json").rename(tmp_path / "only" / "settings.json")

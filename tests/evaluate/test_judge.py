@@ -162,7 +162,7 @@ def test_a_live_judge_on_two_models(tiny: Path, tmp_path: Path, capsys: pytest.C
     (verdicts,) = out.glob("verdicts-tiny-*.jsonl")
     assert len(verdicts.read_text().splitlines()) == 4  # two questions in both orders
     assert main(words) == 0 and len(verdicts.read_text().splitlines()) == 4
-    assert main([*words, "--judge-tokens", "4"]) == 0 and len([*out.glob("verdicts-tiny-*.jsonl")]) == 2
+    assert main([*words[:-1], "4"]) == 0 and len([*out.glob("verdicts-tiny-*.jsonl")]) == 2
 
 
 def test_a_judge_behind_a_url(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,7 +61,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         },
         {
             "hellaswag/val.txt.bz2": bz2.compress(
-                b"Cooking: A pot.. Boil The cook\n3\n waits.\nruns off.\nsings.\nstirs.\n"
+                b"Cooking: A pot.. Boil The cook\n0\n waits.\nruns off.\nsings.\nstirs.\n"
             )
         },
     ],
