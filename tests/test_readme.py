@@ -48,7 +48,8 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
             command, shell=True, cwd=tmp_path, env=os.environ | cache, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, f"{command}\n{result.stderr}"
-        assert result.stdout.strip() or " generate " not in command, f"{command}\n{result.stderr}"
+        # a model of five steps may well write nothing but line ends
+        assert len(result.stdout) > 1 or " generate " not in command, f"{command}\n{result.stderr}"
 
 
 @pytest.mark.slow
