@@ -167,3 +167,10 @@ def test_several_adapters(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     glm = [str(base), "--adapter", str(tmp_path / "first"), f"b={tmp_path / 'second'}"]
     assert main(["infill", "--text", "a [MASK]", "--model", *glm]) == 1
     assert "one adapter at a time" in capsys.readouterr().err
+
+
+def test_an_adapter_given_as_a_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "this is an adapter, not a model" in said and f"--adapter {tmp_path}" in said
