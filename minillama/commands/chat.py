@@ -165,7 +165,7 @@ def run(args: Args) -> int:
 
     model, tokenizer = args.load(args.quantize, args.compile)
     if not args.template and tokenizer.chat_template is None:
-        fix = "name one with --template, as chatml; a base model answers to `minillama generate`"
+        fix = "name one with --template, as vicuna; a base model answers to `minillama generate`"
         raise InputError("the model has no chat template", where=args.model, fix=fix)
     prompts = ChatPrompts(tokenizer, args.template, args.system)
     model.stop_ids |= prompts.stop_ids

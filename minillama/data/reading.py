@@ -27,6 +27,7 @@ DOCUMENT, LINE = 2**32, 2**28
 FIELDS = ("text", "content", "body", "article", "paragraphs", "document", "story", "passage", "raw_content")
 """Fields that usually hold a record's text."""
 
+NO_OBJECT = "is not a JSON object"
 _LOCATIONS = 5
 _CHUNK = 2**20
 T = TypeVar("T")
@@ -141,7 +142,8 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
     for item in read_records(path, bound(LINE)):
         if isinstance(item, Record) and not key:
             key = text_field(item.value)
-        if not isinstance(item, Remark) and not (key or is_named or is_jsonl(path)):
+        is_other = isinstance(item, Record) or (isinstance(item, BadText) and item.what.endswith(NO_OBJECT))
+        if is_other and not (key or is_named or is_jsonl(path)):
             yield Remark(f"{format_of(path)} files without a field of text left out")
             return
         yield from_record(item.value, key, item.where) if isinstance(item, Record) else item
@@ -260,7 +262,7 @@ def read_items(
 def _object(value: object, where: str, what: str) -> Record | BadText:
     if isinstance(value, dict):
         return Record(value, where)
-    return BadText("malformed JSON", f"{what} is not a JSON object", where=where, found=type(value).__name__)
+    return BadText("malformed JSON", f"{what} {NO_OBJECT}", where=where, found=type(value).__name__)
 
 
 def _content(stream: io.BufferedIOBase, path: Path) -> bytearray:

@@ -23,6 +23,8 @@ from minillama.files import read_json
 from minillama.formats import generation_config
 from minillama.formats.layout import Entry, check_tensors, check_writable, is_same, layout, lazy_tensors, rename
 from minillama.formats.model_file import ModelFile
+from minillama.formats.peft_config import CONFIG as ADAPTER
+from minillama.formats.peft_config import adapter_error
 from minillama.formats.safetensors_header import read_header, refuse_integers
 from minillama.formats.stored import Stored
 
@@ -133,6 +135,8 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
             what = "the weights are a pickle, which can run any code when it is opened"
             fix = "ask for safetensors, or convert it with transformers if you trust where it came from"
             raise InputError(what, where=pickles[0], expected=WEIGHTS, fix=fix)
+        if (folder / ADAPTER).exists():
+            raise adapter_error(folder)
         raise InputError("no weights in the model folder", where=folder, expected=f"{WEIGHTS} or {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):

@@ -147,7 +147,8 @@ def check_writable(tensors: Iterable[str], config: ModelConfig, llama_only: str 
             what, expected = f"{llama_only} has no such model", "LLaMA's switches"
             raise InputError(what, where=switch, found=found, expected=expected, fix="write it as hf")
     names = config.tensors()
-    unknown, missing = sorted(set(tensors) - set(names)), [name for name in names if name not in tensors]
+    given = set(tensors)  # `in` would read the tensor of a lazy mapping
+    unknown, missing = sorted(given - set(names)), [name for name in names if name not in given]
     if unknown or missing:
         fix = "merge adapters and take off heads before saving the model; a changed layer is saved with torch.save"
         what = "tensors that would not be written" if unknown else "tensors that the model lacks"

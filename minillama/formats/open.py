@@ -13,6 +13,7 @@ from minillama.formats import gguf, hf, llama2c, meta
 from minillama.formats.gguf_header import is_gguf, read_header
 from minillama.formats.model_file import ModelFile
 from minillama.formats.peft_config import CONFIG as ADAPTER
+from minillama.formats.peft_config import adapter_error
 from minillama.formats.safetensors_header import read_header as read_safetensors
 from minillama.formats.stored import Stored
 
@@ -62,8 +63,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         if (path / meta.PARAMS).exists():
             return meta.read(path)
         if (path / ADAPTER).exists():
-            fix = f"give its base as the model, and --adapter {path}"
-            raise InputError("this is an adapter, not a model", where=path, fix=fix)
+            raise adapter_error(path)
         what = "no config.json in the model folder, and no params.json"
         raise InputError(what, where=path, expected=EXPECTED)
     try:

@@ -36,6 +36,12 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
 EMPTY: tuple[object, ...] = (None, False, [], {})
 
 
+def adapter_error(folder: Path) -> InputError:
+    """Error of an adapter that is opened as a model."""
+    fix = f"give its base as the model, and this folder with --adapter (convert: --merge) {folder}"
+    return InputError("this is an adapter, not a model", where=folder, fix=fix)
+
+
 @dataclass(frozen=True)
 class PeftConfig:
     """Settings of an adapter folder.

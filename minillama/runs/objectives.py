@@ -20,7 +20,7 @@ from minillama.tokenizer.blanks import BLANK_TOKENS
 def typed(command: str) -> list[str]:
     """Words that run a command, as this one was: by the script of a clone, or `minillama`."""
     is_script = Path(sys.argv[0]).name in ("train.py", "generate.py")
-    return ["python", f"{command}.py"] if is_script else ["minillama", command]
+    return ["python", str(Path(sys.argv[0]).with_name(f"{command}.py"))] if is_script else ["minillama", command]
 
 
 def generate(model: str, prompt: str) -> list[str]:

@@ -173,4 +173,4 @@ def test_an_adapter_given_as_a_model_is_named(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "adapter_config.json").write_text("{}")
     assert main(["generate", "--model", str(tmp_path), "--prompt", "x"]) == 1
     said = capsys.readouterr().err
-    assert "this is an adapter, not a model" in said and f"--adapter {tmp_path}" in said
+    assert "this is an adapter, not a model" in said and f"(convert: --merge) {tmp_path}" in said

@@ -292,3 +292,9 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "settings.json").rename(tmp_path / "only" / "settings.json")
     with pytest.raises(InputError, match=r"(?s)holds no text.*1 \.json file without a field.*--data.field"):
         SplitSource(Source(str(tmp_path / "only")), 0.1, "stop", 99).scan()
+
+
+def test_broken_json_in_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1, "b": [1, 2]')
+    with pytest.raises(InputError, match="x.json"):
+        texts(str(tmp_path), "")
