@@ -52,9 +52,7 @@ def test_models_score_the_same(changes: dict[str, object], fused: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["palm", "bloom", "glm", "chatglm", "chatglm2", "rwkv"])
-def test_relatives_have_the_same_logits(name: str, kernels: str) -> None:
-    if kernels != "processor":
-        pytest.skip("slow, and nothing new to emulation")
+def test_relatives_have_the_same_logits(name: str) -> None:
     torch.manual_seed(2)
     model = Decoder(ModelConfig.load(f"{name}-tiny")).eval()
     tokens = torch.randint(0, model.config.vocab_size, (2, 40))
