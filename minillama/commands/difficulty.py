@@ -13,8 +13,8 @@ import tyro
 
 from minillama.config.loader import check
 from minillama.data.conversations import Format, read_record
-from minillama.data.reading import BadText, Record, Skipped
-from minillama.data.sources import OnError, parse_source, records
+from minillama.data.reading import Record, Skipped
+from minillama.data.sources import OnError, parse_source, records, skipping
 from minillama.errors import InputError
 from minillama.files import replace_folder
 from minillama.inference.load import ModelArgs
@@ -82,18 +82,13 @@ class Difficulty(ModelArgs):
             raise InputError(what, where=self.model, found=f"a model for {model.config.objective}")
         template, context = load_template(self.template, tokenizer), min(self.context, model.config.max_seq_len)
         for record in records(parse_source(self.source), self.on_error, report):
-            try:
+            with skipping(self.on_error, report, record.where, "no grade"):
                 rendered = [encode(found, template, tokenizer) for found in read_record(record, self.format, report)]
                 pairs = [answer_nats(model, truncated(one, context + 1, tokenizer.bos_id)) for one in rendered]
                 nats, weight = map(sum, zip(*pairs, strict=True))
                 if not weight:
                     raise InputError("no trained token is within the context", where=record.where)
-            except InputError as error:
-                if self.on_error == "stop":
-                    raise
-                report.add(error if isinstance(error, BadText) else BadText("no grade", error.what, where=record.where))
-                continue
-            yield record, nats / weight
+                yield record, nats / weight
 
 
 def _write(folder: Path, parts: list[list[tuple[Record, float]]]) -> None:
