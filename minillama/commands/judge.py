@@ -89,10 +89,10 @@ class Judge:
         return 0
 
     def _load(self, path: str, template: str = "") -> Ask:
-        from minillama.evaluate.judge import LocalModel
+        from minillama.inference.remote import Local
 
-        model, tokenizer = ModelArgs(path, None, self.dtype, self.device).load(self.quantize, compiles=True)
-        return LocalModel(model, tokenizer, template)
+        model = ModelArgs(path, None, self.dtype, self.device).load(self.quantize, compiles=True)
+        return Local(*model, path, template)
 
     def _judge(self) -> Ask:
         from minillama.inference.remote import Remote

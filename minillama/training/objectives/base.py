@@ -210,8 +210,9 @@ class DataObjective(Objective, Generic[D]):
         """What the passes run on."""
         return cast(Decoder, self.models[MODEL])
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take back."""
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
+        assert not isinstance(self.data, Corpus | Prompts)  # theirs follow from more than that
+        return self.data.where(self.seed, step, self.batch_size, rows)
 
 
 @dataclass(eq=False)

@@ -79,7 +79,6 @@ class Feedback(DataObjective[Prompts]):
     # the rollout
 
     def prepare(self, step: int) -> Metrics:
-        """A rollout, where the step begins one."""
         number, part = divmod(step, self.settings.updates)
         return self._collect(number) if part == 0 else {}
 
@@ -214,7 +213,6 @@ class Feedback(DataObjective[Prompts]):
         raise NotImplementedError
 
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """File and record of the prompts of these rows."""
         number, update = divmod(step, self.settings.updates)
         order = self._order(number, *divmod(update, self.settings.minibatches))
         count = self.batch_size * self.settings.minibatches // self.settings.samples
@@ -247,11 +245,9 @@ class Feedback(DataObjective[Prompts]):
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rollout that the next steps go on with."""
         return {**self.buffer, "first_distinct": self.first_distinct}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take it back."""
         self.buffer = dict(state)
         self.first_distinct = self.buffer.pop("first_distinct")
 
