@@ -74,8 +74,6 @@ class Prompts:
 
         Args:
             sources: of conversations, or of prompts alone (`prompt`, `instruction`, messages that end with a question).
-            template: chat template.
-            tokenizer: to encode them.
             longest: tokens that a prompt may have; longer ones are left out and counted.
             val_fraction: held-out share; 0: none.
             format: of the records.

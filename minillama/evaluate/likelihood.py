@@ -39,7 +39,6 @@ def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Seque
     """Log-likelihoods sum_i ln P(token_i | context, tokens before i) of continuations of one context.
 
     Args:
-        model: the decoder.
         context: token ids, at least one.
         continuations: token ids, each at least one.
 
@@ -69,7 +68,6 @@ def score(
     loses tokens on the left. Results do not depend on batch size and order, but for rounding.
 
     Args:
-        model: the decoder.
         items: pairs (context, continuation) of token ids, no part empty.
         blanks: special tokens of an infilling model, which reads a context in both directions.
         tokens: per pass; by the device unless given.

@@ -113,7 +113,6 @@ def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0
     """Perplexity and bits per byte of a text, in rolling windows, each predicted from left to right.
 
     Args:
-        model: the decoder.
         tokenizer: its tokenizer; the text follows its bos token, or eos where it has none.
         text: of one token or more.
         context: T, tokens per window; the model's context length unless given.

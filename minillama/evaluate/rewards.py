@@ -39,7 +39,6 @@ class Rewards:
     """Weighted sum of rewards.
 
     Args:
-        settings: of each.
         tokenizer: of the model that answers, which reward models must share.
         end_id: token that ends an answer, for reward models; put behind one that was cut off.
         device: of reward models.

@@ -162,7 +162,6 @@ def stream(
     The last chunk of each sequence has its finish reason.
 
     Args:
-        model: the decoder.
         tokenizer: its tokenizer, a `Tokenizer` or one of transformers, which is converted at each call.
         prompt: a text, or several, of any length, which share a batch; token ids are taken as they are, messages
             (`[{"role": "user", "content": ...}]`) by the tokenizer's chat template.

@@ -57,8 +57,6 @@ class Local:
     """Local model as a teacher.
 
     Args:
-        model: the decoder.
-        tokenizer: its tokenizer.
         name: for provenance.
         template: chat template instead of the tokenizer's, which messages need otherwise; texts are then questions.
     """

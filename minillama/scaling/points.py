@@ -58,7 +58,6 @@ class Table:
     """Runs of one fit.
 
     Args:
-        points: the runs.
         unit: of their loss.
         notes: what was left out or makes the fit doubtful.
     """

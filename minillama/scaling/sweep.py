@@ -18,7 +18,7 @@ import tomli_w
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.files import regular, replace_file
+from minillama.files import regular, replace_text
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.record import RecordedRun
 from minillama.scaling.fit import Fit
@@ -133,7 +133,7 @@ class Sweep:
             raise InputError("this run of the sweep was started with other settings", where=written, fix=fix)
         if is_finished(path):
             return True
-        _write(written, text)
+        replace_text(written, text)
         status = self.train(written, path)
         if status or not is_finished(path):
             self.say(f"{config.name} was stopped, status {status}; see {path}.log")
@@ -201,14 +201,10 @@ def predict(sweep: Sweep, fits: dict[int, Fit], factor: float = 4) -> tuple[RunC
         count, tokens = size(config.model), float(config.train.steps * config.train.batch_size * config.context)
         made = {"params": count, "tokens": tokens, "flops": _flops(config), "loss": law.loss(count, tokens)}
         made["interval"] = interval(law, lambda near: near.loss(count, tokens), law.residual)
-        _write(path, json.dumps(made, indent=2) + "\n")
+        replace_text(path, json.dumps(made, indent=2) + "\n")
     return config, made
 
 
 def _flops(config: RunConfig) -> float:
     tokens = config.train.steps * config.train.batch_size * config.context
     return tokens * config.model.flops_per_token(config.context)
-
-
-def _write(path: Path, text: str) -> Path:
-    return replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))

@@ -25,7 +25,6 @@ def answer_log_probabilities(
     slot t, and a value of it, is what chose target t.
 
     Args:
-        model: the decoder.
         tokens: (B, T) ids that it reads.
         targets: (B, T) ids that it predicts.
         weights: (B, T); 0 where a target is of no answer.

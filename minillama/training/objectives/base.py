@@ -190,7 +190,6 @@ class DataObjective(Objective, Generic[D]):
     """An objective of one model, whose batches follow from (seed, step) alone.
 
     Args:
-        decoder: the model.
         data: what is read.
         seed: of the order of the data.
         batch_size: rows per step.

@@ -21,9 +21,6 @@ class ClozeQuestions(DataObjective[Records]):
     """Cloze classification: loss = -log p(label | record), p = p(label words | text) / sum over the labels.
 
     Du et al. 2022, arXiv 2103.10360, §2.4. All answers of a record are read, each in its own row.
-
-    Args:
-        cloze: the question.
     """
 
     cloze: Cloze
