@@ -32,46 +32,14 @@ def drawn(kind: str, seed: int, step: int, count: int, size: int) -> list[int]:
     return found
 
 
-def check_splits(
-    kind: str,
-    train: Sequence[object],
-    val: Sequence[object],
-    skipped: Skipped,
-    longest: int = 0,
-    holds_out: bool = True,
-) -> None:
-    """Refuse an empty split.
-
-    Args:
-        kind: the examples, for the message.
-        train: training split.
-        val: held-out split.
-        skipped: records left out.
-        longest: tokens of an example at most, where that is why one may be missing.
-        holds_out: whether there must be held-out examples.
-
-    Raises:
-        InputError: there are none to train on, or none held out.
-    """
-    if train and (val or not holds_out):
-        return
+def too_few(kind: str, train: Sequence[object], val: Sequence[object], skipped: Skipped, but: str = "") -> InputError:
+    """Error of an empty split; `but` is what else examples must be."""
     found = f"{len(train)} to train on, {len(val)} held out" + (f"; {skipped}" if skipped.total else "")
-    expected = "at least one of each" + (f", of at most {longest} tokens" if longest else "")
-    fix = "give more, or another data.val_fraction"
-    raise InputError(f"too few {kind}", where="data.sources", found=found, expected=expected, fix=fix)
+    expected, fix = f"at least one of each{but}", "give more, or another data.val_fraction"
+    return InputError(f"too few {kind}", where="data.sources", found=found, expected=expected, fix=fix)
 
 
-def by_length(
-    examples: Sequence[T], length: Callable[[T], int], count: int, limit: int, total: int
-) -> Iterator[list[T]]:
-    """Examples of similar lengths, `count` at a time.
-
-    Args:
-        examples: held out.
-        length: by which they are sorted.
-        count: examples of a batch.
-        limit: approximate number of tokens in all, of evenly spaced examples; 0: all.
-        total: tokens of all.
-    """
-    ordered = sorted(examples[:: max(1, total // limit) if limit else 1], key=length)
+def by_length(examples: Sequence[T], length: Callable[[T], int], count: int, every: int) -> Iterator[list[T]]:
+    """One in `every` examples, `count` of similar lengths at a time."""
+    ordered = sorted(examples[::every], key=length)
     yield from (ordered[start : start + count] for start in range(0, len(ordered), count))
