@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -28,18 +27,8 @@ from minillama.training.objectives.glm import BlankInfilling, Example
 from minillama.training.spans import documents, long_span, sentence_ends, sentence_spans, short_spans, span_lengths
 
 BLANKS = Blanks(token=90, sentence=91, document=92, start=93, end=94)
-MODEL = replace(
-    ModelConfig.load("glm-tiny"),
-    dim=32,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=4,
-    head_dim=8,
-    hidden_dim=48,
-    vocab_size=97,
-    max_seq_len=64,
-    tie_embeddings=False,
-)
+SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 97, "max_seq_len": 64}
+MODEL = ModelConfig.load("glm-tiny").changed({**SHAPE, "tie_embeddings": False})
 
 
 @pytest.fixture
