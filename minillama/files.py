@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
@@ -202,6 +202,24 @@ def complete_lines(path: Path) -> list[str]:
         end = data.rfind(b"\n") + 1
         file.truncate(end)
     return data[:end].decode().split("\n")[:-1]  # not splitlines, which cuts at U+2028
+
+
+def json_lines(records: Iterable[object]) -> str:
+    """Text of JSONL."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def append_lines(path: Path, records: Iterable[object]) -> None:
+    """Append records to a JSONL file, which `complete_lines` reads.
+
+    Raises:
+        InputError: the system refuses, or the path is a link.
+    """
+    try:
+        with open(path, "a", encoding="utf-8", opener=regular) as file:
+            file.write(json_lines(records))
+    except OSError as error:
+        raise InputError("cannot write", where=path, found=error.strerror) from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> Path:

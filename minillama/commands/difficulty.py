@@ -16,7 +16,7 @@ from minillama.data.conversations import Format, read_record
 from minillama.data.reading import Record, Skipped
 from minillama.data.sources import OnError, parse_source, records, skipping
 from minillama.errors import InputError
-from minillama.files import replace_folder
+from minillama.files import json_lines, replace_folder
 from minillama.inference.load import ModelArgs
 from minillama.tokenizer.rendering import encode, truncated
 from minillama.tokenizer.template import load_template
@@ -93,7 +93,5 @@ class Difficulty(ModelArgs):
 
 def _write(folder: Path, parts: list[list[tuple[Record, float]]]) -> None:
     for number, part in enumerate(parts, 1):
-        lines = (
-            json.dumps({**record.value, "difficulty": round(grade, 4)}, ensure_ascii=False) for record, grade in part
-        )
-        (folder / f"bucket-{number}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        text = json_lines({**record.value, "difficulty": round(grade, 4)} for record, grade in part)
+        (folder / f"bucket-{number}.jsonl").write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ import tyro
 
 from minillama.commands.progress import Progress
 from minillama.commands.tables import print_table
-from minillama.files import complete_lines, replace_text
+from minillama.files import append_lines, complete_lines, json_lines, replace_text
 from minillama.inference.load import DType, ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -107,10 +107,10 @@ class Judge:
         print(f"{path}: answering {len(questions)} questions", file=sys.stderr)
         found = judge.answer(self._load(path, self.template), questions, self.max_new_tokens)
         lines = [
-            json.dumps({"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}, ensure_ascii=False) + "\n"
+            {"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}
             for one, turns in zip(questions, found, strict=True)
         ]
-        replace_text(self.output / f"answers-{side}-{_name(path)}.jsonl", "".join(lines))
+        replace_text(self.output / f"answers-{side}-{_name(path)}.jsonl", json_lines(lines))
         return found
 
     def _verdicts(self, prompts: Mapping[str, Any]) -> dict[str, Verdict]:
@@ -125,12 +125,10 @@ class Judge:
         if left:
             self.output.mkdir(parents=True, exist_ok=True)
             ask, progress = self._judge(), Progress("verdicts", len(left))
-            with path.open("a", encoding="utf-8") as file:
-                for verdict in ask_verdicts(ask, left, self.judge_tokens, self.mode):
-                    file.write(json.dumps(verdict._asdict(), ensure_ascii=False) + "\n")
-                    file.flush()
-                    known[verdict.key] = verdict
-                    progress.advance(1)
+            for verdict in ask_verdicts(ask, left, self.judge_tokens, self.mode):
+                append_lines(path, [verdict._asdict()])
+                known[verdict.key] = verdict
+                progress.advance(1)
             progress.stop()
         return {key: known[key] for key in prompts}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from minillama.data.sources import valid
 from minillama.errors import InputError
 from minillama.evaluate.rewards import Rewards
 from minillama.evaluate.rules import Answer
-from minillama.files import complete_lines
+from minillama.files import append_lines, complete_lines
 from minillama.inference.rollout import answers
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -73,11 +72,7 @@ class BestOfN:
         for start in range(0, len(left), self.batch):
             part = left[start : start + self.batch]
             lines = [line for line in self._best(part, known, number) if line]
-            try:
-                with path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            except OSError as error:
-                raise InputError("cannot write", where=path, found=error.strerror) from error
+            append_lines(path, lines)
             yield from lines
 
     def _best(self, prompts: Sequence[Prompt], known: Mapping[str, Sequence[Line]], number: int) -> Iterator[Line]:

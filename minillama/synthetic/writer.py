@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import minillama
 from minillama.errors import InputError
-from minillama.files import digest, read_json, replace_text
+from minillama.files import digest, json_lines, read_json, replace_text
 
 T = TypeVar("T")
 Line = Mapping[str, Any]
@@ -83,7 +83,7 @@ class Generated:
         Raises:
             InputError: the file cannot be written.
         """
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        data = json_lines(lines).encode()
         if not self.beside.exists():
             self._save()  # in front of the first line, which a killed process could leave alone otherwise
         try:
