@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from minillama.config.loader import check
-from minillama.data.sources import parse_source
+from minillama.data.sources import Source
 from minillama.inference.load import ModelArgs
 
 
@@ -59,7 +59,7 @@ class BestOfN(ModelArgs):
         model, tokenizer = self.load()
         longest = model.config.max_seq_len - self.max_new_tokens
         chat = ChatPrompts(tokenizer, self.template)
-        data = Prompts.load([parse_source(self.source)], chat.template, tokenizer, longest, self.val_fraction)
+        data = Prompts.load([Source(self.source)], chat.template, tokenizer, longest, self.val_fraction)
         rewards = Rewards(list(map(parse_reward, self.rewards)), tokenizer, data.end_id, model.device)
         stop_ids = end_ids(model, tokenizer) | {data.end_id}
         sampling = Sampling(self.temperature, seed=self.seed)

@@ -21,7 +21,7 @@ from minillama.data.conversations import Format, read_record
 from minillama.data.preference_set import encode_answer, fitted
 from minillama.data.preferences import Preference, is_preference, read_preference
 from minillama.data.reading import Skipped
-from minillama.data.sources import OnError, parse_source, records, skipping
+from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.conversation import Conversation
@@ -86,7 +86,7 @@ class Show:
 
     def _read(self, report: Skipped) -> Iterator[Conversation | Preference]:
         """Preferences where the format says so, or the record's fields, and else conversations."""
-        for record in records(parse_source(self.source), self.on_error, report):
+        for record in records(Source(self.source), self.on_error, report):
             with skipping(self.on_error, report):
                 if self.format == "preferences" or (self.format == "auto" and is_preference(record.value)):
                     yield read_preference(record)

@@ -14,7 +14,7 @@ import tyro
 from minillama.config.loader import check
 from minillama.data.conversations import Format, read_record
 from minillama.data.reading import Record, Skipped
-from minillama.data.sources import OnError, parse_source, records, skipping
+from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.files import json_lines, replace_folder
 from minillama.inference.load import ModelArgs
@@ -81,7 +81,7 @@ class Difficulty(ModelArgs):
             what = "difficulty is the loss of next-token prediction"
             raise InputError(what, where=self.model, found=f"a model for {model.config.objective}")
         template, context = load_template(self.template, tokenizer), min(self.context, model.config.max_seq_len)
-        for record in records(parse_source(self.source), self.on_error, report):
+        for record in records(Source(self.source), self.on_error, report):
             with skipping(self.on_error, report, record.where, "no grade"):
                 rendered = [encode(found, template, tokenizer) for found in read_record(record, self.format, report)]
                 pairs = [answer_nats(model, truncated(one, context + 1, tokenizer.bos_id)) for one in rendered]

@@ -84,10 +84,10 @@ def run(args: Args | Judge) -> int:
 
 
 def _perplexity(args: Args) -> int:
-    from minillama.data.sources import documents, parse_source
+    from minillama.data.sources import Source, documents
     from minillama.evaluate.perplexity import Score, perplexity
 
-    texts = [document.text for document in documents(parse_source(str(args.perplexity)))]
+    texts = [document.text for document in documents(Source(str(args.perplexity)))]
     if not texts:
         raise InputError("there is no text", where=args.perplexity)
     model, tokenizer = args.load(args.quantize, scores=True)

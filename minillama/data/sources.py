@@ -79,11 +79,6 @@ class Source:
         return self.name or self.path
 
 
-def parse_source(word: str) -> Source:
-    """Source of a command-line argument."""
-    return Source(name=word)
-
-
 def documents(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Document]:
     """Nonempty documents of a source.
 

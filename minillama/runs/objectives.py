@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from minillama.config.loader import Located, say_renamed, to_dict
-from minillama.data.sources import Source, parse_source
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.evaluate.question import Question
 from minillama.evaluate.rules import Reward, parse_reward
@@ -159,7 +159,7 @@ OBJECTIVES = {
 
 # elements of lists of settings -> a table of one word of the command line
 ELEMENTS: Mapping[type, Callable[[str], Any]] = {
-    Source: lambda word: to_dict(parse_source(word)),
+    Source: lambda word: to_dict(Source(word)),
     Reward: lambda word: to_dict(parse_reward(word)),
 }
 
