@@ -75,9 +75,9 @@ class Local:
         chat: bool = False,
     ) -> list[Completion]:
         """Completions; prompt i has seed + i whether others fit the context or not."""
-        engine, chat_by = Engine(self.model, ROWS, None), self._questions or chat
-        options = {"engine": engine, "chat": chat_by, "skips_long": True}
-        return generate(self.model, self.tokenizer, prompts, max_new_tokens, sampling, stop, **options)
+        how, limits = (self._questions or chat), (max_new_tokens, sampling, stop)
+        engine = Engine(self.model, ROWS, None)
+        return generate(self.model, self.tokenizer, prompts, *limits, engine=engine, chat=how, skips_long=True)
 
     def option_logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:
         """Log-probabilities of the options' first tokens; all -inf for a prompt that does not fit."""

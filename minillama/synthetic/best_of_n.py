@@ -129,7 +129,7 @@ def read_lines(path: Path) -> list[Line]:
     Raises:
         InputError: no such file, or a line of something else.
     """
-    found = []
+    found: list[Line] = []
     for record in valid(read_records(path)):
         line = record.value
         try:

@@ -180,6 +180,7 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take it back."""
+        return None
 
 
 D = TypeVar("D", bound=Corpus | Instructions | Preferences | Prompts | Records)
