@@ -14,7 +14,7 @@ from minillama.data.prompts import Prompt
 from minillama.data.reading import read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError
-from minillama.evaluate.rewards import Rewards
+from minillama.evaluate.rewards import Rewards, answer_of
 from minillama.evaluate.rules import Answer
 from minillama.files import append_lines, complete_lines
 from minillama.inference.rollout import answers
@@ -77,21 +77,18 @@ class BestOfN:
 
     def _best(self, prompts: Sequence[Prompt], known: Mapping[str, Sequence[Line]], number: int) -> Iterator[Line]:
         seeds = [derive_keys("best-of-n", self.sampling.seed, number, key_of(prompt))[0] >> 8 for prompt in prompts]
-        ids, decode = [prompt.ids for prompt in prompts], self.rewards.tokenizer.decode
+        ids, tokenizer = [prompt.ids for prompt in prompts], self.rewards.tokenizer
         sampling = (self.samples, self.max_new_tokens, self.sampling, self.stop_ids, seeds)
-        requests = iter(answers(self.model, ids, *sampling))
+        requests = answers(self.model, ids, *sampling)
         candidates: list[tuple[Answer, int]] = []
         groups: list[tuple[Prompt, int, int]] = []
-        for prompt in prompts:
-            begun = len(candidates)
-            for request in (next(requests) for _ in range(self.samples)):
-                ended = request.finish_reason == "eos"
-                text = decode(request.tokens[: len(request.tokens) - ended]).removeprefix(self.lead)
-                candidates.append((Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended), number))
+        for i, prompt in enumerate(prompts):
+            begun, own = len(candidates), requests[i * self.samples : (i + 1) * self.samples]
+            candidates += [(answer_of(prompt, request, tokenizer, self.lead), number) for request in own]
             for line in known.get(key_of(prompt), ()):
                 text = line["messages"][-1]["content"]
-                own = [*self.rewards.tokenizer.encode_inside(self.lead + text), *[self.rewards.end_id] * line["ended"]]
-                old = Answer(prompt.text, own, text, prompt.record, prompt.ids, line["ended"])
+                written = [*tokenizer.encode_inside(self.lead + text), *[self.rewards.end_id] * line["ended"]]
+                old = Answer(prompt.text, written, text, prompt.record, prompt.ids, line["ended"])
                 candidates.append((old, line["round"]))
             groups.append((prompt, begun, len(candidates)))
         scored = self.rewards([answer for answer, _ in candidates])

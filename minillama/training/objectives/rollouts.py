@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minillama.data.permutation import derive_keys, permute
 from minillama.data.prompts import Prompt, Prompts
-from minillama.evaluate.rewards import Rewards, Scored
+from minillama.evaluate.rewards import Rewards, Scored, answer_of
 from minillama.evaluate.rules import Answer, distinct
 from minillama.inference.generate import end_ids
 from minillama.inference.request import Request
@@ -121,23 +121,19 @@ class Feedback(DataObjective[Prompts]):
 
     def _scores(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> tuple[dict[str, float], Tensor]:
         """Measures of a rollout, and the rewards of its answers."""
-        given = [self._answer(*pair) for pair in zip(prompts, requests, strict=True)]
+        tokenizer = self.rewards.tokenizer
+        given = [answer_of(*pair, tokenizer) for pair in zip(prompts, requests, strict=True)]
         scored = self.rewards(given)
         ended = torch.tensor([answer.ended for answer in given])
-        measures = {f"reward_{name}": _mean(part) for name, part in scored.parts.items()}
+        measures = {f"reward_{name}": part.nanmean().item() for name, part in scored.parts.items()}
         measures |= {
-            "reward": _mean(scored.total),
+            "reward": scored.total.nanmean().item(),  # of what could be scored
             "answer_length": sum(len(answer.ids) for answer in given) / len(given),
             "ended": ended.float().mean().item(),
             "distinct_2": sum(distinct(answer.ids) for answer in given) / len(given),
         }
         self._show(given, scored)
         return measures, scored.total - self.settings.cut_off * ~ended
-
-    def _answer(self, prompt: Prompt, request: Request) -> Answer:
-        ended = request.finish_reason == "eos"
-        text = self.rewards.tokenizer.decode(request.tokens[: len(request.tokens) - ended])
-        return Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended)
 
     def _show(self, given: Sequence[Answer], scored: Scored) -> None:
         answer, reward = given[0], scored.total[0].item()
@@ -267,11 +263,6 @@ def trimmed(batch: Batch) -> Batch:
 
 def _width(used: int) -> int:
     return max(1, used) if used < MULTIPLE else -(-used // MULTIPLE) * MULTIPLE
-
-
-def _mean(values: Tensor) -> float:
-    """Mean of what could be scored."""
-    return values.nanmean().item()
 
 
 def _json(value: float) -> float | None:
