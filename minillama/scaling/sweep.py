@@ -176,8 +176,8 @@ def is_finished(path: Path) -> bool:
     return (path / "config.toml").exists() and RecordedRun.open(path).is_finished
 
 
-def predict(sweep: Sweep, fits: dict[int, Fit], factor: float = 4) -> tuple[RunConfig, dict[str, Any]]:
-    """Run at a multiple of the largest budget, and its predicted loss.
+def predict(sweep: Sweep, fits: dict[int, Fit]) -> tuple[RunConfig, dict[str, Any]]:
+    """Run at four times the largest budget, and its predicted loss.
 
     N_opt is that of the IsoFLOP parabolas, or of the parametric law where there is none. FOLDER/next/prediction.json
     holds what was predicted first, so that it was predicted before the run.
@@ -191,7 +191,7 @@ def predict(sweep: Sweep, fits: dict[int, Fit], factor: float = 4) -> tuple[RunC
     law = fits[3].law if 3 in fits else None
     if law is None:
         raise InputError("there is no parametric fit to predict a loss with", fix="add budgets or sizes")
-    flops, head = factor * sweep.budgets[-1], sweep.base.model.head_dim
+    flops, head = 4 * sweep.budgets[-1], sweep.base.model.head_dim
     path = sweep.folder / "next" / "prediction.json"
     is_made = path.exists()
     made = json.loads(path.read_text(encoding="utf-8")) if is_made else {}
