@@ -92,11 +92,10 @@ def _perplexity(args: Args) -> int:
         raise InputError("there is no text", where=args.perplexity)
     model, tokenizer = args.load(args.quantize, scores=True)
     whole, words = Score(0.0, 0, 0), sum(len(re.split(r"\s+", text)) for text in texts)
-    progress = Progress("perplexity", sum(map(len, texts)))
-    for text in texts:
-        whole += perplexity(model, tokenizer, text, args.context)
-        progress.advance(len(text))
-    progress.stop()
+    with Progress("perplexity", sum(map(len, texts))) as progress:
+        for text in texts:
+            whole += perplexity(model, tokenizer, text, args.context)
+            progress.advance(len(text))
     counts = {"documents": len(texts), "tokens": whole.tokens, "words": words, "bytes": whole.bytes}
     measures = {
         "nats per token": whole.nats_per_token,
@@ -142,13 +141,12 @@ def _evaluate(args: Args, items: dict[str, list[Item]]) -> ResultFolder:
     if not left:
         return folder
     model, tokenizer = args.load(args.quantize, scores=True)
-    progress = Progress("items", sum(map(_weight, (item for found in missing.values() for item in found))))
-    for name, found in missing.items():
-        weights = {item.id: _weight(item) for item in found}
-        for outcome in outcomes(model, tokenizer, name, found):
-            folder.add(outcome)
-            progress.advance(weights[outcome.id], name)
-    progress.stop()
+    with Progress("items", sum(map(_weight, (item for found in missing.values() for item in found)))) as progress:
+        for name, found in missing.items():
+            weights = {item.id: _weight(item) for item in found}
+            for outcome in outcomes(model, tokenizer, name, found):
+                folder.add(outcome)
+                progress.advance(weights[outcome.id], name)
     return folder
 
 

@@ -124,12 +124,12 @@ class Judge:
         left = {key: prompt for key, prompt in prompts.items() if key not in known}
         if left:
             self.output.mkdir(parents=True, exist_ok=True)
-            ask, progress = self._judge(), Progress("verdicts", len(left))
-            for verdict in ask_verdicts(ask, left, self.judge_tokens, self.mode):
-                append_lines(path, [verdict._asdict()])
-                known[verdict.key] = verdict
-                progress.advance(1)
-            progress.stop()
+            ask = self._judge()
+            with Progress("verdicts", len(left)) as progress:
+                for verdict in ask_verdicts(ask, left, self.judge_tokens, self.mode):
+                    append_lines(path, [verdict._asdict()])
+                    known[verdict.key] = verdict
+                    progress.advance(1)
         return {key: known[key] for key in prompts}
 
 
