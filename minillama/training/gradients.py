@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from minillama.training.objectives.base import MODEL, Batch, Objective
+from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.ranks import Ranks
 
 

@@ -17,7 +17,7 @@ from minillama.layers.attention import Attention
 from minillama.model import Decoder
 from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer import Tokenizer
-from minillama.training.objectives.base import MODEL, Batch, Objective
+from minillama.training.objectives import MODEL, Batch, Objective
 
 QUERIES = 256  # per chunk of scores
 

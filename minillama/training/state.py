@@ -14,7 +14,7 @@ from minillama.errors import InputError
 from minillama.runs.checkpoint import Checkpoint, CheckpointCopy
 from minillama.training.guard import Guard
 from minillama.training.model_folder import ModelFolder
-from minillama.training.objectives.base import MODEL, Objective
+from minillama.training.objectives import MODEL, Objective
 from minillama.training.optim.groups import load_optimizer_state, optimizer_state
 
 RESERVED = ("objective", "models")  # prefixes of names in a checkpoint, beside those of models
