@@ -184,13 +184,13 @@ def stream(
     tokenizer, prompts = Tokenizer.from_transformers(tokenizer), _several(prompt)
     asked, questions = chat_ids(tokenizer, prompts, chat)
     blanks, sampling = blanks_of(model, tokenizer), build(Sampling, settings, base=sampling or Sampling())
-    ends = end_ids(model, tokenizer) | (questions.stop_ids if questions else frozenset())
-    ends = frozenset() if ignore_eos else ends
+    stop_ids = end_ids(model, tokenizer) | (questions.stop_ids if questions else frozenset())
+    ends = frozenset[int]() if ignore_eos else stop_ids
     texts: dict[Request, _Text] = {}
     for row, each in enumerate(asked):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
-        read, is_question = blanks.continuation(ids) if blanks else ids, each is not prompts[row]
-        text = _Text(row, tokenizer, ids, stop, questions.lead if questions and is_question else "")
+        lead = questions.lead if questions and each is not prompts[row] else ""  # of a prompt by the template
+        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop, lead)
         request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text, logprobs)
         if skips_long and len(request.ids) >= model.config.max_seq_len:
             yield Chunk(row, "", (), "context")

@@ -63,9 +63,9 @@ class BestOfN:
         Raises:
             InputError: a file that cannot be read or written, or with other lines.
         """
-        before = [(file, line) for file in earlier for line in read_lines(file)]
-        known = {key: [line for _, line in before if line["key"] == key] for key in {line["key"] for _, line in before}}
-        number = 1 + max((line["round"] for _, line in before), default=0)
+        before = [line for file in earlier for line in read_lines(file)]
+        known = {key: [line for line in before if line["key"] == key] for key in {line["key"] for line in before}}
+        number = 1 + max((line["round"] for line in before), default=0)
         complete_lines(path)  # without one that a stopped run left incomplete
         done = {line["key"] for line in read_lines(path)} if path.exists() else set()
         left = [prompt for key, prompt in {key_of(prompt): prompt for prompt in prompts}.items() if key not in done]
