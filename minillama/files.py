@@ -47,11 +47,8 @@ def refuse_remote(path: str | os.PathLike[str]) -> None:
     refuse_url(path)
     found = Path(path)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not (found.exists() or found.parent.is_dir()):
-        what, fix = (
-            "no such path",
-            f"if this is a model of the Hugging Face hub: hf download {path} --local-dir {found.name}",
-        )
-        raise InputError(what, where=path, fix=f"{fix}; then give {found.name}")
+        fix = f"if this is a model of the Hugging Face hub: hf download {path} --local-dir {found.name}"
+        raise InputError("no such path", where=path, fix=f"{fix}; then give {found.name}")
 
 
 def model_folder(path: Path) -> Path:

@@ -107,10 +107,8 @@ class SelfInstruct:
             barren = 0 if lines else barren + 1
             out.say(len(self.kept), self.count, before)
         if len(self.kept) < self.count:
-            what, fix = (
-                f"{_BARREN} rounds without a new instruction",
-                "give another teacher, another --method, more seeds",
-            )
+            what = f"{_BARREN} rounds without a new instruction"
+            fix = "give another teacher, another --method, more seeds"
             raise InputError(what, where=out.path, found=summary(out.counts), fix=fix)
 
     def _round(self, number: int, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
