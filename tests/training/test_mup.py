@@ -147,11 +147,7 @@ def test_heads_that_widen_need_the_queries_factor() -> None:
         ({"init": "fan-in"}, {}, "model.init"),
         ({}, {"optimizer": "adafactor"}, "optim.optimizer"),
         ({"tie_embeddings": True}, {}, "model.tie_embeddings"),
-        (
-            {"init": "rwkv", "mixer": "wkv", "mlp": "channel-mix", "position": "none"},
-            {},
-            "model.init|model.mixer",
-        ),
+        ({"init": "rwkv", "mixer": "wkv", "mlp": "channel-mix", "position": "none"}, {}, "model.init|model.mixer"),
     ],
 )
 def test_what_has_no_rule_is_refused(model: dict[str, object], optim: dict[str, object], where: str) -> None:
