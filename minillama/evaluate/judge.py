@@ -101,7 +101,7 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[list[str]]:
     return [known[question.id] for question in questions]
 
 
-def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512, seed: int = 0) -> list[list[str]]:
+def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512) -> list[list[str]]:
     """Answers to each turn, the earlier ones in the conversation; temperatures by category as in MT-bench."""
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
@@ -111,7 +111,7 @@ def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512, s
                 by_heat.setdefault(TEMPERATURE.get(question.category, 0.0), []).append(i)
         for heat, rows in by_heat.items():
             asked = [_dialog(questions[i].turns, answers[i]) for i in rows]
-            for i, one in zip(rows, ask(asked, max_new_tokens, Sampling(temperature=heat, seed=seed)), strict=True):
+            for i, one in zip(rows, ask(asked, max_new_tokens, Sampling(temperature=heat)), strict=True):
                 answers[i].append(one.text)
     return answers
 
