@@ -158,6 +158,7 @@ def run(args: Args) -> int:
     """Read questions until the input ends."""
     check(args)
     from minillama.inference.chat import ChatPrompts
+    from minillama.tokenizer.template import OWN
 
     model, tokenizer = args.load(args.quantize, args.compile)
     if not args.template and tokenizer.chat_template is None:
@@ -176,7 +177,8 @@ def run(args: Args) -> int:
     }
     with suppress(ImportError):
         import readline  # noqa: F401 - editing and history in input()
-    say(f"{args.model}, template {session.prompts.template.name}; /help lists commands, Ctrl-D ends")
+    template = "its own template" if prompts.template.name == OWN else f"template {prompts.template.name}"
+    say(f"{args.model}, {template}; /help lists commands, Ctrl-D ends")
     while (line := _read()) is not None:
         name, _, rest = line.strip().partition(" ")
         if name in ("/quit", "/exit"):

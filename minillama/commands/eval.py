@@ -100,11 +100,16 @@ def _perplexity(args: Args) -> int:
     measures = {
         "nats per token": whole.nats_per_token,
         "perplexity per token": whole.perplexity,
-        "perplexity per word": math.exp(whole.nats / words) if whole.nats / words < 700 else math.inf,
+        "perplexity per word": _exp(whole.nats / words),
         "bits per byte": whole.bits_per_byte,
     }
     print_pairs("", counts | measures)
     return 0
+
+
+def _exp(nats: float) -> float | str:
+    """e^nats; above 10^6, of texts with few spaces, as a power of ten."""
+    return math.exp(nats) if nats < 6 * math.log(10) else f"10^{nats / math.log(10):.1f}, words end at spaces"
 
 
 def _tasks(args: Args) -> int:

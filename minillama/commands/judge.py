@@ -97,7 +97,9 @@ class Judge:
     def _judge(self) -> Ask:
         from minillama.inference.remote import Remote
 
-        return Remote(self.judge, self.judge_name) if "://" in self.judge else self._load(self.judge)
+        if "://" in self.judge:
+            return Remote(self.judge, self.judge_name, options=("--judge", "--judge-name"))
+        return self._load(self.judge)
 
     def _answers(self, side: str, path: str, questions: Sequence[Question]) -> list[list[str]]:
         from minillama.evaluate import judge

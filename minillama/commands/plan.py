@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -15,7 +17,7 @@ from minillama.commands.tables import bytes_text, count_text, duration_text, pri
 from minillama.config import ModelConfig
 from minillama.config.budget import MOST, SIZES, USABLE, Setting, Train, fits, remedies, usable
 from minillama.config.cost import WEIGHT_BYTES, cache_slots, inference_memory
-from minillama.config.loader import check, config_names, nearest, to_dict
+from minillama.config.loader import check, config_names, to_dict
 from minillama.device import GPUS
 from minillama.errors import InputError
 from minillama.formats.shape import model_config
@@ -143,14 +145,24 @@ def _sizes(args: Args) -> list[tuple[str, float]]:
 
 
 def _gpu(args: Args) -> str:
-    """Name in the table of GPUs; none where none was asked for."""
+    """Name in the table of GPUs, with or without its maker, series and memory; none where none was asked for."""
     if args.gpu in ("", "all"):
         return ""
-    found = nearest(args.gpu, GPUS)
+    known = {_plain(name): name for name in GPUS}
+    known |= {_plain(f"{name} {gpu.memory} GB"): name for name, gpu in GPUS.items()}
+    found = known.get(_plain(args.gpu))
     if found is None:
-        what, fix = "this GPU is not in the table", "give --gpu-memory and --tflops"
-        raise InputError(what, where="--gpu", found=args.gpu, expected=", ".join(GPUS), fix=fix)
+        near = get_close_matches(_plain(args.gpu), known, n=3)
+        fix = f"did you mean {' or '.join(dict.fromkeys(known[one] for one in near))}? else " if near else ""
+        fix += "give --gpu-memory and --tflops"
+        raise InputError(
+            "this GPU is not in the table", where="--gpu", found=args.gpu, expected=", ".join(GPUS), fix=fix
+        )
     return found
+
+
+def _plain(gpu: str) -> str:
+    return re.sub(r"nvidia|geforce|rtx|[\W_]", "", gpu.lower())
 
 
 def _fit(config: ModelConfig, setting: Setting, gigabytes: float, gpu: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -49,6 +50,9 @@ def _error(kind: str, event: Any, options: set[str]) -> UsageError | None:
         names = ", ".join(_name(missing.arg) for missing in event.missing_arguments)
         unknown = event.unrecognized_tokens
         near = _near(unknown, options) if unknown else None
+        if unknown and not any(word.startswith("-") for word in unknown):  # values without their options
+            given = zip(names.split(", "), unknown, strict=False)
+            near = f"{event.prog} " + " ".join(f"{name} {shlex.quote(word)}" for name, word in given) + " ..."
         return UsageError(f"missing: {names}", where=where, found=" ".join(unknown) or None, fix=near or fix)
     if kind == "UnrecognizedArgs":
         option = next((word for word in event.tokens if word.startswith("-")), None)

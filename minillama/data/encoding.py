@@ -24,15 +24,37 @@ _FREQUENT = frozenset(
     "然家种事成方多经經么去法学學如都同现現当當没动動面起看定天分还還进進好小部其些主样樣理心她本前开開但因只从從想实實日军者意无無力"
     "它与與长長把机見见曰何風风花春"
 )
+_OTHERS = {
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a ZIP archive, as .docx, .xlsx, .odt and .epub are",
+    b"\xd0\xcf\x11\xe0": "an old Office document",
+    b"{\\rtf": "an RTF document",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"\x1f\x8b": "a gzip archive without .gz",
+    b"\x28\xb5\x2f\xfd": "a zstd archive without .zst",
+    b"PAR1": "a Parquet table",
+    b"GGUF": "a model",
+    b"\x7fELF": "a program",
+}
 _HAN = re.compile("[\u3400-\u9fff]")
+
+
+class NotTextError(Exception):
+    """File of another kind, which is the message."""
 
 
 def recognized(stream: io.BufferedIOBase) -> tuple[str, io.BufferedIOBase]:
     """Name of the encoding that a text begins in, empty for UTF-8; and the text in UTF-8.
 
     Byte order marks, UTF-16 without one, and GB18030 by the frequent characters of Chinese.
+
+    Raises:
+        NotTextError: a document, an archive or a picture.
     """
     head = stream.read(_HEAD)
+    if other := next((kind for mark, kind in _OTHERS.items() if head.startswith(mark)), ""):
+        raise NotTextError(other)
     name = _encoding(head)
     chunks: Iterable[bytes] = chain((head,), iter(lambda: stream.read(_CHUNK), b""))
     if name:

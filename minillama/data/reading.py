@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minillama.data.archives import PACKED, DamagedError, open_file
-from minillama.data.encoding import recognized
+from minillama.data.encoding import NotTextError, recognized
 from minillama.errors import InputError
 from minillama.files import bound, check_size, reading
 
@@ -251,6 +251,9 @@ def read_items(
                 if name:
                     yield Remark(f"files in {name.upper()}")
                 yield from read(stream)
+        except NotTextError as error:
+            fix = "give its text as a file, of a PDF that of pdftotext; or leave it out"
+            yield BadText("other kind", "this file is not text", where=path, found=error, fix=fix)
         except UnicodeDecodeError as error:
             yield BadText(f"invalid {name}", f"this text is not {name}", where=path, found=error.reason)
         except (EOFError, zlib.error, gzip.BadGzipFile, DamagedError) as error:

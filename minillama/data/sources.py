@@ -234,6 +234,7 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
         return [path / name for name in names]
     if (path / UNFINISHED).is_dir():
         raise InputError("this cleaning is not finished", where=path, fix="run minillama data clean again: it goes on")
+    what = "this folder holds no text files"
     if path.is_dir():
         found = list(_walk(path, frozenset(), suffixes))
         expected = f"files ending in {' '.join(suffixes)}, perhaps with .gz or .zst behind"
@@ -241,11 +242,12 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
         return [path]
     else:
         found = [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if not match.is_dir()]
-        expected = f"a file, a folder, a glob that matches something, {', '.join(_NAMES)}, or hf:NAME"
+        what = "nothing matches this source" if glob.has_magic(name) else "no such file, folder or built-in source"
+        expected = f"a path, a glob, {', '.join(_NAMES)}, or hf:NAME"
     if not found:
         close = get_close_matches(name, _NAMES, n=1)
         fix = f"did you mean {close[0]!r}?" if close else None
-        raise InputError("this source holds no files", where="data.sources", found=name, expected=expected, fix=fix)
+        raise InputError(what, where="data.sources", found=name, expected=expected, fix=fix)
     return found
 
 

@@ -84,7 +84,7 @@ class SplitSource:
             fix = "name the field of its records with --data.field" if "field" in found else None
             raise InputError("this source holds no text", where=self.source.label, found=found, fix=fix)
         self._kept, self._is_few = kept, self.count < FEW / self.val_fraction
-        share = f"the last {self.val_fraction:.2g} of"
+        share = f"the last {100 * self.val_fraction:.2g}% of"
         counted = f"{documents_out} of {self.count:,} documents"
         parts = f"{share} each document" + (f", those under {_CUT:,} characters whole" if long < self.count else "")
         self.held_out = parts if self._is_few and long else counted

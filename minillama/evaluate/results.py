@@ -21,7 +21,7 @@ class ResultFolder:
     """Folder of one model's outcomes, in any style.
 
     Args:
-        path: the folder; made if it is not there.
+        path: the folder; made for the first outcome if it is not there.
         model: what the outcomes depend on besides the items.
 
     Attributes:
@@ -41,8 +41,6 @@ class ResultFolder:
                 expected = ", ".join(f"{key} {model.get(key)!r}" for key in changed)
                 what = "this folder has the results of another model"
                 raise InputError(what, where=path, found=found, expected=expected, fix="give another --output")
-        else:
-            replace_text(path / MODEL, json.dumps(self.model, indent=2) + "\n")
         self.known = read_outcomes(path / ITEMS)
 
     def missing(self, name: str, items: Sequence[Item]) -> list[Item]:
@@ -52,6 +50,8 @@ class ResultFolder:
     def add(self, outcome: Outcome) -> None:
         """Append an outcome to the file."""
         self.known[outcome.task, outcome.id, outcome.prompt] = outcome
+        if not (self.path / MODEL).exists():
+            replace_text(self.path / MODEL, json.dumps(self.model, indent=2) + "\n")
         with reading(self.path / ITEMS, "the results"), (self.path / ITEMS).open("a", encoding="utf-8") as file:
             file.write(outcome.to_json() + "\n")
 

@@ -118,6 +118,7 @@ class Remote:
         cache: folder of the replies, by a digest of the request: nothing is asked twice.
         timeout: seconds per request.
         wait: seconds before the first repetition.
+        options: of the command line for the URL and the name, as messages call them.
 
     Raises:
         InputError: a URL with a password or query, no such endpoint, or no openai package.
@@ -134,20 +135,21 @@ class Remote:
         cache: Path | None = None,
         timeout: float = 300.0,
         wait: float = 1.0,
+        options: tuple[str, str] = ("--teacher", "--teacher-model"),
     ) -> None:
         parts = urlsplit(url)
         if parts.username is not None or parts.query or parts.fragment:
             shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
             fix = f"give the URL alone, and the key in the environment variable {KEY}"
-            raise InputError("a URL with a user, a query or a fragment", where="--teacher", found=shown, fix=fix)
-        self._openai = optional_import("openai", "a remote teacher", "teacher")
+            raise InputError("a URL with a user, a query or a fragment", where=options[0], found=shown, fix=fix)
+        self._openai = optional_import("openai", "an endpoint", "teacher")
         self.url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
         self._key = os.environ.get(KEY) or "none"  # servers of one's own take any
         self._client = self._openai.OpenAI(api_key=self._key, base_url=self.url, max_retries=0, timeout=timeout)
         self.concurrency, self.retries, self.wait, self.cache = concurrency, retries, wait, cache
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.requests = self.tokens = self.cached = self._reserved = 0
-        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._lock, self._stopping, self._options = threading.Lock(), threading.Event(), options
         self.model = model or self._first_model()
         self.about: Mapping[str, Any] = {"url": self.url, "model": self.model}
 
@@ -241,8 +243,8 @@ class Remote:
                 if error.status_code == 400 and "context" in problem.lower():
                     return {"text": "", "reason": "context", "first": []}
                 if error.status_code not in _AGAIN and error.status_code < 500:
-                    fix = f"set {KEY}" if error.status_code in (401, 403) else "see --teacher and --teacher-model"
-                    raise InputError("the teacher refuses", where=self.url, found=problem, fix=fix) from None
+                    fix = f"set {KEY}" if error.status_code in (401, 403) else f"see {' and '.join(self._options)}"
+                    raise InputError("the endpoint refuses", where=self.url, found=problem, fix=fix) from None
                 after = error.response.headers.get("retry-after", "")
                 delay = float(after) if after.replace(".", "", 1).isdigit() else delay
             except (openai.OpenAIError, ValueError) as error:
@@ -253,7 +255,7 @@ class Remote:
             if attempt < self.retries and self._stopping.wait(min(delay, _LONGEST)):
                 break
         fix = "see that the server runs, then give the same command again: it goes on where it is"
-        raise InputError("no usable reply of the teacher", where=self.url, found=problem, fix=fix)
+        raise InputError("no usable reply of the endpoint", where=self.url, found=problem, fix=fix)
 
     def _take(self, tokens: int) -> None:
         """Reserve a request and its tokens.
@@ -266,7 +268,7 @@ class Remote:
             if (self.max_requests and self.requests >= self.max_requests) or (self.max_tokens and left < tokens):
                 found = f"{self.requests:,} requests, {self.tokens:,} tokens"
                 fix = "give the same command again, with another budget: it goes on where it is"
-                raise BudgetError("the budget of the teacher is spent", where=self.url, found=found, fix=fix)
+                raise BudgetError("the budget of the endpoint is spent", where=self.url, found=found, fix=fix)
             self.requests += 1
             self._reserved += tokens
 
@@ -279,8 +281,8 @@ class Remote:
         try:
             return str(next(iter(self._client.models.list())).id)
         except Exception as error:  # a server of one's own may list anything
-            fix = "give --teacher-model NAME, or see that the server runs"
-            raise InputError("the teacher lists no model", where=self.url, found=self._told(error), fix=fix) from None
+            fix = f"give {self._options[1]} NAME, or see that the server runs"
+            raise InputError("the endpoint lists no model", where=self.url, found=self._told(error), fix=fix) from None
 
 
 def _read(reply: Any) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class RecordedRun:
 
     @property
     def step(self) -> int:
-        """The last step that is recorded."""
-        return int(self.records[-1]["step"]) if self.records else 0
+        """The last step that was taken: that of a checkpoint is recorded when the run goes on."""
+        return max([*self.checkpoints[-1:], *(int(line["step"]) for line in self.records[-1:]), 0])
 
     @property
     def is_finished(self) -> bool:

@@ -95,6 +95,7 @@ def test_a_bad_argument_exits_2(command: types.ModuleType, capsys: pytest.Captur
         (["plan", "llama-tiny", "--batch"], "--batch needs a value"),
         (["tokenizer"], "no such subcommand\n(?s:.)*expected: train, merge, encode"),
         (["tokenizer", "encode", "a", "b"], "missing: --model"),
+        (["generate", "runs/a b", "Alice"], "do: minillama generate --model 'runs/a b' ..."),
     ],
 )
 def test_errors_of_the_command_line_have_one_style(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -112,6 +114,23 @@ def test_perplexity_has_its_units(folder: Path, capsys: pytest.CaptureFixture[st
     for unit in ("nats per token", "perplexity per token", "perplexity per word", "bits per byte"):
         assert unit in out
     assert "bytes                 360" in out
+
+
+def test_perplexity_of_a_text_without_spaces(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "t.txt").write_text("潮水來了又去了" * 50, encoding="utf-8")
+    assert main(["eval", "one", "--perplexity", "t.txt"]) == 0
+    found = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    power = re.fullmatch(r" *10\^([0-9.]+), words end at spaces", found["perplexity per word"])
+    nats = float(found["nats per token"]) * int(found["tokens"])
+    assert power and float(power[1]) == pytest.approx(nats / math.log(10), abs=0.2)
+
+
+def test_a_model_that_does_not_open_leaves_no_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    for model in ("adapter", "nowhere"):
+        assert main(["eval", model, "--tasks", "piqa", "--data", "data"]) == 1
+    assert "no such model" in capsys.readouterr().err and not (folder / "evals").exists()
 
 
 def test_arguments_are_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

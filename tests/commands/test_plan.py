@@ -121,6 +121,13 @@ def test_every_known_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"RTX 3070 +8 +41 +no, .* too much", out) and re.search(r"\nL4 +24 +121 +yes", out)
 
 
+@pytest.mark.parametrize(
+    ("word", "memory"), [("a100", 80), ("NVIDIA A100 80GB", 80), ("a100-40gb", 40), ("h100_pcie", 80), ("4090", 24)]
+)
+def test_a_gpu_is_found_under_its_names(word: str, memory: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_json(capsys, "llama-tiny", "--gpu", word)["fits"][0]["gigabytes"] == memory
+
+
 def test_a_run_tells_its_own_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "config.toml").write_text("")
@@ -203,6 +210,8 @@ def test_a_hugging_face_folder_and_a_toml_file(tmp_path: Path, capsys: pytest.Ca
         (["llama-tiny", "--batch", "0"], "at least 1"),
         (["llama-tiny", "--tflops", "nan"], "a finite number"),
         (["llama-tiny", "--gpu", "abacus"], "RTX 4090"),
+        (["llama-tiny", "--gpu", "H10"], "did you mean H100"),
+        (["llama-tiny", "--gpu", "V100"], "or A100"),
     ],
 )
 def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,19 @@ def test_show_tells_a_run_that_is_going_on(runs: tuple[Path, Path], capsys: pyte
     assert "finished" in capsys.readouterr().out
 
 
+def test_a_stopped_run_has_the_step_of_its_checkpoint(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Ctrl-C leaves it: the last step is in the checkpoint, its line comes when the run goes on."""
+    stopped = shutil.copytree(runs[1], tmp_path / "c")
+    shutil.rmtree(stopped / "model")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert main(["runs", str(tmp_path)]) == 0 and "6 of 6" in capsys.readouterr().out
+    assert main(["show", str(stopped)]) == 0
+    assert "stopped after step 6; --resume continues at step 6" in capsys.readouterr().out
+
+
 def test_what_is_no_run(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(tmp_path)]) == 1 and "not the folder of a run" in capsys.readouterr().err
     assert main(["compare", str(runs[0])]) == 1 and "nothing to compare with" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_merging_and_comparing(
             "larger than the text",
         ),
         (["train", "--kind", "byte-bpe", "--input", "BAD", "--output", "OUT"], "not UTF-8"),
-        (["train", "--kind", "byte-bpe", "--input", "NONE", "--output", "OUT"], "holds no files"),
+        (["train", "--kind", "byte-bpe", "--input", "NONE", "--output", "OUT"], "no such file"),
         (["train", "--kind", "char", "--input", "TEXT", "--output", "TEXT"], "something at the destination"),
         (["merge", "BYTES", "TEXT", "--output", "OUT"], "not JSON"),
         (["merge", "BYTES", "BYTES"], "--output is missing"),

@@ -125,7 +125,7 @@ def test_few_documents_give_their_ends(tmp_path: Path) -> None:
     assert [part.text for part in parts if part.split == "val"] == [text[2250:] for text in texts]
     assert parts[-1] == Part("train", "short") and not parts[0].ends and not parts[1].starts
     assert reader.chars == {"train": 3 * 2250 + 5, "val": 3 * 250}
-    said = "the last 0.1 of each document, those under 1,000 characters whole"
+    said = "the last 10% of each document, those under 1,000 characters whole"
     assert reader.held_out == said
     many = SplitSource(lines(tmp_path / "b.jsonl", [f"{text}{i}" for i in range(40) for text in texts]), 0.1, "stop", 0)
     assert all(part.starts and part.ends for part in many.parts())

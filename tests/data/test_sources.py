@@ -5,9 +5,11 @@ import json
 import os
 import platform
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from minillama.data import archives
 from minillama.data.encoding import _encoding
@@ -103,6 +105,30 @@ def test_nothing_of_that_name(tmp_path: Path) -> None:
         texts(str(tmp_path))
     with pytest.raises(InputError, match="a URL instead of a path"):
         identity(Source("https://example.org/a.txt"))
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such file, folder or built-in source"):
+        texts(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(InputError, match=r"nothing matches"):
+        texts(str(tmp_path / "*.txt"))
+    with pytest.raises(InputError, match=r"this folder holds no text files"):
+        texts(str(tmp_path))
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    """A PDF without one byte beyond ASCII, what zipfile and matplotlib write, and one among texts."""
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4\n1 0 obj\n<< /Type /Catalog >>\nendobj\n%%EOF\n")
+    with zipfile.ZipFile(tmp_path / "b.docx", "w") as archive:
+        archive.writestr("word/document.xml", "<w/>")
+    Figure().savefig(tmp_path / "c.png")
+    for name, kind in (("a.pdf", "a PDF"), ("b.docx", "a ZIP archive"), ("c.png", "a picture")):
+        with pytest.raises(InputError, match=rf"not text(?s:.)*{name}\n  found: {kind}"):
+            texts(str(tmp_path / name))
+    (tmp_path / "a.pdf").rename(tmp_path / "a.txt")
+    (tmp_path / "d.txt").write_text("One.")
+    report = Skipped()
+    assert [d.text for d in documents(Source(str(tmp_path)), "skip", report)] == ["One."] and report.total == 1
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

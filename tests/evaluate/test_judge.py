@@ -208,3 +208,18 @@ def test_a_conversation_that_does_not_fit_gets_no_answer(tiny: Path) -> None:
     prompts = [[{"role": "user", "content": "x" * size}] for size in (3000, 3)]
     found = ask(prompts, 2, Sampling(temperature=0))
     assert (found[0].text, found[0].reason) == ("", "context") and len(found[1].tokens) > 0
+
+
+def test_errors_of_a_judge_name_its_own_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(
+        "".join(f'{{"question_id": "{one.id}", "choices": [{{"turns": ["x"]}}]}}\n' for one in read_questions())
+    )
+    words = ["eval", "judge", str(answers), str(answers), "--output", str(tmp_path / "judged"), "--judge"]
+    for url, option in (
+        ("http://127.0.0.1:9/v1", "do: give --judge-name"),
+        ("http://me:x@127.0.0.1:9", "where: --judge"),
+    ):
+        assert main([*words, url]) == 1
+        err = capsys.readouterr().err
+        assert option in err and "teacher" not in err

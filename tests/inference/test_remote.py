@@ -162,7 +162,7 @@ def test_a_filtered_answer_is_empty(start: Start) -> None:
 
 def test_what_does_not_pass_is_said(start: Start) -> None:
     _, teacher = start("401")
-    with pytest.raises(InputError, match=r"the teacher refuses[\s\S]*401[\s\S]*OPENAI_API_KEY") as refused:
+    with pytest.raises(InputError, match=r"the endpoint refuses[\s\S]*401[\s\S]*OPENAI_API_KEY") as refused:
         teacher(["hello"])
     assert KEY not in str(refused.value) and teacher.requests == 1
     _, teacher = start(*["500"] * 9, retries=2)
@@ -190,7 +190,7 @@ def test_nothing_is_asked_twice_and_the_key_is_written_nowhere(start: Start, tmp
 
 def test_the_budget_stops_in_good_order(start: Start, tmp_path: Path) -> None:
     server, teacher = start(cache=tmp_path, max_requests=5, concurrency=2)
-    with pytest.raises(BudgetError, match=r"budget of the teacher is spent[\s\S]*5 requests[\s\S]*another budget"):
+    with pytest.raises(BudgetError, match=r"budget of the endpoint is spent[\s\S]*5 requests[\s\S]*another budget"):
         teacher([f"word {i}" for i in range(12)])
     assert len(server.bodies) == 5
     further = Remote(server.url, cache=tmp_path, concurrency=2)

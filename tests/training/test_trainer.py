@@ -131,7 +131,7 @@ def test_own_text_has_a_prompt_of_its_own(tiny_config: Make, text_file: Path, tm
     text = text_file.read_text(encoding="utf-8")
     held_out = text[int(len(text) * 0.9) :].strip()
     assert held_out.startswith(sample[:4]) and len(tokenizer.encode(held_out[:4])) <= 12
-    assert any("the last 0.1 of the text" in line for line in lines)
+    assert any("the last 10% of the text" in line for line in lines)
 
 
 def test_the_model_folder_opens_here_and_in_transformers(tiny_config: Make, tmp_path: Path) -> None:
