@@ -91,11 +91,6 @@ class CheckpointCopy:
     optimizer: Mapping[str, Tensor]
     run: Mapping[str, Any]
 
-    @classmethod
-    def of(cls, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], run: Mapping[str, Any]) -> CheckpointCopy:
-        """Copies of the tensors, on the CPU."""
-        return cls(_copied(model), _copied(optimizer), run)
-
     def check(self) -> None:
         """Refuse a NaN or infinite weight or moment; an objective's own state may have them.
 
@@ -107,10 +102,6 @@ class CheckpointCopy:
             if is_checked and not torch.isfinite(tensor).all():
                 what = f"a checkpoint with NaN or infinite values is not written, step {self.run['step']}"
                 raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def save_checkpoint(folder: Path, contents: CheckpointCopy, write_model: WriteModel) -> Path:

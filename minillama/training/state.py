@@ -16,6 +16,8 @@ from minillama.training.guard import Guard
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MODEL, Objective
 from minillama.training.optim.groups import load_optimizer_state, optimizer_state
+from minillama.training.ranks import Ranks
+from minillama.training.sharded import gathered, load
 
 RESERVED = ("objective", "models")  # prefixes of names in a checkpoint, beside those of models
 
@@ -58,7 +60,7 @@ class TrainingState:
         self.seconds += seconds
 
     def copy(self, record: Mapping[str, Any]) -> CheckpointCopy:
-        """Contents of a checkpoint; `record` is the line of the last step taken.
+        """Contents of a checkpoint, on the CPU of the first process; `record` is the line of the last step taken.
 
         Beside optimizer state (PARAMETER/NAME) are the objective's own (objective/NAME) and further models
         (models/NAME/KEY).
@@ -77,7 +79,8 @@ class TrainingState:
             "record": dict(record),
             **({"companions": self.companions} if self.companions else {}),
         }
-        return CheckpointCopy.of(self.folder.tensors(), tensors, run)
+        keeps = Ranks.current().leads
+        return CheckpointCopy(gathered(self.folder.tensors(), keeps), gathered(tensors, keeps), run)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint's state.
@@ -91,7 +94,7 @@ class TrainingState:
         self.objective.load_state_dict(_pop(tensors, "objective/"))
         for name, master in self.masters.items():
             if name != MODEL:
-                master.load_state_dict(_pop(tensors, f"models/{name}/"))
+                load(master, _pop(tensors, f"models/{name}/"))
         load_optimizer_state(self.optimizers, tensors)
         run = checkpoint.run
         self.step, self.tokens, self.seconds = run["step"], run["tokens"], run["seconds"]

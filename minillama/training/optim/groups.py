@@ -13,6 +13,7 @@ from minillama.device import choose_dtype
 from minillama.runs.config import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
 from minillama.training.optim.muon import Muon
+from minillama.training.sharded import fill, is_sharded
 
 
 def named_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
@@ -118,5 +119,9 @@ def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: d
     for optimizer, name, parameter in _named(optimizers):
         is_fused = optimizer.defaults.get("fused")
         own = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-        for part, value in own.items():  # a step count stays on the CPU unless the fused kernel reads it
-            optimizer.state[parameter][part] = value.to(parameter.device) if value.dim() or is_fused else value
+        for part, value in own.items():
+            if value.dim() and is_sharded(parameter):
+                optimizer.state[parameter][part] = torch.empty_like(parameter)
+                fill(optimizer.state[parameter][part], value)
+            else:  # a step count stays on the CPU unless the fused kernel reads it
+                optimizer.state[parameter][part] = value.to(parameter.device) if value.dim() or is_fused else value
