@@ -106,6 +106,7 @@ def training_memory(
     fused_norm: bool = False,
     shard: int = 1,
     tensor: int = 1,
+    sequence: bool = True,
 ) -> TrainingMemory:
     """Training memory of one step per device.
 
@@ -145,6 +146,7 @@ def training_memory(
         fused_norm: as torch has it on CUDA.
         shard: devices that parameters, gradients and optimizer state are divided by.
         tensor: tensor-parallel ranks, which share the batch.
+        sequence: sequence parallelism beside it; without, what is between the matrices is whole on each rank.
     """
     width, tokens, kv_parts = activation_bytes, batch * seq_len, min(tensor, config.n_kv_heads)
     inside, largest, outside = _split(config, tensor)
@@ -164,11 +166,11 @@ def training_memory(
     norm = (width if fused_norm else 8) * config.dim + 4
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     low_rank = len(sites) * (lora.rank if lora else 0) // config.n_layers
-    split = 2 * norm + 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim)
+    split, stream_parts = 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim), tensor if sequence else 1
     if config.qk_norm:
         split += (config.n_heads + config.n_kv_heads) * (8 * config.head_dim + 4) + width * q
-    kept = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank)
-    stream = width * config.dim / tensor
+    kept = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank) + 2 * norm / stream_parts
+    stream = width * config.dim / stream_parts
     kept = config.n_layers * stream + kept - stream if checkpointing else config.n_layers * kept
     rows, vocab = min(tokens, loss_rows(config.vocab_size, width)), config.vocab_size / tensor
     has_grad = lora is None or HEAD in sites or HEAD in lora.whole(config)
@@ -177,7 +179,7 @@ def training_memory(
         gradients=trained * (parameter_bytes if lora is None else 4),
         optimizer=trained * optimizer_bytes,
         casts=casts,
-        activations=int(tokens * (kept + 8 + norm / tensor)),
+        activations=int(tokens * (kept + 8 + norm / stream_parts)),
         logits=int(width * (vocab * rows + tokens * config.dim) + 4 * vocab * config.dim * has_grad),
     )
 

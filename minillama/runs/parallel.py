@@ -3,8 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minillama.errors import InputError
+
+
+class Sizes(NamedTuple):
+    """Axes of the mesh of processes."""
+
+    data: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def processes(self) -> int:
+        """Their number."""
+        return self.data * self.shard * self.tensor
+
+    @property
+    def readers(self) -> int:
+        """Shares of a batch."""
+        return self.data * self.shard
+
+    @property
+    def parts(self) -> int:
+        """Processes that a model is divided over."""
+        return self.shard * self.tensor
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name} {size}" for name, size in self._asdict().items())
 
 
 @dataclass(frozen=True)

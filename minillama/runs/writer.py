@@ -18,7 +18,7 @@ class CheckpointWriter:
         keep: number of newest checkpoints kept.
         write_model: writes a model folder from tensors into a path.
         report: told when a checkpoint could not be written. The run continues; the one before is intact.
-        leads: whether this process writes; others of the same run take part in taking snapshots.
+        leads: whether this process removes old checkpoints; others of the same run write their part alone.
     """
 
     def __init__(self, folder: Path, keep: int, write_model: WriteModel, report: Report, leads: bool = True) -> None:
@@ -39,7 +39,7 @@ class CheckpointWriter:
         """Take a snapshot and write it, after the one before. A failure of that one is reported here."""
         self.wait()
         snapshot = take()  # not before: two of them at once would cost the memory of two
-        if not self.leads:
+        if snapshot.index >= snapshot.count:
             return
         # A daemon, so that a second Ctrl-C need not wait for the disk: a partial checkpoint stays invisible.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
@@ -54,8 +54,7 @@ class CheckpointWriter:
         self.wait(says=False)
         if self._failure is not None:
             raise self._failure
-        if self.leads:
-            self._prune()
+        self._prune()
 
     def wait(self, says: bool = True) -> None:
         """Wait for the last one, report that it could not be written, and continue."""
@@ -66,6 +65,8 @@ class CheckpointWriter:
                 self.report.say(f"warning: {self._failure}\n  the run continues; the checkpoints before are unchanged")
 
     def _prune(self) -> None:
+        if not self.leads:
+            return
         try:
             prune(self.folder, self.keep, self.best)
         except OSError as error:

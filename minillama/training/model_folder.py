@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from minillama.formats import generation_config, hf, peft
-from minillama.formats.model_file import ModelFile
+from minillama.formats.model_file import LazyTensors, ModelFile
+from minillama.formats.open import open_model
 from minillama.model import Decoder
 from minillama.model.lora import DEFAULT, adapters, lora_parameters
 from minillama.tokenizer import Tokenizer
@@ -75,8 +76,8 @@ class ModelFolder:
         """
         self.model.stop_ids, self.model.sampling = generation_config.stop_ids(path), generation_config.defaults(path)
         if self.base is None:
-            saved = Decoder.from_pretrained(path, torch.float32, self.model.device)
-            load(self.model, saved.state_dict())
+            saved = open_model(path).tensors
+            load(self.model, LazyTensors(saved, lambda name: saved[name].float()))
             return
         file = peft.read(path, self.model.config)
         file.check_base(self.base.tensors)

@@ -28,6 +28,7 @@ class Ranks:
         world: number of shares.
         index: 0..processes-1.
         processes: number of processes.
+        parts: processes that one model is divided over, the first ones.
         readers: group of the processes that have one share each; the default group unless given.
         replicas: group of those that have the same parameters or the same shards; the default group unless given.
     """
@@ -36,6 +37,7 @@ class Ranks:
     world: int = 1
     index: int = 0
     processes: int = 1
+    parts: int = 1
     readers: Any = None
     replicas: Any = None
     entered: ClassVar[Ranks | None] = None
@@ -115,7 +117,7 @@ class Ranks:
             distributed.distributed_c10d._get_default_store().wait([name], timedelta(days=7))
         yield
         if self.processes > 1 and self.leads:
-            distributed.distributed_c10d._get_default_store().set(name, b"")
+            distributed.distributed_c10d._get_default_store().set(name, "")
 
     def leaders(self, value: T) -> T:
         """The first process's value, for all: a path, a list of numbers."""

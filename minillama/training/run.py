@@ -17,11 +17,11 @@ from minillama.config.loader import to_dict
 from minillama.errors import InputError, missing
 from minillama.formats.gguf import architecture
 from minillama.formats.model_file import ModelFile
-from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
+from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, remove_parts, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
 from minillama.runs.folder import RunFolder, choose_folder, read_lines
-from minillama.runs.memory import check_disk, warn_of_memory
+from minillama.runs.memory import GIB, check_disk, warn_of_memory
 from minillama.runs.objectives import typed
 from minillama.runs.plot import MISSING, sparkline, write_png
 from minillama.runs.provenance import provenance
@@ -89,9 +89,10 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report, parallel: Parallel) -> int:
     ranks = parallel.ranks
-    checkpoint, passed = ranks.leaders(
-        newest_checkpoint(folder.checkpoints, verify) if resume and ranks.leads else (None, {})
-    )
+    if ranks.leads:
+        remove_parts(folder.checkpoints)
+    is_asked = resume and ranks.leads
+    checkpoint, passed = ranks.leaders(newest_checkpoint(folder.checkpoints, verify) if is_asked else (None, {}))
     for line in passed.values():
         report.say(f"passing over {line}")
     config = config if checkpoint is None else _as_saved(config, checkpoint)
@@ -105,20 +106,27 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
         _say_next(folder, config, report, start.initial)
         return 0
     check_disk(config, folder.path)
-    warn_of_memory(config, start.dtype, start.device, report)
+    warn_of_memory(config, start.dtype, start.device, report, parallel.sizes)
+    if config.parallel.auto and ranks.processes > 1:
+        fits = f"the least division that fits in {parallel.free / GIB:.2f} GiB per process"
+        report.say(f"auto: {parallel.sizes}, {fits}")
     if start.initial is not None and checkpoint is None:
         _warn_of_rates(config, report)
     with ranks.leader_first():  # who tokenizes the text into the cache
         data, tokenizer = load_data(config, start.tokenizer, report)
         stages, tokenizer = load_stages(config, tokenizer, report)
-    model = start.build_model()
+    model = start.build_model(parallel)
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
     objective = make_staged(config, model, tokenizer, data, stages)
+    if ranks.leaders(objective.fingerprint) != objective.fingerprint:
+        what, fix = "this process reads other data than the first one", "give all machines the same files"
+        raise InputError(what, where="data.sources", found=f"fingerprint {objective.fingerprint[:16]}", fix=fix)
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint, parallel)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds
-    folder.start(tomli_w.dumps(to_table(config)), provenance(config, state.step, state.fingerprints, start.device))
+    begun = provenance(config, state.step, state.fingerprints, start.device)
+    folder.start(tomli_w.dumps(to_table(config)), begun | {"processes": parallel.sizes._asdict()})
     set_aside(passed if ranks.leads else ())
     if checkpoint is None:
         folder.rewind_metrics(-1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from minillama.runs.parts import Stored
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -16,12 +18,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; another as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, for which all its processes must ask; another as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gathered(tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, Tensor]:
@@ -58,9 +60,9 @@ def part(tensor: Tensor) -> tuple[slice, ...]:
 
 
 @torch.no_grad()
-def fill(target: Tensor, full: Tensor) -> None:
-    """Give a sharded tensor, or another, the values of a whole one."""
-    local(target).copy_(full[part(target)] if is_sharded(target) else full)
+def fill(target: Tensor, full: Tensor | Stored) -> None:
+    """Give a sharded tensor the values of a whole one, perhaps on the disk."""
+    local(target).copy_(full[part(target)])
 
 
 @torch.no_grad()
@@ -73,4 +75,37 @@ def load(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     if own.keys() != tensors.keys():
         raise ValueError(f"tensors of other names: {sorted(own.keys() ^ tensors.keys())}")
     for name, tensor in own.items():
-        fill(tensor, tensors[name])
+        if is_sharded(tensor):
+            fill(tensor, tensors[name])
+        else:
+            tensor.copy_(tensors[name])
+
+
+class Streamed(Mapping[str, Tensor]):
+    """Whole tensors that are written one at a time, in the place of sharded ones, which keep their parts.
+
+    Args:
+        targets: by name. The one that was asked for last is kept when the next is asked for, or by `keep`.
+    """
+
+    def __init__(self, targets: Mapping[str, Tensor]) -> None:
+        self.targets = targets
+        self._open: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.keep()
+        self._open = name, torch.empty(self.targets[name].shape)
+        return self._open[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def keep(self) -> None:
+        """Keep the part of the last one."""
+        if self._open is not None:
+            name, full = self._open
+            fill(self.targets[name], full)
+        self._open = None

@@ -57,10 +57,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.rank, ctx.size = distributed.get_rank(group), x.shape[-1]
-        parts = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size(group))
-        ]
-        distributed.all_gather(parts, x.contiguous(), group=group)
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(parts, x, group=group)
         return torch.cat(parts, -1)
 
     @staticmethod
@@ -83,7 +82,7 @@ class _VocabularyKernel:
         return self
 
     def __call__(self, scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        shifted, exps, z, chosen, peak = self._softmax(scores, targets)
+        _, exps, z, chosen, peak = self._softmax(scores, targets)
         log_z = peak + z.log()
         loss = ((log_z - chosen - peak + z_loss * log_z.square()) * weights).sum()
         if z_loss:
@@ -140,6 +139,8 @@ def divide(model: Decoder, mesh: DeviceMesh) -> None:
             members[name] = property(_view(name, group if is_summed else None, share))
         if members:
             _become(module, members)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
         if path.rpartition(".")[2] in ("self_attn", "mlp"):
             _become(module, {"forward": _between(type(module), group)})
     rows = -(-model.config.vocab_size // size)
@@ -182,7 +183,9 @@ def _view(name: str, group: Any, share: float) -> Any:
 
     def get(self: nn.Module) -> Tensor:
         parameter: Any = self._parameters[name]
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # FSDP's part of it, while at rest
+            return cast(Tensor, parameter)
+        own = parameter.to_local()
         if group is None or not own.requires_grad:
             return own * share if share != 1 else own
         return _Copy.apply(own, group) * share if share != 1 else _Copy.apply(own, group)

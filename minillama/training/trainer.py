@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -65,7 +66,7 @@ class Trainer:
     folder: RunFolder
     report: Report
     checkpoint: InitVar[Checkpoint | None] = None
-    parallel: Parallel = Parallel()
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self, checkpoint: Checkpoint | None) -> None:
         config, objective, dtype, report = self.config, self.objective, self.dtype, self.report
@@ -87,6 +88,7 @@ class Trainer:
         self.state = TrainingState(objective, self.saved, self.optimizers, self.guard)
         for companion in objective.companions.values():
             companion.to(dtype).eval().requires_grad_(False)
+            self.parallel.divide(companion, dtype)  # a policy that is still its reference computes the same bits
         if checkpoint is not None:
             self.state.restore(checkpoint)
             self._rewind(checkpoint.run["record"])
@@ -120,7 +122,8 @@ class Trainer:
                 self.writer.wait()  # whatever it was, the checkpoint being written is completed
                 if not memory.is_out_of_memory(error):
                     raise
-                raise memory.explain(error, self.config, self.dtype, self.model.device, self.phase) from error
+                where = self.model.device, self.phase, self.parallel.sizes
+                raise memory.explain(error, self.config, self.dtype, *where) from error
             finally:
                 self.report.stop()
 
@@ -264,7 +267,7 @@ class Trainer:
         """
         began = time.perf_counter()
         self.phase = "evaluating"
-        with self.signals.leaving_at_once():
+        with self._interruptible():
             found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
             found = {**found, **self.accuracy(self.working)}
         self.state.seconds += time.perf_counter() - began
@@ -277,9 +280,13 @@ class Trainer:
         self.report.say(f"step {self.state.step}: {text}")
         for line in self.objective.warnings(found) if self.state.step else ():
             self.report.say(f"warning: {line}")
-        with self.signals.leaving_at_once():
+        with self._interruptible():
             self._sample()
         self.phase = "training"
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """A block that a signal ends; where others take part in it, the next step does."""
+        return self.signals.leaving_at_once() if self.ranks.processes == 1 else nullcontext()
 
     def _score(self, measures: Mapping[str, float]) -> float:
         """Measure by which the best checkpoint is kept, negated if higher is better."""
