@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 ODD = """
 import os, signal, sys, time
 from minillama.commands.cli import main
+from minillama.runs import parts
 from minillama.training.objectives.lm import LanguageModel
 
 who, when, what = int(os.environ["ODD_RANK"]), int(os.environ["ODD_STEP"]), os.environ["ODD"]
@@ -42,7 +43,16 @@ def batch(self, step, rank=0, world=1):
             made.weights[0, 0] = float("nan")
     return made
 
-LanguageModel.batch = batch
+def write(path, tensors, places):
+    global writes
+    writes += 1
+    whole_write(path, tensors, places)
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if writes == 2 and int(os.environ["RANK"]) == who and what == "dies writing" and is_first:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+writes, whole_write = 0, parts.write
+LanguageModel.batch, parts.write = batch, write
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))
 """
@@ -108,9 +118,15 @@ def test_a_step_that_one_process_cannot_take_is_taken_by_none(words: list[str], 
 def test_torchrun_restarts_a_run_by_itself(words: list[str], tmp_path: Path) -> None:
     options = ["--parallel.shard", "2", "--resume"]
     done, _ = torchrun(tmp_path, run(words, tmp_path / "cut", *options), "--max-restarts", "1", ODD="dies")
-    assert done.returncode == 0, done.stderr
-    assert "resuming at step 3" in done.stdout
+    assert done.returncode == 0 and "resuming at step 3" in done.stdout, done.stderr
+    often, odd = [*options, "--checkpoint.every", "2"], {"ODD": "dies writing"}
+    for rank in ("0", "1"):
+        again = run(words, tmp_path / f"written {rank}", *often)
+        done, _ = torchrun(tmp_path, again, "--max-restarts", "1", ODD_RANK=rank, **odd)
+        assert done.returncode == 0 and "resuming at step 2" in done.stdout, done.stderr
     whole, _ = torchrun(tmp_path, run(words, tmp_path / "whole", *options[:2]))
     assert whole.returncode == 0
-    ours, again = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    ours = load_file(tmp_path / "whole/model/model.safetensors")
+    for name in ("cut", "written 0", "written 1"):
+        again = load_file(tmp_path / name / "model/model.safetensors")
+        assert all(torch.equal(ours[key], again[key]) for key in ours), name
