@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import distributed
+
+from minillama.runs.checkpoint import steps
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,17 +61,22 @@ if __name__ == "__main__":
 """
 
 
-def torchrun(
-    folder: Path, words: list[str], *options: str, **environment: str
-) -> tuple[subprocess.CompletedProcess[str], float]:
+def command(folder: Path, words: list[str], *options: str, **environment: str) -> tuple[list[str], dict[str, str]]:
+    """Words and environment of torchrun over two processes."""
     script = folder / "odd.py"
     script.write_text(ODD)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     variables = {"ODD": "", "ODD_RANK": "1", "ODD_STEP": "4", "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    return [*launcher, str(script), *words], os.environ | variables
+
+
+def torchrun(
+    folder: Path, words: list[str], *options: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], float]:
+    line, variables = command(folder, words, *options, **environment)
     began = time.monotonic()
-    given = {"capture_output": True, "text": True, "timeout": 120, "env": os.environ | variables, "cwd": folder}
-    done = subprocess.run([*command, str(script), *words], **given)  # type: ignore[call-overload]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=variables, cwd=folder, check=False)
     return done, time.monotonic() - began
 
 
@@ -130,3 +138,21 @@ def test_torchrun_restarts_a_run_by_itself(words: list[str], tmp_path: Path) -> 
     for name in ("cut", "written 0", "written 1"):
         again = load_file(tmp_path / name / "model/model.safetensors")
         assert all(torch.equal(ours[key], again[key]) for key in ours), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_and_stops_all(words: list[str], tmp_path: Path, number: int) -> None:
+    long = ["--train.steps", "100000", "--parallel.shard", "2"]
+    line, variables = command(tmp_path, run(words, tmp_path / "run", *long))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(line, env=variables, cwd=tmp_path, **pipes)  # type: ignore[call-overload]
+    try:
+        while not steps(tmp_path / "run/checkpoints") and process.poll() is None:
+            time.sleep(0.2)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "stopping after this step" in said and "saved at step" in said
+    last = int(said.partition("saved at step ")[2].split(".")[0])
+    assert steps(tmp_path / "run/checkpoints")[-1] == last
