@@ -124,7 +124,7 @@ def explain(
     rows = min(config.micro_batch_size, config.train.batch_size // sizes.readers)
     need = needed_memory(config, dtype, rows, sizes)
     parts = "weights", "gradients", "optimizer", "casts", "activations", "logits"
-    sizes = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
+    listed = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
     if rows > 1:
         free = available_memory(device)
         fits = largest_micro_batch(config, dtype, free, rows // 2, sizes) if free is not None else None
@@ -141,7 +141,7 @@ def explain(
     return InputError(
         f"out of memory while {phase}",
         where=f"train.micro_batch_size = {rows}, on {device}",
-        found=f"{str(error).splitlines()[0]}; {need.total / GIB:.2f} GiB are needed (GiB: {sizes})",
+        found=f"{str(error).splitlines()[0]}; {need.total / GIB:.2f} GiB are needed (GiB: {listed})",
         fix=fix,
     )
 
