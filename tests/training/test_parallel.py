@@ -20,7 +20,11 @@ from minillama.runs.config import RunConfig
 from minillama.runs.report import SilentReport
 from minillama.training.run import train
 
+from .test_feedback_runs import GRPO, PPO, TIMES, start
+from .test_feedback_runs import words as feedback
 from .test_several_models import StopAt
+
+__all__ = ["start"]  # a fixture
 
 Make = Callable[..., RunConfig]
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
@@ -83,7 +87,7 @@ def assert_equal(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
     """Losses, norms and measures of every step, and the final weights."""
     for a, b in zip(metrics(found), metrics(expected), strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"seconds", "tokens_per_second", "mfu", "sample", "rows", "skipped"}:
+        for name in a.keys() - {*TIMES, "sample"}:
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (found.name, a["step"], name)
     one, other = weights(found), weights(expected)
     assert one.keys() == other.keys()
@@ -244,3 +248,10 @@ def test_four_processes(tiny_config: Make, tmp_path: Path) -> None:
     variants = {"tied": [*common, *options(model__tie_embeddings="true")], "untied": [*common, *MORE]}
     meshes = ["data 2, shard 2", "data 2, tensor 2", "shard 2, tensor 2", "shard 4", "tensor 4", "data 4"]
     compare(4, tiny_config, tmp_path, variants, meshes)
+
+
+@pytest.mark.slow
+def test_rollouts(tiny_config: Make, start: Path, tmp_path: Path) -> None:
+    common = options(train__micro_batch_size=2, train__steps=5, validate__every=5)
+    variants = {name: [*feedback(start, *which), *common] for name, which in (("grpo", GRPO), ("ppo", PPO))}
+    compare(2, tiny_config, tmp_path, variants, ["data 2"])
