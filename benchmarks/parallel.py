@@ -38,6 +38,11 @@ from minillama.training.parallel import Parallel, processes
 from minillama.training.precision import choose_precision
 
 MESHES = ("one", "data", "shard", "tensor")
+# FSDP's were called `_tensor` before torch 2.13
+COLLECTIVES = (
+    *("all_reduce", "broadcast_object_list", "all_gather_single", "reduce_scatter_single"),
+    *("all_gather_into_tensor", "reduce_scatter_tensor"),
+)
 
 
 class Random:
@@ -92,8 +97,9 @@ def timed_collectives() -> list[float]:
 
         return run
 
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast_object_list"):
-        setattr(distributed, name, timed(getattr(distributed, name)))
+    for name in COLLECTIVES:
+        if hasattr(distributed, name):
+            setattr(distributed, name, timed(getattr(distributed, name)))
     return spent
 
 
