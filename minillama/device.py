@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import shutil
 import sys
 import time
@@ -43,7 +44,7 @@ GPUS = {
 
 
 def choose_device(name: str = "auto", where: str = "train.device") -> torch.device:
-    """Device by name; `auto` is the first available of CUDA, MPS and CPU.
+    """Device by name; `auto` is the first available of CUDA, MPS and CPU, and under torchrun each process has its GPU.
 
     Args:
         name: auto, cpu, cuda, cuda:N or mps.
@@ -56,7 +57,9 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        name = next(kind for kind, there in available.items() if there)
+    if name == "cuda" and available[name] and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not available.get(name.partition(":")[0], False):
         there = [kind for kind, yes in available.items() if yes]
         raise InputError("no such device", where=where, found=name, expected=f"auto or one of {there}")

@@ -106,6 +106,7 @@ def training_memory(
     fused_norm: bool = False,
     shard: int = 1,
     tensor: int = 1,
+    sequence: bool = True,
 ) -> TrainingMemory:
     """Training memory of one step per device.
 
@@ -130,6 +131,7 @@ def training_memory(
         fused_norm: as torch has it on CUDA.
         shard: devices that parameters, gradients and optimizer state are divided by.
         tensor: tensor-parallel ranks, which share the batch.
+        sequence: sequence parallelism beside it; without, what is between the matrices is whole on each rank.
     """
     width, tokens = activation_bytes, batch * seq_len
     inside, largest, outside = _split(config, tensor)
@@ -147,7 +149,7 @@ def training_memory(
         weights, trained, casts = weights // shard, trained // shard, width * (2 * inside + outside) + reduced
 
     low_rank = len(sites) * (lora.rank if lora else 0) // config.n_layers
-    kept = _kept(config, width, low_rank, checkpointing, fused_norm, tensor)
+    kept = _kept(config, width, low_rank, checkpointing, fused_norm, tensor, tensor if sequence else 1)
     rows, vocab = min(tokens, loss_rows(config.vocab_size, width)), config.vocab_size / tensor
     has_grad = lora is None or HEAD in sites or HEAD in lora.whole(config)
     return TrainingMemory(
@@ -160,7 +162,15 @@ def training_memory(
     )
 
 
-def _kept(config: ModelConfig, width: int, low_rank: int, checkpointing: bool, fused_norm: bool, tensor: int) -> float:
+def _kept(
+    config: ModelConfig,
+    width: int,
+    low_rank: int,
+    checkpointing: bool,
+    fused_norm: bool,
+    tensor: int,
+    stream_parts: int,
+) -> float:
     """Bytes per token that autograd keeps for `model.Decoder`, with a fused attention kernel (no T x T matrix).
 
     Values per block, of `width` bytes unless another type is named:
@@ -181,14 +191,14 @@ def _kept(config: ModelConfig, width: int, low_rank: int, checkpointing: bool, f
     """
     norm = (width if fused_norm else 8) * config.dim + 4
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    split = 2 * norm + 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim)
+    split = 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim)
     if config.qk_norm:
         split += (config.n_heads + config.n_kv_heads) * (8 * config.head_dim + 4) + width * q
     kv_parts = min(tensor, config.n_kv_heads)
-    per_block = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank)
-    stream = width * config.dim / tensor
+    per_block = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank) + 2 * norm / stream_parts
+    stream = width * config.dim / stream_parts
     blocks = config.n_layers * stream + per_block - stream if checkpointing else config.n_layers * per_block
-    return blocks + 8 + norm / tensor
+    return blocks + 8 + norm / stream_parts
 
 
 def inference_memory(

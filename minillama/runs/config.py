@@ -31,6 +31,7 @@ from minillama.runs.objectives import (
     with_new_names,
     words_with_new_names,
 )
+from minillama.runs.parallel import ParallelConfig
 from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer.train import Kind
 
@@ -227,6 +228,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoRAConfig | None = None
     """Low-rank adapter on frozen weights, those of train.init_from; none unless the section is there."""
     stages: tuple[Stage, ...] = ()
