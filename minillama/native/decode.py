@@ -29,8 +29,10 @@ from minillama.threads import free_threads
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-WIDTH = 16  # floats of a vector of decode.cpp
+WIDTH = 16  # floats of the widest vector of decode.cpp
 GROUP = 32  # columns that share a scale there
+CHUNK = 512  # tokens of a pass: for more, products are no faster, and buffers larger
+LARGEST = 2**13 - 1  # int4 weight there, in units of its row's scale
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 LAYERS = (Attention, NopeAttention, QKNormAttention, SwiGLU, RMSNorm)
 # Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
@@ -92,6 +94,20 @@ def unsupported(model: Decoder) -> str | None:
     return None
 
 
+def _integer_grid(product: Int4Linear) -> tuple[Tensor, Tensor]:
+    """Scales and zero points in 16 bits, (O, I / 32, 2), and a scale per output channel S: see matrix.h.
+
+    Of w = u s + z, u in 0..15, the first is round(16 s / S) and the second round(z / S), where S is such that no w of
+    the row has more than 13 bits and a sign.
+    """
+    grid = product.grid.float().transpose(0, 1).repeat_interleave(product.group // GROUP, dim=1)
+    scale, offset = grid[..., 0], grid[..., 1]
+    bound = offset.abs() + 8 * scale.abs()
+    unit = bound.amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+    steps = torch.stack((16 * scale, offset - 8 * scale), dim=-1) / unit[:, None, None]
+    return steps.round().to(torch.int16), unit
+
+
 def _versions(model: Decoder) -> list[tuple[Tensor, int, int]]:
     """Tensors of a model, their addresses, and torch's version counters of changes in place."""
     held = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]  # no version is counted there
@@ -117,7 +133,6 @@ class NativeStep:
     def __init__(self, model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
         self.library = load_library("decode.cpp", say, REORDERED)
         self.library.minillama_floats.restype = c_size_t
-        self.at_once: int = self.library.minillama_at_once()
         self.model = ref(model)  # which has the step: no circle, so that its memory is free when it goes
         self.memory = torch.empty(0)
         self.slots = self.threads = 0
@@ -149,6 +164,7 @@ class NativeStep:
             head=self._matrix(head),
             layer=(_Layer * len(layers))(*layers),
         )
+        self.at_once: int = self.library.minillama_at_once(ctypes.byref(self.native))
         self.slots = self.threads = 0  # the work memory is made anew
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
@@ -195,7 +211,7 @@ class NativeStep:
         if any(t._version != version or t.data_ptr() != address for t, address, version in self.versions):
             raise RuntimeError("the model's weights have changed since this step read them: call its refresh()")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
-            self._make_room(len(ids), state.max_len)
+            self._make_room(min(len(ids), CHUNK), state.max_len)
             self.library.minillama_step(
                 ctypes.byref(native),
                 c_int32(len(ids)),
@@ -248,8 +264,8 @@ class NativeStep:
             found.weights, found.scale = self._pointer(product.quantized), self._floats(product.scale)
         elif isinstance(product, Int4Linear):
             found.kind, found.rows, found.columns = INT4, product.out_features, product.in_features
-            grid = product.grid.transpose(0, 1).repeat_interleave(product.group // GROUP, dim=1)
-            found.weights, found.grid = self._pointer(product.nibbles), self._pointer(grid)
+            grid, scale = _integer_grid(product)
+            found.weights, found.grid, found.scale = map(self._pointer, (product.nibbles, grid, scale))
         else:
             weight = cast(Tensor, product.weight)
             found.kind, (found.rows, found.columns) = FLOATS[weight.dtype], weight.shape
