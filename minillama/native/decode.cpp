@@ -91,7 +91,7 @@ struct VisibleSlots {
     int slot(int i) const { return i < sinks ? i : i + gap; }
 };
 
-constexpr int CHANNELS = 4;  // vectors of a head whose means are taken together: their sums do not wait for each other
+constexpr int CHANNELS = 64 / WIDTH;  // vectors of a head whose means are taken together
 
 // Weighted mean of N vectors of the values.
 template <int N, class T>
@@ -108,16 +108,26 @@ void mean(const float* weights, const T* values, const VisibleSlots& visible, in
 template <class T>
 void attend(const float* q, const T* keys, const T* values, const VisibleSlots& visible, int width, float* scores, float* out) {
     float scale = 1 / std::sqrt(float(width)), peak = -INFINITY;
-    for (int t = 0; t < visible.count; t++) {
-        Vector dot = {};
-        const T* key = keys + size_t(visible.slot(t)) * width;
-        for (int i = 0; i < width; i += WIDTH) dot += load<Vector>(q + i) * cached(key + i);
-        scores[t] = sum(dot) * scale;
-        peak = std::max(peak, scores[t]);
+    auto key = [&](int t) { return keys + size_t(visible.slot(t)) * width; };
+    int t = 0;
+    for (; t + 4 <= visible.count; t += 4) {
+        const T* four[4] = {key(t), key(t + 1), key(t + 2), key(t + 3)};
+        Vector dots[4] = {};
+        for (int i = 0; i < width; i += WIDTH) {
+            Vector part = load<Vector>(q + i);
+            for (int n = 0; n < 4; n++) dots[n] += part * cached(four[n] + i);
+        }
+        store(scores + t, sums(dots) * scale);
     }
+    for (; t < visible.count; t++) {
+        Vector dot = {};
+        for (int i = 0; i < width; i += WIDTH) dot += load<Vector>(q + i) * cached(key(t) + i);
+        scores[t] = sum(dot) * scale;
+    }
+    for (t = 0; t < visible.count; t++) peak = std::max(peak, scores[t]);
     Vector all = {};
     store(scores + visible.count, Vector{} - INFINITY);
-    for (int t = 0; t < visible.count; t += WIDTH) {
+    for (t = 0; t < visible.count; t += WIDTH) {
         Vector e = exp(load<Vector>(scores + t) - peak);
         store(scores + t, e);
         all += e;
