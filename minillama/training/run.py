@@ -28,6 +28,7 @@ from minillama.runs.provenance import provenance
 from minillama.runs.report import Report, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
+from minillama.training.duration import Duration
 from minillama.training.data import load_data, load_stages
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
@@ -61,11 +62,11 @@ def train(
     Raises:
         InputError: an error that the user can correct; nothing is overwritten then.
     """
-    report = report or make_report()
+    report, duration = report or make_report(), Duration()
     folder = RunFolder(choose_folder(config.name, out), resume, overwrite)
     try:
         with _determinism(config.train.deterministic):
-            return _train(config, folder, resume, verify, report)
+            return _train(config, folder, resume, verify, report, duration)
     finally:
         folder.close()
 
@@ -83,7 +84,9 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report) -> int:
+def _train(
+    config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report, duration: Duration
+) -> int:
     checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, {})
     for line in passed.values():
         report.say(f"passing over {line}")
@@ -93,7 +96,8 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
     changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report)
-    if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
+    is_finished = checkpoint is not None and checkpoint.step >= config.train.steps and not config.train.minutes
+    if checkpoint is not None and is_finished and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report, start.initial)
         return 0
@@ -106,7 +110,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     model = start.build_model()
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
     objective = make_staged(config, model, tokenizer, data, stages)
-    trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
+    trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint, duration)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds
@@ -131,6 +135,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
             report.say(f"or to try what there is: {shlex.join(next(iter(_uses(config, str(folder.path)).values())))}")
         return 128 + stopped.number
     _say_end(trainer, folder, before, report)
+    config = trainer.config
     prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
     best = trainer.writer.best if trainer.writer.best != state.step else None
     prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
@@ -153,6 +158,8 @@ def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
     saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
     changes = check_resumed(saved, config, folder.config)
     steps, done = config.train.steps, checkpoint.step
+    if config.train.minutes:
+        return changes
     if steps < done:
         what, fix = "the run is past these steps", f"give {done} or more, or start a new run"
         raise InputError(what, where="train.steps", found=steps, expected=f"at least {done}", fix=fix)

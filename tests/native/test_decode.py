@@ -79,7 +79,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 8, 13, 17])
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 13, 17, 40])  # from 32 on threads prepare inputs together
 @pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS)
 @torch.no_grad()
 def test_logits_are_those_of_the_layers(
@@ -102,13 +102,31 @@ def test_logits_are_those_of_the_layers(
         assert states[0].lengths == states[1].lengths
 
 
+@pytest.mark.hardware("avx2")
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS[4:])
+@pytest.mark.parametrize("march", ["haswell", pytest.param("x86-64", marks=pytest.mark.slow)])
+def test_logits_by_shorter_vectors(
+    march: str,
+    dtype: torch.dtype,
+    kind: Quantization,
+    changes: dict[str, object],
+    bound: float,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """AVX2, and four floats without intrinsics, as on processors whose own are not used."""
+    monkeypatch.setenv(build.MARCH, march)
+    test_logits_are_those_of_the_layers(dtype, kind, changes, bound, rows)
+
+
 @pytest.mark.usefixtures("emulated_tiles")
 @pytest.mark.parametrize("rows", [8, 17])
 @pytest.mark.parametrize(("dtype", "kind", "changes", "bound"), VARIANTS[5:])  # those that take tiles
 def test_logits_by_emulated_tiles(
     dtype: torch.dtype, kind: Quantization, changes: dict[str, object], bound: float, rows: int
 ) -> None:
-    assert NativeStep(model(dtype, kind, **changes)).at_once in (1, 96)  # 96 with AVX-512
+    assert NativeStep(model(dtype, kind, **changes)).at_once == 96
     test_logits_are_those_of_the_layers(dtype, kind, changes, bound, rows)
 
 
@@ -130,6 +148,21 @@ def test_several_tokens_a_row(kind: Quantization) -> None:
         assert ((found - expected).norm(dim=-1) < INTEGERS[kind] * expected.norm(dim=-1)).all()
         assert states[0].lengths == states[1].lengths
     assert step([[1] * 12] * 3, states[0], Mask()) is None  # so many the layers read faster
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "int4"])
+@torch.no_grad()
+def test_prompts_longer_than_a_pass(kind: Quantization, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillama.native.decode.CHUNK", 40)
+    native = model(kind=kind)
+    plain = exact(native)
+    step = NativeStep(native)
+    step.at_once = 1000
+    prompts = torch.randint(0, 83, (3, 50), generator=torch.Generator().manual_seed(2))
+    expected = plain(prompts)[:, -1]
+    found = step(prompts.tolist(), native.state(3, 60), Mask())
+    assert found is not None
+    assert ((found - expected).norm(dim=-1) < INTEGERS[kind] * expected.norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(3, 0), (3, 2), (5, 9), (40, 4)])
