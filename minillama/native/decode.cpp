@@ -166,12 +166,13 @@ int widest(const Model& m) { return std::max({m.dim, m.heads * m.head_dim, m.hid
 
 // Inputs of a matrix product, normalized and in integers.
 struct Prepared {
-    float *normed, *scales;
+    float *normed, *scales, *sums;
     int16_t* integers;
 
     Prepared(const Model& m, size_t rows, Arena& arena) {
         normed = arena.take(rows * m.dim);
         scales = arena.take(rows * spans(widest(m)));
+        sums = arena.take(rows * spans(widest(m)) * (SPAN / GROUP));
         integers = (int16_t*)arena.take(rows * widest(m) / 2);
     }
 };
@@ -230,8 +231,10 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 const float* x = from + size_t(b) * width;
                 float* normed = to.normed + size_t(b) * width;
                 if (norm) rms_norm(x, norm, width, m.eps, normed);
+                size_t span = size_t(b) * spans(width);
                 if (of_integers(matrix.kind))
-                    quantize(norm ? normed : x, matrix, to.integers + size_t(b) * width, to.scales + size_t(b) * spans(width));
+                    quantize(norm ? normed : x, matrix, to.integers + size_t(b) * width, to.scales + span,
+                             matrix.kind == INT4 && count < MANY ? to.sums + span * (SPAN / GROUP) : nullptr);
             };
             if (together(count)) {
 #pragma omp for
@@ -239,7 +242,7 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
             } else {
                 for (int b = 0; b < count; b++) one(b);
             }
-            Inputs in = {norm ? to.normed : from, size_t(width), count, to.integers, to.scales, nullptr};
+            Inputs in = {norm ? to.normed : from, size_t(width), count, to.integers, to.scales, to.sums, nullptr};
             if (takes_tiles(matrix, count)) {
                 lay_out(in, width, own.workspace.parts);
                 in.parts = own.workspace.parts;

@@ -32,6 +32,7 @@ FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 WIDTH = 16  # floats of the widest vector of decode.cpp
 GROUP = 32  # columns that share a scale there
 CHUNK = 512  # tokens of a pass: for more, products are no faster, and buffers larger
+SPARE = 32  # numbers that are read behind the last scales
 LARGEST = 2**13 - 1  # int4 weight there, in units of its row's scale
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 LAYERS = (Attention, NopeAttention, QKNormAttention, SwiGLU, RMSNorm)
@@ -105,7 +106,9 @@ def _integer_grid(product: Int4Linear) -> tuple[Tensor, Tensor]:
     bound = offset.abs() + 8 * scale.abs()
     unit = bound.amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
     steps = torch.stack((16 * scale, offset - 8 * scale), dim=-1) / unit[:, None, None]
-    return steps.round().to(torch.int16), unit
+    padded = torch.zeros(steps.numel() + SPARE, dtype=torch.int16)
+    padded[: steps.numel()] = steps.round().flatten()
+    return padded, unit
 
 
 def _versions(model: Decoder) -> list[tuple[Tensor, int, int]]:

@@ -82,7 +82,7 @@ inline void tile_floats(const Matrix& m, int row, const Inputs& in, int first, V
             for (int b = 0; b < B; b++) total[r][b] += sums[u][r][b];
 }
 
-// The same for integers.
+// The same for integers of 8 and 16 bits.
 template <Kind kind, int R, int B>
 inline void tile_integers(const Matrix& m, int row, const Inputs& in, int first, Vector (&total)[R][B]) {
     constexpr int U = chains(R, B), N = 2 * WIDTH;
@@ -92,19 +92,15 @@ inline void tile_integers(const Matrix& m, int row, const Inputs& in, int first,
     for (int s = 0, i = 0; s < count; s++) {
         Ints sums[U][R][B] = {};
         auto add = [&](Ints (&sums)[R][B]) LAMBDA {
-            Shorts weights[R][GROUP / N];
             unrolled<GROUP / N>([&](auto n) LAMBDA {
+                Shorts weights[R];
                 unrolled<R>([&](auto r) LAMBDA {
-                    if constexpr (kind == INT4) {
-                        if (n == 0) w[r].group(i, weights[r]);
-                    } else {
-                        weights[r][n] = w[r].integers(i + n * N);
-                    }
-                    keep(weights[r][n]);
+                    weights[r] = w[r].integers(i + n * N);
+                    keep(weights[r]);
                 });
                 unrolled<B>([&](auto b) LAMBDA {
                     Shorts x = load<Shorts>(inputs + size_t(b) * columns + i + n * N);
-                    unrolled<R>([&](auto r) LAMBDA { sums[r][b] = dot(sums[r][b], weights[r][n], x); });
+                    unrolled<R>([&](auto r) LAMBDA { sums[r][b] = dot(sums[r][b], weights[r], x); });
                 });
             });
             i += GROUP;
@@ -121,17 +117,56 @@ inline void tile_integers(const Matrix& m, int row, const Inputs& in, int first,
     }
 }
 
+// A row of INT4 with one input: (u s / 16 + z) x is summed as s / 16 times the sum of u x, and z times that of x, per
+// group. `offset` takes the second.
+inline Vector row_int4(const Matrix& m, int row, const Inputs& in, int b, float& offset) {
+    constexpr int N = 2 * WIDTH, GROUPS = SPAN / GROUP;
+    typedef int32_t Grid __attribute__((vector_size(4 * GROUPS)));
+    typedef Floats<GROUPS>::type Scales;
+    const int columns = m.columns, count = spans(columns);
+    const int16_t* inputs = in.integers + size_t(b) * columns;
+    Rows<INT4, 1> w(m, row);
+    Vector total = {};
+    Scales offsets = {};
+    for (int s = 0; s < count; s++) {
+        const float unit = in.scales[b * count + s];
+        Grid pairs = load<Grid>(w[0].grid + 2 * GROUPS * s);
+        float scales[GROUPS];
+        store(scales, __builtin_convertvector(pairs << 16 >> 16, Scales));
+        offsets += __builtin_convertvector(pairs >> 16, Scales) * load<Scales>(in.sums + (b * count + s) * GROUPS) * unit;
+        Vector sums[2] = {};
+        auto add = [&](int g, Vector& sum) LAMBDA {
+            const int i = s * SPAN + g * GROUP;
+            Pairs bytes = whole(load<Nibbles>(w[0].weights + i / 2));
+            Shorts nibbles[GROUP / N];
+            join(bytes & 15, bytes >> 4, nibbles);
+            Ints dots = {};
+            unrolled<GROUP / N>([&](auto n) LAMBDA { dots = dot(dots, nibbles[n], load<Shorts>(inputs + i + n * N)); });
+            sum += __builtin_convertvector(dots, Vector) * scales[g];
+        };
+        w.prefetch(s * SPAN, SPAN);
+        if ((s + 1) * SPAN <= columns) unrolled<GROUPS>([&](auto g) LAMBDA { add(g, sums[g % 2]); });
+        else
+            for (int g = 0; s * SPAN + g * GROUP < columns; g++) add(g, sums[0]);
+        total += (sums[0] + sums[1]) * (unit / 16);
+    }
+    for (int g = 0; g < GROUPS; g++) offset += offsets[g];
+    return total;
+}
+
 template <Kind kind, int R, int B>
 inline void tile(const Matrix& m, int row, const Inputs& in, int first, const Outputs& out) {
     Vector total[R][B] = {};
-    if constexpr (of_integers(kind)) tile_integers<kind>(m, row, in, first, total);
+    float offset = 0;
+    if constexpr (kind == INT4) total[0][0] = row_int4(m, row, in, first, offset);
+    else if constexpr (of_integers(kind)) tile_integers<kind>(m, row, in, first, total);
     else tile_floats<kind>(m, row, in, first, total);
     for (int r = 0; r < R; r++) {
         float y[B], scale = of_integers(kind) ? m.scale[row + r] : 1, bias = m.bias ? m.bias[row + r] : 0;
         if constexpr (B % 4 == 0)
             for (int b = 0; b < B; b += 4) store(y + b, sums(total[r] + b) * scale + bias);
         else
-            for (int b = 0; b < B; b++) y[b] = sum(total[r][b]) * scale + bias;
+            for (int b = 0; b < B; b++) y[b] = (sum(total[r][b]) + offset) * scale + bias;
         for (int b = 0; b < B; b++) out.row(first + b)[row + r] = y[b];
     }
 }
@@ -190,7 +225,8 @@ struct Workspace {
 };
 
 // An input in integers: q = round(x / s), s = max |x| / largest per span. NaN and infinity make s NaN.
-void quantize(const float* x, const Matrix& m, int16_t* q, float* scales) {
+// `sums`, or null, takes the sums of q per group.
+void quantize(const float* x, const Matrix& m, int16_t* q, float* scales, float* sums) {
     const float largest = m.kind == INT8 ? 0x7fff : LARGEST;  // weights of 8 bits leave room
     for (int s = 0; s < spans(m.columns); s++, x += SPAN, q += SPAN) {
         int count = std::min(SPAN, m.columns - s * SPAN);
@@ -205,6 +241,11 @@ void quantize(const float* x, const Matrix& m, int16_t* q, float* scales) {
         float inverse = peak > 0 ? largest / peak : 0;
         for (int i = 0; i < count; i++) q[i] = int16_t(int32_t(x[i] * inverse + 32768.5f) - 32768);
         scales[s] = peak / largest + sum(zero);
+        for (int i = 0; sums && i < SPAN; i += GROUP) {
+            Ints total = {};
+            for (int n = i; n < i + GROUP && n < count; n += 2 * WIDTH) total = dot(total, load<Shorts>(q + n), Shorts{} + 1);
+            *sums++ = sum(__builtin_convertvector(total, Vector));
+        }
     }
 }
 

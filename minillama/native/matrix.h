@@ -74,6 +74,7 @@ struct Inputs {
     int count;
     const int16_t* integers;  // (count, columns): x = q scales[input, span] for the formats of integers
     const float* scales;
+    const float* sums;      // of q per INT4 group, SPAN / GROUP per span
     const uint32_t* parts;  // AMX tiles, see gemm_amx.h; or null
 
     const float* row(int b) const { return x + b * width; }
