@@ -84,7 +84,7 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
 
 
 def cpu_features() -> dict[str, object]:
-    """Instruction sets of the processor as torch names them, without those that ATEN_CPU_CAPABILITY keeps torch from."""
+    """Instruction sets of the processor by torch's names, without those that ATEN_CPU_CAPABILITY keeps torch from."""
     import torch
 
     found: dict[str, object] = dict(torch.cpu.get_capabilities())

@@ -163,7 +163,7 @@ def run(args: Args) -> int:
     check(args)
     from minillama.inference.chat import ChatPrompts
 
-    model, tokenizer = args.load(args.quantize, args.compile)
+    model, tokenizer = args.load(args.quantize, args.compile, generates=True)
     if not args.template and tokenizer.chat_template is None:
         fix = "name one with --template, as vicuna; a base model answers to `minillama generate`"
         raise InputError("the model has no chat template", where=args.model, fix=fix)

@@ -142,6 +142,11 @@ class NativeStep:
         self.lock = Lock()
         self.refresh()
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it reads prompts of any length faster than the layers."""
+        return self.at_once > CHUNK
+
     def unsupported(self) -> str | None:
         """Reason why the layers are to decode now: what was changed by hand since; see `unsupported`."""
         model = self.model()
@@ -174,12 +179,12 @@ class NativeStep:
         """Logits (B, V) after each row's new tokens, float32; None where the layers are needed, or faster.
 
         Args:
-            tokens: of B rows, at least one each.
+            tokens: of B rows; the logits of one without tokens are zeros.
             state: KV cache, which they are appended to.
             mask: causal, with a window or without.
 
         Raises:
-            ValueError: no slot is left, or the state is another model's or of another number of rows; a row of none.
+            ValueError: no slot is left, or the state is another model's or of another number of rows.
             RuntimeError: weights have changed since `refresh`.
             IndexError: a token that the vocabulary does not have.
         """
@@ -199,8 +204,6 @@ class NativeStep:
         shape = (len(tokens), native.n_kv_heads, state.max_len, native.head_dim)
         if len(layers) != native.n_layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
             raise ValueError(f"the decode state is not one of {len(tokens)} rows of this model")
-        if min(counts) == 0:
-            raise ValueError("a row without a token")
         ids = [token for row in tokens for token in row]
         if not all(0 <= token < native.vocab_size for token in ids):
             raise IndexError(f"a token id that is not in 0..{native.vocab_size - 1}: {min(ids)} to {max(ids)}")
@@ -210,7 +213,8 @@ class NativeStep:
             for sequence, (row, start, dropped) in enumerate(starts)
             for slot, token in enumerate(row, start)
         ]
-        logits = torch.empty(len(counts), native.vocab_size, dtype=torch.float32, device="cpu")
+        ends = [count > 0 for count in counts]
+        logits = torch.empty(sum(ends), native.vocab_size, dtype=torch.float32, device="cpu")
         if any(t._version != version or t.data_ptr() != address for t, address, version in self.versions):
             raise RuntimeError("the model's weights have changed since this step read them: call its refresh()")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
@@ -226,7 +230,11 @@ class NativeStep:
                 c_void_p(logits.data_ptr()),
             )
         state.advance(counts)
-        return logits
+        if all(ends):
+            return logits
+        everywhere = torch.zeros(len(counts), native.vocab_size, dtype=torch.float32, device="cpu")
+        everywhere[torch.tensor(ends)] = logits
+        return everywhere
 
     def __deepcopy__(self, memo: object) -> None:
         """None: it reads its model's weights, and a copy of the model would go on with those."""

@@ -28,8 +28,8 @@ from minillama.runs.provenance import provenance
 from minillama.runs.report import Report, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
-from minillama.training.duration import Duration
 from minillama.training.data import load_data, load_stages
+from minillama.training.duration import Duration
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import make_staged
@@ -84,9 +84,7 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _train(
-    config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report, duration: Duration
-) -> int:
+def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report, duration: Duration) -> int:
     checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, {})
     for line in passed.values():
         report.say(f"passing over {line}")
