@@ -135,13 +135,14 @@ inline Vector row_int4(const Matrix& m, int row, const Inputs& in, int b, float&
         store(scales, __builtin_convertvector(pairs << 16 >> 16, Scales));
         offsets += __builtin_convertvector(pairs >> 16, Scales) * load<Scales>(in.sums + (b * count + s) * GROUPS) * unit;
         Vector sums[2] = {};
+        const char* weights = w[0].weights + long(s) * SPAN / 2;
+        const int16_t* x = inputs + long(s) * SPAN;
         auto add = [&](int g, Vector& sum) LAMBDA {
-            const int i = s * SPAN + g * GROUP;
-            Pairs bytes = whole(load<Nibbles>(w[0].weights + i / 2));
+            Pairs bytes = whole(load<Nibbles>(weights + g * GROUP / 2));
             Shorts nibbles[GROUP / N];
             join(bytes & 15, bytes >> 4, nibbles);
             Ints dots = {};
-            unrolled<GROUP / N>([&](auto n) LAMBDA { dots = dot(dots, nibbles[n], load<Shorts>(inputs + i + n * N)); });
+            unrolled<GROUP / N>([&](auto n) LAMBDA { dots = dot(dots, nibbles[n], load<Shorts>(x + g * GROUP + n * N)); });
             sum += __builtin_convertvector(dots, Vector) * scales[g];
         };
         w.prefetch(s * SPAN, SPAN);

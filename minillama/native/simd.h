@@ -108,8 +108,7 @@ inline void keep(T&) {}
 // Two halves of 32 numbers.
 inline void join(Pairs low, Pairs high, Shorts* to) {
 #ifdef __AVX512F__  // by way of memory the processor would wait for both
-    *to = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
-                                  23, 24, 25, 26, 27, 28, 29, 30, 31);
+    *to = (Shorts)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)low), (__m256i)high, 1);
 #else
     std::memcpy(to, &low, sizeof low);
     std::memcpy(to + sizeof low / sizeof *to, &high, sizeof high);

@@ -116,6 +116,11 @@ inline __m512i _mm512_cvtepi8_epi16(__m256i x) {
 inline __m256i _mm256_cvtepu8_epi16(__m128i x) {
     return (__m256i)__builtin_convertvector((emulated::Bytes16)x, emulated::Words16);
 }
+inline __m512i _mm512_castsi256_si512(__m256i x) { return __m512i{x[0], x[1], x[2], x[3]}; }
+inline __m512i _mm512_inserti64x4(__m512i x, __m256i y, int half) {
+    for (int i = 0; i < 4; i++) x[4 * half + i] = y[i];
+    return x;
+}
 inline __m512i _mm512_mulhrs_epi16(__m512i a, __m512i b) {
     emulated::Shorts to, x = (emulated::Shorts)a, y = (emulated::Shorts)b;
     for (int i = 0; i < 32; i++) to[i] = int16_t((((x[i] * y[i]) >> 14) + 1) >> 1);
