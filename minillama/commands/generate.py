@@ -80,7 +80,8 @@ def run(args: Args) -> int:
         raise InputError(what, where="--window", fix="leave out one of the two")
     from minillama.inference.generate import generate, stream
 
-    model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True, generates=True)
+    steps = args.cache_dtype != "int8"  # which the layers read
+    model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True, generates=steps)
     asked, stop_ids = _asked(args, tokenizer, prompts)
     model.stop_ids |= stop_ids
     engine = _engine(args, model, tokenizer)
