@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from minillama.config import ModelConfig, RopeScaling
+from minillama.formats.open import open_model
 from minillama.inference.engine import Engine
+from minillama.inference.load import load_model
 from minillama.inference.quantize import quantize
 from minillama.inference.request import Request
 from minillama.inference.sampling import Sampling
@@ -118,6 +120,22 @@ def test_logits_by_shorter_vectors(
     """AVX2, and four floats without intrinsics, as on processors whose own are not used."""
     monkeypatch.setenv(build.MARCH, march)
     test_logits_are_those_of_the_layers(dtype, kind, changes, bound, rows)
+
+
+@pytest.mark.hardware("avx2")
+@pytest.mark.parametrize(("generates", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_emulated_bfloat16_stays_as_stored_where_the_step_reads_all(
+    generates: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX2 the step alone multiplies it, in float32; the layers would take five times as long."""
+    for name, value in ((build.MARCH, "haswell"), ("ATEN_CPU_CAPABILITY", "avx2")):
+        monkeypatch.setenv(name, value)
+    Decoder(CONFIG).to(torch.bfloat16).save_pretrained(tmp_path)
+    opened = open_model(tmp_path)
+    found = load_model(opened, "auto", "cpu", compiles=True, generates=generates)
+    assert found.dtype == dtype and isinstance(found.step, NativeStep)
+    monkeypatch.setattr("minillama.inference.load.attach_fast_step", lambda model: None)
+    assert load_model(opened, "auto", "cpu", compiles=True, generates=generates).dtype == torch.float32
 
 
 @pytest.mark.usefixtures("emulated_tiles")
@@ -231,6 +249,9 @@ def test_what_it_does_not_take() -> None:
     step = NativeStep(native)
     assert step([[1]], native.state(1, 8, torch.int8), Mask()) is None
     assert step([[1]], native.state(1, 8), Mask(prefix=torch.tensor([1]))) is None
+    rows = step([[1], [], [2]], native.state(3, 8), Mask())  # a row without tokens is left alone
+    both = step([[1], [2]], native.state(2, 8), Mask())
+    assert rows is not None and both is not None and torch.equal(rows[[0, 2]], both) and not rows[1].any()
     full = native.state(1, 1)
     step([[1]], full, Mask())
     with pytest.raises(ValueError, match="do not fit"):
