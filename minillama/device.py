@@ -79,10 +79,20 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = cpu_features()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
+
+
+def cpu_features() -> dict[str, object]:
+    """Instruction sets of the processor by torch's names, without those that ATEN_CPU_CAPABILITY keeps torch from."""
+    import torch
+
+    found: dict[str, object] = dict(torch.cpu.get_capabilities())
+    if os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default"):
+        found = {name: value for name, value in found.items() if not name.startswith(("avx512", "amx"))}
+    return found
 
 
 def decoding_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

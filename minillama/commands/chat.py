@@ -160,7 +160,7 @@ def run(args: Args) -> int:
     from minillama.inference.chat import ChatPrompts
     from minillama.tokenizer.template import OWN
 
-    model, tokenizer = args.load(args.quantize, args.compile)
+    model, tokenizer = args.load(args.quantize, args.compile, generates=True)
     if not args.template and tokenizer.chat_template is None:
         fix = "name one with --template, as vicuna; a base model answers to `minillama generate`"
         raise InputError("the model has no chat template", where=args.model, fix=fix)

@@ -81,7 +81,8 @@ def run(args: Args) -> int:
         raise InputError(what, where="--window", fix="leave out one of the two")
     from minillama.inference.generate import generate, stream
 
-    model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True)
+    steps = args.cache_dtype != "int8"  # which the layers read
+    model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True, generates=steps)
     chat, engine = _chat(args, tokenizer), _engine(args, model, tokenizer)
     options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine, chat)
     if len(args.adapter) > 1:

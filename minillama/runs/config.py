@@ -83,6 +83,9 @@ class TrainConfig:
 
     steps: int = field(default=1000, metadata={"min": 1})
     """Optimizer steps."""
+    minutes: float = field(default=0.0, metadata={"min": 0})
+    """Minutes that the run takes, in place of steps: these follow from the speed of the first ones, and stand in the
+    run's config.toml. 0: as many as train.steps."""
     batch_size: int = field(default=16, metadata={"min": 1})
     """Sequences per step."""
     micro_batch_size: int = field(default=0, metadata={"min": 0})
@@ -304,6 +307,11 @@ class RunConfig:
         """Data settings of the run, and of the stages that have their own."""
         return [self.data, *(stage.data for stage in self.stages if stage.data is not None)]
 
+    @property
+    def validates_every(self) -> int:
+        """Steps between validations."""
+        return self.validate.every or -(-self.train.steps // 4)
+
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to; one that changes nothing when there are none."""
         last = self.stages[-1] if self.stages else Stage(self.train.steps)
@@ -349,6 +357,10 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     model = model.changed(changes, command_line, "model")
     if "sources" in table.get("data", {}) and "sources" in values.get("data", {}):
         values.get("sample", {}).pop("prompts", None)  # which belong to the file's sources
+    if "steps" in table.get("train", {}):
+        if "minutes" in table["train"]:
+            raise InputError("the length of the run is given twice", where="train.minutes", fix="leave train.steps out")
+        values.get("train", {}).pop("minutes", None)
     values = with_new_names(values, origin, model.objective)
     name_objective(values, table, model.objective)
     config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))

@@ -149,8 +149,12 @@ class RunFolder:
             return
         for target in [self.path / name for name in (CONTENTS if self._replaces else ["model"])]:
             remove(target)
-        replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
+        self.write_config(config)
         append_line(self.starts, provenance)
+
+    def write_config(self, config: str) -> None:
+        """Replace the configuration."""
+        replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
 
     def rewind_metrics(self, step: int) -> None:
         """Remove the records after `step`, for a run that is resumed there."""

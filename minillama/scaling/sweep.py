@@ -164,7 +164,7 @@ def run_config(base: RunConfig, model: ModelConfig, flops: float) -> RunConfig:
         base,
         name=f"C{flops:.3g}-N{size(model)}".replace("+", ""),
         model=model,
-        train=replace(base.train, steps=steps, batch_size=rows),
+        train=replace(base.train, steps=steps, minutes=0.0, batch_size=rows),
         optim=replace(base.optim, warmup_steps=max(1, steps // 20)),
         validate=replace(base.validate, every=steps),
         checkpoint=replace(base.checkpoint, every=steps, keep=1),

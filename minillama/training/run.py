@@ -29,6 +29,7 @@ from minillama.runs.report import Report, SilentReport, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
 from minillama.training.data import load_data, load_stages
+from minillama.training.duration import Duration
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import make_staged
@@ -62,6 +63,7 @@ def train(
     Raises:
         InputError: an error that the user can correct; nothing is overwritten then.
     """
+    duration = Duration()
     with processes(config) as parallel, _determinism(config.train.deterministic):
         leads = parallel.ranks.leads
         report = (report or make_report()) if leads else SilentReport()
@@ -69,7 +71,7 @@ def train(
         assert path is not None
         folder = RunFolder(path, resume, overwrite, leads)
         try:
-            return _train(config, folder, resume, verify, report, parallel)
+            return _train(config, folder, resume, verify, report, parallel, duration)
         finally:
             folder.close()
 
@@ -87,7 +89,15 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report, parallel: Parallel) -> int:
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    resume: bool,
+    verify: bool,
+    report: Report,
+    parallel: Parallel,
+    duration: Duration,
+) -> int:
     ranks = parallel.ranks
     if ranks.leads:
         remove_parts(folder.checkpoints)
@@ -101,7 +111,8 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
     changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report)
-    if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
+    is_finished = checkpoint is not None and checkpoint.step >= config.train.steps and not config.train.minutes
+    if checkpoint is not None and is_finished and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report, start.initial)
         return 0
@@ -121,7 +132,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     if ranks.leaders(objective.fingerprint) != objective.fingerprint:
         what, fix = "this process reads other data than the first one", "give all machines the same files"
         raise InputError(what, where="data.sources", found=f"fingerprint {objective.fingerprint[:16]}", fix=fix)
-    trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint, parallel)
+    trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint, parallel, duration)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds
@@ -150,6 +161,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     if not ranks.leads:
         return 0
     _say_end(trainer, folder, before, report)
+    config = trainer.config
     prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
     best = trainer.writer.best if trainer.writer.best != state.step else None
     prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
@@ -172,6 +184,8 @@ def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
     saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
     changes = check_resumed(saved, config, folder.config)
     steps, done = config.train.steps, checkpoint.step
+    if config.train.minutes:
+        return changes
     if steps < done:
         what, fix = "the run is past these steps", f"give {done} or more, or start a new run"
         raise InputError(what, where="train.steps", found=steps, expected=f"at least {done}", fix=fix)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+import tomli_w
 import torch
 
 from minillama.device import peak_flops
@@ -19,13 +21,14 @@ from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.runs import memory
 from minillama.runs.checkpoint import Checkpoint
-from minillama.runs.config import RunConfig, Stage
+from minillama.runs.config import RunConfig, Stage, to_table
 from minillama.runs.folder import RunFolder, read_lines
 from minillama.runs.report import Report, quoted
 from minillama.runs.signals import Interrupted, Signals
 from minillama.runs.writer import CheckpointWriter
 from minillama.training import trainable
 from minillama.training.compile import Compiler, use_native_kernels
+from minillama.training.duration import TIMED, Duration
 from minillama.training.gradients import accumulate, clip, is_finite
 from minillama.training.guard import Guard
 from minillama.training.model_folder import ModelFolder
@@ -67,6 +70,7 @@ class Trainer:
     report: Report
     checkpoint: InitVar[Checkpoint | None] = None
     parallel: Parallel = field(default_factory=Parallel)
+    duration: Duration = field(default_factory=Duration)
 
     def __post_init__(self, checkpoint: Checkpoint | None) -> None:
         config, objective, dtype, report = self.config, self.objective, self.dtype, self.report
@@ -135,15 +139,18 @@ class Trainer:
                 replace_folder(self.folder.path / name, write)
 
     def _run(self) -> None:
-        steps = self.config.train.steps
         for model in self.objective.models.values():
             model.train()
         if self.state.step == 0:
             self.validate({"step": 0, "tokens": 0})
         elif self._unrecorded is not None:  # the run was stopped after the checkpoint, before its line was written
             self._finish_step(self._unrecorded)
-        self.report.start(self.state.step, steps)
-        while self.state.step < steps:
+        if self.config.train.minutes:  # until they are resolved there are more steps than the minutes hold
+            self.config = replace(self.config, train=replace(self.config.train, steps=sys.maxsize))
+            self.report.say("timing the first steps")
+        else:
+            self.report.start(self.state.step, self.config.train.steps)
+        while self.state.step < self.config.train.steps:
             record = self.step()
             at = self.state.step
             # read once, and by all: a signal that stops also saves
@@ -160,7 +167,7 @@ class Trainer:
             self._finish_step(record)
 
     def _validates(self, step: int) -> bool:
-        return step % self.config.validate.every == 0 or step == self.config.train.steps
+        return step % self.config.validates_every == 0 or step == self.config.train.steps
 
     def _finish_step(self, record: dict[str, Any]) -> None:
         """Validation if due, and the step's line of metrics."""
@@ -202,9 +209,25 @@ class Trainer:
             outcome["attention_logit_max"] = self.ranks.most(highest)
             outcome = {name: value for name, value in outcome.items() if math.isfinite(value)}
         record |= outcome
-        self.report.step(record)
-        self.compiler.after_step(seconds, config.train.steps - self.state.step)
+        if not self.config.train.minutes:
+            self.report.step(record)
+        self._after_step(seconds)
         return record
+
+    def _after_step(self, seconds: float) -> None:
+        """Decide on compilation and on the number of steps, by the time that steps take."""
+        config, step = self.config, self.state.step
+        if self.compiler.settled and not config.train.minutes:
+            return
+        self.duration.seconds.append(seconds)
+        self.compiler.after_step(self.duration, self.duration.left(config, step))
+        if config.train.minutes and self.compiler.settled and len(self.duration.seconds) >= TIMED - 1:
+            self.config = self.ranks.leaders(self.duration.resolved(config, step))
+            if self.ranks.leads:
+                self.folder.write_config(tomli_w.dumps(to_table(self.config)))
+            steps, each = self.config.train.steps, self.duration.typical
+            self.report.say(f"{steps} steps in {config.train.minutes:g} minutes, at {each:.2g} s each")
+            self.report.start(step, steps)
 
     def _update(self, step: int) -> dict[str, Any]:
         """Update of the weights; its ratio to them, if due."""
@@ -270,7 +293,8 @@ class Trainer:
         with self._interruptible():
             found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
             found = {**found, **self.accuracy(self.working)}
-        self.state.seconds += time.perf_counter() - began
+        self.duration.validation = time.perf_counter() - began
+        self.state.seconds += self.duration.validation
         sample = {"sample": dict(self.objective.sample)} if self.objective.sample else {}
         self.folder.record(record | _finite(found) | {"seconds": self.state.seconds} | sample)
         if self.state.step and math.isfinite(found[self.objective.best[0]]):
@@ -282,6 +306,7 @@ class Trainer:
             self.report.say(f"warning: {line}")
         with self._interruptible():
             self._sample()
+        self.duration.validation = time.perf_counter() - began
         self.phase = "training"
 
     def _interruptible(self) -> AbstractContextManager[None]:
