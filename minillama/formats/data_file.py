@@ -46,7 +46,7 @@ class DataFile:
         """
         size = stored.size
         data, filled = torch.empty(size, dtype=torch.uint8), 0
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         with reading(self.path), open(self.path, "rb", buffering=0, opener=regular) as file:
             file.seek(stored.start)
             while filled < size and (count := file.readinto(rest[filled:])):
