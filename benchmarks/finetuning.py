@@ -229,7 +229,7 @@ def held_out(model: Path) -> Iterator[tuple[list[dict[str, str]], str]]:
     from minillama.data.conversations import conversations
     from minillama.data.permutation import hash_fraction
     from minillama.data.sources import Source
-    from minillama.runs.config import DataConfig
+    from minillama.runs.sections import DataConfig
     from minillama.tokenizer import Tokenizer
     from minillama.tokenizer.rendering import encode
     from minillama.tokenizer.template import load_template

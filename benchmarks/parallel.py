@@ -28,8 +28,9 @@ from torch import Tensor, distributed, nn
 from minillama.config import ModelConfig
 from minillama.device import choose_dtype
 from minillama.model import Decoder
-from minillama.runs.config import OptimConfig, RunConfig, TrainConfig
+from minillama.runs.config import RunConfig
 from minillama.runs.parallel import ParallelConfig
+from minillama.runs.sections import OptimConfig, TrainConfig
 from minillama.threads import adapt
 from minillama.training.gradients import accumulate, clip
 from minillama.training.objectives import Batch

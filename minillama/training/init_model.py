@@ -21,7 +21,8 @@ from minillama.model import Decoder
 from minillama.model.heads import with_score
 from minillama.model.init import initialize
 from minillama.model.lora import DEFAULT, add_lora, attach
-from minillama.runs.config import DataConfig, RunConfig
+from minillama.runs.config import RunConfig
+from minillama.runs.sections import DataConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.tokenizer.template import OWN, special_tokens
 from minillama.tokenizer.train import byte_tokenizer

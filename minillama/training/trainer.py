@@ -21,9 +21,10 @@ from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.runs import memory
 from minillama.runs.checkpoint import Checkpoint
-from minillama.runs.config import RunConfig, Stage, to_table
+from minillama.runs.config import RunConfig, to_table
 from minillama.runs.folder import RunFolder, read_lines
 from minillama.runs.report import Report, quoted
+from minillama.runs.sections import Stage
 from minillama.runs.signals import Interrupted, Signals
 from minillama.runs.writer import CheckpointWriter
 from minillama.training import trainable

@@ -172,7 +172,7 @@ def test_trains_help_shows_the_defaults_of_the_default_run(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     out = capsys.readouterr().out
-    assert "Optimizer steps. (default: 360)" in out and "--train.batch_size INT" in out
+    assert "train.steps. (default: 2.5)" in out and "--train.batch_size INT" in out
 
 
 def test_generates_device_is_named_as_it_was_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

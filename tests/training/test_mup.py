@@ -14,8 +14,9 @@ from minillama.config import ModelConfig
 from minillama.config.mup import Mup
 from minillama.errors import InputError
 from minillama.model import Decoder
-from minillama.runs.config import OptimConfig, RunConfig
+from minillama.runs.config import RunConfig
 from minillama.runs.report import PlainReport
+from minillama.runs.sections import OptimConfig
 from minillama.training.coordinate_check import changes, slope
 from minillama.training.init_model import resolve
 from minillama.training.optim.groups import change_settings, make_optimizers, parameter_groups

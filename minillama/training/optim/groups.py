@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from minillama.config.mup import Mup
 from minillama.device import choose_dtype
-from minillama.runs.config import OptimConfig
 from minillama.runs.parts import Stored
+from minillama.runs.sections import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
 from minillama.training.optim.muon import Muon
 from minillama.training.sharded import fill, is_sharded
