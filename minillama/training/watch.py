@@ -23,7 +23,7 @@ from torch import distributed
 from minillama.errors import InputError
 
 PERIOD = 0.5  # seconds between two signs of life
-SILENCE = 20.0  # seconds without one after which a process counts as stopped
+SILENCE = 60.0  # seconds without one after which a process counts as stopped: long C code may hold the interpreter
 WORDS = 5.0  # seconds in which the first process reports what another says
 FAILURE, SHOWN, ENDED = "failure", "failure shown", "|ended|the end of its run"
 PACKAGE = Path(__file__).parents[1]
