@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from minillama.layers.int4 import GROUP, Int4
+from minillama.layers.int4 import CHUNK, GROUP, Int4
 
 Quantization = Literal["none", "int8", "int4"]
 ROWS = 32  # from this many rows on dequantizing once and a plain matrix product is faster
@@ -96,7 +96,8 @@ class Int8Linear(QuantizedLinear):
         if linear.in_features % 32:
             raise ValueError(f"in_features {linear.in_features} is not a multiple of 32")
         self.out_features = linear.out_features
-        q, scale = int8_rows(linear.weight.detach())
+        rows = linear.weight.detach().split(max(1, CHUNK // linear.in_features))  # of a head all at once are large
+        q, scale = (torch.cat(parts) for parts in zip(*map(int8_rows, rows), strict=True))
         self.register_buffer("quantized", q)
         self.register_buffer("scale", scale.squeeze(-1))
         self.dtype = linear.weight.dtype

@@ -226,13 +226,15 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
         // Inputs of a matrix, with RMSNorm or without.
         auto prepare = [&](const Matrix& matrix, const float* from, const float* norm) -> Inputs {
             const int width = matrix.columns;
+            const bool tiles = takes_tiles(matrix, count);
+            const bool integers = of_integers(matrix.kind) && !(tiles && matrix.rows % SIDE == 0);  // for rows left over
             const Prepared& to = together(count) ? shared.prepared : own.prepared;
             auto one = [&](int b) {
                 const float* x = from + size_t(b) * width;
                 float* normed = to.normed + size_t(b) * width;
                 if (norm) rms_norm(x, norm, width, m.eps, normed);
                 size_t span = size_t(b) * spans(width);
-                if (of_integers(matrix.kind))
+                if (integers)
                     quantize(norm ? normed : x, matrix, to.integers + size_t(b) * width, to.scales + span,
                              matrix.kind == INT4 && count < MANY ? to.sums + span * (SPAN / GROUP) : nullptr);
             };
@@ -243,7 +245,7 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 for (int b = 0; b < count; b++) one(b);
             }
             Inputs in = {norm ? to.normed : from, size_t(width), count, to.integers, to.scales, to.sums, nullptr};
-            if (takes_tiles(matrix, count)) {
+            if (tiles) {
                 lay_out(in, width, own.workspace.parts);
                 in.parts = own.workspace.parts;
             }
@@ -339,7 +341,7 @@ size_t minillama_floats(const Model* model, int32_t slots) {
 }
 
 // Maximum number of rows for which the step is faster than torch's operations.
-int32_t minillama_at_once(const Model* model) {
+int32_t minillama_at_once([[maybe_unused]] const Model* model) {
 #if defined __AVX512F__
     return has_tiles() ? 96 : of_integers(model->layer[0].gate_up.kind) ? INT32_MAX : 31;
 #elif defined __AVX2__

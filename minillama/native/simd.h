@@ -91,20 +91,27 @@ inline uint16_t f32_to_bf16(float value) {  // to the nearest bfloat16, ties to 
 // One instruction each, which GCC does not select by itself.
 #if defined __AVX512F__ || defined __AVX2__
 inline Pairs whole(Nibbles x) { return (Pairs)_mm256_cvtepu8_epi16((__m128i)x); }
+#else
+inline Pairs whole(Nibbles x) { return __builtin_convertvector(x, Pairs); }
+#endif
+
 // A vector in a register: GCC would rather load it again for every use, and there are not so many loads per cycle.
 template <class T>
-INLINE void keep(T& vector) { asm("" : "+v"(vector)); }
+INLINE void keep(T& vector) {
+#if defined __AVX512BW__ || (defined __AVX2__ && !defined __AVX512F__)
+    asm("" : "+v"(vector));
+#else
+    (void)vector;
+#endif
+}
+
 // GCC would reorder additions of integers, and run out of registers.
 INLINE Ints added(Ints sums, Ints products) {
     sums += products;
     keep(sums);
     return sums;
 }
-#else
-inline Pairs whole(Nibbles x) { return __builtin_convertvector(x, Pairs); }
-template <class T>
-inline void keep(T&) {}
-#endif
+
 // Two halves of 32 numbers.
 inline void join(Pairs low, Pairs high, Shorts* to) {
 #ifdef __AVX512F__  // by way of memory the processor would wait for both

@@ -142,11 +142,6 @@ class RunConfig:
         """Data settings of the run, and of the stages that have their own."""
         return [self.data, *(stage.data for stage in self.stages if stage.data is not None)]
 
-    @property
-    def validates_every(self) -> int:
-        """Steps between validations."""
-        return self.validate.every or -(-self.train.steps // 4)
-
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to; one that changes nothing when there are none."""
         last = self.stages[-1] if self.stages else Stage(self.train.steps)

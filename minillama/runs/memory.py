@@ -155,7 +155,8 @@ def check_disk(config: RunConfig, folder: Path) -> None:
     Raises:
         InputError: they do not.
     """
-    steps, every = config.train.steps, min(config.checkpoint.every, config.validates_every)
+    steps = config.train.steps
+    every = min(config.checkpoint.every, config.validate.interval(steps))
     count = min(config.checkpoint.keep + 2, steps // every + 2)
     trained = config.model.num_params() if config.lora is None else config.lora.num_params(config.model)
     one, model = _state_bytes(config), 4 * trained

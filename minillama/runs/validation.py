@@ -22,6 +22,10 @@ class ValidateConfig:
     items: int = field(default=100, metadata={"min": 1})
     """Items of each, the first ones."""
 
+    def interval(self, steps: int) -> int:
+        """Steps between validations of a run of so many."""
+        return self.every or -(-steps // 4)
+
     def __post_init__(self) -> None:
         if self.tasks and not self.data:
             raise InputError("there is no folder of the evaluation sets", where="validate.data", fix="name it")

