@@ -58,7 +58,7 @@ def print_table(title: str, headers: Iterable[str], rows: Iterable[Iterable[str]
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title, no_wrap=True)
+    table.add_column(title, overflow="fold")
     for header in headers:
         table.add_column(header, justify="right", overflow="fold")
     for row in rows:

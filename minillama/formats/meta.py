@@ -229,7 +229,8 @@ def write(
         if name == EMBEDDING and config.tie_embeddings:
             _split(heads, HEAD, tensor, 0)
     for rank, (file, head) in enumerate(zip(files, heads, strict=True)):
-        torch.save(file | head, folder / f"consolidated.{rank:02}.pth")
+        with open(folder / f"consolidated.{rank:02}.pth", "wb") as stream:  # whose errors are the system's
+            torch.save(file | head, stream)
 
 
 def _split(files: list[dict[str, Tensor]], name: str, tensor: Tensor, axis: int | None) -> None:

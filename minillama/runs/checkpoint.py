@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minillama.errors import InputError
 from minillama.files import digest, free_name, read_json, replace_folder
+from minillama.formats.safetensors_file import save_file
 
 MANIFEST = "manifest.json"
 NEEDED = ("config.json", "optimizer.safetensors", "run.json")
@@ -122,8 +123,7 @@ def save_checkpoint(folder: Path, contents: CheckpointCopy, write_model: WriteMo
 
     def write(path: Path) -> None:
         write_model(path, contents.model)
-        tensors = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
-        save_file(tensors, path / "optimizer.safetensors")
+        save_file(contents.optimizer, path / "optimizer.safetensors")
         _write_json(path / "run.json", contents.run)
         known = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(path.iterdir())}
         _write_json(path / MANIFEST, known)
