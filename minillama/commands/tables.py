@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+NARROWEST = 64
+"""Columns of a table at least: a terminal that has fewer breaks its lines, and no figure is cut."""
+
+
 def plain(value: Any) -> str:
     """Value as text: floats to six digits, lists by words."""
     if isinstance(value, list | tuple):
@@ -58,9 +62,11 @@ def print_table(title: str, headers: Iterable[str], rows: Iterable[Iterable[str]
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title, overflow="fold")
+    table.add_column(title, no_wrap=True)
     for header in headers:
         table.add_column(header, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table, "", sep="\n")
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, NARROWEST)
+    console.print(table, "", sep="\n")

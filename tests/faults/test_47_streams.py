@@ -88,5 +88,4 @@ def test_fault_48_no_color_on_a_terminal(name: str, is_colored: bool) -> None:
 def test_fault_48_a_narrow_terminal_cuts_no_figure() -> None:
     wide, narrow = (run(*PLAN, env={"COLUMNS": columns}).stdout for columns in ("200", "20"))
     assert "…" not in narrow
-    figures = re.findall(r"\d[\d.,]*", wide)
-    assert len(figures) > 10 and all(figure in re.sub(r"\s", "", narrow) for figure in figures)
+    assert re.findall(r"\d[\d.,]*", narrow) == re.findall(r"\d[\d.,]*", wide)
