@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-
 NARROWEST = 64
 """Columns of a table at least: a terminal that has fewer breaks its lines, and no figure is cut."""
 

@@ -125,6 +125,7 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is as Meta writes it: dense, with all values in the file (a stride of 0 repeats one)."""
     return (
         tensor.layout == torch.strided
+        and tensor.device.type == "cpu"  # and not "meta", which has no values
         and tensor.dtype in FLOATS.values()
         and tensor.dim() in (1, 2)
         and tensor.is_contiguous()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from minillama.commands.cli import main
 from minillama.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's devices")
@@ -64,6 +65,16 @@ def test_fault_47_an_encoding_that_lacks_the_text(tokenizer: Path) -> None:
     ids = [str(byte) for byte in "é中".encode()]
     found = run("tokenizer", "decode", *ids, "--model", tokenizer, env={"PYTHONIOENCODING": "ascii"})
     assert (found.returncode, found.stdout) == (0, "\\xe9\\u4e2d\n")
+
+
+def test_fault_47_a_run_whose_name_no_terminal_can_show(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / os.fsdecode(b"a\xff\x1b[2J$b")
+    assert main([*words, "--out", str(out)]) == 0
+    found = capsys.readouterr()
+    assert "\x1b" not in found.out + found.err and "\\x1b[2J" in found.out
+    assert (out / "loss.png").is_file()
 
 
 @pytest.mark.parametrize(("name", "is_colored"), [("NO_COLOR", False), ("ANOTHER", True)])

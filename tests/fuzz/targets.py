@@ -65,6 +65,7 @@ def targets(place: Path) -> dict[str, Target]:
     convert(hf, place / "gguf" / "m.gguf", "gguf", "q8_0")
     meta.write(place / "meta", CONFIG, model.state_dict())
     _sentencepiece(place / "sp")
+    Tokenizer.load(place / "sp").save(place / "charsmap")
     files = {
         "ranks/tokenizer.model": b"".join(_rank(i, bytes([i])) for i in range(256)) + _rank(256, b"he"),
         "llama2c/m.bin": _llama2c(),
@@ -97,6 +98,7 @@ def targets(place: Path) -> dict[str, Target]:
         ("llama2c", "m.bin", as_bytes, lambda folder: _model(folder / "m.bin")),
         ("llama2c", "tokenizer.bin", as_bytes, lambda folder: _tokenizer(folder / "tokenizer.bin")),
         ("sp", "tokenizer.model", as_bytes, _tokenizer),
+        ("charsmap", "tokenizer.json", lambda rng, data: damage.of_bytes(rng, data, len(data)), _tokenizer),
         ("ranks", "tokenizer.model", as_lines, _tokenizer),
         ("toml", "c.toml", as_lines, lambda folder: load_run_config(str(folder / "c.toml"))),
         ("chat", "a.jsonl", as_lines, _records),
