@@ -47,7 +47,7 @@ class DataFile:
         """
         size, filled = stored.size, 0
         data = _memory(size)
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         with reading(self.path), open(self.path, "rb", buffering=0, opener=regular) as file:
             file.seek(stored.start)
             while filled < size and (count := file.readinto(rest[filled:])):
