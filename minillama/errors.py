@@ -6,6 +6,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+LONGEST = 1000
+"""Characters of a part of a message at most."""
+
 
 class InputError(ValueError):
     """Error that a user can correct: in a file, a setting, a command line.
@@ -19,6 +22,8 @@ class InputError(ValueError):
 
     `str()` puts each part that was given on a line of its own. It is a ValueError, so that code
     which imports minillama can catch it as one; the command line prints it without a traceback.
+
+    A part may quote a stranger's file: `str()` escapes what is not printable, and leaves out the middle of a long one.
     """
 
     def __init__(
@@ -32,7 +37,8 @@ class InputError(ValueError):
     ) -> None:
         self.what, self.where, self.found, self.expected, self.fix = what, where, found, expected, fix
         parts = [("where", where), ("found", found), ("expected", expected), ("do", fix)]
-        super().__init__("\n".join([what] + [f"  {name}: {value}" for name, value in parts if value is not None]))
+        lines = [f"  {name}: {printable(str(value))}" for name, value in parts if value is not None]
+        super().__init__("\n".join([printable(what), *lines]))
 
     def parts(self) -> dict[str, str]:
         """The parts that were given, by name."""
@@ -42,6 +48,13 @@ class InputError(ValueError):
     def at(self, where: object) -> InputError:
         """The same error at another place."""
         return InputError(self.what, where=where, found=self.found, expected=self.expected, fix=self.fix)
+
+
+def printable(text: str) -> str:
+    """Text on one line whose characters cannot act on a terminal, without the middle of a long one."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def optional_import(module: str, purpose: str, extra: str) -> Any:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from minillama import __version__
+from minillama.commands.streams import open_closed, system_errors
 from minillama.commands.usage import UsageError, own_errors
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import say_renamed
@@ -64,14 +65,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     adapt()  # before the import of torch, which reads some of it once
+    open_closed()
+    if os.environ.get("NO_COLOR"):
+        os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # read when tyro is imported
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
     try:
-        status = _dispatch([word for word in words if word != "--debug"], prog)
-        sys.stdout.flush()  # a closed pipe shows here, and not while the interpreter shuts down
-        return status
+        with system_errors():
+            return _dispatch([word for word in words if word != "--debug"], prog)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the buffer has nowhere to go
         return 141
     except (KeyboardInterrupt, Exception) as error:
         if debug:

@@ -12,6 +12,7 @@ import tyro
 
 from minillama.commands.tables import plain, print_table
 from minillama.errors import InputError
+from minillama.files import parsing
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ class Args:
 
 def run(args: Args) -> int:
     """Print tables."""
+    from minillama.runs.record import DAMAGED
+
+    with parsing(", ".join(map(str, args.paths)), DAMAGED):
+        return _compare(args)
+
+
+def _compare(args: Args) -> int:
     from minillama.runs.diff import flat
     from minillama.runs.record import RecordedRun
 

@@ -221,9 +221,9 @@ def _time(name: str, config: ModelConfig, args: Args, context: int) -> dict[str,
 
 def _measured(name: str) -> float:
     """Median tokens per second of a run folder; 0 of anything else."""
-    from minillama.runs.folder import read_lines
+    from minillama.runs.folder import read_metrics
 
-    lines = read_lines(Path(name) / "metrics.jsonl")
+    lines = read_metrics(Path(name) / "metrics.jsonl")
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
     return median(speeds) if speeds else 0
 

@@ -11,6 +11,7 @@ import tyro
 
 from minillama.commands.tables import print_pairs
 from minillama.errors import InputError
+from minillama.files import parsing
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,13 @@ class Args:
 
 def run(args: Args) -> int:
     """Print the summary."""
+    from minillama.runs.record import DAMAGED
+
+    with parsing(args.path, DAMAGED):
+        return _show(args)
+
+
+def _show(args: Args) -> int:
     from minillama.runs.diff import flat
     from minillama.runs.plot import MISSING, chart, write_png
     from minillama.runs.record import RecordedRun

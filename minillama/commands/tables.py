@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+NARROWEST = 64
+"""Columns of a table at least: a terminal that has fewer breaks its lines, and no figure is cut."""
+
 
 def plain(value: Any) -> str:
     """Value as text: floats to six digits, lists by words."""
@@ -63,4 +66,6 @@ def print_table(title: str, headers: Iterable[str], rows: Iterable[Iterable[str]
         table.add_column(header, justify="right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table, "", sep="\n")
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, NARROWEST)
+    console.print(table, "", sep="\n")

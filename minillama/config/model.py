@@ -14,7 +14,7 @@ from minillama.config.loader import Located, build, config_folder, config_path, 
 from minillama.config.parameters import Parameter, block, table
 from minillama.config.shape import Shape, ffn_width
 from minillama.errors import InputError
-from minillama.files import model_folder, read_json
+from minillama.files import model_folder, parsing, read_json
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class ModelConfig(Shape):
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """A shape from the keys of a Hugging Face config.json. `to_hf` is the way back."""
-        fields, keys = hf.from_hf(values, where)
-        return cls.from_keys(fields, where, keys).named(values["model_type"])
+        with parsing(where):
+            fields, keys = hf.from_hf(values, where)
+            return cls.from_keys(fields, where, keys).named(values["model_type"])
 
     def named(self, kind: str) -> ModelConfig:
         """This shape, whose files have that model_type even where the fields leave it open."""

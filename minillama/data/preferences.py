@@ -14,6 +14,7 @@ from minillama.data.conversations import read_record
 from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
+from minillama.files import parsing
 from minillama.tokenizer.conversation import Conversation
 
 SIDES = ("chosen", "rejected")
@@ -70,25 +71,30 @@ def read_preference(record: Record) -> Preference:
     Raises:
         BadText: it is none, or its answers do not answer the same.
     """
-    fields = record.value
     try:
-        if {"rejected", "rejected_messages"} & fields.keys():
-            chosen, rejected = (_conversation(_side(fields, name), record.where) for name in SIDES)
-            if chosen.messages[:-1] != rejected.messages[:-1]:
-                expected = "the same messages in front of the last answer"
-                raise InputError("the two answers do not answer the same", expected=expected)
-            return Preference(chosen, rejected, _margin(fields))
-        label = next((fields[name] for name in LABELS if name in fields), None)
-        if label not in (True, False):  # 1 and 0 are
-            names = ", ".join(map(repr, fields)) or "none"
-            raise InputError("not a record of preferences", found=f"fields {names}", expected=EXPECTED)
-        judged = _conversation(fields, record.where)
-        return Preference(judged, None) if label else Preference(None, judged)
+        with parsing(record.where):
+            return _preference(record)
     except BadText:
         raise
     except InputError as error:
         wanted = error.expected or EXPECTED
         raise BadText("no preference", error.what, where=record.where, found=error.found, expected=wanted) from None
+
+
+def _preference(record: Record) -> Preference:
+    fields = record.value
+    if {"rejected", "rejected_messages"} & fields.keys():
+        chosen, rejected = (_conversation(_side(fields, name), record.where) for name in SIDES)
+        if chosen.messages[:-1] != rejected.messages[:-1]:
+            expected = "the same messages in front of the last answer"
+            raise InputError("the two answers do not answer the same", expected=expected)
+        return Preference(chosen, rejected, _margin(fields))
+    label = next((fields[name] for name in LABELS if name in fields), None)
+    if label not in (True, False):  # 1 and 0 are
+        names = ", ".join(map(repr, fields)) or "none"
+        raise InputError("not a record of preferences", found=f"fields {names}", expected=EXPECTED)
+    judged = _conversation(fields, record.where)
+    return Preference(judged, None) if label else Preference(None, judged)
 
 
 def _conversation(fields: Mapping[str, Any], where: str) -> Conversation:

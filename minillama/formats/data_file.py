@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ class DataFile:
         Raises:
             InputError: the file has changed since.
         """
-        size = stored.size
-        data, filled = torch.empty(size, dtype=torch.uint8), 0
+        size, filled = stored.size, 0
+        data = _memory(size)
         rest = data.numpy().data
         with reading(self.path), open(self.path, "rb", buffering=0, opener=regular) as file:
             file.seek(stored.start)
@@ -60,6 +61,14 @@ class DataFile:
     def floats(self, stored: Stored) -> Tensor:
         """Tensor of a type of `TYPES`, as `read`."""
         return self.read(stored).view(TYPES[stored.dtype]).view(stored.shape)
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes (size,), many of them in pages that go back to the system with the tensor, and not to the heap."""
+    if size < 2**20:
+        return torch.empty(size, dtype=torch.uint8)
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    return torch.frombuffer(mmap.mmap(-1, size, **flags), dtype=torch.uint8)
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:

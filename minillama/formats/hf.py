@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.config import ModelConfig
@@ -25,6 +24,7 @@ from minillama.formats.layout import Entry, check_tensors, check_writable, is_sa
 from minillama.formats.model_file import ModelFile
 from minillama.formats.peft_config import CONFIG as ADAPTER
 from minillama.formats.peft_config import adapter_error
+from minillama.formats.safetensors_file import save_file
 from minillama.formats.safetensors_header import read_header, refuse_integers
 from minillama.formats.stored import Stored
 

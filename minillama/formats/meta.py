@@ -125,6 +125,7 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is as Meta writes it: dense, with all values in the file (a stride of 0 repeats one)."""
     return (
         tensor.layout == torch.strided
+        and tensor.device.type == "cpu"  # and not "meta", which has no values
         and tensor.dtype in FLOATS.values()
         and tensor.dim() in (1, 2)
         and tensor.is_contiguous()
@@ -229,7 +230,8 @@ def write(
         if name == EMBEDDING and config.tie_embeddings:
             _split(heads, HEAD, tensor, 0)
     for rank, (file, head) in enumerate(zip(files, heads, strict=True)):
-        torch.save(file | head, folder / f"consolidated.{rank:02}.pth")
+        with open(folder / f"consolidated.{rank:02}.pth", "wb") as stream:  # whose errors are the system's
+            torch.save(file | head, stream)
 
 
 def _split(files: list[dict[str, Tensor]], name: str, tensor: Tensor, axis: int | None) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.config import ModelConfig
@@ -28,6 +27,7 @@ from minillama.formats.data_file import DataFile
 from minillama.formats.layout import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
+from minillama.formats.safetensors_file import save_file
 from minillama.formats.safetensors_header import read_header, read_metadata, refuse_integers
 from minillama.layers.lora import Adapter, FullWeight
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minillama.errors import InputError
-from minillama.files import free_name, regular, remove, replace_file
+from minillama.files import free_name, reading, regular, remove, replace_file
 
 FOLDERS = ("checkpoints", "model", "value", "average")
 CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", *FOLDERS)
@@ -41,14 +41,20 @@ def choose_folder(name: str, out: str | None, runs: Path = Path("runs")) -> Path
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a JSONL file of a run; none where it does not exist."""
+    """Complete lines of a JSONL file of a run; none where it does not exist. What is no record is left out."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be incomplete
-            records.append(json.loads(line))
-    return records
+    with reading(path), open(path, "rb", opener=regular) as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):  # the last line of a killed run may be incomplete
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl, each of a step."""
+    return [record for record in read_lines(path) if type(record.get("step")) is int]
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -160,7 +166,7 @@ class RunFolder:
         """Remove the records after `step`, for a run that is resumed there."""
         if not self.leads:
             return
-        kept = [record for record in read_lines(self.metrics) if record["step"] <= step]
+        kept = [record for record in read_metrics(self.metrics) if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minillama.errors import InputError
+from minillama.formats.safetensors_file import save_file
 
 PATTERN = "optimizer*.safetensors"
 
@@ -46,7 +46,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Place]
     """Write a file of whole tensors, and of parts, whose places are given."""
     known = {name: {"shape": place.shape, "start": [s.start for s in place.at]} for name, place in places.items()}
     metadata = {"parts": json.dumps(known)} if known else None
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_file(tensors, path, metadata)
 
 
 @dataclass

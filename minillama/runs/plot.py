@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from minillama.errors import printable
 from minillama.files import replace_file
 
 MISSING = "pip install 'minillama[plot]'"
@@ -73,7 +75,8 @@ def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=key, **style)
-    axes.set(xlabel="step", ylabel="nats per token", title=path.parent.name)
+    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set_title(printable(path.parent.name), parse_math=False)
     axes.legend()
     accuracies = dict.fromkeys(key for r in records for key in r if re.search(r"_acc(_norm|_pmi)?$", key))
     if accuracies:
@@ -84,5 +87,7 @@ def write_png(path: Path, records: Sequence[Mapping[str, Any]]) -> bool:
         right.set(ylabel="accuracy")
         right.legend(loc="lower left")
     axes.grid(alpha=0.3)
-    replace_file(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a character of the run's name that the font lacks
+        replace_file(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     return True

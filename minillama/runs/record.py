@@ -8,8 +8,11 @@ from typing import Any
 
 from minillama.config.loader import read_toml
 from minillama.errors import InputError
+from minillama.files import parsing
 from minillama.runs.checkpoint import steps
-from minillama.runs.folder import lock_owner, read_lines
+from minillama.runs.folder import lock_owner, read_lines, read_metrics
+
+DAMAGED = "files of this run are damaged"
 
 
 @dataclass(frozen=True)
@@ -34,14 +37,17 @@ class RecordedRun:
         """Read a folder; nothing is changed or locked.
 
         Raises:
-            InputError: it holds no run.
+            InputError: it holds no run, or files of it are damaged.
         """
         if not (path / "config.toml").is_file():
             found = "no config.toml" if path.is_dir() else "no such folder"
             raise InputError("this is not the folder of a run", where=path, found=found, expected="as runs/tiny")
         config, _ = read_toml(path / "config.toml")
-        starts, records = read_lines(path / "provenance.jsonl"), read_lines(path / "metrics.jsonl")
-        return cls(path, config, starts, records, steps(path / "checkpoints"))
+        starts, records = read_lines(path / "provenance.jsonl"), read_metrics(path / "metrics.jsonl")
+        run = cls(path, config, starts, records, steps(path / "checkpoints"))
+        with parsing(path, DAMAGED):
+            run.figures()
+        return run
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of every line that has the value."""
@@ -81,15 +87,17 @@ class RecordedRun:
         return [line for line in self.records if "skipped" in line]
 
     def summary(self) -> dict[str, Any]:
-        """The figures that `show` and `compare` print, as plain values."""
+        """State and figures, which `show` and `compare` print, as plain values."""
+        return {"run": str(self.path), "state": self.state, **self.figures()}
+
+    def figures(self) -> dict[str, Any]:
+        """The last and the best of what was measured."""
         last = self.records[-1] if self.records else {}
         speeds = sorted(value for _, value in self.curve("tokens_per_second"))
         losses, val_losses = self.curve("loss"), self.curve("val_loss")
         best = min((point for point in val_losses if point[0]), key=lambda point: point[1], default=(None, None))
         return {
-            "run": str(self.path),
-            "state": self.state,
-            "steps": f"{self.step} of {self.config['train']['steps']}",
+            "steps": f"{self.step} of {int(self.config['train']['steps'])}",
             "tokens": last.get("tokens", 0),
             "seconds": round(last.get("seconds", 0.0), 1),
             "tokens_per_second": round(speeds[len(speeds) // 2], 1) if speeds else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 Record = Mapping[str, Any]
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # paths and samples may act on a terminal
 
 
 def quoted(text: str) -> str:
@@ -103,6 +105,7 @@ class PlainReport:
             self.say(f"step {record['step']}/{self.steps}: {status}")
 
     def say(self, text: str = "") -> None:
+        text = CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:

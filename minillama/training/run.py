@@ -20,7 +20,7 @@ from minillama.formats.model_file import ModelFile
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, remove_parts, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
-from minillama.runs.folder import RunFolder, choose_folder, read_lines
+from minillama.runs.folder import RunFolder, choose_folder, read_metrics
 from minillama.runs.memory import GIB, check_disk, warn_of_memory
 from minillama.runs.objectives import typed
 from minillama.runs.plot import MISSING, sparkline, write_png
@@ -200,7 +200,7 @@ def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
 
 def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report) -> None:
     """Summary of a finished run, which had taken `before` seconds when it was resumed."""
-    records = read_lines(folder.metrics)
+    records = read_metrics(folder.metrics)
     report.say(f"loss {sparkline([r['loss'] for r in records if r.get('loss') is not None])}")
     if trainer.guard.skipped:
         report.say(f"{trainer.guard.skipped} steps were skipped; metrics.jsonl names them")

@@ -22,7 +22,7 @@ from minillama.model import Decoder
 from minillama.runs import memory
 from minillama.runs.checkpoint import Checkpoint
 from minillama.runs.config import RunConfig, to_table
-from minillama.runs.folder import RunFolder, read_lines
+from minillama.runs.folder import RunFolder, read_metrics
 from minillama.runs.report import Report, quoted
 from minillama.runs.sections import Stage
 from minillama.runs.signals import Interrupted, Signals
@@ -336,7 +336,7 @@ class Trainer:
     def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
         step = self.state.step
-        lines = [line for line in read_lines(self.folder.metrics) if line["step"] <= step]
+        lines = [line for line in read_metrics(self.folder.metrics) if line["step"] <= step]
         self.writer.losses = {
             line["step"]: self._score(line)
             for line in lines

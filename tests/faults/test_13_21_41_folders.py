@@ -201,6 +201,15 @@ def test_21_pickles_are_refused_unopened(name: str, folder: Path) -> None:
     assert not mark.exists()
 
 
+def test_21_a_tensor_without_values_is_refused(tmp_path: Path) -> None:
+    tensors = Decoder(CONFIG).state_dict()
+    meta.write(tmp_path, CONFIG, tensors)
+    file = tmp_path / "consolidated.00.pth"
+    torch.save(torch.load(file) | {"norm.weight": torch.empty(CONFIG.dim, device="meta")}, file)
+    with pytest.raises(InputError, match=r"norm\.weight"):
+        meta.read(tmp_path)
+
+
 def test_21_metas_files_hold_tensors_or_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meta.write(tmp_path, CONFIG, Decoder(CONFIG).state_dict())
     file, mark = tmp_path / "consolidated.00.pth", tmp_path / "mark"
