@@ -12,9 +12,10 @@ from torch import Tensor
 
 from minillama.errors import InputError
 from minillama.files import reading, regular
+from minillama.formats.model_file import FLOATS
 from minillama.formats.stored import Stored
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = FLOATS | {"F64": torch.float64}
 
 
 @dataclass(frozen=True)

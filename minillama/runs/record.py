@@ -12,7 +12,7 @@ from minillama.files import parsing
 from minillama.runs.checkpoint import steps
 from minillama.runs.folder import lock_owner, read_lines, read_metrics
 
-DAMAGED = "files of this run are damaged"
+DAMAGED = "this is not the folder of a run, or files of it are damaged"
 
 
 @dataclass(frozen=True)

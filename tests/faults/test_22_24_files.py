@@ -1,8 +1,7 @@
-"""Rows 22 to 24 of the fault table, and a fuzzer over the headers of every format."""
+"""Rows 22 to 24 of the fault table."""
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import time
@@ -11,13 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from minillama import Decoder, InputError, ModelConfig, Tokenizer
 from minillama.commands.cli import main
 from minillama.convert import convert
-from minillama.formats import meta
 from minillama.formats.gguf_header import read_header as read_gguf
 from minillama.formats.open import open_model
 from minillama.tokenizer import byte_tokenizer
@@ -27,16 +23,13 @@ CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=64,
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The same model as safetensors, GGUF and .pth."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A GGUF file."""
     place = tmp_path_factory.mktemp("whole")
-    model = Decoder(CONFIG)
-    model.save_pretrained(place / "hf")
+    Decoder(CONFIG).save_pretrained(place / "hf")
     byte_tokenizer().save(place / "hf")
     convert(place / "hf", place / "a.gguf", "gguf", "f32")
-    meta.write(place / "meta", CONFIG, model.state_dict())
-    files = {"safetensors": "hf/model.safetensors", "gguf": "a.gguf", "pth": "meta/consolidated.00.pth"}
-    return {name: (place / file).read_bytes() for name, file in files.items()}
+    return (place / "a.gguf").read_bytes()
 
 
 # 22: GGUF
@@ -88,45 +81,6 @@ def test_22_forged_gguf(data: bytes, tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "gguf", "pth"])
-@settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_thousands_of_damaged_files(kind: str, data: st.DataObject, whole: dict[str, bytes], tmp_path: Path) -> None:
-    """Bytes of the header changed, runs cut out or doubled: an answer or an InputError, and nothing else."""
-    damaged = bytearray(whole[kind])
-    reach = min(len(damaged), 6000)
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, reach - 1))
-        length = data.draw(st.integers(1, 16))
-        fresh = data.draw(st.binary(max_size=16))
-        change = data.draw(st.sampled_from(["set", "cut", "end", "integer"]))
-        if change == "set":
-            damaged[at : at + len(fresh)] = fresh
-        elif change == "cut":
-            damaged[at : at + length] = fresh
-        elif change == "end":
-            del damaged[at + 1 :]
-        else:
-            damaged[at : at + 8] = struct.pack("<Q", data.draw(st.sampled_from([0, 1, 2**31, 2**40, 2**63, 2**64 - 1])))
-        if not damaged:
-            return
-        reach = min(len(damaged), 6000)
-    names = {"safetensors": "model.safetensors", "gguf": "a.gguf", "pth": "consolidated.00.pth"}
-    path = tmp_path / names[kind]
-    path.write_bytes(damaged)
-    if kind == "pth":
-        (tmp_path / "params.json").write_text(json.dumps(meta._params(CONFIG)))
-    else:
-        (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
-    try:
-        opened = meta.read(tmp_path) if kind == "pth" else open_model(path if kind == "gguf" else tmp_path)
-        assert opened.config.num_params() <= len(damaged)
-        for tensor in opened.tensors.values():
-            np.asarray(tensor.float())
-    except InputError as error:
-        assert str(tmp_path) in str(error)
-
-
 @pytest.mark.parametrize("key", [
     "general.architecture", "llama.attention.layer_norm_rms_epsilon", "llama.embedding_length", "split.count",
     "llama.rope.scaling.type", "tokenizer.ggml.merges", "tokenizer.ggml.pre", "tokenizer.ggml.model",
@@ -134,10 +88,10 @@ def test_thousands_of_damaged_files(kind: str, data: st.DataObject, whole: dict[
     "tokenizer.ggml.eos_token_id", "llama.rope.freq_base",
 ])  # fmt: skip
 @pytest.mark.parametrize("value", ["abc", 3, [1, 2], 1.5], ids=str)
-def test_22_wrong_types_of_values(key: str, value: object, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_22_wrong_types_of_values(key: str, value: object, whole: bytes, tmp_path: Path) -> None:
     import gguf as package
 
-    (tmp_path / "a.gguf").write_bytes(whole["gguf"])
+    (tmp_path / "a.gguf").write_bytes(whole)
     header = read_gguf(tmp_path / "a.gguf")
     writer = package.GGUFWriter(tmp_path / "b.gguf", "llama")
     writer.kv_data[0].clear()
@@ -221,11 +175,11 @@ def test_24_damaged_vocabularies(name: str, data: bytes, tmp_path: Path) -> None
 
 
 def test_a_strangers_text_does_not_reach_the_terminal_raw(
-    whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = struct.pack("<Q", 2) + b"hf"  # general.name, now an escape that resets the terminal
-    assert name in whole["gguf"]
-    (tmp_path / "a.gguf").write_bytes(whole["gguf"].replace(name, struct.pack("<Q", 2) + b"\x1bc"))
+    assert name in whole
+    (tmp_path / "a.gguf").write_bytes(whole.replace(name, struct.pack("<Q", 2) + b"\x1bc"))
     assert main(["inspect", str(tmp_path / "a.gguf")]) == 0
     out = capsys.readouterr().out
     assert r"\x1bc" in out and "\x1b" not in out

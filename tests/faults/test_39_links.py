@@ -106,14 +106,23 @@ def test_fault_40_an_output_path_that_is_too_long(words: list[str], capsys: pyte
     assert "the output folder cannot be written" in capsys.readouterr().err
 
 
-def test_a_run_killed_before_its_first_write_is_resumed(
+def test_fault_50_a_run_killed_before_its_first_write_is_resumed(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a loop that gives --resume from the start, the folder there or not."""
-    for out in (tmp_path / "absent", tmp_path / "empty"):
-        if out.name == "empty":
-            out.mkdir()
-            (out / ".lock").write_text("1", encoding="utf-8")
+    """By a loop that gives --resume from the start, whatever a process that was killed has left."""
+    files = {
+        ".lock": b"1",
+        ".config.toml.tmp": b"[tr",
+        "provenance.jsonl": b'{"seed"',
+        "checkpoints/.step-1.tmp/a": b"",
+    }
+    for count, name in enumerate(["", *files, "config.toml"]):
+        out = tmp_path / str(count)
+        for left, data in list(files.items())[:count]:
+            (out / left).parent.mkdir(parents=True, exist_ok=True)
+            (out / left).write_bytes(data)
+        if name == "config.toml":
+            (out / name).write_bytes((tmp_path / "0" / name).read_bytes())
         assert main([*words, "--out", str(out), "--resume"]) == 0
         assert "starting at step 0" in capsys.readouterr().out
         assert main(["train", "--out", str(out), "--resume"]) == 0

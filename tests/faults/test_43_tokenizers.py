@@ -161,6 +161,16 @@ def test_a_padding_token_beyond_the_models_rows(tmp_path: Path) -> None:
         mine.check_fits(257 - 2, spares_special=True)
 
 
+@pytest.mark.parametrize("data", [b"", b"\1", b"\xff\xff\xff\x7f", b"\4\0\0\0\1\2\3\4", b"\0\0\0\0" + b"\xff" * 9])
+def test_a_normalization_over_which_the_library_panics(data: bytes, tmp_path: Path) -> None:
+    folder = save(tmp_path, backend(), tokenizer_config={"eos_token": "</s>"})
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        Tokenizer.load(folder)
+
+
 # text of tokens
 
 
