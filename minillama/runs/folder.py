@@ -18,7 +18,7 @@ from typing import IO, Any
 from minillama.errors import InputError
 from minillama.files import free_name, regular, remove, replace_file
 
-FOLDERS = ("checkpoints", "model", "value", "average")
+FOLDERS = ("checkpoints", "model", "value", "average", "tensorboard")
 CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", *FOLDERS)
 LOCK = ".lock"
 

@@ -31,7 +31,7 @@ from minillama.tokenizer import Tokenizer
 from minillama.training.data import load_data, load_stages
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
-from minillama.training.objectives import make_staged
+from minillama.training.objectives import MakeObjective, make, make_staged
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.trainer import Trainer
 
@@ -45,6 +45,7 @@ def train(
     overwrite: bool = False,
     verify: bool = True,
     report: Report | None = None,
+    objective: MakeObjective = make,
 ) -> int:
     """Training run from the configuration to the final model folder.
 
@@ -54,6 +55,8 @@ def train(
         overwrite: replace the run there.
         verify: check the checkpoint's files against their SHA-256 before resuming.
         report: of progress; standard output unless given.
+        objective: what makes the objective of configuration, model, tokenizer and data; the configured one unless
+            given.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped the run.
@@ -65,7 +68,11 @@ def train(
     folder = RunFolder(choose_folder(config.name, out), resume, overwrite)
     try:
         with _determinism(config.train.deterministic):
-            return _train(config, folder, resume, verify, report)
+            return _train(config, folder, resume, verify, report, objective)
+    except KeyboardInterrupt:
+        if not folder.holds_run():
+            report.say("stopped before the first step; nothing was written")
+        raise
     finally:
         folder.close()
 
@@ -83,7 +90,9 @@ def _determinism(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report) -> int:
+def _train(
+    config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report, make: MakeObjective
+) -> int:
     checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, {})
     for line in passed.values():
         report.say(f"passing over {line}")
@@ -105,7 +114,7 @@ def _train(config: RunConfig, folder: RunFolder, resume: bool, verify: bool, rep
     stages, tokenizer = load_stages(config, tokenizer, report)
     model = start.build_model()
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
-    objective = make_staged(config, model, tokenizer, data, stages)
+    objective = make_staged(config, model, tokenizer, data, stages, make)
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare

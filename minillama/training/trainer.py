@@ -18,8 +18,9 @@ from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.runs import memory
 from minillama.runs.checkpoint import Checkpoint
-from minillama.runs.config import RunConfig, Stage
+from minillama.runs.config import RunConfig, Stage, to_table
 from minillama.runs.folder import RunFolder, append_line, read_lines
+from minillama.runs.log import MetricsLog
 from minillama.runs.report import Report, quoted
 from minillama.runs.signals import Interrupted, Signals
 from minillama.runs.writer import CheckpointWriter
@@ -73,6 +74,7 @@ class Trainer:
         self.guard, self.signals = Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.phase = "training"
+        self.log = MetricsLog(config.log)
         self.accuracy = TaskAccuracy(config.validate, self.saved.tokenizer)
         trainable.check(config.stages, self.masters)
         model.checkpointing = config.train.checkpointing
@@ -100,6 +102,7 @@ class Trainer:
             InputError: too many steps skipped in a row, memory ran out, or a checkpoint was not written.
         """
         with self.signals.handled():
+            self.log.open(self.folder.path, to_table(self.config), self.state.step)
             try:
                 self._run()
                 self.writer.finish()
@@ -117,6 +120,7 @@ class Trainer:
                 raise memory.explain(error, self.config, self.dtype, self.model.device, self.phase) from error
             finally:
                 self.report.stop()
+                self.log.close()
 
     def _run(self) -> None:
         steps = self.config.train.steps
@@ -135,7 +139,7 @@ class Trainer:
             if is_due or is_stopping or self.guard.is_over:
                 self.writer.submit(partial(self.state.copy, record))
             if self.guard.is_over:
-                append_line(self.folder.metrics, record)
+                self._record(record)
                 raise self.guard.error(at)
             if is_stopping:
                 self.signals.check()
@@ -149,7 +153,12 @@ class Trainer:
         if self._validates(self.state.step):
             self.validate(record)
         else:
-            append_line(self.folder.metrics, record)
+            self._record(record)
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        """Line of metrics.jsonl, and the services of [log]."""
+        append_line(self.folder.metrics, record)
+        self.log.add(record)
 
     def step(self) -> dict[str, Any]:
         """Optimizer step; its line for metrics.jsonl."""
@@ -249,7 +258,7 @@ class Trainer:
             found = {**found, **self.accuracy(self.working)}
         self.state.seconds += time.perf_counter() - began
         sample = {"sample": dict(self.objective.sample)} if self.objective.sample else {}
-        append_line(self.folder.metrics, record | _finite(found) | {"seconds": self.state.seconds} | sample)
+        self._record(record | _finite(found) | {"seconds": self.state.seconds} | sample)
         if self.state.step and math.isfinite(found[self.objective.best[0]]):
             self.writer.losses[self.state.step] = self._score(found)
         shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
