@@ -42,7 +42,7 @@ from minillama.data.cleaning.pipeline import Pipeline
 from minillama.data.cleaning.repair import Repair
 from minillama.data.cleaning.run import Cleaning
 from minillama.data.cleaning.words import sentences, words
-from minillama.data.sources import documents, parse_source
+from minillama.data.sources import Source, documents
 
 THEIRS = {
     "gopher-quality": "gopher_quality_filter.GopherQualityFilter",
@@ -53,7 +53,7 @@ THEIRS = {
 
 
 def texts_of(names: list[str], limit: int = 10**9) -> list[str]:
-    found = [document.text for name in names for document in documents(parse_source(name), "skip")]
+    found = [document.text for name in names for document in documents(Source(name), "skip")]
     return found[:limit]
 
 

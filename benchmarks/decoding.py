@@ -70,7 +70,9 @@ def ours(models: Path, dtype: str, quantize: str) -> Engine:
     from minillama.inference.request import Request
 
     torch.set_num_threads(THREADS)
-    model, _ = ModelArgs(str(models / "hf"), None, cast(Any, dtype), "cpu").load(cast(Any, quantize), True)
+    model, _ = ModelArgs(str(models / "hf"), None, cast(Any, dtype), "cpu").load(
+        cast(Any, quantize), True, generates=True
+    )
 
     def run(prompts: Prompts, tokens: int, stop: int) -> Times:
         rows = engine.Engine(model, len(prompts), chunk=None)

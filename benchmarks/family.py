@@ -19,7 +19,8 @@ from pathlib import Path
 from rich.console import Console
 
 from minillama.config import ModelConfig
-from minillama.evaluate.perplexity import Score, score
+from minillama.evaluate.likelihood import score
+from minillama.evaluate.perplexity import Score
 from minillama.inference.generate import blanks_of
 from minillama.model import Decoder
 from minillama.runs.config import load_run_config
@@ -43,7 +44,10 @@ def measure(member: str, steps: int, rows: int, folder: Path) -> dict[str, float
     model = Decoder.from_pretrained(run / "model")
     whole = Score(0.0, 0, 0.0)
     for split, windows in data.held_out(model.config.max_seq_len - 2, HELD_OUT):
-        whole += score(model, windows, split.bytes / split.tokens, 16, blanks_of(model, tokenizer))
+        pairs = [[(window[:1].tolist(), window[1:].tolist())] for window in windows]
+        nats = -sum(found[0].nats for _, found in score(model, pairs, blanks_of(model, tokenizer)))
+        count = sum(len(after) for ((_, after),) in pairs)
+        whole += Score(nats, count, count * split.bytes / split.tokens)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "loss" in line]
     seconds = sum(losses[-1]["tokens"] / steps / line["tokens_per_second"] for line in losses)

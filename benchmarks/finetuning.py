@@ -27,14 +27,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-CONTEXT, BATCH, PACKED_BATCH, RATE, WARMUP, HELD_OUT, NEW = 512, 8, 2, 2e-4, 10, 0.1, 128
+from finetuning_trl import BATCH, CONTEXT, PACKED_BATCH, RATE, WARMUP, peak_memory, trl
+
+HELD_OUT, NEW = 0.1, 128
 LORA = {"rank": 8, "alpha": 16.0}
 CONTENDERS = ["ours", "ours-packed", "ours-int4", "ours-full", "trl", "trl-packed", "trl-full"]
 
@@ -134,76 +135,6 @@ def ours(folder: Path, name: str, steps: int) -> dict[str, Any]:
     return {"taken": taken, "memory": peak, "weights": weights, "folder": str(out / "model")}
 
 
-def trl(folder: Path, name: str, epochs: int) -> dict[str, Any]:
-    """TRL's SFTTrainer, with PEFT's adapter unless `trl-full`."""
-    import torch
-    from datasets import load_dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from minillama.device import choose_dtype
-
-    half = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    packed, full = name == "trl-packed", name == "trl-full"
-    dtype = torch.bfloat16 if half and not full else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-    taken: list[list[float]] = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            taken.append([time.perf_counter(), 0, 0])
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            taken[-1][0] = time.perf_counter() - taken[-1][0]
-
-    class Counting(SFTTrainer):
-        def compute_loss(self, model: Any, inputs: dict[str, Any], *others: Any, **more: Any) -> Any:
-            taken[-1][1] += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
-            taken[-1][2] += int((inputs["labels"] != -100).sum())
-            return super().compute_loss(model, inputs, *others, **more)
-
-    config = SFTConfig(
-        output_dir=str(folder / name),
-        per_device_train_batch_size=PACKED_BATCH if packed else BATCH,
-        num_train_epochs=epochs,
-        learning_rate=RATE / 10 if full else RATE,
-        lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
-        max_grad_norm=1.0,
-        max_length=CONTEXT,
-        packing=packed,
-        bf16=half,
-        use_cpu=True,
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        seed=1,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-    )
-    adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = Counting(
-        model,
-        args=config,
-        train_dataset=load_dataset("json", data_files=str(folder / "train.jsonl"), split="train"),
-        processing_class=AutoTokenizer.from_pretrained(folder / "base"),
-        peft_config=None if full else adapter,
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    peak, out = peak_memory(), folder / name / "model"
-    trainer.save_model(str(out))
-    return {"taken": taken, "memory": peak, "folder": str(out)}
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process, not of those that it was started from."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
-    return 1024 * int(lines["VmHWM"].split()[0])
-
-
 def evaluate(folder: Path, trained: str | None) -> float:
     """Held-out nats per answer token of the base, of the base with an adapter, or of a whole model."""
     import torch
@@ -298,7 +229,7 @@ def held_out(model: Path) -> Iterator[tuple[list[dict[str, str]], str]]:
     from minillama.data.conversations import conversations
     from minillama.data.permutation import hash_fraction
     from minillama.data.sources import Source
-    from minillama.runs.config import DataConfig
+    from minillama.runs.sections import DataConfig
     from minillama.tokenizer import Tokenizer
     from minillama.tokenizer.rendering import encode
     from minillama.tokenizer.template import load_template

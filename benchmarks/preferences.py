@@ -24,7 +24,9 @@ from minillama.model import Decoder
 from minillama.model.heads import last, scores, with_score
 from minillama.runs.objectives import DPOConfig
 from minillama.training.gradients import accumulate, clip
-from minillama.training.objectives import DPO, Objective, RewardModel
+from minillama.training.objectives.base import Objective
+from minillama.training.objectives.dpo import DPO
+from minillama.training.objectives.reward import RewardModel
 
 BOS, END, THEN, TOKENS, LENGTH = 0, 1, 2, 16, 12  # ids; the tokens of a text and how many it has
 DIGITS = 5

@@ -27,6 +27,7 @@ from minillama.runs.checkpoint import CheckpointCopy, save_checkpoint
 from minillama.runs.report import PlainReport
 from minillama.runs.writer import CheckpointWriter
 from minillama.threads import adapt
+from minillama.training.sharded import gathered
 
 
 def seconds(call: Callable[[int], object], repeats: int) -> float:
@@ -58,7 +59,7 @@ def main() -> None:
         submitted = []
         for i in range(args.repeats + 1):
             began = time.perf_counter()
-            writer.submit(lambda i=i: CheckpointCopy.of(weights, moments, {"step": i}))
+            writer.submit(lambda i=i: CheckpointCopy(gathered(weights, True), gathered(moments, True), {"step": i}))
             submitted.append(time.perf_counter() - began)
             writer.finish()  # as if the steps between two checkpoints took longer than the disk
         copy = seconds(lambda i: [t.clone() for t in (*weights.values(), *moments.values())], args.repeats)

@@ -72,7 +72,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], str]:
     """The trainer's own step, without its data, report and files."""
     from minillama.model import Decoder
-    from minillama.runs.config import OptimConfig
+    from minillama.runs.sections import OptimConfig
     from minillama.training.compile import use_native_kernels
     from minillama.training.optim.groups import make_optimizers
     from minillama.training.precision import choose_precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import shutil
 import sys
 import time
@@ -43,7 +44,7 @@ GPUS = {
 
 
 def choose_device(name: str = "auto", where: str = "train.device") -> torch.device:
-    """Device by name; `auto` is the first available of CUDA, MPS and CPU.
+    """Device by name; `auto` is the first available of CUDA, MPS and CPU, and under torchrun each process has its GPU.
 
     Args:
         name: auto, cpu, cuda, cuda:N or mps.
@@ -56,7 +57,9 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        name = next(kind for kind, there in available.items() if there)
+    if name == "cuda" and available[name] and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not available.get(name.partition(":")[0], False):
         there = [kind for kind, yes in available.items() if yes]
         raise InputError("no such device", where=where, found=name, expected=f"auto or one of {there}")
@@ -76,10 +79,20 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = cpu_features()
         if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
             return torch.bfloat16
     return torch.float32
+
+
+def cpu_features() -> dict[str, object]:
+    """Instruction sets of the processor by torch's names, without those that ATEN_CPU_CAPABILITY keeps torch from."""
+    import torch
+
+    found: dict[str, object] = dict(torch.cpu.get_capabilities())
+    if os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default"):
+        found = {name: value for name, value in found.items() if not name.startswith(("avx512", "amx"))}
+    return found
 
 
 def decoding_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

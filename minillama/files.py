@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
@@ -47,11 +47,8 @@ def refuse_remote(path: str | os.PathLike[str]) -> None:
     refuse_url(path)
     found = Path(path)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)) and not (found.exists() or found.parent.is_dir()):
-        what, fix = (
-            "no such path",
-            f"if this is a model of the Hugging Face hub: hf download {path} --local-dir {found.name}",
-        )
-        raise InputError(what, where=path, fix=f"{fix}; then give {found.name}")
+        fix = f"if this is a model of the Hugging Face hub: hf download {path} --local-dir {found.name}"
+        raise InputError("no such path", where=path, fix=f"{fix}; then give {found.name}")
 
 
 def model_folder(path: Path) -> Path:
@@ -202,6 +199,24 @@ def complete_lines(path: Path) -> list[str]:
         end = data.rfind(b"\n") + 1
         file.truncate(end)
     return data[:end].decode().split("\n")[:-1]  # not splitlines, which cuts at U+2028
+
+
+def json_lines(records: Iterable[object]) -> str:
+    """Text of JSONL."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def append_lines(path: Path, records: Iterable[object]) -> None:
+    """Append records to a JSONL file, which `complete_lines` reads.
+
+    Raises:
+        InputError: the system refuses, or the path is a link.
+    """
+    try:
+        with open(path, "a", encoding="utf-8", opener=regular) as file:
+            file.write(json_lines(records))
+    except OSError as error:
+        raise InputError("cannot write", where=path, found=error.strerror) from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> Path:

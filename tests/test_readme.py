@@ -60,7 +60,7 @@ def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
     first = "python train.py --train.steps 3 --train.compile false"
     for line in [first, *block[1].splitlines()]:
         # the run that the README goes on from is the default one, here cut to a few steps
-        command = line.replace("--train.steps 370", "--train.steps 5")
+        command = line.replace("--train.minutes 1", "--train.steps 5")
         result = subprocess.run(
             command, shell=True, cwd=tmp_path, env=os.environ | cache, capture_output=True, text=True, check=False
         )

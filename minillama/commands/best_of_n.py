@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from minillama.data.sources import parse_source
-from minillama.errors import InputError
+from minillama.config.loader import check
+from minillama.data.sources import Source
 from minillama.inference.load import ModelArgs
 
 
@@ -28,19 +28,19 @@ class BestOfN(ModelArgs):
     """The file."""
     rewards: tuple[str, ...] = ("verified",)
     """NAME or WEIGHT*NAME, as in objective.rewards: rules, reward models' folders, MODULE:NAME."""
-    samples: int = 16
+    samples: int = field(default=16, metadata={"min": 1})
     """Answers per prompt, K."""
     earlier: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.jsonl")] = ()
     """Files of earlier rounds, whose answers are scored anew and compared."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = field(default=128, metadata={"min": 1})
     """Tokens per answer at most."""
-    temperature: float = 1.0
+    temperature: float = field(default=1.0, metadata={"min": 0})
     """Sampling temperature."""
     template: str = ""
     """Chat template; the tokenizer's own unless given."""
-    limit: int = 0
+    limit: int = field(default=0, metadata={"min": 0})
     """Number of prompts; 0: all."""
-    val_fraction: float = 0.05
+    val_fraction: float = field(default=0.05, metadata={"min": 0, "below": 1})
     """Held-out share, as data.val_fraction of the training."""
     seed: int = 1
     """Random seed."""
@@ -50,24 +50,20 @@ class BestOfN(ModelArgs):
         from minillama.data.prompts import Prompts
         from minillama.evaluate.rewards import Rewards
         from minillama.evaluate.rules import parse_reward
+        from minillama.inference.chat import ChatPrompts
         from minillama.inference.generate import end_ids
         from minillama.inference.sampling import Sampling
         from minillama.synthetic import best_of_n
-        from minillama.tokenizer.template import load_template
 
-        if self.samples < 1 or self.max_new_tokens < 1 or self.temperature < 0:
-            found = f"samples {self.samples}, max_new_tokens {self.max_new_tokens}, temperature {self.temperature}"
-            raise InputError(
-                "out of range", where="command line", found=found, expected="1 or more, and no less than 0"
-            )
+        check(self)
         model, tokenizer = self.load()
         longest = model.config.max_seq_len - self.max_new_tokens
-        template = load_template(self.template, tokenizer)
-        data = Prompts.load([parse_source(self.source)], template, tokenizer, longest, self.val_fraction)
+        chat = ChatPrompts(tokenizer, self.template)
+        data = Prompts.load([Source(self.source)], chat.template, tokenizer, longest, self.val_fraction)
         rewards = Rewards(list(map(parse_reward, self.rewards)), tokenizer, data.end_id, model.device)
         stop_ids = end_ids(model, tokenizer) | {data.end_id}
         sampling = Sampling(self.temperature, seed=self.seed)
-        task = best_of_n.BestOfN(model, rewards, self.samples, self.max_new_tokens, sampling, stop_ids)
+        task = best_of_n.BestOfN(model, rewards, self.samples, self.max_new_tokens, sampling, stop_ids, chat.lead)
         prompts, path = data.train[: self.limit or None], Path(self.out)
         lines: list[Mapping[str, Any]] = []
         for line in task.write(prompts, path, list(map(Path, self.earlier))):

@@ -14,7 +14,7 @@ import tyro
 
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.files import replace_file
+from minillama.files import replace_text
 from minillama.inference.load import ModelArgs, Quantize
 from minillama.inference.sampling import Sampling
 from minillama.tokenizer.conversation import Conversation, Message
@@ -62,10 +62,7 @@ class Session:
 
     Args:
         args: sampling and limits.
-        model: the decoder.
-        tokenizer: its tokenizer.
         prompts: its chat template.
-        messages: so far.
         answers: answers given, which seeds the next one.
     """
 
@@ -135,8 +132,7 @@ class Session:
             raise InputError("/save needs a file", fix="/save chat.json")
         messages = [*self.prompts.system, *self.messages]
         values = {"messages": [message.for_template() for message in messages]}
-        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        replace_file(Path(name).expanduser(), lambda path: path.write_text(text, encoding="utf-8"))
+        replace_text(Path(name).expanduser(), json.dumps(values, ensure_ascii=False, indent=2) + "\n")
         say(f"wrote {name}: {len(messages)} messages")
 
     def load(self, name: str) -> None:
@@ -164,7 +160,7 @@ def run(args: Args) -> int:
     from minillama.inference.chat import ChatPrompts
     from minillama.tokenizer.template import OWN
 
-    model, tokenizer = args.load(args.quantize, args.compile)
+    model, tokenizer = args.load(args.quantize, args.compile, generates=True)
     if not args.template and tokenizer.chat_template is None:
         fix = "name one with --template, as vicuna; a base model answers to `minillama generate`"
         raise InputError("the model has no chat template", where=args.model, fix=fix)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -42,6 +43,7 @@ RENAMED = {
 }
 
 
+WORDS = 3.0  # seconds
 NARROWEST = 20  # columns; with five tyro never ends
 
 
@@ -77,6 +79,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 130
         internal = f"internal error: {type(error).__name__}: {error}; --debug shows the traceback"
+        if (rank := int(os.environ.get("RANK", "0"))) > 0:  # of processes that torchrun started the first one speaks
+            time.sleep(WORDS)
+            internal = f"process {rank}: {internal}"
+            error = InputError(f"process {rank}: {error}") if isinstance(error, InputError) else error
         if "--json" in words:  # for whoever reads standard output
             print(json.dumps({"error": error.parts() if isinstance(error, InputError) else {"what": internal}}))
         else:

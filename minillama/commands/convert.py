@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from minillama.commands.progress import Progress
+
 
 @dataclass(frozen=True)
 class Args:
@@ -38,31 +40,17 @@ def run(args: Args) -> int:
     from minillama.formats.open import open_model
     from minillama.inference.calibrate import by_text
 
-    done = 0
+    def advance(name: str, total: int) -> None:
+        progress.total = total
+        progress.advance(1)
 
-    def progress(name: str, total: int) -> None:
-        nonlocal done
-        done += 1
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{done}/{total} {name}", end="", file=sys.stderr, flush=True)
-        elif done * 4 // total > (done - 1) * 4 // total:
-            print(f"{done}/{total} tensors", file=sys.stderr, flush=True)
-
-    path = convert(
-        args.source,
-        args.destination,
-        args.to,
-        args.dtype,
-        args.tokenizer,
-        args.max_shard_size,
-        progress,
-        by_text(args.calibrate, partial(print, file=sys.stderr, flush=True)) if args.calibrate else None,
-        args.merge,
-    )
+    calibration = by_text(args.calibrate, partial(print, file=sys.stderr, flush=True)) if args.calibrate else None
+    options = (args.dtype, args.tokenizer, args.max_shard_size)
+    with Progress("tensors", 0) as progress:
+        path = convert(args.source, args.destination, args.to, *options, advance, calibration, args.merge)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
-    end = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print(f"{end}wrote {path}: {done} tensors, {size / 1e6:,.1f} MB in {len(files)} files", file=sys.stderr)
+    print(f"wrote {path}: {progress.done} tensors, {size / 1e6:,.1f} MB in {len(files)} files", file=sys.stderr)
     if args.to == "gguf" and (window := open_model(path).config.switches().get("sliding_window")):
         print(f"llama.cpp ignores the sliding window: beyond {window} tokens it attends to all", file=sys.stderr)
     return 0

@@ -20,8 +20,8 @@ from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, read_record
 from minillama.data.preference_set import encode_answer, fitted
 from minillama.data.preferences import Preference, is_preference, read_preference
-from minillama.data.reading import BadText, Skipped
-from minillama.data.sources import OnError, parse_source, records
+from minillama.data.reading import Skipped
+from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.conversation import Conversation
@@ -69,19 +69,14 @@ class Show:
         report, shown = Skipped(), []
         preferences = 0
         for item in islice(self._read(report), self.limit or None):
-            try:
+            with skipping(self.on_error, report):
                 if isinstance(item, Preference):
                     _print_preference(console, item, template, tokenizer, self.context)
                     preferences += 1
                     continue
                 rendered = encode(item, template, tokenizer, self.train_on)
-            except InputError as error:
-                if self.on_error == "stop":
-                    raise
-                report.add(BadText("not rendered", error.what, where=error.where))
-                continue
-            shown.append(truncated(rendered, self.context, tokenizer.bos_id) if self.context else rendered)
-            _print(console, item, shown[-1])
+                shown.append(truncated(rendered, self.context, tokenizer.bos_id) if self.context else rendered)
+                _print(console, item, shown[-1])
         if not shown and not preferences:
             raise InputError("no conversation to show", where=self.source, found=str(report) or "no records")
         counts = [f"{preferences:,} preferences, template {template.name}"] if preferences else []
@@ -91,16 +86,12 @@ class Show:
 
     def _read(self, report: Skipped) -> Iterator[Conversation | Preference]:
         """Preferences where the format says so, or the record's fields, and else conversations."""
-        for record in records(parse_source(self.source), self.on_error, report):
-            try:
+        for record in records(Source(self.source), self.on_error, report):
+            with skipping(self.on_error, report):
                 if self.format == "preferences" or (self.format == "auto" and is_preference(record.value)):
                     yield read_preference(record)
                 else:
                     yield from read_record(record, self.format, report)
-            except BadText as bad:
-                if self.on_error == "stop":
-                    raise
-                report.add(bad)
 
     def _tokenizer(self) -> Tokenizer:
         from minillama.formats.open import open_model

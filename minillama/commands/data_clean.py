@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,6 @@ import tyro
 
 from minillama.commands.tables import print_table
 from minillama.config.loader import check, config_names
-from minillama.data.cleaning.inputs import Input
 from minillama.data.cleaning.pipeline import Pipeline
 from minillama.data.cleaning.run import Cleaning
 from minillama.data.sources import CLEANED, UNFINISHED
@@ -54,7 +53,7 @@ class Clean:
             raise InputError("more than one pipeline", where="command line", found=" ".join(names))
         pipeline = Pipeline.load(*names or [DEFAULT])
         sources = [word for word in self.words if word not in names]
-        pipeline = replace(pipeline, sources=tuple(map(Input, sources))) if sources else pipeline
+        pipeline = pipeline.with_sources(tuple(sources)) if sources else pipeline
         if not pipeline.sources:
             fix = "name files or folders behind it"
             raise InputError("this pipeline has no sources", where="command line", fix=fix)

@@ -15,7 +15,7 @@ from minillama.config.loader import check
 from minillama.data.cleaning.classifier import LinearClassifier
 from minillama.data.cleaning.perplexity import PieceLM
 from minillama.data.reading import Skipped
-from minillama.data.sources import documents, parse_source
+from minillama.data.sources import Source, documents
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ class TrainClassifier:
 def _texts(names: tuple[str, ...], characters: int = sys.maxsize) -> Iterator[str]:
     """Texts of sources, up to a number of characters; those that cannot be read are counted."""
     report = Skipped()
-    for text in (d.text for name in names for d in documents(parse_source(name), "skip", report)):
+    for text in (d.text for name in names for d in documents(Source(name), "skip", report)):
         yield text[:characters]
         characters -= len(text)
         if characters <= 0:

@@ -16,7 +16,7 @@ from minillama.commands.tables import print_pairs, print_table
 from minillama.config.loader import check
 from minillama.data.conversations import read_record
 from minillama.data.prompts import answered
-from minillama.data.sources import identity, parse_source, records
+from minillama.data.sources import Source, identity, records
 from minillama.errors import InputError
 from minillama.files import cache_folder
 from minillama.inference.load import DType, ModelArgs
@@ -44,7 +44,7 @@ class _Output:
         """Output file, which depends on the inputs, what it is about and the arguments named there."""
         check(self)
         told = {"command": type(self).__name__, "seed": self.seed, "language": self.language, **about}
-        others = [identity(parse_source(name)) for name in inputs if not Path(name).is_file()]
+        others = [identity(Source(name)) for name in inputs if not Path(name).is_file()]
         told |= {"sources": others} if others else {}
         return Generated(self.output, told, [Path(name) for name in inputs])
 
@@ -174,7 +174,7 @@ class Constitutional(_Asking):
         out, judge = self._out([self.source], about), wording(self.language)["judge"]
         task = Task(teacher, principles, judge, self._sampling(), max_new_tokens=self.max_new_tokens, **settings)
         found = []
-        for record in islice(records(parse_source(self.source)), self.limit or None):
+        for record in islice(records(Source(self.source)), self.limit or None):
             talk, first = turns(read_record(answered(record))[0]), record.value.get("answer")
             own = [first, talk[-1]["content"]] if isinstance(first, str) and "rounds" in record.value else []
             found.append((talk[:-1], own))
@@ -203,7 +203,7 @@ class Hindsight(_Output):
     def run(self) -> int:
         """Write."""
         out = self._out([self.source], {"kind": self.kind, "forms": self.forms, "samples": self.samples})
-        found = [record for record in records(parse_source(self.source)) for _ in range(self.samples)]
+        found = [record for record in records(Source(self.source)) for _ in range(self.samples)]
 
         def make(part: Sequence[Any], first: int) -> Made:
             if self.kind == "chain":
@@ -238,7 +238,7 @@ class GhostAttention(_Asking):
         out = self._out([self.source], self._about(teacher, instructions=own))
         task = Task(teacher, own, self._sampling(), self.language, self.max_new_tokens)
         found = []
-        for record in islice(records(parse_source(self.source)), self.limit or None):
+        for record in islice(records(Source(self.source)), self.limit or None):
             asked = [m["content"] for m in turns(read_record(answered(record))[0]) if m["role"] == "user"]
             if not asked:
                 raise InputError("a dialogue without a question", where=record.where)

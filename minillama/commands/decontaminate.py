@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -12,7 +11,7 @@ import tyro
 
 from minillama.commands.tables import print_table
 from minillama.config.loader import check
-from minillama.files import replace_text
+from minillama.files import json_lines, replace_text
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Decontaminate:
         print(f"{bad} of {len(documents)} documents ({share:.2%}) share {self.n}-grams with {len(sets)} sets", end="")
         print(f"; {index.short} items are too short to be looked for" if index.short else "")
         if self.report is not None:
-            lines = (json.dumps(hit._asdict(), ensure_ascii=False) + "\n" for hit in hits)
-            replace_text(self.report, "".join(lines))
+            replace_text(self.report, json_lines(hit._asdict() for hit in hits))
         for hit in hits[:10] if self.report is None else ():
             print(f"  {hit.where}: {hit.item}: {''.join(c if c.isprintable() else ' ' for c in hit.words)}")
         if self.remove is not None:

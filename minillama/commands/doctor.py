@@ -80,9 +80,9 @@ def _versions() -> dict[str, str | None]:
 def _processor() -> dict[str, Any]:
     import torch
 
-    from minillama.device import choose_device, choose_dtype, peak_flops
+    from minillama.device import choose_device, choose_dtype, cpu_features, peak_flops
 
-    there = torch.cpu.get_capabilities()
+    there = cpu_features()
     device = choose_device()
     dtype = choose_dtype("auto", device)
     return {

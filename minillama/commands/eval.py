@@ -84,19 +84,18 @@ def run(args: Args | Judge) -> int:
 
 
 def _perplexity(args: Args) -> int:
-    from minillama.data.sources import documents, parse_source
+    from minillama.data.sources import Source, documents
     from minillama.evaluate.perplexity import Score, perplexity
 
-    texts = [document.text for document in documents(parse_source(str(args.perplexity)))]
+    texts = [document.text for document in documents(Source(str(args.perplexity)))]
     if not texts:
         raise InputError("there is no text", where=args.perplexity)
     model, tokenizer = args.load(args.quantize, scores=True)
     whole, words = Score(0.0, 0, 0), sum(len(re.split(r"\s+", text)) for text in texts)
-    progress = Progress("perplexity", sum(map(len, texts)))
-    for text in texts:
-        whole += perplexity(model, tokenizer, text, args.context)
-        progress.advance(len(text))
-    progress.stop()
+    with Progress("perplexity", sum(map(len, texts))) as progress:
+        for text in texts:
+            whole += perplexity(model, tokenizer, text, args.context)
+            progress.advance(len(text))
     counts = {"documents": len(texts), "tokens": whole.tokens, "words": words, "bytes": whole.bytes}
     measures = {
         "nats per token": whole.nats_per_token,
@@ -147,13 +146,12 @@ def _evaluate(args: Args, items: dict[str, list[Item]]) -> ResultFolder:
     if not left:
         return folder
     model, tokenizer = args.load(args.quantize, scores=True)
-    progress = Progress("items", sum(map(_weight, (item for found in missing.values() for item in found))))
-    for name, found in missing.items():
-        weights = {item.id: _weight(item) for item in found}
-        for outcome in outcomes(model, tokenizer, name, found):
-            folder.add(outcome)
-            progress.advance(weights[outcome.id], name)
-    progress.stop()
+    with Progress("items", sum(map(_weight, (item for found in missing.values() for item in found)))) as progress:
+        for name, found in missing.items():
+            weights = {item.id: _weight(item) for item in found}
+            for outcome in outcomes(model, tokenizer, name, found):
+                folder.add(outcome)
+                progress.advance(weights[outcome.id], name)
     return folder
 
 

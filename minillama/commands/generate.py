@@ -17,6 +17,7 @@ from minillama.inference.load import ModelArgs, Quantize, load_model, read_texts
 from minillama.inference.sampling import Sampling
 
 if TYPE_CHECKING:
+    from minillama.inference.chat import ChatPrompts
     from minillama.inference.engine import Engine
     from minillama.inference.generate import Completion
     from minillama.model import Decoder
@@ -80,20 +81,19 @@ def run(args: Args) -> int:
         raise InputError(what, where="--window", fix="leave out one of the two")
     from minillama.inference.generate import generate, stream
 
-    model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True)
-    asked, stop_ids = _asked(args, tokenizer, prompts)
-    model.stop_ids |= stop_ids
-    engine = _engine(args, model, tokenizer)
-    options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine)
+    steps = args.cache_dtype != "int8"  # which the layers read
+    model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True, generates=steps)
+    chat, engine = _chat(args, tokenizer), _engine(args, model, tokenizer)
+    options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine, chat)
     if len(args.adapter) > 1:
         from minillama.model.lora import active, adapter_names
 
         for name in adapter_names(model):
             with active(model, name):
-                _print(prompts, generate(model, tokenizer, asked, *options), model, {"adapter": name})
+                _print(prompts, generate(model, tokenizer, prompts, *options), model, {"adapter": name})
     elif len(prompts) == 1 and args.prompts is None:
         is_empty = True
-        for chunk in stream(model, tokenizer, asked, *options):
+        for chunk in stream(model, tokenizer, prompts, *options):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
             is_empty = is_empty and not chunk.text
@@ -102,16 +102,14 @@ def run(args: Args) -> int:
             sys.stdout.write("\n")  # for the prompt that follows; a file gets the completion alone
             sys.stdout.flush()
     else:
-        _print(prompts, generate(model, tokenizer, asked, *options), model)
+        _print(prompts, generate(model, tokenizer, prompts, *options), model)
     if engine.speculation is not None:
         print(f"speculation: {engine.speculation.acceptance}", file=sys.stderr)
     return 0
 
 
-def _asked(
-    args: Args, tokenizer: Tokenizer, prompts: Sequence[str]
-) -> tuple[Sequence[str | Sequence[int]], frozenset[int]]:
-    """Prompts as questions for the chat template and its stop tokens, unless they are to be continued; said."""
+def _chat(args: Args, tokenizer: Tokenizer) -> ChatPrompts | Literal[False]:
+    """Encoder of the prompts as questions for the chat template, unless they are to be continued; said."""
     from minillama.inference.chat import ChatPrompts
 
     if args.raw and (args.chat or args.system or args.template):
@@ -119,11 +117,10 @@ def _asked(
         raise InputError(what, where="command line", found="--raw with --chat, --system or --template", fix=fix)
     is_wanted = args.chat or args.system or args.template
     if args.raw or not (is_wanted or tokenizer.chat_template is not None):
-        return prompts, frozenset()
-    encode = ChatPrompts(tokenizer, args.template, args.system)
+        return False
     if not is_wanted:
         print("answering by the model's chat template; --raw continues the text instead", file=sys.stderr)
-    return [encode(prompt) for prompt in prompts], encode.stop_ids
+    return ChatPrompts(tokenizer, args.template, args.system)
 
 
 def _engine(args: Args, model: Decoder, tokenizer: Tokenizer) -> Engine:

@@ -15,7 +15,7 @@ import tyro
 
 from minillama.commands.progress import Progress
 from minillama.commands.tables import print_table
-from minillama.files import complete_lines, replace_text
+from minillama.files import append_lines, complete_lines, json_lines, replace_text
 from minillama.inference.load import DType, ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ class Judge:
         return 0
 
     def _load(self, path: str, template: str = "") -> Ask:
-        from minillama.evaluate.judge import LocalModel
+        from minillama.inference.remote import Local
 
-        model, tokenizer = ModelArgs(path, None, self.dtype, self.device).load(self.quantize, compiles=True)
-        return LocalModel(model, tokenizer, template)
+        model = ModelArgs(path, None, self.dtype, self.device).load(self.quantize, compiles=True)
+        return Local(*model, path, template)
 
     def _judge(self) -> Ask:
         from minillama.inference.remote import Remote
@@ -109,10 +109,10 @@ class Judge:
         print(f"{path}: answering {len(questions)} questions", file=sys.stderr)
         found = judge.answer(self._load(path, self.template), questions, self.max_new_tokens)
         lines = [
-            json.dumps({"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}, ensure_ascii=False) + "\n"
+            {"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}
             for one, turns in zip(questions, found, strict=True)
         ]
-        replace_text(self.output / f"answers-{side}-{_name(path)}.jsonl", "".join(lines))
+        replace_text(self.output / f"answers-{side}-{_name(path)}.jsonl", json_lines(lines))
         return found
 
     def _verdicts(self, prompts: Mapping[str, Any]) -> dict[str, Verdict]:
@@ -126,14 +126,12 @@ class Judge:
         left = {key: prompt for key, prompt in prompts.items() if key not in known}
         if left:
             self.output.mkdir(parents=True, exist_ok=True)
-            ask, progress = self._judge(), Progress("verdicts", len(left))
-            with path.open("a", encoding="utf-8") as file:
+            ask = self._judge()
+            with Progress("verdicts", len(left)) as progress:
                 for verdict in ask_verdicts(ask, left, self.judge_tokens, self.mode):
-                    file.write(json.dumps(verdict._asdict(), ensure_ascii=False) + "\n")
-                    file.flush()
+                    append_lines(path, [verdict._asdict()])
                     known[verdict.key] = verdict
                     progress.advance(1)
-            progress.stop()
         return {key: known[key] for key in prompts}
 
 

@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 
 class Progress:
-    """Progress towards a total.
+    """Progress towards a total, in a `with` block.
 
     Args:
         name: of what is done.
@@ -27,13 +27,12 @@ class Progress:
         self.bar = Bar(*columns, console=console, transient=True) if console.is_terminal else None
         if self.bar is not None:
             self.task = self.bar.add_task(name, total=total)
-            self.bar.start()
 
     def advance(self, amount: int, name: str = "") -> None:
         """Add what has been done."""
         self.done, self.name = self.done + amount, name or self.name
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.done, description=self.name)
+            self.bar.update(self.task, completed=self.done, total=self.total, description=self.name)
         now = time.monotonic()
         if self.bar is None and now - self.shown >= self.every:
             self.shown, seconds = now, (now - self.began) * (self.total - self.done) / self.done
@@ -42,7 +41,11 @@ class Progress:
                 f"{self.name}: {share:.0%}, {seconds // 60:.0f}:{seconds % 60:02.0f} left", file=sys.stderr, flush=True
             )
 
-    def stop(self) -> None:
-        """Remove the bar."""
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()

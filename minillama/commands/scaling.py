@@ -265,12 +265,11 @@ def _write_law(path: Path, fits: dict[int, fit.Fit]) -> None:
     import tomli_w
 
     from minillama.config.loader import to_dict
-    from minillama.files import replace_file
+    from minillama.files import replace_text
 
     if 3 not in fits:
         raise InputError("only approach 3 has a law to write", where="--output", found=f"approaches {list(fits)}")
-    text = tomli_w.dumps(to_dict(fits[3].law))
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    replace_text(path, tomli_w.dumps(to_dict(fits[3].law)))
 
 
 def _show_table(table: Table) -> None:

@@ -13,7 +13,7 @@ import tyro
 
 from minillama.commands.tables import print_table
 from minillama.data.reading import BadText
-from minillama.data.sources import documents, parse_source
+from minillama.data.sources import Source, documents
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_folder
 from minillama.tokenizer.compare import Figures, measure, plot
@@ -222,7 +222,7 @@ def _cells(f: Figures) -> tuple[str, ...]:
 def _texts(names: tuple[str, ...]) -> Iterator[str]:
     try:
         for name in names:
-            for document in documents(parse_source(name)):
+            for document in documents(Source(name)):
                 yield document.text
     except BadText as bad:  # its own fix is a setting of training runs
         raise InputError(bad.what, where=bad.where, found=bad.found, expected=bad.expected, fix="correct it") from None

@@ -106,27 +106,13 @@ def training_memory(
     fused_norm: bool = False,
     shard: int = 1,
     tensor: int = 1,
+    sequence: bool = True,
 ) -> TrainingMemory:
     """Training memory of one step per device.
 
-    Activations are the tensors that autograd keeps for `model.Decoder`, with a fused attention kernel (no
-    T x T matrix). Values per token and block, in `activation_bytes` unless another type is named:
-
-    - each of two norms: input D and normalized input D in float32, the reciprocal root 1; fused: its input D as it is,
-      and the root
-    - the inputs of q, k and v, D, and of gate and up, D
-    - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
-    - gate F, up F, silu(gate) F, their product F
-    - r for each adapter
-    - with qk_norm of every query and key head the norm's input and output, 2E in float32, and its reciprocal root 1;
-      the queries once more, HE
-
-    Around the blocks: token ids, the final norm, and of the loss (`layers/cross_entropy.py`) the gradients of its
-    input and, unless it is frozen, of the head's matrix, in float32, and a chunk of logits. With checkpointing the
-    inputs of all blocks are kept, and one block at a time in full. Compiled blocks recompute more, and SwiGLU in C++
-    (`native/swiglu.py`) keeps none of its four. Rotary tables, attention masks, allocator fragmentation, workspaces of
-    kernels in C++, and the attention weights that bfloat16 keeps on a CPU where attention is not C++
-    (`layers/attend.py`, HT to 2HT bytes per token and block, below a context of 1024) are left out.
+    Activations are those of `_kept`. Of the loss (`layers/cross_entropy.py`) there are the gradients of its input and,
+    unless it is frozen, of the head's matrix, in float32, and a chunk of logits. Rotary tables, attention masks,
+    allocator fragmentation and workspaces of kernels in C++ are left out.
 
     Fully sharded data parallelism (FSDP; Rajbhandari et al. 2020, arXiv 1910.02054, §5.3) divides parameters,
     gradients and optimizer state. Two blocks and what is outside of them are gathered at a time, and the gradients of
@@ -145,8 +131,9 @@ def training_memory(
         fused_norm: as torch has it on CUDA.
         shard: devices that parameters, gradients and optimizer state are divided by.
         tensor: tensor-parallel ranks, which share the batch.
+        sequence: sequence parallelism beside it; without, what is between the matrices is whole on each rank.
     """
-    width, tokens, kv_parts = activation_bytes, batch * seq_len, min(tensor, config.n_kv_heads)
+    width, tokens = activation_bytes, batch * seq_len
     inside, largest, outside = _split(config, tensor)
     count = config.n_layers * inside + outside
     sites = {} if lora is None else lora.sites(config)
@@ -161,15 +148,8 @@ def training_memory(
         reduced = 0 if sites else parameter_bytes * max(inside, outside)
         weights, trained, casts = weights // shard, trained // shard, width * (2 * inside + outside) + reduced
 
-    norm = (width if fused_norm else 8) * config.dim + 4
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     low_rank = len(sites) * (lora.rank if lora else 0) // config.n_layers
-    split = 2 * norm + 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim)
-    if config.qk_norm:
-        split += (config.n_heads + config.n_kv_heads) * (8 * config.head_dim + 4) + width * q
-    kept = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank)
-    stream = width * config.dim / tensor
-    kept = config.n_layers * stream + kept - stream if checkpointing else config.n_layers * kept
+    kept = _kept(config, width, low_rank, checkpointing, fused_norm, tensor, tensor if sequence else 1)
     rows, vocab = min(tokens, loss_rows(config.vocab_size, width)), config.vocab_size / tensor
     has_grad = lora is None or HEAD in sites or HEAD in lora.whole(config)
     return TrainingMemory(
@@ -177,9 +157,48 @@ def training_memory(
         gradients=trained * (parameter_bytes if lora is None else 4),
         optimizer=trained * optimizer_bytes,
         casts=casts,
-        activations=int(tokens * (kept + 8 + norm / tensor)),
+        activations=int(tokens * kept),
         logits=int(width * (vocab * rows + tokens * config.dim) + 4 * vocab * config.dim * has_grad),
     )
+
+
+def _kept(
+    config: ModelConfig,
+    width: int,
+    low_rank: int,
+    checkpointing: bool,
+    fused_norm: bool,
+    tensor: int,
+    stream_parts: int,
+) -> float:
+    """Bytes per token that autograd keeps for `model.Decoder`, with a fused attention kernel (no T x T matrix).
+
+    Values per block, of `width` bytes unless another type is named:
+
+    - each of two norms: input D and normalized input D in float32, the reciprocal root 1; fused: its input D as it is,
+      and the root
+    - the inputs of q, k and v, D, and of gate and up, D
+    - queries HE, keys KE, values KE, the kernel's output HE, and in float32 its log-sum-exp H
+    - gate F, up F, silu(gate) F, their product F
+    - r for each adapter, `low_rank` in all
+    - with qk_norm of every query and key head the norm's input and output, 2E in float32, and its reciprocal root 1;
+      the queries once more, HE
+
+    Around the blocks token ids and the final norm. With checkpointing the inputs of all blocks are kept, and one block
+    at a time in full. Compiled blocks recompute more, and SwiGLU in C++ (`native/swiglu.py`) keeps none of its four.
+    The attention weights that bfloat16 keeps on a CPU where attention is not C++ (`layers/attend.py`, HT to 2HT bytes
+    per block, below a context of 1024) are left out.
+    """
+    norm = (width if fused_norm else 8) * config.dim + 4
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    split = 4 * config.n_heads + width * (2 * q + 4 * config.hidden_dim)
+    if config.qk_norm:
+        split += (config.n_heads + config.n_kv_heads) * (8 * config.head_dim + 4) + width * q
+    kv_parts = min(tensor, config.n_kv_heads)
+    per_block = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank) + 2 * norm / stream_parts
+    stream = width * config.dim / stream_parts
+    blocks = config.n_layers * stream + per_block - stream if checkpointing else config.n_layers * per_block
+    return blocks + 8 + norm / stream_parts
 
 
 def inference_memory(

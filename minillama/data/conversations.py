@@ -9,7 +9,7 @@ from itertools import dropwhile
 from typing import Any, Literal, NamedTuple
 
 from minillama.data.reading import BadText, Record, Skipped
-from minillama.data.sources import OnError, Source, records
+from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import ALIASES, Conversation, Message, tool
 
@@ -31,15 +31,8 @@ def conversations(
         InputError: such a record, by file and line or number, with what was expected; and as `records`.
     """
     for record in records(source, on_error, report):
-        try:
-            found = read_record(record, format, report)
-        except BadText as bad:
-            if on_error == "stop":
-                raise
-            if report is not None:
-                report.add(bad)
-        else:
-            yield from found
+        with skipping(on_error, report):
+            yield from read_record(record, format, report)
 
 
 def read_record(record: Record, format: Format = "auto", report: Skipped | None = None) -> list[Conversation]:

@@ -11,10 +11,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minillama.data.examples import by_length, drawn, too_few
 from minillama.data.packing import best_fit
-from minillama.data.permutation import derive_keys, permute
 from minillama.data.reading import Skipped
-from minillama.errors import InputError
 
 Packing = Literal["best-fit", "wrap", "none"]
 MULTIPLE = 32  # rows of single conversations are padded to a multiple of it, so that compiled code meets few shapes
@@ -126,14 +125,7 @@ class Instructions:
             InputError: an empty split.
         """
         if not (train and val):
-            raise InputError(
-                "too few conversations",
-                where="data.sources",
-                found=f"{len(train)} to train on, {len(val)} held out"
-                + (f"; {skipped}" if skipped and skipped.total else ""),
-                expected="at least one of each",
-                fix="give more, or another data.val_fraction",
-            )
+            raise too_few("conversations", train, val, skipped or Skipped())
         digest = sha256(f"{packing} {context}".encode())
         for split in (train, val):
             digest.update(f"{len(split)}".encode())
@@ -165,10 +157,8 @@ class Instructions:
             limit: approximate number of tokens in all, of evenly spaced conversations; 0: all.
         """
         total = sum(len(example.ids) for example in self.val)
-        chosen = self.val[:: max(1, total // limit) if limit else 1]
-        ordered = sorted(chosen, key=lambda example: len(example.ids))
-        for start in range(0, len(ordered), count):
-            part = ordered[start : start + count]
+        every = max(1, total // limit) if limit else 1
+        for part in by_length(self.val, lambda example: len(example.ids), count, every):
             yield collate([[example] for example in part], len(part[-1].ids) - 1)
 
     def _plan(self) -> list[list[int]]:
@@ -179,14 +169,7 @@ class Instructions:
 
     def _chosen(self, seed: int, step: int, count: int) -> list[list[int]]:
         plan = self._plan()
-        samples = np.arange(step * count, (step + 1) * count)
-        epochs, positions = np.divmod(samples, len(plan))
-        chosen: list[list[int]] = []
-        for epoch in np.unique(epochs).tolist():
-            keys = derive_keys("conversations", seed, epoch)
-            order = permute(positions[epochs == epoch].astype(np.uint64), len(plan), keys)
-            chosen += [plan[int(i)] for i in order]
-        return chosen
+        return [plan[i] for i in drawn("conversations", seed, step, count, len(plan))]
 
     def _wrapped(self, seed: int, step: int, count: int) -> Rows:
         length = self.context
@@ -206,9 +189,8 @@ class Instructions:
 
     def _joined(self, seed: int, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """All conversations of an epoch in its order."""
-        count, keys = len(self.train), derive_keys("conversations", seed, epoch)
-        order = permute(np.arange(count, dtype=np.uint64), count, keys)
-        examples = [self.train[int(i)] for i in order]
+        count = len(self.train)
+        examples = [self.train[i] for i in drawn("conversations", seed, epoch, count, count)]
         ids, weights = (np.concatenate(parts) for parts in zip(*((e.ids, e.weights) for e in examples), strict=True))
         return ids, weights
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minillama.data.examples import by_length, drawn, is_held_out, too_few
 from minillama.data.instructions import MULTIPLE
-from minillama.data.permutation import derive_keys, hash_fraction, permute
 from minillama.data.preferences import Preference, preferences
-from minillama.data.reading import BadText, Skipped
-from minillama.data.sources import OnError, Source
+from minillama.data.reading import Skipped
+from minillama.data.sources import OnError, Source, skipping
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.rendering import encode
@@ -153,13 +153,7 @@ class Preferences:
             InputError: an empty split.
         """
         if not (train and val):
-            raise InputError(
-                "too few preferences",
-                where="data.sources",
-                found=f"{len(train)} to train on, {len(val)} held out" + (f"; {skipped}" if skipped else ""),
-                expected="at least one of each",
-                fix="give more, or another data.val_fraction",
-            )
+            raise too_few("preferences", train, val, skipped or Skipped())
         digest = sha256(f"preferences {context}".encode())
         for split in (train, val):
             digest.update(f"{len(split)}".encode())
@@ -170,12 +164,7 @@ class Preferences:
 
     def chosen(self, seed: int, step: int, count: int) -> list[int]:
         """Indices of a step's rows, without replacement within an epoch: a pure function of the arguments."""
-        found = []
-        for sample in range(step * count, (step + 1) * count):
-            epoch, position = divmod(sample, len(self.train))
-            keys = derive_keys("preferences", seed, epoch)
-            found.append(int(permute(np.array([position], np.uint64), len(self.train), keys)[0]))
-        return found
+        return drawn("preferences", seed, step, count, len(self.train))
 
     def where(self, seed: int, step: int, count: int, rows: Sequence[int]) -> list[str]:
         """File and record of the chosen rows of a step."""
@@ -189,8 +178,7 @@ class Preferences:
             limit: approximate number of tokens in all, of evenly spaced rows; 0: all.
         """
         total = sum(len(row.answers) * row.longest for row in self.val)
-        ordered = sorted(self.val[:: max(1, total // limit) if limit else 1], key=lambda row: row.longest)
-        yield from (list(ordered[start : start + count]) for start in range(0, len(ordered), count))
+        return by_length(self.val, lambda row: row.longest, count, max(1, total // limit) if limit else 1)
 
 
 def load(
@@ -217,28 +205,24 @@ def load(
     split: dict[bool, list[Judged]] = {True: [], False: []}
     for source in sources:
         for preference in preferences(source, on_error, skipped):
-            try:
+            where = preference.sides[0].where
+            with skipping(on_error, skipped, where):
                 sides = [encode_answer(side, template, tokenizer) for side in preference.sides]
                 _check(preference, sides, pairs)
-            except InputError as error:
-                if on_error == "stop":
-                    raise
-                skipped.add(BadText("not rendered", error.what, where=preference.sides[0].where, found=error.found))
-                continue
-            if len(sides) == 2 and sides[0].answer == sides[1].answer:
-                skipped.note("pairs of equal answers left out")
-                continue
-            ends |= {side.answer[-1] for side in sides}
-            answers = [side.answer for side in sides]
-            if max(map(len, answers)) + len(sides[0].prompt) > context:
-                skipped.note("texts truncated to the context")
-            prompt, answers = fitted(sides[0].prompt, answers, context, tokenizer.bos_id)
-            rows, where = split[hash_fraction(sides[0].text, "held out") < val_fraction], preference.sides[0].where
-            if pairs:
-                rows.append(Judged.of(prompt, answers, preference.margin, where))
-            else:
-                labels = [float(side is preference.chosen) for side in preference.sides]
-                rows += [Judged.of(prompt, [ids], y, where) for ids, y in zip(answers, labels, strict=True)]
+                if len(sides) == 2 and sides[0].answer == sides[1].answer:
+                    skipped.note("pairs of equal answers left out")
+                    continue
+                ends |= {side.answer[-1] for side in sides}
+                answers = [side.answer for side in sides]
+                if max(map(len, answers)) + len(sides[0].prompt) > context:
+                    skipped.note("texts truncated to the context")
+                prompt, answers = fitted(sides[0].prompt, answers, context, tokenizer.bos_id)
+                rows = split[is_held_out(sides[0].text, val_fraction)]
+                if pairs:
+                    rows.append(Judged.of(prompt, answers, preference.margin, where))
+                else:
+                    labels = [float(side is preference.chosen) for side in preference.sides]
+                    rows += [Judged.of(prompt, [ids], y, where) for ids, y in zip(answers, labels, strict=True)]
     return Preferences.of(split[False], split[True], context, skipped, frozenset(ends & tokenizer.special_ids))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from minillama.data.conversations import read_record
 from minillama.data.reading import BadText, Record, Skipped
-from minillama.data.sources import OnError, Source, records
+from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import Conversation
 
@@ -55,13 +55,8 @@ def preferences(source: Source, on_error: OnError = "stop", report: Skipped | No
         InputError: such a record, by file and line or number, with what was expected; and as `records`.
     """
     for record in records(source, on_error, report):
-        try:
+        with skipping(on_error, report):
             yield read_preference(record)
-        except BadText as bad:
-            if on_error == "stop":
-                raise
-            if report is not None:
-                report.add(bad)
 
 
 def is_preference(fields: Mapping[str, Any]) -> bool:

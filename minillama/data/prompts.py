@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
-
 from minillama.data.conversations import Format, read_record
 from minillama.data.corpus import Corpus
-from minillama.data.permutation import derive_keys, hash_fraction, permute
+from minillama.data.examples import drawn, is_held_out, too_few
 from minillama.data.reading import BadText, Record, Skipped
-from minillama.data.sources import OnError, Source, records
-from minillama.errors import InputError
+from minillama.data.sources import OnError, Source, records, skipping
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.rendering import encode
@@ -77,8 +74,6 @@ class Prompts:
 
         Args:
             sources: of conversations, or of prompts alone (`prompt`, `instruction`, messages that end with a question).
-            template: chat template.
-            tokenizer: to encode them.
             longest: tokens that a prompt may have; longer ones are left out and counted.
             val_fraction: held-out share; 0: none.
             format: of the records.
@@ -97,25 +92,14 @@ class Prompts:
                     continue
                 end_id = end
                 digest.update(f"{prompt.ids} {prompt.record.get('answer')}\n".encode())
-                split[hash_fraction(text, "held out") < val_fraction].append(prompt)
+                split[is_held_out(text, val_fraction)].append(prompt)
         if not split[False] or (val_fraction and not split[True]):
-            found = f"{len(split[False])} to train on, {len(split[True])} held out" + f"; {skipped}" * bool(
-                skipped.total
-            )
-            fix = "give more, or another data.val_fraction"
-            expected = f"at least one of each, of at most {longest} tokens"
-            raise InputError("too few prompts", where="data.sources", found=found, expected=expected, fix=fix)
+            raise too_few("prompts", split[False], split[True], skipped, f", of at most {longest} tokens")
         return cls(split[False], split[True], end_id, digest.hexdigest(), skipped)
 
     def batch(self, seed: int, step: int, count: int) -> list[Prompt]:
         """Prompts of a rollout, without replacement within an epoch: a pure function of the arguments."""
-        epochs, places = np.divmod(np.arange(step * count, (step + 1) * count), len(self.train))
-        chosen: list[Prompt] = []
-        for epoch in np.unique(epochs).tolist():
-            keys = derive_keys("prompts", seed, epoch)
-            order = permute(places[epochs == epoch].astype(np.uint64), len(self.train), keys)
-            chosen += [self.train[int(i)] for i in order]
-        return chosen
+        return [self.train[i] for i in drawn("prompts", seed, step, count, len(self.train))]
 
 
 def _prompts(
@@ -123,15 +107,9 @@ def _prompts(
 ) -> Iterator[tuple[Prompt, str, int]]:
     """Prompts of a source, each with the text that decides its split and the token that ends its answer."""
     for record in records(source, on_error, skipped):
-        try:
+        with skipping(on_error, skipped, record.where):
             for conversation in read_record(answered(record), format, skipped):
                 yield _prompt(conversation.until_last_answer(), record, template, tokenizer)
-        except InputError as error:
-            if on_error == "stop":
-                raise
-            skipped.add(
-                error if isinstance(error, BadText) else BadText("not rendered", error.what, where=record.where)
-            )
 
 
 def _prompt(

@@ -171,7 +171,6 @@ def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadT
     The content says which of the two it is. JSONL is read line by line, an array as a whole.
 
     Args:
-        path: the file.
         limit: bytes of the longest line, or array; longer ones are errors. Memory is bounded by it.
     """
     return read_items(path, lambda stream: _json_records(_bounded(stream, limit) if limit else stream, path, limit))
@@ -241,7 +240,6 @@ def read_items(
     """Items of `read` on an open file, and an error for the rest of a damaged archive.
 
     Args:
-        path: the file.
         read: from its bytes to items.
         recognizes: give it those in UTF-8, where another encoding is recognized, and a remark.
     """

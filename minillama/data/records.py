@@ -7,12 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-import numpy as np
-
-from minillama.data.permutation import derive_keys, hash_fraction, permute
-from minillama.data.reading import BadText, Record, Skipped
-from minillama.data.sources import OnError, Source, records
-from minillama.errors import InputError
+from minillama.data.examples import drawn, is_held_out, too_few
+from minillama.data.reading import Record, Skipped
+from minillama.data.sources import OnError, Source, records, skipping
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,13 @@ class Records:
         digest = sha256(str(val_fraction).encode())
         for source in sources:
             for record in records(source, on_error, skipped):
-                try:
+                with skipping(on_error, skipped):
                     check(record)
-                except BadText as bad:
-                    if on_error == "stop":
-                        raise
-                    skipped.add(bad)
-                    continue
-                text = json.dumps(record.value, sort_keys=True)
-                digest.update(text.encode() + b"\n")
-                side = val if hash_fraction(text, "held out") < val_fraction else train
-                side.append(record)
+                    text = json.dumps(record.value, sort_keys=True)
+                    digest.update(text.encode() + b"\n")
+                    (val if is_held_out(text, val_fraction) else train).append(record)
         if not (train and val):
-            found = f"{len(train)} to train on, {len(val)} held out" + (f"; {skipped}" if skipped.total else "")
-            fix = "give more records, or another data.val_fraction"
-            raise InputError(
-                "too few records", where="data.sources", found=found, expected="at least one of each", fix=fix
-            )
+            raise too_few("records", train, val, skipped)
         return cls(train, val, digest.hexdigest(), skipped)
 
     def where(self, seed: int, step: int, rows: int, chosen: Sequence[int]) -> list[str]:
@@ -72,10 +59,4 @@ class Records:
 
     def batch(self, seed: int, step: int, rows: int) -> list[Record]:
         """Batch of a step, without replacement within an epoch: a pure function of the arguments."""
-        count = len(self.train)
-        chosen = []
-        for sample in range(step * rows, (step + 1) * rows):
-            epoch, position = divmod(sample, count)
-            keys = derive_keys("records", seed, epoch)
-            chosen.append(self.train[int(permute(np.array([position], np.uint64), count, keys)[0])])
-        return chosen
+        return [self.train[i] for i in drawn("records", seed, step, rows, len(self.train))]

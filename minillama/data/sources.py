@@ -10,6 +10,7 @@ import glob
 import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -78,11 +79,6 @@ class Source:
         return self.name or self.path
 
 
-def parse_source(word: str) -> Source:
-    """Source of a command-line argument."""
-    return Source(name=word)
-
-
 def documents(source: Source, on_error: OnError = "stop", report: Skipped | None = None) -> Iterator[Document]:
     """Nonempty documents of a source.
 
@@ -125,12 +121,32 @@ def valid(
         if isinstance(item, Remark):
             if report is not None:
                 report.note(item.text, int(item.is_counted))
-        elif not isinstance(item, BadText):
+        elif isinstance(item, BadText):
+            with skipping(on_error, report):
+                raise item
+        else:
             yield item
-        elif on_error == "stop":
-            raise item
-        elif report is not None:
-            report.add(item)
+
+
+@contextmanager
+def skipping(
+    on_error: OnError, report: Skipped | None = None, where: object = None, reason: str = "not rendered"
+) -> Iterator[None]:
+    """A record that fails in the block, with an InputError, stops; or it is left out, and counted in `report`.
+
+    Args:
+        on_error: stop or skip.
+        report: counts of skipped records.
+        where: the record, for errors other than a BadText; their own place unless given.
+        reason: for these as well.
+    """
+    try:
+        yield
+    except InputError as error:
+        if on_error == "stop":
+            raise
+        if report is not None:
+            report.add(error if isinstance(error, BadText) else BadText(reason, error.what, where=where or error.where))
 
 
 def identity(source: Source) -> dict[str, Any]:

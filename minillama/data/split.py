@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from minillama.data.examples import is_held_out
 from minillama.data.permutation import hash_fraction
 from minillama.data.reading import Document, Skipped
 from minillama.data.sources import OnError, Source, documents
@@ -135,7 +136,7 @@ class SplitSource:
             yield from _divided(document.text, int(len(document.text) * (1 - self.val_fraction)))
 
     def _split(self, document: Document) -> SplitName:
-        return "val" if hash_fraction(document.text, "held out") < self.val_fraction else "train"
+        return "val" if is_held_out(document.text, self.val_fraction) else "train"
 
 
 def _divided(text: str, boundary: int) -> Iterator[Part]:

@@ -43,7 +43,6 @@ class Cloze:
     """Cloze classifier of records.
 
     Args:
-        question: pattern and verbalizers.
         tokenizer: the model's, with the special tokens of infilling.
         context: maximum sequence length.
 
@@ -130,7 +129,6 @@ class Cloze:
         """Label log-probabilities ln p(label | record), p = p(words | text) / sum over the labels, record by record.
 
         Args:
-            model: the decoder.
             records: what `layouts` gives for each.
             batch_size: records per forward pass.
 

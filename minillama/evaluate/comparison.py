@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 Z = 1.959964  # 97.5 % quantile of the normal distribution
@@ -25,9 +26,7 @@ class Estimate(NamedTuple):
 def estimate(values: Sequence[float]) -> Estimate:
     """Mean with its standard error."""
     n = len(values)
-    mean = math.fsum(values) / n
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
-    return Estimate(mean, math.sqrt(variance / n), n)
+    return Estimate(fmean(values), stdev(values) / math.sqrt(n) if n > 1 else 0.0, n)
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
@@ -39,7 +38,7 @@ def average(estimates: Sequence[Estimate]) -> Estimate:
     """Unweighted mean of estimates from different items."""
     k = len(estimates)
     error = math.sqrt(math.fsum(one.error**2 for one in estimates)) / k
-    return Estimate(math.fsum(one.mean for one in estimates) / k, error, sum(one.n for one in estimates))
+    return Estimate(fmean(one.mean for one in estimates), error, sum(one.n for one in estimates))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

@@ -16,15 +16,12 @@ from typing import NamedTuple
 from minillama.data.reading import read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError
-from minillama.inference.chat import ChatPrompts, Messages
-from minillama.inference.engine import Engine
-from minillama.inference.generate import Completion, generate
+from minillama.inference.chat import Messages
+from minillama.inference.generate import Completion
 from minillama.inference.sampling import Sampling
-from minillama.model import Decoder
-from minillama.tokenizer import Tokenizer
 
 Ask = Callable[[Sequence[Messages], int, Sampling], list[Completion]]
-"""Conversations, new tokens at most, sampling -> one completion each."""
+"""Conversations, new tokens at most, sampling -> one completion each, as of `remote.Local` and `remote.Remote`."""
 Answers = Sequence[Sequence[str]]
 """Per question one answer per turn."""
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
@@ -60,26 +57,6 @@ class Verdict(NamedTuple):
     key: str
     text: str
     value: str | None
-
-
-class LocalModel:
-    """A local model that is asked by its chat template; a conversation that fills its context gets no answer."""
-
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, template: str = "", rows: int = 16) -> None:
-        self.model, self.tokenizer, self.rows = model, tokenizer, rows
-        self.encode = ChatPrompts(tokenizer, template)
-        model.stop_ids |= self.encode.stop_ids
-
-    def __call__(self, prompts: Sequence[Messages], max_new_tokens: int, sampling: Sampling) -> list[Completion]:
-        """See `Ask`."""
-        ids = [self.encode(prompt) for prompt in prompts]
-        fits = [i for i, one in enumerate(ids) if len(one) < self.model.config.max_seq_len - 2]
-        engine, found = Engine(self.model, self.rows, None), [Completion("", (), "context")] * len(ids)
-        asked = [ids[i] for i in fits]
-        made = generate(self.model, self.tokenizer, asked, max_new_tokens, sampling, engine=engine)
-        for i, one in zip(fits, made, strict=True):
-            found[i] = one
-        return found
 
 
 def read_questions(path: Path = QUESTIONS) -> list[Question]:
@@ -124,7 +101,7 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[list[str]]:
     return [known[question.id] for question in questions]
 
 
-def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512, seed: int = 0) -> list[list[str]]:
+def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512) -> list[list[str]]:
     """Answers to each turn, the earlier ones in the conversation; temperatures by category as in MT-bench."""
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
@@ -134,7 +111,7 @@ def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512, s
                 by_heat.setdefault(TEMPERATURE.get(question.category, 0.0), []).append(i)
         for heat, rows in by_heat.items():
             asked = [_dialog(questions[i].turns, answers[i]) for i in rows]
-            for i, one in zip(rows, ask(asked, max_new_tokens, Sampling(temperature=heat, seed=seed)), strict=True):
+            for i, one in zip(rows, ask(asked, max_new_tokens, Sampling(temperature=heat)), strict=True):
                 answers[i].append(one.text)
     return answers
 

@@ -141,18 +141,9 @@ def single(questions: Sequence[Question], values: Values) -> Table:
         higher = [sum(gap > CLOSE for gap in gaps), sum(gap < -CLOSE for gap in gaps)]
         rows.append([*cells, *map(str, higher), str(len(gaps) - sum(higher))])
         figures[name] = entry | {"a_higher": higher[0], "b_higher": higher[1], "ties": len(gaps) - sum(higher)}
-    headers = [
-        "category",
-        "turns",
-        "A's rating",
-        "no rating",
-        "B's rating",
-        "no rating",
-        "A higher",
-        "B higher",
-        "ties",
-    ]
-    return Table(headers, rows, ["ratings from 1 to 10 ± standard error; a difference up to 0.1 is a tie"], figures)
+    headers = ["category", "turns", "A's rating", "no rating", "B's rating", "no rating", "A higher", "B higher"]
+    notes = ["ratings from 1 to 10 ± standard error; a difference up to 0.1 is a tie"]
+    return Table([*headers, "ties"], rows, notes, figures)
 
 
 def page(

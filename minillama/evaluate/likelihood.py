@@ -22,6 +22,7 @@ from minillama.tokenizer.blanks import Blanks
 SHARED = 8  # tokens that neighbors in lexicographic order have in common, from which a prefill of their own pays
 LOGITS = 2**23  # logits in memory at once
 GROUP = 8  # passes whose states are in memory at once
+PADDING = 64, 4096  # padded tokens of a pass on a CPU and on a GPU, from which two passes cost less than one
 WORK = 4e12, 1e15  # FLOP of such passes on a CPU and on a GPU, so that a large model shows results, too
 SLOTS = 8  # of the decode state of a pass, per token
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -39,7 +40,6 @@ def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Seque
     """Log-likelihoods sum_i ln P(token_i | context, tokens before i) of continuations of one context.
 
     Args:
-        model: the decoder.
         context: token ids, at least one.
         continuations: token ids, each at least one.
 
@@ -69,7 +69,6 @@ def score(
     loses tokens on the left. Results do not depend on batch size and order, but for rounding.
 
     Args:
-        model: the decoder.
         items: pairs (context, continuation) of token ids, no part empty.
         blanks: special tokens of an infilling model, which reads a context in both directions.
         tokens: per pass; by the device unless given.
@@ -240,7 +239,8 @@ class _Reader:
         taken = max(above.lengths) if above is not None else 0
         whole = self.model.state(len(nodes), taken + longest) if children else None
         row = 0
-        for batch in _batches(nodes, lambda n, width: self._fits(n, taken + width) and n * width <= self.tokens):
+        padding = PADDING[self.model.device.type != "cpu"]
+        for batch in _batches(nodes, lambda n, w: self._fits(n, taken + w) and n * w <= self.tokens, padding):
             state = self._pass(batch, above, keep=whole is not None)
             if whole is not None and state is not None:
                 whole.replace(range(row, row + len(batch)), state)
@@ -291,13 +291,18 @@ class _Reader:
             self.results.add(target.pair, value, is_greedy)
 
 
-def _batches(nodes: Sequence[_Node], fits: Callable[[int, int], bool]) -> Iterator[list[_Node]]:
+def _batches(
+    nodes: Sequence[_Node], fits: Callable[[int, int], bool], padding: float = math.inf
+) -> Iterator[list[_Node]]:
     """Nodes by length, the longest first, as many at once as `fits` their number and the longest's length."""
     batch: list[_Node] = []
+    padded = 0
     for node in sorted(nodes, key=lambda node: (len(node.tokens), node.tokens), reverse=True):
-        if batch and not fits(len(batch) + 1, len(batch[0].tokens)):
+        missing = len(batch[0].tokens) - len(node.tokens) if batch else 0
+        if batch and not (padded + missing <= padding and fits(len(batch) + 1, len(batch[0].tokens))):
             yield batch
-            batch = []
+            batch, padded, missing = [], 0, 0
         batch.append(node)
+        padded += missing
     if batch:
         yield batch

@@ -19,7 +19,6 @@ from minillama.inference.generate import blanks_of
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
-from minillama.tokenizer.blanks import Blanks, Layout
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ def score(
     windows: Iterable[NDArray[np.int64]],
     bytes_per_token: float,
     batch_size: int = 16,
-    blanks: Blanks | None = None,
     separator: int | None = None,
 ) -> Score:
     """Negative log-likelihood of windows: each token but the first, given those before it.
@@ -75,8 +73,6 @@ def score(
         windows: arrays of at most max_seq_len + 1 ids, as `Split.val_windows` yields.
         bytes_per_token: of the text, for bits per byte.
         batch_size: windows of equal length per forward pass.
-        blanks: special tokens of an infilling model. It predicts all but the first token as one masked span, which
-            takes two positions more than the window.
         separator: id of the token that opens a document, for attention and positions within documents.
     """
     nats, count = 0.0, 0
@@ -84,10 +80,7 @@ def score(
         for rows in _batches(windows, batch_size):
             ids = torch.from_numpy(rows).to(model.device)
             at, mask = (None, None) if separator is None else by_document(rows[:, :-1], separator, model.device)
-            hidden = (
-                _as_masked_span(model, ids, blanks) if blanks else model.hidden(ids[:, :-1], positions=at, mask=mask)
-            )
-            nats += model.loss(hidden, ids[:, 1:]).item()
+            nats += model.loss(model.hidden(ids[:, :-1], positions=at, mask=mask), ids[:, 1:]).item()
             count += ids[:, 1:].numel()
     return Score(nats, count, count * bytes_per_token)
 
@@ -113,7 +106,6 @@ def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0
     """Perplexity and bits per byte of a text, in rolling windows, each predicted from left to right.
 
     Args:
-        model: the decoder.
         tokenizer: its tokenizer; the text follows its bos token, or eos where it has none.
         text: of one token or more.
         context: T, tokens per window; the model's context length unless given.
@@ -128,16 +120,6 @@ def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0
     pairs = [[pair] for pair in windows(ids, tokenizer.bos_id, length)]
     nats = math.fsum(found[0].nats for _, found in likelihood.score(model, pairs, blanks))
     return Score(-nats, len(ids), len(text.encode()))
-
-
-def _as_masked_span(model: Decoder, ids: torch.Tensor, blanks: Blanks) -> torch.Tensor:
-    """Hidden states (B, T, D) from which ids[:, 1:] are predicted, each from the tokens before it."""
-    layout = Layout.of([0, blanks.document]).fill(1, [blanks.start] * (ids.shape[1] - 1))
-    tokens = torch.tensor(layout.tokens, device=ids.device).repeat(len(ids), 1)
-    tokens[:, 0], tokens[:, 3:] = ids[:, 0], ids[:, 1:-1]
-    positions = torch.tensor(layout.positions, device=ids.device).T.expand(len(ids), -1, -1)
-    mask = Mask(prefix=torch.full((len(ids),), 2))
-    return model.hidden(tokens, positions=positions, mask=mask)[:, 2:]
 
 
 def _batches(windows: Iterable[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

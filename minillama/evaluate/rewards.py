@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from minillama.data.prompts import Prompt
 from minillama.errors import InputError
 from minillama.evaluate.rules import RULES, Answer, Reward, rule
 from minillama.formats.open import open_model
 from minillama.inference.engine import evaluating
+from minillama.inference.request import Request
 from minillama.model import Decoder
 from minillama.model.heads import last, open_scores, scores
 from minillama.tokenizer import Tokenizer
@@ -39,7 +41,6 @@ class Rewards:
     """Weighted sum of rewards.
 
     Args:
-        settings: of each.
         tokenizer: of the model that answers, which reward models must share.
         end_id: token that ends an answer, for reward models; put behind one that was cut off.
         device: of reward models.
@@ -115,6 +116,13 @@ class Rewards:
         """Ids of an answer without the token that ended it: a chat model may end its turn with EOS, too."""
         ends = {self.end_id} | (self.tokenizer.special_ids if answer.ended else frozenset())
         return answer.ids[:-1] if answer.ids and answer.ids[-1] in ends else answer.ids
+
+
+def answer_of(prompt: Prompt, request: Request, tokenizer: Tokenizer, lead: str = "") -> Answer:
+    """Answer that a request gave to a prompt, without what the template writes in front of it, `lead`."""
+    ended = request.finish_reason == "eos"
+    text = tokenizer.decode(request.tokens[: len(request.tokens) - ended]).removeprefix(lead)
+    return Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended)
 
 
 def gated(safety: Tensor, helpful: Tensor, is_safety: Tensor, threshold: float) -> Tensor:

@@ -91,7 +91,6 @@ class Similar:
         """Most similar texts and their ROUGE-L, the best first and the older of equals first; none that shares nothing.
 
         Args:
-            text: the text.
             count: at most so many.
         """
         tokens = rouge_tokens(text)

@@ -26,7 +26,6 @@ class Answer:
     Args:
         prompt: as the model read it, a text.
         ids: of the answer, with the token that ended it.
-        text: of the answer.
         record: where the prompt comes from; `answer` is the reference, if it has one.
         prompt_ids: of the prompt.
         ended: whether the model ended it.

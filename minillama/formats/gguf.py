@@ -17,6 +17,7 @@ from minillama.config import ModelConfig
 from minillama.config.parameters import V
 from minillama.errors import InputError
 from minillama.formats import generation_config
+from minillama.formats.data_file import DataFile
 from minillama.formats.gguf_header import GGUFHeader, read_header
 from minillama.formats.layout import Entry, check_tensors, check_writable, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, LazyTensors, ModelFile
@@ -107,14 +108,14 @@ DTYPES: dict[str, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, 
 
 
 def read(path: Path) -> ModelFile:
-    """Open a file. Tensors are memory-mapped, and dequantized to float32 when they are read.
+    """Open a file. Tensors are dequantized to float32 when they are read.
 
     Raises:
         InputError: not a GGUF file, a damaged or a forged one, another architecture, or tensors that do
             not match its metadata.
     """
-    header = read_header(path)
-    config = _config(header, path)
+    data, header = DataFile.of(path), read_header(path)
+    config = _config(header, data)
     table = _layout(config, header.get("general.architecture", str))
     known = {ROPE_FREQS, *LONG_FACTORS.values()}
     check_tensors(table, {name: info.shape for name, info in header.tensors.items()}, path, known)
@@ -128,10 +129,10 @@ def read(path: Path) -> ModelFile:
 
     def int4(name: str) -> Int4:
         entry = packed[name]
-        numbers = Int4(*map(entry.half_split, _read_int4(path, header.tensors[entry.name])))
-        return numbers.rows(*entry.span(name))
+        part = header.tensors[entry.name].rows(*entry.span(name))
+        return Int4(*map(entry.half_split, _read_int4(data, part)))
 
-    tensors = lazy_tensors(config, table, lambda name: _tensor(path, header.tensors[name]))
+    tensors = lazy_tensors(config, table, header.tensors, lambda name, part: _tensor(data, part))
     tokenizer = path if "tokenizer.ggml.model" in header.metadata else None
     kind, quantized, metadata = f"GGUF version {header.version}", LazyTensors(packed, int4), header.metadata
     stops, sampling = generation_config.gguf_stop_ids(metadata), generation_config.gguf_defaults(metadata)
@@ -143,8 +144,8 @@ def _layout(config: ModelConfig, architecture: str) -> dict[str, Entry]:
     return layout(config, {**NAMES, **kind.names}, kind.interleaved)
 
 
-def _config(header: GGUFHeader, path: Path) -> ModelConfig:
-    kind = header.get("general.architecture", str)
+def _config(header: GGUFHeader, data: DataFile) -> ModelConfig:
+    path, kind = data.path, header.get("general.architecture", str)
     if kind not in ARCHITECTURES or header.get(f"{kind}.expert_count", int, 0):
         what, where = "this architecture is not supported", f"{path}, general.architecture"
         found = f"{kind}, with mixture of experts" if f"{kind}.expert_count" in header.metadata else kind
@@ -165,7 +166,7 @@ def _config(header: GGUFHeader, path: Path) -> ModelConfig:
     config = ModelConfig.from_keys({**values, **ARCHITECTURES[kind].fields}, path, keys)
     if config.rotary_dim == config.head_dim:
         config = replace(config, rotary_dim=0)
-    scaling = _scaling(header, config, path, kind)
+    scaling = _scaling(header, config, data, kind)
     config = config.changed({"rope_scaling": scaling}) if scaling else config
     factor = np.float32(gain(config)) if scaling and scaling["kind"] == "longrope" else 1.0
     known = {"attention.value_length": config.head_dim, "rope.scaling.attn_factor": factor}
@@ -199,28 +200,28 @@ def architecture(config: ModelConfig) -> str:
     return "" if is_other or any(getattr(config, name) != value for name, value in fields.items()) else kind
 
 
-def _scaling(header: GGUFHeader, config: ModelConfig, path: Path, architecture: str) -> dict[str, Any] | None:
+def _scaling(header: GGUFHeader, config: ModelConfig, data: DataFile, architecture: str) -> dict[str, Any] | None:
     old = header.get(f"{architecture}.rope.scale_linear", float, 1.0)  # before November 2023
     factor = header.get(f"{architecture}.rope.scaling.factor", float, old) or 1.0
     kind = header.get(f"{architecture}.rope.scaling.type", str, "none" if factor == 1.0 else "linear")
     if LONG_FACTORS["long_factor"] in header.tensors:
-        tensors = {ours: _tensor(path, header.tensors[name]).float() for ours, name in LONG_FACTORS.items()}
+        tensors = {ours: _tensor(data, header.tensors[name]).float() for ours, name in LONG_FACTORS.items()}
         factors = {ours: [_shortest(value) for value in tensor.numpy()] for ours, tensor in tensors.items()}
         original = header.get(f"{architecture}.rope.scaling.original_context_length", int)
         return {"kind": "longrope", "original_max_seq_len": original, **factors}
     if kind == "linear":
         return {"kind": "linear", "factor": factor}
     if kind != "none":
-        where = f"{path}, {architecture}.rope.scaling.type"
+        where = f"{data.path}, {architecture}.rope.scaling.type"
         raise InputError("this rope scaling is not supported", where=where, found=kind, expected="none or linear")
     if ROPE_FREQS not in header.tensors:
         return None
-    divisors = _tensor(path, header.tensors[ROPE_FREQS]).float().flatten()
+    divisors = _tensor(data, header.tensors[ROPE_FREQS]).float().flatten()
     # The file has the divisors alone. Llama 3.1's bands are the only ones in use; they are tried.
     scaling = {"kind": "llama3", "factor": float(divisors.max()), "original_max_seq_len": 8192}
     mine = rope_divisors(config.changed({"rope_scaling": scaling}))
     if mine is None or divisors.shape != mine.shape or not torch.allclose(divisors, mine, rtol=1e-3):
-        where = f"{path}, {ROPE_FREQS}"
+        where = f"{data.path}, {ROPE_FREQS}"
         raise InputError("these rotary divisors are not Llama 3.1's", where=where, found=divisors.tolist()[:8])
     return scaling
 
@@ -241,19 +242,18 @@ def rope_divisors(config: ModelConfig) -> Tensor | None:
     return plain / inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
 
 
-def _tensor(path: Path, info: Stored) -> Tensor:
-    data = np.memmap(path, np.uint8, "c", info.start, info.size)
+def _tensor(data: DataFile, info: Stored) -> Tensor:
     if info.dtype in FLOATS:
-        return torch.from_numpy(data).view(FLOATS[info.dtype]).view(info.shape)
-    package, rows = _package(), data.reshape(*info.shape[:-1], -1)
+        return data.floats(info)
+    package, rows = _package(), data.read(info).numpy().reshape(*info.shape[:-1], -1)
     try:
         return torch.from_numpy(package.dequantize(rows, package.GGMLQuantizationType[info.dtype]))
     except NotImplementedError:
         found = info.dtype
-        raise InputError("the gguf package cannot dequantize this type", where=path, found=found) from None
+        raise InputError("the gguf package cannot dequantize this type", where=data.path, found=found) from None
 
 
-def _read_int4(path: Path, info: Stored) -> Int4:
+def _read_int4(data: DataFile, info: Stored) -> Int4:
     """Int4 matrix of a tensor whose type is in `INT4`, exact in float32.
 
     Blocks of 32 inputs (ggml-org/ggml, src/ggml-common.h): Q4_0 is d (float16) and 16 bytes, w = d (b - 8); Q4_1 is d,
@@ -261,7 +261,7 @@ def _read_int4(path: Path, info: Stored) -> Int4:
     """
     rows, inputs = info.shape
     shape = rows, inputs // GROUP, info.size // (rows * inputs // GROUP)
-    blocks = torch.from_numpy(np.memmap(path, np.uint8, "c", info.start, shape))
+    blocks = data.read(info).view(shape)
     head = 2 * INT4[info.dtype]
     numbers = blocks[..., :head].contiguous().view(torch.float16).float()
     scale = numbers[..., 0].contiguous()

@@ -8,16 +8,16 @@ length, so the header is read here.
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from minillama.errors import InputError
-from minillama.files import check_size, regular
+from minillama.files import check_size, reading, regular
 from minillama.formats.stored import Stored
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _KEY_BYTES, _TENSOR_BYTES = 13, 24  # minimum size of a pair and of an info
 _MAX_RANK = 4
+_CHUNK = 2**20
 _KEYS, _ITEMS = 2**17, 2**22  # each is an object of Python, ten times as large as in the file
 # ggml type -> name, values per block, bytes per block (ggml-org/ggml, src/ggml.c: type_traits)
 _TYPES = {
@@ -82,17 +83,16 @@ def read_header(path: Path) -> GGUFHeader:
             that the file cannot hold.
     """
     try:
-        with open(path, "rb", opener=regular) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data, path).header()
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+        with reading(path), open(path, "rb", opener=regular) as file:
+            return _Reader(file, path).header()
+    except OverflowError as error:
         raise InputError("cannot read the file", where=path, found=error) from None
 
 
 class _Reader:
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data, self.path, self.at, self.size = data, path, 0, len(data)
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path, self.at, self.size = file, path, 0, os.fstat(file.fileno()).st_size
+        self.data = bytearray()  # as far as it has been read
 
     def error(self, what: str, where: str = "", found: object = None, expected: object = None) -> InputError:
         location = f"{self.path}, {where}" if where else f"{self.path}, byte {self.at}"
@@ -104,6 +104,10 @@ class _Reader:
             raise self.error(f"the file is cut short, or its {what} is forged", found=f"{self.size} bytes")
         start = self.at
         self.at += count
+        if self.at > len(self.data):
+            self.data += self.file.read(max(_CHUNK, self.at - len(self.data)))
+            if self.at > len(self.data):
+                raise self.error("the file was changed while it was read", found=f"{len(self.data)} bytes")
         return start
 
     def number(self, letter: str, what: str) -> Any:
@@ -140,7 +144,7 @@ class _Reader:
     def header(self) -> GGUFHeader:
         start = self.take(4, "magic")
         if self.data[start : self.at] != MAGIC:
-            raise self.error("not a GGUF file", found=self.data[:4], expected=MAGIC)
+            raise self.error("not a GGUF file", found=bytes(self.data[:4]), expected=MAGIC)
         version = self.number("I", "version")
         if version not in (2, 3):
             expected = "2 or 3, little-endian"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.files import read_json
 from minillama.formats import generation_config
+from minillama.formats.data_file import DataFile
 from minillama.formats.layout import Entry, check_tensors, check_writable, is_same, layout, lazy_tensors, rename
 from minillama.formats.model_file import ModelFile
 from minillama.formats.peft_config import CONFIG as ADAPTER
@@ -72,7 +72,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
 
 
 def read(folder: Path) -> ModelFile:
-    """Open a model folder. Tensors are memory-mapped, each from its own shard.
+    """Open a model folder. Each tensor is read from its own shard.
 
     Raises:
         InputError: a file is missing, damaged or a pickle; an index that leads out of the folder; tensors
@@ -93,14 +93,14 @@ def read(folder: Path) -> ModelFile:
 
 def _read(folder: Path, config: ModelConfig) -> ModelFile:
     stored: dict[str, Stored] = {}
-    shards: dict[str, Path] = {}
+    shards: dict[str, DataFile] = {}
     for shard, listed in _shards(folder).items():
-        header = read_header(shard)
+        data, header = DataFile.of(shard), read_header(shard)
         if listed is not None and set(header) != listed:
             odd = sorted(set(header) ^ listed)
             raise InputError(f"the shard does not hold what {INDEX} lists", where=shard, found=", ".join(odd[:12]))
         stored |= header
-        shards |= dict.fromkeys(header, shard)
+        shards |= dict.fromkeys(header, data)
     # old conversions stored the rotary frequencies
     ignored = {name for name in stored if name.endswith("rotary_emb.inv_freq")}
     names = NAMES.get(config.to_hf()["model_type"], {})
@@ -108,7 +108,9 @@ def _read(folder: Path, config: ModelConfig) -> ModelFile:
         names = {ours: theirs.removeprefix("transformer.") for ours, theirs in names.items()}
     head, embedding = (rename(name, names) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     if config.tie_embeddings and head in stored and embedding in stored:  # transformers may store a tied head twice
-        if is_same(_tensor(shards[head], head), _tensor(shards[embedding], embedding)):
+        pair = {name: stored[name] for name in (head, embedding)}
+        refuse_integers(pair, folder)
+        if is_same(*(shards[name].floats(item) for name, item in pair.items())):
             ignored.add(head)
         else:
             config = replace(config, tie_embeddings=False)
@@ -119,7 +121,7 @@ def _read(folder: Path, config: ModelConfig) -> ModelFile:
     check_tensors(table, {name: item.shape for name, item in stored.items()}, folder, ignored)
     refuse_integers({name: stored[name] for name in table}, folder)
     tokenizer = folder if any((folder / name).exists() for name in TOKENIZERS) else None
-    tensors = lazy_tensors(config, table, lambda name: _tensor(shards[name], name))
+    tensors = lazy_tensors(config, table, stored, lambda name, part: shards[name].floats(part))
     stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)
     return ModelFile(folder, "Hugging Face folder", config, tensors, stored, tokenizer, {}, stops, sampling=sampling)
 
@@ -154,16 +156,6 @@ def _shards(folder: Path) -> Mapping[Path, set[str] | None]:
     if found:
         raise InputError(f"the shards are not those of {INDEX}", where=folder, found=found)
     return shards
-
-
-def _tensor(path: Path, name: str) -> Tensor:
-    # Opened anew for each tensor: the mapping then goes when the tensor does, and a load that converts keeps
-    # no more than one tensor of the file in memory.
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except SafetensorError as error:
-        raise InputError("not a readable safetensors file", where=path, found=error) from None
 
 
 def write(

@@ -17,6 +17,7 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.formats.model_file import LazyTensors
+from minillama.formats.stored import Stored
 
 Shape = tuple[int, ...]
 
@@ -58,9 +59,9 @@ class Entry:
         return self.interleaved(parts[0]).reshape(self.shape)
 
     def unpack(self, tensor: Tensor, name: str) -> Tensor:
-        """Parameter of that name from the file's tensor."""
+        """Parameter of that name from the file's tensor, or of several that are concatenated from its own rows."""
         if len(self.ours) > 1 and not self.heads:
-            return tensor[slice(*self.span(name))]
+            return tensor
         if len(self.ours) > 1:
             tensor = tensor.unflatten(0, (self.heads, len(self.ours), -1))[:, list(self.ours).index(name)]
             return tensor.reshape(self.ours[name])
@@ -130,10 +131,20 @@ def is_same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a[0], b[0]) and torch.equal(a, b)
 
 
-def lazy_tensors(config: ModelConfig, table: Mapping[str, Entry], read: Callable[[str], Tensor]) -> LazyTensors[Tensor]:
-    """Parameters by Hugging Face name, in the order of the model; `read` gives the file's tensor of a name."""
+def lazy_tensors(
+    config: ModelConfig, table: Mapping[str, Entry], stored: Mapping[str, Stored], read: Callable[[str, Stored], Tensor]
+) -> LazyTensors[Tensor]:
+    """Parameters by Hugging Face name, in the order of the model; `read` gives what is stored of a file's tensor."""
     entries = {ours: entry for entry in table.values() for ours in entry.ours}
-    return LazyTensors(config.tensors(), lambda ours: entries[ours].unpack(read(entries[ours].name), ours))
+
+    def tensor(ours: str) -> Tensor:
+        entry = entries[ours]
+        part = stored[entry.name]
+        if len(entry.ours) > 1 and not entry.heads:
+            part = part.rows(*entry.span(ours))
+        return entry.unpack(read(entry.name, part), ours)
+
+    return LazyTensors(config.tensors(), tensor)
 
 
 def check_writable(tensors: Iterable[str], config: ModelConfig, llama_only: str = "") -> None:

@@ -11,13 +11,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.files import regular
+from minillama.files import reading, regular
+from minillama.formats.data_file import DataFile
 from minillama.formats.layout import layout, lazy_tensors
 from minillama.formats.model_file import ModelFile
 from minillama.formats.stored import Stored
@@ -46,23 +43,21 @@ def is_llama2c(path: Path) -> bool:
 
 
 def read(path: Path) -> ModelFile:
-    """Open a file. Tensors are memory-mapped.
+    """Open a file.
 
     Raises:
         InputError: another version, a damaged header, or a file length that differs from the header's.
     """
-    with open(path, "rb", opener=regular) as file:
+    data = DataFile.of(path)
+    with reading(path), open(path, "rb", opener=regular) as file:
         start = file.read(256)
     config, stored, expected = _header(path, start)
     size = path.stat().st_size
     if size != expected:
         what = "the file is cut short" if size < expected else "the file is longer than its header says"
         raise InputError(what, where=path, found=f"{size} bytes", expected=f"{expected} bytes")
-
-    def tensor(name: str) -> Tensor:
-        return torch.from_numpy(np.memmap(path, np.float32, "c", stored[name].start, stored[name].shape))
-
-    tensors = lazy_tensors(config, layout(config, {}, interleaved=True), tensor)
+    table = layout(config, {}, interleaved=True)
+    tensors = lazy_tensors(config, table, stored, lambda name, part: data.floats(part))
     kind = "llama2.c, version 1" if start[:4] == MAGIC else "llama2.c, legacy"
     tokenizer = path.with_name("tokenizer.bin")
     found = tokenizer if tokenizer.exists() else None

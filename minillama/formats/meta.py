@@ -75,7 +75,8 @@ def read(folder: Path) -> ModelFile:
         for path, rank in zip(paths, ranks, strict=True)
         for name, tensor in rank.items()
     }
-    tensors = lazy_tensors(config, table, lambda name: _whole(ranks, name, axes[name]))
+    whole = {name: Stored("", shape) for name, shape in shapes.items()}
+    tensors = lazy_tensors(config, table, whole, lambda name, _: _whole(ranks, name, axes[name]))
     tokenizer, kind = folder / "tokenizer.model", f"Meta folder, {len(paths)} ranks"
     # not Meta's: written beside by `convert`
     stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)

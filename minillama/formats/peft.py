@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,10 +24,11 @@ from minillama.config.lora import EMBEDDING, HEAD, SCORE, matrices, named, refus
 from minillama.errors import InputError
 from minillama.files import refuse_remote, replace_file
 from minillama.formats import generation_config, hf, peft_fused
+from minillama.formats.data_file import DataFile
 from minillama.formats.layout import layout
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.peft_config import CONFIG, VERSION, PeftConfig, read_config
-from minillama.formats.safetensors_header import read_header, refuse_integers
+from minillama.formats.safetensors_header import read_header, read_metadata, refuse_integers
 from minillama.layers.lora import Adapter, FullWeight
 
 WEIGHTS = "adapter_model.safetensors"
@@ -110,7 +110,7 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
         config = replace(config, head="score", pad_id=own.pad_id)
     if not path.exists():
         raise InputError("no weights in the adapter folder", where=folder, expected=WEIGHTS)
-    header = read_header(path)
+    data, header = DataFile.of(path), read_header(path)
     refuse_integers(header, path)
     stored = {key: item.shape for key, item in header.items()}
     config = _grown(config, settings, stored)
@@ -118,12 +118,8 @@ def read(folder: str | os.PathLike[str], config: ModelConfig) -> AdapterFile:
     expected = {key: shape for keys in sites.values() for key, shape in keys.items()}
     copies = {key: name for key, name in _copies(config).items() if key in stored and key not in expected}
     _check(expected, {key: shape for key, shape in stored.items() if key not in copies}, path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in stored}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise InputError("not a readable safetensors file", where=path, found=error) from None
+    tensors: dict[str, Tensor] = {key: data.floats(item) for key, item in header.items()}
+    metadata = read_metadata(path)
     adapters = {name: _part(settings, _names(config)[name], [tensors[key] for key in sites[name]]) for name in sites}
     for name, entry in peft_fused.fused_layers(config).items():
         if isinstance(fused := adapters.pop(name, None), Adapter):

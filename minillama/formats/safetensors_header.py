@@ -1,13 +1,13 @@
-"""Safetensors header, checked before anything is mapped or allocated.
+"""Safetensors header, checked before anything is allocated.
 
-A file is eight bytes of length, a JSON table of name -> dtype, shape, data_offsets, and the data. The
-library reads it; this file gives clear errors, and bounds the cost of a forged one.
+A file is eight bytes of length, a JSON table of name -> dtype, shape, data_offsets, and the data.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama.errors import InputError
-from minillama.files import LARGEST, check_size, regular
+from minillama.files import LARGEST, check_size, reading, regular
 from minillama.formats.stored import Stored
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -35,14 +35,39 @@ def read_header(path: Path) -> dict[str, Stored]:
         InputError: not a safetensors file, with the type that it is; cut short; a header that is too long, not
             JSON, names a tensor twice, or whose tensors overlap, leave gaps or do not fit their shapes.
     """
-    try:
-        total = path.stat().st_size
-        with open(path, "rb", opener=regular) as file:
-            length = _header_length(path, file.read(64), total)
-            file.seek(8)
-            text = file.read(length)
-    except OSError as error:
-        raise InputError("cannot read the file", where=path, found=error.strerror) from None
+    table, start, total = _table(path)
+    table.pop("__metadata__", None)
+    tensors = {name: _tensor(entry, f"{path}, {name}") for name, entry in table.items()}
+    at = 0  # in the data
+    for begin, size, name in sorted((tensor.start, tensor.size, name) for name, tensor in tensors.items()):
+        if begin != at:
+            what = "two tensors overlap" if begin < at else "there is a gap before a tensor"
+            raise InputError(what, where=f"{path}, {name}", found=f"byte {begin}", expected=f"byte {at}")
+        at = begin + size
+    data = total - start
+    if at != data:
+        what = "the file is cut short" if at > data else "there are bytes after the last tensor"
+        raise InputError(what, where=path, found=f"{data} bytes of data", expected=f"{at}")
+    return {name: tensor._replace(start=start + tensor.start) for name, tensor in tensors.items()}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Free text by name in the header, if there is any.
+
+    Raises:
+        InputError: the header is no JSON object.
+    """
+    metadata = _table(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _table(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Table of the header, first byte of the data, bytes of the file."""
+    with reading(path), open(path, "rb", opener=regular) as file:
+        total = os.fstat(file.fileno()).st_size
+        length = _header_length(path, file.read(64), total)
+        file.seek(8)
+        text = file.read(length)
     try:
         table = json.loads(text, object_pairs_hook=_unique)
     except InputError as error:
@@ -51,19 +76,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise InputError("the header is not JSON", where=path, found=str(error)[:200]) from None
     if not isinstance(table, dict):
         raise InputError("the header is not a JSON object", where=path, found=type(table).__name__)
-    table.pop("__metadata__", None)
-    tensors = {name: _tensor(entry, f"{path}, {name}") for name, entry in table.items()}
-    at = 0
-    for begin, size, name in sorted((tensor.start, tensor.size, name) for name, tensor in tensors.items()):
-        if begin != at:
-            what = "two tensors overlap" if begin < at else "there is a gap before a tensor"
-            raise InputError(what, where=f"{path}, {name}", found=f"byte {begin}", expected=f"byte {at}")
-        at = begin + size
-    data = total - 8 - length
-    if at != data:
-        what = "the file is cut short" if at > data else "there are bytes after the last tensor"
-        raise InputError(what, where=path, found=f"{data} bytes of data", expected=f"{at}")
-    return tensors
+    return table, 8 + length, total
 
 
 def refuse_integers(stored: Mapping[str, Stored], path: Path) -> None:

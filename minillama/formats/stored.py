@@ -12,3 +12,10 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     start: int = 0
     size: int = 0
+
+    def rows(self, first: int, last: int) -> Stored:
+        """Rows from `first` up to `last`."""
+        width = self.size // self.shape[0]
+        return self._replace(
+            shape=(last - first, *self.shape[1:]), start=self.start + first * width, size=(last - first) * width
+        )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from minillama.data.sources import documents, parse_source
+from minillama.data.sources import Source, documents
 from minillama.errors import InputError
 from minillama.files import refuse_url
 from minillama.formats.model_file import ModelFile
@@ -31,7 +31,7 @@ def calibrated(opened: ModelFile, tokenizer: Tokenizer, source: str, say: Callab
     Args:
         opened: the model, which is read in float32.
         tokenizer: its own.
-        source: the text, as `parse_source` takes it.
+        source: the text, as the name of a `Source`.
         say: takes a line to show.
 
     Raises:
@@ -71,7 +71,7 @@ def windows(source: str, tokenizer: Tokenizer, length: int, most: int) -> Tensor
         InputError: the text cannot be read, or does not fill two rows.
     """
     ids: list[int] = []
-    for document in documents(parse_source(source)):
+    for document in documents(Source(source)):
         ids += tokenizer.encode(document.text, bos=tokenizer.add_bos)
         if tokenizer.eos_id is not None:
             ids.append(tokenizer.eos_id)

@@ -62,14 +62,14 @@ def is_messages(prompt: object) -> bool:
 
 
 def chat_ids(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool
-) -> tuple[list[str | Sequence[int]], frozenset[int]]:
-    """Prompts of which messages, and with `chat` texts as well, are encoded by the chat template; its stop tokens.
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], chat: bool | ChatPrompts
+) -> tuple[list[str | Sequence[int]], ChatPrompts | None]:
+    """Prompts of which messages, and with `chat` texts as well, are encoded by the chat template; and their encoder.
 
     Raises:
         InputError: one is to be, and the tokenizer has no template.
     """
-    questions: ChatPrompts | None = None
+    questions = chat if isinstance(chat, ChatPrompts) else None
     found: list[str | Sequence[int]] = []
     for number, prompt in enumerate(prompts, 1):
         if not (is_messages(prompt) or (chat and isinstance(prompt, str))):
@@ -80,7 +80,7 @@ def chat_ids(
             found.append(questions(prompt))  # type: ignore[arg-type]
         except InputError as error:
             raise error.at(", ".join(filter(None, (f"prompt {number}", str(error.where or ""))))) from None
-    return found, questions.stop_ids if questions else frozenset()
+    return found, questions
 
 
 def why_empty(reason: str | None) -> str:

@@ -377,7 +377,7 @@ class Engine:
             # one more token attends to all there is
             if not rows[0].read or self.mask.window is not None:
                 prefix = torch.tensor([row.layout.prefix for row in rows if row.layout is not None])
-        elif self.steps and model.step is not None and min(counts) and last is None:
+        elif self.steps and model.step is not None and last is None:
             logits = model.step(unread, state, self.mask)
             if logits is not None:
                 return logits

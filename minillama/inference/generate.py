@@ -8,7 +8,7 @@ from typing import Any
 
 from minillama.config.loader import build
 from minillama.errors import InputError
-from minillama.inference.chat import Prompt, chat_ids, is_messages
+from minillama.inference.chat import ChatPrompts, Prompt, chat_ids, is_messages
 from minillama.inference.engine import Engine
 from minillama.inference.request import FinishReason, Request
 from minillama.inference.sampling import Sampling
@@ -73,11 +73,15 @@ class StopText:
 
 
 class _Text:
-    """Text of a request's tokens, behind the ids of its prompt, as it becomes final; the request's stop condition."""
+    """Text of a request's tokens, behind the ids of its prompt, as it becomes final; the request's stop condition.
 
-    def __init__(self, row: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    What a chat template writes in front of an answer, `lead`, is no part of it.
+    """
+
+    def __init__(self, row: int, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str], lead: str) -> None:
         self.row, self.decoder, self.filter = row, tokenizer.stream(after=prompt), StopText(stop)
         self.text, self.stopped, self.taken = "", False, 0
+        self.lead, self.begun = lead, ""
 
     def __call__(self, tokens: Sequence[int]) -> bool:
         """Decode the last token; whether a stop string ends the text."""
@@ -85,6 +89,11 @@ class _Text:
         return self.stopped
 
     def _push(self, text: str) -> None:
+        if self.lead:
+            self.begun += text
+            if self.begun != self.lead and self.lead.startswith(self.begun):
+                return
+            text, self.lead = self.begun.removeprefix(self.lead), ""
         shown, self.stopped = self.filter.push(text)
         self.text += shown
 
@@ -143,8 +152,9 @@ def stream(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
-    chat: bool = False,
+    chat: bool | ChatPrompts = False,
     logprobs: bool = False,
+    skips_long: bool = False,
     **settings: Any,
 ) -> Generator[Chunk, None, None]:
     """Streaming generation, chunk by chunk, never half a character or part of a stop string.
@@ -152,7 +162,6 @@ def stream(
     The last chunk of each sequence has its finish reason.
 
     Args:
-        model: the decoder.
         tokenizer: its tokenizer, a `Tokenizer` or one of transformers, which is converted at each call.
         prompt: a text, or several, of any length, which share a batch; token ids are taken as they are, messages
             (`[{"role": "user", "content": ...}]`) by the tokenizer's chat template.
@@ -161,8 +170,9 @@ def stream(
         stop: strings that end a sequence; they are not part of the text.
         ignore_eos: go on after the end-of-text token.
         engine: of this model; one for all prompts at once unless given.
-        chat: texts are questions for the chat template, too, and not to be continued.
+        chat: texts are questions for the chat template, too, and not to be continued; or the encoder of such prompts.
         logprobs: ln p of each token, of the model's distribution before temperature and the other settings.
+        skips_long: a prompt that fills the context is no error, but gets an empty text, with the reason `context`.
         settings: fields of `Sampling` by name, as `temperature=0`, in place of those of `sampling`.
 
     Raises:
@@ -172,14 +182,19 @@ def stream(
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
     tokenizer, prompts = Tokenizer.from_transformers(tokenizer), _several(prompt)
-    asked, stop_ids = chat_ids(tokenizer, prompts, chat)
+    asked, questions = chat_ids(tokenizer, prompts, chat)
     blanks, sampling = blanks_of(model, tokenizer), build(Sampling, settings, base=sampling or Sampling())
-    ends = frozenset() if ignore_eos else end_ids(model, tokenizer) | stop_ids
+    stop_ids = end_ids(model, tokenizer) | (questions.stop_ids if questions else frozenset())
+    ends = frozenset[int]() if ignore_eos else stop_ids
     texts: dict[Request, _Text] = {}
     for row, each in enumerate(asked):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
-        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop)
+        lead = questions.lead if questions and each is not prompts[row] else ""  # of a prompt by the template
+        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop, lead)
         request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text, logprobs)
+        if skips_long and len(request.ids) >= model.config.max_seq_len:
+            yield Chunk(row, "", (), "context")
+            continue
         check_room(len(request.ids), model.config.max_seq_len, f"prompt {row + 1}")
         texts[request] = text
     engine = engine or Engine(model, max(1, len(texts)), chunk=None)
@@ -225,8 +240,9 @@ def generate(
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
-    chat: bool = False,
+    chat: bool | ChatPrompts = False,
     logprobs: bool = False,
+    skips_long: bool = False,
     **settings: Any,
 ) -> list[Completion]:
     """Batched generation of several prompts, or of one. The arguments are those of `stream`.
@@ -235,7 +251,7 @@ def generate(
         One completion per prompt, in order, without the prompt.
     """
     rows: list[list[Chunk]] = [[] for _ in _several(prompts)]
-    options = (max_new_tokens, sampling, stop, ignore_eos, engine, chat, logprobs)
+    options = (max_new_tokens, sampling, stop, ignore_eos, engine, chat, logprobs, skips_long)
     for chunk in stream(model, tokenizer, prompts, *options, **settings):
         rows[chunk.row].append(chunk)
     return [

@@ -90,11 +90,8 @@ def infill(
     Raises:
         InputError: a model of another objective, a text without a mask, or one that fills the context.
     """
-    start, ends, context = (
-        require_infilling(model, tokenizer).start,
-        end_ids(model, tokenizer),
-        model.config.max_seq_len,
-    )
+    start, ends = require_infilling(model, tokenizer).start, end_ids(model, tokenizer)
+    context = model.config.max_seq_len
     masked = [MaskedText(text, tokenizer, f"text {i + 1}") for i, text in enumerate(texts)]
     layouts = [text.layout for text in masked]
     for i, layout in enumerate(layouts):

@@ -39,7 +39,12 @@ class ModelArgs:
     several each completes every prompt, in JSON lines that name it."""
 
     def load(
-        self, quantize: Quantize = "none", compiles: bool = False, several: bool = False, scores: bool = False
+        self,
+        quantize: Quantize = "none",
+        compiles: bool = False,
+        several: bool = False,
+        scores: bool = False,
+        generates: bool = False,
     ) -> tuple[Decoder, Tokenizer]:
         """Model, as by `load_model`, and its tokenizer.
 
@@ -48,6 +53,7 @@ class ModelArgs:
             compiles: see `load_model`.
             several: whether there may be several adapters.
             scores: see `load_model`.
+            generates: see `load_model`.
         """
         from minillama.device import keep_freed_pages
         from minillama.formats import peft
@@ -64,7 +70,8 @@ class ModelArgs:
         if any((o.fingerprint, o.chat_template) != (tokenizer.fingerprint, tokenizer.chat_template) for o in others):
             what, fix = "the adapters have different tokenizers or chat templates", "ask them one at a time"
             raise InputError(what, where="--adapter", found=", ".join(adapters), fix=f"{fix}, or give --tokenizer")
-        return load_model(readers[0], self.dtype, self.device, quantize, compiles, adapters, scores), tokenizer
+        how = (quantize, compiles, adapters, scores, generates)
+        return load_model(readers[0], self.dtype, self.device, *how), tokenizer
 
 
 def _by_name(adapters: Sequence[str]) -> dict[str, Path]:
@@ -88,6 +95,7 @@ def load_model(
     compiles: bool = False,
     adapters: Mapping[str, Path] | None = None,
     scores: bool = False,
+    generates: bool = False,
 ) -> Decoder:
     """Model ready to decode, its linear layers fused unless it has adapters beside them.
 
@@ -103,6 +111,8 @@ def load_model(
             beside them, the first one active.
         scores: many tokens are read, and none or few generated: linear layers in float32 on a CPU with AMX are
             those of `native/linear.py`, where it can be compiled.
+        generates: it does nothing but generate, so that the C++ step reads all tokens, and bfloat16 weights stay as
+            they are stored where the processor emulates it: the step multiplies them in float32.
     """
     import torch
 
@@ -118,7 +128,8 @@ def load_model(
         _, folder = folders.popitem()
         opened = peft.merged(opened, peft.read(folder, opened.config))
     if weights == "none":
-        model = Decoder.from_pretrained(opened, kind, on)
+        keeps = generates and compiles and not folders and dtype == "auto"
+        model = Decoder.from_pretrained(opened, opened.default_dtype(on) if keeps else kind, on)
         model = model if folders else model.fuse()
     else:
         model = quantized(opened, weights, kind, on, fuses=not folders)
@@ -126,6 +137,9 @@ def load_model(
         _attach(model, opened, folders)
     if compiles:
         attach_fast_step(model)
+        if model.dtype != kind and not getattr(model.step, "reads_prompts", False):
+            model.to(kind)
+            attach_fast_step(model)
     if scores:
         from minillama.native.linear import use_split_linears
 

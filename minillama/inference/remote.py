@@ -9,18 +9,16 @@ import random
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from minillama.errors import InputError, optional_import
-from minillama.files import replace_file
-from minillama.inference.chat import ChatPrompts, Messages, Prompt, chat_ids, is_messages
-from minillama.inference.engine import evaluating
-from minillama.inference.generate import Completion, encode, generate
+from minillama.files import replace_text
+from minillama.inference.chat import ChatPrompts, Messages, Prompt, is_messages
+from minillama.inference.engine import Engine, evaluating
+from minillama.inference.generate import Completion, generate
 from minillama.inference.request import FinishReason
 from minillama.inference.sampling import Sampling
 
@@ -32,6 +30,7 @@ KEY = "OPENAI_API_KEY"
 """Environment variable of the key."""
 _REASONS: dict[object, FinishReason] = {"length": "length", "content_filter": "cancelled"}
 _AGAIN, _LONGEST = (408, 409, 429), 60.0
+ROWS = 16  # answers of a local model that are decoded at once
 
 
 class Teacher(Protocol):
@@ -58,13 +57,13 @@ class Local:
     """Local model as a teacher.
 
     Args:
-        model: the decoder.
-        tokenizer: its tokenizer; its chat template is needed for messages.
         name: for provenance.
+        template: chat template instead of the tokenizer's, which messages need otherwise; texts are then questions.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str = "") -> None:
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str = "", template: str = "") -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._questions = ChatPrompts(tokenizer, template) if template else None
         self.about: Mapping[str, Any] = {"model": name, "tokenizer": tokenizer.fingerprint[:16]}
 
     def __call__(
@@ -76,23 +75,16 @@ class Local:
         chat: bool = False,
     ) -> list[Completion]:
         """Completions; prompt i has seed + i whether others fit the context or not."""
-        sampling, found = sampling or Sampling(), list[Completion]()
-        ids = chat_ids(self.tokenizer, prompts, chat)[0]
-        room = [len(encode(self.tokenizer, each, "prompt")) < self.model.config.max_seq_len for each in ids]
-        for fits, group in groupby(range(len(prompts)), key=room.__getitem__):
-            rows = list(group)
-            if not fits:
-                found += [Completion("", (), "context")] * len(rows)
-                continue
-            shifted, part = replace(sampling, seed=sampling.seed + rows[0]), [prompts[i] for i in rows]
-            found += generate(self.model, self.tokenizer, part, max_new_tokens, shifted, stop, chat=chat)
-        return found
+        how, limits = (self._questions or chat), (max_new_tokens, sampling, stop)
+        engine = Engine(self.model, ROWS, None)
+        return generate(self.model, self.tokenizer, prompts, *limits, engine=engine, chat=how, skips_long=True)
 
     def option_logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:
         """Log-probabilities of the options' first tokens; all -inf for a prompt that does not fit."""
         import torch
 
-        asked, firsts = ChatPrompts(self.tokenizer), [self.tokenizer.encode_inside(option)[0] for option in options]
+        asked = self._questions or ChatPrompts(self.tokenizer)
+        firsts = [self.tokenizer.encode_inside(option)[0] for option in options]
         found = []
         for prompt in prompts:
             ids = asked(prompt)
@@ -229,7 +221,7 @@ class Remote:
         reply = self._ask(body)
         if path is not None:
             text = json.dumps({"url": self.url, "request": body, "reply": reply}, ensure_ascii=False)
-            replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            replace_text(path, text)
         return reply
 
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:

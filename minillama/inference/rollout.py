@@ -65,11 +65,9 @@ def answers(
     """Answers to prompts, `samples` to each, which read it once: those of a prompt stand together.
 
     Args:
-        model: the decoder.
         prompts: token ids.
         samples: answers per prompt.
         max_new_tokens: tokens per answer at most.
-        sampling: sampling settings.
         stop_ids: tokens that end an answer, and are the last of it.
         seeds: of the prompts; sample i of one has its seed + i, so that no answer depends on the others.
         max_rows: answers that are decoded at once.

@@ -158,7 +158,8 @@ class _LinearLogProbabilities(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = loss_rows(len(matrix), hidden.element_size())
         parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-        found = [_log_softmax_and_entropy(h @ matrix.T, ids) for h, ids in parts]
+        log_softmax = getattr(kernel, "log_softmax", _log_softmax_and_entropy)  # of a vocabulary over several processes
+        found = [log_softmax(h @ matrix.T, ids) for h, ids in parts]
         values, entropies = (torch.cat(part) for part in zip(*found, strict=True))
         ctx.save_for_backward(hidden, matrix, targets)
         ctx.kernel = kernel

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minillama.device import cpu_features
 from minillama.files import cache_folder
 from minillama.layers.hooks import is_own
 
 FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
+MARCH = "MINILLAMA_MARCH"  # environment variable: instruction set to compile for, as of another processor (haswell)
 NO_COMPILER = "it takes g++ or clang++ on Linux"
 FEATURES = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX for bfloat16"}
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -53,8 +55,7 @@ class Kernel:
 
     def unsupported(self) -> str | None:
         """Reason why this processor cannot run it, or None."""
-        there = torch.cpu.get_capabilities().get(self.feature)
-        return None if there else f"the processor has no {FEATURES[self.feature]}"
+        return None if cpu_features().get(self.feature) else f"the processor has no {FEATURES[self.feature]}"
 
     def use(self, model: nn.Module, say: Callable[[str], None] = lambda text: None) -> None:
         """Switch a model's modules to it, in place.
@@ -99,7 +100,8 @@ def load_library(source: str, say: Callable[[str], None] = lambda text: None, fl
     """
     if not can_build():
         raise CannotBuild(NO_COMPILER)
-    native = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    option = "-march=" if platform.machine() in ("x86_64", "AMD64") else "-mcpu="
+    native = option + os.environ.get(MARCH, "native")
     command = [*FLAGS, *flags, native, str(FOLDER / source), *_openmp_runtime()]
     try:
         path = _library_path(source, [*compilers(), *command])
@@ -157,7 +159,7 @@ def _library_path(source: str, command: Sequence[str]) -> Path:
         [path.read_text(encoding="utf-8") for path in (FOLDER / source, *sorted(FOLDER.glob("*.h")))],
         command,
         torch.__version__,
-        sorted(torch.cpu.get_capabilities().items()),
+        sorted(cpu_features().items()),
     )
     name = f"{Path(source).stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}.so"
     return cache_folder() / "native" / name

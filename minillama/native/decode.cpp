@@ -1,8 +1,8 @@
 // LLaMA decode step: tokens in, logits out. Compiled by build.py, called by decode.py.
 //
 // A row is a token: one per sequence, or one of several consecutive ones of a sequence, since all keys of a layer are
-// written before any query attends to those up to its own. Every weight is read once, by gemv.h. Sums are taken in
-// float32 whatever the weights' dtype, and the residual stream stays in it. All threads run the whole step together,
+// written before any query attends to those up to its own. Every weight is read once, by gemv.h. The residual stream
+// is in float32 whatever the weights' dtype. All threads run the whole step together,
 // with a barrier where one needs results of others.
 //
 // B rows, D model width, V vocabulary, H query heads, K key/value heads, E head width, F feed-forward width, S slots.
@@ -91,38 +91,62 @@ struct VisibleSlots {
     int slot(int i) const { return i < sinks ? i : i + gap; }
 };
 
+constexpr int CHANNELS = 64 / WIDTH;  // vectors of a head whose means are taken together
+
+// Weighted mean of N vectors of the values.
+template <int N, class T>
+void mean(const float* weights, const T* values, const VisibleSlots& visible, int width, float inverse, float* out) {
+    Vector total[N] = {};
+    for (int t = 0; t < visible.count; t++) {
+        const T* value = values + size_t(visible.slot(t)) * width;
+        for (int n = 0; n < N; n++) total[n] += weights[t] * cached(value + n * WIDTH);
+    }
+    for (int n = 0; n < N; n++) store(out + n * WIDTH, total[n] * inverse);
+}
+
 // Attention softmax(q k^T / sqrt(E)) v of one query.
 template <class T>
 void attend(const float* q, const T* keys, const T* values, const VisibleSlots& visible, int width, float* scores, float* out) {
     float scale = 1 / std::sqrt(float(width)), peak = -INFINITY;
-    for (int t = 0; t < visible.count; t++) {
-        Vector dot = {};
-        const T* key = keys + size_t(visible.slot(t)) * width;
-        for (int i = 0; i < width; i += WIDTH) dot += load<Vector>(q + i) * cached(key + i);
-        scores[t] = sum(dot) * scale;
-        peak = std::max(peak, scores[t]);
+    auto key = [&](int t) { return keys + size_t(visible.slot(t)) * width; };
+    int t = 0;
+    for (; t + 4 <= visible.count; t += 4) {
+        const T* four[4] = {key(t), key(t + 1), key(t + 2), key(t + 3)};
+        Vector dots[4] = {};
+        for (int i = 0; i < width; i += WIDTH) {
+            Vector part = load<Vector>(q + i);
+            for (int n = 0; n < 4; n++) dots[n] += part * cached(four[n] + i);
+        }
+        store(scores + t, sums(dots) * scale);
     }
+    for (; t < visible.count; t++) {
+        Vector dot = {};
+        for (int i = 0; i < width; i += WIDTH) dot += load<Vector>(q + i) * cached(key(t) + i);
+        scores[t] = sum(dot) * scale;
+    }
+    for (t = 0; t < visible.count; t++) peak = std::max(peak, scores[t]);
     Vector all = {};
     store(scores + visible.count, Vector{} - INFINITY);
-    for (int t = 0; t < visible.count; t += WIDTH) {
+    for (t = 0; t < visible.count; t += WIDTH) {
         Vector e = exp(load<Vector>(scores + t) - peak);
         store(scores + t, e);
         all += e;
     }
-    float total = sum(all);
-    for (int i = 0; i < width; i += WIDTH) {
-        Vector mean = {};
-        for (int t = 0; t < visible.count; t++) mean += scores[t] * cached(values + size_t(visible.slot(t)) * width + i);
-        store(out + i, mean / total);
-    }
+    float inverse = 1 / sum(all);
+    int i = 0;
+    for (; i + CHANNELS * WIDTH <= width; i += CHANNELS * WIDTH)
+        mean<CHANNELS>(scores, values + i, visible, width, inverse, out + i);
+    for (; i < width; i += WIDTH) mean<1>(scores, values + i, visible, width, inverse, out + i);
 }
 
-struct Share {  // this thread's share of `count` channels, in whole vectors
+constexpr int UNIT = LINE / sizeof(float);
+
+struct Share {  // this thread's share of `count` channels, in whole cache lines
     int begin, end;
     Share(int count) {
-        int threads = omp_get_num_threads(), me = omp_get_thread_num(), units = (count + WIDTH - 1) / WIDTH;
-        begin = std::min(count, units * me / threads * WIDTH);
-        end = std::min(count, units * (me + 1) / threads * WIDTH);
+        int threads = omp_get_num_threads(), me = omp_get_thread_num(), units = (count + UNIT - 1) / UNIT;
+        begin = std::min(count, units * me / threads * UNIT);
+        end = std::min(count, units * (me + 1) / threads * UNIT);
     }
 };
 
@@ -133,39 +157,56 @@ struct Arena {
 
     float* take(size_t floats) {
         float* taken = memory ? memory + used : nullptr;
-        used += (floats + WIDTH - 1) / WIDTH * WIDTH;  // whole cache lines
+        used += (floats + UNIT - 1) / UNIT * UNIT;  // whole cache lines
         return taken;
     }
 };
 
+int widest(const Model& m) { return std::max({m.dim, m.heads * m.head_dim, m.hidden}); }
+
+// Inputs of a matrix product, normalized and in integers.
+struct Prepared {
+    float *normed, *scales, *sums;
+    int16_t* integers;
+
+    Prepared(const Model& m, size_t rows, Arena& arena) {
+        normed = arena.take(rows * m.dim);
+        scales = arena.take(rows * spans(widest(m)));
+        sums = arena.take(rows * spans(widest(m)) * (SPAN / GROUP));
+        integers = (int16_t*)arena.take(rows * widest(m) / 2);
+    }
+};
+
+constexpr int TOGETHER = 32;  // rows from which on threads prepare inputs together: for fewer a barrier takes longer
+
+inline bool together(int rows) { return rows >= TOGETHER && !has_tiles(); }
+
 // Buffers shared by all threads, by row.
 struct Shared {
-    float *x, *qkv, *heads, *hidden, *rotations;
+    float *x, *qkv, *heads, *hidden, *result, *rotations;
+    Prepared prepared;
 
-    Shared(const Model& m, Arena& arena) {
+    Shared(const Model& m, Arena& arena) : prepared(m, together(m.max_rows) ? m.max_rows : 0, arena) {
         size_t rows = m.max_rows;
         x = arena.take(rows * m.dim);
         qkv = arena.take(rows * (m.heads + 2 * m.kv_heads) * m.head_dim);
         heads = arena.take(rows * m.heads * m.head_dim);
         hidden = arena.take(rows * m.hidden);
+        result = arena.take(rows * std::max(m.dim, 2 * m.hidden));
         rotations = arena.take(rows * m.head_dim);
     }
 };
 
 // Buffers per thread.
 struct Own {
-    float *normed, *result, *scores;
+    Prepared prepared;
+    float* scores;
     Workspace workspace;
 
-    Own(const Model& m, int slots, Arena& arena) {
-        size_t rows = m.max_rows;
-        int widest = std::max({m.dim, m.heads * m.head_dim, m.hidden});
-        normed = arena.take(rows * m.dim);
-        result = arena.take(rows * std::max(m.dim, 2 * m.hidden));
+    Own(const Model& m, int slots, Arena& arena) : prepared(m, has_tiles() ? m.max_rows : TOGETHER, arena) {
         scores = arena.take(slots + WIDTH);
-        workspace.sums = arena.take(rows * widest / GROUP);
-        workspace.expanded = arena.take(size_t(BLOCK) * widest);
-        workspace.parts = (uint32_t*)arena.take(parts_size(m.max_rows, widest));
+        workspace.unpacked = arena.take(size_t(BLOCK) * widest(m) / 2);
+        workspace.parts = (uint32_t*)arena.take(parts_size(m.max_rows, widest(m)));
     }
 };
 
@@ -173,6 +214,7 @@ template <class T>
 void step(const Model& m, int rows, const Token* tokens, const Cache* caches, int slots, int window, int sinks,
           float* logits) {
     const int D = m.dim, E = m.head_dim, Q = m.heads * E, KV = m.kv_heads * E, all = Q + 2 * KV, F = m.hidden;
+    int count = rows;  // of inputs
 #pragma omp parallel num_threads(m.threads)
     {
         Arena arena = {m.memory};
@@ -181,18 +223,37 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
         for (int t = 0; t < omp_get_thread_num(); t++) own = Own(m, slots, arena);
         TileUnit unit(rows >= FEWEST && has_tiles());
 
-        auto normalize = [&](const float* weight) {  // in every thread: faster than a barrier
-            for (int b = 0; b < rows; b++)
-                rms_norm(shared.x + size_t(b) * D, weight, D, m.eps, own.normed + size_t(b) * D);
+        // Inputs of a matrix, with RMSNorm or without.
+        auto prepare = [&](const Matrix& matrix, const float* from, const float* norm) -> Inputs {
+            const int width = matrix.columns;
+            const Prepared& to = together(count) ? shared.prepared : own.prepared;
+            auto one = [&](int b) {
+                const float* x = from + size_t(b) * width;
+                float* normed = to.normed + size_t(b) * width;
+                if (norm) rms_norm(x, norm, width, m.eps, normed);
+                size_t span = size_t(b) * spans(width);
+                if (of_integers(matrix.kind))
+                    quantize(norm ? normed : x, matrix, to.integers + size_t(b) * width, to.scales + span,
+                             matrix.kind == INT4 && count < MANY ? to.sums + span * (SPAN / GROUP) : nullptr);
+            };
+            if (together(count)) {
+#pragma omp for
+                for (int b = 0; b < count; b++) one(b);
+            } else {
+                for (int b = 0; b < count; b++) one(b);
+            }
+            Inputs in = {norm ? to.normed : from, size_t(width), count, to.integers, to.scales, to.sums, nullptr};
+            if (takes_tiles(matrix, count)) {
+                lay_out(in, width, own.workspace.parts);
+                in.parts = own.workspace.parts;
+            }
+            return in;
         };
-        auto prepared = [&](const Matrix& matrix, const float* from, int width) {
-            return prepare(matrix, from, width, rows, own.workspace);
-        };
-        auto add_product = [&](const Matrix& matrix, const float* from, int width) {
+        auto add_product = [&](const Matrix& matrix, const float* from) {
             Share share(D);
-            multiply(matrix, share.begin, share.end, prepared(matrix, from, width), {own.result, size_t(D)}, own.workspace);
+            multiply(matrix, share.begin, share.end, prepare(matrix, from, nullptr), {shared.result, size_t(D)}, own.workspace);
             for (int b = 0; b < rows; b++) {
-                float *x = shared.x + size_t(b) * D, *y = own.result + size_t(b) * D;
+                float *x = shared.x + size_t(b) * D, *y = shared.result + size_t(b) * D;
                 for (int i = share.begin; i < share.end; i++) x[i] += y[i];
             }
         };
@@ -215,9 +276,8 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
             const Layer& layer = m.layer[l];
             T *keys = (T*)caches[l].keys, *values = (T*)caches[l].values;
 
-            normalize(layer.attention_norm);
             Share part(all);
-            Inputs normed = prepared(layer.qkv, own.normed, D);
+            Inputs normed = prepare(layer.qkv, shared.x, layer.attention_norm);
             multiply(layer.qkv, part.begin, part.end, normed, {shared.qkv, size_t(all)}, own.workspace);
 #pragma omp barrier
 #pragma omp for
@@ -242,24 +302,26 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 VisibleSlots visible(int(tokens[b].slot) + 1, window, sinks);
                 attend(q, keys + at, values + at, visible, E, own.scores, shared.heads + size_t(b) * Q + h * E);
             }
-            add_product(layer.output, shared.heads, Q);
+            add_product(layer.output, shared.heads);
 #pragma omp barrier
-            normalize(layer.mlp_norm);
-            Inputs in = prepared(layer.gate_up, own.normed, D);
+            Inputs in = prepare(layer.gate_up, shared.x, layer.mlp_norm);
             Share units(F);
             for (int half : {0, F})
-                multiply(layer.gate_up, half + units.begin, half + units.end, in, {own.result, 2 * size_t(F)}, own.workspace);
+                multiply(layer.gate_up, half + units.begin, half + units.end, in, {shared.result, 2 * size_t(F)}, own.workspace);
             for (int b = 0; b < rows; b++)
-                gate(own.result + 2 * size_t(b) * F, F, units.begin, units.end, shared.hidden + size_t(b) * F);
+                gate(shared.result + 2 * size_t(b) * F, F, units.begin, units.end, shared.hidden + size_t(b) * F);
 #pragma omp barrier
-            add_product(layer.down, shared.hidden, F);
+            add_product(layer.down, shared.hidden);
 #pragma omp barrier
         }
-        int sequences = 0;
-        for (int b = 0; b < rows; b++)
-            if (tokens[b].last) rms_norm(shared.x + size_t(b) * D, m.norm, D, m.eps, own.normed + size_t(sequences++) * D);
+#pragma omp single
+        {
+            count = 0;
+            for (int b = 0; b < rows; b++)
+                if (tokens[b].last) std::memmove(shared.x + size_t(count++) * D, shared.x + size_t(b) * D, D * sizeof(float));
+        }
         Share vocabulary(m.vocab);
-        Inputs last_hidden = prepare(m.head, own.normed, D, sequences, own.workspace);
+        Inputs last_hidden = prepare(m.head, shared.x, m.norm);
         multiply(m.head, vocabulary.begin, vocabulary.end, last_hidden, {logits, size_t(m.vocab)}, own.workspace);
     }
 }
@@ -277,19 +339,25 @@ size_t minillama_floats(const Model* model, int32_t slots) {
 }
 
 // Maximum number of rows for which the step is faster than torch's operations.
-int32_t minillama_at_once() {
-#ifdef __AVX512F__
-    return has_tiles() ? 96 : 31;
+int32_t minillama_at_once(const Model* model) {
+#if defined __AVX512F__
+    return has_tiles() ? 96 : of_integers(model->layer[0].gate_up.kind) ? INT32_MAX : 31;
+#elif defined __AVX2__
+    return INT32_MAX;
 #else
     return 1;
 #endif
 }
 
-// Decode step of tokens, ordered by position per sequence: append to the KV cache and write logits (sequences, V).
-// `bf16_caches`: of bfloat16. `window`: 0 is unlimited.
+// Decode step of tokens, ordered by position per sequence, `max_rows` at a time: append to the KV cache and write
+// logits (sequences, V). `bf16_caches`: of bfloat16. `window`: 0 is unlimited.
 void minillama_step(const Model* model, int32_t rows, const Token* tokens, const Cache* caches, int32_t slots,
                     int32_t bf16_caches, int32_t window, int32_t sinks, float* logits) {
     auto run = bf16_caches ? step<uint16_t> : step<float>;
-    run(*model, rows, tokens, caches, slots, window, sinks, logits);
+    for (const Token* end = tokens + rows; tokens < end; tokens += model->max_rows) {
+        int count = int(std::min<int64_t>(model->max_rows, end - tokens));
+        run(*model, count, tokens, caches, slots, window, sinks, logits);
+        for (int b = 0; b < count; b++) logits += tokens[b].last ? model->vocab : 0;
+    }
 }
 }

@@ -29,8 +29,11 @@ from minillama.threads import free_threads
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 FLOATS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
-WIDTH = 16  # floats of a vector of decode.cpp
+WIDTH = 16  # floats of the widest vector of decode.cpp
 GROUP = 32  # columns that share a scale there
+CHUNK = 512  # tokens of a pass: for more, products are no faster, and buffers larger
+SPARE = 32  # numbers that are read behind the last scales
+LARGEST = 2**13 - 1  # int4 weight there, in units of its row's scale
 SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 LAYERS = (Attention, NopeAttention, QKNormAttention, SwiGLU, RMSNorm)
 # Sums may be taken in any order, as vectors need it; everything else is as IEEE 754 says, NaN included.
@@ -92,6 +95,22 @@ def unsupported(model: Decoder) -> str | None:
     return None
 
 
+def _integer_grid(product: Int4Linear) -> tuple[Tensor, Tensor]:
+    """Scales and zero points in 16 bits, (O, I / 32, 2), and a scale per output channel S: see matrix.h.
+
+    Of w = u s + z, u in 0..15, the first is round(16 s / S) and the second round(z / S), where S is such that no w of
+    the row has more than 13 bits and a sign.
+    """
+    grid = product.grid.float().transpose(0, 1).repeat_interleave(product.group // GROUP, dim=1)
+    scale, offset = grid[..., 0], grid[..., 1]
+    bound = offset.abs() + 8 * scale.abs()
+    unit = bound.amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+    steps = torch.stack((16 * scale, offset - 8 * scale), dim=-1) / unit[:, None, None]
+    padded = torch.zeros(steps.numel() + SPARE, dtype=torch.int16)
+    padded[: steps.numel()] = steps.round().flatten()
+    return padded, unit
+
+
 def _versions(model: Decoder) -> list[tuple[Tensor, int, int]]:
     """Tensors of a model, their addresses, and torch's version counters of changes in place."""
     held = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]  # no version is counted there
@@ -117,12 +136,16 @@ class NativeStep:
     def __init__(self, model: Decoder, say: Callable[[str], None] = lambda text: None) -> None:
         self.library = load_library("decode.cpp", say, REORDERED)
         self.library.minillama_floats.restype = c_size_t
-        self.at_once: int = self.library.minillama_at_once()
         self.model = ref(model)  # which has the step: no circle, so that its memory is free when it goes
         self.memory = torch.empty(0)
         self.slots = self.threads = 0
         self.lock = Lock()
         self.refresh()
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it reads prompts of any length faster than the layers."""
+        return self.at_once > CHUNK
 
     def unsupported(self) -> str | None:
         """Reason why the layers are to decode now: what was changed by hand since; see `unsupported`."""
@@ -149,18 +172,19 @@ class NativeStep:
             head=self._matrix(head),
             layer=(_Layer * len(layers))(*layers),
         )
+        self.at_once: int = self.library.minillama_at_once(ctypes.byref(self.native))
         self.slots = self.threads = 0  # the work memory is made anew
 
     def __call__(self, tokens: Sequence[Sequence[int]], state: State, mask: Mask) -> Tensor | None:
         """Logits (B, V) after each row's new tokens, float32; None where the layers are needed, or faster.
 
         Args:
-            tokens: of B rows, at least one each.
+            tokens: of B rows; the logits of one without tokens are zeros.
             state: KV cache, which they are appended to.
             mask: causal, with a window or without.
 
         Raises:
-            ValueError: no slot is left, or the state is another model's or of another number of rows; a row of none.
+            ValueError: no slot is left, or the state is another model's or of another number of rows.
             RuntimeError: weights have changed since `refresh`.
             IndexError: a token that the vocabulary does not have.
         """
@@ -180,8 +204,6 @@ class NativeStep:
         shape = (len(tokens), native.n_kv_heads, state.max_len, native.head_dim)
         if len(layers) != native.n_layers or any(part.shape != shape or not part.is_contiguous() for part in stored):
             raise ValueError(f"the decode state is not one of {len(tokens)} rows of this model")
-        if min(counts) == 0:
-            raise ValueError("a row without a token")
         ids = [token for row in tokens for token in row]
         if not all(0 <= token < native.vocab_size for token in ids):
             raise IndexError(f"a token id that is not in 0..{native.vocab_size - 1}: {min(ids)} to {max(ids)}")
@@ -191,11 +213,12 @@ class NativeStep:
             for sequence, (row, start, dropped) in enumerate(starts)
             for slot, token in enumerate(row, start)
         ]
-        logits = torch.empty(len(counts), native.vocab_size, dtype=torch.float32, device="cpu")
+        ends = [count > 0 for count in counts]
+        logits = torch.empty(sum(ends), native.vocab_size, dtype=torch.float32, device="cpu")
         if any(t._version != version or t.data_ptr() != address for t, address, version in self.versions):
             raise RuntimeError("the model's weights have changed since this step read them: call its refresh()")
         with self.lock:  # ctypes lets other threads run, and the work memory is one
-            self._make_room(len(ids), state.max_len)
+            self._make_room(min(len(ids), CHUNK), state.max_len)
             self.library.minillama_step(
                 ctypes.byref(native),
                 c_int32(len(ids)),
@@ -207,7 +230,11 @@ class NativeStep:
                 c_void_p(logits.data_ptr()),
             )
         state.advance(counts)
-        return logits
+        if all(ends):
+            return logits
+        everywhere = torch.zeros(len(counts), native.vocab_size, dtype=torch.float32, device="cpu")
+        everywhere[torch.tensor(ends)] = logits
+        return everywhere
 
     def __deepcopy__(self, memo: object) -> None:
         """None: it reads its model's weights, and a copy of the model would go on with those."""
@@ -248,8 +275,8 @@ class NativeStep:
             found.weights, found.scale = self._pointer(product.quantized), self._floats(product.scale)
         elif isinstance(product, Int4Linear):
             found.kind, found.rows, found.columns = INT4, product.out_features, product.in_features
-            grid = product.grid.transpose(0, 1).repeat_interleave(product.group // GROUP, dim=1)
-            found.weights, found.grid = self._pointer(product.nibbles), self._pointer(grid)
+            grid, scale = _integer_grid(product)
+            found.weights, found.grid, found.scale = map(self._pointer, (product.nibbles, grid, scale))
         else:
             weight = cast(Tensor, product.weight)
             found.kind, (found.rows, found.columns) = FLOATS[weight.dtype], weight.shape

@@ -2,8 +2,8 @@
 //
 // A float32 is the sum of three bfloat16 parts of 8 significant bits each, x = x0 + x1 + x2, by successive truncation.
 // AMX multiplies them exactly and accumulates in float32. Weights of 8 bits are one part, so that w x is three
-// products; dequantized INT4 weights are three parts, of whose nine products the six significant in float32 are
-// computed (Henry, Tang and Heinecke 2019, arXiv 1904.06376).
+// products; INT4 weights of 14 bits are two, of whose six products the last is left out (Henry, Tang and Heinecke 2019,
+// arXiv 1904.06376).
 //
 // A tile is 16 rows of 64 bytes. A weight tile holds 16 rows x 32 columns; an input tile 16 pairs of columns x 16
 // inputs, the two of a pair adjacent; their product is added to a tile of 16 rows x 16 inputs.
@@ -23,7 +23,8 @@ constexpr int FEWEST = 8;  // inputs; for fewer gemv.h is as fast
 namespace {
 
 constexpr int TILE = SIDE * WIDTH;  // 32-bit words per tile
-constexpr int PARTS = 3;
+constexpr int PARTS = 3;         // of inputs
+constexpr int WEIGHT_PARTS = 2;  // at most
 // Not for FLOAT32: splitting its weights costs more than multiplying them.
 inline bool takes_tiles(const Matrix& m, int inputs) {
     return m.kind != FLOAT32 && inputs >= FEWEST && m.columns % DEPTH == 0 && has_tiles();
@@ -42,8 +43,8 @@ inline Words pairs(Vector low, Vector high) {
 }
 
 // Split of 32 values into bfloat16 parts.
-inline void split(Vector low, Vector high, Words* parts) {
-    for (int p = 0; p < PARTS; p++) {
+inline void split(Vector low, Vector high, Words* parts, int count = PARTS) {
+    for (int p = 0; p < count; p++) {
         parts[p] = pairs(low, high);
         low -= (Vector)((Words)low & 0xffff0000);
         high -= (Vector)((Words)high & 0xffff0000);
@@ -75,18 +76,18 @@ struct WeightTiles {
 
 template <Kind kind>
 inline WeightTiles weight_tiles(const Matrix& m, int row, int k, uint32_t* packed) {
-    size_t at = size_t(row) * m.columns + k;
-    if constexpr (kind == BFLOAT16) return {(const uint16_t*)m.weights + at, size_t(m.columns) * 2};
-    for (int r = 0; r < SIDE; r++, at += m.columns) {
-        Vector wide[2];
-        group_at<kind>(m, at, wide);
-        if constexpr (kind == INT8) {
-            store(packed + r * WIDTH, pairs(wide[0], wide[1]));
-        } else {
-            Words parts[PARTS];
-            split(wide[0], wide[1], parts);
-            for (int p = 0; p < PARTS; p++) store(packed + p * TILE + r * WIDTH, parts[p]);
-        }
+    if constexpr (kind == BFLOAT16) return {Row<kind>(m, row).weights + k * 2l, size_t(m.columns) * 2};
+    for (int r = 0; r < SIDE; r++) {
+        Shorts weights;
+        Row<kind>(m, row + r).group(k, &weights);
+        Halves halves[2];
+        std::memcpy(halves, &weights, sizeof weights);
+        typedef int16_t Signed __attribute__((vector_size(2 * WIDTH)));
+        Words parts[WEIGHT_PARTS];
+        constexpr int count = kind == INT8 ? 1 : WEIGHT_PARTS;
+        split(__builtin_convertvector((Signed)halves[0], Vector), __builtin_convertvector((Signed)halves[1], Vector),
+              parts, count);
+        for (int p = 0; p < count; p++) store(packed + p * TILE + r * WIDTH, parts[p]);
     }
     asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from there
     return {packed, 4 * WIDTH};
@@ -104,7 +105,7 @@ inline void multiply_tiles(const Matrix& m, int row, const uint32_t* parts, uint
     _tile_zero(3);
     for (int k = 0; k < m.columns; k += DEPTH, parts += PARTS * TILE) {
         asm volatile("" ::: "memory");  // GCC does not know that loading a tile reads memory
-        for (int r = 0; r < SIDE * R; r++) ahead<kind>(m, size_t(row + r + SIDE * R) * m.columns + k);
+        for (int r = 0; r < SIDE * R; r++) __builtin_prefetch(Row<kind>(m, row + r + SIDE * R).weights + size_t(k) * bits(kind) / 8);
         _tile_loadd(4, parts, side);
         _tile_loadd(5, parts + TILE, side);
         _tile_loadd(6, parts + 2 * TILE, side);
@@ -117,21 +118,17 @@ inline void multiply_tiles(const Matrix& m, int row, const uint32_t* parts, uint
             _tile_loadd(7, packed + TILE, side);
             _tile_dpbf16ps(2, 7, 4);
             _tile_dpbf16ps(2, 7, 5);
-            _tile_loadd(7, packed + 2 * TILE, side);
-            _tile_dpbf16ps(2, 7, 4);
         }
         if constexpr (R == 2) {
-            w = weight_tiles<kind>(m, row + SIDE, k, packed + PARTS * TILE);
+            w = weight_tiles<kind>(m, row + SIDE, k, packed + WEIGHT_PARTS * TILE);
             _tile_loadd(7, w.first, w.stride);
             _tile_dpbf16ps(1, 7, 4);
             _tile_dpbf16ps(3, 7, 5);
             _tile_dpbf16ps(3, 7, 6);
             if (!exact) {
-                _tile_loadd(7, packed + 4 * TILE, side);
+                _tile_loadd(7, packed + (WEIGHT_PARTS + 1) * TILE, side);
                 _tile_dpbf16ps(3, 7, 4);
                 _tile_dpbf16ps(3, 7, 5);
-                _tile_loadd(7, packed + 5 * TILE, side);
-                _tile_dpbf16ps(3, 7, 4);
             }
         }
     }
@@ -142,14 +139,14 @@ inline void write(const Matrix& m, int row, const float* sums, const float* rest
     Vector y[SIDE];
     for (int i = 0; i < SIDE; i++) y[i] = load<Vector>(sums + i * WIDTH) + load<Vector>(rest + i * WIDTH);
     transpose(y);
-    Vector scale = m.kind == INT8 ? load<Vector>(m.scale + row) : Vector{} + 1;
+    Vector scale = of_integers(m.kind) ? load<Vector>(m.scale + row) : Vector{} + 1;
     Vector bias = m.bias ? load<Vector>(m.bias + row) : Vector{};
     for (int b = 0; b < inputs; b++) store(out.row(b) + row, y[b] * scale + bias);
 }
 
 template <Kind kind, int R>
 inline void tile_rows(const Matrix& m, int row, const Inputs& in, const Outputs& out) {
-    alignas(64) uint32_t packed[2 * PARTS * TILE];
+    alignas(64) uint32_t packed[2 * WEIGHT_PARTS * TILE];
     alignas(64) float sums[4][TILE];
     for (int first = 0; first < in.count; first += SIDE) {
         multiply_tiles<kind, R>(m, row, in.parts + parts_size(first, m.columns), packed);

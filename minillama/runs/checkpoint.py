@@ -1,9 +1,9 @@
 """Checkpoint folder: atomic write, manifest with SHA-256.
 
-`checkpoints/step-N/` is a model folder with three files more: optimizer.safetensors (tensors named
-PARAMETER/NAME), run.json (step, tokens, seconds, data fingerprint and so on) and manifest.json, the size and
-SHA-256 of every other file. A checkpoint is written to a temporary folder beside and renamed when all of it is
-on the disk: it is complete or absent.
+`checkpoints/step-N/` is a model folder with three files more: optimizer.safetensors (tensors named PARAMETER/NAME; with
+parts of them in several processes a file of each, see `parts.py`), run.json (step, tokens, seconds, data fingerprint
+and so on) and manifest.json, the size and SHA-256 of every other file. A checkpoint is written to a temporary folder
+beside and renamed when all of it is on the disk: it is complete or absent.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minillama.errors import InputError
-from minillama.files import digest, free_name, read_json, replace_folder
+from minillama.files import digest, free_name, read_json, replace_file, replace_folder
+from minillama.runs import parts
 
 MANIFEST = "manifest.json"
-NEEDED = ("config.json", "optimizer.safetensors", "run.json")
+NEEDED = ("config.json", parts.PATTERN, "run.json")
+PATIENCE = 600.0  # seconds in which all processes have written their parts
 RUN = ("step", "tokens", "seconds", "data", "tokenizer", "guard", "record")
 
 WriteModel = Callable[[Path, Mapping[str, Tensor]], None]
@@ -45,7 +48,7 @@ class Checkpoint:
     def __init__(self, path: Path, verify: bool = True) -> None:
         self.path = path
         manifest = read_json(path / MANIFEST)
-        missing = [name for name in NEEDED if name not in manifest]
+        missing = [pattern for pattern in NEEDED if not any(fnmatchcase(name, pattern) for name in manifest)]
         odd = [name for name, known in manifest.items() if Path(name).name != name or not _is_entry(known)]
         if missing or odd:
             found = ", ".join(odd) or f"no entry for {', '.join(missing)}"
@@ -64,17 +67,13 @@ class Checkpoint:
         """Optimizer steps taken."""
         return int(self.run["step"])
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
+    def optimizer_tensors(self) -> dict[str, parts.Stored]:
         """Optimizer state, by PARAMETER/NAME.
 
         Raises:
-            InputError: the file is damaged.
+            InputError: a file is damaged.
         """
-        path = self.path / "optimizer.safetensors"
-        try:
-            return load_file(path)
-        except (SafetensorError, ValueError) as error:
-            raise InputError("a file of the checkpoint is damaged", where=path, found=error) from error
+        return parts.read(sorted(self.path.glob(parts.PATTERN)))
 
 
 @dataclass(frozen=True)
@@ -85,16 +84,17 @@ class CheckpointCopy:
         model: by parameter name.
         optimizer: by PARAMETER/NAME.
         run: JSON values, `step` among them.
+        places: of the tensors in `optimizer` that are parts.
+        index: of this process; the first one has the model.
+        count: processes that have parts, the first ones.
     """
 
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     run: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], run: Mapping[str, Any]) -> CheckpointCopy:
-        """Copies of the tensors, on the CPU."""
-        return cls(_copied(model), _copied(optimizer), run)
+    places: Mapping[str, parts.Place] = field(default_factory=dict)
+    index: int = 0
+    count: int = 1
 
     def check(self) -> None:
         """Refuse a NaN or infinite weight or moment; an objective's own state may have them.
@@ -109,26 +109,46 @@ class CheckpointCopy:
                 raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
 def save_checkpoint(folder: Path, contents: CheckpointCopy, write_model: WriteModel) -> Path:
-    """Write `folder/step-N`.
+    """Write `folder/step-N`, or this process's part of it, which the first one moves there when it has all.
 
     Raises:
         InputError: the system refuses, for instance because the disk is full; no partial checkpoint is left.
     """
+    step = contents.run["step"]
+    staged, names = folder / f".parts-{step}", [parts.file_name(i, contents.count) for i in range(contents.count)]
+    if contents.index:
+        name = names[contents.index]
+        try:
+            return replace_file(staged / name, lambda path: parts.write(path, contents.optimizer, contents.places))
+        except InputError as error:
+            with suppress(OSError):
+                (staged / f"{name}.failed").write_text(str(error.found), encoding="utf-8")
+            raise
 
     def write(path: Path) -> None:
         write_model(path, contents.model)
-        tensors = {name: tensor.contiguous() for name, tensor in contents.optimizer.items()}
-        save_file(tensors, path / "optimizer.safetensors")
+        parts.write(path / names[0], contents.optimizer, contents.places)
         _write_json(path / "run.json", contents.run)
+        for name in names[1:]:
+            _wait_for(staged / name).rename(path / name)
+        shutil.rmtree(staged, ignore_errors=True)
         known = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(path.iterdir())}
         _write_json(path / MANIFEST, known)
 
-    return replace_folder(folder / f"step-{contents.run['step']}", write)
+    return replace_folder(folder / f"step-{step}", write)
+
+
+def _wait_for(path: Path) -> Path:
+    """The file, when another process has written it."""
+    failed, began = path.with_name(f"{path.name}.failed"), time.monotonic()
+    while not path.exists():
+        if failed.exists() or time.monotonic() - began > PATIENCE:
+            found = failed.read_text(encoding="utf-8") if failed.exists() else f"nothing after {PATIENCE:.0f} s"
+            fix = "all processes must write to the same file system"
+            raise InputError("a process has not written its part", where=path, found=found, fix=fix)
+        time.sleep(0.02)
+    return path
 
 
 def newest_checkpoint(folder: Path, verify: bool = True) -> tuple[Checkpoint | None, dict[Path, str]]:
@@ -176,6 +196,13 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
         if step != best:  # renamed first: a process that is killed leaves no half of one under its name
             (folder / f"step-{step}").rename(folder / f".step-{step}.old")
     for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
+        shutil.rmtree(path, ignore_errors=True)
+    remove_parts(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the parts that processes of an attempt wrote which is over."""
+    for path in folder.glob(".parts-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

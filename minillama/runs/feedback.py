@@ -8,20 +8,17 @@ from typing import ClassVar, Literal
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.evaluate.rules import Reward
+from minillama.runs.kind import Kind
 
 
 @dataclass(frozen=True)
-class FeedbackConfig:
+class FeedbackConfig(Kind):
     """Rollouts, rewards and the clipped policy loss.
 
     `train.batch_size` answers make an optimizer step, so many times `minibatches` a rollout.
     """
 
-    special_tokens: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "prompts"
-    trains: ClassVar[str] = "lm"
-    head: ClassVar[Literal["lm", "score"]] = "lm"
-    texts: ClassVar[int] = 1
     rewards: tuple[Reward, ...] = (Reward(),)
     """What answers earn, a sum of rules, functions and reward models; NAME or WEIGHT*NAME on the command line."""
     samples: int = field(default=8, metadata={"min": 1})
@@ -52,7 +49,7 @@ class FeedbackConfig:
         return {"chat": ["minillama", "chat", model]}
 
     @property
-    def has_reference(self) -> bool:
+    def has_reference(self) -> bool:  # type: ignore[override]
         """Whether the start model is needed all along."""
         return self.kl != "none"
 

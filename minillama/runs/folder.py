@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from minillama.errors import InputError
 from minillama.files import free_name, regular, remove, replace_file
+from minillama.runs.log import MetricsLog
 
 FOLDERS = ("checkpoints", "model", "value", "average", "tensorboard")
 CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", *FOLDERS)
@@ -95,16 +96,20 @@ class RunFolder:
     Args:
         resume: it may hold a run, which is resumed.
         overwrite: it may hold a run, which is removed.
+        leads: whether this process writes; others of the same run neither lock nor change anything.
 
     Raises:
         InputError: it holds a run and neither was asked for; it cannot be written; a file of it is a link or a pipe;
             another process trains in it.
     """
 
-    def __init__(self, path: Path, resume: bool = False, overwrite: bool = False) -> None:
-        self.path, self._replaces = path, overwrite and not resume
+    def __init__(self, path: Path, resume: bool = False, overwrite: bool = False, leads: bool = True) -> None:
+        self.path, self._replaces, self.leads = path, overwrite and not resume, leads
         self.config, self.metrics, self.starts = path / "config.toml", path / "metrics.jsonl", path / "provenance.jsonl"
         self.checkpoints, self.model = path / "checkpoints", path / "model"
+        self.log: MetricsLog | None = None
+        if not leads:
+            return
         try:
             self._was_there = path.exists()
             if self.holds_run() and not (resume or overwrite):
@@ -142,16 +147,35 @@ class RunFolder:
 
         An existing model has fewer steps than the run will have.
         """
+        if not self.leads:
+            return
         for target in [self.path / name for name in (CONTENTS if self._replaces else ["model"])]:
             remove(target)
-        replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
+        self.write_config(config)
         append_line(self.starts, provenance)
+
+    def write_config(self, config: str) -> None:
+        """Replace the configuration."""
+        replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
 
     def rewind_metrics(self, step: int) -> None:
         """Remove the records after `step`, for a run that is resumed there."""
+        if not self.leads:
+            return
         kept = [record for record in read_lines(self.metrics) if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Append a step's line to metrics.jsonl, and log it.
+
+        Raises:
+            InputError: as `append_line`.
+        """
+        if self.leads:
+            append_line(self.metrics, record)
+            if self.log is not None:
+                self.log.add(record)
 
     def _take_lock(self) -> IO[str]:
         file = open(self.path / LOCK, "a+", encoding="utf-8", opener=regular)  # noqa: SIM115 - held while the run lasts
@@ -171,6 +195,10 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the lock. A folder created for a run that never began is removed, too."""
+        if not self.leads:
+            return
+        if self.log is not None:
+            self.log.close()
         if not self._was_there and not self.holds_run():
             with contextlib.suppress(OSError):
                 if os.name == "nt":  # where no open file can be removed

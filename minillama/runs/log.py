@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from minillama.errors import InputError, optional_import
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """Where the metrics go besides metrics.jsonl."""
-
-    to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """tensorboard: OUT/tensorboard, for `tensorboard --logdir runs`; wandb: Weights & Biases, over the network unless
-    WANDB_MODE=offline. Extra `log`."""
-    project: str = "minillama"
-    """Project of Weights & Biases."""
+from minillama.runs.sections import LogConfig
 
 
 class MetricsLog:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch
 from minillama.config.cost import TrainingMemory, training_memory
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig
+from minillama.runs.parallel import Sizes
 from minillama.runs.report import Report
 
 GIB = 2**30
+ONE = Sizes()
 
 
-def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingMemory:
-    """Training memory of `minillama plan` for a micro-batch of `rows` sequences."""
+def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int, sizes: Sizes = ONE) -> TrainingMemory:
+    """Training memory of `minillama plan` for a micro-batch of `rows` sequences, per process."""
     rows *= config.objective.texts
     found = training_memory(
         config.model,
@@ -29,6 +32,9 @@ def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingM
         checkpointing=config.train.checkpointing,
         lora=config.lora,
         quantize=config.train.quantize,
+        shard=sizes.shard,
+        tensor=sizes.tensor,
+        sequence=False,
     )
     if config.lora is not None or not config.objective.has_reference:
         return found
@@ -36,7 +42,10 @@ def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int) -> TrainingM
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Available memory in bytes: of the GPU, or of the machine within its control group; None where unknown."""
+    """Available memory in bytes: of the GPU, or of the machine within its control group; None where unknown.
+
+    Processes that torchrun started on one machine share its memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []
@@ -47,7 +56,7 @@ def available_memory(device: torch.device) -> int | None:
         used = int((group / "memory.current").read_text(encoding="ascii"))
         used -= _entry(group / "memory.stat", "inactive_file")  # file pages, which the kernel reclaims
         found.append(int((group / "memory.max").read_text(encoding="ascii")) - used)
-    return min(found, default=None)
+    return min(found) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else None
 
 
 def _entry(path: Path, name: str) -> int:
@@ -56,24 +65,31 @@ def _entry(path: Path, name: str) -> int:
     return int(next(line[1] for line in lines if line[0] == name))
 
 
-def largest_micro_batch(config: RunConfig, dtype: torch.dtype, available: int, below: int) -> int | None:
+def largest_micro_batch(
+    config: RunConfig, dtype: torch.dtype, available: int, below: int, sizes: Sizes = ONE
+) -> int | None:
     """Micro-batch size, halved until it fits, at most `below`; None where not even one sequence does."""
     rows = below
-    while rows and needed_memory(config, dtype, rows).total > available:
+    while rows and needed_memory(config, dtype, rows, sizes).total > available:
         rows //= 2
     return rows or None
 
 
-def warn_of_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, report: Report) -> None:
+def warn_of_memory(
+    config: RunConfig, dtype: torch.dtype, device: torch.device, report: Report, sizes: Sizes = ONE
+) -> None:
     """Warn of too little memory before anything is built. Linux kills such a process without a message."""
     free = available_memory(device)
     if free is None:
         return
     if device.type == "cpu":
-        free -= _state_bytes(config)  # a checkpoint is a copy in memory while it is written
-    need = needed_memory(config, dtype, config.micro_batch_size).total
+        state, model = _state_bytes(config), 4 * config.model.num_params()
+        # a checkpoint is a copy in memory while it is written, of the model in the first process
+        free -= state if sizes.parts == 1 else model + (state - model) // sizes.parts
+    rows = min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+    need = needed_memory(config, dtype, rows, sizes).total
     if need > free:
-        fits = largest_micro_batch(config, dtype, free, config.micro_batch_size)
+        fits = largest_micro_batch(config, dtype, free, rows, sizes)
         largest = f"--train.micro_batch_size {fits} fits"
         advice = largest if fits else "not one sequence fits; take a smaller model or context"
         report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {free / GIB:.2f} are free: {advice}")
@@ -96,22 +112,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
-def explain(error: Exception, config: RunConfig, dtype: torch.dtype, device: torch.device, phase: str) -> InputError:
+def explain(
+    error: Exception, config: RunConfig, dtype: torch.dtype, device: torch.device, phase: str, sizes: Sizes = ONE
+) -> InputError:
     """Out-of-memory error with the memory needed, and the setting that fits.
 
     Args:
         error: as torch raised it.
         phase: of the run, as "training".
     """
-    rows = config.micro_batch_size
-    need = needed_memory(config, dtype, rows)
+    rows = min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+    need = needed_memory(config, dtype, rows, sizes)
     parts = "weights", "gradients", "optimizer", "casts", "activations", "logits"
-    sizes = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
+    listed = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))
     if rows > 1:
         free = available_memory(device)
-        fits = largest_micro_batch(config, dtype, free, rows // 2) if free is not None else None
+        fits = largest_micro_batch(config, dtype, free, rows // 2, sizes) if free is not None else None
         half, batch = fits or rows // 2, config.train.batch_size
-        less = needed_memory(config, dtype, half).total / GIB
+        less = needed_memory(config, dtype, half, sizes).total / GIB
         fix = (
             f"add --train.micro_batch_size {half}: {less:.2f} GiB, and the same batch of {batch} "
             f"in {-(-batch // half)} micro-batches; then --resume"
@@ -123,7 +141,7 @@ def explain(error: Exception, config: RunConfig, dtype: torch.dtype, device: tor
     return InputError(
         f"out of memory while {phase}",
         where=f"train.micro_batch_size = {rows}, on {device}",
-        found=f"{str(error).splitlines()[0]}; {need.total / GIB:.2f} GiB are needed (GiB: {sizes})",
+        found=f"{str(error).splitlines()[0]}; {need.total / GIB:.2f} GiB are needed (GiB: {listed})",
         fix=fix,
     )
 
@@ -137,7 +155,7 @@ def check_disk(config: RunConfig, folder: Path) -> None:
     Raises:
         InputError: they do not.
     """
-    steps, every = config.train.steps, min(config.checkpoint.every, config.validate.every)
+    steps, every = config.train.steps, min(config.checkpoint.every, config.validates_every)
     count = min(config.checkpoint.keep + 2, steps // every + 2)
     trained = config.model.num_params() if config.lora is None else config.lora.num_params(config.model)
     one, model = _state_bytes(config), 4 * trained

@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from minillama.config.loader import Located, say_renamed, to_dict
-from minillama.data.sources import Source, parse_source
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.evaluate.question import Question
 from minillama.evaluate.rules import Reward, parse_reward
 from minillama.runs.feedback import GRPOConfig, PPOConfig
+from minillama.runs.kind import Kind, generate
+from minillama.runs.kind import typed as typed
 from minillama.tokenizer.blanks import BLANK_TOKENS
-
-
-def typed(command: str) -> list[str]:
-    """Words that run a command, as this one was: by the script of a clone, or `minillama`."""
-    is_script = Path(sys.argv[0]).name in ("train.py", "generate.py")
-    return ["python", str(Path(sys.argv[0]).with_name(f"{command}.py"))] if is_script else ["minillama", command]
-
-
-def generate(model: str, prompt: str) -> list[str]:
-    """Arguments that continue a prompt."""
-    given = [f"--prompt={prompt}"] if prompt.startswith("-") else ["--prompt", prompt]
-    return [*typed("generate"), "--model", model, *given]
-
-
-class Kind:
-    """What the settings of an objective say of it."""
-
-    special_tokens: ClassVar[tuple[str, ...]] = ()
-    """That the tokenizer needs for it."""
-    reads: ClassVar[str] = "text"
-    """What `load_data` makes of the sources: text (or conversations), records or preferences."""
-    trains: ClassVar[str] = "lm"
-    """The `objective` of the models that it is for."""
-    head: ClassVar[Literal["lm", "score"]] = "lm"
-    """The `head` of the model that is trained."""
-    has_reference: ClassVar[bool] = False
-    """Whether the start model, frozen, is needed all along."""
-    texts: ClassVar[int] = 1
-    """Sequences of an example."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +25,6 @@ class LMConfig(Kind):
     """Next-token prediction."""
     z_loss: float = field(default=0.0, metadata={"min": 0})
     """Times log(Z)^2 is added to a token's loss, Z the sum of e^logits; PaLM has 1e-4."""
-
-    def commands(self, model: str, prompt: str) -> dict[str, list[str]]:
-        """What to do with the trained model."""
-        return {"generate": generate(model, prompt)}
 
 
 @dataclass(frozen=True)
@@ -157,10 +124,6 @@ class DPOConfig(Kind):
             expected = "more than 0 with loss exo" if used else "0, but with loss sigmoid, robust or exo"
             raise InputError("label smoothing", where="label_smoothing", found=self.label_smoothing, expected=expected)
 
-    def commands(self, model: str, prompt: str) -> dict[str, list[str]]:
-        """What to do with the trained model."""
-        return {"generate": generate(model, prompt)}
-
 
 @dataclass(frozen=True)
 class KTOConfig(Kind):
@@ -177,10 +140,6 @@ class KTOConfig(Kind):
     """Of good answers in the loss; times their number it should be 1 to 4/3 of that of the others."""
     undesirable_weight: float = field(default=1.0, metadata={"min": 0})
     """Of bad answers in the loss."""
-
-    def commands(self, model: str, prompt: str) -> dict[str, list[str]]:
-        """What to do with the trained model."""
-        return {"generate": generate(model, prompt)}
 
 
 ObjectiveConfig: TypeAlias = (
@@ -200,7 +159,7 @@ OBJECTIVES = {
 
 # elements of lists of settings -> a table of one word of the command line
 ELEMENTS: Mapping[type, Callable[[str], Any]] = {
-    Source: lambda word: to_dict(parse_source(word)),
+    Source: lambda word: to_dict(Source(word)),
     Reward: lambda word: to_dict(parse_reward(word)),
 }
 

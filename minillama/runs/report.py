@@ -40,6 +40,18 @@ class Report(Protocol):
         """The loop has ended."""
 
 
+class SilentReport:
+    """No report, of processes beside the one that reports."""
+
+    def start(self, step: int, steps: int) -> None: ...
+
+    def step(self, record: Record) -> None: ...
+
+    def say(self, text: str = "") -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class Pace:
     """Estimate of seconds per step: the median of the last steps, and a share of recent extra time.
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 from minillama.runs.report import Report
+
+REPEATED = 2.0  # seconds
 
 
 class Interrupted(BaseException):
@@ -25,6 +29,7 @@ class Signals:
         self.report = report
         self.number: int | None = None
         self._stops_at_once = False
+        self._at = 0.0
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -62,6 +67,9 @@ class Signals:
             raise Interrupted(self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now, self._at = time.monotonic(), self._at or time.monotonic()
+        if self.number is not None and now - self._at < REPEATED and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # the terminal's and torchrun's own are one
         if self.number is not None:
             raise KeyboardInterrupt
         self.number = number

@@ -11,8 +11,8 @@ from minillama.errors import InputError
 class ValidateConfig:
     """Validation on held-out text and on evaluation sets."""
 
-    every: int = field(default=100, metadata={"min": 1})
-    """Steps between validations; there is one at step 0 and one at the end as well."""
+    every: int = field(default=100, metadata={"min": 0})
+    """Steps between validations; there is one at step 0 and one at the end as well. 0: a quarter of the run."""
     tokens: int = field(default=0, metadata={"min": 0})
     """Held-out tokens that are scored; 0: all."""
     tasks: tuple[str, ...] = ()

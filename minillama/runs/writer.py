@@ -18,9 +18,11 @@ class CheckpointWriter:
         keep: number of newest checkpoints kept.
         write_model: writes a model folder from tensors into a path.
         report: told when a checkpoint could not be written. The run continues; the one before is intact.
+        leads: whether this process removes old checkpoints; others of the same run write their part alone.
     """
 
-    def __init__(self, folder: Path, keep: int, write_model: WriteModel, report: Report) -> None:
+    def __init__(self, folder: Path, keep: int, write_model: WriteModel, report: Report, leads: bool = True) -> None:
+        self.leads = leads
         self.folder, self.keep, self.write_model, self.report = folder, keep, write_model, report
         self.losses: dict[int, float] = {}
         """The objective's measure by step, lower is better; the checkpoint with the lowest is kept."""
@@ -37,6 +39,8 @@ class CheckpointWriter:
         """Take a snapshot and write it, after the one before. A failure of that one is reported here."""
         self.wait()
         snapshot = take()  # not before: two of them at once would cost the memory of two
+        if snapshot.index >= snapshot.count:
+            return
         # A daemon, so that a second Ctrl-C need not wait for the disk: a partial checkpoint stays invisible.
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -61,6 +65,8 @@ class CheckpointWriter:
                 self.report.say(f"warning: {self._failure}\n  the run continues; the checkpoints before are unchanged")
 
     def _prune(self) -> None:
+        if not self.leads:
+            return
         try:
             prune(self.folder, self.keep, self.best)
         except OSError as error:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from minillama.errors import InputError
+from minillama.errors import optional_import
 from minillama.scaling.fit import NAMES, Fit
 from minillama.scaling.isoflop import budgets
 from minillama.scaling.points import Table
@@ -19,20 +18,13 @@ def draw(path: Path, table: Table, fits: dict[int, Fit], given: Sequence[float] 
 
     Args:
         path: .png, .svg or .pdf.
-        table: the runs.
         fits: by approach.
         given: budgets, as of `isoflop.budgets`.
 
     Raises:
         InputError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise InputError("matplotlib is not installed", where="--figure", fix="pip install 'minillama[plot]'")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = optional_import("matplotlib.figure", "a figure", "plot").Figure(figsize=(13, 4), layout="constrained")
     isoflop, size, loss = figure.subplots(1, 3)
     for group in budgets(table.points, given):
         if len(group) > 2:

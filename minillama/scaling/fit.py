@@ -55,12 +55,10 @@ def fit(
     """Fit of a table of runs.
 
     Args:
-        table: the runs.
         approach: 1, 2 or 3.
         window: of approach 2, see `parabolas`.
         budgets: of approach 2, see `parabolas`.
         resamples: of the bootstrap; 0 leaves the intervals out.
-        seed: of the bootstrap.
 
     Raises:
         InputError: too few runs, sizes or budgets, or a fit that did not converge.

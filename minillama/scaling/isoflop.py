@@ -107,7 +107,6 @@ def budgets(points: Sequence[Point], given: Sequence[float] = ()) -> list[list[P
     """Runs by budget.
 
     Args:
-        points: the runs.
         given: budgets, each with the runs whose ln C is within 0.15; the others are not used. Without them each run
             belongs to the budget of the least C within 0.15.
     """
@@ -130,7 +129,6 @@ def parabolas(points: Sequence[Point], window: float = math.inf, given: Sequence
     otherwise at each budget, as one grid of sizes for all budgets does.
 
     Args:
-        points: the runs.
         window: only sizes within this factor of the best one.
         given: budgets, where the FLOPs of the runs do not tell them.
     """

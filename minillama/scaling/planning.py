@@ -39,7 +39,6 @@ def cheapest(law: Law, loss: float, inference: float, unique: float = 0) -> Allo
     """Least total FLOPs 6ND + 2N I for a loss (Sardana et al. 2023, arXiv 2401.00448, eq. 1).
 
     Args:
-        law: scaling law.
         loss: to reach.
         inference: I, tokens of inference over the model's life.
         unique: unique training tokens; 0: all.
@@ -123,7 +122,6 @@ def plan(
     """Plan from one of C, N, D.
 
     Args:
-        law: scaling law.
         base: vocabulary and context of the model.
         flops: C; the shape's D then spends it exactly.
         params: N.

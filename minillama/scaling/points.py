@@ -16,11 +16,7 @@ if TYPE_CHECKING:
     from minillama.runs.record import RecordedRun
 
 NATS, BITS = "nats per token", "bits per byte"
-COUNTS = {
-    "head": "matrices and head, no embedding",
-    "all": "all parameters",
-    "matrices": "matrices of the blocks",
-}
+COUNTS = {"head": "matrices and head, no embedding", "all": "all parameters", "matrices": "matrices of the blocks"}
 COLUMNS = {
     "params": ("params", "parameters", "n", "model size"),
     "tokens": ("tokens", "training tokens", "d"),
@@ -58,7 +54,6 @@ class Table:
     """Runs of one fit.
 
     Args:
-        points: the runs.
         unit: of their loss.
         notes: what was left out or makes the fit doubtful.
     """
@@ -96,11 +91,7 @@ def counts(config: ModelConfig) -> dict[str, int]:
     With the embedding counted, exponents at small sizes are those of the embedding (nanochat, dev/LOG.md).
     """
     layer = sum(map(math.prod, config.layer_tensors().values()))
-    return {
-        "head": config.num_params(embedding=False),
-        "all": config.num_params(),
-        "matrices": config.n_layers * layer,
-    }
+    return {"head": config.num_params(embedding=False), "all": config.num_params(), "matrices": config.n_layers * layer}
 
 
 def read_csv(path: Path) -> Table:

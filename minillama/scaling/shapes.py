@@ -37,14 +37,7 @@ def shape(dim: int, base: ModelConfig, head_dim: int = 0) -> ModelConfig:
     hidden = multiple * math.ceil(8 * dim / 3 / multiple)
     heads = dim // head
     return replace(
-        base,
-        dim=dim,
-        n_layers=depth(dim),
-        n_heads=heads,
-        n_kv_heads=heads,
-        head_dim=head,
-        hidden_dim=hidden,
-        preset="",
+        base, dim=dim, n_layers=depth(dim), n_heads=heads, n_kv_heads=heads, head_dim=head, hidden_dim=hidden, preset=""
     )
 
 

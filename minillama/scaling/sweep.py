@@ -18,7 +18,7 @@ import tomli_w
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.files import regular, replace_file
+from minillama.files import regular, replace_text
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.record import RecordedRun
 from minillama.scaling.fit import Fit
@@ -133,7 +133,7 @@ class Sweep:
             raise InputError("this run of the sweep was started with other settings", where=written, fix=fix)
         if is_finished(path):
             return True
-        _write(written, text)
+        replace_text(written, text)
         status = self.train(written, path)
         if status or not is_finished(path):
             self.say(f"{config.name} was stopped, status {status}; see {path}.log")
@@ -164,7 +164,7 @@ def run_config(base: RunConfig, model: ModelConfig, flops: float) -> RunConfig:
         base,
         name=f"C{flops:.3g}-N{size(model)}".replace("+", ""),
         model=model,
-        train=replace(base.train, steps=steps, batch_size=rows),
+        train=replace(base.train, steps=steps, minutes=0.0, batch_size=rows),
         optim=replace(base.optim, warmup_steps=max(1, steps // 20)),
         validate=replace(base.validate, every=steps),
         checkpoint=replace(base.checkpoint, every=steps, keep=1),
@@ -176,8 +176,8 @@ def is_finished(path: Path) -> bool:
     return (path / "config.toml").exists() and RecordedRun.open(path).is_finished
 
 
-def predict(sweep: Sweep, fits: dict[int, Fit], factor: float = 4) -> tuple[RunConfig, dict[str, Any]]:
-    """Run at a multiple of the largest budget, and its predicted loss.
+def predict(sweep: Sweep, fits: dict[int, Fit]) -> tuple[RunConfig, dict[str, Any]]:
+    """Run at four times the largest budget, and its predicted loss.
 
     N_opt is that of the IsoFLOP parabolas, or of the parametric law where there is none. FOLDER/next/prediction.json
     holds what was predicted first, so that it was predicted before the run.
@@ -191,7 +191,7 @@ def predict(sweep: Sweep, fits: dict[int, Fit], factor: float = 4) -> tuple[RunC
     law = fits[3].law if 3 in fits else None
     if law is None:
         raise InputError("there is no parametric fit to predict a loss with", fix="add budgets or sizes")
-    flops, head = factor * sweep.budgets[-1], sweep.base.model.head_dim
+    flops, head = 4 * sweep.budgets[-1], sweep.base.model.head_dim
     path = sweep.folder / "next" / "prediction.json"
     is_made = path.exists()
     made = json.loads(path.read_text(encoding="utf-8")) if is_made else {}
@@ -201,14 +201,10 @@ def predict(sweep: Sweep, fits: dict[int, Fit], factor: float = 4) -> tuple[RunC
         count, tokens = size(config.model), float(config.train.steps * config.train.batch_size * config.context)
         made = {"params": count, "tokens": tokens, "flops": _flops(config), "loss": law.loss(count, tokens)}
         made["interval"] = interval(law, lambda near: near.loss(count, tokens), law.residual)
-        _write(path, json.dumps(made, indent=2) + "\n")
+        replace_text(path, json.dumps(made, indent=2) + "\n")
     return config, made
 
 
 def _flops(config: RunConfig) -> float:
     tokens = config.train.steps * config.train.batch_size * config.context
     return tokens * config.model.flops_per_token(config.context)
-
-
-def _write(path: Path, text: str) -> Path:
-    return replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))

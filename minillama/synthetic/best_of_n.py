@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,16 @@ from typing import Any
 
 from minillama.data.permutation import derive_keys
 from minillama.data.prompts import Prompt
+from minillama.data.reading import read_records
+from minillama.data.sources import valid
 from minillama.errors import InputError
-from minillama.evaluate.rewards import Rewards
+from minillama.evaluate.rewards import Rewards, answer_of
 from minillama.evaluate.rules import Answer
-from minillama.files import replace_file
+from minillama.files import append_lines, complete_lines
 from minillama.inference.rollout import answers
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
+from minillama.synthetic.hindsight import turns
 
 Line = Mapping[str, Any]
 
@@ -34,6 +36,7 @@ class BestOfN:
         max_new_tokens: tokens per answer at most.
         sampling: sampling settings; the answers to a prompt depend on its text and the seed alone.
         stop_ids: tokens that end an answer.
+        lead: what the template writes in front of an answer, and the model generates, see `ChatPrompts`.
         batch: prompts that are answered at once.
     """
 
@@ -43,6 +46,7 @@ class BestOfN:
     max_new_tokens: int
     sampling: Sampling
     stop_ids: frozenset[int]
+    lead: str = ""
     batch: int = 8
 
     def write(self, prompts: Sequence[Prompt], path: Path, earlier: Sequence[Path] = ()) -> Iterator[Line]:
@@ -59,38 +63,32 @@ class BestOfN:
         Raises:
             InputError: a file that cannot be read or written, or with other lines.
         """
-        before = [(file, line) for file in earlier for line in read_lines(file)]
-        known = {key: [line for _, line in before if line["key"] == key] for key in {line["key"] for _, line in before}}
-        number = 1 + max((line["round"] for _, line in before), default=0)
-        done = _complete(path)
+        before = [line for file in earlier for line in read_lines(file)]
+        known = {key: [line for line in before if line["key"] == key] for key in {line["key"] for line in before}}
+        number = 1 + max((line["round"] for line in before), default=0)
+        complete_lines(path)  # without one that a stopped run left incomplete
+        done = {line["key"] for line in read_lines(path)} if path.exists() else set()
         left = [prompt for key, prompt in {key_of(prompt): prompt for prompt in prompts}.items() if key not in done]
         for start in range(0, len(left), self.batch):
             part = left[start : start + self.batch]
             lines = [line for line in self._best(part, known, number) if line]
-            try:
-                with path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            except OSError as error:
-                raise InputError("cannot write", where=path, found=error.strerror) from error
+            append_lines(path, lines)
             yield from lines
 
     def _best(self, prompts: Sequence[Prompt], known: Mapping[str, Sequence[Line]], number: int) -> Iterator[Line]:
         seeds = [derive_keys("best-of-n", self.sampling.seed, number, key_of(prompt))[0] >> 8 for prompt in prompts]
-        ids, decode = [prompt.ids for prompt in prompts], self.rewards.tokenizer.decode
+        ids, tokenizer = [prompt.ids for prompt in prompts], self.rewards.tokenizer
         sampling = (self.samples, self.max_new_tokens, self.sampling, self.stop_ids, seeds)
-        requests = iter(answers(self.model, ids, *sampling))
+        requests = answers(self.model, ids, *sampling)
         candidates: list[tuple[Answer, int]] = []
         groups: list[tuple[Prompt, int, int]] = []
-        for prompt in prompts:
-            begun = len(candidates)
-            for request in (next(requests) for _ in range(self.samples)):
-                ended = request.finish_reason == "eos"
-                text = decode(request.tokens[: len(request.tokens) - ended])
-                candidates.append((Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended), number))
+        for i, prompt in enumerate(prompts):
+            begun, own = len(candidates), requests[i * self.samples : (i + 1) * self.samples]
+            candidates += [(answer_of(prompt, request, tokenizer, self.lead), number) for request in own]
             for line in known.get(key_of(prompt), ()):
                 text = line["messages"][-1]["content"]
-                own = [*self.rewards.tokenizer.encode_inside(text), *[self.rewards.end_id] * line["ended"]]
-                old = Answer(prompt.text, own, text, prompt.record, prompt.ids, line["ended"])
+                written = [*tokenizer.encode_inside(self.lead + text), *[self.rewards.end_id] * line["ended"]]
+                old = Answer(prompt.text, written, text, prompt.record, prompt.ids, line["ended"])
                 candidates.append((old, line["round"]))
             groups.append((prompt, begun, len(candidates)))
         scored = self.rewards([answer for answer, _ in candidates])
@@ -101,9 +99,8 @@ class BestOfN:
                 continue
             best = max(found, key=lambda i: totals[i])  # the first of equals
             answer, of = candidates[best]
-            asked = [{"role": m.role, "content": m.full_content} for m in prompt.conversation.messages]
             yield {
-                "messages": [*asked, {"role": "assistant", "content": answer.text}],
+                "messages": [*turns(prompt.conversation), {"role": "assistant", "content": answer.text}],
                 "reward": totals[best],
                 "rewards": {name: part[best].item() for name, part in scored.parts.items()},
                 "ended": answer.ended,
@@ -129,31 +126,15 @@ def read_lines(path: Path) -> list[Line]:
     Raises:
         InputError: no such file, or a line of something else.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("cannot read an earlier round", where=path, found=error) from error
-    found = []
-    for number, line in enumerate(lines, 1):
+    found: list[Line] = []
+    for record in valid(read_records(path)):
+        line = record.value
         try:
-            record = json.loads(line)
-            assert isinstance(record["key"], str) and isinstance(record["round"], int) and "ended" in record
-            assert isinstance(record["messages"][-1]["content"], str)
-        except (ValueError, KeyError, IndexError, TypeError, AssertionError):
-            where, expected = f"{path}:{number}", "a line that best-of-n wrote, with messages, round and key"
-            raise InputError(
-                "not a line of an earlier round", where=where, found=line[:80], expected=expected
-            ) from None
-        found.append(record)
+            assert isinstance(line["key"], str) and isinstance(line["round"], int) and "ended" in line
+            assert isinstance(line["messages"][-1]["content"], str)
+        except (KeyError, IndexError, TypeError, AssertionError):
+            shown, expected = ", ".join(line), "a line that best-of-n wrote, with messages, round and key"
+            what = "not a line of an earlier round"
+            raise InputError(what, where=record.where, found=shown, expected=expected) from None
+        found.append(line)
     return found
-
-
-def _complete(path: Path) -> set[str]:
-    """Keys of the prompts that a file has; a last line that a stopped run left incomplete is removed."""
-    if not path.exists():
-        return set()
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        replace_file(path, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
-    return {line["key"] for line in read_lines(path)}

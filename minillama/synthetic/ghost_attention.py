@@ -24,7 +24,6 @@ class GhostAttention:
     once, as the system message, and weight 0 on all answers but the last.
 
     Args:
-        teacher: that answers.
         instructions: one is drawn for each dialogue; without any a role and a style of the package's, joined.
         sampling: of the answers.
         language: of the package's instructions.

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from minillama.data.conversations import conversations
 from minillama.data.permutation import derive_keys
-from minillama.data.sources import parse_source
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.evaluate.rouge import Similar, rouge_tokens
 from minillama.inference.generate import Completion
@@ -44,7 +44,7 @@ def read_seeds(file: str) -> list[Task]:
         InputError: not such a file, or fewer than ten instructions.
     """
     found: dict[str, Task] = {}
-    for conversation in conversations(parse_source(file)):
+    for conversation in conversations(Source(file)):
         asked = next((message for message in conversation.messages if message.role == "user"), None)
         answer = next(message.content for message in conversation.messages if message.is_answer)
         if asked is not None:
@@ -107,10 +107,8 @@ class SelfInstruct:
             barren = 0 if lines else barren + 1
             out.say(len(self.kept), self.count, before)
         if len(self.kept) < self.count:
-            what, fix = (
-                f"{_BARREN} rounds without a new instruction",
-                "give another teacher, another --method, more seeds",
-            )
+            what = f"{_BARREN} rounds without a new instruction"
+            fix = "give another teacher, another --method, more seeds"
             raise InputError(what, where=out.path, found=summary(out.counts), fix=fix)
 
     def _round(self, number: int, left_out: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import minillama
 from minillama.errors import InputError
-from minillama.files import digest, reading, replace_file
+from minillama.files import digest, json_lines, read_json, replace_text
 
 T = TypeVar("T")
 Line = Mapping[str, Any]
@@ -56,8 +56,7 @@ class Generated:
             raise InputError("the file exists, without a provenance file beside it", where=path, fix=fix)
 
     def _resume(self, size: int) -> None:
-        with reading(self.beside):
-            state = json.loads(self.beside.read_text(encoding="utf-8"))
+        state = read_json(self.beside)
         other = [key for key in self.about.keys() | state["about"] if self.about.get(key) != state["about"].get(key)]
         if other:
             key, fix = min(other), "give another --output, or what the file was begun with"
@@ -84,7 +83,7 @@ class Generated:
         Raises:
             InputError: the file cannot be written.
         """
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        data = json_lines(lines).encode()
         if not self.beside.exists():
             self._save()  # in front of the first line, which a killed process could leave alone otherwise
         try:
@@ -101,8 +100,7 @@ class Generated:
     def _save(self) -> None:
         progress = {"done": self.done, "bytes": self.bytes, "counts": dict(self.counts)}
         state = {"about": self.about, "minillama": minillama.__version__, **progress}
-        text = json.dumps(state, ensure_ascii=False, indent=1) + "\n"
-        replace_file(self.beside, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        replace_text(self.beside, json.dumps(state, ensure_ascii=False, indent=1) + "\n")
 
     def each(self, units: Sequence[T], make: Callable[[Sequence[T], int], Made], batch: int) -> None:
         """Make the lines of units that are known beforehand, batch by batch.

@@ -12,16 +12,8 @@ from typing import Any
 from minillama.errors import InputError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    "ipython": "tool",
-}
+ALIASES = {"human": "user"} | dict.fromkeys(("gpt", "model", "bot", "chatgpt"), "assistant")
+ALIASES |= dict.fromkeys(("observation", "function", "ipython"), "tool")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ def vocabulary(tokenizer: Tokenizer, rows: int, stop_ids: frozenset[int] = froze
     """The keys for an embedding of `rows` rows; rows without a token get an unused one.
 
     Args:
-        tokenizer: the vocabulary.
         rows: of the embedding.
         stop_ids: of the model, besides the tokenizer's.
 

@@ -38,7 +38,9 @@ def read(file: Path) -> Parts:
     settings_file = file.with_name(SETTINGS)
     settings = _settings(file.parent)
     _add(backend, settings.get("added_tokens_decoder"), settings_file)
-    names = (*(backend.id_to_token(i) or "" for i in sorted(stop_ids(file.parent)) if 0 <= i < 2**32), *_EOS_NAMES)
+    added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+    ends = (i for i in sorted(stop_ids(file.parent)) if 0 <= i < 2**32)
+    names = (*(added.get(i) or backend.id_to_token(i) or "" for i in ends), *_EOS_NAMES)
     eos = _token(settings.get("eos_token"), backend, names)
     bos = _token(settings.get("bos_token"), backend, () if settings_file.exists() else _BOS_NAMES)
     if eos is None:

@@ -33,8 +33,6 @@ class Marking:
     """Renderings of a conversation and its prefixes, as coded text.
 
     Args:
-        conversation: the whole of it.
-        template: to render it.
         encoder: has the names of the special tokens.
 
     Raises:

@@ -81,8 +81,6 @@ def encode(conversation: Conversation, template: Template, tokenizer: Tokenizer,
 
     Args:
         conversation: with an answer.
-        template: its text.
-        tokenizer: to encode it.
         train_on: all answers, or the last alone; each has its own weight, 1 unless it says another.
 
     Raises:

@@ -48,11 +48,8 @@ def read(file: Path) -> Parts:
     pieces: list[str] = []
     lines = read_bytes(file, FIX, LARGEST).splitlines()
     if len(lines) != RANKS and (len(lines) > RANKS or file.suffix == ".tiktoken"):
-        found, fix = (
-            f"{len(lines)} ranks",
-            "give the tokenizer.json of that model: ranks do not say how it splits texts",
-        )
-        raise InputError("these are not Llama 3's ranks", where=file, found=found, expected=f"{RANKS} ranks", fix=fix)
+        what, fix = "these are not Llama 3's ranks", "give that model's tokenizer.json: ranks do not split texts"
+        raise InputError(what, where=file, found=f"{len(lines)} ranks", expected=f"{RANKS} ranks", fix=fix)
     for number, line in enumerate(lines, 1):
         token, _, rank = line.partition(b" ")
         try:

@@ -394,6 +394,7 @@ class Tokenizer:
     @cached_property
     def special(self) -> SpecialEncoder:
         """Encoder of texts in which special tokens stand beside plain text."""
-        names = {name: i for i in self.special_ids if (name := self.backend.id_to_token(i))}
+        # not id_to_token, which normalizes the names of tokens that their file calls `normalized`
+        names = {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
         own = {self.bos_token: self.bos_id, self.eos_token: self.eos_id}
         return SpecialEncoder(self.backend, names | own, self._encoder)

@@ -2,59 +2,109 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
+from statistics import median
 
 import torch
 
 from minillama.device import compiler_missing
+from minillama.files import cache_folder, replace_file
 from minillama.model import Decoder
 from minillama.native import attention, softmax, swiglu
 from minillama.native.build import CannotBuild, can_build
 from minillama.runs.report import Report
+from minillama.training.duration import TIMED, Duration
 
-# seconds of a cold compilation of one block, forward and backward, and the share of a step that it saves. On the
-# CPU they are the conservative end of measurements (benchmarks/README.md); for the others they are estimates.
-COST = 12.0
-SAVING = {"cpu": 0.04, "cuda": 0.2, "mps": 0.1}
-SAVING_BFLOAT16 = {"cpu": 0.15}
-TIMED = 10
+FILE = "compilation.json"
+TRIAL = 1800.0  # seconds that a run must have left to try what this machine has not measured
 
 
 class Compiler:
-    """Compilation policy: times eager steps, compiles the blocks if the rest of the run is long enough.
+    """Compilation policy: times eager steps, compiles the blocks if that pays back within the rest of the run.
+
+    What a compilation cost and what it saved of a step is measured, and kept in the cache folder per device, dtype and
+    version of torch; the next run is decided by the last one.
 
     Args:
         mode: `true` compiles before the first step, `false` never, `auto` as above.
         model: its blocks are compiled in place.
+        report: is told what was decided.
     """
 
     def __init__(self, mode: str, model: Decoder, report: Report) -> None:
         self.model, self.report = model, report
-        self.waiting = mode == "auto"
-        self.seconds: list[float] = []
+        self.waiting, self.eager = mode == "auto", 0.0  # seconds of an eager step, while compiled ones are timed
+        self.key = f"{model.device.type} {str(model.dtype).removeprefix('torch.')} torch {torch.__version__}"
         if mode == "true":
-            self._compile()
+            self._compile("")
 
-    def after_step(self, seconds: float, steps_left: int) -> None:
-        """Record the time of a step; the first ones decide."""
-        if not self.waiting:
+    @property
+    def settled(self) -> bool:
+        """Whether the speed of the steps to come is that of the last ones."""
+        return not self.waiting and not self.eager
+
+    def after_step(self, duration: Duration, left: float) -> None:
+        """Decide, once enough steps were timed.
+
+        Args:
+            duration: of the steps so far.
+            left: seconds of steps that are left.
+        """
+        if len(duration.seconds) < TIMED or self.settled:
             return
-        self.seconds.append(seconds)
-        if len(self.seconds) < TIMED:
+        if self.eager:
+            self._remember(duration.seconds)
             return
         self.waiting = False
-        typical, device = sorted(self.seconds)[len(self.seconds) // 2], self.model.device.type
-        saving = SAVING_BFLOAT16.get(device, SAVING[device]) if self.model.dtype == torch.bfloat16 else SAVING[device]
-        if typical * steps_left * saving > COST:
-            self._compile()
+        known = self._known()
+        if known is None:
+            if left < TRIAL:
+                self.report.say("not compiling: not measured on this machine, and the run is too short to try it")
+            else:
+                self._compile(", to measure what it saves")
+        elif left * known["saved"] > known["seconds"]:
+            self._compile(f": it took {known['seconds']:.0f} s here and saved {known['saved']:.0%} of a step")
+        else:
+            cost, gain = known["seconds"], max(0.0, left * known["saved"])
+            self.report.say(f"not compiling: it took {cost:.0f} s here, and would save {gain:.0f} s of this run")
+        if self.eager:
+            self.eager = duration.typical
+            duration.seconds.clear()
 
-    def _compile(self) -> None:
+    def _compile(self, reason: str) -> None:
         missing = compiler_missing(self.model.device)
         if missing is not None:
             self.report.say(f"not compiling: {missing}; the run goes on without")
             return
-        self.report.say("compiling the blocks; the next step takes longer")
+        self.report.say(f"compiling the blocks{reason}; the next step takes longer")
         self.model.compile_blocks()
+        self.eager = 1.0 if reason else 0.0
+
+    def _remember(self, seconds: list[float]) -> None:
+        """Keep what the first compiled step took, and the others saved."""
+        first, typical = seconds[0], median(seconds[1:])
+        found = {"seconds": max(0.0, first - typical), "saved": 1 - typical / self.eager}
+        self.eager = 0.0
+        del seconds[0]
+        with suppress(OSError):
+            path = cache_folder() / FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self._file() | {self.key: found}, indent=2)
+            replace_file(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+
+    def _known(self) -> dict[str, float] | None:
+        found = self._file().get(self.key)
+        is_known = isinstance(found, dict) and all(isinstance(found.get(k), float) for k in ("seconds", "saved"))
+        return found if is_known else None
+
+    @staticmethod
+    def _file() -> dict[str, dict[str, float]]:
+        with suppress(OSError, ValueError, RuntimeError):
+            found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
+        return {}
 
 
 def use_native_kernels(model: Decoder, say: Callable[[str], None]) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from minillama.data import preference_set
 from minillama.data.conversations import conversations
 from minillama.data.corpus import Corpus
+from minillama.data.examples import is_held_out
 from minillama.data.instructions import Example, Instructions
-from minillama.data.permutation import hash_fraction
 from minillama.data.preference_set import Preferences
 from minillama.data.prepare import prepare
 from minillama.data.prompts import Prompts
-from minillama.data.reading import BadText, Record, Skipped
+from minillama.data.reading import Record, Skipped
 from minillama.data.records import Records
+from minillama.data.sources import skipping
 from minillama.errors import InputError
 from minillama.evaluate.cloze import Cloze
 from minillama.evaluate.question import Question
@@ -155,24 +156,17 @@ def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instr
     ends: set[int] = set()
     for source in settings.sources:
         for conversation in conversations(source, settings.format, settings.on_error, skipped):
-            try:
+            with skipping(settings.on_error, skipped, conversation.where):
                 whole = encode(conversation, template, tokenizer, settings.train_on)
                 rendered = truncated(whole, config.context + 1, tokenizer.bos_id)
                 if not rendered.trained:
                     what, found = "no trained token is within the context", f"{len(whole.ids)} tokens"
                     raise InputError(what, where=conversation.where, found=found, fix="raise train.context")
-            except InputError as error:
-                if settings.on_error == "stop":
-                    raise
-                bad = BadText("not rendered", error.what, where=conversation.where, found=error.found)
-                skipped.add(bad)
-                continue
-            ends.add(whole.end_id)
-            if len(rendered.ids) < len(whole.ids):
-                skipped.note("conversations truncated to the context")
-            split[hash_fraction(whole.text, "held out") < settings.val_fraction].append(
-                Example.of(rendered.ids, rendered.weights, conversation.where)
-            )
+                ends.add(whole.end_id)
+                if len(rendered.ids) < len(whole.ids):
+                    skipped.note("conversations truncated to the context")
+                example = Example.of(rendered.ids, rendered.weights, conversation.where)
+                split[is_held_out(whole.text, settings.val_fraction)].append(example)
     stop_ids = frozenset(ends & tokenizer.special_ids)
     return Instructions.of(split[False], split[True], config.context, settings.packing, skipped, stop_ids)
 

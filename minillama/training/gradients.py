@@ -12,6 +12,7 @@ from torch import nn
 
 from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.ranks import Ranks
+from minillama.training.sharded import whole
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ def clip(models: Mapping[str, nn.Module], limit: float) -> dict[str, float]:
         own = [parameter for parameter in model.parameters() if id(parameter) not in seen]
         seen |= set(map(id, own))
         norm = torch.nn.utils.clip_grad_norm_(own, limit or math.inf)
-        whole = getattr(norm, "full_tensor", lambda norm=norm: norm)()  # a DTensor's, whose class is slow to import
-        norms["grad_norm" if name == MODEL else f"{name}_grad_norm"] = whole.item()
+        norms["grad_norm" if name == MODEL else f"{name}_grad_norm"] = whole(norm).item()
     return norms
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minillama.errors import InputError
-from minillama.runs.config import GuardConfig
+from minillama.runs.sections import GuardConfig
 
 
 @dataclass

@@ -11,7 +11,7 @@ from minillama.config.lora import SCORE, LoRAConfig
 from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.formats import peft
-from minillama.formats.model_file import ModelFile
+from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.open import open_model
 from minillama.formats.peft import AdapterFile
 from minillama.formats.peft_config import CONFIG, read_config
@@ -19,11 +19,15 @@ from minillama.inference.quantize import quantize_head, quantized
 from minillama.layers.lora import Adapter, FullWeight
 from minillama.model import Decoder
 from minillama.model.heads import with_score
+from minillama.model.init import initialize
 from minillama.model.lora import DEFAULT, add_lora, attach
-from minillama.runs.config import DataConfig, RunConfig
+from minillama.runs.config import RunConfig
+from minillama.runs.sections import DataConfig
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 from minillama.tokenizer.template import OWN, special_tokens
 from minillama.tokenizer.train import byte_tokenizer
+from minillama.training.parallel import Parallel
+from minillama.training.sharded import Streamed, load
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,15 @@ class Start:
     initial: ModelFile | None
     adapter: AdapterFile | None = None
 
-    def build_model(self) -> Decoder:
+    def build_model(self, parallel: Parallel | None = None) -> Decoder:
         """Decoder on the device: drawn from the run's seed, or the initial one's, its vocabulary grown.
 
-        In float32; under an adapter the weights are frozen, and as the passes read them.
+        In float32; under an adapter the weights are frozen, and as the passes read them. Of processes that divide it
+        each keeps its part of every tensor as it is read or drawn, unless the whole is needed first: by an adapter, a
+        reference, or where the shape changes.
         """
+        if parallel is not None and parallel.divides and self._is_unchanged:
+            return self._in_parts(parallel)
         train, lora, rows = self.config.train, self.config.lora, self.config.model.vocab_size
         generator = torch.Generator().manual_seed(self.config.seed)
         if self.initial is None:
@@ -71,6 +79,32 @@ class Start:
         if lora is None:
             return model
         return add_lora(model, lora, generator=generator) if self.adapter is None else self._go_on(model, lora)
+
+    @property
+    def _is_unchanged(self) -> bool:
+        """Whether the model is the initial one's or a fresh one."""
+        start, wanted = self.initial, self.config
+        is_same = start is None or start.config.tensors() == wanted.model.tensors()
+        return is_same and wanted.lora is None and not wanted.objective.has_reference
+
+    def _in_parts(self, parallel: Parallel) -> Decoder:
+        """Decoder of which the peak is this process's part and one tensor."""
+        config, start = self.config, self.initial
+        with torch.device("meta"):
+            model = Decoder(config.model, config.train.dropout)
+        model.model.reset_position_tables(config.model)  # which are no parameters, and would stay without values
+        parallel.divide(model, self.dtype)
+        model._apply(lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t.to(self.device))
+        parameters = dict(model.named_parameters())
+        if start is None:
+            drawn = Streamed(parameters)
+            initialize(config.model, drawn, torch.Generator().manual_seed(config.seed), config.mup)
+            drawn.keep()
+        else:
+            load(model, LazyTensors(parameters, lambda name: start.tensors[name].float()))
+            model.stop_ids, model.sampling = start.stop_ids, start.sampling
+        parallel.gather_once(model)
+        return model
 
     def _go_on(self, model: Decoder, lora: LoRAConfig) -> Decoder:
         """The model with the adapter that the run goes on from, which has to be what the settings say."""

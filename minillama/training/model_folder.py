@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from minillama.formats import generation_config, hf, peft
-from minillama.formats.model_file import ModelFile
+from minillama.formats.model_file import LazyTensors, ModelFile
+from minillama.formats.open import open_model
 from minillama.model import Decoder
 from minillama.model.lora import DEFAULT, adapters, lora_parameters
 from minillama.tokenizer import Tokenizer
+from minillama.training.sharded import load
 
 
 @dataclass
@@ -36,6 +38,8 @@ class ModelFolder:
         if self.base is not None:  # before training: files may change meanwhile
             self.fingerprint = peft.fingerprint(self.base.tensors)
             peft.check_sites(self.model.config, adapters(self.model))
+            # as they are before processes divide them
+            self.parts = {site: copy.deepcopy(part).to("meta") for site, part in adapters(self.model).items()}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What `write` takes: all parameters, or those of the adapter."""
@@ -51,9 +55,10 @@ class ModelFolder:
         if self.base is None:
             hf.write(path, self.model.config, tensors)
         else:
-            parts = copy.deepcopy(adapters(self.model))
+            parts = copy.deepcopy(self.parts)
             for site, part in parts.items():
-                part.load_state_dict({name: tensors[f"{site}.adapters.{DEFAULT}.{name}"] for name in part.state_dict()})
+                own = {name: tensors[f"{site}.adapters.{DEFAULT}.{name}"] for name in part.state_dict()}
+                part.load_state_dict(own, assign=True)
             peft.write(path, self.model.config, parts, str(self.base.path), self.fingerprint)
             text = json.dumps(self.model.config.to_hf(), indent=2) + "\n"
             (path / "config.json").write_text(text, encoding="utf-8")
@@ -71,11 +76,11 @@ class ModelFolder:
         """
         self.model.stop_ids, self.model.sampling = generation_config.stop_ids(path), generation_config.defaults(path)
         if self.base is None:
-            saved = Decoder.from_pretrained(path, torch.float32, self.model.device)
-            self.model.load_state_dict(saved.state_dict())
+            saved = open_model(path).tensors
+            load(self.model, LazyTensors(saved, lambda name: saved[name].float()))
             return
         file = peft.read(path, self.model.config)
         file.check_base(self.base.tensors)
         own = adapters(self.model)
         for site, part in file.adapters.items():
-            own[site].load_state_dict(part.state_dict())
+            load(own[site], part.state_dict())

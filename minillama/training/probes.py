@@ -18,6 +18,7 @@ from minillama.model import Decoder
 from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer import Tokenizer
 from minillama.training.objectives import MODEL, Batch, Objective
+from minillama.training.sharded import whole
 
 QUERIES = 256  # per chunk of scores
 
@@ -53,8 +54,8 @@ def matrices(model: nn.Module) -> list[Tensor]:
 
 def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Update-to-weight ratio ||after - before|| / ||before|| over all tensors; about 1e-3 in a healthy run."""
-    moved = [torch.linalg.vector_norm(new - old) for old, new in zip(before, after, strict=True)]
-    size = [torch.linalg.vector_norm(old) for old in before]
+    moved = [whole(torch.linalg.vector_norm(new - old)) for old, new in zip(before, after, strict=True)]
+    size = [whole(torch.linalg.vector_norm(old)) for old in before]
     return float(torch.stack(moved).norm() / torch.stack(size).norm())
 
 

@@ -17,22 +17,25 @@ from minillama.config.loader import to_dict
 from minillama.errors import InputError, missing
 from minillama.formats.gguf import architecture
 from minillama.formats.model_file import ModelFile
-from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, set_aside
+from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, remove_parts, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
 from minillama.runs.folder import RunFolder, choose_folder, read_lines
-from minillama.runs.memory import check_disk, warn_of_memory
+from minillama.runs.log import MetricsLog
+from minillama.runs.memory import GIB, check_disk, warn_of_memory
 from minillama.runs.objectives import typed
 from minillama.runs.plot import MISSING, sparkline, write_png
 from minillama.runs.provenance import provenance
-from minillama.runs.report import Report, make_report
+from minillama.runs.report import Report, SilentReport, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
 from minillama.training.data import load_data, load_stages
+from minillama.training.duration import Duration
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MakeObjective, make, make_staged
 from minillama.training.optim.schedule import learning_rate
+from minillama.training.parallel import Parallel, processes
 from minillama.training.trainer import Trainer
 
 FINE_TUNING = {"lr": 2e-3, "muon_lr": 1e-2}  # the highest learning rates of a trained model without a warning
@@ -64,17 +67,21 @@ def train(
     Raises:
         InputError: an error that the user can correct; nothing is overwritten then.
     """
-    report = report or make_report()
-    folder = RunFolder(choose_folder(config.name, out), resume, overwrite)
-    try:
-        with _determinism(config.train.deterministic):
-            return _train(config, folder, resume, verify, report, objective)
-    except KeyboardInterrupt:
-        if not folder.holds_run():
-            report.say("stopped before the first step; nothing was written")
-        raise
-    finally:
-        folder.close()
+    duration = Duration()
+    with processes(config) as parallel, _determinism(config.train.deterministic):
+        leads = parallel.ranks.leads
+        report = (report or make_report()) if leads else SilentReport()
+        path = parallel.ranks.leaders(choose_folder(config.name, out) if leads else None)
+        assert path is not None
+        folder = RunFolder(path, resume, overwrite, leads)
+        try:
+            return _train(config, folder, resume, verify, report, parallel, duration, objective)
+        except KeyboardInterrupt:
+            if not folder.holds_run():
+                report.say("stopped before the first step; nothing was written")
+            raise
+        finally:
+            folder.close()
 
 
 @contextmanager
@@ -91,9 +98,20 @@ def _determinism(wanted: bool) -> Iterator[None]:
 
 
 def _train(
-    config: RunConfig, folder: RunFolder, resume: bool, verify: bool, report: Report, make: MakeObjective
+    config: RunConfig,
+    folder: RunFolder,
+    resume: bool,
+    verify: bool,
+    report: Report,
+    parallel: Parallel,
+    duration: Duration,
+    make: MakeObjective,
 ) -> int:
-    checkpoint, passed = newest_checkpoint(folder.checkpoints, verify) if resume else (None, {})
+    ranks, folder.log = parallel.ranks, MetricsLog(config.log)
+    if ranks.leads:
+        remove_parts(folder.checkpoints)
+    is_asked = resume and ranks.leads
+    checkpoint, passed = ranks.leaders(newest_checkpoint(folder.checkpoints, verify) if is_asked else (None, {}))
     for line in passed.values():
         report.say(f"passing over {line}")
     config = config if checkpoint is None else _as_saved(config, checkpoint)
@@ -102,31 +120,43 @@ def _train(
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
     changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report)
-    if checkpoint is not None and checkpoint.step >= config.train.steps and folder.model.exists():
+    is_finished = checkpoint is not None and checkpoint.step >= config.train.steps and not config.train.minutes
+    if checkpoint is not None and is_finished and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         _say_next(folder, config, report, start.initial)
         return 0
     check_disk(config, folder.path)
-    warn_of_memory(config, start.dtype, start.device, report)
+    warn_of_memory(config, start.dtype, start.device, report, parallel.sizes)
+    if config.parallel.auto and ranks.processes > 1:
+        fits = f"the least division that fits in {parallel.free / GIB:.2f} GiB per process"
+        report.say(f"auto: {parallel.sizes}, {fits}")
     if start.initial is not None and checkpoint is None:
         _warn_of_rates(config, report)
-    data, tokenizer = load_data(config, start.tokenizer, report)
-    stages, tokenizer = load_stages(config, tokenizer, report)
-    model = start.build_model()
+    with ranks.leader_first():  # who tokenizes the text into the cache
+        data, tokenizer = load_data(config, start.tokenizer, report)
+        stages, tokenizer = load_stages(config, tokenizer, report)
+    model = start.build_model(parallel)
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
     objective = make_staged(config, model, tokenizer, data, stages, make)
-    trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint)
+    if ranks.leaders(objective.fingerprint) != objective.fingerprint:
+        what, fix = "this process reads other data than the first one", "give all machines the same files"
+        raise InputError(what, where="data.sources", found=f"fingerprint {objective.fingerprint[:16]}", fix=fix)
+    trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint, parallel, duration)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds
-    folder.start(tomli_w.dumps(to_table(config)), provenance(config, state.step, state.fingerprints, start.device))
-    set_aside(passed)
+    begun = provenance(config, state.step, state.fingerprints, start.device)
+    folder.start(tomli_w.dumps(to_table(config)), begun | {"processes": parallel.sizes._asdict()})
+    set_aside(passed if ranks.leads else ())
     if checkpoint is None:
         folder.rewind_metrics(-1)
+    if ranks.leads:
+        folder.log.open(folder.path, to_table(config), state.step)
     report.say(
         f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
         f"{config.train.batch_size} x {config.context} tokens per step, in {folder.path}"
+        + (f", {ranks.processes} processes: {parallel.sizes}" if ranks.processes > 1 else "")
     )
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
@@ -139,7 +169,10 @@ def _train(
         if state.step and config.lora is None:
             report.say(f"or to try what there is: {shlex.join(next(iter(_uses(config, str(folder.path)).values())))}")
         return 128 + stopped.number
+    if not ranks.leads:
+        return 0
     _say_end(trainer, folder, before, report)
+    config = trainer.config
     prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
     best = trainer.writer.best if trainer.writer.best != state.step else None
     prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
@@ -162,6 +195,8 @@ def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, repor
     saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
     changes = check_resumed(saved, config, folder.config)
     steps, done = config.train.steps, checkpoint.step
+    if config.train.minutes:
+        return changes
     if steps < done:
         what, fix = "the run is past these steps", f"give {done} or more, or start a new run"
         raise InputError(what, where="train.steps", found=steps, expected=f"at least {done}", fix=fix)

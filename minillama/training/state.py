@@ -8,14 +8,17 @@ from hashlib import sha256
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minillama.errors import InputError
 from minillama.runs.checkpoint import Checkpoint, CheckpointCopy
+from minillama.runs.parts import Place, Stored
 from minillama.training.guard import Guard
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MODEL, Objective
 from minillama.training.optim.groups import load_optimizer_state, optimizer_state
+from minillama.training.ranks import Ranks
+from minillama.training.sharded import gathered, is_sharded, load, local, part
 
 RESERVED = ("objective", "models")  # prefixes of names in a checkpoint, beside those of models
 
@@ -58,7 +61,9 @@ class TrainingState:
         self.seconds += seconds
 
     def copy(self, record: Mapping[str, Any]) -> CheckpointCopy:
-        """Contents of a checkpoint; `record` is the line of the last step taken.
+        """Contents of a checkpoint, on the CPU; `record` is the line of the last step taken.
+
+        The first process has the model, and each its parts of sharded optimizer state.
 
         Beside optimizer state (PARAMETER/NAME) are the objective's own (objective/NAME) and further models
         (models/NAME/KEY).
@@ -77,7 +82,14 @@ class TrainingState:
             "record": dict(record),
             **({"companions": self.companions} if self.companions else {}),
         }
-        return CheckpointCopy.of(self.folder.tensors(), tensors, run)
+        ranks = Ranks.current()
+        model, places = gathered(self.folder.tensors(), ranks.leads), {}
+        if ranks.parts > 1:
+            places = {name: Place(part(t), tuple(t.shape)) for name, t in tensors.items() if is_sharded(t)}
+            tensors = {name: local(t) for name, t in tensors.items() if name in places or ranks.leads}
+        return CheckpointCopy(
+            model, gathered(tensors, ranks.index < ranks.parts), run, places, ranks.index, ranks.parts
+        )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take a checkpoint's state.
@@ -88,10 +100,10 @@ class TrainingState:
         self._check(checkpoint)
         self.folder.read(checkpoint.path)
         tensors = checkpoint.optimizer_tensors()
-        self.objective.load_state_dict(_pop(tensors, "objective/"))
+        self.objective.load_state_dict({name: stored.whole() for name, stored in _pop(tensors, "objective/").items()})
         for name, master in self.masters.items():
             if name != MODEL:
-                master.load_state_dict(_pop(tensors, f"models/{name}/"))
+                load(master, {key: stored.whole() for key, stored in _pop(tensors, f"models/{name}/").items()})
         load_optimizer_state(self.optimizers, tensors)
         run = checkpoint.run
         self.step, self.tokens, self.seconds = run["step"], run["tokens"], run["seconds"]
@@ -121,6 +133,6 @@ def digest(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _pop(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _pop(tensors: dict[str, Stored], prefix: str) -> dict[str, Stored]:
     """Tensors removed by name prefix, named without it."""
     return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

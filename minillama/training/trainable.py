@@ -11,7 +11,8 @@ from torch import nn
 
 from minillama.errors import InputError
 from minillama.model.lora import DEFAULT, adapter_names
-from minillama.runs.config import RunConfig, Stage
+from minillama.runs.config import RunConfig
+from minillama.runs.sections import Stage
 from minillama.training.optim.groups import named_parameters
 
 Models = Mapping[str, nn.Module]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+import tomli_w
 import torch
 
 from minillama.device import peak_flops
@@ -18,23 +21,25 @@ from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.runs import memory
 from minillama.runs.checkpoint import Checkpoint
-from minillama.runs.config import RunConfig, Stage, to_table
-from minillama.runs.folder import RunFolder, append_line, read_lines
-from minillama.runs.log import MetricsLog
+from minillama.runs.config import RunConfig, to_table
+from minillama.runs.folder import RunFolder, read_lines
 from minillama.runs.report import Report, quoted
+from minillama.runs.sections import Stage
 from minillama.runs.signals import Interrupted, Signals
 from minillama.runs.writer import CheckpointWriter
 from minillama.training import trainable
 from minillama.training.compile import Compiler, use_native_kernels
+from minillama.training.duration import TIMED, Duration
 from minillama.training.gradients import accumulate, clip, is_finite
 from minillama.training.guard import Guard
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.optim.groups import change_settings, make_optimizers
 from minillama.training.optim.schedule import learning_rate
+from minillama.training.parallel import Parallel
 from minillama.training.precision import choose_precision
 from minillama.training.probes import TaskAccuracy, attention_logit_max, matrices, update_ratio
-from minillama.training.ranks import Ranks
+from minillama.training.sharded import gathered
 from minillama.training.state import TrainingState
 
 PEAK_EVERY = 50  # steps between two measurements of the peak, at least
@@ -52,6 +57,7 @@ class Trainer:
         folder: where everything is written.
         report: where everything is printed.
         checkpoint: to resume from; None starts at step 0.
+        parallel: the processes that train; the models are divided among them.
 
     Raises:
         InputError: the checkpoint was made with other data, or beside other frozen models.
@@ -64,34 +70,41 @@ class Trainer:
     folder: RunFolder
     report: Report
     checkpoint: InitVar[Checkpoint | None] = None
+    parallel: Parallel = field(default_factory=Parallel)
+    duration: Duration = field(default_factory=Duration)
 
     def __post_init__(self, checkpoint: Checkpoint | None) -> None:
         config, objective, dtype, report = self.config, self.objective, self.dtype, self.report
-        self.masters, self.ranks = dict(objective.models), Ranks.current()
+        self.masters, self.ranks = dict(objective.models), self.parallel.ranks
+        for master in self.masters.values():
+            self.parallel.divide(master, dtype)
         self.model = model = cast(Decoder, self.masters[MODEL])
         self.peak, self.next_peak = peak_flops(model.device, dtype), 0
         self.optimizers = make_optimizers(self.masters, config.optim, config.mup)
         self.guard, self.signals = Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.phase = "training"
-        self.log = MetricsLog(config.log)
         self.accuracy = TaskAccuracy(config.validate, self.saved.tokenizer)
         trainable.check(config.stages, self.masters)
         model.checkpointing = config.train.checkpointing
-        self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint.keep, self.saved.write, report)
+        keep, leads = config.checkpoint.keep, self.ranks.leads
+        self.writer = CheckpointWriter(self.folder.checkpoints, keep, self.saved.write, report, leads)
         self._unrecorded: dict[str, Any] | None = None
         self.state = TrainingState(objective, self.saved, self.optimizers, self.guard)
         for companion in objective.companions.values():
             companion.to(dtype).eval().requires_grad_(False)
+            self.parallel.divide(companion, dtype)  # a policy that is still its reference computes the same bits
         if checkpoint is not None:
             self.state.restore(checkpoint)
             self._rewind(checkpoint.run["record"])
-        self.precision = {name: choose_precision(master, dtype) for name, master in self.masters.items()}
+        own = torch.float32 if self.parallel.casts else dtype
+        self.precision = {name: choose_precision(master, own) for name, master in self.masters.items()}
         objective.models = {name: precision.model for name, precision in self.precision.items()}
         self.working = cast(Decoder, objective.models[MODEL])
-        if config.train.compile != "false":
+        if config.train.compile != "false" and not self.parallel.divides:
             use_native_kernels(self.working, report.say)
-        stays_eager = config.train.compile == "auto" and (config.train.deterministic or not objective.compiles)
+        by_clock = self.ranks.processes > 1 or config.train.deterministic  # which all processes would read differently
+        stays_eager = config.train.compile == "auto" and (by_clock or not objective.compiles)
         self.compiler = Compiler("false" if stays_eager else config.train.compile, self.working, report)
 
     def train(self) -> None:
@@ -102,13 +115,10 @@ class Trainer:
             InputError: too many steps skipped in a row, memory ran out, or a checkpoint was not written.
         """
         with self.signals.handled():
-            self.log.open(self.folder.path, to_table(self.config), self.state.step)
             try:
                 self._run()
                 self.writer.finish()
-                replace_folder(self.folder.model, lambda path: self.saved.write(path, self.saved.tensors()))
-                for name, write in self.objective.folders(self.masters, self.saved).items():
-                    replace_folder(self.folder.path / name, write)
+                self._write_models()
                 self.signals.check()
             except Interrupted:
                 self.writer.finish()
@@ -117,54 +127,62 @@ class Trainer:
                 self.writer.wait()  # whatever it was, the checkpoint being written is completed
                 if not memory.is_out_of_memory(error):
                     raise
-                raise memory.explain(error, self.config, self.dtype, self.model.device, self.phase) from error
+                where = self.model.device, self.phase, self.parallel.sizes
+                raise memory.explain(error, self.config, self.dtype, *where) from error
             finally:
                 self.report.stop()
-                self.log.close()
+
+    def _write_models(self) -> None:
+        tensors = gathered(self.saved.tensors(), self.ranks.leads)
+        if self.ranks.leads:
+            replace_folder(self.folder.model, lambda path: self.saved.write(path, tensors))
+            for name, write in self.objective.folders(self.masters, self.saved).items():
+                replace_folder(self.folder.path / name, write)
 
     def _run(self) -> None:
-        steps = self.config.train.steps
         for model in self.objective.models.values():
             model.train()
         if self.state.step == 0:
             self.validate({"step": 0, "tokens": 0})
         elif self._unrecorded is not None:  # the run was stopped after the checkpoint, before its line was written
             self._finish_step(self._unrecorded)
-        self.report.start(self.state.step, steps)
-        while self.state.step < steps:
+        if self.config.train.minutes:  # until they are resolved there are more steps than the minutes hold
+            self.config = replace(self.config, train=replace(self.config.train, steps=sys.maxsize))
+            self.report.say("timing the first steps")
+        else:
+            self.report.start(self.state.step, self.config.train.steps)
+        while self.state.step < self.config.train.steps:
             record = self.step()
             at = self.state.step
-            is_stopping = self.signals.number is not None  # read once: a signal that stops also saves
+            # read once, and by all: a signal that stops also saves
+            self.signals.number = int(self.ranks.most(self.signals.number or 0)) or None
+            is_stopping = self.signals.number is not None
             is_due = self._validates(at) or at % self.config.checkpoint.every == 0
             if is_due or is_stopping or self.guard.is_over:
                 self.writer.submit(partial(self.state.copy, record))
             if self.guard.is_over:
-                self._record(record)
+                self.folder.record(record)
                 raise self.guard.error(at)
             if is_stopping:
                 self.signals.check()
             self._finish_step(record)
 
     def _validates(self, step: int) -> bool:
-        return step % self.config.validate.every == 0 or step == self.config.train.steps
+        return step % self.config.validates_every == 0 or step == self.config.train.steps
 
     def _finish_step(self, record: dict[str, Any]) -> None:
         """Validation if due, and the step's line of metrics."""
         if self._validates(self.state.step):
             self.validate(record)
         else:
-            self._record(record)
-
-    def _record(self, record: Mapping[str, Any]) -> None:
-        """Line of metrics.jsonl, and the services of [log]."""
-        append_line(self.folder.metrics, record)
-        self.log.add(record)
+            self.folder.record(record)
 
     def step(self) -> dict[str, Any]:
         """Optimizer step; its line for metrics.jsonl."""
         began = time.perf_counter()
         step, config = self.state.step, self.config
-        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout and rollouts are the same after a resume
+        # dropout and rollouts are the same after a resume, and their rows' own in every process
+        torch.manual_seed(config.seed * 1_000_003 + step + self.ranks.rank * 2**40)
         prepared = self.objective.prepare(step)
         trains = time.perf_counter()
         self._enter_stage(step)
@@ -178,21 +196,39 @@ class Trainer:
         self.ranks.sum_gradients(parameter for model in self.masters.values() for parameter in model.parameters())
         norms = clip(self.masters, optim.grad_clip)
         norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
-        reason = self.guard.judge(losses.loss, norm)
+        reason = self.guard.judge(*self.ranks.leaders([losses.loss, norm]))  # one verdict, to the bit
         outcome = self._update(step + 1) if reason is None else self._skip(batch, reason, math.isfinite(losses.loss))
-        tokens, now = int(batch.kept.sum()) * self.ranks.world, time.perf_counter()
+        tokens = int(self.ranks.sum({"tokens": batch.kept.sum().item()})["tokens"])
+        now = time.perf_counter()
         seconds = now - began
         self.state.count(tokens, seconds)
         record = _finite({**prepared, **losses.record(), "step": step + 1, "loss": losses.loss, "lr": rate, **norms})
         record |= self._costs(tokens / (now - trains))
         if "update_ratio" in outcome:
             rows = batch.rows(0, config.micro_batch_size).to(self.model.device)
-            outcome["attention_logit_max"] = attention_logit_max(self.model, self.objective, rows)
+            highest = attention_logit_max(self.model, self.objective, rows)
+            outcome["attention_logit_max"] = self.ranks.most(highest)
             outcome = {name: value for name, value in outcome.items() if math.isfinite(value)}
         record |= outcome
-        self.report.step(record)
-        self.compiler.after_step(seconds, config.train.steps - self.state.step)
+        if not self.config.train.minutes:
+            self.report.step(record)
+        self._after_step(seconds)
         return record
+
+    def _after_step(self, seconds: float) -> None:
+        """Decide on compilation and on the number of steps, by the time that steps take."""
+        config, step = self.config, self.state.step
+        if self.compiler.settled and not config.train.minutes:
+            return
+        self.duration.seconds.append(seconds)
+        self.compiler.after_step(self.duration, self.duration.left(config, step))
+        if config.train.minutes and self.compiler.settled and len(self.duration.seconds) >= TIMED - 1:
+            self.config = self.ranks.leaders(self.duration.resolved(config, step))
+            if self.ranks.leads:
+                self.folder.write_config(tomli_w.dumps(to_table(self.config)))
+            steps, each = self.config.train.steps, self.duration.typical
+            self.report.say(f"{steps} steps in {config.train.minutes:g} minutes, at {each:.2g} s each")
+            self.report.start(step, steps)
 
     def _update(self, step: int) -> dict[str, Any]:
         """Update of the weights; its ratio to them, if due."""
@@ -210,9 +246,11 @@ class Trainer:
         """Skipped step: weights unchanged, and the rows with a NaN or infinite loss, or all, reported by source."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        everything = range(len(batch.tokens))
-        moved = batch.to(self.model.device)
-        bad = [] if finite else [i for i in everything if not is_finite(self.objective, moved.rows(i, i + 1))]
+        count, moved = len(batch.tokens), batch.to(self.model.device)
+        everything, first = range(count * self.ranks.world), self.ranks.rank * count
+        bad = [] if finite else [i for i in range(count) if not is_finite(self.objective, moved.rows(i, i + 1))]
+        found = self.ranks.sum({f"{row}": float(row - first in bad) for row in everything})
+        bad = [row for row in everything if found[f"{row}"]]
         rows = list(bad or everything)
         shown = self.objective.where(self.state.step, rows[:NAMED])
         locations = [f"row {row}: {location}" for row, location in zip(rows[:NAMED], shown, strict=True)]
@@ -235,7 +273,7 @@ class Trainer:
 
         A peak that a step beats was measured under contention, and is again.
         """
-        flops = self.config.model.flops_per_token(self.config.context) * speed
+        flops = self.config.model.flops_per_token(self.config.context) * speed / self.ranks.processes
         if self.config.lora is not None:  # no gradients of the frozen weights
             flops *= 2 / 3
         if flops > self.peak and self.state.step >= self.next_peak:
@@ -253,12 +291,13 @@ class Trainer:
         """
         began = time.perf_counter()
         self.phase = "evaluating"
-        with self.signals.leaving_at_once():
+        with self._interruptible():
             found = self.objective.validate(self.config.micro_batch_size, self.config.validate.tokens)
             found = {**found, **self.accuracy(self.working)}
-        self.state.seconds += time.perf_counter() - began
+        self.duration.validation = time.perf_counter() - began
+        self.state.seconds += self.duration.validation
         sample = {"sample": dict(self.objective.sample)} if self.objective.sample else {}
-        self._record(record | _finite(found) | {"seconds": self.state.seconds} | sample)
+        self.folder.record(record | _finite(found) | {"seconds": self.state.seconds} | sample)
         if self.state.step and math.isfinite(found[self.objective.best[0]]):
             self.writer.losses[self.state.step] = self._score(found)
         shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
@@ -266,9 +305,14 @@ class Trainer:
         self.report.say(f"step {self.state.step}: {text}")
         for line in self.objective.warnings(found) if self.state.step else ():
             self.report.say(f"warning: {line}")
-        with self.signals.leaving_at_once():
+        with self._interruptible():
             self._sample()
+        self.duration.validation = time.perf_counter() - began
         self.phase = "training"
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """A block that a signal ends; where others take part in it, the next step does."""
+        return self.signals.leaving_at_once() if self.ranks.processes == 1 else nullcontext()
 
     def _score(self, measures: Mapping[str, float]) -> float:
         """Measure by which the best checkpoint is kept, negated if higher is better."""

@@ -91,10 +91,7 @@ def test_a_bad_argument_exits_2(command: types.ModuleType, capsys: pytest.Captur
         (["generate", "--model", "x", "--temp", "1"], "unknown option --temp\n(?s:.)*did you mean --temperature\\?"),
         (["generate", "--model", "x", "--max-tokens", "1"], "did you mean --max-new-tokens\\?"),
         (["show"], "missing: RUN\n(?s:.)*do: minillama show --help"),
-        (
-            ["infill", "--model", "x", "--dtype", "flat32"],
-            "expected: auto, .*\n  do: did you mean 'float32'",
-        ),
+        (["infill", "--model", "x", "--dtype", "flat32"], "expected: auto, .*\n  do: did you mean 'float32'"),
         (["plan", "llama-tiny", "--batch"], "--batch needs a value"),
         (["tokenizer"], "no such subcommand\n(?s:.)*expected: train, merge, encode"),
         (["tokenizer", "encode", "a", "b"], "missing: --model"),
@@ -175,7 +172,7 @@ def test_trains_help_shows_the_defaults_of_the_default_run(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     out = capsys.readouterr().out
-    assert "Optimizer steps. (default: 360)" in out and "--train.batch_size INT" in out
+    assert "train.steps. (default: 2.5)" in out and "--train.batch_size INT" in out
 
 
 def test_generates_device_is_named_as_it_was_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 def test_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(folder), str(tmp_path / "a.gguf"), "--to", "gguf", "--dtype", "f32"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "" and "21/21 tensors" in captured.err and "wrote" in captured.err
+    assert captured.out == "" and re.search("wrote .*: 21 tensors", captured.err)
     assert main(["convert", str(tmp_path / "a.gguf"), str(tmp_path / "back"), "--to", "hf"]) == 0
     mine, back = (folder / "model.safetensors").read_bytes(), (tmp_path / "back/model.safetensors").read_bytes()
     assert mine == back

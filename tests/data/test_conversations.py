@@ -90,13 +90,7 @@ def test_an_input_is_kept_apart() -> None:
 
 def test_alpaca_with_a_history_and_a_system_message() -> None:
     fields = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
-    assert pairs(one(fields)) == [
-        ("system", "s"),
-        ("user", "a"),
-        ("assistant", "b"),
-        ("user", "c"),
-        ("assistant", "d"),
-    ]
+    assert pairs(one(fields)) == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
 
 
 def test_a_task_has_as_many_conversations_as_instances() -> None:

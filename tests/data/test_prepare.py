@@ -76,11 +76,7 @@ def test_two_documents_are_cut_by_characters(tmp_path: Path) -> None:
     texts = ["c" * 8, "d" * 12]
     assert all(hash_fraction(text, "held out") > 0.5 for text in texts)
     parts = list(SplitSource(lines(tmp_path / "a.jsonl", texts), 0.5, "stop", 100).parts())
-    assert parts == [
-        Part("train", "c" * 8),
-        Part("train", "dd", ends=False),
-        Part("val", "d" * 10, starts=False),
-    ]
+    assert parts == [Part("train", "c" * 8), Part("train", "dd", ends=False), Part("val", "d" * 10, starts=False)]
 
 
 @pytest.mark.parametrize("memory", [0, 2**20])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from minillama.data import archives
 from minillama.data.encoding import _encoding
-from minillama.data.sources import Skipped, Source, documents, identity, parse_source
+from minillama.data.sources import Skipped, Source, documents, identity
 from minillama.data.split import SplitSource
 from minillama.errors import InputError
 
@@ -26,7 +26,6 @@ def test_exactly_one_of_name_and_path() -> None:
     for wrong in ({}, {"name": "a", "path": "b"}):
         with pytest.raises(InputError, match="either a name or a path"):
             Source(**wrong)
-    assert parse_source("python-docs") == Source("python-docs")
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:

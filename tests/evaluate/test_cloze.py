@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -53,20 +52,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(tokenizer: Tokenizer) -> Decoder:
-    config = replace(
-        ModelConfig.load("glm-tiny"),
-        dim=32,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=4,
-        head_dim=8,
-        hidden_dim=64,
-        vocab_size=tokenizer.vocab_size,
-        max_seq_len=64,
-        tie_embeddings=False,
-    )
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_seq_len": 64, "tie_embeddings": False}
     torch.manual_seed(1)
-    return Decoder(config).eval()
+    return Decoder(ModelConfig.load("glm-tiny").changed({**shape, "vocab_size": tokenizer.vocab_size})).eval()
 
 
 def write(path: Path, records: list[dict[str, object]]) -> str:

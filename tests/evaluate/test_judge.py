@@ -16,10 +16,12 @@ from minillama import Decoder, ModelConfig
 from minillama.commands.cli import main
 from minillama.errors import InputError
 from minillama.evaluate import judge
-from minillama.evaluate.judge import LocalModel, Question, answer, ask_verdicts, read_answers, read_questions
+from minillama.evaluate.judge import Question, answer, ask_verdicts, read_answers, read_questions
 from minillama.evaluate.judge_report import Table, outcome, page, pairwise, single, values_of
 from minillama.inference.chat import Messages
 from minillama.inference.generate import Completion
+from minillama.inference.load import ModelArgs
+from minillama.inference.remote import Local
 from minillama.inference.sampling import Sampling
 from minillama.tokenizer import byte_tokenizer
 
@@ -202,9 +204,7 @@ def test_a_judge_behind_a_url(tiny: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_conversation_that_does_not_fit_gets_no_answer(tiny: Path) -> None:
-    from minillama.inference.load import ModelArgs
-
-    ask = LocalModel(*ModelArgs(str(tiny)).load())
+    ask = Local(*ModelArgs(str(tiny)).load())
     prompts = [[{"role": "user", "content": "x" * size}] for size in (3000, 3)]
     found = ask(prompts, 2, Sampling(temperature=0))
     assert (found[0].text, found[0].reason) == ("", "context") and len(found[1].tokens) > 0

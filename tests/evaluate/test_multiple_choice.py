@@ -64,10 +64,7 @@ def test_no_continuation_is_lost_where_a_token_crosses_the_boundary(
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
-        ("llama2/tokenizer.model", [[4874], [29871, 4874], [13, 29909]]),
-        ("smollm2", [[9805], [216, 9805], [198, 49]]),
-    ],
+    [("llama2/tokenizer.model", [[4874], [29871, 4874], [13, 29909]]), ("smollm2", [[9805], [216, 9805], [198, 49]])],
 )
 def test_known_continuations(
     name: str, expected: list[list[int]], shared: Path, request: pytest.FixtureRequest

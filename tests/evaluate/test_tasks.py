@@ -98,9 +98,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
         {"ai2_arc/ARC-Easy/test-0.parquet": [{"question": "What flies?", "choices": CHOICES, "answerKey": "A"}]},
     ],
     "openbookqa": [
-        {
-            "openbookqa/dev.tsv": f'{HEADER}1\tA "wind" lifts\t(A) a kite (B) a stone (C) a lamp (D) it\tx\tA\n',
-        },
+        {"openbookqa/dev.tsv": f'{HEADER}1\tA "wind" lifts\t(A) a kite (B) a stone (C) a lamp (D) it\tx\tA\n'},
         {
             "openbookqa/main/test-0.parquet": [
                 {

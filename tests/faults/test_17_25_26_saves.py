@@ -204,7 +204,7 @@ def test_fault_26_a_disk_that_is_too_small_is_refused(words: list[str], tmp_path
 def test_a_checkpoint_with_values_that_are_no_numbers_is_never_written(tmp_path: Path) -> None:
     from minillama.runs.checkpoint import CheckpointCopy
 
-    snapshot = CheckpointCopy.of(
+    snapshot = CheckpointCopy(
         {"a.weight": torch.ones(3)}, {"a.weight/exp_avg": torch.tensor([1.0, torch.nan])}, {"step": 4}
     )
     with pytest.raises(InputError, match=r"is not written, step 4(?s:.*)a.weight/exp_avg"):
@@ -237,7 +237,7 @@ def test_a_best_step_without_a_checkpoint_evicts_nothing(words: list[str], tmp_p
     report.say = said.append  # type: ignore[method-assign, assignment]
     writer = CheckpointWriter(tmp_path, 1, write, report)
     for step, loss in ((2, 3.0), (4, 5.0), (6, 1.0)):
-        writer.submit(lambda step=step: CheckpointCopy.of({}, {"a": torch.ones(1)}, {"step": step}))  # type: ignore[misc]
+        writer.submit(lambda step=step: CheckpointCopy({}, {"a": torch.ones(1)}, {"step": step}))  # type: ignore[misc]
         writer.wait()
         writer.losses[step] = loss
     assert steps(tmp_path) == [2, 4] and writer.best == 2

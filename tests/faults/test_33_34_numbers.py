@@ -14,7 +14,7 @@ from minillama.commands.cli import main
 from minillama.config import ModelConfig
 from minillama.model import Decoder
 from minillama.runs.checkpoint import steps
-from minillama.runs.config import GuardConfig
+from minillama.runs.sections import GuardConfig
 from minillama.tokenizer.train import TokenizerTrainer
 from minillama.training.guard import Guard
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from minillama import InputError, Tokenizer
@@ -138,6 +138,19 @@ def test_special_tokens_that_are_whole_words(tmp_path: Path) -> None:
     mine = Tokenizer.load(save(tmp_path, made, tokenizer_config={"eos_token": "</s>"}))
     for text, count in (("<tool>", 1), ("a <tool> b", 1), ("a<tool>", 0), ("<tool>s", 0), ("(<tool>)", 1)):
         assert mine.encode(text, special=True).count(258) == count, text
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_special_tokens_that_are_normalized(normalized: bool, tmp_path: Path) -> None:
+    """The library's own name of a `normalized` token is "▁<tool>" here, and "▁<end>" is in no file."""
+    made = backend()
+    made.pre_tokenizer, made.normalizer = None, normalizers.Sequence([normalizers.Prepend("▁")])
+    made.add_special_tokens([AddedToken(name, normalized=normalized, special=True) for name in ("<tool>", "<end>")])
+    folder = save(tmp_path, made, tokenizer_config={"bos_token": "<s>"}, generation_config={"eos_token_id": 259})
+    mine = Tokenizer.load(folder)
+    assert mine.encode("<tool><tool>", special=True) == [258, 258]
+    assert 258 not in mine.encode("<tool>")
+    assert mine.eos_token == "<end>"
 
 
 def test_a_padding_token_beyond_the_models_rows(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from minillama.files import complete_lines
 from minillama.inference.generate import StopText
 from minillama.inference.load import read_texts
 from minillama.inference.sampling import Sampler, Sampling
-from minillama.runs.config import DataConfig, RunConfig
+from minillama.runs.config import RunConfig
+from minillama.runs.sections import DataConfig
 from minillama.tokenizer import byte_tokenizer
 from minillama.training.objectives.lm import LanguageModel
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,19 +33,9 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(params=["learned-2d", "rope-2d"])
 def model(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Decoder:
     """Weights large enough that a wrong place shows."""
-    config = replace(
-        ModelConfig.load("glm-tiny"),
-        dim=48,
-        n_layers=2,
-        n_heads=6,
-        n_kv_heads=6,
-        head_dim=8,
-        hidden_dim=80,
-        vocab_size=tokenizer.vocab_size,
-        max_seq_len=96,
-        tie_embeddings=False,
-        position=request.param,
-    )
+    shape = {"dim": 48, "n_layers": 2, "n_heads": 6, "hidden_dim": 80, "max_seq_len": 96, "tie_embeddings": False}
+    shape |= {"vocab_size": tokenizer.vocab_size, "position": request.param}
+    config = ModelConfig.load("glm-tiny").changed(shape)
     torch.manual_seed(2)
     decoder = Decoder(config).eval()
     with torch.no_grad():

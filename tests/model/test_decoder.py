@@ -75,47 +75,6 @@ def test_forward_is_hidden_then_head(model: Decoder) -> None:
     assert "lm_head.weight" not in tied.state_dict()
 
 
-def test_a_token_does_not_see_the_future(model: Decoder) -> None:
-    a, b = tokens(1, 12), tokens(1, 12)
-    b[0, 7] = (b[0, 7] + 1) % 97
-    difference = (model(a) - model(b)).abs().amax(-1)[0]
-    assert (difference[:7] == 0).all() and (difference[7:] > 0).all()
-
-
-@pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 6], [3, 9]])
-def test_state_equals_the_full_forward(model: Decoder, chunks: list[int]) -> None:
-    ids, state = tokens(2, 12), model.state(2)
-    parts = [model(part, state=state) for part in ids.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-5, rtol=1e-5)
-    assert state.lengths == [12, 12]
-
-
-def test_unequal_rows_equal_single_rows(model: Decoder) -> None:
-    lengths = [3, 8, 5]
-    ids, state = tokens(3, 8), model.state(3)
-    first = model(ids, mask=Mask(lengths=torch.tensor(lengths)), state=state)
-    more = tokens(3, 4, seed=2)
-    second = torch.cat([model(more[:, :1], state=state), model(more[:, 1:], state=state)], 1)
-    for row, length in enumerate(lengths):
-        whole = model(torch.cat([ids[row : row + 1, :length], more[row : row + 1]], 1))[0]
-        torch.testing.assert_close(first[row, :length], whole[:length], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(second[row], whole[length:], atol=1e-5, rtol=1e-5)
-
-
-def test_select_and_restore(model: Decoder) -> None:
-    ids, state = tokens(3, 6), model.state(3)
-    model(ids, state=state)
-    state.select([2, 0, 2])
-    point = state.snapshot()
-    rejected = model(tokens(3, 4, seed=9), state=state)
-    state.restore(point)
-    more = tokens(3, 3, seed=2)
-    again = model(more, state=state)
-    whole = model(torch.cat([ids[[2, 0, 2]], more], 1))[:, 6:]
-    torch.testing.assert_close(again, whole, atol=1e-5, rtol=1e-5)
-    assert rejected.shape[1] == 4 and state.lengths == [9, 9, 9]
-
-
 def test_state_that_is_full_says_so(model: Decoder) -> None:
     state = model.state(1, max_len=4)
     with pytest.raises(ValueError, match="4 slots"):

@@ -78,6 +78,7 @@ def test_prefill_and_steps_equal_the_full_forward(model: Decoder, chunks: list[i
     ids, state = tokens(2, 12), model.state(2)
     parts = [model(part, state=state) for part in ids.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-4, rtol=1e-4)
+    assert state.lengths == [12, 12]
 
 
 def test_a_batch_equals_single_rows(model: Decoder) -> None:
@@ -97,12 +98,13 @@ def test_select_and_restore(model: Decoder) -> None:
     model(ids, state=state)
     state.select([2, 0, 2])
     point = state.snapshot()
-    model(tokens(3, 4, seed=9), state=state)
+    assert model(tokens(3, 4, seed=9), state=state).shape[1] == 4  # rejected
     state.restore(point)
     more = tokens(3, 3, seed=2)
     again = model(more, state=state)
     whole = model(torch.cat([ids[[2, 0, 2]], more], 1))[:, 6:]
     torch.testing.assert_close(again, whole, atol=1e-4, rtol=1e-4)
+    assert state.lengths == [9, 9, 9]
 
 
 def test_fused_products_and_checkpointing_change_nothing(model: Decoder) -> None:

@@ -21,8 +21,9 @@ from minillama.runs.objectives import DPOConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.template import load_template
 from minillama.training.gradients import accumulate
-from minillama.training.objectives import DPO, RewardModel
 from minillama.training.objectives.compared import Compared
+from minillama.training.objectives.dpo import DPO
+from minillama.training.objectives.reward import RewardModel
 
 transformers, trl = pytest.importorskip("transformers"), pytest.importorskip("trl")
 CPU = torch.device("cpu")

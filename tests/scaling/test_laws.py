@@ -39,11 +39,7 @@ def test_optimum(law: Law, flops: float, params: float, tokens: float, loss: flo
 
 @pytest.mark.parametrize(
     ("law", "large", "small"),
-    [
-        (ROUNDED, 1.9366455, 2.5800479),
-        (CHINCHILLA, 1.9208460, 2.5306682),
-        (EPOCH, 1.9738819, 2.5300504),
-    ],
+    [(ROUNDED, 1.9366455, 2.5800479), (CHINCHILLA, 1.9208460, 2.5306682), (EPOCH, 1.9738819, 2.5300504)],
 )
 def test_loss(law: Law, large: float, small: float) -> None:
     assert law.loss(70e9, 1.4e12) == pytest.approx(large, abs=6e-8)

@@ -13,11 +13,7 @@ from minillama.scaling.laws import Law
 from minillama.scaling.planning import cheapest, plan, predicted_loss, tokens_for_loss
 from minillama.scaling.shapes import batch_tokens, learning_rate, nearest, shape, shapes, size
 
-LAWS = {
-    "exact": Law.load("chinchilla"),
-    "rounded": Law(1.69, 406.4, 410.7, 0.34, 0.28),
-    "epoch": Law.load("epoch"),
-}
+LAWS = {"exact": Law.load("chinchilla"), "rounded": Law(1.69, 406.4, 410.7, 0.34, 0.28), "epoch": Law.load("epoch")}
 BASE = ModelConfig()
 
 
@@ -30,13 +26,7 @@ BASE = ModelConfig()
     ],
 )
 def test_sardanas_example(
-    name: str,
-    tokens: float,
-    loss: float,
-    tokens_7b: float,
-    total: float,
-    total_7b: float,
-    best: tuple[float, float],
+    name: str, tokens: float, loss: float, tokens_7b: float, total: float, total_7b: float, best: tuple[float, float]
 ) -> None:
     """The quality of a compute-optimal 13B with 2T tokens of inference; the paper saves 1.7e22 FLOPs, 17 %, with 7B."""
     law, inference = LAWS[name], 2e12
@@ -66,8 +56,7 @@ def test_a_loss_out_of_reach() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "dim"),
-    [("llama-7b", 4096), ("llama-13b", 5120), ("stories42m", 512), ("llama-tiny", 256)],
+    ("name", "dim"), [("llama-7b", 4096), ("llama-13b", 5120), ("stories42m", 512), ("llama-tiny", 256)]
 )
 def test_shapes_are_those_of_published_models(name: str, dim: int) -> None:
     """Width to feed-forward width; at LLaMA's sizes the depth and heads, too."""

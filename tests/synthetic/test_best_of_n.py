@@ -14,8 +14,11 @@ from minillama.config import ModelConfig
 from minillama.data.conversations import conversations
 from minillama.data.sources import Source
 from minillama.errors import InputError
+from minillama.inference.chat import ChatPrompts
+from minillama.inference.generate import generate
 from minillama.model import Decoder
 from minillama.synthetic.best_of_n import kl_bound, read_lines
+from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.template import load_template
 from minillama.tokenizer.train import byte_tokenizer
 
@@ -62,6 +65,26 @@ def test_a_stopped_round_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path)
     assert cut.read_bytes() == whole.read_bytes()
     best(folder, cut)
     assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_what_a_template_writes_in_front_of_an_answer_is_no_part_of_it(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer, path = Decoder.from_pretrained(folder), Tokenizer.load(folder), tmp_path / "mine.jinja"
+
+    def template(lead: str) -> str:
+        answer = f"{{% generation %}}{lead}{{{{ m.content }}}}{{{{ eos_token }}}}{{% endgeneration %}}"
+        turn = f"{{% if m.role == 'assistant' %}}{answer}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+        path.write_text(f"{{% for m in messages %}}{turn}{{% endfor %}}")
+        return str(path)
+
+    def said(lead: str) -> str:
+        return generate(model, tokenizer, "1>", 5, temperature=0, chat=ChatPrompts(tokenizer, template(lead)))[0].text
+
+    whole, greedy = said(""), ("--temperature", "0", "--template")
+    assert [said(whole[:n]) for n in (1, 2)] == [whole[1:], whole[2:]] and said(f"{whole[0]}!") == whole
+    every = best(folder, tmp_path / "a.jsonl", 1, *greedy, template(""))
+    others = best(folder, tmp_path / "b.jsonl", 1, *greedy, template(whole[0]))
+    texts, found = ([line["messages"][1]["content"] for line in lines] for lines in (every, others))
+    assert found == [text.removeprefix(whole[0]) for text in texts] and found != texts
 
 
 def test_rounds_before_are_scored_anew(folder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def stopping(path: Path, method: Any, stop: int) -> None:
     """Stop behind the lines of a commit, the first for 2, and before its provenance."""
     from minillama.synthetic import writer
 
-    real, calls = writer.replace_file, []
+    real, calls = writer.replace_text, []
 
     def fail(*words: Any) -> Any:
         calls.append(0)
@@ -129,7 +129,7 @@ def stopping(path: Path, method: Any, stop: int) -> None:
         return real(*words)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writer, "replace_file", fail)
+        patch.setattr(writer, "replace_text", fail)
         write(path, 20, method=method, requests=1)
 
 

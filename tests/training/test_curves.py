@@ -17,7 +17,7 @@ from minillama.model import Decoder
 from minillama.native import build
 from minillama.native.attention import native_attend
 from minillama.native.swiglu import native_swiglu
-from minillama.runs.config import OptimConfig
+from minillama.runs.sections import OptimConfig
 from minillama.training.compile import use_native_kernels
 from minillama.training.optim.groups import make_optimizers
 from minillama.training.precision import choose_precision

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.model.heads import open_scores
 from minillama.runs.config import RunConfig, load_run_config
+from minillama.runs.feedback import GRPOConfig, PPOConfig
 from minillama.tokenizer.template import load_template
 from minillama.tokenizer.train import byte_tokenizer
 from minillama.training.run import train
@@ -160,3 +162,20 @@ template = "plain"
         path.write_text(text.replace(old, new))
         with pytest.raises(InputError, match=message):
             load_run_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 3}, "no whole number of prompts"),
+        ({"samples": 1}, "no baseline"),
+        ({"max_new_tokens": 64}, "no room for its prompt"),
+        ({"dropout": 0.1}, "log-probabilities do not repeat"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+    dropout = settings.pop("dropout", 0.0)
+    with pytest.raises(InputError, match=message):
+        GRPOConfig(**settings).check(8, 64 if "max_new_tokens" in settings else 80, dropout)
+    with pytest.raises(InputError, match="adaptive coefficient"):
+        PPOConfig(kl="k3", kl_target=1.0)

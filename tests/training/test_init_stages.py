@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from minillama import Decoder, ModelConfig, Tokenizer
 from minillama.convert import convert
 from minillama.errors import InputError
-from minillama.runs.config import RunConfig, Stage, load_run_config, to_table
+from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.report import Report
+from minillama.runs.sections import Stage
 from minillama.tokenizer import TokenizerTrainer
 from minillama.tokenizer.merge import extend
 from minillama.training.optim.groups import change_settings, make_optimizers

@@ -14,8 +14,9 @@ from minillama.config import ModelConfig
 from minillama.config.mup import Mup
 from minillama.errors import InputError
 from minillama.model import Decoder
-from minillama.runs.config import OptimConfig, RunConfig
+from minillama.runs.config import RunConfig
 from minillama.runs.report import PlainReport
+from minillama.runs.sections import OptimConfig
 from minillama.training.coordinate_check import changes, slope
 from minillama.training.init_model import resolve
 from minillama.training.optim.groups import change_settings, make_optimizers, parameter_groups
@@ -147,11 +148,7 @@ def test_heads_that_widen_need_the_queries_factor() -> None:
         ({"init": "fan-in"}, {}, "model.init"),
         ({}, {"optimizer": "adafactor"}, "optim.optimizer"),
         ({"tie_embeddings": True}, {}, "model.tie_embeddings"),
-        (
-            {"init": "rwkv", "mixer": "wkv", "mlp": "channel-mix", "position": "none"},
-            {},
-            "model.init|model.mixer",
-        ),
+        ({"init": "rwkv", "mixer": "wkv", "mlp": "channel-mix", "position": "none"}, {}, "model.init|model.mixer"),
     ],
 )
 def test_what_has_no_rule_is_refused(model: dict[str, object], optim: dict[str, object], where: str) -> None:

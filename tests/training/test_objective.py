@@ -14,7 +14,8 @@ from minillama.data.corpus import Corpus, Split
 from minillama.data.shards import Shard
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
-from minillama.training.objectives import Batch, LanguageModel
+from minillama.training.objectives.base import Batch
+from minillama.training.objectives.lm import LanguageModel
 
 MODEL = ModelConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=50, max_seq_len=16)
 

@@ -10,7 +10,7 @@ import torch
 from minillama.config import ModelConfig
 from minillama.layers.cross_entropy import cross_entropy
 from minillama.model import Decoder
-from minillama.runs.config import OptimConfig
+from minillama.runs.sections import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
 from minillama.training.optim.groups import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
 from minillama.training.optim.muon import Muon, orthogonalize

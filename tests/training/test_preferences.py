@@ -21,12 +21,11 @@ from minillama.model.heads import with_score
 from minillama.model.lora import add_lora, lora_parameters
 from minillama.runs.objectives import DPOConfig, KTOConfig
 from minillama.training.gradients import accumulate
-from minillama.training.objectives import DPO, KTO, RewardModel
 from minillama.training.objectives.base import DataObjective
 from minillama.training.objectives.compared import Compared, batch_of
-from minillama.training.objectives.dpo import LOSSES, dpo_loss
-from minillama.training.objectives.kto import kto_loss, mismatched
-from minillama.training.objectives.reward import bradley_terry
+from minillama.training.objectives.dpo import DPO, LOSSES, dpo_loss
+from minillama.training.objectives.kto import KTO, kto_loss, mismatched
+from minillama.training.objectives.reward import RewardModel, bradley_terry
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=61, max_seq_len=320)

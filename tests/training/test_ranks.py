@@ -13,7 +13,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from minillama.config import ModelConfig
 from minillama.model import Decoder
 from minillama.training.gradients import accumulate, clip
-from minillama.training.objectives import Batch
+from minillama.training.objectives.base import Batch
 from minillama.training.objectives.compared import Compared
 from minillama.training.ranks import Ranks
 

@@ -19,7 +19,6 @@ from minillama.config.lora import LoRAConfig
 from minillama.data.corpus import Corpus, Split
 from minillama.data.prompts import Prompt, Prompts
 from minillama.data.shards import Shard
-from minillama.errors import InputError
 from minillama.evaluate.rewards import Scored
 from minillama.evaluate.rules import Answer
 from minillama.inference.request import Request
@@ -69,10 +68,7 @@ def prompts(count: int = 6) -> Prompts:
 
 def objective(settings: FeedbackConfig, rows: int = 8, micro: int = 8, **given: Any) -> Feedback:
     kind = PPO if isinstance(settings, PPOConfig) else GRPO
-    made = kind(given.pop("model", None) or model(), prompts(), 1, rows, settings, Vowels(), micro, **given)  # type: ignore[arg-type]
-    for companion in made.companions.values():
-        companion.eval().requires_grad_(False)
-    return made
+    return kind(given.pop("model", None) or model(), prompts(), 1, rows, settings, Vowels(), micro, **given)  # type: ignore[arg-type]
 
 
 GROUPS = [
@@ -113,15 +109,22 @@ def test_the_first_ratios_are_exactly_1_and_the_first_kl_is_0(settings: Feedback
     assert len(set(lengths.tolist())) > 1 or settings.temperature == 1.3
 
 
+def moved(made: Feedback, by: float) -> Decoder:
+    """The model, whose weights are changed; a copy as it was."""
+    before = copy.deepcopy(made.model)
+    with torch.no_grad():
+        for weight in made.model.parameters():
+            weight.add_(by * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    return before
+
+
 @pytest.mark.parametrize("settings", [*GROUPS, *ACTORS])
 def test_micro_batches_change_nothing(settings: FeedbackConfig) -> None:
     found = []
     for micro in (8, 4, 2, 1):
         made = objective(settings, micro=micro)
-        with torch.no_grad():
-            made.prepare(0)
-            for weight in made.model.parameters():  # so that no ratio is 1
-                weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+        made.prepare(0)
+        moved(made, 0.05)  # so that no ratio is 1
         terms, metrics = losses(made, 0, micro)
         grads = {
             f"{k}/{n}": p.grad for k, m in made.models.items() for n, p in m.named_parameters() if p.grad is not None
@@ -133,15 +136,6 @@ def test_micro_batches_change_nothing(settings: FeedbackConfig) -> None:
         assert terms == pytest.approx(first_terms, abs=1e-5) and metrics == pytest.approx(first_metrics, abs=1e-5)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, first[name], atol=2e-6, rtol=1e-4)
-
-
-def moved(made: Feedback, by: float) -> Decoder:
-    """The model, whose weights are changed; a copy as it was."""
-    before = copy.deepcopy(made.model)
-    with torch.no_grad():
-        for weight in made.model.parameters():
-            weight.add_(by * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
-    return before
 
 
 @pytest.mark.parametrize("settings", GROUPS)
@@ -246,9 +240,7 @@ def test_a_step_of_ppo_is_that_of_the_formulas() -> None:
     """From the buffer alone, row by row, without masks: advantages, policy, value and KL terms."""
     settings = PPOConfig(max_new_tokens=9, minibatches=1, epochs=2, beta=0.3, cut_off=2.0, gamma=0.9, lam=0.8)
     made = objective(settings)
-    with torch.no_grad():
-        for weight in made.model.parameters():  # away from the reference
-            weight.mul_(1.1)
+    moved(made, 0.05)  # away from the reference
     made.prepare(0)
     rows, advantages, returns = made.buffer, [], []
     for i, row in enumerate(rows["mask"]):
@@ -277,20 +269,6 @@ def test_a_step_of_ppo_is_that_of_the_formulas() -> None:
     old_values = rows["values"][rows["mask"]]
     assert terms["value"] == pytest.approx(
         0.1 * 0.5 * (old_values - torch.cat(returns)).square().mean().item(), rel=1e-4
-    )
-
-
-def test_the_kl_in_the_reward_of_a_group_is_the_answers() -> None:
-    made = objective(GROUPS[0])
-    made.prepare(0)
-    made.buffer["old"] = made.buffer["old"] - 0.1 * made.buffer["mask"]
-    scores = torch.arange(16.0)
-    made.judge(scores)
-    lowered = scores + GROUPS[0].beta * 0.1 * made.buffer["mask"].sum(1)
-    groups = lowered.view(4, 4)
-    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-    torch.testing.assert_close(
-        made.buffer["advantages"].amax(1) + made.buffer["advantages"].amin(1), expected.flatten()
     )
 
 
@@ -335,13 +313,11 @@ def test_kl_estimates_of_samples_are_those_of_the_distributions() -> None:
         p, q = (m(ids)[0, -1].log_softmax(0) for m in (made.model, made.companions["reference"]))
     exact = (p.exp() * (p - q)).sum().item()
     mask = made.buffer["mask"]
-    for kind in ("k1", "k3"):
+    for kind in ("k3", "k1"):
         samples = kl_estimate(made.buffer["old"], made.buffer["reference"], kind)[mask]  # type: ignore[arg-type]
         assert len(samples) == 4096
         assert abs(samples.mean().item() - exact) < 4 * samples.std().item() / 64
-    assert made.recent["kl"] == pytest.approx(
-        kl_estimate(made.buffer["old"], made.buffer["reference"], "k1")[mask].mean().item()
-    )
+    assert made.recent["kl"] == pytest.approx(samples.mean().item())
 
 
 def test_samples_differ_and_repeat_by_seed_and_step() -> None:
@@ -393,8 +369,6 @@ def test_an_adapter_is_its_own_reference_and_its_base_stays() -> None:
 def test_an_answer_that_cannot_be_scored_teaches_nothing() -> None:
     made = objective(PPOConfig(max_new_tokens=9, samples=8), rows=64)
     made.prepare(0)
-    first = made.buffer["targets"].gather(1, (made.buffer["tokens"] > 0).int().argmin(1, keepdim=True))
-    assert first.shape == (64, 1)
     empty = ~made.buffer["mask"].any(1)
     assert 0 < empty.sum() < 20
     terms, _ = losses(made, 0)
@@ -422,20 +396,3 @@ def test_the_coefficient_of_the_kl_adapts() -> None:
     again = objective(PPOConfig(max_new_tokens=9, kl_target=6.0, kl_horizon=100, beta=0.2))
     again.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
     assert again.state_dict().keys() == state.keys() and torch.equal(again.beta, made.beta)  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"samples": 3}, "no whole number of prompts"),
-        ({"samples": 1}, "no baseline"),
-        ({"max_new_tokens": 64}, "no room for its prompt"),
-        ({"dropout": 0.1}, "log-probabilities do not repeat"),
-    ],
-)
-def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
-    dropout = settings.pop("dropout", 0.0)
-    with pytest.raises(InputError, match=message):
-        GRPOConfig(**settings).check(8, 64 if "max_new_tokens" in settings else 80, dropout)
-    with pytest.raises(InputError, match="adaptive coefficient"):
-        PPOConfig(kl="k3", kl_target=1.0)

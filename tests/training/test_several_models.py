@@ -22,7 +22,8 @@ from minillama.runs.config import RunConfig, load_run_config
 from minillama.tokenizer import Tokenizer
 from minillama.training import run
 from minillama.training.gradients import clip
-from minillama.training.objectives import Batch, LanguageModel, Metrics
+from minillama.training.objectives.base import Batch, Metrics
+from minillama.training.objectives.lm import LanguageModel
 from minillama.training.precision import choose_precision
 from minillama.training.run import train
 from minillama.training.state import TrainingState

@@ -30,4 +30,4 @@ def normalized_for_perplexity(line: str) -> str:
     line = line.strip().lower()
     if not line.isascii():
         line = "".join(char for char in unicodedata.normalize("NFD", line) if unicodedata.category(char) != "Mn")
-    return _DIGIT.sub("0", line).translate(_REPLACE).translate(_CONTROLS)
+    return replace_punctuation(_DIGIT.sub("0", line)).translate(_CONTROLS)

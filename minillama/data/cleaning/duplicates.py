@@ -29,8 +29,9 @@ class _Hashed(CorpusStep):
     def chosen(self, group: Groups) -> NDArray[np.bool_]:
         return np.arange(len(group.first)) > group.first
 
-    def collector(self) -> Rows:
-        return _Hashes(self)
+    def collect(self, rows: Rows, draft: Draft) -> None:
+        for detail, text in self.hashed(draft):
+            rows.add_row(hash64(text), draft.index, detail)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
         removed = 0
@@ -40,16 +41,6 @@ class _Hashed(CorpusStep):
             verdicts.add(group.documents[gone], first, group.sizes[gone], group.details[gone])
             removed += int(gone.sum())
         return {"removed": removed}
-
-
-class _Hashes(Rows):
-    def __init__(self, step: _Hashed) -> None:
-        super().__init__()
-        self._step = step
-
-    def add(self, draft: Draft) -> None:
-        for detail, text in self._step.hashed(draft):
-            self.add_row(hash64(text), draft.index, detail)
 
 
 @dataclass(frozen=True)

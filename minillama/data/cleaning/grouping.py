@@ -28,8 +28,8 @@ VERDICT = np.dtype([("document", "<u4"), ("detail", "<u4"), ("other", "<u8"), ("
 class CorpusStep(Step):
     """Step that looks at all documents at once: collect in each part, decide once, settle each document."""
 
-    def collector(self) -> Rows:
-        """An empty accumulator of what the step needs from the documents of a part."""
+    def collect(self, rows: Rows, draft: Draft) -> None:
+        """Take what is needed from a document."""
         raise NotImplementedError
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
@@ -58,22 +58,25 @@ def hash64(text: str) -> int:
 
 
 class Rows:
-    """Accumulator of rows (key, document, detail) of a part."""
+    """Accumulator of rows (key, document, detail) of a part, and of what else its step needs."""
 
     def __init__(self) -> None:
         self._keys, self._places = array("Q"), array("Q")
-
-    def add(self, draft: Draft) -> None:
-        """Take what is needed from a document."""
-        raise NotImplementedError
+        self._tables: dict[str, list[Any]] = {}
 
     def add_row(self, key: int, index: int, detail: int = 0) -> None:
         """Add a row of document `index` of this part."""
         self._keys.append(key)
         self._places.append(index << 32 | detail)
 
+    def add_to(self, table: str, entry: Any) -> None:
+        """Add an entry, of the type and shape of the others, to a table beside the rows, a suffix such as `.sizes`."""
+        self._tables.setdefault(table, []).append(entry)
+
     def save(self, path: Path) -> None:
-        """Write the (2, N) keys and places, sorted by key."""
+        """Write the tables, and the (2, N) keys and places, sorted by key."""
+        for suffix, entries in self._tables.items():
+            save_array(path.with_suffix(suffix), np.array(entries))
         rows = np.array([self._keys, self._places], np.uint64).reshape(2, -1)
         save_array(path, rows[:, np.argsort(rows[0], kind="stable")])
 
@@ -86,6 +89,12 @@ def save_array(path: Path, values: NDArray[Any]) -> None:
             np.save(file, values, allow_pickle=False)
 
     replace_file(path, write)
+
+
+def table(path: Path, suffix: str) -> NDArray[Any]:
+    """Table beside a part's rows; without entries (0, 1)."""
+    path = path.with_suffix(suffix)
+    return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else np.empty((0, 1), np.uint32)
 
 
 class Groups(NamedTuple):

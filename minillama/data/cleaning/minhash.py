@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minillama.data.cleaning.document import Draft, Removal
-from minillama.data.cleaning.grouping import U64, CorpusStep, Groups, Rows, Verdicts, groups, save_array
+from minillama.data.cleaning.grouping import U64, CorpusStep, Groups, Rows, Verdicts, groups, table
 from minillama.data.cleaning.words import words
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -68,8 +68,13 @@ class NearDuplicates(CorpusStep):
             keys ^= keys >> np.uint64(32)
         return keys
 
-    def collector(self) -> _Signatures:
-        return _Signatures(self)
+    def collect(self, rows: Rows, draft: Draft) -> None:
+        signature = self.signature(draft.text)
+        if (signature == 2**32 - 1).all():
+            return  # no word at all
+        rows.add_to(SIGNATURES, np.insert(signature, 0, draft.index))
+        for key in self.band_keys(signature).tolist():
+            rows.add_row(key, draft.index)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
         find, parent = _Signature(collected), dict[int, int]()
@@ -119,41 +124,17 @@ def _functions(step: NearDuplicates) -> tuple[U64, U64]:
     return draws[0] | np.uint64(1), draws[1]
 
 
-class _Signatures(Rows):
-    def __init__(self, step: NearDuplicates) -> None:
-        super().__init__()
-        self._step = step
-        self._found: list[NDArray[np.uint32]] = []
-        self._indices: list[int] = []
-
-    def add(self, draft: Draft) -> None:
-        signature = self._step.signature(draft.text)
-        if not signature.size or (signature == 2**32 - 1).all():
-            return  # no word at all
-        self._found.append(signature)
-        self._indices.append(draft.index)
-        for key in self._step.band_keys(signature).tolist():
-            self.add_row(key, draft.index)
-
-    def save(self, path: Path) -> None:
-        width = self._step.bands * self._step.rows
-        found = np.stack(self._found) if self._found else np.empty((0, width), np.uint32)
-        indices = np.array(self._indices, np.uint32).reshape(-1, 1)
-        save_array(path.with_suffix(SIGNATURES), np.hstack([indices, found]))
-        super().save(path)
-
-
 class _Signature:
     """Signatures of documents (part << 32 | index), from disk."""
 
     def __init__(self, collected: Sequence[Path]) -> None:
         self.names = [path.name.partition(".rows")[0] for path in collected]
-        self._parts = [np.load(p.with_suffix(SIGNATURES), mmap_mode="r", allow_pickle=False) for p in collected]
+        self._parts = [table(path, SIGNATURES) for path in collected]
         self._indices = [np.array(part[:, 0]) for part in self._parts]
 
     def __call__(self, documents: U64) -> NDArray[np.uint32]:
         """(N, P) signatures."""
-        made = np.empty((len(documents), self._parts[0].shape[1] - 1), np.uint32)
+        made = np.empty((len(documents), max(part.shape[1] for part in self._parts) - 1), np.uint32)
         parts = documents >> np.uint64(32)
         for part in np.unique(parts).tolist():
             chosen = parts == part

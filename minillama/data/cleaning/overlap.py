@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minillama.data.cleaning.document import Draft, Removal
-from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts, groups, save_array
+from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts, groups, table
 from minillama.data.cleaning.minhash import shingles
 
 SIZES = ".sizes"
@@ -32,14 +31,17 @@ class Overlap(CorpusStep):
     frequent: int = field(default=100, metadata={"min": 2})
     """N-grams of more documents are left out: quotations, headers."""
 
-    def collector(self) -> Rows:
-        return _Sampled(self)
+    def collect(self, rows: Rows, draft: Draft) -> None:
+        found = shingles(draft.text, self.ngram)
+        chosen = found[found % np.uint64(self.sample) == 0].tolist()
+        rows.add_to(SIZES, (draft.index, len(chosen)))
+        for key in chosen:
+            rows.add_row(key, draft.index)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
         sizes: dict[int, int] = {}
         for part, path in enumerate(collected):
-            table = np.load(path.with_suffix(SIZES), allow_pickle=False)
-            sizes |= {part << 32 | index: size for index, size in table.tolist()}
+            sizes |= {part << 32 | index: size for index, size in table(path, SIZES).tolist()}
         shared = Counter[tuple[int, int]]()
         for group in groups(collected):
             for start in np.flatnonzero((np.arange(len(group.first)) == group.first) & (group.sizes <= self.frequent)):
@@ -56,20 +58,3 @@ class Overlap(CorpusStep):
 
     def settle(self, draft: Draft, found: NDArray[Any], names: Sequence[str]) -> Removal | None:
         return self.like_another(draft, found, names, "overlap", "share")
-
-
-class _Sampled(Rows):
-    def __init__(self, step: Overlap) -> None:
-        super().__init__()
-        self._step, self._sizes = step, array("Q")
-
-    def add(self, draft: Draft) -> None:
-        found = shingles(draft.text, self._step.ngram)
-        chosen = found[found % np.uint64(self._step.sample) == 0].tolist()
-        self._sizes.extend((draft.index, len(chosen)))
-        for key in chosen:
-            self.add_row(key, draft.index)
-
-    def save(self, path: Path) -> None:
-        save_array(path.with_suffix(SIZES), np.array(self._sizes, np.uint64).reshape(-1, 2))
-        super().save(path)

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from minillama.data.cleaning.ccnet import normalized_for_perplexity
 from minillama.data.cleaning.document import Draft, Figures, Removal, Step
-from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts
+from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts, table
 from minillama.data.cleaning.ngram_lm import BOS, EOS, UNK, NgramLM
-from minillama.data.cleaning.parts import write_table
 from minillama.errors import InputError
 from minillama.files import reading, replace_folder
 from minillama.tokenizer import Tokenizer
 
 WEIGHTS, SETTINGS = "ngram_lm.safetensors", "ngram_lm.json"
+VALUES, LANGUAGES = ".values", ".languages"
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,17 @@ class Buckets(CorpusStep):
         value = draft.measured.get(step, {}).get(measure)
         return value if isinstance(value, int | float) else None
 
-    def collector(self) -> Rows:
-        return _Values(self)
+    def collect(self, rows: Rows, draft: Draft) -> None:
+        if (value := self.value(draft)) is not None:
+            rows.add_to(VALUES, (draft.index, value))
+            rows.add_to(LANGUAGES, draft.language)
 
     def decide(self, collected: Sequence[Path], verdicts: Verdicts) -> dict[str, Any]:
         found: dict[str, list[NDArray[np.float64]]] = {}
         for part, path in enumerate(collected):
-            for language, rows in json.loads(path.read_text(encoding="utf-8")).items():
-                index, values = np.array(rows).T
+            languages = table(path, LANGUAGES)
+            for language in np.unique(languages).tolist():
+                index, values = table(path, VALUES)[languages == language].T
                 found.setdefault(language, []).append(np.array([index + part * 2.0**32, values]))
         cutoffs = {}
         for language, parts in sorted(found.items()):
@@ -183,15 +186,3 @@ class Buckets(CorpusStep):
         label = self.labels[int(found["value"][0])] if len(found) else "all"
         self.judge(draft, {"bucket": label})
         return Removal("bucket", label) if len(found) and label not in self.keep else None
-
-
-class _Values(Rows):
-    def __init__(self, step: Buckets) -> None:
-        self._step, self._found = step, dict[str, list[tuple[int, float]]]()
-
-    def add(self, draft: Draft) -> None:
-        if (value := self._step.value(draft)) is not None:
-            self._found.setdefault(draft.language, []).append((draft.index, value))
-
-    def save(self, path: Path) -> None:
-        write_table(path, self._found)

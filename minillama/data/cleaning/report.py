@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minillama.data.cleaning.document import Step, limits
 from minillama.data.cleaning.pipeline import Pipeline
 from minillama.data.cleaning.tally import READ, Counts, Tally
@@ -85,15 +87,11 @@ def _json(table: Any) -> str:
 
 def _histogram(name: str, values: Sequence[float], bounds: Sequence[float]) -> str:
     """Histogram between the 1st and 99th percentiles, as SVG, with the thresholds that lie near."""
-    ordered = sorted(values)
-    low, high = ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 100]
+    low, high = np.percentile(values, [1, 99]).tolist()
     near = [bound for bound in bounds if low - 2 * (high - low) <= bound <= high + 2 * (high - low)]
     low, high = min([low, *near]), max([high, *near])
     width = (high - low) or 1.0
-    bins = [0] * _BINS
-    for value in values:
-        if low <= value <= high:
-            bins[min(int((value - low) / width * _BINS), _BINS - 1)] += 1
+    bins = np.histogram(values, _BINS, (low, low + width))[0].tolist()
     step, top = _WIDTH / _BINS, max(*bins, 1)
     bars = "".join(
         f'<rect x="{i * step:.1f}" y="{_HEIGHT * (1 - count / top):.1f}" width="{step - 0.5:.1f}" '

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from minillama.config.loader import to_dict
 from minillama.data.cleaning.document import Draft, Removal
-from minillama.data.cleaning.grouping import CorpusStep, Verdicts
+from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts
 from minillama.data.cleaning.parts import join, read_part, read_table, removed_line, write_part, write_table
 from minillama.data.cleaning.pipeline import Pipeline, Stage
 from minillama.data.cleaning.report import write_report
@@ -31,7 +31,7 @@ from minillama.files import digest, replace_folder
 
 PART = 64 * 2**20
 TOGETHER = 32 * 2**20  # bytes of small files that are read as one task
-VERSION = 1
+VERSION = 2
 
 
 class Task(NamedTuple):
@@ -160,7 +160,7 @@ class Cleaning:
         folder, before = self.stage_folder(number), self.stage_folder(number - 1)
         if not (folder / f"{part}.json").exists():
             stage = self.pipeline.stages[number - 1]
-            tally, collector, documents = Tally(), stage.closing.collector() if stage.closing else None, 0
+            closing, tally, rows, documents = stage.closing, Tally(), Rows(), 0
             names = list(read_table(self.output / UNFINISHED / "parts.json")) if stage.opening else []
             verdicts = Verdicts(before / "verdicts").read(position)
             with write_part(folder / f"{part}.kept") as kept, write_part(folder / f"{part}.removed") as removed:
@@ -171,14 +171,14 @@ class Cleaning:
                         continue
                     kept.write(draft.to_json())
                     documents += 1
-                    if collector is None:
+                    if closing is None:
                         tally.finished(draft)
-                    elif stage.closing and stage.closing.concerns(draft):
+                    elif closing.concerns(draft):
                         start = time.perf_counter()
-                        collector.add(draft)
+                        closing.collect(rows, draft)
                         tally.step(stage.first + len(stage.all)).seconds += time.perf_counter() - start
-            if collector is not None:
-                collector.save(folder / f"{part}.rows")
+            if closing is not None:
+                rows.save(folder / f"{part}.rows")
             write_table(folder / f"{part}.json", {"documents": documents, "tally": tally.to_table()})
         (before / f"{part}.kept").unlink(missing_ok=True)
 

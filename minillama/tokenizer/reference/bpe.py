@@ -18,11 +18,7 @@ Ties = Literal["library", "first", "greatest"]
 
 
 def train(
-    words: Mapping[str, int],
-    merges: int,
-    ties: Ties = "library",
-    alphabet: Iterable[str] = (),
-    min_count: int = 1,
+    words: Mapping[str, int], merges: int, ties: Ties = "library", alphabet: Iterable[str] = (), min_count: int = 1
 ) -> list[Merge]:
     """BPE training on word counts.
 

@@ -76,9 +76,9 @@ class Unigram:
             segmentations.append((segments[::-1], value))
         return segmentations
 
-    def log_partition(self, text: str, alpha: float = 1.0) -> float:
-        """Log partition function: ln of the sum of P^alpha over all segmentations."""
-        return _forward(len(text), self.edges(text), alpha)[-1]
+    def log_partition(self, text: str) -> float:
+        """Log partition function: ln of the sum of P over all segmentations."""
+        return _forward(len(text), self.edges(text))[-1]
 
     def sample(self, text: str, alpha: float, generator: random.Random) -> list[str]:
         """Segmentation sampled with probability P^alpha / Z: forward filtering, backward sampling.

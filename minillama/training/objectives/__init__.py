@@ -18,7 +18,7 @@ from minillama.runs.feedback import GRPOConfig, PPOConfig
 from minillama.runs.objectives import ClozeConfig, DPOConfig, GLMConfig, KTOConfig, LMConfig, RewardConfig
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
-from minillama.training.objectives.base import MODEL, Batch, Metrics, Objective
+from minillama.training.objectives.base import MODEL, Batch, Objective
 from minillama.training.objectives.cloze import ClozeQuestions
 from minillama.training.objectives.dpo import DPO
 from minillama.training.objectives.glm import BlankInfilling
@@ -34,24 +34,8 @@ from minillama.training.spans import sentence_ends
 Data = Corpus | Instructions | Preferences | Prompts | Records
 MakeObjective = Callable[[RunConfig, Decoder, Tokenizer, Data], Objective]
 
-__all__ = [
-    "DPO",
-    "GRPO",
-    "KTO",
-    "MODEL",
-    "PPO",
-    "Batch",
-    "BlankInfilling",
-    "ClozeQuestions",
-    "FineTuning",
-    "LanguageModel",
-    "MakeObjective",
-    "Metrics",
-    "Objective",
-    "RewardModel",
-    "make",
-    "make_staged",
-]
+
+__all__ = ["MODEL", "Batch", "Objective"]  # the rest is defined here
 
 
 def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data) -> Objective:

@@ -6,18 +6,11 @@ import torch
 from torch import Tensor
 
 from minillama.layers.cross_entropy import linear_log_probabilities
-from minillama.layers.mask import Mask
 from minillama.model import Decoder
 
 
 def answer_log_probabilities(
-    model: Decoder,
-    tokens: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    temperature: float = 1.0,
-    positions: Tensor | None = None,
-    mask: Mask | None = None,
+    model: Decoder, tokens: Tensor, targets: Tensor, weights: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities log p(target_t | token_0..t) of answers, and entropies of these distributions.
 
@@ -25,20 +18,17 @@ def answer_log_probabilities(
     slot t, and a value of it, is what chose target t.
 
     Args:
-        model: the decoder.
         tokens: (B, T) ids that it reads.
         targets: (B, T) ids that it predicts.
         weights: (B, T); 0 where a target is of no answer.
         temperature: that divides the logits, as in sampling.
-        positions: as `Decoder.hidden` takes them.
-        mask: attention mask; causal unless given.
 
     Returns:
         Both (B, T) in nats, in float32, and 0 where the weight is 0. The logits of one chunk exist at a time; entropies
         have no gradient.
     """
     chosen = weights != 0
-    hidden = model.hidden(tokens, positions=positions, mask=mask)[chosen]
+    hidden = model.hidden(tokens)[chosen]
     if (scale := model.config.logit_scale / temperature) != 1:
         hidden = hidden * scale
     found = linear_log_probabilities(hidden, model.output_weight, targets[chosen], model.loss_kernel)

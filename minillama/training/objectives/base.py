@@ -180,6 +180,7 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take it back."""
+        return None
 
 
 D = TypeVar("D", bound=Corpus | Instructions | Preferences | Prompts | Records)
@@ -190,7 +191,6 @@ class DataObjective(Objective, Generic[D]):
     """An objective of one model, whose batches follow from (seed, step) alone.
 
     Args:
-        decoder: the model.
         data: what is read.
         seed: of the order of the data.
         batch_size: rows per step.
@@ -210,8 +210,9 @@ class DataObjective(Objective, Generic[D]):
         """What the passes run on."""
         return cast(Decoder, self.models[MODEL])
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to take back."""
+    def where(self, step: int, rows: Sequence[int]) -> list[str]:
+        assert not isinstance(self.data, Corpus | Prompts)  # theirs follow from more than that
+        return self.data.where(self.seed, step, self.batch_size, rows)
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,6 @@ class ClozeQuestions(DataObjective[Records]):
     """Cloze classification: loss = -log p(label | record), p = p(label words | text) / sum over the labels.
 
     Du et al. 2022, arXiv 2103.10360, §2.4. All answers of a record are read, each in its own row.
-
-    Args:
-        cloze: the question.
     """
 
     cloze: Cloze
@@ -38,9 +35,6 @@ class ClozeQuestions(DataObjective[Records]):
         mask, weights = Mask(prefix=answers.prefix), torch.ones(len(records))
         batch = Batch(answers.tokens, answers.targets, weights, mask, answers.positions, extras)
         return batch.share(rank, world)
-
-    def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        return self.data.where(self.seed, step, self.batch_size, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of nats over the records, and the number of correct answers."""

@@ -78,7 +78,6 @@ class Compared(DataObjective[Preferences]):
         return batch_of([self.data.train[i] for i in chosen], self.data.context).share(rank, world)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Answers of a step with their log-probabilities under the reference."""
         batch = self._texts(step, rank, world)
         own = rows_of(self.batch_size, rank, world)
         known = self.known[self.data.chosen(self.seed, step, self.batch_size)[own.start : own.stop]]
@@ -96,16 +95,11 @@ class Compared(DataObjective[Preferences]):
                 self._held = {(rows, limit): [self.log_probabilities(reference, batch) for batch in batches]}
         return list(zip(parts, batches, self._held[rows, limit], strict=True))
 
-    def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """File and record of these rows."""
-        return self.data.where(self.seed, step, self.batch_size, rows)
-
     def state_dict(self) -> dict[str, Tensor]:
         """Log-probabilities under the reference; NaN for records not met yet."""
         return {REFERENCE: self.known}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
         self.known = state[REFERENCE]
 
 

@@ -68,11 +68,7 @@ def dpo_loss(ratios: Tensor, loss: str = "sigmoid", beta: float = 0.1, label_smo
 
 @dataclass(eq=False)
 class DPO(Compared):
-    """Direct preference optimization, perhaps with the language model's loss of the chosen answers.
-
-    Args:
-        settings: loss and weights.
-    """
+    """Direct preference optimization, perhaps with the language model's loss of the chosen answers."""
 
     settings: DPOConfig = field(default_factory=DPOConfig)
 

@@ -85,7 +85,6 @@ class BlankInfilling(TextObjective):
         return min(int(self.context / (1 + 2.5 * self.config.share / mean)), self.window)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Batch of masked windows."""
         windows = self.data.batch(self.seed, step, self.batch_size, self.window)[:, :-1]
         rngs = [np.random.default_rng([self.seed, step, row]) for row in range(len(windows))]
         examples = [self.example(window, rng) for window, rng in zip(windows, rngs, strict=True)]

@@ -33,13 +33,11 @@ class GRPO(Feedback):
         return {"groups_with_signal": (groups != 0).any(1).float().mean().item()}
 
     def weighted(self, batch: Batch) -> Batch:
-        """Weights of tokens by `average`."""
         mask = batch.extras["mask"]
         weights, total = averaging(mask, self.settings.average, self.settings.max_new_tokens)
         return replace(batch, weights=weights, totals=policy_totals(mask, total))
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Sums over the answers' tokens."""
         batch = trimmed(batch)
         found, entropies = self.log_probabilities(self.model, batch)
         return policy_terms(self.settings, batch, found, entropies)

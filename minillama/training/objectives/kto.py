@@ -78,7 +78,6 @@ class KTO(Compared):
         return {"kl": self.kl}
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Answers of a step with the reference's log-probabilities and the KL."""
         batch = super().batch(step, rank, world)
         return replace(batch, extras=batch.extras | {"kl": torch.full((len(batch.tokens),), self.kl)})
 

@@ -78,7 +78,6 @@ class PPO(Feedback):
         return log_probs, entropies, spread
 
     def read(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Old log-probabilities and values."""
         log_probs, _, values = self.both(batch)
         return {"old": log_probs, "values": values}
 
@@ -119,7 +118,6 @@ class PPO(Feedback):
         return whole.share(rank, world)
 
     def weighted(self, batch: Batch) -> Batch:
-        """Mean over all tokens."""
         mask = batch.extras["mask"]
         weights, total = averaging(mask, "tokens", 0)
         return replace(batch, weights=weights, totals={**policy_totals(mask, total), "value": total})
@@ -149,12 +147,10 @@ class PPO(Feedback):
         return found | ({"average": lambda path: saved.write(path, self.average)} if self.average else {})
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rollout, the KL coefficient and the average of weights."""
         average = {f"average/{name}": weight for name, weight in self.average.items()}
         return {**super().state_dict(), "beta": self.beta, **average}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take them back."""
         self.average = {n.removeprefix("average/"): w for n, w in state.items() if n.startswith("average/")}
         rest = {name: tensor for name, tensor in state.items() if not name.startswith("average/")}
         self.beta = rest.pop("beta")

@@ -64,10 +64,6 @@ class RewardModel(DataObjective[Preferences]):
         chosen = self.data.chosen(self.seed, step, self.batch_size)
         return _batch([self.data.train[i] for i in chosen], self.data.context).share(rank, world)
 
-    def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """File and record of these rows."""
-        return self.data.where(self.seed, step, self.batch_size, rows)
-
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of nats over the pairs, and rewards, their difference and the pairs in the right order."""
         tokens, lengths = batch.tokens.flatten(0, 1), batch.extras["lengths"]

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minillama.data.permutation import derive_keys, permute
 from minillama.data.prompts import Prompt, Prompts
-from minillama.evaluate.rewards import Rewards, Scored
+from minillama.evaluate.rewards import Rewards, Scored, answer_of
 from minillama.evaluate.rules import Answer, distinct
 from minillama.inference.generate import end_ids
 from minillama.inference.request import Request
@@ -79,7 +79,6 @@ class Feedback(DataObjective[Prompts]):
     # the rollout
 
     def prepare(self, step: int) -> Metrics:
-        """A rollout, where the step begins one."""
         number, part = divmod(step, self.settings.updates)
         return self._collect(number) if part == 0 else {}
 
@@ -122,23 +121,19 @@ class Feedback(DataObjective[Prompts]):
 
     def _scores(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> tuple[dict[str, float], Tensor]:
         """Measures of a rollout, and the rewards of its answers."""
-        given = [self._answer(*pair) for pair in zip(prompts, requests, strict=True)]
+        tokenizer = self.rewards.tokenizer
+        given = [answer_of(*pair, tokenizer) for pair in zip(prompts, requests, strict=True)]
         scored = self.rewards(given)
         ended = torch.tensor([answer.ended for answer in given])
-        measures = {f"reward_{name}": _mean(part) for name, part in scored.parts.items()}
+        measures = {f"reward_{name}": part.nanmean().item() for name, part in scored.parts.items()}
         measures |= {
-            "reward": _mean(scored.total),
+            "reward": scored.total.nanmean().item(),  # of what could be scored
             "answer_length": sum(len(answer.ids) for answer in given) / len(given),
             "ended": ended.float().mean().item(),
             "distinct_2": sum(distinct(answer.ids) for answer in given) / len(given),
         }
         self._show(given, scored)
         return measures, scored.total - self.settings.cut_off * ~ended
-
-    def _answer(self, prompt: Prompt, request: Request) -> Answer:
-        ended = request.finish_reason == "eos"
-        text = self.rewards.tokenizer.decode(request.tokens[: len(request.tokens) - ended])
-        return Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended)
 
     def _show(self, given: Sequence[Answer], scored: Scored) -> None:
         answer, reward = given[0], scored.total[0].item()
@@ -214,7 +209,6 @@ class Feedback(DataObjective[Prompts]):
         raise NotImplementedError
 
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """File and record of the prompts of these rows."""
         number, update = divmod(step, self.settings.updates)
         order = self._order(number, *divmod(update, self.settings.minibatches))
         count = self.batch_size * self.settings.minibatches // self.settings.samples
@@ -247,11 +241,9 @@ class Feedback(DataObjective[Prompts]):
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rollout that the next steps go on with."""
         return {**self.buffer, "first_distinct": self.first_distinct}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take it back."""
         self.buffer = dict(state)
         self.first_distinct = self.buffer.pop("first_distinct")
 
@@ -271,11 +263,6 @@ def trimmed(batch: Batch) -> Batch:
 
 def _width(used: int) -> int:
     return max(1, used) if used < MULTIPLE else -(-used // MULTIPLE) * MULTIPLE
-
-
-def _mean(values: Tensor) -> float:
-    """Mean of what could be scored."""
-    return values.nanmean().item()
 
 
 def _json(value: float) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +35,7 @@ class FineTuning(DataObjective[Instructions]):
         decoder.stop_ids |= self.data.stop_ids
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows of conversations; the divisor is the sum of their weights."""
         return _batch(self.data.rows(self.seed, step, self.batch_size)).share(rank, world)
-
-    def where(self, step: int, rows: Sequence[int]) -> list[str]:
-        """File and record of the conversations in these rows."""
-        return self.data.where(self.seed, step, self.batch_size, rows)
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sum of weighted nats over the answers, and their number of tokens."""

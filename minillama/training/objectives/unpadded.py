@@ -18,7 +18,6 @@ def unpadded(batch: Batch, model: Decoder) -> Batch:
 
     Args:
         batch: causal rows (B, T), perhaps of several documents.
-        model: the decoder.
     """
     is_eager = model.device.type == "cpu" and model.blocks[0]._compiled_call_impl is None
     kept, config = batch.kept, model.config

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from minillama.config.mup import Mup
 from minillama.device import choose_dtype
-from minillama.runs.config import OptimConfig
+from minillama.runs.parts import Stored
+from minillama.runs.sections import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
 from minillama.training.optim.muon import Muon
+from minillama.training.sharded import fill, is_sharded
 
 
 def named_parameters(models: nn.Module | Mapping[str, nn.Module]) -> list[tuple[str, nn.Parameter]]:
@@ -113,10 +115,18 @@ def optimizer_state(optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Te
     }
 
 
-def load_optimizer_state(optimizers: Iterable[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+def load_optimizer_state(
+    optimizers: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor] | Mapping[str, Stored]
+) -> None:
     """Restore what `optimizer_state` gave. Parameters that had no state yet start without."""
     for optimizer, name, parameter in _named(optimizers):
         is_fused = optimizer.defaults.get("fused")
         own = {key.rpartition("/")[2]: value for key, value in tensors.items() if key.rpartition("/")[0] == name}
-        for part, value in own.items():  # a step count stays on the CPU unless the fused kernel reads it
+        for part, stored in own.items():
+            if len(stored.shape) and is_sharded(parameter):
+                optimizer.state[parameter][part] = torch.empty_like(parameter)
+                fill(optimizer.state[parameter][part], stored)
+                continue
+            value = stored if isinstance(stored, Tensor) else stored.whole()
+            # a step count stays on the CPU unless the fused kernel reads it
             optimizer.state[parameter][part] = value.to(parameter.device) if value.dim() or is_fused else value

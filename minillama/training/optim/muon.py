@@ -17,13 +17,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from minillama.training.sharded import is_sharded, local, part, whole
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 BATCH = 2**22  # elements
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon over matrices.
+    """Muon over matrices; sharded ones are gathered, and orthogonalized by every process alike.
 
     Args:
         params: parameters or groups of them, all of two dimensions.
@@ -48,11 +50,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for parameters in _batches(p for p in group["params"] if p.grad is not None):
-                updates = orthogonalize(torch.stack([self._update(p, momentum) for p in parameters]), self.dtype)
+                updates = orthogonalize(torch.stack([whole(self._update(p, momentum)) for p in parameters]), self.dtype)
                 rows, columns = parameters[0].shape
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - lr * group["weight_decay"])
-                    parameter.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+                    own = update[part(parameter)] if is_sharded(parameter) else update
+                    local(parameter).add_(own, alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def _update(self, parameter: Tensor, momentum: float) -> Tensor:
         state, grad = self.state[parameter], cast(Tensor, parameter.grad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from minillama.runs.config import OptimConfig
+from minillama.runs.sections import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -60,11 +60,7 @@ def test_kenlms_arithmetic(tmp_path: Path) -> None:
 
 
 def kneser_ney(
-    sentences: list[list[int]],
-    order: int,
-    discounts: dict[int, list[float]],
-    context: tuple[int, ...],
-    word: int,
+    sentences: list[list[int]], order: int, discounts: dict[int, list[float]], context: tuple[int, ...], word: int
 ) -> float:
     """Interpolated modified Kneser-Ney by its definition, with dictionaries."""
     padded = [[1, *sentence, 2] for sentence in sentences]

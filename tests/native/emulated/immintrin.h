@@ -28,6 +28,9 @@ namespace emulated {
 typedef int32_t Ints __attribute__((vector_size(64), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), may_alias));
 typedef uint16_t Words16 __attribute__((vector_size(32), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(64), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(32), may_alias));
+typedef uint8_t Bytes16 __attribute__((vector_size(16), may_alias));
 
 template <class To, class From>
 inline To bits(From from) {
@@ -107,8 +110,31 @@ inline __m512i emulated_widen(From from) {
     return (__m512i)to;
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i x) { return emulated_widen<uint16_t>(x); }
-inline __m512i _mm512_cvtepi8_epi32(__m128i x) { return emulated_widen<int8_t>(x); }
-inline __m512i _mm512_cvtepu8_epi32(__m128i x) { return emulated_widen<uint8_t>(x); }
+inline __m512i _mm512_cvtepi8_epi16(__m256i x) {
+    return (__m512i)__builtin_convertvector((emulated::Bytes)x, emulated::Shorts);
+}
+inline __m256i _mm256_cvtepu8_epi16(__m128i x) {
+    return (__m256i)__builtin_convertvector((emulated::Bytes16)x, emulated::Words16);
+}
+inline __m512i _mm512_castsi256_si512(__m256i x) { return __m512i{x[0], x[1], x[2], x[3]}; }
+inline __m512i _mm512_inserti64x4(__m512i x, __m256i y, int half) {
+    for (int i = 0; i < 4; i++) x[4 * half + i] = y[i];
+    return x;
+}
+inline __m512i _mm512_mulhrs_epi16(__m512i a, __m512i b) {
+    emulated::Shorts to, x = (emulated::Shorts)a, y = (emulated::Shorts)b;
+    for (int i = 0; i < 32; i++) to[i] = int16_t((((x[i] * y[i]) >> 14) + 1) >> 1);
+    return (__m512i)to;
+}
+inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+    emulated::Ints to;
+    emulated::Shorts x = (emulated::Shorts)a, y = (emulated::Shorts)b;
+    for (int i = 0; i < 16; i++) to[i] = int32_t(uint32_t(x[2 * i] * y[2 * i]) + uint32_t(x[2 * i + 1] * y[2 * i + 1]));
+    return (__m512i)to;
+}
+inline __m512i _mm512_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
+    return (__m512i)((emulated::Words)sums + (emulated::Words)_mm512_madd_epi16(a, b));
+}
 inline __m256bh _mm512_cvtneps_pbh(__m512 x) {
     __m256bh to;
     for (int i = 0; i < 16; i++) to[i] = emulated::to_bf16(x[i]);

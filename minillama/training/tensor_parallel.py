@@ -1,0 +1,236 @@
+"""Tensor parallelism: heads, feed-forward width and vocabulary of a decoder divided over processes.
+
+Shoeybi et al. 2019, arXiv 1909.08053, §3, by the axes of `config/parameters.py`. Parameters are DTensors, replicated
+ones too, so that norms, optimizers and FSDP need to know nothing of it; layers see their own part of each. Attention
+and feed-forward layer begin with an identity whose gradients are summed and end with a sum whose gradient is an
+identity, and so the parameters within that are replicated have gradients that are summed; the residual stream and all
+else is computed by every process alike. The model's code is the same: objects get subclasses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.nn import functional as F
+
+from minillama.layers.cache import State
+from minillama.model import Decoder
+
+
+class _Copy(torch.autograd.Function):
+    """Identity; the gradient is summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the group; the gradient is passed on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation of the group's last axes; the gradient is the own part's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.rank, ctx.size = distributed.get_rank(group), x.shape[-1]
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather(parts, x, group=group)
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.narrow(-1, ctx.rank * ctx.size, ctx.size), None
+
+
+class _VocabularyKernel:
+    """Softmax and its gradient over a divided vocabulary, as `cross_entropy.softmax_grad`.
+
+    Args:
+        start: first token of the own part.
+        count: number of its tokens; further columns of logits are padding.
+    """
+
+    def __init__(self, start: int, count: int, group: Any) -> None:
+        self.start, self.count, self.group = start, count, group
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __call__(self, scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        _, exps, z, chosen, peak = self._softmax(scores, targets)
+        log_z = peak + z.log()
+        loss = ((log_z - chosen - peak + z_loss * log_z.square()) * weights).sum()
+        if z_loss:
+            exps.mul_(1 + 2 * z_loss * log_z)
+        inside, own = self._own(targets)
+        scores.copy_(exps.scatter_add_(-1, own, -z * inside))
+        return loss, z
+
+    def log_softmax(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the targets (rows,) and entropies (rows,) of logits (rows, V)."""
+        shifted, exps, z, chosen, _ = self._softmax(scores, targets[:, None])
+        mean = (exps * shifted.masked_fill(exps == 0, 0)).sum(-1, keepdim=True)
+        distributed.all_reduce(mean, group=self.group)
+        return (chosen - z.log())[:, 0], (z.log() - mean / z)[:, 0]
+
+    def _own(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Which targets are of the own part, and their columns there."""
+        own = targets - self.start
+        inside = (own >= 0) & (own < self.count)
+        return inside, own.where(inside, 0)
+
+    def _softmax(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Logits less their peak and e^ of them, the sum of these, the target's and the peak."""
+        wide = scores.float()
+        wide[:, self.count :] = -torch.inf
+        peak = wide.amax(-1, keepdim=True)
+        distributed.all_reduce(peak, distributed.ReduceOp.MAX, self.group)
+        shifted = wide - peak
+        exps = shifted.exp()
+        inside, own = self._own(targets)
+        sums = torch.cat((exps.sum(-1, keepdim=True), shifted.gather(-1, own).where(inside, 0)), -1)
+        distributed.all_reduce(sums, group=self.group)
+        return shifted, exps, sums[:, :1], sums[:, 1:], peak
+
+
+def divide(model: Decoder, mesh: DeviceMesh) -> None:
+    """Divide a decoder in place; each process keeps its part of the parameters, which all must have alike.
+
+    Args:
+        model: on its device, with or without adapters.
+        mesh: of one axis.
+    """
+    group, size, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
+    table = model.config.parameters()
+    for path, module in list(model.named_modules()):
+        members: dict[str, object] = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            axis = _axis(f"{path}.{name}", table)
+            placement = Replicate() if axis is None else Shard(axis)
+            module.register_parameter(name, nn.Parameter(_divided(parameter, mesh, placement), parameter.requires_grad))
+            within = ".self_attn" in path or ".mlp" in path or path.startswith("lm_head.")
+            is_summed = within and axis is None
+            share = 1 / size if is_summed and name == "bias" else 1.0  # the sum of all processes' has it once
+            members[name] = property(_view(name, group if is_summed else None, share))
+        if members:
+            _become(module, members)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        if path.rpartition(".")[2] in ("self_attn", "mlp"):
+            _become(module, {"forward": _between(type(module), group)})
+    rows = -(-model.config.vocab_size // size)
+    start, count = rank * rows, min(rows, model.config.vocab_size - rank * rows)
+    _become(model.model.embed_tokens, {"forward": _embedding(type(model.model.embed_tokens), start, count, group)})
+    if model.model.alibi is not None:
+        model.model.alibi.slopes = model.model.alibi.slopes.chunk(size)[rank]
+    if model.score is None:
+        model.loss_kernel = _VocabularyKernel(start, count, group)
+    _become(model, _decoder_members(type(model), rows, size, group))
+
+
+def _axis(name: str, table: Any) -> int | None:
+    """Axis of a parameter that is divided, None for none; an adapter's follow from its layer's."""
+    site, adapter, leaf = name.partition(".adapters.")
+    axis = table[f"{site}.weight" if adapter else name].split_axis
+    kind = leaf.rpartition(".")[2]
+    if kind in ("lora_A", "lora_B"):  # (r, I) and (O, r) of a layer (O, I)
+        return axis if axis == (1 if kind == "lora_A" else 0) else None
+    return axis
+
+
+def _divided(parameter: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    own = parameter.detach()
+    if isinstance(placement, Shard):
+        size = -(-own.shape[placement.dim] // mesh.size())
+        start = min(mesh.get_local_rank() * size, own.shape[placement.dim])
+        own = own.narrow(placement.dim, start, min(size, own.shape[placement.dim] - start)).clone()
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(own, mesh, [placement], run_check=False, shape=shape, stride=stride)
+
+
+def _become(module: nn.Module, members: dict[str, object]) -> None:
+    """Make a module an object of a subclass of its class."""
+    module.__class__ = type(f"Divided{type(module).__name__}", (type(module),), members)
+
+
+def _view(name: str, group: Any, share: float) -> Any:
+    """Getter of the own part of a parameter."""
+
+    def get(self: nn.Module) -> Tensor:
+        parameter: Any = self._parameters[name]
+        if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # FSDP's part of it, while at rest
+            return cast(Tensor, parameter)
+        own = parameter.to_local()
+        if group is None or not own.requires_grad:
+            return own * share if share != 1 else own
+        return _Copy.apply(own, group) * share if share != 1 else _Copy.apply(own, group)
+
+    return get
+
+
+def _between(kind: type[nn.Module], group: Any) -> Any:
+    """Forward pass of a layer between a copy and a sum."""
+
+    def forward(self: nn.Module, x: Tensor, *others: Any) -> Tensor:
+        return cast(Tensor, _Sum.apply(kind.forward(self, _Copy.apply(x, group), *others), group))
+
+    return forward
+
+
+def _embedding(kind: type[nn.Module], start: int, count: int, group: Any) -> Any:
+    """Rows of the own part, and zeros for the others, summed."""
+
+    def forward(self: nn.Module, tokens: Tensor) -> Tensor:
+        own = tokens - start
+        inside = (own >= 0) & (own < count)
+        found = kind.forward(self, own.where(inside, 0)) * inside[..., None]
+        return cast(Tensor, _Sum.apply(found, group))
+
+    return forward
+
+
+def _decoder_members(kind: type[Decoder], rows: int, size: int, group: Any) -> dict[str, object]:
+    """Members of a divided decoder."""
+
+    def output_weight(self: Decoder) -> Tensor:
+        weight = cast(Any, kind.output_weight).fget(self)
+        return weight if len(weight) == rows else F.pad(weight, (0, 0, 0, rows - len(weight)))
+
+    def hidden(self: Decoder, tokens: Tensor, **options: Any) -> Tensor:
+        found = kind.hidden(self, tokens, **options)
+        return found if self.score is not None else cast(Tensor, _Copy.apply(found, group))
+
+    def head(self: Decoder, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden * self.config.logit_scale, self.output_weight)
+        return cast(Tensor, _Gather.apply(logits, group))[..., : self.config.vocab_size]
+
+    def state(self: Decoder, batch_size: int, max_len: int | None = None, cache_dtype: Any = None) -> State:
+        config = replace(self.config, n_heads=self.config.n_heads // size, n_kv_heads=self.config.n_kv_heads // size)
+        return State(config, batch_size, max_len, self.dtype, self.device, cache_dtype)
+
+    return {"output_weight": property(output_weight), "hidden": hidden, "head": head, "state": state}

@@ -1,0 +1,191 @@
+"""Failure detection among the processes of a run: one that ends, hangs or fails ends all, and is named once.
+
+Every process has a thread that tells the others, through the store by which they found each other, that it lives and
+where its main thread is. A process that fails says so there and lets the first one speak; where a collective fails
+because another is gone or late, the threads say which.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import distributed
+
+from minillama.errors import InputError
+
+PERIOD = 0.5  # seconds between two signs of life
+SILENCE = 20.0  # seconds without one after which a process counts as stopped
+WORDS = 5.0  # seconds in which the first process reports what another says
+FAILURE, SHOWN, ENDED = "failure", "failure shown", "|ended|the end of its run"
+PACKAGE = Path(__file__).parents[1]
+# what torch's collectives raise when another process is gone or late
+LOST = ("gloo", "Connection", "NCCL", "Timed out", "timeout", "Broken pipe", "Socket", "TCPStore", "recvValue")
+
+
+class Watch(threading.Thread):
+    """Signs of life of this process, and those of the others.
+
+    Args:
+        index: of this process.
+        count: of all.
+    """
+
+    def __init__(self, index: int, count: int) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.index, self.count = index, count
+        store: Any = distributed.distributed_c10d._get_default_store()
+        self.store = store.clone()  # a blocking wait would hold the lock of that one
+        self.main, self.over = threading.main_thread().ident, threading.Event()
+        self.seen: dict[int, tuple[str, float]] = {}
+        self.beats = 0
+        self._beat()
+
+    def run(self) -> None:
+        """Tell and look, until the run is over or the store is gone."""
+        with suppress(RuntimeError, OSError):  # the process that has the store ended
+            while not self.over.wait(PERIOD):
+                self._beat()
+                self._look()
+                self._end_if_failed()
+
+    def _beat(self) -> None:
+        self.beats += 1
+        who = f"pid {os.getpid()} on {socket.gethostname()}"
+        self.store.set(f"life {self.index}", f"{self.beats}|{who}|{_place(self.main)}")
+
+    def _look(self) -> None:
+        """Signs of the others; the first process sees to all, the rest to the first."""
+        others = range(self.count) if self.index == 0 else [0]
+        now = time.monotonic()
+        for other in others:
+            if other != self.index and self.store.check([f"life {other}"]):
+                sign = self.store.get(f"life {other}").decode()
+                if sign != self.seen.get(other, ("", 0.0))[0]:
+                    self.seen[other] = sign, now
+        silent = [other for other, (sign, at) in self.seen.items() if now - at > SILENCE and sign != ENDED]
+        if silent:
+            self.fail(f"{self._named(silent)}: no sign of life for {SILENCE:.0f} s, stopped or cut off")
+
+    def end(self) -> None:
+        """Say that this process needs no one any more."""
+        self.over.set()
+        self.join(2 * PERIOD)
+        with suppress(RuntimeError, OSError):
+            self.store.set(f"life {self.index}", ENDED)
+
+    def _named(self, others: list[int]) -> str:
+        """`process 1 of 2 (pid 7 on host), at training/data.py:8 in load`."""
+        found = []
+        for other in others:
+            _, who, place = self.seen[other][0].split("|")
+            found.append(f"process {other} of {self.count} ({who}), at {place}")
+        return "; ".join(found)
+
+    def fail(self, message: str) -> None:
+        """Say why the run ends, unless another process did before."""
+        self.store.compare_set(FAILURE, "", f"{self.index}|{message}")
+
+    def _end_if_failed(self) -> None:
+        """End this process when one has failed: its main thread may wait for that one."""
+        if not self.store.check([FAILURE]):
+            return
+        index, message = self.store.get(FAILURE).decode().split("|", 1)
+        if self.index == int(index) and self.over.is_set():
+            return  # the main thread raises its own error
+        if self.index == 0:
+            sys.stdout.flush()
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            self.store.set(SHOWN, "")
+        else:
+            self.wait_until_shown()
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":  # it is completed, whatever happened
+                thread.join(WORDS)
+        os._exit(1)
+
+    def told(self, error: Exception) -> BaseException:
+        """The error of this process as it is to be raised: the first one that is left reports, the others end."""
+        gone: list[int] = []
+        with suppress(ValueError):  # torchrun ends the others at once; only the main thread may say so
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with suppress(RuntimeError, OSError):  # the process that has the store ended
+            if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST):
+                error, gone = self.explain(error)
+            self.over.set()  # no sooner: until then others see that this process lives
+            speaks = self.index == min({*range(self.count)} - {*gone})
+            if not gone or speaks:
+                self.fail(f"process {self.index} of {self.count}: {error}" if self.index else str(error))
+            if not speaks:
+                self.wait_until_shown()
+                return SystemExit(1)
+            index, message = self.store.get(FAILURE).decode().split("|", 1)
+            self.store.set(SHOWN, "")
+            if self.index:
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                return SystemExit(1)
+            return error if int(index) == self.index else InputError(message)
+        return error
+
+    def wait_until_shown(self) -> None:
+        """Wait until the first process has reported a failure."""
+        with suppress(RuntimeError, OSError):
+            for _ in range(int(WORDS / 0.05)):
+                if self.store.check([SHOWN]):
+                    return
+                time.sleep(0.05)
+
+    def explain(self, error: BaseException) -> tuple[InputError, list[int]]:
+        """What other processes did, of an error that torch's collectives raised here, and those that are gone."""
+        before = self._signs()
+        time.sleep(6 * PERIOD)
+        self.seen = {other: (sign, time.monotonic()) for other, sign in self._signs().items()}
+        gone = [other for other, sign in before.items() if self.seen[other][0] == sign]
+        found = str(error).split("\n")[0][:200]
+        if gone:
+            what, fix = "a process has ended without a word", "if it was killed for memory, divide more; then --resume"
+            return InputError(what, where=self._named(gone), found=found, fix=fix), gone
+        what, fix = "a process keeps the others waiting", "look at where each is; raise parallel.timeout, or --resume"
+        return InputError(what, where=self._named([*range(self.count)]), found=found, fix=fix), []
+
+    def _signs(self) -> dict[int, str]:
+        """The last sign of life of each process."""
+        names = [f"life {other}" for other in range(self.count)]
+        return {i: self.store.get(name).decode() for i, name in enumerate(names) if self.store.check([name])}
+
+
+@contextmanager
+def watched(index: int, count: int) -> Iterator[None]:
+    """A block in which a failure of one process ends all.
+
+    Raises:
+        InputError: in the first process that is left, what happened in another.
+        SystemExit: in the others, after it was reported.
+    """
+    watch = Watch(index, count)
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        raise watch.told(error) from error
+    finally:
+        watch.end()
+
+
+def _place(thread: int | None) -> str:
+    """Innermost line of the package that a thread executes."""
+    frame = sys._current_frames().get(thread or 0)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            return f"{path.relative_to(PACKAGE)}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "an unknown place"

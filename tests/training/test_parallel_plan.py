@@ -1,0 +1,144 @@
+"""Meshes that are refused or chosen, and the memory per process that they are chosen by."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+from torch.autograd.profiler import profile
+
+from minillama.config import ModelConfig
+from minillama.config.cost import training_memory
+from minillama.errors import InputError
+from minillama.model import Decoder
+from minillama.runs.config import RunConfig
+from minillama.runs.memory import needed_memory
+from minillama.runs.parallel import ParallelConfig, Sizes
+from minillama.training.optim.groups import make_optimizers
+from minillama.training.parallel import Parallel, processes, sizes
+from minillama.training.sharded import local
+
+from .test_parallel import free_port, options
+
+Make = Callable[..., RunConfig]
+MUON = options(optim__muon_lr=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "where"),
+    [
+        (options(parallel__shard=2), 1, "parallel"),
+        (options(parallel__shard=2, parallel__data=2), 2, "parallel"),
+        (options(train__batch_size=3), 2, "train.batch_size"),
+        (options(parallel__tensor=4, model__n_kv_heads=2), 4, "model.n_kv_heads"),
+        (options(parallel__tensor=3, model__n_heads=3, model__n_kv_heads=3, model__dim=24, model__hidden_dim=3), 3, ""),
+        (options(parallel__tensor=4, model__n_kv_heads=4, model__hidden_dim=6), 4, "model.hidden_dim"),
+        (options(parallel__shard=2, optim__optimizer="adafactor", optim__muon_lr=0), 2, "optim.optimizer"),
+        (options(parallel__shard=2, train__compile="true"), 2, "train.compile"),
+        (
+            options(
+                parallel__tensor=2, model__mixer="wkv", model__mlp="channel-mix", model__position="none",
+                model__n_kv_heads=4, model__norm="layer",
+            ),
+            2,
+            "model.mixer",
+        ),
+    ],
+)  # fmt: skip
+def test_meshes_that_cannot_be_are_refused(tiny_config: Make, words: list[str], count: int, where: str) -> None:
+    config = tiny_config(*words)
+    if not where:
+        assert sizes(config, count).tensor == 3
+        return
+    with pytest.raises(InputError) as refused:
+        sizes(config, count)
+    assert (refused.value.where == where and refused.value.fix) or refused.value.expected
+
+
+@pytest.mark.parametrize(("name", "reason"), [("pipeline", "idle"), ("context", "no sharding strategy")])
+def test_what_is_not_there_is_refused_with_the_reason(tiny_config: Make, name: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        tiny_config(*options(**{f"parallel__{name}": 2}))
+
+
+def test_auto_divides_as_little_as_fits(tiny_config: Make) -> None:
+    deep = options(model__n_layers=24, model__n_kv_heads=4, parallel__auto="true", train__batch_size=8)
+    config = tiny_config(*deep)
+    meshes = [Sizes(4), Sizes(2, 2), Sizes(1, 4), Sizes(1, 2, 2)]
+
+    def need(mesh: Sizes) -> int:
+        return needed_memory(config, torch.float32, 8 // mesh.readers, mesh).total
+
+    assert need(meshes[0]) > need(meshes[1]) > need(meshes[2])
+    assert [sizes(config, 4, need(mesh)) for mesh in meshes[:3]] == meshes[:3]
+    assert sizes(config, 4, 0).tensor > 1  # nothing fits: the most divided one
+    refused = tiny_config(*deep, *options(optim__optimizer="adafactor", optim__muon_lr=0))
+    assert sizes(refused, 4, 0) == meshes[0]
+
+
+SHAPE = ModelConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=1024, max_seq_len=128)
+SHAPES = {
+    "grouped": SHAPE,
+    "wide vocabulary": replace(SHAPE, vocab_size=4096, n_layers=2),
+    "deep and tied": replace(SHAPE, n_layers=8, dim=96, head_dim=16, hidden_dim=256, tie_embeddings=True),
+}
+
+
+def measure(rank: int, port: int, out: Path) -> None:
+    """Bytes that torch allocates, at most at once, in a step of two micro-batches, by shape and mesh."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    found = {}
+    for name, shape in SHAPES.items():
+        for axis in ("data", "shard", "tensor"):
+            config = RunConfig(model=shape, parallel=ParallelConfig(**{axis: 2}))
+            with processes(config) as parallel:
+                found[f"{name}, {axis}"] = peak(shape, parallel)
+    if rank == 0:
+        out.write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+def peak(shape: ModelConfig, parallel: Parallel) -> int:
+    model = Decoder(shape)
+    parallel.divide(model, torch.float32)
+    (optimizer,) = make_optimizers(model, replace(RunConfig().optim, muon_lr=0.0))
+
+    def step() -> None:
+        for _ in range(2):
+            tokens = torch.randint(0, shape.vocab_size, (8, 128), generator=torch.Generator().manual_seed(1))
+            model.loss(model.hidden(tokens), tokens).backward()
+        parallel.ranks.sum_gradients(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    tensors = [local(t.detach()) for t in (*model.parameters(), *model.buffers(), *states)]
+    kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    with profile(profile_memory=True) as recorded:
+        step()
+    assert recorded.kineto_results is not None
+    changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    return kept + max(accumulate(changes))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
+    multiprocessing.spawn(measure, (free_port(), tmp_path / "found.json"), nprocs=2)
+    found = json.loads((tmp_path / "found.json").read_text())
+    said = {}
+    for name, shape in SHAPES.items():
+        for axis, mesh in {"data": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
+            said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
+    ratios = {name: said[name] / found[name] for name in said}
+    assert all(abs(ratio - 1) < 0.1 for ratio in ratios.values()), ratios
