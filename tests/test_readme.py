@@ -13,6 +13,41 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def blocks(text: str) -> list[str]:
+    """Blocks of code, without comments, which are translated."""
+    return [re.sub(r"\s+# .*", "", block) for block in re.findall(r"^```.*?^```", text, re.S | re.M)]
+
+
+def figures(line: str) -> list[str]:
+    """Numbers, code and pages of a line, in order."""
+    return re.findall(r"`[^`]+`|\]\([^)]+\)|\d[\d.,]*\d|\d", line)
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert blocks(english) == blocks(chinese) and len(blocks(english)) == 5
+    tables = [[line for line in text.splitlines() if line.startswith("|")] for text in (english, chinese)]
+    assert len(tables[0]) == len(tables[1]) > 40
+    for ours, theirs in zip(*tables, strict=True):
+        if "train.py sft`" in ours:  # whose order is another in Chinese
+            assert sorted(figures(ours)) == sorted(figures(theirs))
+        else:
+            assert figures(ours) == figures(theirs) and ours.count("|") == theirs.count("|")
+    links = [re.findall(r"\]\(([^)]+)\)", text)[1:] for text in (english, chinese)]  # but for those to each other
+    assert links[0] == links[1]
+    prose = [re.sub(r"^```.*?^```", "", text, flags=re.S | re.M).replace("\n", " ") for text in (english, chinese)]
+    code = [sorted(re.findall(r"`([^`]+)`", text)) for text in prose]
+    assert code[0] == code[1]
+    headings = [len(re.findall(r"^## ", text, re.M)) for text in (english, chinese)]
+    assert headings[0] == headings[1]
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("docs/*.md")), ROOT / "README.md"], ids=lambda path: path.name)
+def test_links_lead_to_files(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme_works(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -52,8 +52,8 @@ class Args(ModelArgs):
     """Stop strings; they are not written."""
     quantize: Quantize = "auto"
     """Weight quantization, as of `generate`."""
-    compile: tyro.conf.FlagCreatePairsOff[bool] = True
-    """Decode step in C++ where a compiler is installed."""
+    compile: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help_behavior_hint="")] = True
+    """Without the decode step in C++ of `generate`."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ COMMANDS = {
     "infill": "infilling of masked spans with a GLM or ChatGLM model",
     "classify": "cloze classification with an infilling model: pattern and verbalizers",
     "eval": "accuracy on LLaMA's nine sets, perplexity, comparison by a judge",
-    "show": "summary of a run folder: state, provenance, configuration, loss curve",
+    "show": "summary of a run folder: state, figures, loss curve, provenance, configuration",
     "runs": "list of runs with their best figures",
     "compare": "comparison of runs: configuration, metrics, loss curves",
     "convert": "model conversion to another format: Hugging Face, Meta, GGUF",

@@ -58,9 +58,9 @@ class Args(ModelArgs):
     CPU: int4 where the file has Q4_0 or Q4_1, whose values are kept, int8 where it has Q8_0, none otherwise."""
     batch_size: int = field(default=16, metadata={"min": 1})
     """Sequences per batch; continuous batching: the next prompt enters when a sequence has ended."""
-    compile: tyro.conf.FlagCreatePairsOff[bool] = True
-    """Decode step in C++ where a compiler is installed, compiled once in some seconds; on a CUDA device by a CUDA
-    graph."""
+    compile: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help_behavior_hint="")] = True
+    """Without the decode step in C++, which is compiled once in some seconds where a compiler is installed; on a CUDA
+    device without the CUDA graph."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """KV cache dtype; auto: that of the matrix products."""
     window: int = field(default=0, metadata={"min": 0})

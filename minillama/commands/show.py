@@ -1,4 +1,4 @@
-"""Summary of a run folder: state, provenance, configuration, loss curve."""
+"""Summary of a run folder: state, figures, loss curve; with --all provenance and configuration too."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class Args:
     """Print one JSON object with all of it but the curve."""
     png: tyro.conf.FlagCreatePairsOff[bool] = False
     """Draw the loss curves into loss.png of the run's folder, and print its path alone."""
+    all: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the provenance of every start, and every setting."""
 
 
 def run(args: Args) -> int:
@@ -48,10 +50,11 @@ def _show(args: Args) -> int:
     if args.json:
         print(json.dumps({"summary": found.summary(), "starts": found.starts, "config": found.config}))
         return 0
-    print_pairs("", found.summary())
-    for number, start in enumerate(found.starts, 1):
+    about = {"command": found.starts[-1].get("command", "")} if found.starts and not args.all else {}
+    print_pairs("", found.summary() | about)
+    for number, start in enumerate(found.starts if args.all else (), 1):
         print_pairs(f"\nstart {number} of {len(found.starts)}", flat(start))
-    print_pairs("\nconfiguration", flat(found.config))
+    print_pairs("\nconfiguration", flat(found.config) if args.all else {})
     for line in found.skipped[:10]:
         print(f"\nstep {line['step']} was skipped: {line['skipped']}")
     print()

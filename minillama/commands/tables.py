@@ -11,9 +11,11 @@ NARROWEST = 64
 
 
 def plain(value: Any) -> str:
-    """Value as text: floats to six digits, lists by words."""
+    """Value as text: floats to six digits, lists by words, of tables what is set."""
     if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "none"
+        return " ".join(map(plain, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(plain(one) for one in value.values() if one not in ("", 1.0))
     if value is None:
         return "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -6,15 +6,23 @@ import os
 from pathlib import Path
 
 from minillama.config import ModelConfig
-from minillama.files import model_folder
+from minillama.config.loader import nearest
+from minillama.errors import InputError
+from minillama.files import model_folder, refuse_remote
 
 
-def model_config(source: str | os.PathLike[str]) -> ModelConfig:
+def model_config(source: str | os.PathLike[str], where: str = "") -> ModelConfig:
     """Model configuration of a preset, a TOML file, or a model of any format.
+
+    Args:
+        source: its name or path.
+        where: the setting that asks for a model's weights, and not for a preset.
 
     Raises:
         InputError: as `ModelConfig.load` and `open_model` raise.
     """
+    if where:
+        _check_path(Path(source), where)
     path = model_folder(Path(source))
     is_text = (path / "config.json").exists() or path.suffix in (".toml", ".json") or not path.exists()
     if is_text:
@@ -22,3 +30,13 @@ def model_config(source: str | os.PathLike[str]) -> ModelConfig:
     from minillama.formats.open import open_model
 
     return open_model(path).config
+
+
+def _check_path(path: Path, where: str) -> None:
+    """Refuse a model that is not there, with the nearest path that is."""
+    refuse_remote(path)
+    if not path.exists():
+        near = nearest(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else None
+        fix = f"did you mean {path.with_name(near)}?" if near else "name another model; `train` makes runs/tiny/model"
+        expected = "a run, a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
+        raise InputError("no such model", where=where, found=path, expected=expected, fix=fix)

@@ -12,11 +12,11 @@ from typing import Any
 
 from minillama.config import ModelConfig
 from minillama.config.command_line import CommandLine, overrides
-from minillama.config.loader import Located, build, check, config_path, nearest, read_toml, to_dict
+from minillama.config.loader import Located, build, check, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup, check_mup
 from minillama.errors import InputError
-from minillama.files import model_folder, refuse_remote
+from minillama.files import model_folder
 from minillama.formats.shape import model_config
 from minillama.runs.folder import check_name
 from minillama.runs.objectives import (
@@ -34,6 +34,7 @@ from minillama.runs.sections import (
     CheckpointConfig,
     DataConfig,
     GuardConfig,
+    LogConfig,
     MetricsConfig,
     OptimConfig,
     SampleConfig,
@@ -66,6 +67,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     lora: LoRAConfig | None = None
     """Low-rank adapter on frozen weights, those of train.init_from; none unless the section is there."""
@@ -180,8 +182,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
             fix="leave it out",
         )
     if start and (Path(start).exists() or "dim" not in shape):  # a run's config.toml has the whole shape itself
-        _check_start(start)
-        model = model_config(start)
+        model = model_config(start, "train.init_from")
     else:
         model = ModelConfig.load(preset) if preset else ModelConfig.from_table(shape, origin, "model")
     model = model.changed(changes, command_line, "model")
@@ -199,17 +200,6 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     own = str(Path(start).with_name("tokenizer.bin")) if start.endswith(".bin") else start  # llama2.c's lies beside
     tokenizer = replace(config.tokenizer, path=config.tokenizer.path or own)
     return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
-
-
-def _check_start(start: str) -> None:
-    """Refuse a model to start from that is not there, with the nearest path that is."""
-    path = Path(start)
-    refuse_remote(path)
-    if not path.exists():
-        near = nearest(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else None
-        fix = f"did you mean {path.with_name(near)}?" if near else "name another model; `train` makes runs/tiny/model"
-        expected = "a run, a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
-        raise InputError("no such model", where="train.init_from", found=start, expected=expected, fix=fix)
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:

@@ -12,7 +12,7 @@ from minillama.runs.config import RunConfig, to_table
 # Settings on which neither the data nor the meaning of the parameters depends. All else makes it another run.
 HARMLESS = (
     r"name|data\.cache|tokenizer\.path|model\.preset"
-    r"|(validate|sample|checkpoint|guard|metrics|parallel)\..*"
+    r"|(validate|sample|checkpoint|guard|metrics|log|parallel)\..*"
     r"|train\.(steps|micro_batch_size|dtype|device|compile|checkpointing|deterministic|init_from|init_embeddings)"
     r"|optim\.(lr|muon_lr|schedule|warmup_steps|decay_fraction|final_fraction|weight_decay|grad_clip)"
 )

@@ -17,8 +17,9 @@ from typing import IO, Any
 
 from minillama.errors import InputError
 from minillama.files import free_name, reading, regular, remove, replace_file
+from minillama.runs.log import MetricsLog
 
-FOLDERS = ("checkpoints", "model", "value", "average")
+FOLDERS = ("checkpoints", "model", "value", "average", "tensorboard")
 CONTENTS = ("config.toml", "metrics.jsonl", "provenance.jsonl", "loss.png", *FOLDERS)
 LOCK = ".lock"
 
@@ -112,6 +113,7 @@ class RunFolder:
         self.path, self._replaces, self.leads = path, overwrite and not resume, leads
         self.config, self.metrics, self.starts = path / "config.toml", path / "metrics.jsonl", path / "provenance.jsonl"
         self.checkpoints, self.model = path / "checkpoints", path / "model"
+        self.log: MetricsLog | None = None
         if not leads:
             return
         try:
@@ -171,13 +173,15 @@ class RunFolder:
         replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Append a step's line to metrics.jsonl.
+        """Append a step's line to metrics.jsonl, and log it.
 
         Raises:
             InputError: as `append_line`.
         """
         if self.leads:
             append_line(self.metrics, record)
+            if self.log is not None:
+                self.log.add(record)
 
     def _take_lock(self) -> IO[str]:
         file = open(self.path / LOCK, "a+", encoding="utf-8", opener=regular)  # noqa: SIM115 - held while the run lasts
@@ -199,6 +203,8 @@ class RunFolder:
         """Release the lock. A folder created for a run that never began is removed, too."""
         if not self.leads:
             return
+        if self.log is not None:
+            self.log.close()
         if not self._was_there and not self.holds_run():
             with contextlib.suppress(OSError):
                 if os.name == "nt":  # where no open file can be removed

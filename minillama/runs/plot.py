@@ -55,7 +55,7 @@ def chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int = 64, he
     lines = [f"{labels.get(i, ''):>{edge}} |{''.join(row).rstrip()}" for i, row in enumerate(grid)]
     axis = f"{'':>{edge}} +{'-' * width}"
     steps = f"{'':>{edge}}  {left}{right:>{max(1, width - len(str(left)))}}"
-    legend = ", ".join(f"{name[0]} {name}" for name in points)
+    legend = ", ".join(name if name[1:2] == ":" else f"{name[0]} {name}" for name in points)
     return "\n".join([*lines, axis, f"{steps}  step; {legend}"])
 
 

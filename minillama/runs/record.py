@@ -41,7 +41,9 @@ class RecordedRun:
         """
         if not (path / "config.toml").is_file():
             found = "no config.toml" if path.is_dir() else "no such folder"
-            raise InputError("this is not the folder of a run", where=path, found=found, expected="as runs/tiny")
+            fix = f"minillama runs {path} lists the runs in it" if any(path.glob("*/config.toml")) else None
+            expected = "such as runs/tiny"
+            raise InputError("this is not the folder of a run", where=path, found=found, expected=expected, fix=fix)
         config, _ = read_toml(path / "config.toml")
         starts, records = read_lines(path / "provenance.jsonl"), read_metrics(path / "metrics.jsonl")
         run = cls(path, config, starts, records, steps(path / "checkpoints"))

@@ -165,6 +165,17 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where the metrics go besides metrics.jsonl."""
+
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """tensorboard: OUT/tensorboard, for `tensorboard --logdir runs`; wandb: Weights & Biases, over the network unless
+    WANDB_MODE=offline. Extra `log`."""
+    project: str = "minillama"
+    """Project of Weights & Biases."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """Training stage with other data, other optimizer settings or frozen parameters."""
 

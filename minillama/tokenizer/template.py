@@ -135,7 +135,12 @@ def load_template(name: str, tokenizer: Tokenizer) -> Template:
         templates = tokenizer.chat_templates
         if not templates.keys() & {"default", "tool_use"}:
             what, expected = tokenizer.no_chat_template().what, f"{', '.join(BUILTIN)}, or a Jinja file"
-            raise InputError(what, where="template", expected=expected, fix="name a template")
+            raise InputError(
+                what,
+                where="template",
+                expected=expected,
+                fix="name one of them: --template, of a run --data.template; a base model continues text without",
+            )
         return Template(OWN, templates.get("default", ""), variables, templates.get("tool_use", ""))
     if name in BUILTIN:
         _check_special(name, tokenizer)

@@ -21,6 +21,7 @@ from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, remove_part
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
 from minillama.runs.folder import RunFolder, choose_folder, read_metrics
+from minillama.runs.log import MetricsLog
 from minillama.runs.memory import GIB, check_disk, warn_of_memory
 from minillama.runs.objectives import typed
 from minillama.runs.plot import MISSING, sparkline, write_png
@@ -32,7 +33,7 @@ from minillama.training.data import load_data, load_stages
 from minillama.training.duration import Duration
 from minillama.training.init_model import resolve
 from minillama.training.model_folder import ModelFolder
-from minillama.training.objectives import make_staged
+from minillama.training.objectives import MakeObjective, make, make_staged
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.parallel import Parallel, processes
 from minillama.training.trainer import Trainer
@@ -47,6 +48,7 @@ def train(
     overwrite: bool = False,
     verify: bool = True,
     report: Report | None = None,
+    objective: MakeObjective = make,
 ) -> int:
     """Training run from the configuration to the final model folder.
 
@@ -56,6 +58,8 @@ def train(
         overwrite: replace the run there.
         verify: check the checkpoint's files against their SHA-256 before resuming.
         report: of progress; standard output unless given.
+        objective: what makes the objective of configuration, model, tokenizer and data; the configured one unless
+            given.
 
     Returns:
         The exit status: 0, or 128 + the number of the signal that stopped the run.
@@ -71,7 +75,11 @@ def train(
         assert path is not None
         folder = RunFolder(path, resume, overwrite, leads)
         try:
-            return _train(config, folder, resume, verify, report, parallel, duration)
+            return _train(config, folder, resume, verify, report, parallel, duration, objective)
+        except KeyboardInterrupt:
+            if not folder.holds_run():
+                report.say("stopped before the first step; nothing was written")
+            raise
         finally:
             folder.close()
 
@@ -97,8 +105,9 @@ def _train(
     report: Report,
     parallel: Parallel,
     duration: Duration,
+    make: MakeObjective,
 ) -> int:
-    ranks = parallel.ranks
+    ranks, folder.log = parallel.ranks, MetricsLog(config.log)
     if ranks.leads:
         remove_parts(folder.checkpoints)
     is_asked = resume and ranks.leads
@@ -128,7 +137,7 @@ def _train(
         stages, tokenizer = load_stages(config, tokenizer, report)
     model = start.build_model(parallel)
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
-    objective = make_staged(config, model, tokenizer, data, stages)
+    objective = make_staged(config, model, tokenizer, data, stages, make)
     if ranks.leaders(objective.fingerprint) != objective.fingerprint:
         what, fix = "this process reads other data than the first one", "give all machines the same files"
         raise InputError(what, where="data.sources", found=f"fingerprint {objective.fingerprint[:16]}", fix=fix)
@@ -141,6 +150,8 @@ def _train(
     set_aside(passed if ranks.leads else ())
     if checkpoint is None:
         folder.rewind_metrics(-1)
+    if ranks.leads:
+        folder.log.open(folder.path, to_table(config), state.step)
     report.say(
         f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minillama.commands.cli import main
+from minillama.commands.tables import plain
 from minillama.runs.plot import chart
 
 Two = Callable[[], tuple[Path, Path]]
@@ -35,6 +36,9 @@ def test_show_prints_origin_configuration_and_curve(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["show", str(runs[0])]) == 0
+    said = capsys.readouterr().out
+    assert "finished" in said and "command " in said and "optim.lr" not in said and len(said.splitlines()) < 35
+    assert main(["show", str(runs[0]), "--all"]) == 0
     said = capsys.readouterr().out
     for word in ("finished", "8 of 8", "start 1 of 2", "start 2 of 2", "versions.torch", "git.commit", "optim.lr"):
         assert word in said, word
@@ -66,6 +70,7 @@ def test_compare_names_the_differences(runs: tuple[Path, Path], capsys: pytest.C
     assert main(["compare", *map(str, runs)]) == 0
     said = capsys.readouterr().out
     assert "optim.lr" in said and "0.5" in said and "val_loss at step" in said
+    assert f"step; a: {runs[0]}, b: {runs[1]}" in said
     assert "train.batch_size" not in said
 
 
@@ -96,6 +101,9 @@ def test_a_stopped_run_has_the_step_of_its_checkpoint(
 
 
 def test_what_is_no_run(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(runs[0].parent)]) == 1
+    assert f"do: minillama runs {runs[0].parent}" in capsys.readouterr().err
+    assert plain([{"name": "", "path": "a.txt", "weight": 2.0}, {"name": "b", "weight": 1.0}]) == "a.txt, 2 b"
     assert main(["show", str(tmp_path)]) == 1 and "not the folder of a run" in capsys.readouterr().err
     assert main(["compare", str(runs[0])]) == 1 and "nothing to compare with" in capsys.readouterr().err
     assert main(["compare", str(runs[0]), str(tmp_path / "x")]) == 1 and "no such folder" in capsys.readouterr().err

@@ -227,7 +227,7 @@ def _run(folder: Path, model: Decoder) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "provenance.jsonl").write_text(json.dumps({"time": "2026-01-01", "seed": 1, "versions": {}}) + "\n")
     state = {"step": 3, "tokens": 48, "seconds": 0.3, "data": "a", "tokenizer": "b", "guard": {}, "record": {}}
-    copy = CheckpointCopy.of(model.state_dict(), {"a/m": torch.zeros(3)}, state)
+    copy = CheckpointCopy(model.state_dict(), {"a/m": torch.zeros(3)}, state)
 
     def write(path: Path, tensors: object) -> None:
         model.save_pretrained(path)

@@ -260,6 +260,20 @@ def test_a_second_signal_stops_at_once(tiny_config: Make, tmp_path: Path) -> Non
     assert list(written.parent.iterdir()) == [written]
 
 
+def test_ctrl_c_before_the_first_step_is_said(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minillama.training.run.load_data", stopped)
+    report = Quiet()
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), str(tmp_path / "run"), report=report)
+    assert report.lines[-1] == "stopped before the first step; nothing was written"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_compiler_is_said_once_and_the_run_goes_on(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

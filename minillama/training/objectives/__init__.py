@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from minillama.data.corpus import Corpus
@@ -32,23 +32,10 @@ from minillama.training.objectives.staged import Part, Staged
 from minillama.training.spans import sentence_ends
 
 Data = Corpus | Instructions | Preferences | Prompts | Records
+MakeObjective = Callable[[RunConfig, Decoder, Tokenizer, Data], Objective]
+
 
 __all__ = ["MODEL", "Batch", "Objective"]  # the rest is defined here
-
-
-def make_staged(
-    config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data, stages: Sequence[Data | None]
-) -> Objective:
-    """The objective of `make`, or a curriculum of several where stages have data of their own."""
-    whole = make(config, model, tokenizer, data)
-    if all(own is None for own in stages):
-        return whole
-    parts, first = [], 0
-    for stage, own in zip(config.stages, stages, strict=True):
-        settings = replace(config, data=stage.data or config.data)
-        parts.append(Part(first, whole if own is None else make(settings, model, tokenizer, own)))
-        first = stage.until_step
-    return Staged(whole, parts)
 
 
 def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data) -> Objective:
@@ -80,3 +67,23 @@ def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data) ->
         return BlankInfilling(*over, Blanks.of(tokenizer), ends, data.separator, settings)
     assert isinstance(settings, LMConfig)
     return LanguageModel(*over, data.separator if config.data.mask_documents else None, settings.z_loss)
+
+
+def make_staged(
+    config: RunConfig,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    data: Data,
+    stages: Sequence[Data | None],
+    make: MakeObjective = make,
+) -> Objective:
+    """The objective of `make`, or a curriculum of several where stages have data of their own."""
+    whole = make(config, model, tokenizer, data)
+    if all(own is None for own in stages):
+        return whole
+    parts, first = [], 0
+    for stage, own in zip(config.stages, stages, strict=True):
+        settings = replace(config, data=stage.data or config.data)
+        parts.append(Part(first, whole if own is None else make(settings, model, tokenizer, own)))
+        first = stage.until_step
+    return Staged(whole, parts)
