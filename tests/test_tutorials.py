@@ -68,5 +68,5 @@ def test_ones_own_text_in_ten_minutes(
         command = re.sub(r"--train.steps (\d)00", r"--train.steps \1", command)
         is_new = command.startswith("minillama train") and "--resume" not in command
         run(command + SHORT * is_new)
-        assert capsys.readouterr().out.strip() or " generate " in command, command
+        assert "".join(capsys.readouterr()).strip(), command
     assert (tmp_path / "mine.gguf").is_file()
