@@ -53,11 +53,20 @@ class DataFile:
             file.seek(stored.start)
             while filled < size and (count := file.readinto(rest[filled:])):
                 filled += count
-            version = _version(os.fstat(file.fileno()))
-        if filled < size or version != self.version:
+            self.check(os.fstat(file.fileno()), filled == size)
+        return data
+
+    def check(self, status: os.stat_result | None = None, is_whole: bool = True) -> None:
+        """Refuse a file that has changed since.
+
+        Raises:
+            InputError: it has.
+        """
+        with reading(self.path):
+            version = _version(status or os.stat(self.path))
+        if version != self.version or not is_whole:
             fix = "start again when nothing writes to it"
             raise InputError("the file was changed while it was read", where=self.path, fix=fix)
-        return data
 
     def floats(self, stored: Stored) -> Tensor:
         """Tensor of a type of `TYPES`, as `read`."""

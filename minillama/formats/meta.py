@@ -20,6 +20,7 @@ from minillama.config.parameters import split_axis
 from minillama.errors import InputError
 from minillama.files import read_json
 from minillama.formats import generation_config
+from minillama.formats.data_file import DataFile
 from minillama.formats.layout import check_tensors, check_writable, is_same, layout, lazy_tensors
 from minillama.formats.model_file import FLOATS, ModelFile
 from minillama.formats.stored import Stored
@@ -58,7 +59,7 @@ def read(folder: Path) -> ModelFile:
         raise InputError("no weights in the model folder", where=folder, expected="consolidated.00.pth")
     if paths != [folder / f"consolidated.{i:02}.pth" for i in range(len(paths))]:
         raise InputError("a rank's file is missing", where=folder, found=", ".join(path.name for path in paths))
-    ranks = [_load(path) for path in paths]
+    files, ranks = [DataFile.of(path) for path in paths], [_load(path) for path in paths]
     _compare_ranks(paths, ranks)
     config = _config(folder, ranks)
     table = layout(config, NAMES, interleaved=True)
@@ -76,7 +77,13 @@ def read(folder: Path) -> ModelFile:
         for name, tensor in rank.items()
     }
     whole = {name: Stored("", shape) for name, shape in shapes.items()}
-    tensors = lazy_tensors(config, table, whole, lambda name, _: _whole(ranks, name, axes[name]))
+
+    def tensor(name: str, _: Stored) -> Tensor:
+        for file in files:
+            file.check()  # torch maps the files
+        return _whole(ranks, name, axes[name]).clone()
+
+    tensors = lazy_tensors(config, table, whole, tensor)
     tokenizer, kind = folder / "tokenizer.model", f"Meta folder, {len(paths)} ranks"
     # not Meta's: written beside by `convert`
     stops, sampling = generation_config.stop_ids(folder), generation_config.defaults(folder)

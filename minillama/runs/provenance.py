@@ -59,7 +59,8 @@ def _git(folder: Path) -> dict[str, Any] | None:
     """Commit of the package's git checkout and its changed files; None where it is not a checkout."""
 
     def ask(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
+        # without optional locks: status would write the index of a checkout that is not the run's
+        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:

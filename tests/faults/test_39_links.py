@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from minillama.commands.cli import main
 from minillama.errors import InputError
 from minillama.files import replace_folder
+from minillama.runs import provenance
 from minillama.runs.checkpoint import steps
 from minillama.runs.config import RunConfig, load_run_config
 from minillama.runs.folder import RunFolder, append_line
@@ -86,6 +88,19 @@ def test_fault_39_full_width_digits_are_no_step(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}", encoding="utf-8")
     assert steps(tmp_path) == [8]
+
+
+def test_fault_39_provenance_does_not_write_to_a_checkout(tmp_path: Path) -> None:
+    """`git status` refreshes the index of files whose times have changed, and leaves its lock if it is killed."""
+    (tmp_path / "__init__.py").write_text("")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    os.utime(tmp_path / "__init__.py", (1, 1))
+    before = (tmp_path / ".git/index").read_bytes()
+    found = provenance._git(tmp_path)
+    assert found is not None and found["changed"] == []
+    assert (tmp_path / ".git/index").read_bytes() == before
 
 
 NAMES = ("../x", "/x", "a/b", "", " ", "..", ".x", "a\nb", "a\x1b[2J", "a\\b", "x" * 201, "中" * 67)

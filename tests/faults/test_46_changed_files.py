@@ -13,11 +13,12 @@ import pytest
 
 from minillama import Decoder, InputError, ModelConfig
 from minillama.convert import convert
+from minillama.formats import meta
 from minillama.formats.open import open_model
 from minillama.tokenizer import byte_tokenizer
 
 CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=2, n_kv_heads=1, hidden_dim=96, vocab_size=257, max_seq_len=32)
-FORMATS = ("hf", "m.gguf", "m.bin")
+FORMATS = ("hf", "m.gguf", "m.bin", "meta")
 CUT = """
 import os, sys, torch
 from minillama import Decoder
@@ -38,6 +39,8 @@ def models(shared: Path, tmp_path: Path) -> dict[str, tuple[Path, Path]]:
     convert(folder, tmp_path / "m.gguf", "gguf")
     shutil.copyfile(shared / "models/stories260K/checkpoint_v1.bin", tmp_path / "m.bin")
     files = {name: (tmp_path / name, tmp_path / name) for name in ("m.gguf", "m.bin")}
+    meta.write(tmp_path / "meta", CONFIG, Decoder(CONFIG).state_dict())
+    files["meta"] = tmp_path / "meta", tmp_path / "meta/consolidated.00.pth"
     return files | {"hf": (folder, folder / "model.safetensors")}
 
 
