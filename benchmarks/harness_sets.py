@@ -1,4 +1,4 @@
-"""The nine sets for lm-evaluation-harness with local records: its own task files, with the data replaced."""
+"""The nine sets and CMMLU for lm-evaluation-harness with local records: its own task files, with the data replaced."""
 
 from __future__ import annotations
 
@@ -98,14 +98,19 @@ def mmlu(path: Path) -> list[Doc]:
         return [{"question": q, "choices": c, "answer": "ABCD".index(a)} for q, *c, a in csv.reader(file)]
 
 
+def cmmlu(path: Path) -> list[Doc]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return [{name: text for name, text in row.items() if name} for row in csv.DictReader(file)]
+
+
 def write_tasks(data: Path, folder: Path, names: list[str], limit: int = 0) -> dict[str, list[str]]:
-    """Task files of the harness in a folder; its task names by ours, 57 for MMLU.
+    """Task files of the harness in a folder; its task names by ours: 57 of MMLU, 67 of CMMLU (its dev part).
 
     Args:
         data: the folder of the sets.
         folder: for the task files, their records, and the harness's cache.
         names: ours.
-        limit: documents per task, of MMLU over all subjects, round by round.
+        limit: documents per task, of MMLU and CMMLU over all subjects, round by round.
     """
     os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     import lm_eval
@@ -126,12 +131,15 @@ def write_tasks(data: Path, folder: Path, names: list[str], limit: int = 0) -> d
         made.setdefault(name, []).append(f"local_{task}")
 
     for name in names:
-        if name != "mmlu":
+        if name in SETS:
             task, include, split = SETS[name]
             add(name, task, include, {split: documents(data, name)[: limit or None]})
             continue
-        subjects = sorted(path.stem.removesuffix("_dev") for path in (data / "mmlu/dev").glob("*.csv"))
-        tests = {subject: mmlu(data / f"mmlu/val/{subject}_val.csv") for subject in subjects}
+        subjects = sorted(path.stem.removesuffix("_dev") for path in (data / name / "dev").glob("*.csv"))
+        is_mmlu = name == "mmlu"
+        read, part = (mmlu, "_dev") if is_mmlu else (cmmlu, "")
+        examples = {s: read(data / f"{name}/dev/{s}{part}.csv") for s in subjects}
+        tests = {s: mmlu(data / f"mmlu/val/{s}_val.csv") for s in subjects} if is_mmlu else examples
         rounds = (
             (s, docs[i]) for i in range(max(map(len, tests.values()))) for s, docs in tests.items() if i < len(docs)
         )
@@ -139,8 +147,8 @@ def write_tasks(data: Path, folder: Path, names: list[str], limit: int = 0) -> d
         for subject in subjects:
             docs = [doc for s, doc in chosen if s == subject]
             if docs:
-                dev = mmlu(data / f"mmlu/dev/{subject}_dev.csv")
-                add(name, f"mmlu_{subject}", f"mmlu/default/mmlu_{subject}.yaml", {"test": docs, "dev": dev})
+                file = f"{'mmlu/default' if is_mmlu else name}/{name}_{subject}.yaml"
+                add(name, f"{name}_{subject}", file, {"test": docs, "dev": examples[subject]})
     return made
 
 

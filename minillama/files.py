@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -190,14 +190,35 @@ def digest(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def complete_lines(path: Path) -> list[str]:
-    """Lines of a file to which lines are appended; a last one that was not written to its end is cut off."""
+def stamp(paths: Iterable[Path]) -> str:
+    """Digest of the names, sizes and times of files, and of those in folders; what is not there counts as nothing.
+
+    Raises:
+        InputError: a URL.
+    """
+    stats = []
+    for path in paths:
+        refuse_url(path)
+        for file in sorted(path.iterdir()) if path.is_dir() else [path] * path.exists():
+            status = file.stat()
+            stats.append([file.name, status.st_size, status.st_mtime_ns])
+    return sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def complete_lines(path: Path, cuts: bool = True) -> list[str]:
+    """Lines of a file to which lines are appended, without a last one that was not written to its end.
+
+    Args:
+        path: the file.
+        cuts: cut that one off the file, which this process writes to; someone else's stays as it is.
+    """
     if not path.exists():
         return []
-    with reading(path), open(path, "r+b", opener=regular) as file:
+    with reading(path), open(path, "r+b" if cuts else "rb", opener=regular) as file:
         data = file.read()
         end = data.rfind(b"\n") + 1
-        file.truncate(end)
+        if cuts:
+            file.truncate(end)
     return data[:end].decode().split("\n")[:-1]  # not splitlines, which cuts at U+2028
 
 

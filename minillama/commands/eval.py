@@ -22,7 +22,7 @@ from minillama.commands.tables import print_pairs, print_table
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.files import refuse_url, replace_text
+from minillama.files import replace_text, stamp
 from minillama.inference.load import ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ class Args(ModelArgs):
     """Folder of the results, one per model: a line per item, and the summary as JSON and Markdown; evals/MODEL-ID
     unless given. What it has already is not computed again."""
     against: str = ""
-    """Model, or its folder of results: the paired difference on the same items."""
+    """Model, with its own tokenizer, the same --dtype and --quantize and no adapter; or, for other settings, its
+    folder of results: the paired difference on the same items."""
     perplexity: Path | None = None
     """Text file, or .jsonl of texts: perplexity and bits per byte instead of sets."""
     context: int = field(default=0, metadata={"min": 0})
@@ -91,11 +92,14 @@ def _perplexity(args: Args) -> int:
     if not texts:
         raise InputError("there is no text", where=args.perplexity)
     model, tokenizer = args.load(args.quantize, scores=True)
+    most = model.config.max_seq_len
+    if args.context > most:
+        what, expected = "a window is longer than the model's context", f"at most {most}"
+        raise InputError(what, where="--context", found=args.context, expected=expected)
     whole, words = Score(0.0, 0, 0), sum(len(re.split(r"\s+", text)) for text in texts)
-    with Progress("perplexity", sum(map(len, texts))) as progress:
+    with Progress("perplexity", sum(len(tokenizer.encode(text)) for text in texts)) as progress:
         for text in texts:
-            whole += perplexity(model, tokenizer, text, args.context)
-            progress.advance(len(text))
+            whole += perplexity(model, tokenizer, text, args.context, progress.advance)
     counts = {"documents": len(texts), "tokens": whole.tokens, "words": words, "bytes": whole.bytes}
     measures = {
         "nats per token": whole.nats_per_token,
@@ -119,6 +123,11 @@ def _tasks(args: Args) -> int:
     if args.data is None:
         raise InputError("there is no folder of the sets", where="--data", fix="add --data DIR")
     tasks = named(args.tasks)
+    gone = [task for task in tasks.values() if not task.split(args.data)]
+    if len(gone) > 1:  # one by one, the next would be missed after each download
+        what = f"the files of {', '.join(task.title for task in gone)} are missing"
+        expected = "; ".join(f"{task.folders[0]}/: {task.expected}" for task in gone)
+        raise InputError(what, where=args.data, expected=expected)
     items = {name: task.load(args.data, args.style, args.shots, args.limit) for name, task in tasks.items()}
     others = None
     if args.against:
@@ -126,7 +135,7 @@ def _tasks(args: Args) -> int:
         if is_result:
             others = read_outcomes(Path(args.against) / "items.jsonl")
         else:
-            others = _evaluate(replace(args, model=args.against, output=None, adapter=()), items).known
+            others = _evaluate(replace(args, model=args.against, output=None, adapter=(), tokenizer=None), items).known
     folder = _evaluate(args, items)
     return _report(args, tasks, items, folder, others)
 
@@ -167,20 +176,13 @@ def _identity(args: Args) -> dict[str, Any]:
         *([args.tokenizer] if args.tokenizer else []),
         *(a if Path(a).exists() else a.partition("=")[2] for a in args.adapter),
     ]
-    stats = []
-    for path in map(Path, paths):
-        refuse_url(path)
-        for file in sorted(path.iterdir()) if path.is_dir() else [path] * path.exists():
-            status = file.stat()
-            stats.append([file.name, status.st_size, status.st_mtime_ns])
-    files = sha256(json.dumps(stats).encode()).hexdigest()[:16]
     names = {"model": args.model, "tokenizer": args.tokenizer, "adapter": list(args.adapter)}
-    return {**names, "dtype": args.dtype, "quantize": args.quantize, "files": files}
+    return {**names, "dtype": args.dtype, "quantize": args.quantize, "files": stamp(map(Path, paths))}
 
 
 def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], folder: ResultFolder, others: Any) -> int:
     import minillama
-    from minillama.evaluate.results import markdown, mean_of, summary, table
+    from minillama.evaluate.results import earlier, markdown, mean_of, summary, table
 
     sets = {n: summary(task, args.style, folder.of(n, items[n]), others) for n, task in tasks.items()}
     if others is not None and not any("against" in one for one in sets.values()):
@@ -188,22 +190,28 @@ def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], fo
         raise InputError("there is no item that both results have", where="--against", found=args.against, fix=fix)
     headers, rows = table(sets)
     print_table(headers[0], headers[1:], rows)
+    print("\n".join(_notes(args, sets)))
+    shots = "" if args.shots is None else f"-{args.shots}shot"
+    settings = {"style": args.style, "shots": args.shots, "limit": args.limit, "against": args.against or None}
+    path = folder.path / f"{args.style}{shots}.json"
+    sets = earlier(path, args.limit, settings["against"]) | sets
+    value = {"minillama": minillama.__version__, **folder.model, **settings, "sets": sets}
+    value |= {"mean": mean_of(sets)._asdict()}
+    texts = {".json": json.dumps(value, indent=2) + "\n", ".md": markdown(sets, _notes(args, sets))}
+    for ending, text in texts.items():
+        print(f"written: {replace_text(path.with_suffix(ending), text)}", file=sys.stderr)
+    return 0
+
+
+def _notes(args: Args, sets: dict[str, Any]) -> list[str]:
+    """Lines below the table."""
     notes = [f"{args.model}, style {args.style}, percent ± standard error; * the accuracy that the style reports."]
-    if others is not None:
+    if any("against" in one for one in sets.values()):
         notes.append(
             f"difference: * of the model less that of {args.against}, on the same items, with its 95 % interval."
         )
-    notes += [
+    return notes + [
         f"{one['title']}: mean of {len(one['subjects'])} subjects {100 * one['mean_of_subjects']:.2f}."
         for one in sets.values()
         if "subjects" in one
     ]
-    print("\n".join(notes))
-    shots = "" if args.shots is None else f"-{args.shots}shot"
-    settings = {"style": args.style, "shots": args.shots, "limit": args.limit, "against": args.against or None}
-    value = {"minillama": minillama.__version__, **folder.model, **settings, "sets": sets}
-    value |= {"mean": mean_of(sets)._asdict()}
-    for ending, text in ((".json", json.dumps(value, indent=2) + "\n"), (".md", markdown(sets, notes))):
-        path = replace_text(folder.path / f"{args.style}{shots}{ending}", text)
-        print(f"written: {path}", file=sys.stderr)
-    return 0

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +15,7 @@ import tyro
 
 from minillama.commands.progress import Progress
 from minillama.commands.tables import print_table
-from minillama.files import append_lines, complete_lines, json_lines, replace_text
+from minillama.files import append_lines, complete_lines, json_lines, replace_text, stamp
 from minillama.inference.load import DType, ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class Judge:
     """Ask a judge whose answers are better, in both orders; a win counts if both verdicts agree."""
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
-    """A model, or a .jsonl file of its answers (question_id, choices[0].turns)."""
+    """A model with its own tokenizer, an adapter merged into it; or a .jsonl file of answers (question_id,
+    choices[0].turns)."""
     b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
     """The other one."""
     judge: str
@@ -41,7 +42,8 @@ class Judge:
     mode: Literal["pairwise", "single"] = "pairwise"
     """pairwise: which of the two is better; single: ratings from 1 to 10, of each alone."""
     output: Path = Path("judged")
-    """Folder of answers, verdicts, figures and the HTML report; verdicts that it has are not asked for again."""
+    """Folder of answers, verdicts, figures and the HTML report; what it has of the same models and questions is not
+    asked for again."""
     max_new_tokens: int = field(default=512, metadata={"min": 1})
     """New tokens of an answer at most."""
     judge_tokens: int = field(default=512, metadata={"min": 1})
@@ -106,13 +108,18 @@ class Judge:
 
         if path.endswith(".jsonl"):
             return judge.read_answers(Path(path), questions)
+        told = json.dumps([stamp([Path(path)]), str(Path(path).resolve()), [asdict(one) for one in questions]])
+        told += json.dumps([self.max_new_tokens, self.template, self.dtype, self.quantize])
+        file = self.output / f"answers-{side}-{_name(path)}-{sha256(told.encode()).hexdigest()[:8]}.jsonl"
+        if file.exists():
+            return judge.read_answers(file, questions)
         print(f"{path}: answering {len(questions)} questions", file=sys.stderr)
         found = judge.answer(self._load(path, self.template), questions, self.max_new_tokens)
         lines = [
             {"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}
             for one, turns in zip(questions, found, strict=True)
         ]
-        replace_text(self.output / f"answers-{side}-{_name(path)}.jsonl", json_lines(lines))
+        replace_text(file, json_lines(lines))
         return found
 
     def _verdicts(self, prompts: Mapping[str, Any]) -> dict[str, Verdict]:
@@ -120,7 +127,8 @@ class Judge:
 
         name = re.sub(r"[^\w.-]+", "-", f"{_name(self.judge)} {self.judge_name}".strip())
         judge = self.judge if "://" in self.judge else str(Path(self.judge).resolve())
-        told = json.dumps([judge, self.judge_name, self.judge_tokens, self.dtype, self.quantize])
+        made = "" if "://" in self.judge else stamp([Path(judge)])
+        told = json.dumps([judge, self.judge_name, self.judge_tokens, self.dtype, self.quantize, made])
         path = self.output / f"verdicts-{name}-{sha256(told.encode()).hexdigest()[:8]}.jsonl"
         known = {one.key: one for one in (Verdict(**json.loads(line)) for line in complete_lines(path))}
         left = {key: prompt for key, prompt in prompts.items() if key not in known}

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minillama.data.cleaning.words import words
-from minillama.data.reading import holds_records, read_file, read_records
+from minillama.data.reading import holds_records, read_lines, read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError
 from minillama.evaluate.tasks import TASKS
-from minillama.files import digest, replace_text
+from minillama.files import digest, replace_file, replace_text
 
 SHORTEST = 8  # words of a text that is shorter than n and still looked for, as a whole
 
@@ -102,8 +104,10 @@ def texts(path: Path) -> Iterator[Text]:
             line = json.dumps(record.value, ensure_ascii=False).encode(errors="replace").decode()
             yield Text(line, " \n".join(_strings(record.value)), record.where)
         return
-    for document in valid(read_file(path, "text")):
-        for number, paragraph in enumerate(re.split(r"\n\s*\n", document.text), 1):
+    number = 0
+    for has_text, lines in groupby(valid(read_lines(path)), lambda line: bool(line.text.strip())):
+        if has_text:
+            number, paragraph = number + 1, "\n".join(line.text for line in lines)
             yield Text(paragraph + "\n", paragraph, f"{path}, paragraph {number}")
 
 
@@ -132,11 +136,26 @@ def marker(path: Path) -> Path:
     return path.with_name(path.name + ".decontaminated.json")
 
 
-def write(path: Path, source: Path, index: Index, kept: Iterable[str], removed: int) -> Decontaminated:
-    """Write the documents that are kept, and the record beside them."""
-    lines = list(kept)
-    replace_text(path, "".join(line + "\n" for line in lines))
-    record = Decontaminated(digest(path), str(source), index.n, index.items, len(lines) + removed, removed)
+def write(path: Path, source: Path, index: Index, lines: Iterable[str | None]) -> Decontaminated:
+    """Write documents as they come, None for one that is removed, and the record beside them; .gz is compressed.
+
+    Raises:
+        InputError: another compression, or the file cannot be written.
+    """
+    if path.suffix.lower() == ".zst":
+        fix = "give a name in .gz, or one without"
+        raise InputError("this compression is not written", where="--remove", found=path, expected=".gz", fix=fix)
+    counts = Counter[bool]()
+
+    def fill(temporary: Path) -> None:
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(temporary, "wt", encoding="utf-8", newline="\n") as file:
+            for line in lines:
+                counts[line is None] += 1
+                file.write("" if line is None else line + "\n")
+
+    replace_file(path, fill)
+    record = Decontaminated(digest(path), str(source), index.n, index.items, counts.total(), counts[True])
     replace_text(marker(path), json.dumps(asdict(record), indent=2) + "\n")
     return record
 

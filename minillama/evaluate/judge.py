@@ -5,6 +5,7 @@ The prompts are our own; verdicts have MT-bench's form: [[A]], [[B]], [[C]] for 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Question:
     category: str
     turns: tuple[str, ...]
     reference: tuple[str, ...] = ()
+    kind: str = ""
 
 
 class Verdict(NamedTuple):
@@ -68,13 +70,14 @@ def read_questions(path: Path = QUESTIONS) -> list[Question]:
     found = []
     for number, (value, where) in enumerate(((record.value, record.where) for record in valid(read_records(path))), 1):
         turns = value.get("turns") or [value.get("text") or value.get("question")]
-        if not all(isinstance(turn, str) and turn for turn in turns):
-            expected = "text (Vicuna), turns (MT-bench) or question (Ziya)"
-            raise InputError("this is not a question", where=where, found=", ".join(value), expected=expected)
         reference = value.get("reference") or []
         reference = [reference] if isinstance(reference, str) else reference
+        if not (_are_texts(turns) and all(turns) and _are_texts(reference)):
+            expected = "text (Vicuna), turns, a list (MT-bench), or question (Ziya); strings, as in a reference"
+            raise InputError("this is not a question", where=where, found=json.dumps(value), expected=expected)
         category = str(value.get("category") or value.get("task") or "all")
-        found.append(Question(str(value.get("question_id", number)), category, tuple(turns), tuple(reference)))
+        name, kind = str(value.get("question_id", number)), str(value.get("kind") or "")
+        found.append(Question(name, category, tuple(turns), tuple(reference), kind))
     if not found:
         raise InputError("there is no question", where=path)
     if len({one.id for one in found}) < len(found):
@@ -91,14 +94,21 @@ def read_answers(path: Path, questions: Sequence[Question]) -> list[list[str]]:
     known: dict[str, list[str]] = {}
     for record in valid(read_records(path)):
         try:
-            known[str(record.value["question_id"])] = record.value["choices"][0]["turns"]
+            name, turns = str(record.value["question_id"]), record.value["choices"][0]["turns"]
         except (KeyError, IndexError, TypeError):
-            expected = "question_id, choices[0].turns"
-            raise InputError("this is not an answer", where=record.where, expected=expected) from None
+            name, turns = "", None
+        if not _are_texts(turns):
+            found, expected = json.dumps(record.value), "question_id, and choices[0].turns, a list of strings"
+            raise InputError("this is not an answer", where=record.where, found=found, expected=expected)
+        known[name] = turns
     for question in questions:
         if len(known.get(question.id, [])) < len(question.turns):
             raise InputError("an answer is missing", where=path, found=f"too few turns for question {question.id}")
     return [known[question.id] for question in questions]
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512) -> list[list[str]]:

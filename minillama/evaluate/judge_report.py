@@ -15,7 +15,7 @@ Values = Mapping[str, str | None]
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd}"
-    ".pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}.win{outline:2px solid #4a7}summary{color:#666}"
+    ".pair{display:grid;grid-template-columns:1fr 1fr;gap:1em}summary{color:#666}"
     "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:.8em;margin:.3em 0;font:inherit}"
     "h2{margin-top:2em;border-top:2px solid #ddd;padding-top:.6em}"
     "@media(prefers-color-scheme:dark){body{background:#1b1b1b;color:#ddd}pre{background:#262626}}"
@@ -74,14 +74,17 @@ def _share(values: Sequence[bool]) -> tuple[float, float, float, int]:
 
 
 def _groups(questions: Sequence[Question], pair: Callable[[int, int], Any]) -> dict[str, list[Any]]:
-    """Pairs of turns by category, by turn where there are several, and of all."""
+    """Pairs of turns by category, by kind and by turn where there are several, and of all."""
     groups: dict[str, list[Any]] = {}
+    kinds: dict[str, list[Any]] = {}
     turns: dict[str, list[Any]] = {}
     for i, question in enumerate(questions):
         for turn in range(len(question.turns)):
             groups.setdefault(question.category, []).append(pair(i, turn))
             turns.setdefault(f"turn {turn + 1}", []).append(pair(i, turn))
-    return groups | (turns if len(turns) > 1 else {}) | {"all": [one for own in turns.values() for one in own]}
+            if question.kind:
+                kinds.setdefault(f"{question.category}: {question.kind}", []).append(pair(i, turn))
+    return groups | kinds | (turns if len(turns) > 1 else {}) | {"all": [one for own in turns.values() for one in own]}
 
 
 def pairwise(questions: Sequence[Question], ours: Answers, theirs: Answers, values: Values) -> Table:
@@ -115,6 +118,8 @@ SHARES = ("rate", "first", "longer")
 
 
 def _percent(share: Any) -> str:
+    if not share[3]:
+        return "-"
     return "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * value for value in share[:3]))
 
 
@@ -139,11 +144,16 @@ def single(questions: Sequence[Question], values: Values) -> Table:
             }
         gaps = [float(a) - float(b) for a, b in pairs if a is not None and b is not None]
         higher = [sum(gap > CLOSE for gap in gaps), sum(gap < -CLOSE for gap in gaps)]
-        rows.append([*cells, *map(str, higher), str(len(gaps) - sum(higher))])
+        gap = estimate(gaps) if gaps else None
+        shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(gap.mean, *gap.interval) if gap else "-"
+        rows.append([*cells, shown, *map(str, higher), str(len(gaps) - sum(higher))])
+        entry["difference"] = gap and {"mean": gap.mean, "stderr": gap.error, "interval": gap.interval}
         figures[name] = entry | {"a_higher": higher[0], "b_higher": higher[1], "ties": len(gaps) - sum(higher)}
-    headers = ["category", "turns", "A's rating", "no rating", "B's rating", "no rating", "A higher", "B higher"]
-    notes = ["ratings from 1 to 10 ± standard error; a difference up to 0.1 is a tie"]
-    return Table([*headers, "ties"], rows, notes, figures)
+    headers = ["category", "turns", "A's rating", "no rating", "B's rating", "no rating", "A - B"]
+    notes = [
+        "ratings from 1 to 10 ± standard error; A - B with a 95 % interval, turn by turn; up to 0.1 apart is a tie"
+    ]
+    return Table([*headers, "A higher", "B higher", "ties"], rows, notes, figures)
 
 
 def page(

@@ -1,6 +1,6 @@
 """Adapter of EleutherAI's lm-evaluation-harness: `lm_eval` with this model registered.
 
-    python -m minillama.evaluate.lm_eval --model minillama --model_args path=MODEL --tasks piqa
+    python -m minillama.evaluate.lm_eval run --model minillama --model_args path=MODEL --tasks piqa
 
 In Python, `import minillama.evaluate.lm_eval` registers it.
 """
@@ -25,6 +25,7 @@ from minillama.inference.sampling import Sampling
 optional_import("lm_eval", "the harness", "eval")
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -108,12 +109,11 @@ class HarnessModel(LM):  # type: ignore[misc]
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         results, cut = [""] * len(requests), 0
         for rows in groups.values():
-            settings = dict(requests[rows[0]].args[1])
-            until, count = settings.get("until") or (), settings.get("max_gen_toks", self.max_gen_toks)
-            greedy = not settings.get("do_sample", settings.get("temperature", 0) > 0)
+            settings = normalize_gen_kwargs(requests[rows[0]].args[1], self.max_gen_toks)
+            count, stop = settings["max_gen_toks"], [text for text in settings["until"] if text]
             chosen = {name: settings[name] for name in SAMPLING if name in settings}
-            sampling = Sampling(**(chosen | {"temperature": 0} if greedy else {"temperature": 1.0} | chosen))
-            stop = [until] if isinstance(until, str) else [text for text in until if text]
+            greedy = {} if settings["do_sample"] else {"temperature": 0}
+            sampling = Sampling(**({"temperature": 1.0} | chosen | greedy))
             room = max(1, self.model.config.max_seq_len - count - (2 if self.blanks else 0))
             prompts = [self._prompt(requests[i].args[0])[-room:] for i in rows]
             engine = Engine(self.model, self.rows, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 
@@ -102,13 +102,20 @@ def by_document(rows: NDArray[np.int64], separator: int, device: torch.device) -
     return torch.from_numpy(document_positions(rows, separator)).to(device), Mask(documents=documents)
 
 
-def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0) -> Score:
+def perplexity(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    text: str,
+    context: int = 0,
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> Score:
     """Perplexity and bits per byte of a text, in rolling windows, each predicted from left to right.
 
     Args:
         tokenizer: its tokenizer; the text follows its bos token, or eos where it has none.
         text: of one token or more.
         context: T, tokens per window; the model's context length unless given.
+        advance: called with the tokens of each window that has been scored.
 
     Raises:
         InputError: an empty text, or a window longer than the model's context.
@@ -118,8 +125,11 @@ def perplexity(model: Decoder, tokenizer: Tokenizer, text: str, context: int = 0
     if not ids or length < 1:
         raise InputError("nothing to be scored", found=f"{len(ids)} tokens in windows of {length}", expected=">= 1")
     pairs = [[pair] for pair in windows(ids, tokenizer.bos_id, length)]
-    nats = math.fsum(found[0].nats for _, found in likelihood.score(model, pairs, blanks))
-    return Score(-nats, len(ids), len(text.encode()))
+    nats = []
+    for i, found in likelihood.score(model, pairs, blanks):
+        nats.append(found[0].nats)
+        advance(len(pairs[i][0][1]))
+    return Score(-math.fsum(nats), len(ids), len(text.encode()))
 
 
 def _batches(windows: Iterable[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

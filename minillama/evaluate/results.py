@@ -41,7 +41,7 @@ class ResultFolder:
                 expected = ", ".join(f"{key} {model.get(key)!r}" for key in changed)
                 what = "this folder has the results of another model"
                 raise InputError(what, where=path, found=found, expected=expected, fix="give another --output")
-        self.known = read_outcomes(path / ITEMS)
+        self.known = read_outcomes(path / ITEMS, cuts=True)
 
     def missing(self, name: str, items: Sequence[Item]) -> list[Item]:
         """Items of a set without an outcome."""
@@ -61,14 +61,14 @@ class ResultFolder:
         return [self.known[key] for key in keys if key in self.known]
 
 
-def read_outcomes(path: Path) -> dict[Key, Outcome]:
-    """Outcomes of a file.
+def read_outcomes(path: Path, cuts: bool = False) -> dict[Key, Outcome]:
+    """Outcomes of a file; see `complete_lines`.
 
     Raises:
         InputError: a line that is not an outcome.
     """
     known = {}
-    for number, line in enumerate(complete_lines(path), 1):
+    for number, line in enumerate(complete_lines(path, cuts), 1):
         try:
             outcome = Outcome.of(json.loads(line))
         except (ValueError, TypeError) as error:
@@ -109,6 +109,16 @@ def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Ke
             "interval": change.interval,
         }
     return values
+
+
+def earlier(path: Path, limit: int, against: str | None) -> dict[str, Any]:
+    """Sets of an earlier summary with the same limit, without the differences from another model than `against`."""
+    saved = read_json(path) if path.exists() else {}
+    if saved.get("limit") != limit:
+        return {}
+    is_same = saved.get("against") == against
+    sets = saved["sets"].items()
+    return {name: {k: v for k, v in one.items() if is_same or k != "against"} for name, one in sets}
 
 
 def mean_of(sets: Mapping[str, Mapping[str, Any]]) -> Estimate:

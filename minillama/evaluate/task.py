@@ -166,9 +166,8 @@ class Task:
             raise InputError(f"{self.title} has no prompt in this style", found=style, expected=", ".join(self.forms))
         form = self.forms[style]
         form = form if shots is None else replace(form, shots=shots)
-        found = self._files(folder)
-        split = next((split for split in self.splits if split in found), None)
-        if split is None:
+        found, split = self._files(folder), self.split(folder)
+        if not split:
             where = f"{folder}/{self.folders[0]}"
             raise InputError(f"the files of {self.title} are missing", where=where, expected=self.expected)
         examples = self._examples(folder, style, found, split, form.shots)
@@ -181,6 +180,11 @@ class Task:
             chosen = Random(SEED).sample(chosen, 1000)
         chosen = chosen[: limit or None]
         return [form.item(name, one, examples.of(one, form.shots)) for name, one in chosen]
+
+    def split(self, folder: Path) -> str:
+        """Split that is evaluated; empty where its files are missing."""
+        found = self._files(folder)
+        return next((split for split in self.splits if split in found), "")
 
     def problems(self, folder: Path) -> Iterator[tuple[str, Problem]]:
         """Problems of all parts but the training part, and where each is; none where the files are missing."""

@@ -167,7 +167,7 @@ TASKS: dict[str, Task] = {
         f"arc_{level}": Task(
             f"ARC-{level.capitalize()}",
             ("arc", "ai2_arc", f"arc_{level}", f"ARC-{level.capitalize()}"),
-            f"ARC-{level.capitalize()}-Test.jsonl or -Dev.jsonl, or ARC-{level.capitalize()}/test*.parquet",
+            f"ARC-{level.capitalize()}-Test.jsonl or -Dev.jsonl, or ARC-{level.capitalize()}/test*.parquet; no .csv",
             lettered,
             _question(QUESTION, ours, "acc_norm", olmes),
             splits=("test", "validation", "dev"),

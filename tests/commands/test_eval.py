@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ import torch
 
 from minillama import Decoder, ModelConfig
 from minillama.commands.cli import main
+from minillama.commands.progress import Progress
+from minillama.config.lora import LoRAConfig
 from minillama.evaluate import multiple_choice
+from minillama.model.lora import add_lora, lora_parameters, save_adapter
 from minillama.tokenizer import byte_tokenizer
+from minillama.tokenizer.blanks import BLANK_TOKENS
 
 WORDS = ["a kite", "a stone", "a lamp", "the sea", "a horse", "some bread", "two shoes"]
 
@@ -96,6 +101,74 @@ def test_paired_difference_with_a_model_or_its_results(folder: Path, capsys: pyt
     assert (same["difference"], same["stderr"], same["items"]) == (0.0, 0.0, 7)
 
 
+def test_the_results_of_another_evaluation_stay_as_they_are(folder: Path) -> None:
+    """It may be running: its last line is not complete yet."""
+    words = ["--tasks", "piqa", "--data", "data", "--output"]
+    assert main(["eval", "two", *words, "theirs"]) == 0
+    path = folder / "theirs/items.jsonl"
+    before = path.read_text()[:-9]
+    path.write_text(before)
+    assert main(["eval", "one", *words, "ours", "--against", "theirs"]) == 0
+    assert path.read_text() == before
+    assert json.loads((folder / "ours/lm-eval.json").read_text())["sets"]["piqa"]["against"]["items"] == 6
+
+
+def test_the_other_model_has_its_own_tokenizer(folder: Path) -> None:
+    """That of the first would read its texts in other tokens."""
+    words = ["eval", "one", "--tasks", "piqa", "--data", "data", "--tokenizer", "one", "--against", "two"]
+    assert main(words) == 0
+    (other,) = (folder / "evals").glob("two-*")
+    assert json.loads((other / "model.json").read_text())["tokenizer"] is None
+
+
+def test_a_summary_keeps_the_sets_of_earlier_runs(folder: Path) -> None:
+    siqa = folder / "data/siqa"
+    siqa.mkdir()
+    (siqa / "dev.jsonl").write_text(
+        '{"context": "He left.", "question": "Why?", "answerA": "x", "answerB": "y", "answerC": "z", "correct": "A"}\n'
+    )
+    words = ["eval", "one", "--data", "data", "--output", "out", "--tasks"]
+    assert main([*words, "piqa", "--against", "two"]) == 0 and main([*words, "siqa"]) == 0
+    found = json.loads((folder / "out/lm-eval.json").read_text())
+    assert list(found["sets"]) == ["piqa", "siqa"] and "against" not in found["sets"]["piqa"]
+    table = (folder / "out/lm-eval.md").read_text()
+    assert "| PIQA | 7 |" in table and "| SIQA | 1 |" in table and "| mean of * | 8 |" in table
+    assert main([*words, "siqa", "--limit", "1"]) == 0  # other items
+    assert list(json.loads((folder / "out/lm-eval.json").read_text())["sets"]) == ["siqa"]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "int8", "adapter", "rwkv-tiny", "bloom-tiny", "glm-tiny"])
+def test_whatever_opens_is_evaluated(kind: str, folder: Path) -> None:
+    """Sums of a GGUF file are its folder's; int8 weights and an adapter move them."""
+    words, model = ["--tasks", "piqa", "--data", "data", "--limit", "2"], "one"
+    if kind == "gguf":
+        assert main(["convert", "one", "one.gguf", "--to", "gguf", "--dtype", "f32"]) == 0
+        model = "one.gguf"
+    elif kind == "int8":
+        words += ["--quantize", "int8"]
+    elif kind == "adapter":
+        lora = add_lora(Decoder.from_pretrained(folder / "one"), LoRAConfig())
+        with torch.no_grad():
+            for parameter in lora_parameters(lora).values():
+                parameter.add_(0.1)
+        save_adapter(lora, folder / "lora")
+        words += ["--adapter", "lora"]
+    else:
+        model = kind
+        tokenizer = byte_tokenizer().with_special(BLANK_TOKENS if kind == "glm-tiny" else ())
+        config = replace(ModelConfig.load(kind), vocab_size=tokenizer.vocab_size, max_seq_len=128, n_layers=2)
+        Decoder(config).save_pretrained(folder / kind)
+        tokenizer.save(folder / kind, 128)
+    assert main(["eval", model, *words, "--output", "out"]) == 0
+    found = [value for line in lines(folder / "out/items.jsonl") for value in line["nats"]]
+    assert len(found) == 4 and all(-math.inf < value < 0 for value in found)
+    if kind in ("gguf", "int8", "adapter"):
+        assert main(["eval", "one", *words[:6], "--output", "plain"]) == 0
+        plain = [value for line in lines(folder / "plain/items.jsonl") for value in line["nats"]]
+        assert found == pytest.approx(plain, rel=1e-5 if kind == "gguf" else 0.2)
+        assert kind == "gguf" or found != pytest.approx(plain, rel=1e-7)
+
+
 def test_results_of_another_model_are_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--tasks", "piqa", "--data", "data", "--output", "out"]
     assert main(["eval", "one", *words]) == 0
@@ -114,6 +187,36 @@ def test_perplexity_has_its_units(folder: Path, capsys: pytest.CaptureFixture[st
     for unit in ("nats per token", "perplexity per token", "perplexity per word", "bits per byte"):
         assert unit in out
     assert "bytes                 360" in out
+
+
+def test_documents_are_scored_each_behind_its_own_bos(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["a b c d", "é a"]  # 7 and 4 bytes, each a token
+    (folder / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert main(["eval", "one", "--perplexity", "t.jsonl"]) == 0
+    found = dict(line.split("  ", 1) for line in capsys.readouterr().out.strip().splitlines())
+    found = {name.strip(): float(value) for name, value in found.items()}
+    model, bos, nats = Decoder.from_pretrained(folder / "one").eval(), byte_tokenizer().bos_id, 0.0
+    for text in texts:
+        ids = byte_tokenizer().encode(text)
+        with torch.inference_mode():
+            logits = model(torch.tensor([[bos, *ids[:-1]]]))[0].log_softmax(-1)
+        nats -= sum(logits[i, token].item() for i, token in enumerate(ids))
+    assert [found[unit] for unit in ("documents", "tokens", "words", "bytes")] == [2, 11, 6, 11]
+    for unit, value in (
+        ("nats per token", nats / 11),
+        ("perplexity per token", math.exp(nats / 11)),
+        ("perplexity per word", math.exp(nats / 6)),
+        ("bits per byte", nats / 11 / math.log(2)),
+    ):
+        assert found[unit] == pytest.approx(value, rel=2e-5)
+
+
+def test_progress_is_that_of_windows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(Progress, "advance", lambda self, amount: steps.append(amount))
+    (folder / "t.txt").write_text("the tide comes in\n" * 20)
+    assert main(["eval", "one", "--perplexity", "t.txt", "--context", "100"]) == 0
+    assert sorted(steps) == [60, 100, 100, 100]
 
 
 def test_perplexity_of_a_text_without_spaces(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +243,8 @@ def test_arguments_are_checked(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--tasks", "pika", "--data", "data"], "no such evaluation set"),
         (["--tasks", "boolq", "--data", "data"], "files of BoolQ are missing"),
         (["--tasks", "piqa", "--data", "data", "--shots", "9"], "too few examples"),
+        (["--tasks", "all", "--data", "data"], "files of BoolQ, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge,"),
+        (["--perplexity", "data/piqa/valid-labels.lst", "--context", "99999"], "--context"),
     ):
         assert main(["eval", "one", *words]) == 1
         assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -52,6 +53,32 @@ def test_documents_are_listed_and_removed(sets: Path, tmp_path: Path, capsys: py
     assert made is not None and (made["removed"], made["documents"], made["items"]) == (2, 3, {"piqa": 4})
     out.write_text(source.read_text())  # another file under the same name
     assert marker(out).exists() and record_of(out) is None and record_of(source) is None
+
+
+def test_the_training_data_is_not_overwritten(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "t.jsonl"
+    source.write_text(json.dumps({"text": GOAL}) + "\n")
+    before = source.read_text()
+    monkeypatch.chdir(tmp_path)
+    for option in ("--remove", "--report"):
+        assert main(["data", "decontaminate", str(source), "--against", str(sets), option, "t.jsonl"]) == 1
+        assert "overwrite the training data" in capsys.readouterr().err and source.read_text() == before
+
+
+@pytest.mark.parametrize("name", ["clean.txt.gz", "clean.txt.zst"])
+def test_a_compressed_file_is_compressed(
+    name: str, sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "t.txt", tmp_path / name
+    source.write_text(f"one\ntwo\n\n \n{GOAL}\n\nthree\n")
+    done = main(["data", "decontaminate", str(source), "--against", str(sets), "--remove", str(out)])
+    if name.endswith(".zst"):
+        assert done == 1 and "compression is not written" in capsys.readouterr().err and not out.exists()
+    else:
+        assert done == 0 and gzip.decompress(out.read_bytes()) == b"one\ntwo\n\nthree\n\n"
+        assert record_of(out) is not None and "1 of 3 documents" in capsys.readouterr().out
 
 
 def test_parts_without_answers_are_compared_too(sets: Path) -> None:

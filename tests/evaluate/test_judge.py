@@ -77,6 +77,18 @@ def test_no_verdict_is_an_error_and_never_a_tie() -> None:
     assert outcome("A", "B") == "A" and outcome("B", "A") == "B" and outcome("B", "B") == "disagree"
 
 
+def test_where_there_is_no_verdict_there_is_no_rate() -> None:
+    table = compare(lambda text: "hard to say")
+    assert {cell for row in table.rows for cell in row[6:]} == {"-"} and table.figures["all"]["rate"][3] == 0
+
+
+def test_kinds_of_a_task_are_reported() -> None:
+    questions = [Question(str(i), "推理", ("?",), (), kind) for i, kind in enumerate(("逻辑", "常识", ""))]
+    values = {f"{i}/0/{order}": "AB"[order] for i in range(3) for order in (0, 1)}
+    table = pairwise(questions, [["a"]] * 3, [["b"]] * 3, values)
+    assert [row[:2] for row in table.rows] == [["推理", "3"], ["推理: 逻辑", "1"], ["推理: 常识", "1"], ["all", "3"]]
+
+
 def test_prompts_have_both_turns_and_the_reference() -> None:
     prompts = {
         key.rpartition("/")[0]: p[0]["content"] for key, p in judge.pairwise_prompts(QUESTIONS, OURS, THEIRS).items()
@@ -93,6 +105,9 @@ def test_ratings_have_means_and_errors() -> None:
     verdicts = {one.key: one for prompts in sides.values() for one in ask_verdicts(says, prompts, 9, "single")}
     figures = single(QUESTIONS, values_of(verdicts)).figures
     assert figures["writing"]["b"] == {"rating": 7.5, "stderr": 0.0, "errors": 0}
+    # (4, 7.5), (4, 7.5), (4, 4) and one without: -7/3, and 1.96 standard errors of 3.5/3 on each side
+    assert figures["all"]["difference"]["mean"] == pytest.approx(-7 / 3)
+    assert figures["all"]["difference"]["interval"] == pytest.approx((-7 / 3 - 2.286625, -7 / 3 + 2.286625), abs=1e-4)
     assert figures["math"]["a"]["errors"] == 1 and figures["writing"]["b_higher"] == 2  # 11 is no rating
 
 
@@ -116,6 +131,7 @@ def test_question_files_of_three_projects(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = read_questions(path)
+    assert [one.kind for one in found] == ["", "", "逻辑"]
     assert [(one.id, one.category, len(one.turns), len(one.reference)) for one in found] == [
         ("5", "generic", 1, 0),
         ("81", "writing", 2, 2),
@@ -129,6 +145,22 @@ def test_question_files_of_three_projects(tmp_path: Path) -> None:
     path.write_text('{"question_id": "1", "choices": [{"turns": ["a"]}]}\n')
     with pytest.raises(InputError, match="an answer is missing"):
         read_answers(path, QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    "more", [{"turns": "Hello"}, {"turns": 5}, {"turns": ["a", ""]}, {"text": "a", "reference": 5}]
+)
+def test_turns_and_references_are_lists_of_strings(more: dict[str, Any], tmp_path: Path) -> None:
+    """A string is not taken for as many turns as it has letters."""
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"text": "Why?", "reference": None}) + "\n" + json.dumps(more) + "\n")
+    with pytest.raises(InputError, match="not a question") as error:
+        read_questions(path)
+    assert error.value.where == f"{path}:2"
+    path.write_text('{"question_id": "1", "choices": [{"turns": "ab"}]}\n')
+    with pytest.raises(InputError, match="not an answer") as error:
+        read_answers(path, QUESTIONS[:1])
+    assert error.value.where == f"{path}:1"
 
 
 def test_a_page_is_text_alone() -> None:
@@ -152,7 +184,9 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "tiny"
 
 
-def test_a_live_judge_on_two_models(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_live_judge_on_two_models(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A random model gives no verdict: errors throughout. What has been asked is not asked again."""
     out = tmp_path / "judged"
     words = ["eval", "judge", str(tiny), str(tiny), "--judge", str(tiny), "--output", str(out), "--limit", "2"]
@@ -163,7 +197,9 @@ def test_a_live_judge_on_two_models(tiny: Path, tmp_path: Path, capsys: pytest.C
     assert "2 turns lack a verdict" in capsys.readouterr().out and (out / "pairwise.html").exists()
     (verdicts,) = out.glob("verdicts-tiny-*.jsonl")
     assert len(verdicts.read_text().splitlines()) == 4  # two questions in both orders
-    assert main(words) == 0 and len(verdicts.read_text().splitlines()) == 4
+    answered = len([*out.glob("answers-[AB]-tiny-*.jsonl")])
+    monkeypatch.setattr(judge, "answer", None)
+    assert main(words) == 0 and len(verdicts.read_text().splitlines()) == 4 and answered == 2
     assert main([*words[:-1], "4"]) == 0 and len([*out.glob("verdicts-tiny-*.jsonl")]) == 2
 
 
@@ -198,7 +234,7 @@ def test_a_judge_behind_a_url(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert len(bodies) == 5 and bodies[1]["model"] == "judge-1" and bodies[1]["temperature"] == 0
     assert json.loads((out / "pairwise.json").read_text())["results"]["all"]["disagree"] == 2
     assert "Bearer secret [[A]]" in next(out.glob("verdicts-v1-*.jsonl")).read_text()
-    assert len(list(out.glob("answers-[AB]-tiny.jsonl"))) == 2
+    assert len(list(out.glob("answers-[AB]-tiny-*.jsonl"))) == 2
     server.shutdown()
     server.server_close()
 

@@ -46,6 +46,18 @@ FORMS: dict[str, list[dict[str, Any]]] = {
                 }
             ]
         },
+        {
+            "siqa/validation-0.parquet": [
+                {
+                    "context": "He left.",
+                    "question": "Why?",
+                    "answerA": "x",
+                    "answerB": "y",
+                    "answerC": "z",
+                    "label": "3",
+                }
+            ]
+        },
     ],
     "hellaswag": [
         {
@@ -64,6 +76,23 @@ FORMS: dict[str, list[dict[str, Any]]] = {
                 b"Cooking: A pot.. Boil The cook\n0\n waits.\nruns off.\nsings.\nstirs.\n"
             )
         },
+        *(
+            {
+                f"hellaswag/validation{ending}": [
+                    {
+                        "ind": 4,
+                        "activity_label": "Cooking",
+                        "ctx_a": "A pot. [title] Boil",
+                        "ctx_b": "the Cook",
+                        "ctx": "A pot. [title] Boil the Cook",
+                        "endings": ["[step] waits.", "runs  off.", "sings.", "stirs."],
+                        "split": "val",
+                        "label": "0",
+                    }
+                ]
+            }
+            for ending in ("-0.parquet", ".json")
+        ),
     ],
     "winogrande": [
         {
@@ -78,6 +107,11 @@ FORMS: dict[str, list[dict[str, Any]]] = {
                     "Option1: cat Option2: dog Answer format: option1/option2",
                     "answer": "option2",
                 }
+            ]
+        },
+        {
+            "winogrande/winogrande_xl/validation-0.parquet": [
+                {"sentence": "The cat saw the dog as _ ran.", "option1": "cat", "option2": "dog", "answer": "2"}
             ]
         },
     ],
@@ -128,6 +162,15 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+CMMLU: list[dict[str, Any]] = [
+    {"cmmlu/test/agronomy.csv": ",Question,A,B,C,D,Answer\n0,草鱼吃什么？,草,鱼,虾,米,A\n"},
+    {
+        "cmmlu/agronomy/test-0.parquet": [
+            {"Question": "草鱼吃什么？", "A": "草", "B": "鱼", "C": "虾", "D": "米", "Answer": "A"}
+        ]
+    },
+]
+
 
 def write(folder: Path, files: dict[str, Any]) -> Path:
     for name, content in files.items():
@@ -151,9 +194,10 @@ def load(name: str, folder: Path, *more: Any) -> list[Item]:
     return TASKS[name].load(folder, *(more or ("lm-eval",)))
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*FORMS, "cmmlu"])
 def test_published_forms_are_the_same_item(name: str, tmp_path: Path) -> None:
-    found = [load(name, write(tmp_path / str(i), files))[0] for i, files in enumerate(FORMS[name])]
+    forms = FORMS.get(name, CMMLU)
+    found = [load(name, write(tmp_path / str(i), files))[0] for i, files in enumerate(forms)]
     assert all(item == found[0] for item in found)
 
 

@@ -84,7 +84,7 @@ def compare(
             assert sum(one.is_right(metric) for one in found.values()) / limit == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("shots", "names"), [(0, NINE), (5, ("mmlu",)), (2, ("piqa", "winogrande"))])
+@pytest.mark.parametrize(("shots", "names"), [(0, (*NINE, "cmmlu")), (5, ("mmlu",)), (2, ("piqa", "winogrande"))])
 def test_all_sets_on_a_small_model(
     shots: int, names: tuple[str, ...], sets: Any, shared: Path, small: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +104,10 @@ def test_rolling_sums_and_generation_on_a_small_model(small: Path, capsys: pytes
     asked = [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(TEXTS)]
     assert ours.generate_until(asked) == theirs.generate_until(asked)
     assert "2 of 2 answers were cut at their maximum length" in capsys.readouterr().err
+    for alias in ("max_new_tokens", "max_tokens", "max_completion_tokens"):
+        (short,) = ours.generate_until([Instance("generate_until", {}, (TEXTS[0], {"until": None, alias: 3}), 0)])
+        assert short == theirs.generate_until([Instance("generate_until", {}, (TEXTS[0], {alias: 3}), 0)])[0] != ""
+        assert len(ours._tokenizer.encode_inside(short)) <= 3
     empty = [Instance("loglikelihood", {}, ("", " alone"), 0), Instance("loglikelihood", {}, (" ", "blank"), 1)]
     assert ours.loglikelihood(empty[:1])[0] == pytest.approx(theirs.loglikelihood(empty[:1])[0], rel=1e-4)
     assert len(ours.loglikelihood(empty)) == 2  # a context of blanks alone stops the harness's backend

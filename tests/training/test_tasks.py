@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from minillama.commands.cli import main
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig
 from minillama.training.run import train
@@ -38,6 +40,21 @@ def test_accuracies_are_recorded_and_shown(
     capsys.readouterr()
     assert main(["show", str(out)]) == 0 and "a: piqa_acc_norm" in capsys.readouterr().out
     assert main(["compare", str(out), str(out)]) == 0 and "piqa_acc_norm at step" in capsys.readouterr().out
+
+
+def test_a_run_says_that_its_data_is_decontaminated(
+    tiny_config: Callable[..., RunConfig], sets: Path, text_file: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "t.txt", tmp_path / "clean.txt"
+    source.write_text(text_file.read_text())
+    assert main(["data", "decontaminate", str(source), "--against", str(sets), "--remove", str(out)]) == 0
+    config = tiny_config("--train.steps", "1")
+    config = replace(config, data=replace(config.data, sources=(Source(path=str(out)), *config.data.sources)))
+    assert train(config, str(tmp_path / "run")) == 0
+    (start,) = [json.loads(line) for line in (tmp_path / "run/provenance.jsonl").read_text().splitlines()]
+    assert [*start["decontaminated"]] == [str(out)]
+    made = start["decontaminated"][str(out)]
+    assert (made["source"], made["n"], made["items"], made["removed"]) == (str(source), 13, {"piqa": 5}, 0)
 
 
 def test_a_missing_set_stops_before_the_first_step(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
