@@ -12,7 +12,7 @@ from typing import Any
 
 from minillama.config import ModelConfig
 from minillama.config.command_line import CommandLine, overrides
-from minillama.config.loader import Located, build, check, config_path, nearest, read_toml, to_dict
+from minillama.config.loader import Located, build, check, config_names, config_path, nearest, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
 from minillama.config.mup import Mup, check_mup
 from minillama.errors import InputError
@@ -26,6 +26,7 @@ from minillama.runs.objectives import (
     ObjectiveConfig,
     check_data,
     name_objective,
+    typed,
     with_new_names,
     words_with_new_names,
 )
@@ -93,6 +94,10 @@ class RunConfig:
             read, rows = (data.template, data.packing), self.train.batch_size
             check_data(self.objective, *read, self.model.mixer, dropout, rows, self.context)
         check_mup(self.optim.mup_base_dim, self.optim.optimizer, self.model)
+        own = [f"stages.{i}.data" for i, stage in enumerate(self.stages) if stage.data is not None]
+        if own and self.objective.reads == "prompts":
+            what, fix = "rollouts have one set of prompts", "run one after the other with train.init_from"
+            raise InputError(what, where=own[0], found=f"objective {self.objective.name}", fix=fix)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
@@ -207,7 +212,9 @@ def _check_start(start: str) -> None:
     refuse_remote(path)
     if not path.exists():
         near = nearest(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else None
-        fix = f"did you mean {path.with_name(near)}?" if near else "name another model; `train` makes runs/tiny/model"
+        made = path.parent.name if path.parent.name in config_names("train") else ""
+        known = f"`{' '.join(typed('train'))} {made}` makes it" if made else "name another model"
+        fix = f"did you mean {path.with_name(near)}?" if near else known
         expected = "a run, a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
         raise InputError("no such model", where="train.init_from", found=start, expected=expected, fix=fix)
 
