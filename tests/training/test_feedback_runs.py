@@ -172,7 +172,10 @@ def test_a_critic_that_cannot_be(tiny_config: Make, start: Path, tmp_path: Path)
 def test_the_alarm_of_a_policy_that_left_its_reference(tiny_config: Make, start: Path, tmp_path: Path, kl: str) -> None:
     report = Quiet()
     more = ("--objective.minibatches", "1", "--objective.kl", kl, "--objective.alarm_kl", "0.001", "--train.steps", "6")
-    config = tiny_config(*words(start, "--objective.name", "grpo", *ROLLOUT, *more, "--optim.lr", "0.01"))
+    more += ("--train.batch_size", "16", "--validate.every", "2")
+    (tmp_path / "mine.py").write_text("def low(prompt, ids, text, record):\n    return -sum(ids) / len(ids)\n")
+    given = words(start, "--objective.name", "grpo", *ROLLOUT, *more, "--optim.lr", "0.05")
+    config = tiny_config(*(f"{tmp_path}/mine.py:low" if word == "verified" else word for word in given))
     assert train(config, str(tmp_path / "run"), report=report) == 0
     assert any("nats per answer to the start model" in line for line in report.lines)
 
