@@ -198,7 +198,9 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
         values.get("train", {}).pop("minutes", None)
     values = with_new_names(values, origin, model.objective)
     name_objective(values, table, model.objective)
-    config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
+    config = build(
+        RunConfig, _without_data(values), origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]())
+    )
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
     own = str(Path(start).with_name("tokenizer.bin")) if start.endswith(".bin") else start  # llama2.c's lies beside
@@ -217,6 +219,15 @@ def _check_start(start: str) -> None:
         fix = f"did you mean {path.with_name(near)}?" if near else known
         expected = "a run, a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
         raise InputError("no such model", where="train.init_from", found=start, expected=expected, fix=fix)
+
+
+def _without_data(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values without the stages' `data`, which are incomplete and say nothing before they start from the run's."""
+    stages = values.get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        return dict(values)
+    own = [{k: v for k, v in stage.items() if k != "data" or not isinstance(v, Mapping)} for stage in stages]
+    return {**values, "stages": own}
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:
