@@ -168,20 +168,25 @@ def run_sorting(args: argparse.Namespace) -> None:
 
 # addition
 
-WAYS = ("grpo", "fine-tuning")
+WAYS = ("grpo", "ppo", "fine-tuning")
 
 
 def addition(folder: Path, seed: int, seconds: float, way: str, start: Path) -> tuple[dict[str, float], float]:
-    """Shares of right sums after as many seconds of an objective, by steps whose time is measured first."""
+    """Shares of right sums after as many processor seconds of an objective, by steps whose time is measured first."""
     words = ["--seed", str(seed), "--train.init_from", str(start / "model"), "--checkpoint.every", "100000"]
     words += ["--validate.every", "100000"]
     config = "arithmetic" if way == "fine-tuning" else way
-    trial, _ = run(folder / "trial", config, *words, "--train.steps", "12")
-    steps = [line["seconds"] for line in trial if "lr" in line]
-    each = (steps[-1] - steps[3]) / (len(steps) - 4)
-    count = max(12, int(seconds / each))
-    lines, _ = run(folder / way, config, *words, "--train.steps", str(count))
-    return examine(folder / way / "model", "arithmetic"), lines[-1]["seconds"]
+    short, long = (_processor(folder / "trial", config, *words, "--train.steps", str(steps)) for steps in (12, 36))
+    count = max(12, int(seconds * torch.get_num_threads() / (long - short) * 24))
+    taken = _processor(folder / way, config, *words, "--train.steps", str(count)) / torch.get_num_threads()
+    return examine(folder / way / "model", "arithmetic"), taken
+
+
+def _processor(out: Path, config: str, *words: str) -> float:
+    """Processor seconds of a run, of all threads: what other programs take is not counted."""
+    began = time.process_time()
+    run(out, config, *words)
+    return time.process_time() - began
 
 
 def run_addition(args: argparse.Namespace) -> None:

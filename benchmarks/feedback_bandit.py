@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -11,14 +12,21 @@ import torch
 from torch import Tensor
 
 from minillama.config import ModelConfig
+from minillama.data.permutation import derive_keys
+from minillama.data.preference_set import Judged, Preferences
 from minillama.data.prompts import Prompt, Prompts
 from minillama.evaluate.rewards import Scored
 from minillama.evaluate.rules import Answer
+from minillama.inference.rollout import answers
+from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.runs.feedback import FeedbackConfig, GRPOConfig, PPOConfig
+from minillama.runs.objectives import DPOConfig
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.train import byte_tokenizer
 from minillama.training.gradients import accumulate, clip
+from minillama.training.objectives.base import Objective
+from minillama.training.objectives.dpo import DPO
 from minillama.training.objectives.grpo import GRPO
 from minillama.training.objectives.ppo import PPO
 
@@ -63,8 +71,14 @@ def group(**given: object) -> GRPOConfig:
     return GRPOConfig(rewards=(), max_new_tokens=1, beta=BETA, **given)  # type: ignore[arg-type]
 
 
-# name -> settings, the optimum, and how near it the policy comes
-BANDITS: dict[str, tuple[FeedbackConfig, Sequence[float], float]] = {
+def best(count: int) -> list[float]:
+    """Distribution of the best of K answers of the reference: F_i^K - F_i-1^K, F the sums by rising reward."""
+    sums = [sum(REFERENCE[:i]) for i in range(len(REFERENCE) + 1)]
+    return [above**count - below**count for below, above in itertools.pairwise(sums)]
+
+
+# name -> settings, or K of the best of K, the optimum, and how near it the policy comes
+BANDITS: dict[str, tuple[FeedbackConfig | DPOConfig | int, Sequence[float], float]] = {
     "RLOO, k1 in the reward": (group(baseline="leave-one-out", kl="k1"), reverse_kl(), 0.01),
     "group mean, k1 in the reward": (group(baseline="mean", kl="k1"), reverse_kl(), 0.01),
     "PPO, k1 in the reward": (
@@ -78,6 +92,9 @@ BANDITS: dict[str, tuple[FeedbackConfig, Sequence[float], float]] = {
     "group mean, k3 in the loss": (group(baseline="mean", kl="k3"), forward_kl(0.875), 0.01),
     "GRPO (std), k3 in the loss": (group(baseline="std", kl="k3"), (0.087, 0.078, 0.076, 0.759), 0.02),
     "RLOO, no KL": (group(baseline="leave-one-out"), (0.0, 0.0, 0.0, 1.0), 0.02),
+    "DPO": (DPOConfig(beta=BETA), reverse_kl(), 0.01),
+    "best of 4": (4, best(4), 0.05),  # 1,000 draws
+    "best of 16": (16, best(16), 0.05),
 }
 
 
@@ -102,12 +119,36 @@ def arms(model: Decoder) -> Tensor:
     return model(torch.tensor([QUESTION]))[0, -1].softmax(-1)[:4]
 
 
-def bandit(settings: FeedbackConfig, seed: int, steps: int, rows: int, rate: float = 1e-3) -> Tensor:
-    """Probabilities of the answers after training by an objective."""
+def pairs(count: int = 500) -> Preferences:
+    """Pairs of any two arms, as often each way as Bradley and Terry's model of their rewards has it."""
+    made = []
+    for one, two in itertools.combinations(range(len(EARNED)), 2):
+        wins = round(count / (1 + math.exp(EARNED[two] - EARNED[one])))
+        made += [Judged.of(QUESTION, [[one], [two]] if i < wins else [[two], [one]], 0.0) for i in range(count)]
+    return Preferences.of(made, made[:1], 16)
+
+
+def drawn(model: Decoder, count: int, seed: int, draws: int = 1000) -> Tensor:
+    """Shares of the answers among the best of K samples."""
+    seeds = [derive_keys("best", seed, i)[0] >> 8 for i in range(draws)]
+    found = answers(model, [QUESTION] * draws, count, 1, Sampling(1.0), (), seeds)
+    ids = torch.tensor([request.tokens[0] for request in found]).view(draws, count)
+    chosen = torch.where(ids < len(EARNED), ids, -1).amax(1)  # their rewards rise with their ids
+    return torch.stack([(chosen == arm).double().mean() for arm in range(len(EARNED))])
+
+
+def bandit(settings: FeedbackConfig | DPOConfig | int, seed: int, steps: int, rows: int, rate: float = 1e-3) -> Tensor:
+    """Probabilities of the answers after training by an objective, or as the best of K."""
     question = Prompt(QUESTION, "?", {}, Conversation(()), "bandit")
     data, model = Prompts([question], [question], 256, ""), bandit_start(seed)
-    kind = PPO if isinstance(settings, PPOConfig) else GRPO
-    objective = kind(model, data, seed, rows, settings, Arms(), rows)  # type: ignore[arg-type]
+    if isinstance(settings, int):
+        return drawn(model, settings, seed)
+    objective: Objective
+    if isinstance(settings, DPOConfig):
+        objective = DPO(model, pairs(), seed, rows, rows, settings)
+    else:
+        kind = PPO if isinstance(settings, PPOConfig) else GRPO
+        objective = kind(model, data, seed, rows, settings, Arms(), rows)  # type: ignore[arg-type]
     parameters = [parameter for part in objective.models.values() for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     for step in range(steps):
@@ -120,18 +161,26 @@ def bandit(settings: FeedbackConfig, seed: int, steps: int, rows: int, rate: flo
     return arms(model)
 
 
+def distance(found: Tensor, wanted: Sequence[float]) -> float:
+    """Largest distance of the answers' shares from the optimum; what is outside the answers, DPO does not bound."""
+    return (found / found.sum() - torch.tensor(wanted)).abs().max().item()
+
+
 def compare(args: argparse.Namespace) -> None:
     for name, (settings, wanted, bound) in BANDITS.items():
         if args.only not in name:
             continue
         began, found = time.process_time(), []
         for seed in range(args.seeds):
-            found.append(bandit(settings, seed, args.steps * settings.epochs, args.rows, args.rate))
-        off = max(
-            max(abs(p - w) for p, w in zip(each.tolist(), wanted or each.tolist(), strict=True)) for each in found
-        )
+            steps = args.steps * getattr(settings, "epochs", 1)
+            found.append(bandit(settings, seed, steps, args.rows, args.rate))
+        off = max(distance(each, wanted) for each in found)
+        outside = max(1 - each.sum().item() for each in found)
         shown = " | ".join(" ".join(f"{p:.3f}" for p in each.tolist()) for each in found)
         text = " ".join(f"{p:.3f}" for p in wanted)
         verdict = "ok" if off <= bound else "OFF"
         seconds = (time.process_time() - began) / args.seeds
-        print(f"{name:30} {shown}; optimum {text}; off by {off:.4f}, {verdict}; {seconds:.0f} s a run", flush=True)
+        print(
+            f"{name:30} {shown}; optimum {text}; off by {off:.4f}, {verdict}; outside {outside:.4f}; {seconds:.0f} s",
+            flush=True,
+        )

@@ -15,12 +15,14 @@ from minillama.data.prompts import Prompt
 from minillama.errors import InputError
 from minillama.evaluate.rules import RULES, Answer, Reward, rule
 from minillama.formats.open import open_model
+from minillama.formats.peft_config import CONFIG
 from minillama.inference.engine import evaluating
 from minillama.inference.request import Request
 from minillama.model import Decoder
 from minillama.model.heads import last, open_scores, scores
 from minillama.tokenizer import Tokenizer
 
+LLAMA_2 = "llama-2"
 ROWS = 16  # texts per pass of a reward model
 
 
@@ -29,12 +31,19 @@ class Scored:
     """Rewards of N answers; NaN for one that some reward cannot score.
 
     Args:
-        total: (N,) weighted sums.
+        total: (N,) weighted sums, which compare over batches.
         parts: (N,) by the rewards' names, without their weights.
+        trained: (N,) as `total`, with LLaMA 2's reward whitened over the batch; the total unless given.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    trained: Tensor | None = None
+
+    @property
+    def signal(self) -> Tensor:
+        """(N,) what a policy is trained on."""
+        return self.total if self.trained is None else self.trained
 
 
 class Rewards:
@@ -65,36 +74,42 @@ class Rewards:
 
     def __call__(self, answers: Sequence[Answer]) -> Scored:
         """Rewards of the answers of one batch, over which LLaMA 2's are whitened."""
-        parts = {name: part(answers) for name, part in self._parts.items()}
-        total = sum((reward.weight * parts[reward.title] for reward in self.settings), torch.zeros(len(answers)))
-        return Scored(total, parts)
+        parts: dict[str, Tensor] = {}
+        total = trained = torch.zeros(len(answers))
+        for reward in self.settings:
+            found = self._parts[reward.title](answers)
+            parts |= {reward.title + name: values for name, values in found.items()}
+            if reward.weight:  # else what it cannot score would count
+                total = total + reward.weight * found[""]
+                trained = trained + reward.weight * (whitened(found[""]) if reward.name == LLAMA_2 else found[""])
+        return Scored(total, parts, trained)
 
-    def _part(self, reward: Reward) -> Callable[[Sequence[Answer]], Tensor]:
-        if reward.name == "llama-2":
+    def _part(self, reward: Reward) -> Callable[[Sequence[Answer]], dict[str, Tensor]]:
+        """Reward, and what it is made of, by the end of their names."""
+        if reward.name == LLAMA_2:
             safety, helpful = (self._model(path) for path in (reward.safety, reward.path))
-            return lambda answers: gated(
-                safety(answers),
-                helpful(answers),
-                torch.tensor([bool(answer.record.get("safety")) for answer in answers]),
-                reward.threshold,
-            )
+
+            def both(answers: Sequence[Answer]) -> dict[str, Tensor]:
+                tagged = torch.tensor([bool(answer.record.get("safety")) for answer in answers])
+                found = {"_safety": safety(answers), "_helpfulness": helpful(answers)}
+                return {"": gated(*found.values(), tagged, reward.threshold), **found}
+
+            return both
         if reward.name not in RULES and Path(reward.name).exists():
-            return self._model(reward.name)
+            model = self._model(reward.name)
+            return lambda answers: {"": model(answers)}
         one = rule(reward)
 
-        def each(answers: Sequence[Answer]) -> Tensor:
+        def each(answers: Sequence[Answer]) -> dict[str, Tensor]:
             found = (one(answer) for answer in answers)
-            return torch.tensor([math.nan if value is None else float(value) for value in found])
+            return {"": torch.tensor([math.nan if value is None else float(value) for value in found])}
 
         return each
 
     def _model(self, path: str) -> Callable[[Sequence[Answer]], Tensor]:
         """Scores by the reward model of a folder, read once."""
         if path not in self.models:
-            own = Tokenizer.load(open_model(path).tokenizer_path())
-            if own.fingerprint != self.tokenizer.fingerprint:
-                what, fix = "the reward model has another tokenizer", "train it from the same model as the policy"
-                raise InputError(what, where=path, found=own.fingerprint[:16], fix=fix)
+            check_tokenizer(path, self.tokenizer)
             self.models[path] = open_scores(path, torch.float32, self.device)
         return lambda answers: self._scores(self.models[path], answers)
 
@@ -118,18 +133,31 @@ class Rewards:
         return answer.ids[:-1] if answer.ids and answer.ids[-1] in ends else answer.ids
 
 
+def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+    """Refuse a reward or value model that reads other ids than the policy.
+
+    Raises:
+        InputError: another tokenizer.
+    """
+    is_adapter = (Path(path) / CONFIG).exists()
+    own = Tokenizer.load(path if is_adapter else open_model(path).tokenizer_path())
+    if own.fingerprint != tokenizer.fingerprint:
+        what, fix = "the reward model has another tokenizer", "train it from the same model as the policy"
+        raise InputError(what, where=path, found=own.fingerprint[:16], fix=fix)
+
+
 def answer_of(prompt: Prompt, request: Request, tokenizer: Tokenizer, lead: str = "") -> Answer:
     """Answer that a request gave to a prompt, without what the template writes in front of it, `lead`."""
     ended = request.finish_reason == "eos"
     text = tokenizer.decode(request.tokens[: len(request.tokens) - ended]).removeprefix(lead)
-    return Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended)
+    return Answer(prompt.text, request.tokens, text, prompt.record, prompt.ids, ended, prompt.where)
 
 
 def gated(safety: Tensor, helpful: Tensor, is_safety: Tensor, threshold: float) -> Tensor:
-    """LLaMA 2's reward: whitened logits of the safety score where it counts, else of the helpfulness score.
+    """LLaMA 2's reward: logit of the safety score where it counts, else of the helpfulness score.
 
-    R_c = R_s for a safety prompt or where R_s < threshold, else R_h; whiten(logit(R_c)) with R = sigmoid(score), whose
-    logit the score is; population variance (arXiv 2307.09288, §3.2.3).
+    R_c = R_s for a safety prompt or where R_s < threshold, else R_h, with R = sigmoid(score), whose logit the score is
+    (arXiv 2307.09288, §3.2.3). A policy is trained on it `whitened`.
 
     Args:
         safety: (N,) scores.
@@ -137,8 +165,12 @@ def gated(safety: Tensor, helpful: Tensor, is_safety: Tensor, threshold: float) 
         is_safety: (N,) whether the prompt is of the safety set.
         threshold: probability of being safe below which the safety score counts.
     """
-    chosen = torch.where(is_safety | (safety.sigmoid() < threshold), safety, helpful)
-    return (chosen - chosen.mean()) / (chosen.var(correction=0) + 1e-8).sqrt()
+    return torch.where(is_safety | (safety.sigmoid() < threshold), safety, helpful)
+
+
+def whitened(scores: Tensor) -> Tensor:
+    """Scores (N,) of mean 0 and population variance 1, as LLaMA 2's reward is trained on."""
+    return (scores - scores.mean()) / (scores.var(correction=0) + 1e-8).sqrt()
 
 
 def pass_at_k(count: int, right: int, k: int) -> float:

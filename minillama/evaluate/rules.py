@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import unicodedata
@@ -29,6 +30,7 @@ class Answer:
         record: where the prompt comes from; `answer` is the reference, if it has one.
         prompt_ids: of the prompt.
         ended: whether the model ended it.
+        where: file and line of the prompt's record, for a message.
     """
 
     prompt: str
@@ -37,6 +39,7 @@ class Answer:
     record: Mapping[str, Any] = field(default_factory=dict)
     prompt_ids: Sequence[int] = ()
     ended: bool = True
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,25 @@ def rule(settings: Reward) -> Callable[[Answer], float | None]:
         expected = f"{', '.join(RULES)}, llama-2, a reward model's folder, or MODULE:NAME"
         raise InputError("unknown reward", where="objective.rewards", found=settings.name, expected=expected)
     function = load_function(settings.name)
-    return lambda answer: function(answer.prompt, answer.ids, answer.text, answer.record)
+    return lambda answer: _called(function, settings.name, answer)
+
+
+def _called(function: Function, name: str, answer: Answer) -> float | None:
+    """What a user's function gives, checked.
+
+    Raises:
+        InputError: it fails, or gives something else than a finite number or None.
+    """
+    where = f"reward {name}, {answer.where or ascii(answer.prompt[:80])}"
+    try:
+        found: Any = function(answer.prompt, answer.ids, answer.text, answer.record)
+        value = None if found is None else math.nan if isinstance(found, str) else float(found)
+    except Exception as error:
+        raise InputError("this function failed", where=where, found=f"{type(error).__name__}: {error}") from error
+    if value is not None and not math.isfinite(value):
+        expected = "a finite number, or None for what it cannot score"
+        raise InputError("this function gives no reward", where=where, found=repr(found)[:80], expected=expected)
+    return value
 
 
 def load_function(name: str) -> Function:
@@ -140,8 +161,9 @@ def load_function(name: str) -> Function:
                 loaded = import_module(module)
             finally:
                 sys.path.remove("")
-    except (ImportError, OSError, SyntaxError) as error:
-        raise InputError("this module cannot be loaded", where=where, found=f"{module}: {error}") from error
+    except Exception as error:  # whatever the user's module does
+        found = f"{module}: {type(error).__name__}: {error}"
+        raise InputError("this module cannot be loaded", where=where, found=found) from error
     function: Function | None = getattr(loaded, attribute, None)
     if not callable(function):
         raise InputError("no such function", where=where, found=name, expected=f"a function in {module}")

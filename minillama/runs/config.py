@@ -95,6 +95,10 @@ class RunConfig:
             read, rows = (data.template, data.packing), self.train.batch_size
             check_data(self.objective, *read, self.model.mixer, dropout, rows, self.context)
         check_mup(self.optim.mup_base_dim, self.optim.optimizer, self.model)
+        own = [f"stages.{i}.data" for i, stage in enumerate(self.stages) if stage.data is not None]
+        if own and self.objective.reads == "prompts":
+            what, fix = "rollouts have one set of prompts", "run one after the other with train.init_from"
+            raise InputError(what, where=own[0], found=f"objective {self.objective.name}", fix=fix)
         bounds = [stage.until_step for stage in self.stages]
         if bounds != sorted(set(bounds)):
             raise InputError("stages must end one after the other", where="stages.until_step", found=bounds)
@@ -194,12 +198,23 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
         values.get("train", {}).pop("minutes", None)
     values = with_new_names(values, origin, model.objective)
     name_objective(values, table, model.objective)
-    config = build(RunConfig, values, origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]()))
+    config = build(
+        RunConfig, _without_data(values), origin, RunConfig(model=model, objective=OBJECTIVES[model.objective]())
+    )
     config = build(RunConfig, table, command_line, config)
     config = replace(config, stages=_stages(config, values.get("stages", ()), origin))
     own = str(Path(start).with_name("tokenizer.bin")) if start.endswith(".bin") else start  # llama2.c's lies beside
     tokenizer = replace(config.tokenizer, path=config.tokenizer.path or own)
     return replace(config, train=replace(config.train, init_from=start), tokenizer=tokenizer)
+
+
+def _without_data(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values without the stages' `data`, which are incomplete and say nothing before they start from the run's."""
+    stages = values.get("stages", [])
+    if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
+        return dict(values)
+    own = [{k: v for k, v in stage.items() if k != "data" or not isinstance(v, Mapping)} for stage in stages]
+    return {**values, "stages": own}
 
 
 def _stages(config: RunConfig, tables: Sequence[Mapping[str, Any]], origin: Located) -> tuple[Stage, ...]:

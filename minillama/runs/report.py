@@ -14,6 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 Record = Mapping[str, Any]
+FEEDBACK = {  # of answers that are rewarded: KL in nats per answer, entropy per token, length in tokens
+    "reward": "reward {:.3f}",
+    "kl": "kl {:.2f}",
+    "entropy": "entropy {:.2f}",
+    "clipped": "clipped {:.1%}",
+    "answer_length": "length {:.1f}",
+    "ended": "ended {:.0%}",
+}
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # paths and samples may act on a terminal
 
 
@@ -95,8 +103,10 @@ class PlainReport:
         loss = "skipped" if "skipped" in record else f"loss {record['loss']:.4f}"
         mfu = f", mfu {record['mfu']:.0%}" if record.get("mfu") is not None else ""
         speed, left = record["tokens_per_second"] / 1e3, self.pace.left(self.steps - record["step"])
-        reward = f", reward {record['reward']:.3f}" if record.get("reward") is not None else ""
-        return f"{loss}{reward}, lr {record['lr']:.1e}, {speed:.1f}k tok/s{mfu}, eta {left}"
+        feedback = "".join(
+            f", {form.format(record[name])}" for name, form in FEEDBACK.items() if record.get(name) is not None
+        )
+        return f"{loss}{feedback}, lr {record['lr']:.1e}, {speed:.1f}k tok/s{mfu}, eta {left}"
 
     def step(self, record: Record) -> None:
         status = self.status(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,25 +50,38 @@ class BestOfN:
     lead: str = ""
     batch: int = 8
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By which answers are drawn and chosen, the same for all lines of a file."""
+        rewards = [f"{reward.weight:g}*{reward.name}" for reward in self.rewards.settings]
+        drawn = {"temperature": self.sampling.temperature, "seed": self.sampling.seed}
+        return {"samples": self.samples, "max_new_tokens": self.max_new_tokens, **drawn, "rewards": rewards}
+
     def write(self, prompts: Sequence[Prompt], path: Path, earlier: Sequence[Path] = ()) -> Iterator[Line]:
         """Append the best answer to each prompt to a file, but for those that it has already.
 
         Args:
             prompts: in order.
-            path: JSONL of conversations, `messages` with `reward`, `rewards`, `ended`, `round` and `key`.
+            path: JSONL of conversations, `messages` with `reward`, `rewards`, `ended`, `round`, `key` and `settings`.
             earlier: files of earlier rounds, whose answers are scored anew and compared.
 
         Yields:
             The lines that are written; none for a prompt of whose answers none can be scored.
 
         Raises:
-            InputError: a file that cannot be read or written, or with other lines.
+            InputError: a file that cannot be read or written, with other lines, or of other settings.
         """
         before = [line for file in earlier for line in read_lines(file)]
         known = {key: [line for line in before if line["key"] == key] for key in {line["key"] for line in before}}
         number = 1 + max((line["round"] for line in before), default=0)
         complete_lines(path)  # without one that a stopped run left incomplete
-        done = {line["key"] for line in read_lines(path)} if path.exists() else set()
+        begun = read_lines(path) if path.exists() else []
+        for line in begun[:1]:
+            if line.get("settings", self.settings) != self.settings:
+                found, fix = json.dumps(line["settings"]), "write another file, or go on with the settings of this one"
+                what, expected = "this file was written with other settings", json.dumps(self.settings)
+                raise InputError(what, where=path, found=found, expected=expected, fix=fix)
+        done = {line["key"] for line in begun}
         left = [prompt for key, prompt in {key_of(prompt): prompt for prompt in prompts}.items() if key not in done]
         for start in range(0, len(left), self.batch):
             part = left[start : start + self.batch]
@@ -107,6 +121,7 @@ class BestOfN:
                 "mean_reward": sum(totals[i] for i in found) / len(found),
                 "round": of,
                 "key": key_of(prompt),
+                "settings": self.settings,
             }
 
 

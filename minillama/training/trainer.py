@@ -241,6 +241,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         for precision in self.precision.values():
             precision.refresh()
+        self.objective.updated(self.masters)
         return {"update_ratio": update_ratio(before, matrices(self.model))} if is_measured else {}
 
     def _skip(self, batch: Batch, reason: str, finite: bool) -> dict[str, Any]:
@@ -304,7 +305,7 @@ class Trainer:
         shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.state.step}: {text}")
-        for line in self.objective.warnings(found) if self.state.step else ():
+        for line in self.objective.warnings({**record, **found}) if self.state.step else ():
             self.report.say(f"warning: {line}")
         with self._interruptible():
             self._sample()

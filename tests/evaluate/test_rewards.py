@@ -16,7 +16,7 @@ from minillama.data import preference_set
 from minillama.data.prompts import Prompts
 from minillama.data.sources import Source
 from minillama.errors import InputError
-from minillama.evaluate.rewards import Rewards, gated, pass_at_k
+from minillama.evaluate.rewards import Rewards, gated, pass_at_k, whitened
 from minillama.evaluate.rules import Answer, Reward
 from minillama.model import Decoder
 from minillama.model.heads import scores, with_score
@@ -55,6 +55,8 @@ def test_the_sum_and_its_parts() -> None:
     assert scored.total.tolist() == pytest.approx([-1 / 3, 1.5, -1 / 6, -0.5])
     one = Rewards([Reward("verified"), Reward("ended")], TOKENIZER, END)([Answer("P", [1], "c", {})])
     assert one.total.isnan().all() and one.parts["ended"].tolist() == [1]
+    shown = Rewards([Reward("verified", 0.0), Reward("ended")], TOKENIZER, END)([Answer("P", [1], "c", {})])
+    assert shown.total.tolist() == [1] and shown.parts["verified"].isnan().all()
 
 
 def test_names_are_told_apart() -> None:
@@ -118,20 +120,26 @@ def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None
 def test_llama_2s_gate_and_whitened_logit(tmp_path: Path) -> None:
     probabilities = tensor([0.10, 0.80, 0.95, 0.20])
     none = torch.zeros(4, dtype=torch.bool)
-    found = gated(torch.full((4,), 9.0), probabilities.logit(), none, 0.15)
+    found = whitened(gated(torch.full((4,), 9.0), probabilities.logit(), none, 0.15))
     torch.testing.assert_close(found, tensor([-1.14963, 0.57842, 1.32979, -0.75858]), atol=1e-4, rtol=1e-4)
     safety, helpful = tensor([0.10, 0.80, 0.95, 0.14]).logit(), tensor([0.9, 0.3, 0.2, 0.7]).logit()
     chosen = tensor([0.10, 0.3, 0.95, 0.14]).logit()  # low, helpful, tagged, low
     tagged = tensor([False, False, True, False])
     white = (chosen - chosen.mean()) / chosen.std(correction=0)
-    torch.testing.assert_close(gated(safety, helpful, tagged, 0.15), white, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whitened(gated(safety, helpful, tagged, 0.15)), white, atol=1e-5, rtol=1e-5)
     one, two = reward_model(tmp_path / "safe", 3), reward_model(tmp_path / "helpful", 4)
     rewards = Rewards([Reward("llama-2", safety=one, path=two)], TOKENIZER, END)
     assert sorted(rewards.models) == sorted([one, two])
-    total = rewards(answers()).total
-    assert total.mean().item() == pytest.approx(0, abs=1e-6) and total.std(correction=0).item() == pytest.approx(
-        1, abs=1e-4
-    )
+    scored, none = rewards(answers()), none[:1]
+    trained = scored.signal
+    assert trained.mean().item() == pytest.approx(0, abs=1e-6)
+    assert trained.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    raw = [scored.parts[f"llama_2{name}"] for name in ("_safety", "_helpfulness", "")]
+    for path, found in ((one, raw[0]), (two, raw[1])):
+        torch.testing.assert_close(found, Rewards([Reward(path)], TOKENIZER, END)(answers()).total)
+    torch.testing.assert_close(raw[2], gated(raw[0], raw[1], none.expand(4), 0.15))
+    assert torch.equal(scored.total, raw[2])  # which compares over batches
+    torch.testing.assert_close(rewards(answers()[:1]).total, scored.total[:1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, 0.3), (2, 0.5333333), (5, 0.9166667), (8, 1.0)])

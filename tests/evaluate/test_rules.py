@@ -94,3 +94,21 @@ def test_settings() -> None:
     ):
         with pytest.raises(InputError, match=message):
             build(Reward, fields)
+
+
+def test_a_function_that_gives_no_reward_is_named_with_the_record(tmp_path: Path) -> None:
+    file, answer = tmp_path / "mine.py", Answer("P", [1], "c", where="file:7")
+    for body, message in (
+        ("1 / 0", "ZeroDivisionError"),
+        ("'1.0'", "gives no reward"),
+        ("float('inf')", "gives no reward"),
+        ("float('nan')", "gives no reward"),
+        ("[1]", "TypeError"),
+    ):
+        file.write_text(f"def f(prompt, ids, text, record):\n    return {body}\n")
+        with pytest.raises(InputError, match=message) as found:
+            rule(Reward(f"{file}:f"))(answer)
+        assert "mine.py:f, file:7" in str(found.value)
+    file.write_text("nothing\n")
+    with pytest.raises(InputError, match="NameError"):
+        rule(Reward(f"{file}:f"))

@@ -67,6 +67,18 @@ def test_a_stopped_round_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path)
     assert cut.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("other", [["--samples", "2"], ["--seed", "2"], ["--rewards", "length"]])
+def test_a_file_of_other_settings_is_not_continued(
+    folder: Path, tmp_path: Path, other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    best(folder, tmp_path / "a.jsonl")
+    before = (tmp_path / "a.jsonl").read_bytes()
+    command = ["data", "best-of-n", "--model", str(folder), "--source", "sorting:2", "--out", str(tmp_path / "a.jsonl")]
+    given = {"--rewards": f"{folder}/mine.py:low", "--samples": "6", "--max-new-tokens": "5"} | {other[0]: other[1]}
+    assert main([*command, *(word for pair in given.items() for word in pair)]) == 1
+    assert "other settings" in capsys.readouterr().err and (tmp_path / "a.jsonl").read_bytes() == before
+
+
 def test_what_a_template_writes_in_front_of_an_answer_is_no_part_of_it(folder: Path, tmp_path: Path) -> None:
     model, tokenizer, path = Decoder.from_pretrained(folder), Tokenizer.load(folder), tmp_path / "mine.jinja"
 

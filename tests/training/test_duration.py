@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +22,9 @@ Make = Callable[..., RunConfig]
 
 
 def test_minutes_become_steps(tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, began = tmp_path / "run", time.perf_counter()
+    out = tmp_path / "run"
     config = tiny_config("--train.minutes", "0.1", "--validate.every", "0")
     assert train(config, str(out), report=make_report()) == 0
-    taken = time.perf_counter() - began
-    assert 1 < taken < 60  # of 6 seconds, whatever else runs
     written = load_run_config(str(out / "config.toml"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = written.train.steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from safetensors.torch import load_file
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.model import Decoder
-from minillama.model.heads import open_scores
+from minillama.model.heads import open_scores, with_score
 from minillama.runs.config import RunConfig, load_run_config
 from minillama.runs.feedback import GRPOConfig, PPOConfig
+from minillama.runs.sections import Stage
 from minillama.tokenizer.template import load_template
-from minillama.tokenizer.train import byte_tokenizer
+from minillama.tokenizer.train import byte_tokenizer, train_byte_bpe
 from minillama.training.run import train
 
 from .test_several_models import StopAt
@@ -126,6 +128,62 @@ def test_a_shared_critic_and_a_reward_model(tiny_config: Make, start: Path, tmp_
     run = json.loads((tmp_path / "two/checkpoints/step-4/run.json").read_text())
     assert set(run["companions"]) == {reward, "reference"}
     assert any("reward_value" in line for line in metrics(tmp_path / "two"))
+
+
+@pytest.fixture
+def adapter(tiny_config: Make, start: Path, tmp_path: Path) -> Path:
+    """A trained adapter on the start."""
+    config = tiny_config(*words(start, *GRPO, "--lora.rank", "2", "--train.steps", "2", "--optim.lr", "0.1"))
+    assert train(config, str(tmp_path / "first"), report=Quiet()) == 0
+    return tmp_path / "first/model"
+
+
+@pytest.mark.parametrize("goes_on", [False, True], ids=["fresh", "trained"])
+def test_a_critic_of_its_own_under_an_adapter(
+    tiny_config: Make, start: Path, adapter: Path, tmp_path: Path, goes_on: bool
+) -> None:
+    more = "--lora.rank", "2", "--train.steps", "2", "--train.dtype", "bfloat16"
+    config = tiny_config(*words(adapter if goes_on else start, *PPO, *more))
+    assert train(config, str(tmp_path / "run"), report=Quiet()) == 0
+    value, plain = open_scores(tmp_path / "run/value"), Decoder.from_pretrained(start)
+    assert value.config.dim == plain.config.dim and value.state_dict().keys() - {"score.weight"} <= set(
+        plain.state_dict()
+    )
+
+
+def test_a_critic_that_cannot_be(tiny_config: Make, start: Path, tmp_path: Path) -> None:
+    more = "--lora.rank", "2", "--train.steps", "2", "--train.quantize", "int8"
+    with pytest.raises(InputError, match="quantized weights") as found:
+        train(tiny_config(*words(start, *PPO, *more)), str(tmp_path / "run"), report=Quiet())
+    assert "--objective.critic shared" in str(found.value)
+    config = tiny_config(*words(start, *PPO, *more, "--objective.critic", "shared"))
+    assert train(config, str(tmp_path / "run"), report=Quiet()) == 0
+    other = tmp_path / "other"
+    with_score(Decoder(ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=90, max_seq_len=32))).save_pretrained(
+        other
+    )
+    train_byte_bpe(["abc abc"], 258).save(other)
+    with pytest.raises(InputError, match="another tokenizer"):
+        config = tiny_config(*words(start, *PPO, "--objective.critic_from", str(other)))
+        train(config, str(tmp_path / "two"), report=Quiet())
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_the_alarm_of_a_policy_that_left_its_reference(tiny_config: Make, start: Path, tmp_path: Path, kl: str) -> None:
+    report = Quiet()
+    more = ("--objective.minibatches", "1", "--objective.kl", kl, "--objective.alarm_kl", "0.001", "--train.steps", "6")
+    more += ("--train.batch_size", "16", "--validate.every", "2")
+    (tmp_path / "mine.py").write_text("def low(prompt, ids, text, record):\n    return -sum(ids) / len(ids)\n")
+    given = words(start, "--objective.name", "grpo", *ROLLOUT, *more, "--optim.lr", "0.05")
+    config = tiny_config(*(f"{tmp_path}/mine.py:low" if word == "verified" else word for word in given))
+    assert train(config, str(tmp_path / "run"), report=report) == 0
+    assert any("nats per answer to the start model" in line for line in report.lines)
+
+
+def test_rollouts_have_one_set_of_prompts(tiny_config: Make, start: Path, tmp_path: Path) -> None:
+    config = tiny_config(*words(start, *GRPO))
+    with pytest.raises(InputError, match="one set of prompts"):
+        replace(config, stages=(Stage(4), Stage(8, data=config.data)))
 
 
 def test_settings_of_the_command_line_and_of_a_file(start: Path, tmp_path: Path) -> None:

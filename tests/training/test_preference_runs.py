@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.model.heads import last, open_scores, scores
 from minillama.runs.config import RunConfig
+from minillama.runs.sections import Stage
 from minillama.tokenizer import Tokenizer
 from minillama.training.run import train
 
@@ -27,6 +30,30 @@ Make = Callable[..., RunConfig]
 def base(tiny_config: Make, tmp_path: Path) -> Path:
     assert train(tiny_config("--train.steps", "2"), str(tmp_path / "base"), report=Quiet()) == 0
     return tmp_path / "base/model"
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapter"])
+def test_stages_of_dpo_share_a_reference_and_resume_to_the_bit(
+    tiny_config: Make, base: Path, pairs: Path, tmp_path: Path, kind: str
+) -> None:
+    extra = ["--lora.rank", "2"] if kind == "adapter" else []
+    start = base
+    if extra:  # whose frozen copy is the reference
+        config = tiny_config(*words(base, pairs, "dpo", *extra, "--train.steps", "2", "--optim.lr", "0.1"))
+        assert train(config, str(tmp_path / "first"), report=Quiet()) == 0
+        start = tmp_path / "first/model"
+    config = tiny_config(*words(start, pairs, "dpo", *extra, "--train.dtype", "bfloat16", "--optim.lr", "0.1"))
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(pairs.read_text().splitlines(keepends=True)[:9]))
+    data = replace(config.data, sources=(Source(path=str(own)),))
+    config = replace(config, stages=(Stage(4), Stage(12, data=data)))
+    report = Quiet()
+    assert train(config, str(tmp_path / "whole"), report=report) == 0
+    assert train(config, str(tmp_path / "cut"), report=StopAt(9)) == 143
+    assert train(config, str(tmp_path / "cut"), resume=True, report=Quiet()) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert any("stage_val_accuracy" in line for line in metrics(tmp_path / "whole"))
+    assert any("less likely than at the start" in line for line in report.lines)
 
 
 @pytest.fixture

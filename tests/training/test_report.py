@@ -61,3 +61,16 @@ def test_empty_lines_of_a_sample_are_counted() -> None:
     assert (
         quoted("This\n\nmodule" + "\n" * 41 + "end\n\n") == "  | This\n  | \n  | module\n  | (40 empty lines)\n  | end"
     )
+
+
+def test_what_rollouts_measure_is_shown() -> None:
+    out = io.StringIO()
+    report = PlainReport(Console(file=out, width=200), every=0.0)
+    report.start(0, 2)
+    rates = {"loss": 1.0, "lr": 0.1, "tokens_per_second": 5.0}
+    measured = {"kl": 1.234, "entropy": 2.5, "clipped": 0.012, "answer_length": 33.3, "ended": 0.75, "reward": 0.5}
+    report.step({"step": 1, **rates, **measured})
+    report.step({"step": 2, **rates, "kl": None, "entropy": 2.25})
+    first, second = out.getvalue().splitlines()
+    assert "reward 0.500, kl 1.23, entropy 2.50, clipped 1.2%, length 33.3, ended 75%, lr" in first
+    assert "loss 1.0000, entropy 2.25, lr" in second

@@ -94,20 +94,14 @@ def token_rewards(kl: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tens
     return rewards.scatter_add(1, last[:, None], torch.where(mask.any(1), scores, 0.0)[:, None])
 
 
-def policy_loss(
-    log_ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def policy_loss(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """Clipped policy loss max(-A r, -A clip(r, 1 - low, 1 + high)) per token, r = e^log_ratio, and where it clips.
 
-    Schulman et al. 2017, arXiv 1707.06347, eq. 7; low < high is DAPO's (2503.14476), `dual` bounds it by -dual A
-    where A < 0 (1912.09729).
+    Schulman et al. 2017, arXiv 1707.06347, eq. 7; low < high is DAPO's (2503.14476).
     """
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
-    loss = torch.maximum(plain, clipped)
-    if dual:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual * advantages), loss)
-    return loss, clipped > plain
+    return torch.maximum(plain, clipped), clipped > plain
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:

@@ -174,6 +174,10 @@ class Objective(Protocol):
         """
         return {}
 
+    def updated(self, masters: Mapping[str, nn.Module]) -> None:
+        """Called after each update of the float32 models."""
+        return None
+
     def state_dict(self) -> dict[str, Tensor]:
         """What must come back on resume, such as a buffer of rollouts; empty for most."""
         return {}

@@ -46,7 +46,7 @@ class GRPO(Feedback):
 def policy_totals(mask: Tensor, total: float) -> dict[str, float]:
     """Divisors of what `policy_terms` gives: `total` of the loss, answers of the KL, tokens of the rest."""
     tokens = dict.fromkeys(("entropy", "clipped", "approx_kl"), mask.sum().item())
-    return {"policy": total, "kl_penalty": total, "kl": float(len(mask)), **tokens}
+    return {"policy": total, "kl_penalty": total, "kl": float(mask.any(1).sum()), **tokens}
 
 
 def policy_terms(

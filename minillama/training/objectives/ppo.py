@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,18 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
+from minillama.errors import InputError
+from minillama.evaluate.rewards import check_tokenizer
+from minillama.inference.rollout import plain_weights
 from minillama.layers.cross_entropy import linear_log_probabilities
 from minillama.model import Decoder
 from minillama.model.heads import open_scores, scores, with_score
+from minillama.model.linears import linears
 from minillama.model.lora import adapter_names, lora_parameters
 from minillama.runs.feedback import PPOConfig
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives.advantages import adapted_beta, averaging, gae, token_rewards, value_loss, whiten
-from minillama.training.objectives.base import Batch, Metrics
+from minillama.training.objectives.base import MODEL, Batch, Metrics
 from minillama.training.objectives.grpo import policy_terms, policy_totals
 from minillama.training.objectives.rollouts import Feedback, trimmed
 
 VALUE = "value"
+FLAT = 1e-8  # variance of returns in which there is nothing to explain
 
 
 @dataclass(eq=False)
@@ -44,7 +48,8 @@ class PPO(Feedback):
         super().__post_init__(decoder)
         self.beta = torch.tensor(self.settings.beta)
         self.models = {**self.models, VALUE: self._critic(decoder)}
-        self.average: dict[str, Tensor] = {}
+        average = self._averaged(decoder) if self.settings.average_decay else {}
+        self.average = {name: weight.detach().float().clone() for name, weight in average.items()}
 
     def _critic(self, decoder: Decoder) -> nn.Module:
         settings, generator = self.settings, torch.Generator().manual_seed(self.seed)
@@ -53,9 +58,10 @@ class PPO(Feedback):
             nn.init.zeros_(head.weight)
             return head
         if settings.critic_from:
+            check_tokenizer(settings.critic_from, self.rewards.tokenizer)
             made = open_scores(settings.critic_from, torch.float32, decoder.device)
         else:
-            made = with_score(copy.deepcopy(decoder), generator)
+            made = with_score(_plain(decoder), generator)
         return made.float().requires_grad_(True).train()
 
     def values(self, batch: Batch) -> Tensor:
@@ -84,7 +90,6 @@ class PPO(Feedback):
     def judge(self, scores: Tensor) -> Metrics:
         """Whitened advantages and returns; an adaptive KL coefficient changes for the next rollout."""
         settings, buffer = self.settings, self.buffer
-        buffer["mask"] &= ~scores.isnan()[:, None]
         mask, beta = buffer["mask"], self.beta.item()
         kl = buffer["old"] - buffer["reference"] if self.reference else torch.zeros(mask.shape)
         rewards = token_rewards(kl, scores, mask, beta if settings.kl == "k1" else 0.0)
@@ -93,17 +98,22 @@ class PPO(Feedback):
         if settings.kl_target:
             mean = (kl * mask).sum(1).mean().item()
             self.beta = torch.tensor(adapted_beta(beta, mean, settings.kl_target, settings.kl_horizon, len(mask)))
-        explained = 1 - (advantages[mask].var() / buffer["returns"][mask].var()).item()
-        return {"beta": beta, "value_explained": explained} if self.reference else {"value_explained": explained}
+        measures, spread = {"beta": beta} if self.reference else {}, buffer["returns"][mask].var().item()
+        if spread > FLAT:
+            measures["value_explained"] = 1 - advantages[mask].var().item() / spread
+        return measures
 
-    def prepare(self, step: int) -> Metrics:
-        """As `Feedback.prepare`; the average takes in the weights that the last step left."""
-        decay, model = self.settings.average_decay, self.model
-        weights = lora_parameters(model) if adapter_names(model) else model.state_dict()
-        for name, weight in weights.items() if decay else ():
-            average = self.average.setdefault(name, weight.detach().float().clone())
-            average.lerp_(weight.detach().float(), 1 - decay)
-        return super().prepare(step)
+    def _averaged(self, model: Decoder) -> Mapping[str, Tensor]:
+        return lora_parameters(model) if adapter_names(model) else model.state_dict()
+
+    def updated(self, masters: Mapping[str, nn.Module]) -> None:
+        """Average decay x average + (1 - decay) x weights, of the float32 weights after the update."""
+        model, weights = masters[MODEL], dict[str, Tensor]()
+        if self.average:
+            assert isinstance(model, Decoder)
+            weights = dict(self._averaged(model))
+        for name, average in self.average.items():
+            average.lerp_(weights[name].detach().float(), 1 - self.settings.average_decay)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The minibatch, and a row of text per answer."""
@@ -155,3 +165,18 @@ class PPO(Feedback):
         rest = {name: tensor for name, tensor in state.items() if not name.startswith("average/")}
         self.beta = rest.pop("beta")
         super().load_state_dict(rest)
+
+
+def _plain(policy: Decoder) -> Decoder:
+    """Copy of a policy, its active adapter merged: a critic trains all of its weights.
+
+    Raises:
+        InputError: quantized layers, which cannot be trained.
+    """
+    if not all(isinstance(layer, nn.Linear) for layer in linears(policy).values()):
+        what, fix = "a value model of its own cannot start from quantized weights", "--objective.critic shared"
+        raise InputError(what, where="objective.critic", found="own", expected="shared, or critic_from", fix=fix)
+    made = Decoder(policy.config).to(policy.device, policy.dtype)
+    made.load_state_dict(plain_weights(policy))
+    made.stop_ids, made.sampling = policy.stop_ids, policy.sampling
+    return made

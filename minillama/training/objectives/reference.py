@@ -36,7 +36,11 @@ class Reference:
             self.companions = {REFERENCE: copy.deepcopy(policy).eval().requires_grad_(False)}
             return
         parts = adapters(policy)
-        if any(isinstance(part, Adapter) and bool(part.lora_A.any() and part.lora_B.any()) for part in parts.values()):
+        if REFERENCE in adapter_names(policy):  # of an objective on other data
+            self.adapter = REFERENCE
+        elif any(
+            isinstance(part, Adapter) and bool(part.lora_A.any() and part.lora_B.any()) for part in parts.values()
+        ):
             attach(policy, copy.deepcopy(parts), REFERENCE, trains=False)
             activate(policy, DEFAULT)
             self.adapter = REFERENCE

@@ -92,6 +92,7 @@ class Feedback(DataObjective[Prompts]):
         asked = [prompt for prompt in prompts for _ in range(settings.samples)]
         self.buffer = self._rows(asked, requests)
         found, scores = self._scores(asked, requests)
+        self.buffer["mask"] &= ~scores.isnan()[:, None]  # neither reward nor KL of what cannot be scored
         for name, values in self._passes(number).items():
             self.buffer[name] = values
         if self.first_distinct.isnan():
@@ -133,7 +134,7 @@ class Feedback(DataObjective[Prompts]):
             "distinct_2": sum(distinct(answer.ids) for answer in given) / len(given),
         }
         self._show(given, scored)
-        return measures, scored.total - self.settings.cut_off * ~ended
+        return measures, scored.signal - self.settings.cut_off * ~ended
 
     def _show(self, given: Sequence[Answer], scored: Scored) -> None:
         answer, reward = given[0], scored.total[0].item()
@@ -174,7 +175,7 @@ class Feedback(DataObjective[Prompts]):
         if not {"old", "reference"} <= self.buffer.keys():
             return {}
         kl = kl_estimate(self.buffer["old"], self.buffer["reference"], "k1").sum(1)
-        return {"kl": kl.mean().item()}
+        return {"kl": kl.sum().item() / max(1, int(self.buffer["mask"].any(1).sum()))}
 
     # the steps
 
@@ -228,7 +229,7 @@ class Feedback(DataObjective[Prompts]):
     def warnings(self, measures: Metrics) -> list[str]:
         """A policy that left its reference, or repeats itself: signs that it games the rewards."""
         found, known = [], {**self.recent, **measures}
-        kl, limit = known.get("kl", 0.0), self.settings.alarm_kl
+        kl, limit = known.get("kl") or 0.0, self.settings.alarm_kl
         if limit and kl > limit:
             fix = "raise objective.beta" if self.settings.has_reference else "add a KL"
             found.append(f"KL of {kl:.1f} nats per answer to the start model, over {limit:g}: {fix}, or lower optim.lr")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives.base import Batch, Metrics, Objective
+from minillama.training.objectives.compared import Compared
 
 
 class Part(NamedTuple):
@@ -32,9 +35,17 @@ class Staged(Objective):
         self.best, self.writes_text, self.prompts, self.companions = (
             getattr(whole, name) for name in ("best", "writes_text", "prompts", "companions")
         )
+        for part in parts:  # one start model, one reference
+            if isinstance(part.objective, Compared) and isinstance(whole, Compared):
+                part.objective.reference = whole.reference
         objectives = [whole, *(part.objective for part in parts)]
         self.compiles = all(objective.compiles for objective in objectives)
         self.fingerprint = sha256(" ".join(objective.fingerprint for objective in objectives).encode()).hexdigest()
+
+    @property
+    def sample(self) -> Mapping[str, Any]:  # type: ignore[override]
+        """That of the whole, which is validated last."""
+        return self.whole.sample
 
     @property
     def models(self) -> Mapping[str, nn.Module]:
@@ -71,9 +82,26 @@ class Staged(Objective):
         own = {} if self.part.objective is self.whole else self.part.objective.validate(rows, limit)
         return {**self.whole.validate(rows, limit), **{f"stage_{name}": value for name, value in own.items()}}
 
+    def warnings(self, measures: Metrics) -> list[str]:
+        return self.whole.warnings(measures)
+
+    def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
+        return self.whole.folders(masters, saved)
+
+    def updated(self, masters: Mapping[str, nn.Module]) -> None:
+        self.part.objective.updated(masters)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The first step of the stage, whose held-out loss a resumed run may still have to record."""
-        return {"first": torch.tensor(self.part.first)}
+        """Each objective's, and the first step of the stage, whose held-out loss may still have to be recorded."""
+        states = {f"{n}/{k}": v for n, objective in self._named().items() for k, v in objective.state_dict().items()}
+        return {"first": torch.tensor(self.part.first), **states}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.part = self.at(int(state["first"]))
+        for name, objective in self._named().items():
+            start = f"{name}/"
+            objective.load_state_dict({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+
+    def _named(self) -> dict[str, Objective]:
+        own = {f"{i}": part.objective for i, part in enumerate(self.parts) if part.objective is not self.whole}
+        return {"whole": self.whole, **own}

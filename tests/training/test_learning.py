@@ -1,0 +1,83 @@
+"""Short forms of the benchmarks of learning from feedback: known optima, checkers, and controls that must fail."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from torch import Tensor
+
+from minillama.runs.objectives import DPOConfig
+
+
+@cache
+def benchmark(name: str) -> ModuleType:
+    folder = str(Path(__file__).resolve().parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+@cache
+def learned(name: str) -> Tensor:
+    made = benchmark("feedback_bandit")
+    settings = made.BANDITS[name][0]
+    return made.bandit(settings, seed=1, steps=150 * getattr(settings, "epochs", 1), rows=256, rate=2e-3)
+
+
+def test_the_optima_are_those_of_the_formulas() -> None:
+    made = benchmark("feedback_bandit")
+    assert made.reverse_kl() == pytest.approx([0.08507, 0.17344, 0.31430, 0.42718], abs=1e-5)
+    assert made.forward_kl() == pytest.approx([0.12592, 0.13783, 0.16998, 0.56627], abs=1e-5)
+    assert made.tempered() == pytest.approx([0.10956, 0.19711, 0.31523, 0.37810], abs=1e-5)
+    assert made.best(4) == pytest.approx([0.0256, 0.2145, 0.4160, 0.3439], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(benchmark("feedback_bandit").BANDITS))
+def test_every_objective_finds_its_optimum(name: str) -> None:
+    made = benchmark("feedback_bandit")
+    _, wanted, bound = made.BANDITS[name]
+    assert made.distance(learned(name), wanted) < bound + 0.01
+    assert name == "DPO" or learned(name).sum() > 0.98  # DPO alone says nothing of other answers
+
+
+@pytest.mark.slow
+def test_the_estimators_of_the_kl_end_apart() -> None:
+    reverse, forward = learned("RLOO, k1 in the reward")[3], learned("RLOO, k3 in the loss")[3]
+    assert forward - reverse > 0.12 and abs(learned("RLOO, k2 in the loss")[3] - reverse) < 0.03
+
+
+@pytest.mark.slow
+def test_sorting_is_learned_from_a_checker_and_not_from_a_coin(tmp_path: Path) -> None:
+    found = benchmark("feedback").sorting(tmp_path, 1, 200, 100, ["grpo", "grpo control"])
+    start, after, control = (found[name] for name in ("fine-tuning", "grpo", "grpo control"))
+    assert 0.2 < start["pass@1"] < 0.95
+    assert after["greedy"] > 0.95 and after["pass@1"] - start["pass@1"] > 0.08
+    assert control["pass@1"] < start["pass@1"]
+
+
+@pytest.mark.slow
+def test_a_reward_model_reaches_the_bayes_limit_and_does_not_pass_it() -> None:
+    found = benchmark("preferences").reward_limit(0, 4000, 3)
+    assert -0.02 <= found["accuracy"] - found["limit"] <= 0.005
+    assert found["correlation"] > 0.92 and 0.8 < found["slope"] < 1.2 and found["order"] > 0.9
+    control = benchmark("preferences").reward_limit(0, 4000, 1, is_control=True)
+    assert abs(control["accuracy"] - 0.5) < 0.04 and abs(control["correlation"]) < 0.3
+
+
+@pytest.mark.slow
+def test_implicit_accuracy_alone_is_no_proof(capsys: pytest.CaptureFixture[str]) -> None:
+    made = benchmark("preferences")
+    start = made.fine_tuned(0)
+    plain, with_sft = (made.digits_dpo(start, 0, 150, DPOConfig(sft=weight)) for weight in (0.0, 1.0))
+    assert capsys.readouterr().out.splitlines()[0] == "  first loss 0.6931472"
+    assert plain["val_accuracy"] > 0.98 and with_sft["val_accuracy"] > 0.98
+    assert plain["reversed"] < 0.05 and plain["sorted"] < 0.85 and plain["warned"]
+    assert with_sft["sorted"] > 0.9 and with_sft["val_chosen_log_ratio"] > plain["val_chosen_log_ratio"]
