@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -28,7 +29,7 @@ from minillama.runs import parts
 
 MANIFEST = "manifest.json"
 NEEDED = ("config.json", parts.PATTERN, "run.json")
-PATIENCE = 600.0  # seconds in which all processes have written their parts
+PATIENCE, GRACE = 600.0, 5.0  # seconds in which all processes have written their parts, also when one has failed
 RUN = ("step", "tokens", "seconds", "data", "tokenizer", "guard", "record")
 
 WriteModel = Callable[[Path, Mapping[str, Tensor]], None]
@@ -109,29 +110,41 @@ class CheckpointCopy:
                 raise InputError(what, where=name, fix="lower optim.lr, and resume from an earlier checkpoint")
 
 
-def save_checkpoint(folder: Path, contents: CheckpointCopy, write_model: WriteModel) -> Path:
+def save_checkpoint(
+    folder: Path, contents: CheckpointCopy, write_model: WriteModel, over: threading.Event | None = None
+) -> Path:
     """Write `folder/step-N`, or this process's part of it, which the first one moves there when it has all.
 
+    Args:
+        folder: of all checkpoints.
+        contents: of this one.
+        write_model: see `WriteModel`.
+        over: set when the run has failed, so that other processes may write no more.
+
     Raises:
-        InputError: the system refuses, for instance because the disk is full; no partial checkpoint is left.
+        InputError: the system refuses, for instance because the disk is full, or a value is NaN or infinite; no partial
+            checkpoint is left.
     """
     step = contents.run["step"]
     staged, names = folder / f".parts-{step}", [parts.file_name(i, contents.count) for i in range(contents.count)]
     if contents.index:
         name = names[contents.index]
         try:
+            contents.check()
             return replace_file(staged / name, lambda path: parts.write(path, contents.optimizer, contents.places))
         except InputError as error:
             with suppress(OSError):
-                (staged / f"{name}.failed").write_text(str(error.found), encoding="utf-8")
+                staged.mkdir(parents=True, exist_ok=True)
+                (staged / f"{name}.failed").write_text(f"{error.what}: {error.found}", encoding="utf-8")
             raise
+    contents.check()
 
     def write(path: Path) -> None:
         write_model(path, contents.model)
         parts.write(path / names[0], contents.optimizer, contents.places)
         _write_json(path / "run.json", contents.run)
         for name in names[1:]:
-            _wait_for(staged / name).rename(path / name)
+            _wait_for(staged / name, over).rename(path / name)
         shutil.rmtree(staged, ignore_errors=True)
         known = {file.name: {"bytes": file.stat().st_size, "sha256": digest(file)} for file in sorted(path.iterdir())}
         _write_json(path / MANIFEST, known)
@@ -139,12 +152,14 @@ def save_checkpoint(folder: Path, contents: CheckpointCopy, write_model: WriteMo
     return replace_folder(folder / f"step-{step}", write)
 
 
-def _wait_for(path: Path) -> Path:
+def _wait_for(path: Path, over: threading.Event | None) -> Path:
     """The file, when another process has written it."""
-    failed, began = path.with_name(f"{path.name}.failed"), time.monotonic()
+    failed, until = path.with_name(f"{path.name}.failed"), time.monotonic() + PATIENCE
     while not path.exists():
-        if failed.exists() or time.monotonic() - began > PATIENCE:
-            found = failed.read_text(encoding="utf-8") if failed.exists() else f"nothing after {PATIENCE:.0f} s"
+        if over is not None and over.is_set():
+            until = min(until, time.monotonic() + GRACE)
+        if failed.exists() or time.monotonic() > until:
+            found = failed.read_text(encoding="utf-8") if failed.exists() else "nothing"
             fix = "all processes must write to the same file system"
             raise InputError("a process has not written its part", where=path, found=found, fix=fix)
         time.sleep(0.02)

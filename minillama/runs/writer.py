@@ -22,7 +22,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Path, keep: int, write_model: WriteModel, report: Report, leads: bool = True) -> None:
-        self.leads = leads
+        self.leads, self.over = leads, threading.Event()
         self.folder, self.keep, self.write_model, self.report = folder, keep, write_model, report
         self.losses: dict[int, float] = {}
         """The objective's measure by step, lower is better; the checkpoint with the lowest is kept."""
@@ -75,8 +75,7 @@ class CheckpointWriter:
     def _write(self, snapshot: CheckpointCopy) -> None:
         self._failure = None
         try:
-            snapshot.check()
-            save_checkpoint(self.folder, snapshot, self.write_model)
+            save_checkpoint(self.folder, snapshot, self.write_model, self.over)
             self._prune()
         except BaseException as error:  # raised again by finish, or reported by submit
             self._failure = error.with_traceback(None)  # whose frames would keep the tensors

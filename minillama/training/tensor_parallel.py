@@ -82,7 +82,9 @@ class _VocabularyKernel:
         return self
 
     def __call__(self, scores: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        _, exps, z, chosen, peak = self._softmax(scores, targets)
+        shifted, peak = self._shifted(scores)
+        chosen, exps = self._chosen(shifted, targets), shifted.exp_()
+        z, chosen = self._summed(exps.sum(-1, keepdim=True), chosen)
         log_z = peak + z.log()
         loss = ((log_z - chosen - peak + z_loss * log_z.square()) * weights).sum()
         if z_loss:
@@ -93,9 +95,10 @@ class _VocabularyKernel:
 
     def log_softmax(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the targets (rows,) and entropies (rows,) of logits (rows, V)."""
-        shifted, exps, z, chosen, _ = self._softmax(scores, targets[:, None])
-        mean = (exps * shifted.masked_fill(exps == 0, 0)).sum(-1, keepdim=True)
-        distributed.all_reduce(mean, group=self.group)
+        shifted, _ = self._shifted(scores)
+        chosen, exps = self._chosen(shifted, targets[:, None]), shifted.exp()
+        mean = shifted.masked_fill_(exps == 0, 0).mul_(exps).sum(-1, keepdim=True)
+        z, chosen, mean = self._summed(exps.sum(-1, keepdim=True), chosen, mean)
         return (chosen - z.log())[:, 0], (z.log() - mean / z)[:, 0]
 
     def _own(self, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,18 +107,24 @@ class _VocabularyKernel:
         inside = (own >= 0) & (own < self.count)
         return inside, own.where(inside, 0)
 
-    def _softmax(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Logits less their peak and e^ of them, the sum of these, the target's and the peak."""
+    def _chosen(self, shifted: Tensor, targets: Tensor) -> Tensor:
+        """Logits of the targets of the own part, 0 for others."""
+        inside, own = self._own(targets)
+        return shifted.gather(-1, own).where(inside, 0)
+
+    def _shifted(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits less their peak, in the place of those in float32, and the peak."""
         wide = scores.float()
         wide[:, self.count :] = -torch.inf
         peak = wide.amax(-1, keepdim=True)
         distributed.all_reduce(peak, distributed.ReduceOp.MAX, self.group)
-        shifted = wide - peak
-        exps = shifted.exp()
-        inside, own = self._own(targets)
-        sums = torch.cat((exps.sum(-1, keepdim=True), shifted.gather(-1, own).where(inside, 0)), -1)
+        return wide.sub_(peak), peak
+
+    def _summed(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        """Sums over the group of columns (rows, 1)."""
+        sums = torch.cat(columns, -1)
         distributed.all_reduce(sums, group=self.group)
-        return shifted, exps, sums[:, :1], sums[:, 1:], peak
+        return sums.split(1, -1)
 
 
 def divide(model: Decoder, mesh: DeviceMesh) -> None:

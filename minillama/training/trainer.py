@@ -124,6 +124,7 @@ class Trainer:
                 self.writer.finish()
                 raise
             except Exception as error:
+                self.writer.over.set()
                 self.writer.wait()  # whatever it was, the checkpoint being written is completed
                 if not memory.is_out_of_memory(error):
                     raise

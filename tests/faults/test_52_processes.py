@@ -76,7 +76,7 @@ def torchrun(
 ) -> tuple[subprocess.CompletedProcess[str], float]:
     line, variables = command(folder, words, *options, **environment)
     began = time.monotonic()
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env=variables, cwd=folder, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=variables, cwd=folder, check=False)
     return done, time.monotonic() - began
 
 

@@ -140,5 +140,5 @@ def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
     for name, shape in SHAPES.items():
         for axis, mesh in {"data": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
             said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
-    ratios = {name: said[name] / found[name] for name in said}
-    assert all(abs(ratio - 1) < 0.1 for ratio in ratios.values()), ratios
+    ratios = {name: round(said[name] / found[name], 3) for name in said}
+    assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.1}
