@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from minillama.data.sources import Source
 from minillama.errors import InputError
+from minillama.evaluate.rewards import Rewards
+from minillama.evaluate.rules import Answer, Reward
 from minillama.model.heads import last, open_scores, scores
 from minillama.runs.config import RunConfig
 from minillama.runs.sections import Stage
@@ -114,6 +116,10 @@ def test_a_run_resumes_to_the_bit_inside_and_behind_its_first_epoch(
         with torch.no_grad():
             found = [last(scores(model, torch.tensor([row])), torch.tensor([len(row)])).item() for row in ids]
         assert found[0] > found[1]
+        rewards = Rewards([Reward(str(whole / "model"))], tokenizer, tokenizer.eos_id)  # an adapter is a reward, too
+        prompt = tokenizer.encode(texts[0].partition(" The")[0], bos=True)
+        given = [Answer("", row[len(prompt) :], "", {}, prompt) for row in ids]
+        assert rewards(given).total.tolist() == pytest.approx(found, abs=1e-4)
 
 
 def test_the_first_loss_in_bfloat16_is_ln_2_too(tiny_config: Make, base: Path, pairs: Path, tmp_path: Path) -> None:
