@@ -194,7 +194,7 @@ def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], fo
     shots = "" if args.shots is None else f"-{args.shots}shot"
     settings = {"style": args.style, "shots": args.shots, "limit": args.limit, "against": args.against or None}
     path = folder.path / f"{args.style}{shots}.json"
-    sets = earlier(path, args.limit, settings["against"]) | sets
+    sets = earlier(path, args.limit, args.against or None) | sets
     value = {"minillama": minillama.__version__, **folder.model, **settings, "sets": sets}
     value |= {"mean": mean_of(sets)._asdict()}
     texts = {".json": json.dumps(value, indent=2) + "\n", ".md": markdown(sets, _notes(args, sets))}
