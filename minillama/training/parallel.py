@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from minillama.config.lora import EMBEDDING, HEAD
 from minillama.device import choose_device, choose_dtype
@@ -221,7 +222,11 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.parallel.timeout)
     if not is_there:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if is_gpu else "gloo", timeout=timeout)
+        store, rank, _ = next(rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart, and what the processes before it wrote there
+        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     try:
         with watched(distributed.get_rank(), count):
             free = math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Ranks:
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         """A block that the first process runs before all others, which wait for it however long it takes."""
-        name = f"leader first {next(BLOCKS)}"
+        name = f"leader first {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {next(BLOCKS)}"
         if self.processes > 1 and not self.leads:
             distributed.distributed_c10d._get_default_store().wait([name], timedelta(days=7))
         yield

@@ -43,7 +43,9 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self.index, self.count = index, count
         store: Any = distributed.distributed_c10d._get_default_store()
-        self.store = store.clone()  # a blocking wait would hold the lock of that one
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # after a restart the store still has what was said
+        # a clone, as a blocking wait would hold the lock of that one
+        self.store: Any = distributed.PrefixStore(f"watch {attempt}", store.clone())
         self.main, self.over = threading.main_thread().ident, threading.Event()
         self.seen: dict[int, tuple[str, float]] = {}
         self.beats = 0

@@ -141,4 +141,4 @@ def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
         for axis, mesh in {"data": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
             said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
     ratios = {name: round(said[name] / found[name], 3) for name in said}
-    assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.1}
+    assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.15}
