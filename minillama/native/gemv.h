@@ -73,7 +73,7 @@ inline void tile_floats(const Matrix& m, int row, const Inputs& in, int first, V
     };
     int i = 0;
     for (; i + STEP <= m.columns; i += STEP) {
-        if (first == 0) w.prefetch(i, STEP);
+        if (R > 1 && first == 0) w.prefetch(i, STEP);  // a single row is read in order, which the hardware foresees
         unrolled<STEP / WIDTH>([&](auto n) LAMBDA { add(i + n * WIDTH, sums[n % U]); });
     }
     for (; i < m.columns; i += WIDTH) add(i, sums[0]);
