@@ -91,8 +91,9 @@ class Rewards:
 
             def both(answers: Sequence[Answer]) -> dict[str, Tensor]:
                 tagged = torch.tensor([bool(answer.record.get("safety")) for answer in answers])
-                found = {"_safety": safety(answers), "_helpfulness": helpful(answers)}
-                return {"": gated(*found.values(), tagged, reward.threshold), **found}
+                safe, helped = safety(answers), helpful(answers)
+                whole = gated(safe, helped, tagged, reward.threshold)
+                return {"": whole, "_safety": safe, "_helpfulness": helped}
 
             return both
         if reward.name not in RULES and Path(reward.name).exists():
