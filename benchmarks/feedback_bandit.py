@@ -125,7 +125,7 @@ def pairs(count: int = 500) -> Preferences:
     for one, two in itertools.combinations(range(len(EARNED)), 2):
         wins = round(count / (1 + math.exp(EARNED[two] - EARNED[one])))
         made += [Judged.of(QUESTION, [[one], [two]] if i < wins else [[two], [one]], 0.0) for i in range(count)]
-    return Preferences.of(made, made[:1], 16)
+    return Preferences.of(made, made[:1], 4)
 
 
 def drawn(model: Decoder, count: int, seed: int, draws: int = 1000) -> Tensor:
