@@ -194,8 +194,9 @@ class Tokenizer:
         return Tokenizer.of(replace(self.parts, backend=backend))
 
     def with_chat_template(self, template: str) -> Tokenizer:
-        """The tokenizer with another chat template, Jinja."""
-        return Tokenizer.of(replace(self.parts, config={**self._config, "chat_template": template}))
+        """The tokenizer with another default chat template, Jinja; others that it has by name stay."""
+        named = {**self.chat_templates, "default": template}
+        return Tokenizer.of(replace(self.parts, config={**self._config, "chat_template": named}))
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
