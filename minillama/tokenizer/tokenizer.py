@@ -195,8 +195,8 @@ class Tokenizer:
 
     def with_chat_template(self, template: str) -> Tokenizer:
         """The tokenizer with another default chat template, Jinja; others that it has by name stay."""
-        named = {**self.chat_templates, "default": template}
-        return Tokenizer.of(replace(self.parts, config={**self._config, "chat_template": named}))
+        config = {**self._config, "chat_template": {**self.chat_templates, "default": template}}
+        return Tokenizer.of(replace(self.parts, config=config))
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -210,9 +210,8 @@ class Tokenizer:
             InputError: the text holds a lone surrogate.
         """
         if not isinstance(text, str):
-            raise InputError(
-                "this is no text", where="text", found=type(text).__name__, fix="encode_batch takes several"
-            )
+            fix = "encode_batch takes several"
+            raise InputError("this is no text", where="text", found=type(text).__name__, fix=fix)
         ids = [self.bos_id] * bos
         if not special:
             return ids + self.encode_batch([text])[0]
