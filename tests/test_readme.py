@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -201,3 +202,46 @@ def test_every_command_of_the_pages_on_blanks_and_runs_works(tmp_path: Path) -> 
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         assert result.stdout.strip() or "generate.py" in command  # two steps may teach it to write nothing
+
+
+@pytest.mark.slow
+def test_every_command_of_the_fine_tuning_page_works(tmp_path: Path) -> None:
+    """On a tiny chat model, but for that which asks a teacher."""
+    from minillama import Decoder, ModelConfig
+    from minillama.tokenizer import byte_tokenizer
+    from minillama.tokenizer.template import load_template, special_tokens
+
+    tokenizer = byte_tokenizer().with_special(special_tokens("chatml"))
+    tokenizer = tokenizer.with_chat_template(load_template("chatml", tokenizer).source)
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64, "max_seq_len": 256}
+    for name in ("MODEL", "runs/tiny/model"):
+        Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(tmp_path / name)
+        tokenizer.save(tmp_path / name)
+    records = (json.dumps({"prompt": f"Which is {i}?", "response": f"It is {i}."}) for i in range(60))
+    (tmp_path / "FILE.jsonl").write_text("\n".join(records), encoding="utf-8")
+    (tmp_path / "train.py").write_text((ROOT / "train.py").read_text(encoding="utf-8"), encoding="utf-8")
+    page = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
+    lines = [line for line in "\n".join(blocks).splitlines() if line and "--teacher" not in line]
+    assert len(lines) == 10
+    short = " --train.batch_size 2 --train.compile false --train.context 128 --sample.max_new_tokens 0"
+    outs = iter(["first", "full", "a", "int4", "ziya"])
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in lines:
+        command = line.partition(" #")[0].replace("FILE", "FILE.jsonl").replace("runs/sft", "runs/a")
+        command = command.replace("b=runs/b", "b=runs/int4")
+        if "train.py" in command:
+            command += short + f" --out runs/{next(outs)}" + " --train.steps 2" * ("ziya" not in command)
+        command += " --max-new-tokens 4" if re.search(r" (chat|generate) ", command) else ""
+        result = subprocess.run(
+            command,
+            shell=True,
+            cwd=tmp_path,
+            env=os.environ | cache,
+            input="Which is 3?\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        assert result.stdout.strip()

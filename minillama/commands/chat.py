@@ -1,4 +1,4 @@
-"""Conversation with a model in the terminal. Ctrl-C stops an answer, Ctrl-D or /quit ends."""
+"""Conversation with a model in the terminal. Ctrl-C stops an answer or clears the line, Ctrl-D or /quit ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +16,7 @@ from minillama.config.loader import check
 from minillama.errors import InputError
 from minillama.files import replace_text
 from minillama.inference.load import ModelArgs, Quantize
-from minillama.inference.sampling import Sampling
+from minillama.inference.sampling import Sampling, models_own
 from minillama.tokenizer.conversation import Conversation, Message
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ HELP = """\
 /reset          begin again
 /save FILE      write the conversation as JSON
 /load FILE      read one
-/quit           end, as Ctrl-D; Ctrl-C stops an answer"""
+/quit           end, as Ctrl-D; Ctrl-C stops an answer, or clears the line"""
 
 CUT_OFF = {"length": "--max-new-tokens was reached", "context": "the model's context is full; /reset begins again"}
 
@@ -75,8 +75,6 @@ class Session:
 
     def answer(self) -> None:
         """Stream an answer to the last message; Ctrl-C keeps what has been written."""
-        from dataclasses import replace
-
         from minillama.inference.chat import why_empty
         from minillama.inference.generate import stream
 
@@ -166,6 +164,7 @@ def run(args: Args) -> int:
         raise InputError("the model has no chat template", where=args.model, fix=fix)
     prompts = ChatPrompts(tokenizer, args.template, args.system)
     model.stop_ids |= prompts.stop_ids
+    args = replace(args, sampling=models_own(args.sampling, model.sampling))
     session = Session(args, model, tokenizer, prompts)
     commands: dict[str, Callable[[str], None]] = {
         "/system": session.system,
@@ -196,8 +195,11 @@ def run(args: Args) -> int:
 
 
 def _read() -> str | None:
-    """A line of input; None at its end, or after Ctrl-C."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
-        return None
+    """A line of input; None at its end. Ctrl-C clears the line."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            say("")

@@ -23,10 +23,10 @@ from minillama.data.preferences import Preference, is_preference, read_preferenc
 from minillama.data.reading import Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
-from minillama.tokenizer import Tokenizer
+from minillama.tokenizer import Tokenizer, byte_tokenizer
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.rendering import Rendered, TrainOn, encode, truncated
-from minillama.tokenizer.template import Template, load_template
+from minillama.tokenizer.template import Template, load_template, special_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,13 +47,13 @@ class Show:
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = ""
     """Model whose tokenizer encodes the records."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="PATH")] = ""
-    """Tokenizer file or folder, if it is not a model's."""
+    """Tokenizer file or folder, if it is not a model's; bytes where neither is given but a template."""
     format: Format | Literal["preferences"] = "auto"
     """Format of the records; auto: as their fields say. preferences: also where fine-tuning would take the record."""
     train_on: TrainOn = "all"
     """Trained answers of a conversation."""
     context: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Truncate to so many tokens, as training does; 0: show all."""
+    """Truncate as training with a context of N does: N + 1 tokens, of preferences N; 0: show all."""
     limit: Annotated[int, tyro.conf.arg(metavar="N")] = 3
     """Number of conversations; 0: all."""
     on_error: OnError = "stop"
@@ -75,7 +75,8 @@ class Show:
                     preferences += 1
                     continue
                 rendered = encode(item, template, tokenizer, self.train_on)
-                shown.append(truncated(rendered, self.context, tokenizer.bos_id) if self.context else rendered)
+                # training predicts N tokens, each but the first of N + 1
+                shown.append(truncated(rendered, self.context + 1, tokenizer.bos_id) if self.context else rendered)
                 _print(console, item, shown[-1])
         if not shown and not preferences:
             raise InputError("no conversation to show", where=self.source, found=str(report) or "no records")
@@ -96,6 +97,9 @@ class Show:
     def _tokenizer(self) -> Tokenizer:
         from minillama.formats.open import open_model
 
+        if self.template and not (self.model or self.tokenizer):
+            print("tokens are bytes, without a model; --model MODEL has those of a model", file=sys.stderr)
+            return byte_tokenizer().with_special(special_tokens(self.template))
         if bool(self.model) == bool(self.tokenizer):
             what, fix = "give either a model or a tokenizer", "add --model MODEL, or --tokenizer PATH"
             raise InputError(what, where="command line", fix=fix)
@@ -189,4 +193,10 @@ def parse(words: Sequence[str]) -> Any:
 
 def run(args: Any) -> int:
     """Run the subcommand."""
-    return args.run()
+    try:
+        return args.run()
+    except InputError as error:  # of a run's settings, which are options here
+        fix = (error.fix or "").replace('data.on_error = "skip"', "--on-error skip")
+        if fix == (error.fix or "") or not hasattr(args, "on_error"):
+            raise
+        raise InputError(error.what, where=error.where, found=error.found, expected=error.expected, fix=fix) from None

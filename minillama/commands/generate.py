@@ -13,11 +13,11 @@ import tyro
 
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.inference.load import ModelArgs, Quantize, load_model, read_texts
-from minillama.inference.sampling import Sampling
+from minillama.inference.load import ModelArgs, Quantize, load_model, read_prompts
+from minillama.inference.sampling import Sampling, models_own
 
 if TYPE_CHECKING:
-    from minillama.inference.chat import ChatPrompts
+    from minillama.inference.chat import ChatPrompts, Prompt
     from minillama.inference.engine import Engine
     from minillama.inference.generate import Completion
     from minillama.model import Decoder
@@ -31,11 +31,13 @@ class Args(ModelArgs):
     prompt: tuple[str, ...] = ()
     """One or more prompts; several are decoded in one batch."""
     prompts: Path | None = None
-    """A file of prompts: JSONL with a field `prompt`, or plain text with one per line."""
+    """A file of prompts: JSONL with a field `prompt`, text or messages, or `messages`; or plain text, one per line."""
     chat: tyro.conf.FlagCreatePairsOff[bool] = False
     """The prompts are questions for the model's chat template; so by default where it has one."""
     raw: tyro.conf.FlagCreatePairsOff[bool] = False
     """The prompts are texts to continue, also where the model has a chat template."""
+    special: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Names of special tokens in raw prompts are these tokens, and not plain text."""
     system: str = ""
     """System message of the chat template."""
     template: str = ""
@@ -72,7 +74,7 @@ class Args(ModelArgs):
 def run(args: Args) -> int:
     """Stream one completion, or print several as JSONL, one line per prompt in order, and per adapter."""
     check(args)
-    prompts = read_texts(args.prompt, args.prompts, "prompt")
+    prompts = read_prompts(args.prompt, args.prompts)
     speculates = args.speculate or args.draft is not None
     if args.speculate and args.draft is not None:
         raise InputError("give either --speculate or --draft, not both", where="command line")
@@ -84,16 +86,17 @@ def run(args: Args) -> int:
     steps = args.cache_dtype != "int8"  # which the layers read
     model, tokenizer = args.load(args.quantize, args.compile and not speculates, several=True, generates=steps)
     chat, engine = _chat(args, tokenizer), _engine(args, model, tokenizer)
-    options = (args.max_new_tokens, args.sampling, args.stop, args.ignore_eos, engine, chat)
+    asked = prompts if chat else _raw(args, tokenizer, prompts)
+    options = (args.max_new_tokens, models_own(args.sampling, model.sampling), args.stop, args.ignore_eos, engine, chat)
     if len(args.adapter) > 1:
         from minillama.model.lora import active, adapter_names
 
         for name in adapter_names(model):
             with active(model, name):
-                _print(prompts, generate(model, tokenizer, prompts, *options), model, {"adapter": name})
+                _print(prompts, generate(model, tokenizer, asked, *options), model, {"adapter": name})
     elif len(prompts) == 1 and args.prompts is None:
         is_empty = True
-        for chunk in stream(model, tokenizer, prompts, *options):
+        for chunk in stream(model, tokenizer, asked, *options):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
             is_empty = is_empty and not chunk.text
@@ -102,7 +105,7 @@ def run(args: Args) -> int:
             sys.stdout.write("\n")  # for the prompt that follows; a file gets the completion alone
             sys.stdout.flush()
     else:
-        _print(prompts, generate(model, tokenizer, prompts, *options), model)
+        _print(prompts, generate(model, tokenizer, asked, *options), model)
     if engine.speculation is not None:
         print(f"speculation: {engine.speculation.acceptance}", file=sys.stderr)
     return 0
@@ -116,11 +119,30 @@ def _chat(args: Args, tokenizer: Tokenizer) -> ChatPrompts | Literal[False]:
         what, fix = "--raw continues texts, without a chat template", "leave it out"
         raise InputError(what, where="command line", found="--raw with --chat, --system or --template", fix=fix)
     is_wanted = args.chat or args.system or args.template
-    if args.raw or not (is_wanted or tokenizer.chat_template is not None):
+    is_chat = not args.raw and (is_wanted or tokenizer.chat_template is not None)
+    if args.special and is_chat:
+        what, fix = "--special is for prompts that are continued", "add --raw; a question has no special tokens"
+        raise InputError(what, where="command line", found="--special without --raw", fix=fix)
+    if not is_chat:
         return False
     if not is_wanted:
         print("answering by the model's chat template; --raw continues the text instead", file=sys.stderr)
     return ChatPrompts(tokenizer, args.template, args.system)
+
+
+def _raw(args: Args, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts to continue, with --special as ids; without it names of special tokens in them are told of."""
+    found: list[Prompt] = []
+    for number, prompt in enumerate(prompts, 1):
+        name = tokenizer.special.names.search(prompt) if isinstance(prompt, str) else None
+        if name and args.special and isinstance(prompt, str):
+            ids = tokenizer.encode(prompt, special=True)
+            found.append(([tokenizer.bos_id] if tokenizer.add_bos and ids[0] != tokenizer.bos_id else []) + ids)
+            continue
+        if name:
+            print(f"prompt {number}: {name[0]!r} is plain text; --special makes it the special token", file=sys.stderr)
+        found.append(prompt)
+    return found
 
 
 def _engine(args: Args, model: Decoder, tokenizer: Tokenizer) -> Engine:
@@ -157,7 +179,7 @@ def _check_draft(draft: Tokenizer, own: Tokenizer) -> None:
 
 
 def _print(
-    prompts: Sequence[str], completions: Sequence[Completion], model: Decoder, more: Mapping[str, str] | None = None
+    prompts: Sequence[Prompt], completions: Sequence[Completion], model: Decoder, more: Mapping[str, str] | None = None
 ) -> None:
     """One JSON line per prompt."""
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

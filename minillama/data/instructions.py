@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from minillama.data.examples import by_length, drawn, too_few
 from minillama.data.packing import best_fit
 from minillama.data.reading import Skipped
+from minillama.errors import InputError
 
 Packing = Literal["best-fit", "wrap", "none"]
 MULTIPLE = 32  # rows of single conversations are padded to a multiple of it, so that compiled code meets few shapes
@@ -94,7 +96,8 @@ class Instructions:
         val: held-out split.
         context: T, slots per row.
         packing: `best-fit`, whole conversations, isolated from one another, as many as fit a row; `wrap`, all of them
-            joined and cut into rows (LLaMA 2, arXiv 2307.09288, §3.1); `none`, one per row.
+            joined and cut into rows (LLaMA 2, arXiv 2307.09288, §3.1), but for rows
+            without a trained token; `none`, one per row.
         fingerprint: SHA-256 of ids, weights and the split.
         skipped: records left out.
         stop_ids: special tokens that end an answer.
@@ -107,7 +110,10 @@ class Instructions:
     fingerprint: str = ""
     skipped: Skipped = field(default_factory=Skipped)
     stop_ids: frozenset[int] = frozenset()
-    _epochs: dict[tuple[int, int], tuple[NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=dict)
+    _epochs: dict[tuple[int, int], tuple[NDArray[np.int32], NDArray[np.float32], list[int]]] = field(
+        default_factory=dict
+    )
+    _ends: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -172,20 +178,39 @@ class Instructions:
         return [plan[i] for i in drawn("conversations", seed, step, count, len(plan))]
 
     def _wrapped(self, seed: int, step: int, count: int) -> Rows:
-        length = self.context
-        per_epoch = max(1, (sum(len(example.ids) for example in self.train) - 1) // length)
-        rows = []
-        for sample in range(step * count, (step + 1) * count):
-            epoch, row = divmod(sample, per_epoch)
-            if (seed, epoch) not in self._epochs:
-                self._epochs.clear()
-                self._epochs[seed, epoch] = self._joined(seed, epoch)
-            ids, weights = self._epochs[seed, epoch]
-            part = slice(row * length, row * length + length + 1)
-            missing = length + 1 - len(ids[part])  # less than one row in all
-            rows.append((np.pad(ids[part], (0, missing)), np.pad(weights[part], (0, missing))))
+        rows = [self._row(seed, sample) for sample in range(step * count, (step + 1) * count)]
         ids, weights = (np.stack(parts) for parts in zip(*rows, strict=True))
         return Rows(ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64), weights[:, 1:], None, None)
+
+    def _row(self, seed: int, sample: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids and weights of a row, T + 1 each; rows without a trained token are no part of their epoch.
+
+        Raises:
+            InputError: there is no other row.
+        """
+        ends = self._ends.setdefault(seed, [0])  # rows up to the end of each epoch, whose number depends on its order
+        while ends[-1] <= sample:
+            if len(ends) == 100 and not ends[-1]:
+                what, fix = "no row of joined conversations has a trained token", "set data.packing = 'best-fit'"
+                raise InputError(what, where="data.packing", found=f"wrap, rows of {self.context} tokens", fix=fix)
+            ends.append(ends[-1] + len(self._epoch(seed, len(ends) - 1)[2]))
+        epoch = bisect_right(ends, sample) - 1
+        ids, weights, starts = self._epoch(seed, epoch)
+        start = starts[sample - ends[epoch]]
+        part = slice(start, start + self.context + 1)
+        missing = self.context + 1 - len(ids[part])  # less than one row in all
+        return np.pad(ids[part], (0, missing)), np.pad(weights[part], (0, missing))
+
+    def _epoch(self, seed: int, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.float32], list[int]]:
+        """All conversations of an epoch, joined, and the places where its rows begin."""
+        if (seed, epoch) not in self._epochs:
+            ids, weights = self._joined(seed, epoch)
+            size = self.context
+            starts = range(0, max(1, (len(ids) - 1) // size) * size, size)
+            trained = [start for start in starts if weights[start + 1 : start + size + 1].any()]
+            self._epochs.clear()
+            self._epochs[seed, epoch] = ids, weights, trained
+        return self._epochs[seed, epoch]
 
     def _joined(self, seed: int, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """All conversations of an epoch in its order."""

@@ -8,16 +8,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from minillama.data.reading import BadText, Document, holds_records, read_file, read_lines
+from minillama.data.reading import (
+    BadText,
+    Document,
+    Record,
+    Remark,
+    from_record,
+    holds_records,
+    read_file,
+    read_lines,
+    read_records,
+)
 from minillama.errors import InputError
 
 if TYPE_CHECKING:
     from minillama.formats.model_file import ModelFile
+    from minillama.inference.chat import Prompt
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
+T = TypeVar("T")
 DType = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["auto", "none", "int8", "int4"]
 
@@ -175,6 +187,31 @@ def attach_fast_step(model: Decoder) -> None:
         print(f"the decode step was not compiled, decoding goes on without it: {error}", file=sys.stderr)
 
 
+def read_prompts(given: Sequence[str], file: Path | None) -> Sequence[Prompt]:
+    """Prompts of the command line, or of a file, as by `read_texts`; records may have messages, too.
+
+    They stand in `messages`, or in `prompt` in place of a text.
+
+    Raises:
+        InputError: see `read_texts`.
+    """
+    from minillama.inference.chat import is_messages
+
+    if given or file is None or not holds_records(file):
+        return read_texts(given, file, "prompt")
+    found: list[Prompt] = []
+    for item in read_records(file):
+        if isinstance(item, Record):
+            messages: Any = item.value.get("prompt", item.value.get("messages"))
+            if is_messages(messages):
+                found.append(messages)
+            else:
+                found += _texts(from_record(item.value, "prompt", item.where))
+        else:
+            found += _texts(item)
+    return _some(found, "prompt", file)
+
+
 def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[str]:
     """Input texts of the command line, or of a file.
 
@@ -191,11 +228,17 @@ def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[
     if file is None:
         return given
     read = read_file if holds_records(file) else read_lines
-    texts = []
-    for item in read(file, field):
-        if isinstance(item, BadText):
-            raise InputError(item.what, where=item.where, found=item.found, expected=item.expected)
-        texts += [item.text] if isinstance(item, Document) and item.text.strip() else []
-    if not texts:
+    return _some([text for item in read(file, field) for text in _texts(item)], field, file)
+
+
+def _texts(item: Document | BadText | Remark) -> list[str]:
+    """The text of a document, if it has one."""
+    if isinstance(item, BadText):
+        raise InputError(item.what, where=item.where, found=item.found, expected=item.expected)
+    return [item.text] if isinstance(item, Document) and item.text.strip() else []
+
+
+def _some(found: list[T], field: str, file: Path) -> list[T]:
+    if not found:
         raise InputError(f"the file holds no {field}", where=file)
-    return texts
+    return found

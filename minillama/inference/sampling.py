@@ -6,13 +6,16 @@ that a row's tokens do not depend on its neighbors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minillama.config.loader import build
 from minillama.errors import InputError
 
 OUT = float("-inf")
@@ -80,6 +83,25 @@ class Sampling:
     def is_greedy(self) -> bool:
         """Whether the most probable token is taken; below 1e-6 logits divided by the temperature may be infinite."""
         return self.temperature < 1e-6
+
+
+def models_own(given: Sampling, own: Mapping[str, Any]) -> Sampling:
+    """Sampling settings of a model, where none is given but a seed; what it leaves out changes nothing.
+
+    Args:
+        own: members of its generation_config.json, which count where `do_sample` is set.
+
+    Raises:
+        InputError: a member out of range.
+    """
+    names = {field.name for field in fields(Sampling)} - {"seed"}
+    found = {name: own[name] for name in sorted(names) if own.get(name) is not None}
+    if not found or not own.get("do_sample") or replace(given, seed=0) != Sampling():
+        return given
+    settings = build(Sampling, found, None, Sampling(1.0, seed=given.seed), "generation_config")
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in found.items())
+    print(f"sampling by the model's own settings, {options}; any of these options replaces all", file=sys.stderr)
+    return settings
 
 
 def distribution(logits: Tensor, settings: Sampling) -> Tensor:

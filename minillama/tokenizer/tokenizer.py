@@ -194,8 +194,9 @@ class Tokenizer:
         return Tokenizer.of(replace(self.parts, backend=backend))
 
     def with_chat_template(self, template: str) -> Tokenizer:
-        """The tokenizer with another chat template, Jinja."""
-        return Tokenizer.of(replace(self.parts, config={**self._config, "chat_template": template}))
+        """The tokenizer with another default chat template, Jinja; others that it has by name stay."""
+        config = {**self._config, "chat_template": {**self.chat_templates, "default": template}}
+        return Tokenizer.of(replace(self.parts, config=config))
 
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
@@ -209,9 +210,8 @@ class Tokenizer:
             InputError: the text holds a lone surrogate.
         """
         if not isinstance(text, str):
-            raise InputError(
-                "this is no text", where="text", found=type(text).__name__, fix="encode_batch takes several"
-            )
+            fix = "encode_batch takes several"
+            raise InputError("this is no text", where="text", found=type(text).__name__, fix=fix)
         ids = [self.bos_id] * bos
         if not special:
             return ids + self.encode_batch([text])[0]

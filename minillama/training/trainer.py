@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 
 from minillama.device import peak_flops
 from minillama.files import replace_folder
+from minillama.inference.chat import ChatPrompts
 from minillama.inference.generate import generate
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -329,7 +330,9 @@ class Trainer:
         if not (wanted.max_new_tokens and self.objective.writes_text):
             return
         sampling = Sampling(temperature=wanted.temperature, seed=self.config.seed)
-        prompts: Sequence[str | Sequence[int]] = wanted.prompts or self.objective.prompts
+        asks = self.config.data.template and tokenizer.chat_template is not None
+        ask: Callable[[str], str | Sequence[int]] = ChatPrompts(tokenizer) if asks and wanted.prompts else str
+        prompts: Sequence[str | Sequence[int]] = list(map(ask, wanted.prompts)) or self.objective.prompts
         for prompt in prompts:
             completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)

@@ -72,6 +72,63 @@ def test_a_chat_model_answers_and_raw_continues(folder: Path, capsys: pytest.Cap
     assert "--raw continues texts" in capsys.readouterr().err
 
 
+def test_special_tokens_of_raw_prompts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    words = ["generate", "--model", str(folder), "--prompt", text, "--max-new-tokens", "8", "--temperature", "0"]
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    plain, asked = (
+        generate(model, tokenizer, ["And?" if chat else text], 8, GREEDY, chat=chat)[0].text for chat in (False, True)
+    )
+    assert plain != asked
+    assert main([*words, "--raw"]) == 0
+    found = capsys.readouterr()
+    assert found.out == plain and "prompt 1: '<|im_start|>' is plain text; --special" in found.err
+    assert main([*words, "--raw", "--special"]) == 0
+    found = capsys.readouterr()
+    assert found.out == asked and "plain text" not in found.err
+    words[words.index(text)] = tokenizer.bos_token + text  # BOS once
+    assert main([*words, "--raw", "--special"]) == 0 and capsys.readouterr().out == asked
+    assert main([*words, "--special"]) == 1 and "add --raw" in capsys.readouterr().err
+
+
+def test_the_models_own_sampling_unless_some_is_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_k": 1, "temperature": 0.6}')  # greedy
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    greedy, sampled = (
+        generate(model, tokenizer, ["And?"], 8, sampling, chat=True)[0].text
+        for sampling in (GREEDY, Sampling(temperature=0.7, seed=3))
+    )
+    words = ["generate", "--model", str(folder), "--prompt", "And?", "--max-new-tokens", "8", "--seed", "3"]
+    assert main(words) == 0
+    found = capsys.readouterr()
+    assert found.out == greedy and "--temperature 0.6 --top-k 1; any" in found.err
+    assert main([*words, "--temperature", "0.7"]) == 0
+    found = capsys.readouterr()
+    assert found.out == sampled != greedy and "--top-k" not in found.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("And?\n"))
+    assert main(["chat", str(folder), "--max-new-tokens", "8", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == f"{greedy}\n"
+    (folder / "generation_config.json").write_text('{"do_sample": true, "top_p": 7}')
+    assert main(words) == 1 and "top_p" in capsys.readouterr().err
+
+
+def test_records_of_messages_are_prompts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And?"}
+    records = [{"prompt": [system, user]}, {"messages": [user]}, {"prompt": "And?"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ["generate", "--model", str(folder), "--prompts", str(tmp_path / "p.jsonl"), "--temperature", "0"]
+    assert main([*words, "--max-new-tokens", "8"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    completions = generate(model, tokenizer, [[system, user], [user], "And?"], 8, GREEDY, chat=True)
+    assert [line["completion"] for line in lines] == [completion.text for completion in completions]
+    assert [line["prompt"] for line in lines] == [[system, user], [user], "And?"]
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "wizard", "content": "x"}]}\n')
+    assert main(words) == 1 and "unknown role" in capsys.readouterr().err
+
+
 def test_a_base_model_has_no_template(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     byte_tokenizer().save(folder)
     words = ["generate", "--model", str(folder), "--prompt", "And?", "--max-new-tokens", "2"]
@@ -174,3 +231,24 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(
     assert main(["chat", str(folder), "--max-new-tokens", "6", "--temperature", "0"]) == 0
     found = capsys.readouterr()
     assert "(stopped)" in found.err and len(calls) == 2
+
+
+def test_ctrl_c_clears_the_line_and_ends_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["One?", KeyboardInterrupt, "Two?", EOFError])
+
+    def typed(_: str) -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert main(["chat", str(folder), "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    model, tokenizer = Decoder.from_pretrained(folder), Tokenizer.load(folder)
+    asked = [{"role": "user", "content": "One?"}]
+    first = generate(model, tokenizer, [asked], 4, GREEDY)[0].text
+    asked += [{"role": "assistant", "content": first}, {"role": "user", "content": "Two?"}]
+    assert capsys.readouterr().out == f"{first}\n{generate(model, tokenizer, [asked], 4, GREEDY)[0].text}\n"
+    assert next(lines, None) is None

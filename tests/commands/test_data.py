@@ -58,7 +58,8 @@ def test_trained_tokens_are_colored_in_a_terminal(
 
 def test_a_record_that_cannot_be_read_stops_or_is_counted(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*asked, "--template", "ziya", "--limit", "0"]) == 1
-    assert f"{asked[2]}:3" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{asked[2]}:3" in err and "--on-error skip" in err and "data.on_error" not in err
     assert main([*asked, "--template", "ziya", "--limit", "0", "--on-error", "skip"]) == 0
     assert capsys.readouterr().err.endswith(f"1 document left out: 1 no conversation ({asked[2]}:3)\n")
 
@@ -78,8 +79,19 @@ def test_a_record_without_a_trained_token_is_named(
 def test_truncation_is_shown_and_counted(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*asked, "--template", "alpaca", "--limit", "1", "--context", "20"]) == 0
     out, err = capsys.readouterr()
-    assert "20 tokens, 3 trained" in out and "cut off the prompt" in out and err.endswith("; 1 truncated\n")
+    assert "21 tokens, 3 trained" in out and "cut off the prompt" in out and err.endswith("; 1 truncated\n")
     assert "     0 │ <|endoftext|>" in out and "   0.5 ┃ Ho<|endoftext|>" in out
+
+
+@pytest.mark.parametrize("template", ["vicuna", "chatml"])
+def test_without_a_model_tokens_are_bytes(template: str, asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*asked[:3], "--template", template, "--limit", "1"]) == 0
+    out, err = capsys.readouterr()
+    answer = {"vicuna": " Ho<|endoftext|>", "chatml": "Ho<|im_end|>"}[template]
+    assert f"   0.5 ┃ {answer}\n" in out and f"{4 if template == 'vicuna' else 3} trained" in out
+    assert err.startswith("tokens are bytes, without a model; --model MODEL")
+    assert main([*asked[:3], "--limit", "1"]) == 1
+    assert "either a model or a tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,9 @@ def test_inference_memory() -> None:
     assert inference_memory(CONFIG, B, T, kv_bytes=4).state == held
 
 
-@pytest.mark.parametrize(("kind", "quantization"), [("full", "none"), ("lora", "none"), ("qlora", "int8")])
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("full", "none"), ("lora", "none"), ("qlora", "int8"), ("qlora", "int4")]
+)
 def test_the_peak_of_a_step(kind: str, quantization: Quantization) -> None:
     """Bytes that torch allocates, at most at once, from the model to the end of a step of two micro-batches."""
     config = ModelConfig(dim=192, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=1024, max_seq_len=128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from minillama.data.preference_set import Judged, Preferences, collate, encode_answer, fitted, load
 from minillama.data.preferences import preferences, read_preference
-from minillama.data.python_qa import python_qa
+from minillama.data.python_qa import HOW, WHAT, WHERE, _conversation, _public, _turns, first_sentence, python_qa
 from minillama.data.reading import BadText, Record, Skipped
 from minillama.data.sources import Source, records
 from minillama.data.tasks import is_right
@@ -181,6 +182,35 @@ def test_tasks_have_a_near_miss_as_the_rejected_answer(name: str) -> None:
     assert all(not is_right(rejected, right) and len(rejected) == len(right) for right, rejected in found)
     assert {sum(a != b for a, b in zip(*pair, strict=True)) for pair in found} == {1}
     assert len(list(preferences(Source(name)))) == len(found)
+
+
+def test_python_qa_on_a_worked_example() -> None:
+    source = (
+        "class Queue:\n"
+        '    """A queue, e.g. of jobs. It is first in, first out."""\n'
+        "    def get(self, block=True, timeout: float | None = None):\n"
+        '        """Remove and return an item\n        from the queue.\n\n        More."""\n'
+        "def short():\n"
+        '    """Nothing."""\n'
+    )
+    found = {name: _turns("queue", name, node) for name, node in _public(ast.parse(source), "")}
+    assert [[answer for _, answer in turns] for turns in found.values()] == [
+        ["A queue, e.g. of jobs.", "class Queue", "The class Queue is in the module queue."],
+        [
+            "Remove and return an item from the queue.",
+            "Queue.get(self, block=True, timeout: float | None=None)",
+            "The method Queue.get is in the module queue.",
+        ],
+        [],
+    ]
+    for (question, _), wordings in zip(found["Queue.get"], (WHAT, HOW, WHERE), strict=True):
+        assert question in wordings
+    record = _conversation("queue.Queue.get", "Queue.get", found["Queue.get"], found["Queue"])
+    asked = [message["content"] for message in record["messages"] if message["role"] == "user"]
+    assert len(asked) == 3 and all("Queue.get" in question for question in asked)
+    assert record["rejected"] in [answer for _, answer in found["Queue"]]
+    assert first_sentence("Too short.") == "Too short." and first_sentence("x" * 201) is None
+    assert first_sentence("Is it? Yes.\n\nNo.") is None and first_sentence("`f` is quoted.") is None
 
 
 def test_python_qa_has_the_answer_of_a_neighbor_as_the_rejected_one() -> None:

@@ -148,16 +148,44 @@ def test_saving_a_model_keeps_them(model: Path, tmp_path: Path) -> None:
 # --- training
 
 
-@pytest.mark.parametrize("documents", [1, 20])
-def test_training_keeps_them(documents: int, model: Path, tmp_path: Path) -> None:
-    """From one document, too, where nothing separates texts; and in a run that was resumed."""
-    lines = [json.dumps({"text": "xyz " * 20 + str(i)}) for i in range(documents)]
-    source = tmp_path / ("many.jsonl" if documents > 1 else "one.txt")
-    source.write_text("\n".join(lines) + "\n" if documents > 1 else "xyz " * 200)
+@pytest.mark.parametrize("more", [{"data.template": "own"}, {"data.template": "own", "lora.rank": 2}])
+def test_fine_tuning_keeps_them(more: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """All weights, and an adapter, whose folder has them in place of the base's."""
+    templates = {
+        **TEMPLATES,
+        "default": "{{ messages[0].content }}{% for m in messages[1:] %}{{ m.content }}{% endfor %}",
+    }
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    lines = [json.dumps({"prompt": f"xyz {number}", "response": "zyx"}) + "\n" for number in range(20)]
+    (tmp_path / "r.jsonl").write_text("".join(lines))
+    run = tmp_path / "run"
+    assert main(["train", *words_of(tmp_path / "r.jsonl", model, run, **more)]) == 0
+    made = run / "model"
+    if "lora.rank" in more:
+        made = convert(model, tmp_path / "merged", "hf", adapter=made)
+    opened, tokenizer = open_model(made), Tokenizer.load(made)
+    assert opened.stop_ids | tokenizer.stop_ids >= {EOS, EOM, EOT}
+    assert {key: value for key, value in opened.sampling.items() if key != "bos_token_id"} == SAMPLING
+    assert dict(tokenizer.chat_templates) == templates
+    assert (tokenizer.add_bos, tokenizer.bos_token, tokenizer.eos_token) == (True, NAMES[0], NAMES[1])
+
+
+def test_another_template_takes_the_place_of_the_default_alone() -> None:
+    found = chat_tokenizer().with_chat_template("N:{{ messages[0].content }}")
+    assert dict(found.chat_templates) == {**TEMPLATES, "default": "N:{{ messages[0].content }}"}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = [{"role": "user", "content": "Hi"}]
+    assert found.apply_chat_template(asked, tools=tools) == "T:f" and found.apply_chat_template(asked) == "N:Hi"
+
+
+def words_of(source: Path, model: Path, out: Path, **more: Any) -> list[str]:
+    """Command line of a run of two steps."""
     options = {
         "train.init_from": model,
         "data.sources": source,
-        "data.cache": tmp_path / "cache",
+        "data.cache": out.parent / "cache",
         "data.val_fraction": 0.3,
         "train.steps": 2,
         "train.batch_size": 1,
@@ -166,9 +194,18 @@ def test_training_keeps_them(documents: int, model: Path, tmp_path: Path) -> Non
         "train.compile": "false",
         "optim.lr": 1e-9,
         "sample.max_new_tokens": 0,
-        "out": tmp_path / "run",
+        "out": out,
     }
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in (options | more).items() for word in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize("documents", [1, 20])
+def test_training_keeps_them(documents: int, model: Path, tmp_path: Path) -> None:
+    """From one document, too, where nothing separates texts; and in a run that was resumed."""
+    lines = [json.dumps({"text": "xyz " * 20 + str(i)}) for i in range(documents)]
+    source = tmp_path / ("many.jsonl" if documents > 1 else "one.txt")
+    source.write_text("\n".join(lines) + "\n" if documents > 1 else "xyz " * 200)
+    words = words_of(source, model, tmp_path / "run")
     assert main(["train", *words]) == 0
     check(tmp_path / "run" / "model")
     words[words.index("--train.steps") + 1] = "3"

@@ -93,6 +93,19 @@ def test_packed_and_single_rows_have_the_loss_and_gradients_of_each_alone(packin
         torch.testing.assert_close(grad, expected_grads[name], atol=1e-6, rtol=1e-5)
 
 
+def test_packed_rows_of_compiled_code_have_the_loss_and_gradients_of_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole rows, as GPUs get them: documents by the attention mask, padding and all."""
+    monkeypatch.setattr("minillama.training.objectives.sft.unpadded", lambda batch, model: batch)
+    expected, expected_grads = by_hand()
+    for micro in (1, 4):
+        loss, grads = of("best-fit", 4, micro)
+        assert loss == pytest.approx(expected, abs=1e-6)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected_grads[name], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("packing", ["none", "best-fit", "wrap"])
 def test_a_batch_without_padding_is_the_batch(packing: Packing) -> None:
     """Fewer tokens, those up to each sequence's last trained one; compiled blocks, or GPUs, get whole rows."""
@@ -197,6 +210,22 @@ def test_wrapped_rows_are_the_conversations_one_after_the_other() -> None:
     assert np.array_equal(rows.tokens.ravel(), joined[:250]) and np.array_equal(rows.targets.ravel(), joined[1:251])
 
 
+def test_wrapped_rows_without_a_trained_token_are_in_no_epoch() -> None:
+    """Prompts of 60 and answers of 6 tokens in rows of 16: at most two rows in four have a target."""
+    rng, found = np.random.default_rng(1), []
+    for _ in range(5):
+        ids, weights = rng.integers(1, 61, 66).astype(np.int32), np.repeat(np.float32([0, 1]), [60, 6])
+        found.append(Example(ids, weights))
+    made = Instructions.of(found, found, 16, "wrap")
+    totals = [made.rows(3, step, 1).weights.sum() for step in range(60)]
+    assert min(totals) > 0 and sum(totals) >= 60 * 30 / 10  # an epoch: at most 10 rows, 30 targets
+    again = Instructions.of(found, found, 16, "wrap")  # a run that is resumed begins in the middle
+    assert [again.rows(3, step, 1).weights.sum() for step in (41, 12)] == [totals[41], totals[12]]
+    cut = [Example(found[0].ids, np.repeat(np.float32([0, 1]), [65, 1]))]  # behind the last whole row
+    with pytest.raises(InputError, match="no row of joined conversations"):
+        Instructions.of(cut, cut, 16, "wrap").rows(3, 0, 1)
+
+
 def _order(made: Instructions) -> list[int]:
     """The order of the first epoch, told from the ids."""
     ids, _ = made._joined(1, 0)
@@ -208,8 +237,10 @@ def _order(made: Instructions) -> list[int]:
     return order
 
 
-def test_held_out_loss_is_that_of_each_conversation() -> None:
-    objective = FineTuning(model(), data("best-fit"), 1, 2)
+@pytest.mark.parametrize("packing", ["best-fit", "wrap"])
+def test_held_out_loss_is_that_of_each_conversation(packing: Packing) -> None:
+    """Also where training joins them."""
+    objective = FineTuning(model(), data(packing), 1, 2)
     total = weight = 0.0
     for example in objective.data.val:
         ids, weights = torch.tensor(example.ids.astype(np.int64)), torch.tensor(example.weights)
@@ -239,10 +270,24 @@ def test_a_run_over_conversations_makes_a_chat_model(tiny_config: Make, tmp_path
     base, file = tmp_path / "base/model", conversations_file(tmp_path / "sums.jsonl")
     words = ["--train.init_from", str(base), "--data.template", "auto", "--data.sources", str(file), "--train.context"]
     words += ["128", "--data.packing", packing, "--data.val_fraction", "0.2", "--train.steps", "12", "--train.dtype"]
-    words += ["float32", "--validate.every", "12", "--train.batch_size", "2", "--data.on_error", "skip"]
+    words += [
+        "float32",
+        "--sample.prompts",
+        "Which word is 3?",
+        "--sample.max_new_tokens",
+        "4",
+        "--validate.every",
+        "12",
+        "--train.batch_size",
+        "2",
+        "--data.on_error",
+        "skip",
+    ]
     report = Lines()
     assert train(tiny_config(*words), str(tmp_path / "whole"), report=report) == 0
     assert any("template chatml" in line for line in report.said)
+    question = "  | user\n  | Which word is 3?\n  | assistant"  # a sample's prompt is one, and no text to continue
+    assert any(line.startswith(question) for line in report.said)
     assert any(line.startswith("  chat") and "minillama chat" in line for line in report.said)
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     losses = [line["val_loss"] for line in lines if "val_loss" in line]

@@ -47,7 +47,10 @@ class FineTuning(DataObjective[Instructions]):
         return {"loss": loss}, {"answer_tokens": chosen.sum()}
 
     def validate(self, rows: int, limit: int) -> Metrics:
-        """Weighted nats per answer token of held-out conversations, by the mask and positions of training."""
+        """Weighted nats per answer token of held-out conversations, by the mask and positions of training.
+
+        Packing `wrap` joins conversations in training; here each begins at position 0, alone, as at inference.
+        """
         nats = weight = 0.0
         with evaluating(self.model):
             for part in self.data.held_out(rows, limit):
