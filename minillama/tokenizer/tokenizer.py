@@ -210,8 +210,7 @@ class Tokenizer:
             InputError: the text holds a lone surrogate.
         """
         if not isinstance(text, str):
-            fix = "encode_batch takes several"
-            raise InputError("this is no text", where="text", found=type(text).__name__, fix=fix)
+            raise InputError("this is no text", where="text", found=type(text).__name__, fix="use encode_batch")
         ids = [self.bos_id] * bos
         if not special:
             return ids + self.encode_batch([text])[0]
