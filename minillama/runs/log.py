@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minillama.errors import InputError, optional_import
-from minillama.runs.sections import LogConfig
+
+if TYPE_CHECKING:  # numpy comes with it
+    from minillama.runs.sections import LogConfig
 
 
 class MetricsLog:

@@ -224,7 +224,9 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
     if not is_there:
         store, rank, _ = next(rendezvous("env://", timeout=timeout))
         # torchrun's store outlives a restart, and what the processes before it wrote there
-        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = distributed.distributed_c10d.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+        )
         backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     try:

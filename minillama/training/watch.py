@@ -45,7 +45,7 @@ class Watch(threading.Thread):
         store: Any = distributed.distributed_c10d._get_default_store()
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # after a restart the store still has what was said
         # a clone, as a blocking wait would hold the lock of that one
-        self.store: Any = distributed.PrefixStore(f"watch {attempt}", store.clone())
+        self.store: Any = distributed.distributed_c10d.PrefixStore(f"watch {attempt}", store.clone())
         self.main, self.over = threading.main_thread().ident, threading.Event()
         self.seen: dict[int, tuple[str, float]] = {}
         self.beats = 0

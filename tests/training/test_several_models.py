@@ -101,7 +101,7 @@ class StopAt(Quiet):
 
 @pytest.fixture
 def two_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus, stages: object) -> PolicyAndValue:
+    def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Corpus, *_: object) -> PolicyAndValue:
         return PolicyAndValue(config, model, data)
 
     monkeypatch.setattr(run, "make_staged", make)
