@@ -253,7 +253,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        with suppress(FileNotFoundError):  # who waited for the file may have moved it and removed the folder
+            _sync(path.parent)
     return path
 
 

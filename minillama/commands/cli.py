@@ -81,10 +81,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             return 130
         internal = f"internal error: {type(error).__name__}: {error}; --debug shows the traceback"
-        if (rank := int(os.environ.get("RANK", "0"))) > 0:  # of processes that torchrun started the first one speaks
+        rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+        if rank != "0":  # of processes that torchrun started the first one speaks
             time.sleep(WORDS)
             internal = f"process {rank}: {internal}"
-            error = InputError(f"process {rank}: {error}") if isinstance(error, InputError) else error
+            if isinstance(error, InputError) and not isinstance(error, UsageError):
+                error = InputError(f"process {rank}: {error}")
         if "--json" in words:  # for whoever reads standard output
             print(json.dumps({"error": error.parts() if isinstance(error, InputError) else {"what": internal}}))
         else:

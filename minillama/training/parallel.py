@@ -212,7 +212,8 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
         InputError: as `sizes`; where a process fails, see `watched`.
     """
     is_there = distributed.is_available() and distributed.is_initialized()
-    count = distributed.get_world_size() if is_there else int(os.environ.get("WORLD_SIZE", "1"))
+    asked = os.environ.get("WORLD_SIZE", "1") if "MASTER_ADDR" in os.environ else "1"  # clusters export the first alone
+    count = distributed.get_world_size() if is_there else int(asked)
     if count == 1:
         yield Parallel(sizes(config, 1))
         return

@@ -38,13 +38,14 @@ from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.optim.groups import change_settings, make_optimizers
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.parallel import Parallel
-from minillama.training.precision import choose_precision
+from minillama.training.precision import Precision, choose_precision
 from minillama.training.probes import TaskAccuracy, attention_logit_max, matrices, update_ratio
 from minillama.training.sharded import gathered
 from minillama.training.state import TrainingState
 
 PEAK_EVERY = 50  # steps between two measurements of the peak, at least
 NAMED = 8  # rows of a skipped batch whose sources are reported
+RANK = 0x9E3779B1  # between the seeds of two processes: a CPU's generator takes the lower 32 bits of a seed alone
 
 
 @dataclass(eq=False)
@@ -98,8 +99,8 @@ class Trainer:
         if checkpoint is not None:
             self.state.restore(checkpoint)
             self._rewind(checkpoint.run["record"])
-        own = torch.float32 if self.parallel.casts else dtype
-        self.precision = {name: choose_precision(master, own) for name, master in self.masters.items()}
+        choose = Precision if self.parallel.casts else partial(choose_precision, dtype=dtype)
+        self.precision = {name: choose(master) for name, master in self.masters.items()}
         objective.models = {name: precision.model for name, precision in self.precision.items()}
         self.working = cast(Decoder, objective.models[MODEL])
         if config.train.compile != "false" and not self.parallel.divides:
@@ -156,9 +157,11 @@ class Trainer:
         while self.state.step < self.config.train.steps:
             record = self.step()
             at = self.state.step
-            # read once, and by all: a signal that stops also saves
-            self.signals.number = int(self.ranks.most(self.signals.number or 0)) or None
-            is_stopping = self.signals.number is not None
+            agreed = int(
+                self.ranks.most(self.signals.number or 0)
+            )  # read once, and by all: a signal that stops also saves
+            self.signals.number = self.signals.number or agreed or None
+            is_stopping = bool(agreed)
             is_due = self._validates(at) or at % self.config.checkpoint.every == 0
             if is_due or is_stopping or self.guard.is_over:
                 self.writer.submit(partial(self.state.copy, record))
@@ -185,7 +188,7 @@ class Trainer:
         began = time.perf_counter()
         step, config = self.state.step, self.config
         # dropout and rollouts are the same after a resume, and their rows' own in every process
-        torch.manual_seed(config.seed * 1_000_003 + step + self.ranks.rank * 2**40)
+        torch.manual_seed(config.seed * 1_000_003 + step + self.ranks.rank * RANK)
         prepared = self.objective.prepare(step)
         trains = time.perf_counter()
         self._enter_stage(step)

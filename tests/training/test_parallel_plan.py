@@ -24,6 +24,7 @@ from minillama.runs.parallel import ParallelConfig, Sizes
 from minillama.training.optim.groups import make_optimizers
 from minillama.training.parallel import Parallel, processes, sizes
 from minillama.training.sharded import local
+from minillama.training.trainer import RANK
 
 from .test_parallel import free_port, options
 
@@ -142,3 +143,13 @@ def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
             said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
     ratios = {name: round(said[name] / found[name], 3) for name in said}
     assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.15}
+
+
+def test_processes_draw_other_dropout_masks() -> None:
+    masks = []
+    for rank in range(4):
+        torch.manual_seed(7 + rank * RANK)
+        masks.append(torch.nn.functional.dropout(torch.ones(64), 0.5))
+    assert len({tuple(mask.tolist()) for mask in masks}) == 4
+    torch.manual_seed(7)
+    assert torch.equal(masks[0], torch.nn.functional.dropout(torch.ones(64), 0.5))
