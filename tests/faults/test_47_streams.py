@@ -80,9 +80,10 @@ def test_fault_47_a_run_whose_name_no_terminal_can_show(
 @pytest.mark.parametrize(("name", "is_colored"), [("NO_COLOR", False), ("ANOTHER", True)])
 def test_fault_48_no_color_on_a_terminal(name: str, is_colored: bool) -> None:
     terminal, other = os.openpty()
-    env = {name: "1", "TERM": "xterm", "COLUMNS": "100"}
+    own = {key: value for key, value in os.environ.items() if key != "PYTHON_TYRO_ANSI_CODES"}  # main() sets it
+    env = own | {name: "1", "TERM": "xterm", "COLUMNS": "100"}
     with subprocess.Popen(
-        [sys.executable, "-m", "minillama", "inspect", "--help"], stdout=other, env=os.environ | env
+        [sys.executable, "-m", "minillama", "inspect", "--help"], stdout=other, env=env
     ) as process:
         os.close(other)
         said = b""
