@@ -82,9 +82,7 @@ def test_fault_48_no_color_on_a_terminal(name: str, is_colored: bool) -> None:
     terminal, other = os.openpty()
     own = {key: value for key, value in os.environ.items() if key != "PYTHON_TYRO_ANSI_CODES"}  # main() sets it
     env = own | {name: "1", "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(
-        [sys.executable, "-m", "minillama", "inspect", "--help"], stdout=other, env=env
-    ) as process:
+    with subprocess.Popen([sys.executable, "-m", "minillama", "inspect", "--help"], stdout=other, env=env) as process:
         os.close(other)
         said = b""
         try:
