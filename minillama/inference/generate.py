@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from minillama.config.loader import build
+from minillama.config.loader import build, nearest
 from minillama.errors import InputError
 from minillama.inference.chat import ChatPrompts, Prompt, chat_ids, is_messages
 from minillama.inference.engine import Engine
@@ -15,6 +15,8 @@ from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.blanks import Blanks
+
+KEYWORDS = ("max_new_tokens", "sampling", "stop", "ignore_eos", "engine", "chat", "logprobs")  # beside the sampling's
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,11 @@ def stream(
     """
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
+    known = {one.name for one in fields(Sampling)}
+    for name in settings.keys() - known:
+        near, names = nearest(name, {*known, *KEYWORDS}), ", ".join([*KEYWORDS, *sorted(known)])
+        fix = f"did you mean {near!r}?" if near else None
+        raise InputError(f"unknown key {name!r}", where="generate", expected=f"one of {names}", fix=fix)
     tokenizer, prompts = Tokenizer.from_transformers(tokenizer), _several(prompt)
     asked, questions = chat_ids(tokenizer, prompts, chat)
     blanks, sampling = blanks_of(model, tokenizer), build(Sampling, settings, base=sampling or Sampling())

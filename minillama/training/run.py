@@ -67,6 +67,8 @@ def train(
     Raises:
         InputError: an error that the user can correct; nothing is overwritten then.
     """
+    if not isinstance(config, RunConfig):
+        raise InputError("this is no RunConfig", where="config", found=type(config), fix='load_run_config("tiny")')
     duration = Duration()
     with processes(config) as parallel, _determinism(config.train.deterministic):
         leads = parallel.ranks.leads

@@ -196,6 +196,12 @@ def test_stop_text_shows_what_a_search_of_the_whole_text_shows(stops: list[str],
     assert push_all(stops, parts) == (whole[: min(found, default=None)], bool(found))
 
 
+def test_unknown_keywords_are_refused_with_all_that_are_known(model: Decoder, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"max_new_tokens, sampling, stop.*temperature") as refused:
+        generate(model, tokenizer, "a", max_new_token=3)
+    assert "did you mean 'max_new_tokens'?" in str(refused.value)
+
+
 def test_stop_string_that_overlaps_itself() -> None:
     assert push_all(["ab"], ["a", "a", "b"]) == ("a", True)
     assert push_all(["aab"], ["a", "a", "a", "b", "c"]) == ("a", True)

@@ -308,3 +308,8 @@ def test_a_step_beyond_the_peak_has_it_measured_again(
     run(tiny_config("--train.steps", "4"), tmp_path / "run")
     shares = [line["mfu"] for line in metrics(tmp_path / "run") if "mfu" in line]
     assert shares[:2] == [None, None] and all(share is not None and 0 < share < 1 for share in shares[2:])
+
+
+def test_the_name_of_a_configuration_is_none() -> None:
+    with pytest.raises(InputError, match="load_run_config"):
+        train("tiny")  # type: ignore[arg-type]
