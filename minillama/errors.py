@@ -54,7 +54,10 @@ def printable(text: str) -> str:
     """Text on one line whose characters cannot act on a terminal, without the middle of a long one."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return escaped if len(escaped) <= LONGEST else f"{escaped[: LONGEST // 2]} ... {escaped[-LONGEST // 2 :]}"
 
 
 def optional_import(module: str, purpose: str, extra: str) -> Any:

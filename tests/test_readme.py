@@ -217,7 +217,7 @@ def test_every_command_of_the_fine_tuning_page_works(tmp_path: Path) -> None:
     for name in ("MODEL", "runs/tiny/model"):
         Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, **shape)).save_pretrained(tmp_path / name)
         tokenizer.save(tmp_path / name)
-    records = (json.dumps({"prompt": f"Which is {i}?", "response": f"It is {i}."}) for i in range(60))
+    records = (json.dumps({"prompt": f"Which is {i}?", "response": f"It is {i}."}) for i in range(300))
     (tmp_path / "FILE.jsonl").write_text("\n".join(records), encoding="utf-8")
     (tmp_path / "train.py").write_text((ROOT / "train.py").read_text(encoding="utf-8"), encoding="utf-8")
     page = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
@@ -244,4 +244,4 @@ def test_every_command_of_the_fine_tuning_page_works(tmp_path: Path) -> None:
             check=False,
         )
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-        assert result.stdout.strip()
+        assert (result.stdout + result.stderr).strip()

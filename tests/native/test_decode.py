@@ -368,7 +368,7 @@ PROMPTS = [  # of over 32 tokens each, so that quantized weights are multiplied 
 def test_greedy_tokens_of_a_real_model(
     smollm2: Path, dtype: torch.dtype, kind: Quantization, decode: Callable[..., list[list[int]]]
 ) -> None:
-    """256 tokens of five prompts: equal in float32; in bfloat16 they part where two tokens are as good as equal."""
+    """256 tokens of five prompts: equal in float32; rounded, they part where two tokens are as good as equal."""
     tokenizer = Tokenizer.load(smollm2)
     native = quantize(Decoder.from_pretrained(smollm2, dtype).fuse(), kind)
     plain = exact(native)
@@ -381,7 +381,7 @@ def test_greedy_tokens_of_a_real_model(
         for prompt, a, b in zip(prompts, *said, strict=True)
         if a != b
     ]
-    if dtype == torch.float32:
+    if dtype == torch.float32 and kind == "none":  # int8 and int4 multiply in integers
         assert not parted
     for prompt, tokens, at in parted:
         with torch.no_grad():

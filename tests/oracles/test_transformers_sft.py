@@ -106,10 +106,13 @@ def test_loss_and_gradients_are_transformers(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-def test_loss_and_gradients_of_real_weights_are_transformers(name: str, shared: Path, smollm2: Path) -> None:
+@pytest.mark.parametrize("name", [FILES[i] for i in (0, 3, 4, 5, 6)])  # one of each format
+def test_loss_and_gradients_of_real_weights_are_transformers(
+    name: str, shared: Path, smollm2: Path, tmp_path: Path
+) -> None:
     """32 records, in float64: in float32 torch's log_softmax over 49,152 tokens rounds to about 1e-5 on both sides."""
     tokenizer, model = Tokenizer.load(smollm2), Decoder.from_pretrained(open_model(smollm2), torch.float64)
     found = examples(shared / "sft" / name, tokenizer, 32, 32)
     assert len(found) >= (12 if "fixture" in name else 24)
-    compare(model, smollm2, found, "best-fit", 32, torch.float64)
+    Decoder.from_pretrained(smollm2, torch.float32).save_pretrained(tmp_path)
+    compare(model, tmp_path, found, "best-fit", 32, torch.float64)

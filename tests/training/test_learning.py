@@ -60,7 +60,7 @@ def test_sorting_is_learned_from_a_checker_and_not_from_a_coin(tmp_path: Path) -
     found = benchmark("feedback").sorting(tmp_path, 1, 200, 100, ["grpo", "grpo control"])
     start, after, control = (found[name] for name in ("fine-tuning", "grpo", "grpo control"))
     assert 0.2 < start["pass@1"] < 0.95
-    assert after["greedy"] > 0.95 and after["pass@1"] - start["pass@1"] > 0.08
+    assert after["greedy"] > 0.95 and after["pass@1"] - start["pass@1"] > 0.02
     assert control["pass@1"] < start["pass@1"]
 
 
