@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def blocks(text: str) -> list[str]:
     """Blocks of code, without comments, which are translated."""
     return [re.sub(r"\s+# .*", "", block) for block in re.findall(r"^```.*?^```", text, re.S | re.M)]
+
+
+def typed(command: str, folder: Path, env: Mapping[str, str], said: str) -> subprocess.CompletedProcess[str]:
+    """Result of a command that succeeds, after some lines on standard input."""
+    result = subprocess.run(
+        command, shell=True, cwd=folder, env=env, input=said, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
 
 
 def figures(line: str) -> list[str]:
@@ -98,17 +108,7 @@ def test_three_lines_lead_to_a_chat(tmp_path: Path) -> None:
     short = " --train.steps 3 --train.compile false --validate.tokens 2000"
     for line in block[1].splitlines():
         command = line + (short if "train.py" in line else " --max-new-tokens 8")
-        result = subprocess.run(
-            command,
-            shell=True,
-            cwd=tmp_path,
-            env=os.environ | cache,
-            input="What does json.dumps do?\n",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        result = typed(command, tmp_path, os.environ | cache, "What does json.dumps do?\n")
         assert result.stdout.strip()
     assert "minillama chat" in text and "runs/sft/model" in text
 
@@ -233,15 +233,5 @@ def test_every_command_of_the_fine_tuning_page_works(tmp_path: Path) -> None:
         if "train.py" in command:
             command += short + f" --out runs/{next(outs)}" + " --train.steps 2" * ("ziya" not in command)
         command += " --max-new-tokens 4" if re.search(r" (chat|generate) ", command) else ""
-        result = subprocess.run(
-            command,
-            shell=True,
-            cwd=tmp_path,
-            env=os.environ | cache,
-            input="Which is 3?\n",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        result = typed(command, tmp_path, os.environ | cache, "Which is 3?\n")
         assert (result.stdout + result.stderr).strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -183,11 +183,7 @@ def stream(
     """
     if "" in stop:
         raise InputError("an empty stop string", where="stop", fix="leave it out")
-    known = {one.name for one in fields(Sampling)}
-    for name in settings.keys() - known:
-        near, names = nearest(name, {*known, *KEYWORDS}), ", ".join([*KEYWORDS, *sorted(known)])
-        fix = f"did you mean {near!r}?" if near else None
-        raise InputError(f"unknown key {name!r}", where="generate", expected=f"one of {names}", fix=fix)
+    _check_names(settings)
     tokenizer, prompts = Tokenizer.from_transformers(tokenizer), _several(prompt)
     asked, questions = chat_ids(tokenizer, prompts, chat)
     blanks, sampling = blanks_of(model, tokenizer), build(Sampling, settings, base=sampling or Sampling())
@@ -219,6 +215,14 @@ def stream(
     finally:
         for request in texts:
             engine.cancel(request)
+
+
+def _check_names(settings: Mapping[str, Any]) -> None:
+    known = [one.name for one in fields(Sampling)]
+    for name in settings.keys() - {*known}:
+        near = nearest(name, [*KEYWORDS, *known])
+        expected, fix = f"one of {', '.join([*KEYWORDS, *known])}", f"did you mean {near!r}?" if near else None
+        raise InputError(f"unknown key {name!r}", where="generate", expected=expected, fix=fix)
 
 
 def _several(prompt: str | Sequence[Prompt]) -> Sequence[Any]:

@@ -154,12 +154,7 @@ def _train(
         folder.rewind_metrics(-1)
     if ranks.leads:
         folder.log.open(folder.path, to_table(config), state.step)
-    report.say(
-        f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
-        f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
-        f"{config.train.batch_size} x {config.context} tokens per step, in {folder.path}"
-        + (f", {ranks.processes} processes: {parallel.sizes}" if ranks.processes > 1 else "")
-    )
+    _say_begin(trainer)
     if checkpoint is not None:
         report.say(f"resuming at step {checkpoint.step}")
     try:
@@ -174,12 +169,22 @@ def _train(
     if not ranks.leads:
         return 0
     _say_end(trainer, folder, before, report)
-    config = trainer.config
     prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
     best = trainer.writer.best if trainer.writer.best != state.step else None
     prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
-    _say_next(folder, config, report, start.initial, prompt, best)
+    _say_next(folder, trainer.config, report, start.initial, prompt, best)
     return 0
+
+
+def _say_begin(trainer: Trainer) -> None:
+    config, parallel, folder = trainer.config, trainer.parallel, trainer.folder
+    count = parallel.ranks.processes
+    trainer.report.say(
+        f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
+        f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
+        f"{config.train.batch_size} x {config.context} tokens per step, in {folder.path}"
+        + (f", {count} processes: {parallel.sizes}" if count > 1 else "")
+    )
 
 
 def _warn_of_rates(config: RunConfig, report: Report) -> None:

@@ -381,7 +381,7 @@ def test_greedy_tokens_of_a_real_model(
         for prompt, a, b in zip(prompts, *said, strict=True)
         if a != b
     ]
-    if dtype == torch.float32 and kind == "none":  # int8 and int4 multiply in integers
+    if dtype == torch.float32 and kind != "int4":  # whose inputs are rounded to 14 bits
         assert not parted
     for prompt, tokens, at in parted:
         with torch.no_grad():

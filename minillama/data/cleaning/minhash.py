@@ -52,7 +52,7 @@ class NearDuplicates(CorpusStep):
     seed: int = field(default=0, metadata={"min": 0})
 
     def signature(self, text: str) -> NDArray[np.uint32]:
-        """(bands * rows,) minima of a text's n-gram hashes under random functions, the upper half of a h + b."""
+        """MinHash signature (bands * rows,): minima of the upper half of a h + b over the n-gram hashes h of a text."""
         a, b = _functions(self)
         minima = np.full(len(a), 2**64 - 1, np.uint64)
         found = shingles(text, self.ngram)
