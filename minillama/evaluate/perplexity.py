@@ -65,6 +65,8 @@ def score(
     bytes_per_token: float,
     batch_size: int = 16,
     separator: int | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Score:
     """Negative log-likelihood of windows: each token but the first, given those before it.
 
@@ -74,14 +76,19 @@ def score(
         bytes_per_token: of the text, for bits per byte.
         batch_size: windows of equal length per forward pass.
         separator: id of the token that opens a document, for attention and positions within documents.
+        rank: of this process among those that share the windows, each of which scores its own ones alone.
+        world: number of these; all make as many passes.
     """
     nats, count = 0.0, 0
     with evaluating(model):
-        for rows in _batches(windows, batch_size):
+        for passed in _batches(windows, batch_size * world):
+            own = passed[rank::world]
+            rows = own if len(own) else passed[:1]
             ids = torch.from_numpy(rows).to(model.device)
             at, mask = (None, None) if separator is None else by_document(rows[:, :-1], separator, model.device)
-            nats += model.loss(model.hidden(ids[:, :-1], positions=at, mask=mask), ids[:, 1:]).item()
-            count += ids[:, 1:].numel()
+            loss = model.loss(model.hidden(ids[:, :-1], positions=at, mask=mask), ids[:, 1:]).item()
+            nats += loss if len(own) else 0.0
+            count += own[:, 1:].size
     return Score(nats, count, count * bytes_per_token)
 
 

@@ -32,15 +32,17 @@ class Losses:
         """The sum of the terms, which is what is minimized."""
         return sum(self.terms.values())
 
+    def summed(self, ranks: Ranks) -> Losses:
+        """The means, of each rank's share."""
+        return Losses(ranks.sum(self.terms), ranks.sum(self.metrics))
+
     def record(self) -> dict[str, float]:
         """What metrics.jsonl has of it: metrics, and the terms by `loss_NAME` where there are several."""
         terms = {f"loss_{name}": value for name, value in self.terms.items()} if len(self.terms) > 1 else {}
         return {**self.metrics, **terms}
 
 
-def accumulate(
-    objective: Objective, batch: Batch, size: int, device: torch.device, ranks: Ranks | None = None
-) -> Losses:
+def accumulate(objective: Objective, batch: Batch, size: int, device: torch.device) -> Losses:
     """Add the gradients of a batch to the parameters', `size` examples at a time.
 
     Each term's sum is divided by its total over the whole batch, so that neither the size nor the number of
@@ -50,7 +52,9 @@ def accumulate(
         objective: its loss, on the models of the passes.
         batch: the examples of this rank.
         size: examples per micro-batch.
-        ranks: over which the losses are summed, so that each has the same; the gradients are not.
+
+    Returns:
+        This rank's share of the means, all of them where it is alone.
     """
     sums, measured = defaultdict[str, float](float), defaultdict[str, float](float)
     for start in range(0, len(batch.tokens), size):
@@ -61,11 +65,8 @@ def accumulate(
             sums[name] += value.item()
         for name, value in metrics.items():
             measured[name] += value.item()
-    terms_mean, metrics_mean = (
-        {name: value / batch.total(name) for name, value in (ranks or Ranks()).sum(values).items()}
-        for values in (sums, measured)
-    )
-    return Losses(terms_mean, metrics_mean)
+    shares = ({name: value / batch.total(name) for name, value in values.items()} for values in (sums, measured))
+    return Losses(*shares)
 
 
 def clip(models: Mapping[str, nn.Module], limit: float) -> dict[str, float]:

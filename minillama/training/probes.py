@@ -18,6 +18,7 @@ from minillama.model import Decoder
 from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer import Tokenizer
 from minillama.training.objectives import MODEL, Batch, Objective
+from minillama.training.ranks import Ranks
 from minillama.training.sharded import whole
 
 QUERIES = 256  # per chunk of scores
@@ -26,12 +27,15 @@ QUERIES = 256  # per chunk of scores
 class TaskAccuracy:
     """Accuracy on the first items of evaluation sets, by the harness's prompts and without examples.
 
+    Args:
+        ranks: processes that share the items; of a sharded model, which all must read alike, this one alone.
+
     Raises:
         InputError: a set that is not there.
     """
 
-    def __init__(self, config: ValidateConfig, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, config: ValidateConfig, tokenizer: Tokenizer, ranks: Ranks) -> None:
+        self.tokenizer, self.ranks = tokenizer, ranks
         tasks = named(config.tasks) if config.tasks else {}
         self.sets = {name: task.load(Path(config.data), "lm-eval", 0, config.items) for name, task in tasks.items()}
         self.metrics = {name: task.forms["lm-eval"].metric for name, task in tasks.items()}
@@ -42,8 +46,9 @@ class TaskAccuracy:
         with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made anew for every length
             for name, items in self.sets.items():
                 metric = self.metrics[name]
-                right = [outcome.is_right(metric) for outcome in outcomes(model, self.tokenizer, name, items)]
-                found[f"{name}_{metric}"] = sum(right) / len(right)
+                own = items[self.ranks.rank :: self.ranks.world]
+                right = sum(one.is_right(metric) for one in outcomes(model, self.tokenizer, name, own)) if own else 0
+                found[f"{name}_{metric}"] = self.ranks.sum({"right": right})["right"] / len(items)
         return found
 
 

@@ -120,6 +120,27 @@ class Ranks:
         if self.processes > 1 and self.leads:
             distributed.distributed_c10d._get_default_store().set(name, "")
 
+    def part(self, count: int, size: int) -> tuple[slice, int]:
+        """Own rows of a pass over `count` of all shares, at most `size` each, and how often they count.
+
+        A process without rows reads the first one, which does not count: sharded weights are gathered by all at once.
+        """
+        start = self.rank * size
+        return (slice(start, start + size), 1) if start < count else (slice(0, 1), 0)
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all processes, by index."""
+        found: list[Any] = [value] * self.processes
+        if self.processes > 1:
+            distributed.all_gather_object(found, value)
+        return found
+
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """Sum over the shares, in place."""
+        if self.world > 1:
+            distributed.all_reduce(tensor, group=self.readers)
+        return tensor
+
     def leaders(self, value: T) -> T:
         """The first process's value, for all: a path, a list of numbers."""
         if self.processes == 1:

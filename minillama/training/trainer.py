@@ -37,9 +37,11 @@ from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.optim.groups import change_settings, make_optimizers
 from minillama.training.optim.schedule import learning_rate
+from minillama.training.pace import Pace
 from minillama.training.parallel import Parallel
 from minillama.training.precision import Precision, choose_precision
 from minillama.training.probes import TaskAccuracy, attention_logit_max, matrices, update_ratio
+from minillama.training.ranks import Ranks
 from minillama.training.sharded import gathered
 from minillama.training.state import TrainingState
 
@@ -86,7 +88,9 @@ class Trainer:
         self.guard, self.signals = Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.phase = "training"
-        self.accuracy = TaskAccuracy(config.validate, self.saved.tokenizer)
+        sharing = Ranks() if self.parallel.casts else self.ranks
+        self.accuracy = TaskAccuracy(config.validate, self.saved.tokenizer, sharing)
+        self.pace = Pace(self.ranks)
         trainable.check(config.stages, self.masters)
         model.checkpointing = config.train.checkpointing
         keep, leads = config.checkpoint.keep, self.ranks.leads
@@ -198,7 +202,9 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
         batch = self.objective.batch(step, self.ranks.rank, self.ranks.world)
-        losses = accumulate(self.objective, batch, config.micro_batch_size, self.model.device, self.ranks)
+        share = accumulate(self.objective, batch, config.micro_batch_size, self.model.device)
+        self.pace.add(time.perf_counter() - trains)
+        losses = share.summed(self.ranks)
         self.ranks.sum_gradients(parameter for model in self.masters.values() for parameter in model.parameters())
         norms = clip(self.masters, optim.grad_clip)
         norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
@@ -310,6 +316,8 @@ class Trainer:
         shown = ({"loss": record["loss"]} if record.get("loss") is not None else {}) | dict(found)
         text = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self.report.say(f"step {self.state.step}: {text}")
+        if slow := self.pace.slowest():
+            self.report.say(slow)
         for line in self.objective.warnings({**record, **found}) if self.state.step else ():
             self.report.say(f"warning: {line}")
         with self._interruptible():

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from minillama.config import ModelConfig
+from minillama.evaluate.perplexity import score
 from minillama.model import Decoder
 from minillama.training.gradients import accumulate, clip
 from minillama.training.objectives.base import Batch
 from minillama.training.objectives.compared import Compared
+from minillama.training.pace import Pace
 from minillama.training.ranks import Ranks
 
 from .test_preferences import moved, objective
@@ -50,7 +54,7 @@ def preferences(ranks: Ranks) -> dict[str, Tensor]:
         made = moved(objective(kind, 2))
         assert isinstance(made, Compared)
         found[f"{kind} prepared"] = torch.tensor(list(made.prepare(0).values()))
-        losses = accumulate(made, made.batch(0, ranks.rank, ranks.world), 2, torch.device("cpu"), ranks)
+        losses = accumulate(made, made.batch(0, ranks.rank, ranks.world), 2, torch.device("cpu")).summed(ranks)
         found |= {f"{kind} loss": torch.tensor(losses.loss), f"{kind} known": made.known}
     return found
 
@@ -58,7 +62,7 @@ def preferences(ranks: Ranks) -> dict[str, Tensor]:
 def step(ranks: Ranks) -> dict[str, Tensor]:
     objective = Weighted()
     batch = objective.batch(5, ranks.rank, ranks.world)
-    losses = accumulate(objective, batch, 2, torch.device("cpu"), ranks)  # type: ignore[arg-type]
+    losses = accumulate(objective, batch, 2, torch.device("cpu")).summed(ranks)  # type: ignore[arg-type]
     if ranks.rank == 0:  # the others have no gradient of it, and take part all the same
         objective.models["unused"](torch.ones(1, 2)).sum().backward()
     ranks.sum_gradients(p for model in objective.models.values() for p in model.parameters())
@@ -66,7 +70,30 @@ def step(ranks: Ranks) -> dict[str, Tensor]:
     figures = {"loss": losses.loss, **losses.metrics, **norms}
     found = {name: torch.tensor(value) for name, value in figures.items()}
     found |= {name: p.grad for name, p in objective.models["model"].named_parameters() if p.grad is not None}
-    return found | preferences(ranks)
+    return found | preferences(ranks) | measures(ranks)
+
+
+def measures(ranks: Ranks) -> dict[str, Tensor]:
+    """What is measured on held-out data that the ranks share."""
+    found: dict[str, Tensor] = {}
+    for kind in ("reward", "dpo + sft", "kto"):
+        made = moved(objective(kind, 2))
+        found |= {f"{kind} {name}": torch.tensor(value) for name, value in made.validate(2, 0).items()}
+    model = Decoder(CONFIG)
+    model.init_weights(torch.Generator().manual_seed(3))
+    windows = [*np.random.default_rng(5).integers(CONFIG.vocab_size, size=(7, 12))]
+    text = [*windows, windows[0][:5], windows[1][:3]]  # two processes: 4 rows, then 3, and single ones of other lengths
+    own = score(model, iter(text), 2.0, 2, rank=ranks.rank, world=ranks.world)
+    assert own.tokens == (7 * 11 + 4 + 2 if ranks.world == 1 else [4 * 11 + 4 + 2, 3 * 11][ranks.rank])
+    summed = ranks.sum({"nats": own.nats, "tokens": own.tokens, "bytes": own.bytes})
+    return found | {f"text {name}": torch.tensor(float(value)) for name, value in summed.items()}
+
+
+def pace(ranks: Ranks) -> str:
+    made = Pace(ranks)
+    made.add(1.0 + ranks.rank)
+    made.add(1.0 + 3 * ranks.rank)
+    return made.slowest()
 
 
 def work(rank: int, folder: str) -> None:
@@ -75,6 +102,8 @@ def work(rank: int, folder: str) -> None:
     ranks = Ranks.current()
     assert (ranks.rank, ranks.world) == (rank, 2)
     torch.save(step(ranks), f"{folder}/{rank}.pt")
+    line = r"the others wait for process 1 of 2 on \S+: 3 s per step, where the median is 1 s"
+    assert re.fullmatch(line, pace(ranks))
     distributed.destroy_process_group()
 
 
@@ -82,9 +111,11 @@ def work(rank: int, folder: str) -> None:
 def test_two_processes_are_one(tmp_path: Path) -> None:
     multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     alone = step(Ranks.current())
+    assert pace(Ranks.current()) == ""
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert found.keys() == alone.keys()
         for name, value in alone.items():
-            atol = 1e-4 if "known" in name or "prepared" in name else 1e-6  # sums over up to 200 tokens
+            sums = ("known", "prepared", "val_")  # over up to 200 tokens
+            atol = 1e-4 if any(part in name for part in sums) else 1e-6
             torch.testing.assert_close(found[name], value, atol=atol, rtol=1e-5)

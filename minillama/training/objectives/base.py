@@ -16,9 +16,11 @@ from minillama.data.instructions import Instructions
 from minillama.data.preference_set import Preferences
 from minillama.data.prompts import Prompts
 from minillama.data.records import Records
+from minillama.evaluate.perplexity import Score
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.model_folder import ModelFolder
+from minillama.training.ranks import Ranks
 
 MODEL = "model"  # the name under which an objective has the model that becomes a model folder
 PROMPT = 12  # tokens of a prompt from held-out text
@@ -237,6 +239,11 @@ class TextObjective(DataObjective[Corpus]):
     def window(self) -> int:
         """Tokens of text per row."""
         return self.context
+
+    def measures(self, own: Score) -> Metrics:
+        """Measures of all held-out text, of which each process has scored its own."""
+        found = Ranks.current().sum({"nats": own.nats, "tokens": own.tokens, "bytes": own.bytes})
+        return Score(found["nats"], int(found["tokens"]), found["bytes"]).measures()
 
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
         return self.data.where(self.seed, step, self.batch_size, self.window, rows)

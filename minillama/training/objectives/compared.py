@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,20 @@ from minillama.training.objectives.reference import Reference
 from minillama.training.ranks import Ranks
 
 REFERENCE = "reference"  # log-probabilities of answers, in a batch and in a checkpoint
+
+
+class HeldOut(NamedTuple):
+    """Pass over held-out rows.
+
+    Args:
+        batch: on the device.
+        reference: log-probabilities (B, L, T) under the reference.
+        counts: 0 of a pass that a process makes because the others do; else 1.
+    """
+
+    batch: Batch
+    reference: Tensor
+    counts: int
 
 
 @dataclass(eq=False)
@@ -86,14 +101,20 @@ class Compared(DataObjective[Preferences]):
     def _totals(self, step: int) -> Mapping[str, float]:
         return {"loss": float(self.batch_size)}
 
-    def held_out(self, rows: int, limit: int) -> list[tuple[list[Judged], Batch, Tensor]]:
-        """Held-out rows, their batch on the device, and log-probabilities (B, L, T) under the reference."""
-        parts = list(self.data.held_out(rows, limit))
-        batches = [batch_of(part, self.data.context).to(self.model.device) for part in parts]
+    def held_out(self, rows: int, limit: int) -> tuple[list[Judged], list[HeldOut]]:
+        """Held-out rows of all processes, and the passes over the own ones."""
+        parts, ranks = list(self.data.held_out(rows * Ranks.current().world, limit)), Ranks.current()
+        own = [ranks.part(len(part), rows) for part in parts]
+        batches = [self.to_batch(part[some]) for part, (some, _) in zip(parts, own, strict=True)]
         if (rows, limit) not in self._held:
             with self.reference.of(self.model) as reference:
                 self._held = {(rows, limit): [self.log_probabilities(reference, batch) for batch in batches]}
-        return list(zip(parts, batches, self._held[rows, limit], strict=True))
+        passes = zip(batches, self._held[rows, limit], (counts for _, counts in own), strict=True)
+        return [row for part in parts for row in part], [HeldOut(*each) for each in passes]
+
+    def to_batch(self, rows: Sequence[Judged]) -> Batch:
+        """Batch of rows on the device."""
+        return batch_of(rows, self.data.context).to(self.model.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Log-probabilities under the reference; NaN for records not met yet."""

@@ -16,6 +16,7 @@ from minillama.runs.objectives import DPOConfig
 from minillama.training.objectives.base import Batch, Metrics
 from minillama.training.objectives.compared import REFERENCE, Compared
 from minillama.training.objectives.reward import longer_wins, wins
+from minillama.training.ranks import Ranks
 
 FALL = 0.1  # nats by which chosen answers may become less likely before there is a warning
 
@@ -102,20 +103,20 @@ class DPO(Compared):
 
         `val_kl` estimates the KL divergence per token on the held-out answers: half the mean square of the log-ratio.
         """
-        found, pairs, tokens, square = defaultdict[str, float](float), 0, 0.0, 0.0
-        seen = []
+        sums = defaultdict[str, float](float)
         with evaluating(self.model):
-            for part, batch, reference in self.held_out(rows, limit):
+            seen, passes = self.held_out(rows, limit)
+            for batch, reference, counts in passes:
                 policy = self.log_probabilities(self.model, batch)
-                square += (policy - reference).square().sum().item() / 2
-                tokens += batch.extras["counts"].sum().item()
                 batch.extras[REFERENCE] = reference.sum(-1)
                 terms, metrics = self.loss(batch)
-                for name, value in {**terms, **metrics}.items():
-                    found[name] += value.item()
-                pairs += len(part)
-                seen += part
+                moved = {"square": (policy - reference).square().sum() / 2}
+                for name, value in {**terms, **metrics, **moved}.items():
+                    sums[name] += counts * value.item()
+        found, pairs = Ranks.current().sum(sums), len(seen)
+        square = found.pop("square")
         chosen = sum(len(row.answers[0]) for row in seen)
+        tokens = sum(len(answer) for row in seen for answer in row.answers)
         if "sft" in found:
             found["loss"] = found.pop("preference") + found["sft"] * pairs / chosen
             found["sft"] *= pairs / chosen

@@ -17,6 +17,7 @@ from minillama.layers.mask import Mask
 from minillama.runs.objectives import GLMConfig
 from minillama.tokenizer.blanks import Blanks, Layout, collate
 from minillama.training.objectives.base import Batch, Metrics, TextObjective
+from minillama.training.ranks import Ranks
 from minillama.training.spans import Span, long_span, one_token, sentence_spans, short_spans, span_lengths
 
 HELD_OUT = 0x61E1D  # seed of the spans in held-out text, the same in every run
@@ -127,16 +128,19 @@ class BlankInfilling(TextObjective):
 
     def validate(self, rows: int, limit: int) -> Metrics:
         """Loss on held-out text with the same masked spans every time; bits per byte of what they cover."""
-        whole = Score(0.0, 0, 0.0)
+        whole, ranks = Score(0.0, 0, 0.0), Ranks.current()
         with evaluating(self.model):
             for split, windows in self.data.held_out(self.window, limit):
                 numbered = enumerate(windows)
-                while part := [
-                    self.example(text[: self.window], np.random.default_rng([HELD_OUT, i]))
-                    for i, text in islice(numbered, rows)
-                ]:
+                while passed := list(islice(numbered, rows * ranks.world)):
+                    own, counts = ranks.part(len(passed), rows)
+                    part = [
+                        self.example(text[: self.window], np.random.default_rng([HELD_OUT, i]))
+                        for i, text in passed[own]
+                    ]
                     batch = self.collate(part).to(self.model.device)
                     nats, weight = self.loss(batch)[0]["loss"].item(), int(batch.total("loss"))
                     covered = weight - sum(example.count for example in part)  # end tokens cover no text
-                    whole += Score(nats, weight, covered * split.bytes / split.tokens)
-        return whole.measures()
+                    if counts:
+                        whole += Score(nats, weight, covered * split.bytes / split.tokens)
+        return self.measures(whole)

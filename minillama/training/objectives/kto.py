@@ -100,24 +100,27 @@ class KTO(Compared):
 
     def validate(self, rows: int, limit: int) -> Metrics:
         """Loss, KL, rewards and accuracy on held-out answers, and the accuracy of the more frequent label."""
-        found, parts = defaultdict[str, float](float), self.held_out(rows, limit)
-        seen = [row for part, _, _ in parts for row in part]
+        found, ranks = defaultdict[str, float](float), Ranks.current()
+        seen, passes = self.held_out(rows, limit)
         with evaluating(self.model):
-            kl = self._held_out_kl(seen, rows)
-            for _, batch, reference in parts:
+            kl = self._held_out_kl(seen, rows, ranks)
+            for batch, reference, times in passes:
                 batch.extras.update({REFERENCE: reference.sum(-1), "kl": torch.full_like(batch.weights, kl)})
                 terms, metrics = self.loss(batch)
                 for name, value in {**terms, **metrics}.items():
-                    found[f"val_{name}"] += value.item()
+                    found[f"val_{name}"] += times * value.item()
         good = sum(row.label for row in seen)
         counts = {"val_desirable_reward": good or 1.0, "val_undesirable_reward": len(seen) - good or 1.0}
-        measures = {name: value / counts.get(name, len(seen)) for name, value in found.items()}
+        measures = {name: value / counts.get(name, len(seen)) for name, value in ranks.sum(found).items()}
         return measures | {"val_kl": kl, "val_majority": max(good, len(seen) - good) / len(seen)}
 
-    def _held_out_kl(self, seen: Sequence[Judged], rows: int) -> float:
+    def _held_out_kl(self, seen: Sequence[Judged], rows: int, ranks: Ranks) -> float:
         if len(seen) < 2:
             return 0.0
         shifted = mismatched(seen, self.data.context)
-        parts = [batch_of(shifted[i : i + rows], self.data.context) for i in range(0, len(shifted), rows)]
-        total = sum((self._sums(part, is_policy=True) - self._sums(part)).sum().item() for part in parts)
-        return max(0.0, total / len(seen))
+        total, size = 0.0, rows * ranks.world
+        for part in (shifted[i : i + size] for i in range(0, len(shifted), size)):
+            own, times = ranks.part(len(part), rows)
+            batch = batch_of(part[own], self.data.context)
+            total += times * (self._sums(batch, is_policy=True) - self._sums(batch)).sum().item()
+        return max(0.0, ranks.sum({"kl": total})["kl"] / len(seen))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minillama.evaluate.perplexity import Score, by_document, score
 from minillama.training.objectives.base import Batch, Metrics, TextObjective, rows_of
+from minillama.training.ranks import Ranks
 
 
 @dataclass(eq=False)
@@ -43,7 +44,8 @@ class LanguageModel(TextObjective):
 
     def validate(self, rows: int, limit: int) -> Metrics:
         """Nats per token and bits per byte of held-out text, at the training context."""
-        whole = Score(0.0, 0, 0.0)
+        own, ranks = Score(0.0, 0, 0.0), Ranks.current()
         for split, windows in self.data.held_out(self.context, limit):
-            whole += score(self.model, windows, split.bytes / split.tokens, rows, separator=self.separator)
-        return whole.measures()
+            density = split.bytes / split.tokens
+            own += score(self.model, windows, density, rows, self.separator, ranks.rank, ranks.world)
+        return self.measures(own)

@@ -16,6 +16,7 @@ from minillama.inference.engine import evaluating
 from minillama.model import Decoder
 from minillama.model.heads import last, scores
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
+from minillama.training.ranks import Ranks
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, center: float = 0.0) -> Tensor:
@@ -77,14 +78,16 @@ class RewardModel(DataObjective[Preferences]):
 
     def validate(self, rows: int, limit: int) -> Metrics:
         """Nats and accuracy on held-out pairs, rewards, and the accuracy of the longer answer."""
-        found, seen = defaultdict[str, float](float), list[Judged]()
+        found, seen, ranks = defaultdict[str, float](float), list[Judged](), Ranks.current()
         with evaluating(self.model):
-            for part in self.data.held_out(rows, limit):
-                terms, measured = self.loss(_batch(part, self.data.context).to(self.model.device))
+            for part in self.data.held_out(rows * ranks.world, limit):
+                own, counts = ranks.part(len(part), rows)
+                terms, measured = self.loss(_batch(part[own], self.data.context).to(self.model.device))
                 for name, value in {**terms, **measured}.items():
-                    found[f"val_{name}"] += value.item()
+                    found[f"val_{name}"] += counts * value.item()
                 seen += part
-        return {name: value / len(seen) for name, value in found.items()} | {"val_longer_wins": longer_wins(seen)}
+        measures = {name: value / len(seen) for name, value in ranks.sum(found).items()}
+        return measures | {"val_longer_wins": longer_wins(seen)}
 
 
 def _batch(rows: Sequence[Judged], limit: int) -> Batch:

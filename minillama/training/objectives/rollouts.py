@@ -28,8 +28,9 @@ from minillama.model import Decoder
 from minillama.runs.feedback import FeedbackConfig
 from minillama.training.objectives.advantages import kl_estimate
 from minillama.training.objectives.answers import answer_log_probabilities
-from minillama.training.objectives.base import Batch, DataObjective, Metrics
+from minillama.training.objectives.base import Batch, DataObjective, Metrics, rows_of
 from minillama.training.objectives.reference import Reference
+from minillama.training.ranks import Ranks
 
 MULTIPLE = 8  # longer rows are padded to a multiple of it, so that compiled code meets few shapes
 LOST = 0.5  # share of the first rollout's distinct bigrams below which there is a warning
@@ -40,7 +41,7 @@ class Feedback(DataObjective[Prompts]):
     """Objective of a policy that learns from its own answers; subclasses have the loss.
 
     A rollout of B = batch_size x minibatches answers serves `epochs` x `minibatches` steps. It is a pure function of
-    weights, seed and number; the steps read it in an order by (seed, number, epoch). Every process makes all of it.
+    weights, seed and number; the steps read it in an order by (seed, number, epoch). Processes share the prompts out.
 
     Args:
         settings: of `[objective]`.
@@ -105,9 +106,15 @@ class Feedback(DataObjective[Prompts]):
     def _answers(
         self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, keys: Sequence[int]
     ) -> list[Request]:
-        self._copy = self._copy or DecodingCopy(self.model)
-        model, ids = self._copy.refresh(), [prompt.ids for prompt in prompts]
-        return answers(model, ids, samples, self.settings.max_new_tokens, sampling, self.stop_ids, keys)
+        """Answers to all prompts, of which each process writes those to its own."""
+        self._copy, ranks = self._copy or DecodingCopy(self.model), Ranks.current()
+        own = slice(ranks.rank, None, ranks.world)
+        model, ids = self._copy.refresh(), [prompt.ids for prompt in prompts[own]]
+        made = answers(model, ids, samples, self.settings.max_new_tokens, sampling, self.stop_ids, keys[own])
+        found = ranks.collect(made)
+        return [
+            found[i % ranks.world][i // ranks.world * samples + j] for i in range(len(prompts)) for j in range(samples)
+        ]
 
     def _rows(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> dict[str, Tensor]:
         """Rows of ids, targets one place on, and the mask of targets that are of the answer."""
@@ -159,12 +166,14 @@ class Feedback(DataObjective[Prompts]):
             for name, values in made.items():
                 whole = found.setdefault(name, torch.zeros(self.buffer["mask"].shape))
                 whole[rows, : values.shape[1]] = values.cpu()
-        return found
+        return {name: Ranks.current().sum_tensor(values) for name, values in sorted(found.items())}
 
     def _micro_batches(self, number: int) -> Iterator[tuple[Tensor, Batch]]:
-        """Rows of the buffer and their batches, as the first epoch will read them."""
+        """Rows of the buffer and their batches, as this process will read them in the first epoch."""
+        ranks = Ranks.current()
         for part in range(self.settings.minibatches):
-            rows = self._order(number, 0, part)
+            own = rows_of(self.batch_size, ranks.rank, ranks.world)
+            rows = self._order(number, 0, part)[own.start : own.stop]
             batch = self._batch(rows)
             for start in range(0, len(rows), self.micro_batch_size):
                 stop = start + self.micro_batch_size

@@ -14,6 +14,7 @@ from minillama.layers.mask import Mask
 from minillama.model import Decoder
 from minillama.training.objectives.base import Batch, DataObjective, Metrics
 from minillama.training.objectives.unpadded import unpadded
+from minillama.training.ranks import Ranks
 
 
 @dataclass(eq=False)
@@ -51,13 +52,14 @@ class FineTuning(DataObjective[Instructions]):
 
         Packing `wrap` joins conversations in training; here each begins at position 0, alone, as at inference.
         """
-        nats = weight = 0.0
+        nats, weight, ranks = 0.0, 0.0, Ranks.current()
         with evaluating(self.model):
-            for part in self.data.held_out(rows, limit):
-                batch = _batch(part).to(self.model.device)
-                nats += self.loss(batch)[0]["loss"].item()
+            for part in self.data.held_out(rows * ranks.world, limit):
+                batch = _batch(part)
+                own, counts = ranks.part(len(batch.tokens), rows)
+                nats += counts * self.loss(batch.rows(own.start, own.stop).to(self.model.device))[0]["loss"].item()
                 weight += batch.total("loss")
-        return {"val_loss": nats / weight}
+        return {"val_loss": ranks.sum({"nats": nats})["nats"] / weight}
 
 
 def _batch(rows: Rows) -> Batch:
