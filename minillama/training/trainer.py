@@ -170,6 +170,8 @@ class Trainer:
             if is_due or is_stopping or self.guard.is_over:
                 self.writer.submit(partial(self.state.copy, record))
             if self.guard.is_over:
+                self.writer.finish()
+                self.ranks.most(0.0)  # none ends, and ends the others, before all have saved
                 self.folder.record(record)
                 raise self.guard.error(at)
             if is_stopping:

@@ -105,14 +105,19 @@ class Watch(threading.Thread):
             return  # the main thread raises its own error
         if self.index == 0:
             sys.stdout.flush()
-            print(f"error: {message}", file=sys.stderr, flush=True)
-            self.store.set(SHOWN, "")
+            self._speak(message)
         else:
             self.wait_until_shown()
+            self._speak(message)  # where the first process is stopped or gone
         for thread in threading.enumerate():
             if thread.name == "checkpoint":  # it is completed, whatever happened
                 thread.join(WORDS)
         os._exit(1)
+
+    def _speak(self, message: str) -> None:
+        """Report a failure, unless a process has done so."""
+        if self.store.compare_set(SHOWN, "", str(self.index)) == str(self.index).encode():
+            print(f"error: {message}", file=sys.stderr, flush=True)
 
     def told(self, error: Exception) -> BaseException:
         """The error of this process as it is to be raised: the first one that is left reports, the others end."""
@@ -130,7 +135,7 @@ class Watch(threading.Thread):
                 self.wait_until_shown()
                 return SystemExit(1)
             index, message = self.store.get(FAILURE).decode().split("|", 1)
-            self.store.set(SHOWN, "")
+            self.store.set(SHOWN, str(self.index))
             if self.index:
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 return SystemExit(1)
