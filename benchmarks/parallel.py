@@ -114,7 +114,7 @@ def make_step(config: ModelConfig, dtype: torch.dtype, parallel: Parallel):
     objective = Random(precision.model)
 
     def step(batch: Batch) -> None:
-        accumulate(objective, batch, len(batch.tokens), torch.device("cpu"), parallel.ranks)
+        accumulate(objective, batch, len(batch.tokens), torch.device("cpu")).summed(parallel.ranks)
         parallel.ranks.sum_gradients(master.parameters())
         clip({"model": master}, 1.0)
         for optimizer in optimizers:
