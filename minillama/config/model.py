@@ -68,7 +68,11 @@ class ModelConfig(Shape):
             raise InputError("the presets refer to each other in a cycle") from None
 
     def changed(self, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
-        """This shape with other values; widths that follow from others are derived anew."""
+        """This shape with other values; widths that follow from others are derived anew.
+
+        A feed-forward width of its own, as a preset may have, keeps its proportion to dim, rounded up to a multiple of
+        32 (a group of int4 weights).
+        """
         derived = {
             "head_dim": self.head_dim * self.n_heads == self.dim,
             "n_kv_heads": self.n_kv_heads == self.n_heads,
@@ -76,6 +80,9 @@ class ModelConfig(Shape):
         }
         if {"dim", "n_heads"} & set(values):
             values = {**{name: 0 for name, follows in derived.items() if follows}, **values}
+        dim = values.get("dim", self.dim)
+        if type(dim) is int and dim != self.dim:
+            values = {"hidden_dim": 32 * -(-self.hidden_dim * dim // (32 * self.dim)), **values}
         return build(ModelConfig, values, origin, self, prefix)
 
     @classmethod

@@ -28,13 +28,15 @@ BLOCK = 4096
 class Split:
     """Tokens of a source in one split, concatenated over its shards.
 
-    The ids are below `vocab_size`; `bytes` is the size of the text in UTF-8, `name` is for messages.
+    The ids are below `vocab_size`; `bytes` is the size of the text in UTF-8, `name` is for messages; `opening` tokens
+    stand in front of the first whole word, where the split begins within a document.
     """
 
     shards: Sequence[Shard]
     vocab_size: int
     bytes: int = 0
     name: str = "data"
+    opening: int = 0
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum([len(shard.tokens) for shard in self.shards], dtype=np.int64)
@@ -206,9 +208,10 @@ class Corpus:
                 yield split, islice(split.val_windows(length), 0, None, every)
 
     def prompt(self, length: int) -> list[int]:
-        """Beginning of the held-out text, at most `length` tokens of one document; empty where there is none."""
+        """First whole words of the held-out text: at most `length` tokens of one document; empty where there is none."""
         split = next((split for split in self.val if split.tokens), None)
-        ids: list[int] = [] if split is None else split.read(0, min(length, split.tokens)).tolist()
+        start = 0 if split is None else split.opening % split.tokens
+        ids: list[int] = [] if split is None else split.read(start, min(length, split.tokens - start)).tolist()
         return ids[: ids.index(self.separator, 1)] if self.separator in ids[1:] else ids
 
     def check(self, length: int, rows: int) -> None:

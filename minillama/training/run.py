@@ -177,10 +177,10 @@ def _train(
 
 
 def _say_begin(trainer: Trainer) -> None:
-    config, parallel, folder = trainer.config, trainer.parallel, trainer.folder
-    count = parallel.ranks.processes
+    config, parallel, folder, shape = trainer.config, trainer.parallel, trainer.folder, trainer.config.model
+    count, widths = parallel.ranks.processes, f"{shape.n_layers} layers {shape.dim} wide, feed-forward {shape.hidden_dim}"
     trainer.report.say(
-        f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
+        f"{config.name}: {shape.num_params() / 1e6:.2f}M parameters ({widths}), {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
         f"{config.train.batch_size} x {config.context} tokens per step, in {folder.path}"
         + (f", {count} processes: {parallel.sizes}" if count > 1 else "")

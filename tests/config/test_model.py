@@ -217,9 +217,23 @@ def test_a_change_derives_widths_anew_where_they_were_derived() -> None:
     changed = ModelConfig.load("llama-7b").changed({"dim": 512, "n_heads": 8})
     assert (changed.n_kv_heads, changed.head_dim, changed.hidden_dim) == (8, 64, 1536)
     grouped = ModelConfig.load("llama-2-70b").changed({"dim": 4096})
-    assert (grouped.n_kv_heads, grouped.head_dim, grouped.hidden_dim) == (8, 64, 28672)
+    assert (grouped.n_kv_heads, grouped.head_dim, grouped.hidden_dim) == (8, 64, 28672 // 2)
     own = SMALL.changed({"head_dim": 32}).changed({"dim": 128})
-    assert (own.head_dim, own.hidden_dim) == (32, 96)
+    assert (own.head_dim, own.hidden_dim) == (32, 128 * SMALL.hidden_dim // SMALL.dim)
+
+
+def test_a_preset_keeps_its_proportions() -> None:
+    """llama-tiny's feed-forward width is 2.75 dim, a multiple of 64; another dim has another, unless it is given."""
+    tiny = ModelConfig.load("llama-tiny")
+    widths = {dim: tiny.changed({"dim": dim}).hidden_dim for dim in (64, 104, 128, 256, 512)}
+    assert widths == {64: 192, 104: 288, 128: 352, 256: 704, 512: 1408}
+    assert tiny.changed({"dim": 64, "hidden_dim": 700}).hidden_dim == 700
+    assert ModelConfig.from_table({"preset": "rwkv-tiny", "dim": 64}).hidden_dim == 256
+    assert tiny.changed({"n_heads": 8}).hidden_dim == tiny.hidden_dim
+    with pytest.raises(InputError, match=r"found: head_dim = 25[\s\S]*such as 26 \(dim = 104\)"):
+        tiny.changed({"dim": 100})
+    with pytest.raises(InputError, match=r"dim[\s\S]*found: 'wide'"):
+        tiny.changed({"dim": "wide"})
 
 
 @pytest.mark.parametrize(
