@@ -208,7 +208,7 @@ class Corpus:
                 yield split, islice(split.val_windows(length), 0, None, every)
 
     def prompt(self, length: int) -> list[int]:
-        """First whole words of the held-out text: at most `length` tokens of one document; empty where there is none."""
+        """First whole words of the held-out text, up to `length` tokens of one document; empty where there is none."""
         split = next((split for split in self.val if split.tokens), None)
         start = 0 if split is None else split.opening % split.tokens
         ids: list[int] = [] if split is None else split.read(start, min(length, split.tokens - start)).tolist()

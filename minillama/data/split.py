@@ -24,7 +24,7 @@ _CUT = 1000  # characters from which a document of few gives its end
 
 @dataclass(frozen=True)
 class Part:
-    """A document, or the part of one in a split; whether it includes the document's start and end, or begins in a word."""
+    """A document, or the part of one in a split; whether it has the document's start and end, or begins in a word."""
 
     split: SplitName
     text: str
