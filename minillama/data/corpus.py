@@ -16,6 +16,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from minillama.config.arguments import Count, Positive, checked
+from minillama.config.loader import check
 from minillama.data.permutation import derive_keys, permute
 from minillama.data.reading import Skipped
 from minillama.data.shards import Shard, damaged
@@ -140,6 +142,7 @@ class Corpus:
     held_out_part: str = ""
 
     def __post_init__(self) -> None:
+        check(self)
         weights = self.weights or [1.0] * len(self.train)
         self.block_counts = _apportion(weights)
         if not all(self.block_counts):
@@ -149,8 +152,15 @@ class Corpus:
             expected = f"at least {sum(weights) / BLOCK:g}, 1/{BLOCK} of the sum"
             raise InputError(what, where=where, found=weights[index], expected=expected)
 
+    @checked
     def batch(
-        self, seed: int, step: int, rows: int, length: int, first_row: int = 0, total_rows: int | None = None
+        self,
+        seed: int,
+        step: Count,
+        rows: Positive,
+        length: Positive,
+        first_row: int = 0,
+        total_rows: int | None = None,
     ) -> NDArray[np.int64]:
         """Batch of a step: a pure function of the arguments.
 

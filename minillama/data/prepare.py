@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 from uuid import uuid4
 
+from minillama.config.arguments import Fraction, checked
 from minillama.data.corpus import Corpus, Split
 from minillama.data.reading import Skipped
 from minillama.data.shards import Shard, ShardWriter, damaged, token_dtype
@@ -40,12 +41,13 @@ _BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
 _WORD = 80  # characters in which a word ends
 
 
+@checked
 def prepare(
     sources: Sequence[Source],
     tokenizer: Tokenizer | TokenizerTrainer,
     *,
-    cache: Path,
-    val_fraction: float = 0.05,
+    cache: str | Path,
+    val_fraction: Fraction = 0.05,
     on_error: OnError = "stop",
     progress: Progress | None = None,
 ) -> tuple[Corpus, Tokenizer]:
@@ -65,6 +67,7 @@ def prepare(
     Raises:
         InputError: bad text, an empty source, a damaged or unwritable cache.
     """
+    cache = Path(cache)
     known = [identity(source) for source in sources]
     report = progress or (lambda what, share: None)
     readers = [SplitSource(source, val_fraction, on_error, MEMORY // len(sources)) for source in sources]

@@ -13,6 +13,7 @@ import tomli_w
 import torch
 
 from minillama.config import ModelConfig
+from minillama.config.arguments import checked
 from minillama.config.loader import to_dict
 from minillama.errors import InputError, missing
 from minillama.formats.gguf import architecture
@@ -42,9 +43,10 @@ from minillama.training.trainer import Trainer
 FINE_TUNING = {"lr": 2e-3, "muon_lr": 1e-2}  # the highest learning rates of a trained model without a warning
 
 
+@checked
 def train(
     config: RunConfig,
-    out: str | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -68,13 +70,11 @@ def train(
     Raises:
         InputError: an error that the user can correct; nothing is overwritten then.
     """
-    if not isinstance(config, RunConfig):
-        raise InputError("this is no RunConfig", where="config", found=type(config), fix='load_run_config("tiny")')
     duration = Duration()
     with processes(config) as parallel, _determinism(config.train.deterministic):
         leads = parallel.ranks.leads
         report = (report or make_report()) if leads else SilentReport()
-        path = parallel.ranks.leaders(choose_folder(config.name, out) if leads else None)
+        path = parallel.ranks.leaders(choose_folder(config.name, None if out is None else str(out)) if leads else None)
         assert path is not None
         folder = RunFolder(path, resume, overwrite, leads)
         try:
