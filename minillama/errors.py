@@ -38,7 +38,7 @@ class InputError(ValueError):
         self.what, self.where, self.found, self.expected, self.fix = what, where, found, expected, fix
         parts = [("where", where), ("found", found), ("expected", expected), ("do", fix)]
         lines = [f"  {name}: {printable(str(value))}" for name, value in parts if value is not None]
-        super().__init__("\n".join([printable(what), *lines]))
+        super().__init__("\n".join([printable(str(what)), *lines]))
 
     def parts(self) -> dict[str, str]:
         """The parts that were given, by name."""

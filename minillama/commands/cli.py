@@ -37,6 +37,16 @@ COMMANDS = {
     "plan": "parameter counts, memory and FLOPs of a model, without building it",
     "scaling": "scaling laws: fit finished runs, plan a run for a budget, sweep tiny runs",
 }
+# names that others have for them
+CALLED = {
+    "resume": "train --out RUN --resume",
+    "presets": "plan, which lists them",
+    "models": "plan, which lists them",
+    "sample": "generate",
+    "finetune": "train sft --train.init_from MODEL",
+    "export": "convert SRC DST --to gguf",
+    "encode": "tokenizer encode",
+}
 # options since the last release
 RENAMED = {
     "classify": {"--verbalisers": "--verbalizers"},
@@ -99,18 +109,20 @@ def _dispatch(words: list[str], prog: str | None) -> int:
     if name in ("-h", "--help", "help"):
         if rest and rest[0] in COMMANDS:
             return _dispatch([rest[0], *rest[1:], "--help"], prog)
-        print(_usage())
-        return 0
+        if not rest or name != "help":
+            print(_usage())
+            return 0
+        name = rest[0]
     if name == "--version":
         print(f"minillama {__version__}")
         return 0
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(COMMANDS)}"
+        near = [CALLED[name]] if name in CALLED else [repr(one) for one in get_close_matches(name, COMMANDS, n=1)]
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
         print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
     command = import_module(f"minillama.commands.{name}")
-    with own_errors(command):
+    with own_errors(command, rest, tuple(COMMANDS)):
         if hasattr(command, "parse"):
             args = command.parse(rest)
         else:

@@ -6,13 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from minillama.commands.tables import plain, print_table
 from minillama.errors import InputError
 from minillama.files import parsing
+
+if TYPE_CHECKING:
+    from minillama.runs.record import RecordedRun
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ def _compare(args: Args) -> int:
     if len(args.paths) < 2:
         raise InputError("there is nothing to compare with", where="command line", fix="name two runs or more")
     runs = [RecordedRun.open(path) for path in args.paths]
-    data = [found.starts[-1]["data"][:16] if found.starts else None for found in runs]
-    tables = [flat(found.config) | {"data fingerprint": one} for found, one in zip(runs, data, strict=True)]
+    tables = [flat(found.config) | _beside(found) for found in runs]
     every = dict.fromkeys(key for table in tables for key in table)
     keys = [key for key in every if any(table.get(key) != tables[0].get(key) for table in tables)]
     summaries = [found.summary() for found in runs]
@@ -59,6 +61,15 @@ def _compare(args: Args) -> int:
     for name in ["val_loss", *dict.fromkeys(name for found in runs for name in found.accuracies)]:
         _print_curves(name, names, [dict(found.curve(name)) for found in runs])
     return 0
+
+
+def _beside(run: RecordedRun) -> dict[str, Any]:
+    """Origins of a run that are not in its configuration."""
+    from minillama.runs.record import PYTHON_OBJECTIVE
+
+    start = run.starts[-1] if run.starts else {}
+    data, objective = start.get("data"), start.get(PYTHON_OBJECTIVE)
+    return {"data fingerprint": data and data[:16], PYTHON_OBJECTIVE: objective}
 
 
 def _print_curves(name: str, names: Sequence[str], curves: Sequence[Mapping[int, float]]) -> None:

@@ -180,6 +180,7 @@ SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "ghost-attention": GhostAttention,
 }
 MODELS: dict[str, Callable[..., Any]] = {"ngram-lm": TrainNgramLM, "classifier": TrainClassifier}
+Args = (*SUBCOMMANDS.values(), *MODELS.values())
 
 
 def parse(words: Sequence[str]) -> Any:

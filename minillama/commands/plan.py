@@ -233,13 +233,11 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
     parts = ("total", "embedding", "head", "layer", "non_embedding")
     names = {"layer": f"one of {config.n_layers} layers", "non_embedding": "without embedding and head"}
     heads = f"{config.n_heads} heads of {config.head_dim} ({config.n_kv_heads} key/value heads)"
-    print(f"{table['model']}: {config.n_layers} layers, {heads}, context {config.max_seq_len}\n")
-    print_table("tensors", ("shape", "parameters"), _tensors(config))
-    print_table("parameters", ("",), [(names.get(part, part), f"{count[part]:,}") for part in parts])
-    size = f"{args.batch} x {table['context']} tokens"
-    print(f"{args.train} training, {size} at once, AdamW, products in {args.dtype}:")
-    rows = [(part, *(bytes_text(parts[part]) for parts in memory.values())) for part in next(iter(memory.values()))]
-    print_table("memory per GPU" if args.gpus > 1 else "memory", memory, rows)
+    total, unit = (count["total"] / 1e9, "B") if count["total"] >= 1e9 else (count["total"] / 1e6, "M")
+    print(f"{table['model']}: {total:.4g} {unit} parameters, context {config.max_seq_len}")
+    print(f"{config.n_layers} layers {config.dim} wide, {heads}\n")
+    at_once = f"{args.batch} x {table['context']} tokens"
+    print(f"{args.train} training, {at_once} at once, AdamW, products in {args.dtype}:")
     if args.gpu == "all":
         rows = [_gpu_row(fit, table["training"], args.gpus) for fit in table["fits"]]
         print_table("GPU", ("GB", "peak TFLOP/s", "fits", f"training time at {MFU:.0%}"), rows)
@@ -247,6 +245,8 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
         print(f"fits a GPU, {USABLE:.0%} of its memory counted:")
         print("\n".join(line for fit in table["fits"] for line in _verdict(fit, args.gpus)) + "\n")
     _show_inference(table, args)
+    rows = [(part, *(bytes_text(parts[part]) for parts in memory.values())) for part in next(iter(memory.values()))]
+    print_table("memory per GPU" if args.gpus > 1 else "memory", memory, rows)
     training = table["training"]
     lines = {
         "forward, FLOPs per token": count_text(flops["forward"]),
@@ -256,6 +256,8 @@ def _show(config: ModelConfig, args: Args, table: dict[str, Any]) -> None:
         "training time": duration_text(86400 * training["days"]),
     }
     print_table("computation", ("",), lines.items())
+    print_table("parameters", ("",), [(names.get(part, part), f"{count[part]:,}") for part in parts])
+    print_table("tensors", ("shape", "parameters"), _tensors(config))
 
 
 def _answer(fit: dict[str, Any], gpus: int) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from minillama.config.loader import nearest
 from minillama.errors import InputError
@@ -20,11 +21,13 @@ class UsageError(InputError):
 
 
 @contextmanager
-def own_errors(command: ModuleType) -> Iterator[None]:
+def own_errors(command: ModuleType, words: Sequence[str], others: Sequence[str] = ()) -> Iterator[None]:
     """Raise `UsageError` where tyro would print a box and exit; a tyro without such hooks still does.
 
     Args:
-        command: the module, whose dataclasses have the options.
+        command: the module, whose `Args` have the options.
+        words: the command line.
+        others: names of commands, one of which may have an option that this one lacks.
     """
     try:
         from tyro._errors import on_parse_error
@@ -32,33 +35,61 @@ def own_errors(command: ModuleType) -> Iterator[None]:
         yield
         return
 
-    kinds = [kind for kind in vars(command).values() if is_dataclass(kind)]
-    options = {f"--{field.name.replace('_', '-')}" for kind in kinds for field in fields(kind)}
-
     def handle(event: Any) -> None:
-        found = _error(type(event).__name__, event, options)
-        if found is not None:
-            raise found
+        raise _error(type(event).__name__, event, words, Options(command, others))
 
     with on_parse_error(handle):
         yield
 
 
-def _error(kind: str, event: Any, options: set[str]) -> UsageError | None:
+@dataclass(frozen=True)
+class Options:
+    """Options of a command, and of the others."""
+
+    command: ModuleType
+    others: Sequence[str]
+
+    def near(self, words: Sequence[str]) -> str | None:
+        """Suggestion for the first option among words: the nearest name, one that begins so, or another command's."""
+        word = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+        own = option_names(self.command.Args)
+        begun = sorted(option for option in own if len(word) > 3 and option.startswith(word))
+        near = begun[0] if begun else nearest(word, own) if word else None
+        if near or not word:
+            return f"did you mean {near}?" if near else None
+        modules = {name: import_module(f"minillama.commands.{name}") for name in self.others}
+        has = [name for name, module in modules.items() if word in option_names(module.Args)]
+        return f"minillama {' or '.join(has[:2])} has {word}" if has else None
+
+
+def option_names(kind: Any) -> set[str]:
+    """Options of a dataclass, and of those within it: sections; or of several, the subcommands."""
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return {name for part in (kind if isinstance(kind, tuple) else get_args(kind)) for name in option_names(part)}
+    hints = get_type_hints(kind)
+    return {f"--{f.name.replace('_', '-')}" for f in fields(kind)}.union(*map(option_names, hints.values()))
+
+
+def _error(kind: str, event: Any, words: Sequence[str], options: Options) -> UsageError:
     where, fix = "command line", f"{event.prog} --help"
     if kind == "MissingArgs":
         names = ", ".join(_name(missing.arg) for missing in event.missing_arguments)
         unknown = event.unrecognized_tokens
-        near = _near(unknown, options) if unknown else None
-        if unknown and not any(word.startswith("-") for word in unknown):  # values without their options
-            given = zip(names.split(", "), unknown, strict=False)
-            near = f"{event.prog} " + " ".join(f"{name} {shlex.quote(word)}" for name, word in given) + " ..."
+        near = options.near(unknown) or (_ordered(event, words) if unknown else None)
         return UsageError(f"missing: {names}", where=where, found=" ".join(unknown) or None, fix=near or fix)
+    stray = next(
+        (w for w in words if w.startswith("-") and w.partition("=")[0] not in option_names(options.command.Args)), ""
+    )
+    if kind == "BadValue" and event.argument.is_positional():
+        name = f"--{event.argument.field.intern_name}"
+        if stray or name in words:
+            near = f"{_name(event.argument)} stands without {name}" if not stray else options.near([stray])
+            return UsageError(f"unknown option {stray or name}", where=where, fix=near or fix)
     if kind == "UnrecognizedArgs":
         option = next((word for word in event.tokens if word.startswith("-")), None)
         what = f"unknown option {option}" if option else "an argument that belongs to no option"
         found = None if option else " ".join(event.tokens)
-        return UsageError(what, where=where, found=found, fix=_near(event.tokens, options) or fix)
+        return UsageError(what, where=where, found=found, fix=options.near(event.tokens) or fix)
     if kind == "InvalidChoice":
         near, what = nearest(event.value, event.choices), f"{_name(event.argument)} has no such value"
         fix = f"did you mean {near!r}?" if near else fix
@@ -73,17 +104,22 @@ def _error(kind: str, event: Any, options: set[str]) -> UsageError | None:
     if kind == "MissingSubcommand":
         names = ", ".join(event.subcommand_spec.parser_from_name)
         return UsageError("no such subcommand", where=where, found=event.found_token or "none", expected=names)
-    return None
+    return UsageError("these arguments do not go together", where=where, found=" ".join(words), fix=fix)
+
+
+def _ordered(event: Any, words: Sequence[str]) -> str | None:
+    """The command line with the names of missing options in front of its first values."""
+    parser = event.missing_arguments[0].source_parser
+    path = parser.prog_suffix.split()
+    if any(word.startswith("-") for word in words):
+        return None
+    names, values = [_name(missing.arg) for missing in event.missing_arguments], words[len(path) :]
+    named = [f"{name} {shlex.quote(value)}" for name, value in zip(names, values, strict=False)]
+    takes = any(argument.is_positional() for argument in parser.args)
+    rest = map(shlex.quote, values[len(names) :]) if takes else ["..."]
+    return " ".join([event.prog, *path, *named, *rest])
 
 
 def _name(argument: Any) -> str:
     """Option as it is typed, or the metavar of a positional argument."""
     return str(argument.lowered.metavar if argument.is_positional() else argument.lowered.name_or_flags[-1])
-
-
-def _near(words: Sequence[str], options: set[str]) -> str | None:
-    """Suggestion for the first option among words: the nearest name, or one that begins so."""
-    word = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
-    begun = sorted(option for option in options if len(word) > 3 and option.startswith(word))
-    near = begun[0] if begun else nearest(word, options) if word else None
-    return f"did you mean {near}?" if near else None

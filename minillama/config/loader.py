@@ -16,11 +16,11 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 from minillama.errors import InputError
 from minillama.files import read_text, refuse_remote
@@ -247,7 +247,7 @@ def check(instance: Any, origin: Located | None = None, prefix: str = "") -> Non
     origin, hints = origin or Located(), _hints(cls)
     for f in fields(instance):
         key, value = _join(prefix, f.name), getattr(instance, f.name)
-        if not _is_a(hints[f.name], value):
+        if not is_a(hints[f.name], value):
             kind = without_none(hints[f.name])
             choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
             expected = " or ".join(map(repr, choices)) or (
@@ -260,7 +260,7 @@ def check(instance: Any, origin: Located | None = None, prefix: str = "") -> Non
             if is_dataclass(item):
                 check(item, origin, name)
             elif isinstance(item, int | float) and not isinstance(item, bool):
-                _check_number(item, f.metadata, origin, name)
+                check_number(item, f.metadata, origin.at(name), name)
 
 
 @cache
@@ -268,21 +268,41 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _is_a(kind: Any, value: Any) -> bool:
-    """Whether a value is of a field's type; an integer is a float too, true is no integer."""
+def is_a(kind: Any, value: Any) -> bool:
+    """Whether a value is of a type; an integer is a float too, true is no integer, and a string no list of strings."""
     outer, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
     if outer in (Union, types.UnionType):
-        return any(_is_a(one, value) for one in inner)
+        return any(is_a(one, value) for one in inner)
+    if outer is Annotated:
+        return is_a(inner[0], value)
     if outer is Literal:
         return any(type(value) is type(one) and value == one for one in inner)
     if outer is tuple:
-        return isinstance(value, tuple) and all(_is_a(inner[0], item) for item in value)
+        return isinstance(value, tuple) and all(is_a(inner[0], item) for item in value)
+    if outer in (Sequence, Iterable):
+        listed = all(map(partial(_item_is_a, inner[0]), value)) if isinstance(value, list | tuple) else True
+        return isinstance(value, outer) and not isinstance(value, str | bytes | Mapping) and listed
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind) if isinstance(kind, type) else True
+    kind = outer or kind
+    known = isinstance(kind, type) and kind is not type
+    return not known or isinstance(getattr(value, "_orig_mod", value), kind)  # which torch.compile has wrapped
 
 
-def _check_number(value: float, limits: Mapping[str, float], origin: Located, key: str) -> None:
+def _item_is_a(kind: Any, item: Any) -> bool:
+    """The same of an item of a list, where whole numbers may be those of an array."""
+    return is_a(kind, item) or (kind is int and is_index(item))
+
+
+def is_index(item: Any) -> bool:
+    """Whether it is a whole number, of an array or tensor too."""
+    return hasattr(item, "__index__") and not isinstance(item, bool) and getattr(item, "ndim", 0) == 0
+
+
+def check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:
+    """Refuse a number out of range, or one that is not finite."""
     limits = {"max": LARGEST, **limits} if isinstance(value, int) else limits
     bounds = {name: limits[name] for name in LIMITS if name in limits}
     finite = value == value and abs(value) != math.inf  # isfinite takes no integer over 1e308
@@ -290,7 +310,7 @@ def _check_number(value: float, limits: Mapping[str, float], origin: Located, ke
         shown = {name: bound for name, bound in bounds.items() if bound != LARGEST or value > LARGEST}
         words = " and ".join(f"{LIMITS[name][0]} {bound}" for name, bound in shown.items())
         expected = ", ".join(part for part in ("" if finite else "a finite number", words) if part)
-        raise InputError(f"{key} is out of range", where=origin.at(key), found=value, expected=expected)
+        raise InputError(f"{key} is out of range", where=where, found=value, expected=expected)
 
 
 def config_folder(kind: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama.config import hf
+from minillama.config.arguments import Positive, checked
 from minillama.config.loader import Located, build, config_folder, config_path, located, read_toml, to_dict
 from minillama.config.parameters import Parameter, block, table
 from minillama.config.shape import Shape, ffn_width
@@ -22,6 +23,7 @@ class ModelConfig(Shape):
     """Model configuration; the defaults are LLaMA 7B's (arXiv 2302.13971, Table 2), the fields are in `Shape`."""
 
     @classmethod
+    @checked
     def load(cls, source: str | os.PathLike[str]) -> ModelConfig:
         """Load a model configuration.
 
@@ -68,7 +70,11 @@ class ModelConfig(Shape):
             raise InputError("the presets refer to each other in a cycle") from None
 
     def changed(self, values: Mapping[str, Any], origin: Located | None = None, prefix: str = "") -> ModelConfig:
-        """This shape with other values; widths that follow from others are derived anew."""
+        """This shape with other values; widths that follow from others are derived anew.
+
+        A feed-forward width of its own, as a preset may have, keeps its proportion to dim, rounded up to a multiple of
+        32 (a group of int4 weights).
+        """
         derived = {
             "head_dim": self.head_dim * self.n_heads == self.dim,
             "n_kv_heads": self.n_kv_heads == self.n_heads,
@@ -76,6 +82,9 @@ class ModelConfig(Shape):
         }
         if {"dim", "n_heads"} & set(values):
             values = {**{name: 0 for name, follows in derived.items() if follows}, **values}
+        dim = values.get("dim", self.dim)
+        if type(dim) is int and dim != self.dim:
+            values = {"hidden_dim": 32 * -(-self.hidden_dim * dim // (32 * self.dim)), **values}
         return build(ModelConfig, values, origin, self, prefix)
 
     @classmethod
@@ -116,6 +125,7 @@ class ModelConfig(Shape):
         """Shapes of one block's parameters, by name within it."""
         return {name: row.shape(self) for name, row in block(self).items()}
 
+    @checked
     def num_params(self, embedding: bool = True) -> int:
         """Parameter count; for LLaMA 2VD + L(2DHE + 2DKE + 3DF + 2D) + D, with VD once when tied.
 
@@ -124,7 +134,8 @@ class ModelConfig(Shape):
         count = sum(map(math.prod, self.tensors().values()))
         return count if embedding or self.tie_embeddings else count - self.vocab_size * self.dim
 
-    def flops_per_token(self, seq_len: int, training: bool = True) -> float:
+    @checked
+    def flops_per_token(self, seq_len: Positive, training: bool = True) -> float:
         """FLOPs per token, averaged over a causal sequence of T tokens.
 
         Forward: 2 for each weight of a linear layer (the head is one, the embedding is a lookup), and

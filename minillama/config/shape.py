@@ -56,7 +56,8 @@ class Shape:
     head_dim: int = field(default=0, metadata={"min": 0, "max": 2**20})
     """E, width of a head; 0: dim / n_heads."""
     hidden_dim: int = field(default=0, metadata={"min": 0, "max": 2**24})
-    """F, feed-forward width; 0: 8/3 dim, rounded up to a multiple of 256 (Meta's rule)."""
+    """F, feed-forward width; 0: 8/3 dim, rounded up to a multiple of 256 (Meta's rule). With another dim than the
+    preset's and no hidden_dim: in the preset's proportion, rounded up to a multiple of 32."""
     vocab_size: int = field(default=32000, metadata={"min": 1, "max": 2**28})
     """V, vocabulary size, rows of the embedding."""
     max_seq_len: int = field(default=2048, metadata={"min": 1, "max": 2**31})
@@ -204,7 +205,9 @@ class Shape:
             what, pairs = "two-dimensional rotary positions rotate two halves of pairs", 4
         if width % pairs:
             found += f" (dim = {self.dim}, n_heads = {self.n_heads})"
-            expected = f"a multiple of {pairs}, such as {width + pairs - width % pairs}"
+            whole = width + pairs - width % pairs
+            expected = f"a multiple of {pairs}, such as {whole}"
+            expected += f" (dim = {whole * self.n_heads})" if width * self.n_heads == self.dim else ""
             raise InputError(what, where=where, found=found, expected=expected)
         if width > self.head_dim:
             expected = f"at most head_dim = {self.head_dim}"

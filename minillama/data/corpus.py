@@ -16,6 +16,8 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from minillama.config.arguments import Count, Positive, checked
+from minillama.config.loader import check
 from minillama.data.permutation import derive_keys, permute
 from minillama.data.reading import Skipped
 from minillama.data.shards import Shard, damaged
@@ -28,13 +30,15 @@ BLOCK = 4096
 class Split:
     """Tokens of a source in one split, concatenated over its shards.
 
-    The ids are below `vocab_size`; `bytes` is the size of the text in UTF-8, `name` is for messages.
+    The ids are below `vocab_size`; `bytes` is the size of the text in UTF-8, `name` is for messages; `opening` tokens
+    stand in front of the first whole word, where the split begins within a document.
     """
 
     shards: Sequence[Shard]
     vocab_size: int
     bytes: int = 0
     name: str = "data"
+    opening: int = 0
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum([len(shard.tokens) for shard in self.shards], dtype=np.int64)
@@ -138,6 +142,7 @@ class Corpus:
     held_out_part: str = ""
 
     def __post_init__(self) -> None:
+        check(self)
         weights = self.weights or [1.0] * len(self.train)
         self.block_counts = _apportion(weights)
         if not all(self.block_counts):
@@ -147,8 +152,15 @@ class Corpus:
             expected = f"at least {sum(weights) / BLOCK:g}, 1/{BLOCK} of the sum"
             raise InputError(what, where=where, found=weights[index], expected=expected)
 
+    @checked
     def batch(
-        self, seed: int, step: int, rows: int, length: int, first_row: int = 0, total_rows: int | None = None
+        self,
+        seed: int,
+        step: Count,
+        rows: Positive,
+        length: Positive,
+        first_row: int = 0,
+        total_rows: int | None = None,
     ) -> NDArray[np.int64]:
         """Batch of a step: a pure function of the arguments.
 
@@ -206,9 +218,10 @@ class Corpus:
                 yield split, islice(split.val_windows(length), 0, None, every)
 
     def prompt(self, length: int) -> list[int]:
-        """Beginning of the held-out text, at most `length` tokens of one document; empty where there is none."""
+        """First whole words of the held-out text, up to `length` tokens of one document; empty where there is none."""
         split = next((split for split in self.val if split.tokens), None)
-        ids: list[int] = [] if split is None else split.read(0, min(length, split.tokens)).tolist()
+        start = 0 if split is None else split.opening % split.tokens
+        ids: list[int] = [] if split is None else split.read(start, min(length, split.tokens - start)).tolist()
         return ids[: ids.index(self.separator, 1)] if self.separator in ids[1:] else ids
 
     def check(self, length: int, rows: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 from uuid import uuid4
 
+from minillama.config.arguments import Fraction, checked
 from minillama.data.corpus import Corpus, Split
 from minillama.data.reading import Skipped
 from minillama.data.shards import Shard, ShardWriter, damaged, token_dtype
@@ -37,14 +38,16 @@ Progress = Callable[[str, float], None]
 
 # A boundary between two words with one space in between: pre-tokenizers split there regardless of context.
 _BREAK = re.compile(r"[^\W_](?=\s[^\W_])")
+_WORD = 80  # characters in which a word ends
 
 
+@checked
 def prepare(
     sources: Sequence[Source],
     tokenizer: Tokenizer | TokenizerTrainer,
     *,
-    cache: Path,
-    val_fraction: float = 0.05,
+    cache: str | Path,
+    val_fraction: Fraction = 0.05,
     on_error: OnError = "stop",
     progress: Progress | None = None,
 ) -> tuple[Corpus, Tokenizer]:
@@ -64,6 +67,7 @@ def prepare(
     Raises:
         InputError: bad text, an empty source, a damaged or unwritable cache.
     """
+    cache = Path(cache)
     known = [identity(source) for source in sources]
     report = progress or (lambda what, share: None)
     readers = [SplitSource(source, val_fraction, on_error, MEMORY // len(sources)) for source in sources]
@@ -97,7 +101,7 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
             entry = table["splits"][side]
             opened = [_open_shard(folder, shard, verify) for shard in entry["shards"]]
             name = f"{table['identity']['source']} ({side})"
-            made.append(Split(opened, table["vocab_size"], entry["bytes"], name))
+            made.append(Split(opened, table["vocab_size"], entry["bytes"], name, table.get(f"{side}_opening", 0)))
     # Not the identities: a copy of the data on another machine has other modification times, and the same tokens.
     content = [{key: table[key] for key in ("splits", "vocab_size", "separator", "tokenizer")} for table in tables]
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
@@ -140,11 +144,14 @@ def _tokenize(
     after = [] if single or tokenizer.eos_id == tokenizer.bos_id else [tokenizer.eos_id]
     writers = {side: ShardWriter(folder, side, tokenizer.vocab_size) for side in get_args(SplitName)}
     counts = {side: {"documents": 0, "bytes": 0} for side in writers}
+    opening = 0
     done, total = 0, sum(reader.chars.values())
     for parts in _batches(_chunks(reader.parts())):
         report(f"tokenizing {reader.source.label}", done / total)
         encoded = tokenizer.encode_batch([part.text for part in parts], [not part.starts for part in parts])
         for part, ids in zip(parts, encoded, strict=True):
+            if part.within_word and not writers["val"].tokens:
+                opening = _opening(part.text, tokenizer)
             writers[part.split].write(before * part.starts + ids + after * part.ends)
             counts[part.split]["documents"] += part.starts
             counts[part.split]["bytes"] += len(part.text.encode())
@@ -157,6 +164,7 @@ def _tokenize(
         "separator": None if single else tokenizer.bos_id,
         "skipped": {"counts": reader.skipped.counts, "places": reader.skipped.locations, "notes": reader.skipped.notes},
         "held_out": reader.held_out,
+        "val_opening": opening,  # no part of the splits, on which batches depend
         "splits": {
             side: counts[side] | {"tokens": writer.tokens, "shards": [_listed(path) for path in writer.paths]}
             for side, writer in writers.items()
@@ -164,6 +172,12 @@ def _tokenize(
     }
     (folder / "dataset.json").write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     report(f"tokenizing {reader.source.label}", 1.0)
+
+
+def _opening(text: str, tokenizer: Tokenizer) -> int:
+    """Tokens in front of the first whole word of a text that begins within one."""
+    found = _BREAK.search(text, 0, _WORD)
+    return len(tokenizer.encode_batch([text[: found.end()]], [True])[0]) if found else 0
 
 
 def _chunks(parts: Iterable[Part]) -> Iterator[Part]:
@@ -174,7 +188,8 @@ def _chunks(parts: Iterable[Part]) -> Iterator[Part]:
             found = _BREAK.search(part.text, start + CHUNK - 1, start + 2 * CHUNK)
             stop = found.end() if found else min(start + 2 * CHUNK, len(part.text))
             ends = part.ends and stop == len(part.text)
-            yield Part(part.split, part.text[start:stop], part.starts and not start, ends)
+            within_word = part.within_word and not start
+            yield Part(part.split, part.text[start:stop], part.starts and not start, ends, within_word)
             start = stop
 
 

@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from minillama.data.examples import is_held_out
@@ -24,12 +24,13 @@ _CUT = 1000  # characters from which a document of few gives its end
 
 @dataclass(frozen=True)
 class Part:
-    """A document, or the part of one in a split; whether it includes the document's start and its end."""
+    """A document, or the part of one in a split; whether it has the document's start and end, or begins in a word."""
 
     split: SplitName
     text: str
     starts: bool = True
     ends: bool = True
+    within_word: bool = field(default=False, compare=False)
 
 
 class SplitSource:
@@ -145,4 +146,4 @@ def _divided(text: str, boundary: int) -> Iterator[Part]:
     if inside:
         yield Part("train", text[:inside], ends=inside == len(text))
     if inside < len(text):
-        yield Part("val", text[inside:], starts=not inside)
+        yield Part("val", text[inside:], starts=not inside, within_word=text[inside - 1 : inside + 1].isalnum())

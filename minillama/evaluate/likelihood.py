@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from minillama.config.arguments import checked
 from minillama.errors import InputError
 from minillama.inference.engine import evaluating
 from minillama.layers.cache import State
@@ -36,6 +37,7 @@ class Likelihood(NamedTuple):
     is_greedy: bool
 
 
+@checked
 def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Likelihood]:
     """Log-likelihoods sum_i ln P(token_i | context, tokens before i) of continuations of one context.
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minillama.config.arguments import Count, checked
 from minillama.data.packing import document_ids, document_positions
 from minillama.errors import InputError
 from minillama.evaluate import likelihood
@@ -109,11 +110,12 @@ def by_document(rows: NDArray[np.int64], separator: int, device: torch.device) -
     return torch.from_numpy(document_positions(rows, separator)).to(device), Mask(documents=documents)
 
 
+@checked
 def perplexity(
     model: Decoder,
     tokenizer: Tokenizer,
     text: str,
-    context: int = 0,
+    context: Count = 0,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Score:
     """Perplexity and bits per byte of a text, in rolling windows, each predicted from left to right.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.conversation import Conversation, Message
@@ -12,7 +14,7 @@ from minillama.tokenizer.rendering import encode, encode_prompt
 from minillama.tokenizer.template import load_template
 
 Messages = Sequence[Mapping[str, Any]]
-Prompt = str | Sequence[int] | Messages
+Prompt = str | Sequence[int] | Tensor | Messages
 
 
 class ChatPrompts:

@@ -6,7 +6,10 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minillama.config.loader import build, nearest
+from torch import Tensor
+
+from minillama.config.arguments import Count, checked
+from minillama.config.loader import build, is_index, nearest
 from minillama.errors import InputError
 from minillama.inference.chat import ChatPrompts, Prompt, chat_ids, is_messages
 from minillama.inference.engine import Engine
@@ -145,11 +148,12 @@ def check_room(length: int, context: int, where: str) -> None:
         )
 
 
+@checked
 def stream(
     model: Decoder,
     tokenizer: Any,
-    prompt: str | Sequence[Prompt],
-    max_new_tokens: int = 128,
+    prompt: Prompt | Sequence[Prompt],
+    max_new_tokens: Count = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
@@ -165,8 +169,8 @@ def stream(
 
     Args:
         tokenizer: its tokenizer, a `Tokenizer` or one of transformers, which is converted at each call.
-        prompt: a text, or several, of any length, which share a batch; token ids are taken as they are, messages
-            (`[{"role": "user", "content": ...}]`) by the tokenizer's chat template.
+        prompt: a text, or several, of any length, which share a batch; token ids, a list or a tensor, are taken as they
+            are, messages (`[{"role": "user", "content": ...}]`) by the tokenizer's chat template.
         max_new_tokens: tokens per prompt at most.
         sampling: sampling settings; `Sampling()` unless given. Prompt i has seed + i.
         stop: strings that end a sequence; they are not part of the text.
@@ -225,28 +229,31 @@ def _check_names(settings: Mapping[str, Any]) -> None:
         raise InputError(f"unknown key {name!r}", where="generate", expected=expected, fix=fix)
 
 
-def _several(prompt: str | Sequence[Prompt]) -> Sequence[Any]:
-    """Prompts, also of one that is a text or messages."""
-    return [prompt] if isinstance(prompt, str) or is_messages(prompt) else prompt
+def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    """Prompts, also of one that is a text, messages, or token ids."""
+    prompt = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    is_one = isinstance(prompt, str) or is_messages(prompt) or (len(prompt) > 0 and is_index(prompt[0]))
+    return [prompt] if is_one else prompt
 
 
-def encode(tokenizer: Tokenizer, prompt: str | Sequence[int], where: str) -> list[int]:
+def encode(tokenizer: Tokenizer, prompt: str | Sequence[int] | Tensor, where: str) -> list[int]:
     """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one. Ids stay as they are.
 
     Raises:
         InputError: an empty prompt, and a tokenizer without BOS.
     """
-    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos) if isinstance(prompt, str) else list(prompt)
+    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos) if isinstance(prompt, str) else [int(i) for i in prompt]
     if not ids and tokenizer.bos_id is None:
         raise InputError("an empty prompt", where=where, fix="give at least one character")
     return ids or [tokenizer.bos_id]
 
 
+@checked
 def generate(
     model: Decoder,
     tokenizer: Any,
-    prompts: str | Sequence[Prompt],
-    max_new_tokens: int = 128,
+    prompts: Prompt | Sequence[Prompt],
+    max_new_tokens: Count = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,

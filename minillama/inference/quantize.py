@@ -18,6 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from minillama.config.arguments import checked
 from minillama.errors import InputError
 from minillama.files import replace_file
 from minillama.formats import gguf
@@ -32,6 +33,7 @@ from minillama.tokenizer.gguf_export import vocabulary
 TOKENS = 4096  # per forward pass
 
 
+@checked
 @torch.no_grad()
 def quantize(model: Decoder, kind: Quantization, group: int = GROUP, calibration: Tensor | None = None) -> Decoder:
     """Quantization of a model's linear layers in place, irreversible.

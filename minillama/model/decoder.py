@@ -18,59 +18,24 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from minillama.config import ModelConfig
+from minillama.config.arguments import Fraction, Positive, checked
 from minillama.config.mup import Mup
 from minillama.errors import InputError
 from minillama.formats import generation_config, hf
 from minillama.formats.layout import check_writable
 from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
-from minillama.layers.alibi import Alibi
 from minillama.layers.attention import AttentionInputs
-from minillama.layers.block_positions import BlockPositions
 from minillama.layers.cache import CacheRange, State
 from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
 from minillama.layers.dropout import dropout
-from minillama.layers.long_rope import LongRope
 from minillama.layers.lora import effective_weight
 from minillama.layers.mask import Mask
-from minillama.layers.norm import make_norm
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
-from minillama.layers.rope import Rope, Rope2D
-from minillama.model.block import make_block
+from minillama.model.backbone import Backbone, check_inputs
 from minillama.model.compile import compile_frugally
 from minillama.model.init import initialize
 from minillama.model.linears import fuse, is_fused, refuse_others
-
-
-class Backbone(nn.Module):
-    """Everything but the head; what Hugging Face calls `model`."""
-
-    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
-        super().__init__()
-        # `init_weights` draws it; what nn.Embedding draws would import torch's compiler on meta, a second
-        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
-        self.embed_positions = BlockPositions(config) if config.position == "learned-2d" else None
-        self.embed_norm = make_norm(config) if config.embedding_norm else None
-        self.layers = nn.ModuleList(make_block(config, dropout, i) for i in range(config.n_layers))
-        self.norm = make_norm(config)
-        self.reset_position_tables(config)
-
-    def reset_position_tables(self, config: ModelConfig) -> None:
-        """Make the position tables that hold no parameter, on the device of the surrounding context."""
-        with torch.device("cpu"):  # arithmetic on meta would import torch's compiler, a second
-            kind = LongRope if config.is_longrope else Rope
-            self.rope = {"rope": kind, "rope-2d": Rope2D}.get(config.position, lambda config: None)(config)
-            self.alibi = Alibi(config.n_heads) if config.position == "alibi" else None
-        for table in (self.rope, self.alibi):
-            if table is not None:
-                table.to(torch.get_default_device())
-
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Tokens (B, T) -> (B, T, D), with learned positions and a norm where the model has them."""
-        x = self.embed_tokens(tokens)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions)
-        return x if self.embed_norm is None else self.embed_norm(x)
 
 
 class Decoder(nn.Module):
@@ -92,11 +57,9 @@ class Decoder(nn.Module):
     (`heads.py`) there is `score`.
     """
 
-    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+    @checked
+    def __init__(self, config: ModelConfig, dropout: Fraction = 0.0) -> None:
         super().__init__()
-        if isinstance(config, str):
-            fix = f"give ModelConfig.load({config!r}), or take Decoder.from_pretrained for a folder"
-            raise InputError("the configuration is not a ModelConfig", found=type(config).__name__, fix=fix)
         self.config = config
         self.dropout = dropout
         self.checkpointing = False
@@ -168,6 +131,7 @@ class Decoder(nn.Module):
             state: the decode state, which takes the tokens in. Rows are padded on the right and
                 `mask.lengths` says how much of each is real.
         """
+        check_inputs(tokens, positions, mask, state)
         mask = (mask or Mask()).within(self.config.sliding_window)
         count = tokens.shape[1]
         span = state.span(count) if state is not None else CacheRange(0, count, count, length=count)
@@ -210,6 +174,7 @@ class Decoder(nn.Module):
             hidden = hidden * self.config.logit_scale
         return F.linear(hidden, self.output_weight) if self.lm_head is None else self.lm_head(hidden)
 
+    @checked
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """Sum of nats of the head's predictions, as `cross_entropy` of `head(hidden)`, in little memory.
 
@@ -223,7 +188,10 @@ class Decoder(nn.Module):
             hidden = hidden * self.config.logit_scale
         return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss, self.loss_kernel)
 
-    def state(self, batch_size: int, max_len: int | None = None, cache_dtype: torch.dtype | None = None) -> State:
+    @checked
+    def state(
+        self, batch_size: Positive, max_len: Positive | None = None, cache_dtype: torch.dtype | None = None
+    ) -> State:
         """An empty decode state for `batch_size` rows of at most `max_len` tokens; see `State`."""
         return State(self.config, batch_size, max_len, self.dtype, self.device, cache_dtype)
 
@@ -322,6 +290,7 @@ class Decoder(nn.Module):
         return self.dtype
 
     @classmethod
+    @checked
     def from_pretrained(
         cls,
         path: str | os.PathLike[str] | ModelFile,
@@ -360,6 +329,7 @@ class Decoder(nn.Module):
         self.stop_ids, self.sampling = source.stop_ids, source.sampling
         return self.eval()
 
+    @checked
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_size: int | str = "5GB") -> None:
         """Write config.json and the weights into a folder, which is made if need be.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama.config import ModelConfig
+from minillama.config.arguments import checked
 from minillama.config.command_line import CommandLine, overrides
 from minillama.config.loader import Located, build, check, config_path, read_toml, to_dict
 from minillama.config.lora import LoRAConfig
@@ -158,7 +159,8 @@ class RunConfig:
         return self.stage(step).optim or self.optim
 
 
-def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = None) -> RunConfig:
+@checked
+def load_run_config(name: str | Path, words: Sequence[str] = (), preset: str | None = None) -> RunConfig:
     """Read a configuration file and apply the command line.
 
     Args:
@@ -169,7 +171,7 @@ def load_run_config(name: str, words: Sequence[str] = (), preset: str | None = N
     Raises:
         InputError: an unknown key, a wrong type, a value out of range; with file and line.
     """
-    path = config_path("train", name)
+    path = config_path("train", str(name))
     values, origin = read_toml(path)
     shape = values.pop("model", {"preset": "llama-tiny"})
     values.setdefault("name", path.stem)

@@ -12,6 +12,7 @@ from minillama.files import parsing
 from minillama.runs.checkpoint import steps
 from minillama.runs.folder import lock_owner, read_lines, read_metrics
 
+PYTHON_OBJECTIVE = "Python objective"  # name of the function that made it, where the configuration's was replaced
 DAMAGED = "this is not the folder of a run, or files of it are damaged"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
+from minillama.config.arguments import checked
 from minillama.errors import InputError
 from minillama.tokenizer import open as reader
 from minillama.tokenizer import sentencepiece
@@ -46,6 +47,7 @@ class Tokenizer:
         InputError: `eos` or `bos` is not in the vocabulary.
     """
 
+    @checked
     def __init__(
         self,
         backend: Backend,
@@ -89,8 +91,7 @@ class Tokenizer:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end a text or a turn, as the vocabulary's file says."""
-        ids = map(self.backend.token_to_id, self._stops)
-        return frozenset([self.eos_id, *(i for i in ids if i is not None)])
+        return frozenset([self.eos_id, *(i for i in map(self.backend.token_to_id, self._stops) if i is not None)])
 
     def _id(self, token: str) -> int:
         index = self.backend.token_to_id(token)
@@ -99,6 +100,7 @@ class Tokenizer:
         return index
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a vocabulary file, or the one in a folder.
 
@@ -137,14 +139,13 @@ class Tokenizer:
         own = self.eos_token, self._bos, self.add_bos
         return Parts(self.backend, *own, self._config, self._model, self._encoder, self._stops)
 
+    @checked
     def save(self, folder: str | Path, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
 
-        A tokenizer that came from a SentencePiece file has that written beside them as tokenizer.model.
-        `max_length` is the model's context in tokens.
+        And the SentencePiece file that it came from, as tokenizer.model. `max_length`: the model's context in tokens.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
         if self._model:
             (folder / "tokenizer.model").write_bytes(self._model)
@@ -198,6 +199,7 @@ class Tokenizer:
         config = {**self._config, "chat_template": {**self.chat_templates, "default": template}}
         return Tokenizer.of(replace(self.parts, config=config))
 
+    @checked
     def encode(self, text: str, bos: bool = False, special: bool = False) -> list[int]:
         """Token ids of a text.
 
@@ -209,12 +211,13 @@ class Tokenizer:
         Raises:
             InputError: the text holds a lone surrogate.
         """
-        if not isinstance(text, str):
-            raise InputError("this is no text", where="text", found=type(text).__name__, fix="use encode_batch")
-        ids = [self.bos_id] * bos
-        if not special:
-            return ids + self.encode_batch([text])[0]
-        return ids + self.special(self.special.code(check_unicode(text))).ids
+        ids = self.special(self.special.code(check_unicode(text))).ids if special else self.encode_batch([text])[0]
+        return [self.bos_id] * bos + ids
+
+    __call__ = encode
+
+    def __len__(self) -> int:
+        return self.vocab_size
 
     def encode_inside(self, text: str) -> list[int]:
         """Token ids of a text that continues another.
@@ -223,6 +226,7 @@ class Tokenizer:
         """
         return self.encode_batch([text], [True])[0]
 
+    @checked
     def encode_batch(self, texts: Iterable[str], inside: Sequence[bool] = ()) -> list[list[int]]:
         """Token ids per text, encoded on all cores; where `inside` is true, as by `encode_inside`."""
         texts, rest = list(texts), {i for i, is_inside in enumerate(inside) if is_inside}
@@ -238,10 +242,10 @@ class Tokenizer:
         return rows
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        if self._encoder is None:
-            return encode_texts(self.backend, texts)
-        return self._encoder.encode(list(map(check_unicode, texts)))
+        own = self._encoder
+        return own.encode(list(map(check_unicode, texts))) if own else encode_texts(self.backend, texts)
 
+    @checked
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of token ids; U+FFFD replaces bytes that are not valid UTF-8.
 
@@ -293,8 +297,7 @@ class Tokenizer:
     def unknown_id(self) -> int | None:
         """Id of the unknown token; None where there is none."""
         model: dict[str, Any] = to_dict(self.backend)["model"]
-        name = model.get("unk_token")
-        return model.get("unk_id") if name is None else self.backend.token_to_id(name)
+        return self.backend.token_to_id(name) if (name := model.get("unk_token")) is not None else model.get("unk_id")
 
     def surfaces(self, text: str) -> list[tuple[int, str]]:
         """Id and surface form of each token: its piece, or for an unknown token the text that is lost.
@@ -330,8 +333,7 @@ class Tokenizer:
     @cached_property
     def pre(self) -> str | None:
         """llama.cpp's name of the pre-tokenizer (tokenizer.ggml.pre), None where GGUF cannot express this one."""
-        pattern = pattern_of(self.backend)
-        return next((name for name, known in PRE.items() if known == pattern), None)
+        return next((name for name, known in PRE.items() if known == pattern_of(self.backend)), None)
 
     @cached_property
     def pieces(self) -> Pieces | None:
@@ -361,8 +363,7 @@ class Tokenizer:
     ) -> str:
         """A conversation rendered by the model's chat template; encode it with `special=True`.
 
-        The arguments are those of a `ChatTemplate`, and so are the errors. With `tools` the template `tool_use` is
-        taken where there is one.
+        Arguments and errors are a `ChatTemplate`'s; with `tools` the template `tool_use` is taken if there is one.
 
         Raises:
             InputError: there is no template.

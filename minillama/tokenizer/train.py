@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
+from minillama.config.arguments import checked
+from minillama.config.loader import check
 from minillama.errors import InputError
 from minillama.tokenizer import backends, sentencepiece
 from minillama.tokenizer.hf_json import END_OF_TEXT
@@ -86,6 +88,7 @@ class TokenizerTrainer:
             if value != getattr(TokenizerTrainer, name) and self.kind not in kinds:
                 found, expected = f"{name} = {value} with {self.kind}", " or ".join(kinds)
                 raise InputError("this setting is another kind's", where=name, found=found, expected=expected)
+        check(self)
         if not 0.98 <= self.coverage <= 1:
             where = "character_coverage"
             raise InputError("character coverage out of range", where=where, found=self.coverage, expected="0.98 to 1")
@@ -106,6 +109,7 @@ class TokenizerTrainer:
             return " ".join(("bytes", *self.special))
         return " ".join(f"{key}={value}" for key, value in asdict(self).items())
 
+    @checked
     def __call__(self, texts: Iterable[str]) -> Tokenizer:
         """Train on the texts, in one pass (none for bytes)."""
         plain = replace(self, vocab_size=max(0, self.vocab_size - len(self.special)), special=())

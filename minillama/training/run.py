@@ -13,6 +13,7 @@ import tomli_w
 import torch
 
 from minillama.config import ModelConfig
+from minillama.config.arguments import checked
 from minillama.config.loader import to_dict
 from minillama.errors import InputError, missing
 from minillama.formats.gguf import architecture
@@ -20,12 +21,13 @@ from minillama.formats.model_file import ModelFile
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, remove_parts, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
-from minillama.runs.folder import RunFolder, choose_folder, read_metrics
+from minillama.runs.folder import RunFolder, choose_folder, read_lines, read_metrics
 from minillama.runs.log import MetricsLog
 from minillama.runs.memory import GIB, check_disk, warn_of_memory
 from minillama.runs.objectives import typed
 from minillama.runs.plot import MISSING, sparkline, write_png
 from minillama.runs.provenance import provenance
+from minillama.runs.record import PYTHON_OBJECTIVE
 from minillama.runs.report import Report, SilentReport, make_report
 from minillama.runs.signals import Interrupted
 from minillama.tokenizer import Tokenizer
@@ -41,9 +43,10 @@ from minillama.training.trainer import Trainer
 FINE_TUNING = {"lr": 2e-3, "muon_lr": 1e-2}  # the highest learning rates of a trained model without a warning
 
 
+@checked
 def train(
     config: RunConfig,
-    out: str | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -67,13 +70,11 @@ def train(
     Raises:
         InputError: an error that the user can correct; nothing is overwritten then.
     """
-    if not isinstance(config, RunConfig):
-        raise InputError("this is no RunConfig", where="config", found=type(config), fix='load_run_config("tiny")')
     duration = Duration()
     with processes(config) as parallel, _determinism(config.train.deterministic):
         leads = parallel.ranks.leads
         report = (report or make_report()) if leads else SilentReport()
-        path = parallel.ranks.leaders(choose_folder(config.name, out) if leads else None)
+        path = parallel.ranks.leaders(choose_folder(config.name, None if out is None else str(out)) if leads else None)
         assert path is not None
         folder = RunFolder(path, resume, overwrite, leads)
         try:
@@ -107,7 +108,7 @@ def _train(
     report: Report,
     parallel: Parallel,
     duration: Duration,
-    make: MakeObjective,
+    maker: MakeObjective,
 ) -> int:
     ranks, folder.log = parallel.ranks, MetricsLog(config.log)
     if ranks.leads:
@@ -121,7 +122,8 @@ def _train(
     config = start.config
     if resume and checkpoint is None:
         report.say(f"no complete checkpoint in {folder.checkpoints}: starting at step 0")
-    changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report)
+    own = None if maker is make else getattr(maker, "__qualname__", type(maker).__qualname__)
+    changes = [] if checkpoint is None else _compare(checkpoint, config, folder, report, own)
     is_finished = checkpoint is not None and checkpoint.step >= config.train.steps and not config.train.minutes
     if checkpoint is not None and is_finished and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
@@ -139,7 +141,7 @@ def _train(
         stages, tokenizer = load_stages(config, tokenizer, report)
     model = start.build_model(parallel)
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
-    objective = make_staged(config, model, tokenizer, data, stages, make)
+    objective = make_staged(config, model, tokenizer, data, stages, maker)
     if ranks.leaders(objective.fingerprint) != objective.fingerprint:
         what, fix = "this process reads other data than the first one", "give all machines the same files"
         raise InputError(what, where="data.sources", found=f"fingerprint {objective.fingerprint[:16]}", fix=fix)
@@ -148,7 +150,8 @@ def _train(
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds
     begun = provenance(config, state.step, state.fingerprints, start.device)
-    folder.start(tomli_w.dumps(to_table(config)), begun | {"processes": parallel.sizes._asdict()})
+    begun |= {"processes": parallel.sizes._asdict()} | ({} if own is None else {PYTHON_OBJECTIVE: own})
+    folder.start(tomli_w.dumps(to_table(config)), begun)
     set_aside(passed if ranks.leads else ())
     if checkpoint is None:
         folder.rewind_metrics(-1)
@@ -177,10 +180,11 @@ def _train(
 
 
 def _say_begin(trainer: Trainer) -> None:
-    config, parallel, folder = trainer.config, trainer.parallel, trainer.folder
+    config, parallel, folder, shape = trainer.config, trainer.parallel, trainer.folder, trainer.config.model
+    widths = f"{shape.n_layers} layers {shape.dim} wide, feed-forward {shape.hidden_dim}"
     count = parallel.ranks.processes
     trainer.report.say(
-        f"{config.name}: {config.model.num_params() / 1e6:.2f}M parameters, {trainer.model.device.type}, "
+        f"{config.name}: {shape.num_params() / 1e6:.2f}M parameters ({widths}), {trainer.model.device.type}, "
         f"{str(trainer.dtype).removeprefix('torch.')}, peak {trainer.peak / 1e9:.0f} GFLOP/s, "
         f"{config.train.batch_size} x {config.context} tokens per step, in {folder.path}"
         + (f", {count} processes: {parallel.sizes}" if count > 1 else "")
@@ -196,9 +200,22 @@ def _warn_of_rates(config: RunConfig, report: Report) -> None:
         report.say(f"warning: {now} suit random weights, and a trained model forgets; a tenth of them: {tenth}")
 
 
-def _compare(checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, report: Report) -> list[str]:
-    """Comparison of the checkpoint's run with the resumed one; the changed settings, as reported."""
+def _compare(
+    checkpoint: Checkpoint, config: RunConfig, folder: RunFolder, report: Report, own: str | None
+) -> list[str]:
+    """Comparison of the checkpoint's run with the resumed one; the changed settings, as reported.
+
+    Its objective is `own`, one of Python code, or that of the configuration.
+    """
     _check_shape(checkpoint, config.model)
+    was = read_lines(folder.starts)[-1:]
+    if was and was[0].get(PYTHON_OBJECTIVE) != own:
+        expected = f"objective={was[0][PYTHON_OBJECTIVE]}" if PYTHON_OBJECTIVE in was[0] else "that of its config.toml"
+        what, fix = (
+            "the run has another objective",
+            "call train(..., resume=True) with the one that it began with",
+        )
+        raise InputError(what, where=folder.path, found=own or "none in Python", expected=expected, fix=fix)
     saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
     changes = check_resumed(saved, config, folder.config)
     steps, done = config.train.steps, checkpoint.step

@@ -94,6 +94,14 @@ def test_7b_fits(words: list[str], fits: list[str], capsys: pytest.CaptureFixtur
     assert fit["fits"] == fits
 
 
+def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "llama-3-70b", "--gpu", "H100", "--gpus", "8"]) == 0
+    title, _, _, setting, question, answer, *_, last, _ = capsys.readouterr().out.splitlines()
+    assert title.startswith("llama-3-70b: 70.55 B parameters") and setting.startswith("full training, 1 x 8192 tokens")
+    assert question.startswith("fits a GPU") and answer.startswith("  80 GB, H100  no, ")
+    assert last.split()[0] == "lm_head.weight"
+
+
 def test_what_is_suggested_fits(capsys: pytest.CaptureFixture[str]) -> None:
     for fit in plan_json(capsys, "llama-2-13b", "--batch", "8")["fits"]:
         assert fit["instead"]

@@ -7,12 +7,16 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minillama.commands.cli import main
 from minillama.commands.tables import plain
+from minillama.runs.config import load_run_config
 from minillama.runs.plot import chart
+from minillama.training.objectives import Objective, make
+from minillama.training.run import train
 
 Two = Callable[[], tuple[Path, Path]]
 
@@ -72,6 +76,27 @@ def test_compare_names_the_differences(runs: tuple[Path, Path], capsys: pytest.C
     assert "optim.lr" in said and "0.5" in said and "val_loss at step" in said
     assert f"step; a: {runs[0]}, b: {runs[1]}" in said
     assert "train.batch_size" not in said
+
+
+def test_compare_names_objectives(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the configuration, and those of Python code, which no other command line resumes."""
+
+    def same(*given: Any) -> Objective:
+        return make(*given)
+
+    config = load_run_config(str(runs[1] / "config.toml"))
+    train(config, str(tmp_path / "own"), objective=same)
+    assert main(["compare", str(runs[1]), str(tmp_path / "own"), "--json"]) == 0
+    differ = json.loads(capsys.readouterr().out.splitlines()[-1])["differences"]
+    assert differ == {"Python objective": [None, "test_compare_names_objectives.<locals>.same"]}
+    assert main(["train", "--out", str(tmp_path / "own"), "--resume", "--train.steps", "8"]) == 1
+    assert "expected: objective=test_compare_names_objectives" in capsys.readouterr().err
+    assert train(config, str(tmp_path / "own"), resume=True, objective=same) == 0
+    shutil.copytree(runs[1], tmp_path / "z")
+    text = (runs[1] / "config.toml").read_text()
+    (tmp_path / "z" / "config.toml").write_text(text.replace("z_loss = 0.0", "z_loss = 0.5"))
+    assert main(["compare", str(runs[1]), str(tmp_path / "z"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["differences"] == {"objective.z_loss": [0, 0.5]}
 
 
 def test_show_tells_a_run_that_is_going_on(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,10 +46,29 @@ COUNTS = {
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.3-70b": 70_553_706_496,
     "mistral-7b": 7_241_732_096,
+    "mistral-small-24b": 23_572_403_200,
     "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
     "phi-3-mini": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
     "smollm3-3b": 3_075_098_624,
     "tinyllama-1.1b": 1_100_048_384,
     "smollm2-135m": 134_515_008,
@@ -217,9 +236,23 @@ def test_a_change_derives_widths_anew_where_they_were_derived() -> None:
     changed = ModelConfig.load("llama-7b").changed({"dim": 512, "n_heads": 8})
     assert (changed.n_kv_heads, changed.head_dim, changed.hidden_dim) == (8, 64, 1536)
     grouped = ModelConfig.load("llama-2-70b").changed({"dim": 4096})
-    assert (grouped.n_kv_heads, grouped.head_dim, grouped.hidden_dim) == (8, 64, 28672)
+    assert (grouped.n_kv_heads, grouped.head_dim, grouped.hidden_dim) == (8, 64, 28672 // 2)
     own = SMALL.changed({"head_dim": 32}).changed({"dim": 128})
-    assert (own.head_dim, own.hidden_dim) == (32, 96)
+    assert (own.head_dim, own.hidden_dim) == (32, 128 * SMALL.hidden_dim // SMALL.dim)
+
+
+def test_a_preset_keeps_its_proportions() -> None:
+    """llama-tiny's feed-forward width is 2.75 dim, a multiple of 64; another dim has another, unless it is given."""
+    tiny = ModelConfig.load("llama-tiny")
+    widths = {dim: tiny.changed({"dim": dim}).hidden_dim for dim in (64, 104, 128, 256, 512)}
+    assert widths == {64: 192, 104: 288, 128: 352, 256: 704, 512: 1408}
+    assert tiny.changed({"dim": 64, "hidden_dim": 700}).hidden_dim == 700
+    assert ModelConfig.from_table({"preset": "rwkv-tiny", "dim": 64}).hidden_dim == 256
+    assert tiny.changed({"n_heads": 8}).hidden_dim == tiny.hidden_dim
+    with pytest.raises(InputError, match=r"found: head_dim = 25[\s\S]*such as 26 \(dim = 104\)"):
+        tiny.changed({"dim": 100})
+    with pytest.raises(InputError, match=r"dim[\s\S]*found: 'wide'"):
+        tiny.changed({"dim": "wide"})
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,19 @@ def test_few_documents_give_their_ends(tmp_path: Path) -> None:
     assert separate.prompt(4) == [256, 7, 8]
 
 
+@pytest.mark.parametrize("documents", [1, 3])
+def test_a_prompt_begins_with_a_whole_word(documents: int, tmp_path: Path) -> None:
+    """Held-out text is cut at a character, as that of others is, and may begin within a word."""
+    text = "Once upon a midnight dreary while I pondered weak and weary " * 20
+    source = lines(tmp_path / "a.jsonl", [f"{text}{i}" for i in range(documents)])
+    for share in (0.1, 0.11, 0.12, 0.13):
+        for i, trained in enumerate((BYTES, TokenizerTrainer("bpe", 280), TokenizerTrainer("unigram", 300))):
+            corpus, tokenizer = prepare([source], trained, cache=tmp_path / f"{i}", val_fraction=share)
+            prompt, held_out = tokenizer.decode(corpus.prompt(9)), tokenizer.decode(everything(corpus.val[0]))
+            assert prompt.split()[0] in text.split(), (share, prompt, held_out[:40])
+            assert prompt.strip() in held_out
+
+
 def _text(folder: Path, text: str) -> Path:
     path = folder / "one.txt"
     path.write_text(text)

@@ -1,0 +1,120 @@
+"""Arguments of another type than the annotations' are refused by name, by one guard for all public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import minillama
+from minillama import Corpus, Decoder, InputError, ModelConfig, Tokenizer, TokenizerTrainer
+from minillama.data.sources import Source
+from minillama.tokenizer import byte_tokenizer
+
+WORDS = byte_tokenizer()
+CONFIG = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=257, max_seq_len=32)
+MODEL = Decoder(CONFIG)
+WRONG = ["abc", -1, 3.5, None, [1], ["a"], {}, object(), torch.tensor([1, 2]), b"x", [None], True]
+IDS = torch.tensor([[1, 2]])
+
+
+def calls(folder: Path) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
+    """Public functions with valid arguments, all of which are to be replaced."""
+    (folder / "t.txt").write_text("abc def ghi " * 200)
+    sources, cache = [Source(path=str(folder / "t.txt"))], folder / "cache"
+    corpus, _ = minillama.prepare(sources, WORDS, cache=cache, val_fraction=0.1)
+    MODEL.save_pretrained(folder / "model")
+    WORDS.save(folder / "model")
+    asked = {"model": MODEL, "tokenizer": WORDS, "prompts": "ab", "max_new_tokens": 1, "sampling": None, "stop": ()}
+    flags = dict.fromkeys(("ignore_eos", "chat", "logprobs", "skips_long"), False)
+    return {
+        "generate": (minillama.generate, asked | flags | {"engine": None}),
+        "perplexity": (minillama.perplexity, {"model": MODEL, "tokenizer": WORDS, "text": "abc", "context": 0}),
+        "log_likelihoods": (minillama.log_likelihoods, {"model": MODEL, "context": [1], "continuations": [[3], [4]]}),
+        "quantize": (lambda **given: minillama.quantize(**given), {"model": Decoder(CONFIG), "kind": "none"}),
+        "prepare": (minillama.prepare, {"sources": sources, "tokenizer": WORDS, "cache": cache, "val_fraction": 0.1}),
+        "load_run_config": (minillama.load_run_config, {"name": "tiny", "words": (), "preset": None}),
+        "train": (minillama.train, {"config": None, "out": "x", "resume": False, "report": None}),
+        "Decoder": (Decoder, {"config": CONFIG, "dropout": 0.0}),
+        "Decoder.from_pretrained": (Decoder.from_pretrained, {"path": folder / "model", "dtype": None}),
+        "Decoder.save_pretrained": (MODEL.save_pretrained, {"path": folder / "other"}),
+        "Decoder.forward": (MODEL, {"tokens": IDS, "positions": None, "mask": None, "state": None}),
+        "Decoder.loss": (MODEL.loss, {"hidden": MODEL.hidden(IDS), "targets": IDS, "weights": None, "z_loss": 0.0}),
+        "Decoder.state": (MODEL.state, {"batch_size": 1, "max_len": 4, "cache_dtype": None}),
+        "ModelConfig.load": (ModelConfig.load, {"source": "llama-tiny"}),
+        "ModelConfig": (CONFIG.flops_per_token, {"seq_len": 8, "training": True}),
+        "Tokenizer": (Tokenizer, {"backend": byte_tokenizer().backend, "eos": "<|endoftext|>"}),
+        "Tokenizer.load": (Tokenizer.load, {"path": folder / "model"}),
+        "Tokenizer.encode": (WORDS.encode, {"text": "a", "bos": False, "special": False}),
+        "Tokenizer.encode_batch": (WORDS.encode_batch, {"texts": ["a"]}),
+        "Tokenizer.decode": (WORDS.decode, {"ids": [1], "skip_special": True}),
+        "Tokenizer.save": (WORDS.save, {"folder": folder / "words"}),
+        "TokenizerTrainer": (TokenizerTrainer, {"kind": "bpe", "vocab_size": 300, "full": False, "special": ()}),
+        "TokenizerTrainer()": (TokenizerTrainer("bpe", 300), {"texts": ["abc"]}),
+        "Corpus": (Corpus, {"train": corpus.train, "val": corpus.val, "weights": None, "separator": None}),
+        "Corpus.batch": (corpus.batch, {"seed": 1, "step": 0, "rows": 2, "length": 8}),
+        "Sampling": (minillama.Sampling, {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}),
+    }
+
+
+def test_wrong_types_are_input_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    unclear = []
+    for name, (function, valid) in calls(tmp_path).items():
+        for argument in valid:
+            for wrong in WRONG:
+                try:
+                    function(**valid | {argument: wrong})
+                except InputError as error:
+                    assert "Error" not in error.what
+                except Exception as error:
+                    unclear.append(f"{name}({argument}={wrong!r}): {error!r}")
+    # an iterable of anything may give texts, and a tensor of states may have any shape
+    allowed = ("texts=tensor", "hidden=tensor")
+    assert [line for line in unclear if not any(one in line for one in allowed)] == []
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: minillama.generate("folder", WORDS, "a"), r"expected: a Decoder\n  do: Decoder.from_pretrained"),  # type: ignore[arg-type]
+        (
+            lambda: minillama.generate(MODEL, WORDS, "a", -1),
+            "max_new_tokens is out of range[^!]*found: -1[^!]*at least 0",
+        ),
+        (
+            lambda: minillama.generate(MODEL, WORDS, "a", stop="ab"),
+            "stop has a value of the wrong type[^!]*a list, each a str",
+        ),
+        (
+            lambda: minillama.generate(MODEL, WORDS, [[5000]]),
+            "outside the vocabulary[^!]*found: 5000\n[^!]*0 to 256",
+        ),
+        (lambda: MODEL(torch.tensor([[5000]])), "outside the vocabulary"),
+        (lambda: MODEL([1, 2]), "these are no token ids[^!]*found: list"),
+        (lambda: MODEL(torch.zeros(1, 2)), "these are no token ids[^!]*found: torch.float32 of shape"),
+        (lambda: Decoder("llama-tiny"), r"expected: a ModelConfig\n  do: ModelConfig.load"),  # type: ignore[arg-type]
+        (lambda: TokenizerTrainer("bpe", 300)("abc"), "texts has a value of the wrong type"),
+        (lambda: WORDS.encode(["a"]), "text has a value of the wrong type"),  # type: ignore[arg-type]
+        (lambda: minillama.train({}), r"expected: a RunConfig"),  # type: ignore[arg-type]
+    ],
+)
+def test_the_message_names_argument_and_remedy(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        call()
+
+
+def test_what_was_taken_is_taken() -> None:
+    """One prompt of ids, tensors, whole numbers of arrays, compiled models; a tokenizer that is called."""
+    one = minillama.generate(MODEL, WORDS, [1, 2], 1, temperature=0)
+    for prompts in ([[1, 2]], torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])], (np.int64(1), 2)):
+        assert minillama.generate(MODEL, WORDS, prompts, np.int64(1), temperature=0) == one  # type: ignore[arg-type]
+    wrapped = torch.compile(MODEL, backend="eager")
+    assert minillama.generate(wrapped, WORDS, [1, 2], 1, temperature=0) == one  # type: ignore[arg-type]
+    assert WORDS("abc") == WORDS.encode("abc") and len(WORDS) == WORDS.vocab_size == 257
+    with pytest.raises(TypeError, match=r"generate\(\) missing 1 required"):
+        minillama.generate(MODEL, WORDS)  # type: ignore[call-arg]
