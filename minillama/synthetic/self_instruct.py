@@ -242,12 +242,17 @@ def parse_instances(reply: Completion, language: Language, flag: bool, left_out:
     found: dict[str, str] = {}
     for (a, one), (b, other) in zip(pairs[::2], pairs[1::2], strict=False):
         asked, answer = (other, one) if flag else (one, other)
-        asked = "" if asked.casefold().rstrip(".。") in ("none", "无") else asked
+        asked = "" if _is_nothing(asked) else asked
+        answer = "" if _is_nothing(answer) and not flag else answer  # a label may be "none"
         if (a, b) != (first, second) or not answer or answer == asked or found.get(asked, answer) != answer:
             left_out["instances"] += 1
         else:
             found[asked] = answer
     return [{"input": asked, "output": answer} for asked, answer in found.items()]
+
+
+def _is_nothing(text: str) -> bool:
+    return text.casefold().rstrip(".。") in ("none", "n/a", "-", "无")
 
 
 def is_cut(reply: Completion) -> bool:

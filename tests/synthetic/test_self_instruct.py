@@ -171,6 +171,11 @@ def test_lists_of_tasks() -> None:
         "Three four",
     ]
     assert parse_instances(Completion(" a\nOutput: a", (), "stop"), "en", False, left_out) == []
+    for nothing in (" None\nOutput: None", " -\nOutput: -"):  # what a small model copies from the examples
+        assert parse_instances(Completion(nothing, (), "stop"), "en", False, left_out) == []
+    assert parse_instances(Completion(" -\nOutput: b", (), "stop"), "en", False, left_out) == [
+        {"input": "", "output": "b"}
+    ]
 
 
 def test_a_teacher_that_gives_nothing_is_left(tmp_path: Path) -> None:
