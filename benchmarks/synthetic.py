@@ -335,7 +335,7 @@ def dialogue(chance: random.Random, in_every: bool) -> list[dict[str, object]]:
 
 def ghost_attention(folder: Path, args: argparse.Namespace, seed: int) -> dict[str, float]:
     chance = random.Random(seed)
-    settings = ["--seed", seed, "--train.context", 128]
+    settings = ["--seed", seed, "--train.context", 128, "--train.batch_size", 16]
     talks = [dialogue(chance, i % 2 == 0) for i in range(args.records)]
     base = trained(folder, "base", talks, [*settings, "--train.steps", args.steps])
     asked = [[str(chance.randrange(10)) for _ in range(1 + i % 5)] for i in range(args.records // 4)]
