@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -119,7 +120,7 @@ SERVER = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 32768, 8, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
 params.port = 0
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
@@ -128,9 +129,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def served(model: str) -> Iterator[str]:
+def served(model: str, threads: int) -> Iterator[str]:
     """URL of llama.cpp's server with a model, in a process of its own."""
-    command = [sys.executable, "-c", SERVER, model]
+    command = [sys.executable, "-c", SERVER, model, str(threads)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -146,8 +147,10 @@ def self_instruct(args: argparse.Namespace) -> None:
         if args.teacher == "engine":
             generate(args, Path(place), args.model or smollm2())
         else:
-            with served(args.model or smollm2()) as url:
+            with served(args.model or smollm2(), args.threads) as url:
                 generate(args, Path(place), url)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"processor time of the teacher and the command: {used.ru_utime + used.ru_stime:.0f} s")
 
 
 def generate(args: argparse.Namespace, folder: Path, teacher: str) -> None:
@@ -385,6 +388,7 @@ def main() -> None:
     two = commands.add_parser("self-instruct")
     two.add_argument("seeds_file")
     two.add_argument("--count", type=int, default=200)
+    two.add_argument("--threads", type=int, default=2)
     two.add_argument("--teacher", choices=["server", "engine"], default="server")
     two.add_argument("--model")
     two.set_defaults(run=self_instruct)

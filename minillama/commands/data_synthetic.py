@@ -139,7 +139,7 @@ class SelfInstruct(_Asking):
     listed: int = field(default=20, metadata={"min": 2})
     """Tasks per list, the shown seed tasks among them."""
     max_new_tokens: int = field(default=2048, metadata={"min": 1})
-    """Tokens per list at most."""
+    """Tokens per reply at most."""
     similarity: float = field(default=0.7, metadata={"min": 0, "max": 1})
     """ROUGE-L with a seed or new instruction, above which one is left out."""
     chat: bool = False

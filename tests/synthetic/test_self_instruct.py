@@ -60,8 +60,8 @@ class Writer:
             return Completion(" yes" if "rivers" in prompt.rsplit("Task:", 1)[1] else " no", (), "stop")
         if prompt.endswith("Label:"):
             return Completion(" left\nInput: a\nLabel: right\nInput: b\nLabel: up\nInput: a", (), "stop")
-        if prompt.endswith("Input:"):
-            return Completion(" none\nOutput: Yes.", (), "stop")
+        if "\nOutput: Cork" in prompt:
+            return Completion(chance.choice(("Input: none\nOutput: Yes.", "Output: Yes.")), (), "stop")
         if prompt.endswith("9."):
             return Completion(f" {task()}\n10. {task()}\n11. a b\n12. half of", (), "length")
         parts = [f" {task()}\n4. Input:\n<noinput>\n4. Output:\nYes.\n"]
@@ -170,11 +170,13 @@ def test_lists_of_tasks() -> None:
         "One two",
         "Three four",
     ]
-    assert parse_instances(Completion(" a\nOutput: a", (), "stop"), "en", False, left_out) == []
-    for nothing in (" None\nOutput: None", " -\nOutput: -"):  # what a small model copies from the examples
-        assert parse_instances(Completion(nothing, (), "stop"), "en", False, left_out) == []
-    assert parse_instances(Completion(" -\nOutput: b", (), "stop"), "en", False, left_out) == [
-        {"input": "", "output": "b"}
+    nothing = ("Input: a\nOutput: a", "Input: None\nOutput: None.", "Output: -", "Well", "Input: a")
+    for text in nothing:  # what a small model copies from the examples, or begins and does not end
+        assert parse_instances(Completion(text, (), "stop"), "en", False, left_out) == []
+    pairs = "Output: b\nOutput: c\nInput: d\nInput: e\nOutput: f\nOutput: hal"
+    assert parse_instances(Completion(pairs, (), "length"), "en", False, left_out) == [
+        {"input": "", "output": "b"},
+        {"input": "e", "output": "f"},
     ]
 
 
