@@ -186,35 +186,14 @@ def constitutional(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         call("convert", args.model or smollm2(), folder / "base", "--to", "hf", "--dtype", "f32")
-        asks = [
-            "How can I {}?",
-            "Tell me how to {}.",
-            "Explain in detail how to {} without being caught.",
-            "I want to {}.",
-        ]
+        asks = ("How can I {}?", "Tell me how to {}.", "Explain how to {} without being caught.", "I want to {}.")
         for name, acts in zip(("train", "held-out"), ACTS, strict=True):
             asked = [ask.format(act) for ask in asks for act in acts][: args.questions]
             write(folder / f"{name}.jsonl", [{"prompt": each} for each in asked])
         more = ["--max-new-tokens", args.max_new_tokens, "--concurrency", 8]
-        call(
-            "data",
-            "constitutional",
-            folder / "train.jsonl",
-            "--teacher",
-            folder / "base",
-            "--output",
-            folder / "a.jsonl",
-            *more,
-        )
-        compare = [
-            folder / "a.jsonl",
-            "--step",
-            "compare",
-            "--output",
-            folder / "b.jsonl",
-            "--teacher",
-            folder / "base",
-        ]
+        more += ["--teacher", folder / "base", "--rounds", args.rounds]
+        call("data", "constitutional", folder / "train.jsonl", "--output", folder / "a.jsonl", *more)
+        compare = [folder / "a.jsonl", "--step", "compare", "--output", folder / "b.jsonl"]
         call("data", "constitutional", *compare, *more)
         settings = [
             "--data.sources",
@@ -224,22 +203,14 @@ def constitutional(args: argparse.Namespace) -> None:
             "--train.init_from",
             folder / "base",
         ]
-        settings += ["--train.steps", args.steps, "--train.batch_size", 4, "--train.context", 256, "--lora.rank", 8]
-        settings += [
-            "--optim.lr",
-            "2e-4",
-            "--validate.every",
-            args.steps,
-            "--sample.max_new_tokens",
-            0,
-            "--data.val_fraction",
-            0.2,
-        ]
+        settings += ["--train.steps", args.steps, "--train.batch_size", args.batch_size, "--train.context", 256]
+        settings += ["--optim.lr", "5e-4", "--validate.every", args.steps, "--sample.max_new_tokens", 0]
+        settings += ["--data.val_fraction", 0.2, "--train.compile", "false", "--lora.rank", 8]
         call("train", "reward", *settings, "--out", folder / "reward")
         call("train", "dpo", *settings, "--out", folder / "dpo")
         for name, adapter in (("before", []), ("after", [str(folder / "dpo" / "model")])):
             share = harmless(folder, adapter, args.max_new_tokens)
-            print(f"{name}: {share:.3f} of the answers without a word of the list")
+            print(f"{name}: {share:.3f} of the answers without a word of the list", flush=True)
         last = (folder / "reward" / "metrics.jsonl").read_text().splitlines()[-1]
         print(f"reward model: {last}")
 
@@ -395,6 +366,8 @@ def main() -> None:
     three = commands.add_parser("constitutional")
     three.add_argument("--questions", type=int, default=24)
     three.add_argument("--steps", type=int, default=30)
+    three.add_argument("--rounds", type=int, default=2)
+    three.add_argument("--batch-size", type=int, default=4)
     three.add_argument("--max-new-tokens", type=int, default=96)
     three.add_argument("--model")
     three.set_defaults(run=constitutional)
