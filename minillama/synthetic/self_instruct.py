@@ -149,8 +149,10 @@ class SelfInstruct:
         for reply in self.teacher(heads, self.max_new_tokens, sampling, (f"\n{_LISTED + 1}.",), self.chat):
             for instruction in parse_list(reply, left_out):
                 reason = "similar" if instruction in found else self._verdict(Task(instruction, "", "-"))[0]
-                left_out[reason or ""] += reason is not None
-                found += [] if reason else [instruction]
+                if reason:
+                    left_out[reason] += 1
+                else:
+                    found.append(instruction)
         greedy = Sampling(temperature=0)
         asked = [words["classify"].format(task=task) for task in found]
         classes = [reply.text.strip().casefold() for reply in self._ask(asked, 4, greedy, "\n")]

@@ -86,6 +86,7 @@ def test_new_instructions_are_read_by_fine_tuning(tmp_path: Path, method: str) -
     lines, out = write(tmp_path / "a.jsonl", 30, method=method)
     instructions = [line["instruction"] for line in lines]
     assert len(lines) == len(set(instructions)) == 30 and out.counts["lines"] == 30
+    assert all(json.loads((tmp_path / "a.jsonl.provenance.json").read_text())["counts"])  # each reason has a name
     assert all(line["most_similar"][0][0] <= 0.7 for line in lines)
     found = list(conversations(Source(path=str(tmp_path / "a.jsonl"))))
     assert next(c.messages[0].content for c in found if not c.messages[0].input) in instructions
