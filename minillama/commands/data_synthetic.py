@@ -22,7 +22,7 @@ from minillama.files import cache_folder
 from minillama.inference.load import DType, ModelArgs
 from minillama.inference.sampling import Sampling
 from minillama.synthetic.hindsight import FORMS, Form, chains, edits, turns
-from minillama.synthetic.wording import Language, read_principles, wording
+from minillama.synthetic.wording import Language, read_principles, wording, wording_digest
 from minillama.synthetic.writer import Generated, Made, summary
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ class _Output:
     def _out(self, inputs: Sequence[str], about: Mapping[str, Any]) -> Generated:
         """Output file, which depends on the inputs, what it is about and the arguments named there."""
         check(self)
-        told = {"command": type(self).__name__, "seed": self.seed, "language": self.language, **about}
+        told = {
+            "command": type(self).__name__,
+            "seed": self.seed,
+            "language": self.language,
+            "wording": wording_digest(self.language),
+        }
+        told |= about
         others = [identity(Source(name)) for name in inputs if not Path(name).is_file()]
         told |= {"sources": others} if others else {}
         return Generated(self.output, told, [Path(name) for name in inputs])
@@ -78,6 +84,8 @@ class _Asking(_Output):
     """Weight dtype of a local model."""
     device: str = "auto"
     """Device of a local model."""
+    template: Annotated[str, tyro.conf.arg(metavar="NAME|FILE.jinja")] = ""
+    """Chat template of a local model instead of its own; all prompts are then questions."""
 
     def _sampling(self) -> Sampling:
         return Sampling(self.temperature, seed=self.seed)
@@ -92,6 +100,7 @@ class _Asking(_Output):
             self.teacher,
             dtype=self.dtype,
             device=self.device,
+            template=self.template,
             model=self.teacher_model,
             concurrency=self.concurrency,
             max_requests=self.max_requests,
@@ -100,13 +109,19 @@ class _Asking(_Output):
         )
 
 
-def open_teacher(name: str, dtype: DType = "auto", device: str = "auto", **remote: Any) -> Teacher:
-    """Teacher of a URL, with the arguments of `Remote`, or of a local model."""
+def open_teacher(name: str, dtype: DType = "auto", device: str = "auto", template: str = "", **remote: Any) -> Teacher:
+    """Teacher of a URL, with the arguments of `Remote`, or of a local model.
+
+    Raises:
+        InputError: a template for an endpoint, which has its own; and as both.
+    """
     from minillama.inference.remote import Local, Remote
 
     if name.startswith(("http://", "https://")):
+        if template:
+            raise InputError("an endpoint has a chat template of its own", where="--template", fix="leave it out")
         return Remote(name, **remote)
-    return Local(*ModelArgs(name, dtype=dtype, device=device).load(compiles=True), name)
+    return Local(*ModelArgs(name, dtype=dtype, device=device).load(compiles=True), name, template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +139,7 @@ class SelfInstruct(_Asking):
     listed: int = field(default=20, metadata={"min": 2})
     """Tasks per list, the shown seed tasks among them."""
     max_new_tokens: int = field(default=2048, metadata={"min": 1})
-    """Tokens per list at most."""
+    """Tokens per reply at most."""
     similarity: float = field(default=0.7, metadata={"min": 0, "max": 1})
     """ROUGE-L with a seed or new instruction, above which one is left out."""
     chat: bool = False

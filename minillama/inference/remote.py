@@ -64,7 +64,13 @@ class Local:
     def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str = "", template: str = "") -> None:
         self.model, self.tokenizer = model, tokenizer
         self._questions = ChatPrompts(tokenizer, template) if template else None
-        self.about: Mapping[str, Any] = {"model": name, "tokenizer": tokenizer.fingerprint[:16]}
+        source = self._questions.template.source if self._questions else tokenizer.chat_template or ""
+        digest = sha256(source.encode()).hexdigest()[:16]
+        self.about: Mapping[str, Any] = {
+            "model": name,
+            "tokenizer": tokenizer.fingerprint[:16],
+            "template": digest if source else "",
+        }
 
     def __call__(
         self,
@@ -214,10 +220,10 @@ class Remote:
 
     def _reply(self, key: str, body: dict[str, Any]) -> dict[str, Any]:
         path = self.cache / key[:2] / f"{key}.json" if self.cache is not None else None
-        if path is not None and path.is_file():
+        if path is not None and (kept := _cached(path)) is not None:
             with self._lock:
                 self.cached += 1
-            return json.loads(path.read_text(encoding="utf-8"))["reply"]
+            return kept
         reply = self._ask(body)
         if path is not None:
             text = json.dumps({"url": self.url, "request": body, "reply": reply}, ensure_ascii=False)
@@ -285,6 +291,15 @@ class Remote:
             raise InputError("the endpoint lists no model", where=self.url, found=self._told(error), fix=fix) from None
 
 
+def _cached(path: Path) -> dict[str, Any] | None:
+    """Reply of a file of the cache; None where there is none, or a damaged one."""
+    try:
+        reply = json.loads(path.read_text(encoding="utf-8"))["reply"]
+        return reply if isinstance(reply["text"], str) and {"reason", "first"} <= reply.keys() else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def _read(reply: Any) -> dict[str, Any]:
     """Text, finish reason, alternatives of the first token and number of tokens of a reply.
 
@@ -299,11 +314,11 @@ def _read(reply: Any) -> dict[str, Any]:
         pairs = [[str(each["token"]), float(each["logprob"])] for each in first]
         tokens = int(usage.get("total_tokens") or 0)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a chat or text completion: {json.dumps(reply)[:120]}") from error
+        raise ValueError(f"not a chat or text completion: {json.dumps(reply)}") from error
     if text is None and reason in ("length", "content_filter"):
         text = ""
     if not isinstance(text, str) or not (reason is None or isinstance(reason, str)):
-        raise ValueError(f"a reply without text: {json.dumps(reply)[:120]}")
+        raise ValueError(f"a reply without text: {json.dumps(reply)}")
     return {
         "text": text,
         "reason": _REASONS.get(reason, "stop"),

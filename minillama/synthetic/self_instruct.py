@@ -70,7 +70,7 @@ class SelfInstruct:
         language: of prompts and filters.
         requests: per round, asked at once; their replies are filtered one after the other.
         listed: tasks per list of Alpaca's form, the shown ones among them.
-        max_new_tokens: per list at most.
+        max_new_tokens: per reply at most; 300 for the instances of the four steps.
         similarity: ROUGE-L with a seed or kept instruction, above which one is left out.
         chat: whether prompts are questions for a chat template; otherwise texts to be continued.
     """
@@ -149,8 +149,10 @@ class SelfInstruct:
         for reply in self.teacher(heads, self.max_new_tokens, sampling, (f"\n{_LISTED + 1}.",), self.chat):
             for instruction in parse_list(reply, left_out):
                 reason = "similar" if instruction in found else self._verdict(Task(instruction, "", "-"))[0]
-                left_out[reason or ""] += reason is not None
-                found += [] if reason else [instruction]
+                if reason:
+                    left_out[reason] += 1
+                else:
+                    found.append(instruction)
         greedy = Sampling(temperature=0)
         asked = [words["classify"].format(task=task) for task in found]
         classes = [reply.text.strip().casefold() for reply in self._ask(asked, 4, greedy, "\n")]
@@ -158,7 +160,7 @@ class SelfInstruct:
         asked = [
             words["output_first" if f else "input_first"].format(task=t) for t, f in zip(found, flags, strict=True)
         ]
-        replies = self._ask(asked, 300, greedy, f"\n{words['task']}")
+        replies = self._ask(asked, min(300, self.max_new_tokens), greedy, f"\n{words['task']}")
         for instruction, flag, reply in zip(found, flags, replies, strict=True):
             instances = parse_instances(reply, self.language, flag, left_out)
             if not instances:
@@ -234,20 +236,31 @@ def parse_instances(reply: Completion, language: Language, flag: bool, left_out:
     """Instances of one task: outputs that are empty, equal to the input, or contradict an earlier one are left out."""
     _, given, output = wording(language)["labels"]
     first, second = (wording(language)["label"], given) if flag else (given, output)
-    marks = re.split(rf"(?:^|\n)\s*({first}|{second})\s*[:：]", f"{first}:{reply.text}")
-    pairs = list(zip(marks[1::2], (text.strip() for text in marks[2::2]), strict=True))
+    text = f"{first}:{reply.text}" if flag else reply.text
+    marks = re.split(rf"(?:^|\n)\s*({first}|{second})\s*[:：]", text)
+    parts = list(zip(marks[1::2], (part.strip() for part in marks[2::2]), strict=True))
     if is_cut(reply):
-        pairs = pairs[: (len(pairs) - 1) // 2 * 2]
+        del parts[-1:]
         left_out["cut off"] += 1
     found: dict[str, str] = {}
-    for (a, one), (b, other) in zip(pairs[::2], pairs[1::2], strict=False):
-        asked, answer = (other, one) if flag else (one, other)
-        asked = "" if asked.casefold().rstrip(".。") in ("none", "无") else asked
-        if (a, b) != (first, second) or not answer or answer == asked or found.get(asked, answer) != answer:
+    before = None
+    for name, text in parts:
+        if name == first:
+            before, lost = text, before
+            left_out["instances"] += lost is not None
+            continue
+        asked, answer = (text, before or "") if flag else (before or "", text)
+        before, asked = None, "" if _is_nothing(asked) else asked
+        answer = "" if _is_nothing(answer) and not flag else answer  # a label may be "none"
+        if not answer or answer == asked or found.get(asked, answer) != answer:
             left_out["instances"] += 1
         else:
             found[asked] = answer
     return [{"input": asked, "output": answer} for asked, answer in found.items()]
+
+
+def _is_nothing(text: str) -> bool:
+    return text.casefold().rstrip(".。") in ("none", "n/a", "-", "无")
 
 
 def is_cut(reply: Completion) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from minillama.config.loader import read_toml
 from minillama.errors import InputError
+from minillama.files import digest
 
 Language = Literal["en", "zh"]
 _PARTS = ("critique", "revision", "judge")
@@ -17,7 +18,16 @@ _PARTS = ("critique", "revision", "judge")
 @cache
 def wording(language: Language) -> Mapping[str, Any]:
     """Prompts and templates of a language by name."""
-    return read_toml(Path(__file__).with_name(f"{language}.toml"))[0]
+    return read_toml(_file(language))[0]
+
+
+def wording_digest(language: Language) -> str:
+    """SHA-256 of the wording's file, shortened, for provenance: other prompts make other data."""
+    return digest(_file(language))[:16]
+
+
+def _file(language: Language) -> Path:
+    return Path(__file__).with_name(f"{language}.toml")
 
 
 def read_principles(name: str) -> list[Mapping[str, str]]:

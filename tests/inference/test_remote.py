@@ -155,6 +155,13 @@ def test_what_passes_is_asked_again(start: Start, script: list[str]) -> None:
     assert teacher.requests == len(script) + 1
 
 
+def test_a_reply_that_repeats_the_key_is_told_without_it(start: Start) -> None:
+    _, teacher = start(*[json.dumps({"heard": "x" * 95 + KEY})] * 2, retries=1)  # where a message was cut before
+    with pytest.raises(InputError, match="no usable reply") as refused:
+        teacher(["hello"])
+    assert KEY[:8] not in str(refused.value)
+
+
 def test_a_filtered_answer_is_empty(start: Start) -> None:
     _, teacher = start('{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}')
     assert (teacher(["hello"])[0].text, teacher.requests) == ("", 1)
@@ -186,6 +193,9 @@ def test_nothing_is_asked_twice_and_the_key_is_written_nowhere(start: Start, tmp
     assert len(server.bodies) == 4 and server.keys == {f"Bearer {KEY}"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 4 and not any(KEY in path.read_text() for path in files)
+    for path, text in zip(files, ("", "[]", '{"reply": {"text": 1}}', '{"reply": null}'), strict=True):
+        path.write_text(text)  # damaged by a full disk, say
+    assert Remote(server.url, cache=tmp_path)(["a", "b"], 9) == first and len(server.bodies) == 6
 
 
 def test_the_budget_stops_in_good_order(start: Start, tmp_path: Path) -> None:

@@ -78,6 +78,25 @@ def test_the_commands(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path / "d.jsonl", "ghost-attention", "--concurrency", "5") == ghosts
 
 
+def test_a_base_model_takes_a_template_which_provenance_has(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = ModelArgs(str(folder)).load()
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save(tmp_path / "base")
+    out = tmp_path / "a.jsonl"
+    words = ["data", "ghost-attention", str(folder / "q.jsonl"), "--max-new-tokens", "5", "--output", str(out)]
+    remote, words = [*words, "--teacher", "http://127.0.0.1:9"], [*words, "--teacher", str(tmp_path / "base")]
+    assert main(words) == 1 and "--template" in capsys.readouterr().err
+    assert main([*words, "--template", "plain"]) == 0
+    about = json.loads((tmp_path / "a.jsonl.provenance.json").read_text())["about"]
+    assert about["teacher"]["template"] == Local(model, tokenizer).about["template"] and about["wording"]
+    assert main([*words, "--template", "vicuna"]) == 1
+    assert "begun with another teacher" in capsys.readouterr().err
+    assert main([*remote, "--template", "plain"]) == 1
+    assert "template of its own" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_kill_9_loses_and_doubles_no_line(folder: Path, tmp_path: Path) -> None:
     whole = run(folder, tmp_path / "whole.jsonl", "ghost-attention", "--concurrency", "1")

@@ -60,8 +60,8 @@ class Writer:
             return Completion(" yes" if "rivers" in prompt.rsplit("Task:", 1)[1] else " no", (), "stop")
         if prompt.endswith("Label:"):
             return Completion(" left\nInput: a\nLabel: right\nInput: b\nLabel: up\nInput: a", (), "stop")
-        if prompt.endswith("Input:"):
-            return Completion(" none\nOutput: Yes.", (), "stop")
+        if "\nOutput: Cork" in prompt:
+            return Completion(chance.choice(("Input: none\nOutput: Yes.", "Output: Yes.")), (), "stop")
         if prompt.endswith("9."):
             return Completion(f" {task()}\n10. {task()}\n11. a b\n12. half of", (), "length")
         parts = [f" {task()}\n4. Input:\n<noinput>\n4. Output:\nYes.\n"]
@@ -86,6 +86,7 @@ def test_new_instructions_are_read_by_fine_tuning(tmp_path: Path, method: str) -
     lines, out = write(tmp_path / "a.jsonl", 30, method=method)
     instructions = [line["instruction"] for line in lines]
     assert len(lines) == len(set(instructions)) == 30 and out.counts["lines"] == 30
+    assert all(json.loads((tmp_path / "a.jsonl.provenance.json").read_text())["counts"])  # each reason has a name
     assert all(line["most_similar"][0][0] <= 0.7 for line in lines)
     found = list(conversations(Source(path=str(tmp_path / "a.jsonl"))))
     assert next(c.messages[0].content for c in found if not c.messages[0].input) in instructions
@@ -170,7 +171,14 @@ def test_lists_of_tasks() -> None:
         "One two",
         "Three four",
     ]
-    assert parse_instances(Completion(" a\nOutput: a", (), "stop"), "en", False, left_out) == []
+    nothing = ("Input: a\nOutput: a", "Input: None\nOutput: None.", "Output: -", "Well", "Input: a")
+    for text in nothing:  # what a small model copies from the examples, or begins and does not end
+        assert parse_instances(Completion(text, (), "stop"), "en", False, left_out) == []
+    pairs = "Output: b\nOutput: c\nInput: d\nInput: e\nOutput: f\nOutput: hal"
+    assert parse_instances(Completion(pairs, (), "length"), "en", False, left_out) == [
+        {"input": "", "output": "b"},
+        {"input": "e", "output": "f"},
+    ]
 
 
 def test_a_teacher_that_gives_nothing_is_left(tmp_path: Path) -> None:
