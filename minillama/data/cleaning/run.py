@@ -79,8 +79,11 @@ class Cleaning:
         """Reading tasks, in the order of the sources.
 
         Raises:
-            InputError: the folder holds something else, or the work of another pipeline or of other sources.
+            InputError: the folder holds something else, or the work of another pipeline or of other sources; a file
+                of a step is not there.
         """
+        for i, step in enumerate(self.pipeline.steps):
+            step.check_files(f"steps.{i}")
         tasks = list(self._tasks())
         files = [(str(path), path.stat()) for task in tasks for path in task.files if path]
         identity = {
