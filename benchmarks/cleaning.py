@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--characters", type=int, default=100_000)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of train.py")
     options = parser.parse_args()

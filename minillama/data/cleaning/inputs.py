@@ -28,7 +28,7 @@ from minillama.data.reading import (
 )
 from minillama.data.sources import SUFFIXES, Source, find_files, read_source
 from minillama.errors import InputError
-from minillama.files import TooLargeError
+from minillama.files import LargeInputError
 
 LIMIT = 50 * 2**20
 """Bytes of the longest document; longer ones are counted and left out."""
@@ -85,7 +85,7 @@ class Input:
         """Documents of one of its files, or of a source without files; an error for each that cannot be read."""
         try:
             yield from self._documents(path)
-        except TooLargeError as error:  # a bomb: what came before it counts
+        except LargeInputError as error:  # a bomb: what came before it counts
             yield BadText("too large", error.what, where=error.where, found=error.found, expected=error.expected)
 
     def _documents(self, path: Path | None) -> Iterator[Draft | BadText]:

@@ -71,8 +71,10 @@ class Cleaning:
         for number, stage in enumerate(self.pipeline.stages, 1):
             names = ", ".join(step.key for step in stage.all) or "copying"
             run_all(self.clean, [(number, part, i) for i, part in enumerate(parts)], workers, say, names)
-            say(f"deciding {stage.closing.key}" if stage.closing else "finishing", 0.0)
-            self.decide(number)
+            if stage.closing:
+                say(f"deciding {stage.closing.key}", 0.0)
+                self.decide(number)
+                say(f"deciding {stage.closing.key}", 1.0)
         return self.finish(tasks)
 
     def start(self) -> list[Task]:
