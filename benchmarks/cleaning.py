@@ -1,26 +1,32 @@
 """Cleaning beside datatrove and KenLM, its memory, and what it does to a model.
 
     python benchmarks/cleaning.py steps TEXTS...              documents per second per step; datatrove's where it has it
+    python benchmarks/cleaning.py pages FOLDER                token 4-grams of marked articles, beside the library's
+    python benchmarks/cleaning.py languages FILES...          share of the lines of FLORES-200 whose language is found
     python benchmarks/cleaning.py near TEXTS...               MinHash beside exact Jaccard, at most 2,000 documents
-    python benchmarks/cleaning.py memory TEXTS...             peak memory on TEXTS once and ten times
+    python benchmarks/cleaning.py memory TEXTS...             peak memory on TEXTS twice and twenty times
     python benchmarks/cleaning.py kenlm TEXT [--kenlm DIR]    scores of 1,000 lines beside KenLM's, for one ARPA file
     python benchmarks/cleaning.py models SOURCES... --held-out TEXT --work DIR [--steps N] [--seeds 0 1 2]
 
 TEXTS are training sources. datatrove counts the words of our splitter unless spaCy is installed, which it asks for.
 `models` trains on the sources as they are read (pages extracted, nothing removed) and on what the english pipeline
-keeps: one tokenizer, equal tokens, bits per byte of a clean text that is in neither.
+keeps: tokens are bytes, as many for both, and the result is bits per byte of a clean text that is in neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import random
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +34,13 @@ from typing import Any
 
 import numpy as np
 
-from minillama.data.cleaning.c4 import C4
+from minillama.data.cleaning.c4 import C4, MC4
 from minillama.data.cleaning.document import Draft
 from minillama.data.cleaning.extraction import Extract
 from minillama.data.cleaning.fineweb import FineWeb
 from minillama.data.cleaning.gopher import GopherQuality, GopherRepetition
 from minillama.data.cleaning.inputs import Input
-from minillama.data.cleaning.language import Language
+from minillama.data.cleaning.language import Language, identify
 from minillama.data.cleaning.minhash import NearDuplicates, shingles
 from minillama.data.cleaning.perplexity import PieceLM
 from minillama.data.cleaning.personal import PersonalData
@@ -48,8 +54,10 @@ THEIRS = {
     "gopher-quality": "gopher_quality_filter.GopherQualityFilter",
     "gopher-repetition": "gopher_repetition_filter.GopherRepetitionFilter",
     "c4": "c4_filters.C4QualityFilter",
+    "mc4": "c4_filters.C4ParagraphFilter",
     "fineweb": "fineweb_quality_filter.FineWebQualityFilter",
 }
+FORMATTERS = {"repair": "FTFYFormatter", "personal-data": "PIIFormatter"}
 
 
 def texts_of(names: list[str], limit: int = 10**9) -> list[str]:
@@ -71,15 +79,16 @@ class Splitter:
         return ends
 
 
-def rate(function: Callable[[str], Any], texts: list[str], repeats: int = 3) -> float:
-    """Documents per second, the best of some passes."""
-    best = 0.0
+def rates(functions: list[Callable[[str], Any]], texts: list[str], repeats: int = 5) -> list[float]:
+    """Documents per second of CPU time of each function, in turn; the best of some passes."""
+    best = [0.0] * len(functions)
     for _ in range(repeats):
-        start = time.perf_counter()
-        for text in texts:
-            words.cache_clear()
-            function(text)
-        best = max(best, len(texts) / (time.perf_counter() - start))
+        for i, function in enumerate(functions):
+            start = time.process_time()
+            for text in texts:
+                words.cache_clear()
+                function(text)
+            best[i] = max(best[i], len(texts) / (time.process_time() - start))
     return best
 
 
@@ -99,57 +108,96 @@ def steps(options: argparse.Namespace) -> None:
     texts = texts_of(options.texts)
     print(f"{len(texts)} documents, {sum(map(len, texts)) / len(texts):,.0f} characters each")
     print(f"{'step':20} {'ours/s':>9} {'theirs/s':>9} {'ratio':>6}")
-    ours = [
-        Repair(),
-        Language(),
-        GopherQuality(),
-        GopherRepetition(),
-        C4(),
-        FineWeb(),
-        PersonalData(),
-        NearDuplicates(),
-    ]
+    ours = [Repair(), Language(), GopherQuality(), GopherRepetition(), C4(), MC4(), FineWeb(),
+            PersonalData(kinds=("email", "ip")), NearDuplicates()]  # fmt: skip
     for step in ours:
-        call = step.signature if isinstance(step, NearDuplicates) else lambda text, step=step: step(Draft(text))
-        mine, theirs = rate(call, texts), 0.0
+        is_minhash, theirs = isinstance(step, NearDuplicates), None
+        call = step.signature if is_minhash else lambda text, step=step: step(Draft(text))
         if step.name in THEIRS:
             module, _, name = THEIRS[step.name].partition(".")
             filter = getattr(import_module(f"datatrove.pipeline.filters.{module}"), name)()
 
-            def verdict(text: str, filter: Any = filter) -> None:
+            def theirs(text: str, filter: Any = filter) -> None:
                 datatrove.utils.text.split_into_parts.cache_clear()
                 filter.filter(Document(text=text, id=""))
 
-            theirs = rate(verdict, texts)
-        elif isinstance(step, NearDuplicates):
-            with tempfile.TemporaryDirectory() as folder:
-                signer = minhash.MinhashDedupSignature(folder)
-                signer._hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())  # its own fails with xxhash 4
-                theirs = rate(lambda text, signer=signer: signer.get_signature(signer.get_shingles(text)), texts)
-        print(f"{step.name:20} {mine:9,.0f} " + (f"{theirs:9,.0f} {mine / theirs:6.2f}" if theirs else ""), flush=True)
+        elif step.name in FORMATTERS:
+            theirs = getattr(import_module("datatrove.pipeline.formatters"), FORMATTERS[step.name])().format
+        elif is_minhash:
+            signer = minhash.MinhashDedupSignature(tempfile.mkdtemp())
+            signer._hash_func = lambda text: xxhash.xxh64_intdigest(text.encode())  # its own fails with xxhash 4
+
+            def theirs(text: str, signer: Any = signer) -> None:
+                signer.get_signature(signer.get_shingles(text))
+
+        mine, *other = rates([call, theirs] if theirs else [call], texts)
+        print(f"{step.name:20} {mine:9,.0f} " + "".join(f"{one:9,.0f} {mine / one:6.2f}" for one in other), flush=True)
+
+
+def pages(options: argparse.Namespace) -> None:
+    import trafilatura
+
+    folder = Path(options.texts[0])  # of article-extraction-benchmark
+    truth = json.loads((folder / "ground-truth.json").read_text(encoding="utf-8"))
+    found = dict[str, list[tuple[float, float, float]]]()
+    for path in sorted(folder.glob("*.html.gz")):
+        (page,) = Input(str(folder)).documents(path)
+        article = truth[path.name.partition(".")[0]]["articleBody"]
+        theirs = trafilatura.extract(gzip.decompress(path.read_bytes())) or ""
+        found.setdefault("trafilatura", []).append(agreement(article, theirs))
+        Extract()(page)
+        found.setdefault("extract", []).append(agreement(article, page.text))
+    for name, values in found.items():
+        precision, recall, f1 = np.mean(values, 0)
+        print(f"{name}: {len(values)} pages, precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}")
+
+
+def agreement(truth: str, text: str) -> tuple[float, float, float]:
+    """Precision, recall and F1 of token 4-grams."""
+    want, have = (Counter(zip(*(re.findall(r"\w+", one)[i:] for i in range(4)), strict=False)) for one in (truth, text))
+    hits = (want & have).total()
+    precision, recall = hits / have.total() if have else 1.0, hits / want.total()
+    return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
+
+
+def languages(options: argparse.Namespace) -> None:
+    for path in map(Path, options.texts):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        code, count = Counter(identify(line)[0] for line in lines).most_common(1)[0]
+        print(f"{path.name}: {code} {count / len(lines):.4f} of {len(lines)} lines")
 
 
 def near(options: argparse.Namespace) -> None:
-    texts = texts_of(options.texts, 2000)
-    sets = [set(shingles(text, 5).tolist()) for text in texts]
+    texts = [edited(text, i) for text in texts_of(options.texts) for i in range(options.edited + 1)][:2000]
+    sets = [set(shingles(text, options.near.get("ngram", 5)).tolist()) for text in texts]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "in.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        step = NearDuplicates()
+        step = NearDuplicates(**options.near)
         made = Cleaning(Pipeline("near", (Input(str(path)),), (step,)), Path(folder) / "out").run()
         kept = {json.loads(line)["id"] for line in _lines(Path(folder) / "out")}
     found = {i for i in range(len(texts)) if f"00000-0000-{i}" not in kept}
-    true = set()
+    best = [0.0] * len(sets)  # similarity to the most similar one before
     for i, one in enumerate(sets):
         for other in sets[:i]:
             smaller, larger = sorted((len(one), len(other)))
-            if smaller >= step.similarity * larger > 0 and len(one & other) >= step.similarity * len(one | other):
-                true.add(i)
-                break
+            if smaller > max(best[i], 0.3) * larger:
+                shared = len(one & other)
+                best[i] = max(best[i], shared / (smaller + larger - shared))
+    true = {i for i, similarity in enumerate(best) if similarity >= step.similarity}
     hits = len(found & true)
     print(f"{len(texts)} documents: {len(true)} with an earlier one of Jaccard similarity {step.similarity} or more")
     print(f"removed {len(found)}: precision {hits / max(len(found), 1):.3f}, recall {hits / max(len(true), 1):.3f}")
+    for name, wrong in ("removed in error", found - true), ("missed", true - found):
+        shown = sorted(best[i] for i in wrong) or [0.0]
+        print(f"{len(wrong)} {name}, of similarities from {shown[0]:.3f} to {shown[-1]:.3f}")
     print(made["decisions"])
+
+
+def edited(text: str, percent: int) -> str:
+    """Text of which some percent of the words, drawn at random, are replaced."""
+    draw = random.Random(f"{percent} {text[:50]}")
+    return " ".join("edited" if 100 * draw.random() < percent else word for word in text.split(" "))
 
 
 def _lines(folder: Path) -> list[bytes]:
@@ -165,19 +213,26 @@ def _lines(folder: Path) -> list[bytes]:
 def memory(options: argparse.Namespace) -> None:
     texts = texts_of(options.texts)
     with tempfile.TemporaryDirectory() as folder:
-        for times in (1, 10):
+        for times in (2, 20):
             path = Path(folder) / f"{times}.jsonl"
             with path.open("w", encoding="utf-8") as file:
                 for copy in range(times):
-                    file.writelines(json.dumps({"text": text.replace("e", f"e{copy}")}) + "\n" for text in texts)
+                    file.writelines(json.dumps({"text": shuffled(text, copy)}) + "\n" for text in texts)
             call = [sys.executable, __file__, "one", str(path), "--work", str(Path(folder) / f"out{times}")]
             output = subprocess.run(call, check=True, capture_output=True, text=True).stdout
-            print(f"{times:3} x {path.stat().st_size / times / 1e6:.1f} MB: {output.strip()}", flush=True)
+            print(f"{path.stat().st_size / 1e6:.1f} MB in parts of 256 KiB: {output.strip()}", flush=True)
+
+
+def shuffled(text: str, seed: int) -> str:
+    """Text with the words of each line in another order: no duplicate, and not worse by the rules; 0: as it is."""
+    draw = random.Random(f"{seed} {text[:50]}")
+    lines = [line.split(" ") for line in text.split("\n")]
+    return "\n".join(" ".join(draw.sample(line, len(line)) if seed else line) for line in lines)
 
 
 def one(options: argparse.Namespace) -> None:
     pipeline = replace(Pipeline.load("english").with_sources(tuple(options.texts)), name="memory")
-    made = Cleaning(pipeline, options.work, 2**22).run()
+    made = Cleaning(pipeline, options.work, 2**18).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{made['documents']} documents kept, peak {peak:.0f} MB")
 
@@ -222,13 +277,12 @@ def models(options: argparse.Namespace) -> None:
             made = Cleaning(pipeline, work / name).run()
             print(f"{name}: {made['documents']} documents", flush=True)
     text, results = options.held_out.read_text(encoding="utf-8")[: options.characters], dict[str, list[float]]()
-    tokenizer = work / f"cleaned-{options.seeds[0]}" / "model"
     for seed in options.seeds:
         for name in ("cleaned", "raw"):
             out = work / f"{name}-{seed}"
             words = ["--data.sources", work / name, "--train.steps", options.steps, "--seed", seed, "--out", out]
-            words += ["--data.cache", work / "cache", "--checkpoint.every", options.steps, *options.more]
-            words += ["--tokenizer.path", tokenizer] if tokenizer.exists() else []
+            words += ["--data.cache", work / "cache", "--checkpoint.every", options.steps, "--tokenizer.kind", "bytes"]
+            words += ["--model.dim", 128, "--model.hidden_dim", 352, *options.more]
             if not (out / "model").exists():
                 subprocess.run([sys.executable, "train.py", *map(str, words)], check=True)
             model = Decoder.from_pretrained(out / "model")
@@ -242,18 +296,22 @@ def models(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["steps", "near", "memory", "one", "kenlm", "models"])
+    parser.add_argument("what", choices=["steps", "pages", "languages", "near", "memory", "one", "kenlm", "models"])
     parser.add_argument("texts", nargs="+")
+    parser.add_argument("--near", type=json.loads, default={}, help='settings of near-duplicates, {"ngram": 3}')
+    parser.add_argument(
+        "--edited", type=int, default=0, help="copies of each text with 1, 2, 3 ... percent of other words"
+    )
     parser.add_argument("--kenlm", type=Path, help="folder of the kenlm module")
     parser.add_argument("--held-out", type=Path)
-    parser.add_argument("--characters", type=int, default=200_000)
+    parser.add_argument("--characters", type=int, default=100_000)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of train.py")
     options = parser.parse_args()
-    parts = {"steps": steps, "near": near, "memory": memory, "one": one, "kenlm": kenlm, "models": models}
-    parts[options.what](options)
+    parts = [steps, pages, languages, near, memory, one, kenlm, models]
+    {part.__name__: part for part in parts}[options.what](options)
 
 
 if __name__ == "__main__":

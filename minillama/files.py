@@ -110,11 +110,15 @@ def bound(most: int) -> int:
     return int(most * float(factor)) if re.fullmatch(r"[0-9]{1,9}([.][0-9]{1,9})?", factor) else most
 
 
+class LargeInputError(InputError):
+    """Larger than a bound, that of no real file."""
+
+
 def check_size(size: int, most: int, where: object, unit: str = "bytes") -> None:
     """Refuse what is larger than a bound, that of no real file.
 
     Raises:
-        InputError: it is.
+        LargeInputError: it is.
     """
     most = bound(most)
     if size > most:
@@ -122,7 +126,7 @@ def check_size(size: int, most: int, where: object, unit: str = "bytes") -> None
             "if it is what it should be, set MINILLAMA_LIMITS=10 in the environment: bounds are ten times as high then"
         )
         expected = f"at most {most:,} {unit}"
-        raise InputError("this is too large", where=where, found=f"{size:,} {unit}", expected=expected, fix=fix)
+        raise LargeInputError("this is too large", where=where, found=f"{size:,} {unit}", expected=expected, fix=fix)
 
 
 def read_bytes(path: Path, fix: str | None = None, most: int = LARGEST) -> bytes:

@@ -20,7 +20,7 @@ _CHUNK = 2**20
 _ZSTD = 2**13  # bytes of it at once, as four of them unpack to 2^17 at most
 
 
-def open_file(path: Path) -> io.BufferedIOBase:
+def open_file(path: Path) -> io.BufferedReader:
     """The content of a regular file, decompressed.
 
     Raises:

@@ -215,10 +215,13 @@ def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
 
 
 def cleaning_of(source: Source) -> dict[str, Any] | None:
-    """Pipeline and fingerprint of the cleaning that made a source; None if there was none."""
-    path = Path(source.label).expanduser() / CLEANED
+    """Pipeline and fingerprint of the cleaning that made a source, a folder or files of it; None: there was none."""
+    folder = Path(source.label).expanduser()
+    path = next((path for path in (folder / CLEANED, folder.parent / CLEANED) if path.is_file()), None)
+    if path is None:
+        return None
     with parsing(path):
-        return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")} if path.is_file() else None
+        return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")}
 
 
 def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:

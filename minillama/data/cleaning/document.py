@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minillama.errors import InputError
+
 Figures = Mapping[str, float | str]
 """What a step measured, by the measure's name."""
 
@@ -114,7 +116,22 @@ class Step:
 
     def files(self) -> Sequence[Path]:
         """Files that the step reads: they are part of the pipeline's fingerprint."""
-        return [Path(value) for f in fields(self) if f.name == "path" and (value := getattr(self, f.name))]
+        return [
+            Path(value) for f in fields(self) if f.name in ("path", "tokenizer") and (value := getattr(self, f.name))
+        ]
+
+    def check_files(self, where: str) -> None:
+        """Refuse a step without its files, before a document is read.
+
+        Raises:
+            InputError: its path is not set, or is not there.
+        """
+        fix = "minillama data ngram-lm train and minillama data classifier train write models"
+        if getattr(self, "path", None) == "":
+            raise InputError(f"{self.name} needs a file", where=f"{where}.path", expected="a path", fix=fix)
+        for path in self.files():
+            if not path.exists():
+                raise InputError(f"a file of {self.name} is not there", where=where, found=path, fix=fix)
 
 
 @cache

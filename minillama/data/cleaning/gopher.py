@@ -89,7 +89,7 @@ class GopherRepetition(Step):
         text, size = draft.text, max(len(draft.text), 1)
         figures = {}
         for unit, parts in ("paragraph", _PARAGRAPHS.split(text.strip())), ("line", _LINES.split(text)):
-            count, characters = duplicates(parts)
+            count, characters = duplicates([part for part in parts if part.strip()])
             figures[f"duplicate_{unit}s"] = count / len(parts)
             figures[f"duplicate_{unit}_characters"] = characters / size
         for n, top, repeated in _ngrams(words(text)):

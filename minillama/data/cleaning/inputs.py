@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from minillama.config.loader import config_names
 from minillama.data.builtin import BUILTIN
 from minillama.data.cleaning.charset import page_text
 from minillama.data.cleaning.document import Draft
@@ -17,14 +19,16 @@ from minillama.data.reading import (
     Document,
     Record,
     Remark,
-    clean,
+    from_record,
     holds_records,
     read_items,
     read_records,
+    text_field,
     too_long,
 )
 from minillama.data.sources import SUFFIXES, Source, find_files, read_source
 from minillama.errors import InputError
+from minillama.files import LargeInputError
 
 LIMIT = 50 * 2**20
 """Bytes of the longest document; longer ones are counted and left out."""
@@ -39,13 +43,13 @@ class Input:
     Args:
         path: what a training source can be, and .warc, .wet and .html files.
         tag: its name in the output; made of `path` unless given.
-        field: text field of records, a string or a list of strings.
+        field: text field of records, a string or a list of strings; found in each file's first one unless given.
         suffixes: files of a folder that are read; all of the known kinds unless given.
     """
 
     path: str
     tag: str = ""
-    field: str = "text"
+    field: str = ""
     suffixes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,10 +70,25 @@ class Input:
         """
         if self.path in BUILTIN or self.path.startswith("hf:"):
             return []
-        return find_files(self.path, self.suffixes or (*SUFFIXES, *CRAWLS, *PAGES))
+        try:
+            return find_files(self.path, self.suffixes or (*SUFFIXES, *CRAWLS, *PAGES))
+        except InputError as error:
+            if "://" in self.path or Path(self.path).exists():
+                raise error.at("sources") from None
+            close = get_close_matches(self.path, (*BUILTIN, *config_names("data")), n=1)
+            fix = f"did you mean {close[0]!r}?" if close else None
+            expected = f"a path, a glob, {', '.join(BUILTIN)}, or hf:NAME; or a pipeline: a .toml file, "
+            expected += ", ".join(config_names("data"))
+            raise InputError(error.what, where="sources", found=self.path, expected=expected, fix=fix) from None
 
     def documents(self, path: Path | None) -> Iterator[Draft | BadText]:
         """Documents of one of its files, or of a source without files; an error for each that cannot be read."""
+        try:
+            yield from self._documents(path)
+        except LargeInputError as error:  # a bomb: what came before it counts
+            yield BadText("too large", error.what, where=error.where, found=error.found, expected=error.expected)
+
+    def _documents(self, path: Path | None) -> Iterator[Draft | BadText]:
         if path is None:
             found: Iterator[Any] = read_source(Source(name=self.path, field=self.field))
         elif (plain := _plain(path)).endswith(CRAWLS):
@@ -78,13 +97,15 @@ class Input:
             found = read_records(path, LIMIT)
         else:
             found = _text(path)
+        key = self.field
         for item in found:
             if isinstance(item, Remark):
                 continue
             if isinstance(item, BadText):
                 yield item
             elif isinstance(item, Record):
-                yield self._draft(item)
+                key = key or text_field(item.value)
+                yield self._draft(item, key)
             elif isinstance(item, Document):
                 kind = "html" if path and plain.endswith(PAGES) else ""
                 yield Draft(item.text, where=item.where, kind=kind, source=self.label)
@@ -92,19 +113,13 @@ class Input:
                 kind = "html" if item.is_html else ""
                 yield Draft(item.text, where=item.where, kind=kind, source=self.label, url=item.url)
 
-    def _draft(self, record: Record) -> Draft | BadText:
-        rest = dict(record.value)
-        value = rest.pop(self.field, None)
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            value = "\n".join(value)
-        if not isinstance(value, str):
-            what, found = f"there is no text in the field {self.field!r}", f"fields {', '.join(record.value) or 'none'}"
-            return BadText("no text field", what, where=record.where, found=found[:200])
-        document = clean(value, record.where)
+    def _draft(self, record: Record, key: str) -> Draft | BadText:
+        document = from_record(record.value, key, record.where)
         if isinstance(document, BadText):
             return document
+        rest = {name: value for name, value in record.value.items() if name != key}
         nested: dict[str, Any] = next(
-            (rest[key] for key in ("metadata", "meta") if isinstance(rest.get(key), dict)), {}
+            (rest[name] for name in ("metadata", "meta") if isinstance(rest.get(name), dict)), {}
         )
         url = next((str(table["url"]) for table in (rest, nested) if isinstance(table.get("url"), str)), "")
         return Draft(document.text, where=document.where, source=self.label, url=url, fields=rest)

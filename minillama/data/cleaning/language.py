@@ -31,10 +31,13 @@ class Language(Step):
 
 def identify(text: str) -> tuple[str, float]:
     """ISO 639 code and probability. Han characters without kana are Chinese, whatever the model takes them for."""
-    found = _detector().detect(text[:SAMPLE].replace("\n", " "), model="lite", k=1)
-    code, score = (found[0]["lang"], min(float(found[0]["score"]), 1.0)) if found else ("", 0.0)
-    is_chinese = code in ("wuu", "yue") or (code == "ja" and not _KANA.search(text[:SAMPLE]))
-    return "zh" if is_chinese else code, score
+    sample = text[:SAMPLE]
+    found = [(item["lang"], float(item["score"])) for item in _detector().detect(sample.replace("\n", " "), k=5)]
+    code, score = max(found, key=lambda item: item[1], default=("", 0.0))
+    chinese = ("zh", "wuu", "yue") if _KANA.search(sample) else ("zh", "wuu", "yue", "ja")
+    if code in chinese:
+        code, score = "zh", sum(share for name, share in found if name in chinese)
+    return code, min(score, 1.0)
 
 
 @cache

@@ -70,11 +70,18 @@ class Pipeline:
     steps: tuple[AnyStep, ...] = ()
 
     def __post_init__(self) -> None:
-        tags = [source.label for source in self.sources]
+        tags, identified = [source.label for source in self.sources], False
         for i, step in enumerate(self.steps):
             if unknown := set(step.sources) - set(tags):
                 what, where = "a step for a source that is not there", f"steps.{i}.sources"
                 raise InputError(what, where=where, found=unknown.pop(), expected=", ".join(tags))
+            if step.languages and not identified:
+                what, fix = (
+                    "a step for some languages, which no step before identifies",
+                    'put name = "language" before it',
+                )
+                raise InputError(what, where=f"steps.{i}.languages", found=", ".join(step.languages), fix=fix)
+            identified |= isinstance(step, Language)
 
     @classmethod
     def load(cls, name: str) -> Pipeline:
@@ -87,8 +94,9 @@ class Pipeline:
         return build(cls, table, origin)
 
     def with_sources(self, words: tuple[str, ...]) -> Pipeline:
-        """The pipeline on other sources."""
-        return replace(self, sources=tuple(Input(word) for word in words))
+        """The pipeline on other sources, read as its first one: the same field, the same files of folders."""
+        first = self.sources[0] if self.sources else Input("")
+        return replace(self, sources=tuple(replace(first, path=word, tag="") for word in words))
 
     @property
     def stages(self) -> list[Stage]:

@@ -30,7 +30,7 @@ def write_report(path: Path, pipeline: Pipeline, tally: Tally, decisions: Mappin
     rows = tally.funnel(pipeline.steps)
     parts = [f"<h1>Cleaning: {escape(pipeline.name)}</h1>", _funnel(rows), _counts("Languages", tally.languages)]
     parts += [_counts("Hosts", dict(sorted(tally.hosts.items(), key=lambda item: (-item[1], item[0]))[:30]))]
-    parts += [f"<h2>{escape(name)}</h2><pre>{_json(found)}</pre>" for name, found in decisions.items() if found]
+    parts += [_decision(name, found) for name, found in decisions.items() if found]
     for number, step in enumerate([None, *pipeline.steps], READ):
         if number in tally.steps:
             parts.append(_step(step, tally.steps[number]))
@@ -59,6 +59,14 @@ def _funnel(rows: Sequence[Mapping[str, Any]]) -> str:
 def _counts(title: str, counts: Mapping[str, int]) -> str:
     rows = [[escape(name), f"{count:,}"] for name, count in sorted(counts.items(), key=lambda item: -item[1])]
     return f"<h2>{title}</h2>" + _table(["", "documents kept"], rows) if rows else ""
+
+
+def _decision(name: str, found: Mapping[str, Any]) -> str:
+    """What was found over all documents; of clusters of near duplicates the largest."""
+    said = ", ".join(f"{key} {_json(value)}" for key, value in found.items() if key != "largest")
+    rows = [[escape(first), f"{size:,}"] for first, size in found.get("largest", ())]
+    clusters = _table(["largest clusters: document kept", "documents"], rows) if rows else ""
+    return f"<h2>{escape(name)} over all documents</h2><p>{said}</p>{clusters}"
 
 
 def _step(step: Step | None, counts: Counts) -> str:

@@ -71,16 +71,21 @@ class Cleaning:
         for number, stage in enumerate(self.pipeline.stages, 1):
             names = ", ".join(step.key for step in stage.all) or "copying"
             run_all(self.clean, [(number, part, i) for i, part in enumerate(parts)], workers, say, names)
-            say(f"deciding {stage.closing.key}" if stage.closing else "finishing", 0.0)
-            self.decide(number)
+            if stage.closing:
+                say(f"deciding {stage.closing.key}", 0.0)
+                self.decide(number)
+                say(f"deciding {stage.closing.key}", 1.0)
         return self.finish(tasks)
 
     def start(self) -> list[Task]:
         """Reading tasks, in the order of the sources.
 
         Raises:
-            InputError: the folder holds something else, or the work of another pipeline or of other sources.
+            InputError: the folder holds something else, or the work of another pipeline or of other sources; a file
+                of a step is not there.
         """
+        for i, step in enumerate(self.pipeline.steps):
+            step.check_files(f"steps.{i}")
         tasks = list(self._tasks())
         files = [(str(path), path.stat()) for task in tasks for path in task.files if path]
         identity = {

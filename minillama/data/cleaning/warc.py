@@ -9,9 +9,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
+from minillama.data.archives import DamagedError, open_file
 from minillama.data.cleaning.charset import page_text
 from minillama.data.reading import BadText
 from minillama.files import reading
@@ -42,8 +43,9 @@ def read_warc(path: Path, limit: int) -> Iterator[Response | BadText]:
     Yields:
         Pages, and an error in place of each record that is damaged, too long, or of no charset.
     """
-    with reading(path), path.open("rb") as file:
-        blocks = _Blocks(file)
+    is_zstd = path.suffix.lower() == ".zst"
+    with reading(path), open_file(path) if is_zstd else path.open("rb") as file:
+        blocks = _Blocks(file, is_zstd)
         for number, (headers, body, problem) in enumerate(_records(blocks, limit), 1):
             where = f"{path}, record {number}"
             if problem:
@@ -52,19 +54,26 @@ def read_warc(path: Path, limit: int) -> Iterator[Response | BadText]:
                 yield page
         if blocks.damaged:
             what = "this compressed file is damaged or truncated"
-            yield BadText("damaged archive", what, where=path, found=f"{blocks.damaged} gzip members")
+            yield BadText("damaged archive", what, where=path, found=f"{blocks.damaged} members")
 
 
 class _Blocks:
     """Bytes of a file, decompressed: lines, blocks of a length, and a way back."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BufferedReader, is_zstd: bool) -> None:
         self.damaged = 0
         self._ready, self._at = b"", 0
-        self._more = self._unzipped(file) if file.read(3) == _GZIP else iter(lambda: file.read(_CHUNK), b"")
-        file.seek(0)
+        is_gzip = not is_zstd and file.peek(3)[:3] == _GZIP
+        self._more = self._unzipped(file) if is_gzip else self._plain(file)
 
-    def _unzipped(self, file: BinaryIO) -> Iterator[bytes]:
+    def _plain(self, file: BufferedReader) -> Iterator[bytes]:
+        """Bytes as they are, or of zstd frames up to the first damage."""
+        try:
+            yield from iter(lambda: file.read1(_CHUNK), b"")  # whose bytes before a damage are not lost
+        except DamagedError:
+            self.damaged += 1
+
+    def _unzipped(self, file: BufferedReader) -> Iterator[bytes]:
         data, member = b"", None
         while data := data or file.read(_CHUNK):
             if member is None:  # at a member, or in search of the next

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ def test_cut_and_flipped_gzip_members(tmp_path: Path) -> None:
     assert got[:3] == texts[:3] and got[-1] == "damaged archive"
 
 
+def test_zstd_whole_and_truncated(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    records = b"".join(record(page(f"page {i} {os.urandom(200_000).hex()}")) for i in range(4))
+    packed = zstandard.compress(records)
+    assert len(found(tmp_path / "a.warc.zst", packed, 10**6)) == 4
+    got = found(tmp_path / "a.warc.zst", packed[: len(packed) // 2], 10**6)
+    assert got[0].startswith("page 0") and got[-1] == "damaged archive" and 2 <= len(got) <= 4
+
+
 def test_charsets(tmp_path: Path) -> None:
     path = tmp_path / "a.warc"
     assert found(path, record(page("größer", "iso-8859-1"))) == ["größer"]
@@ -90,6 +100,21 @@ def test_bad_lines_and_files_are_named(clean: Any, tmp_path: Path, monkeypatch: 
         ("a.jsonl:5", "malformed JSON"), ("a.jsonl:6", "too long"), ("b.txt.gz", "too long"),
         ("c.txt.gz", "damaged archive"), ("d.jsonl:1", "invalid UTF-8"), ("e.html", "depth"), ("f.json", "too long"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_bombs_do_not_stop_a_cleaning(suffix: str, clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minillama.data import archives
+    from minillama.data.cleaning.duplicates import ExactDuplicates
+
+    monkeypatch.setattr(archives, "SMALL", 2**20)
+    pack = gzip.compress if suffix == ".gz" else pytest.importorskip("zstandard").compress
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(b'{"text": "%s"}\n' % (b"a" * 9000) * 1000))
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n')
+    kept, removed = clean([Input(str(tmp_path), "t")], ExactDuplicates(), name="result")
+    assert kept[-1]["text"] == "fine"
+    (bomb,) = (line for line in removed if line["removed"]["reason"] == "too large")
+    assert bomb["where"].endswith(f"a.jsonl{suffix}") and "unpacked bytes" in bomb["removed"]["value"]
 
 
 def test_real_crawls(shared: Path) -> None:

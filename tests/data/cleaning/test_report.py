@@ -46,6 +46,7 @@ def test_report_has_every_step_and_escapes(tmp_path: Path) -> None:
         "<script" not in page and "<b>" not in page and "p&lt;q" in page and "href" not in page and "src=" not in page
     )
     assert all(f"<h2>{step.name}</h2>" in page for step in steps) and page.count("<svg") >= 8 and "x.org" in page
+    assert "<td>00000-0000-0<td>2" in page and "duplicates 1" in page
     assert re.search(r"limit 50", page) and "&lt;script&gt;" in page
     funnel = {row["step"]: row for row in made["steps"]}
     assert funnel["read"]["documents"] == 5 and funnel["gopher-quality"]["removed"] == {"words": 2}

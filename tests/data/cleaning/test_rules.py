@@ -73,6 +73,15 @@ def test_verdicts_are_datatroves(name: str, filters: Any, real: list[Draft]) -> 
     assert 0 < removed < len(real) and other <= 11
 
 
+def test_blank_lines_are_no_duplicates() -> None:
+    draft = Draft("one\n \ntwo\n \nthree\n \nfour\n \n")
+    assert GopherRepetition()(draft) is None
+    assert not any(draft.measured["gopher-repetition"].values())
+    assert all(
+        step(Draft(text)) is None for step in (GopherRepetition(), MC4(min_long_lines=0)) for text in ("", " \n")
+    )
+
+
 def is_meant(text: str, result: Any, reason: str) -> bool:
     """Differences: an n-gram that occurs once is no repetition; marks that its list lacks are no words."""
     if result is not True and result[1].startswith("top_"):

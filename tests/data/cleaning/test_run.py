@@ -109,7 +109,9 @@ def test_training_reads_the_result(web: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(words) == 1 and "finished cleaning" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
     assert [document.text for document in documents(Source(str(out)))] == texts
-    assert cleaning_of(Source(str(out))) == {key: manifest[key] for key in ("pipeline", "fingerprint")}
+    named = {key: manifest[key] for key in ("pipeline", "fingerprint")}
+    assert cleaning_of(Source(str(out))) == cleaning_of(Source(path=f"{out}/web-*.jsonl.zst")) == named
+    assert cleaning_of(Source(path=str(web))) is None
 
 
 @pytest.mark.slow
@@ -177,6 +179,7 @@ def test_a_document_on_which_a_step_stumbles_is_removed_alone() -> None:
         ('[[steps]]\nname = "gopher"', "p.toml:2, steps.0.name"),
         ('[[steps]]\nname = "c4"\nmin_sentence = 3', "did you mean 'min_sentences'"),
         ('[[steps]]\nname = "c4"\nsources = ["x"]', "a step for a source that is not there"),
+        ('[[steps]]\nname = "c4"\nlanguages = ["en"]\n[[steps]]\nname = "language"', "which no step before identifies"),
         ("", "no sources"),
     ],
 )
@@ -184,6 +187,31 @@ def test_what_is_wrong_is_said(text: str, what: str, tmp_path: Path, capsys: pyt
     (tmp_path / "p.toml").write_text(text)
     assert main(["data", "clean", str(tmp_path / "p.toml"), "--output", str(tmp_path / "out")]) == 1
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["perplexity", "classifier", "model-score", "sensitive-words"])
+def test_files_of_steps_are_sought_before_the_first_document(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for settings, what in (("", f"{name} needs a file"), (f'path = "{tmp_path}/none"', f"file of {name} is not there")):
+        steps = f'[[steps]]\nname = "exact-duplicates"\n[[steps]]\nname = "{name}"\n{settings}'
+        (tmp_path / "p.toml").write_text(f'sources = [{{ path = "{tmp_path}/a.txt" }}]\n{steps}')
+        with pytest.raises(InputError, match=what):
+            Cleaning(Pipeline.load(str(tmp_path / "p.toml")), tmp_path / "out").run()
+        assert not (tmp_path / "out").exists()
+
+
+def test_sources_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "clean", "englsh", "--output", str(tmp_path / "out")]) == 1
+    assert "did you mean 'english'" in capsys.readouterr().err
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.c").write_text("int main() { return 0; }\n")
+    (tmp_path / "code" / "b.json").write_text('[{"paragraphs": ["int b;"], "path": "b.c", "title": "no text"}]')
+    code = Pipeline.load("code").with_sources((str(tmp_path / "code"), str(tmp_path / "code" / "b.json")))
+    Cleaning(code, tmp_path / "out").run()
+    assert [document.text for document in documents(Source(str(tmp_path / "out")))] == [
+        "int main() { return 0; }\n",
+        "int b;",
+    ]
 
 
 def test_another_pipeline_does_not_continue(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_languages_of_flores(shared: Path) -> None:
         assert Language(keep=("xx",))(whole) == Removal("language", code)
 
 
+def test_classical_verse_is_chinese_beyond_doubt(shared: Path) -> None:
+    """The model divides its probability between Chinese, its dialects and Japanese."""
+    poems = Input(str(shared / "text/zh/poet.tang.0.json"))
+    found = [identify(draft.text) for draft in poems.documents(poems.files()[0]) if isinstance(draft, Draft)]
+    assert sum(code == "zh" and score > 0.9 for code, score in found) > 990 and len(found) == 1000
+
+
 def test_repair_keeps_chinese_punctuation() -> None:
     assert after(Repair(), "Itâ€™s “so”，對嗎？（是）") == "It’s “so”，對嗎？（是）"
     assert Repair()(Draft("a" * 50 + "\ufffd")) == Removal("replacement_characters", pytest.approx(1 / 51, 1e-4), 0.005)
