@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from minillama.errors import InputError, optional_import
-from minillama.files import replace_text
+from minillama.files import parsing, read_json, replace_text
 from minillama.inference.chat import ChatPrompts, Messages, Prompt, is_messages
 from minillama.inference.engine import Engine, evaluating
 from minillama.inference.generate import Completion, generate
@@ -217,7 +217,8 @@ class Remote:
         if path is not None and path.is_file():
             with self._lock:
                 self.cached += 1
-            return json.loads(path.read_text(encoding="utf-8"))["reply"]
+            with parsing(path):
+                return read_json(path)["reply"]
         reply = self._ask(body)
         if path is not None:
             text = json.dumps({"url": self.url, "request": body, "reply": reply}, ensure_ascii=False)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from minillama.data.cleaning.charset import page_text
 from minillama.data.reading import BadText
-from minillama.files import reading
+from minillama.files import reading, regular
 
 _CHUNK = 2**18
 _GZIP = b"\x1f\x8b\x08"
@@ -42,7 +42,7 @@ def read_warc(path: Path, limit: int) -> Iterator[Response | BadText]:
     Yields:
         Pages, and an error in place of each record that is damaged, too long, or of no charset.
     """
-    with reading(path), path.open("rb") as file:
+    with reading(path), open(path, "rb", opener=regular) as file:
         blocks = _Blocks(file)
         for number, (headers, body, problem) in enumerate(_records(blocks, limit), 1):
             where = f"{path}, record {number}"
