@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -9,14 +10,18 @@ import re
 import shutil
 import stat
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minillama.errors import InputError
 
+T = TypeVar("T")
+_DAMAGE: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+_DAMAGE += (RecursionError, EOFError, NotImplementedError, csv.Error, zlib.error)
 LARGEST = 2**25
 """Bytes of a configuration at most: Python's objects take twenty times as much."""
 
@@ -90,7 +95,7 @@ def reading(path: Path, what: str = "this file", fix: str | None = None) -> Iter
     try:
         yield
     except OSError as error:
-        raise InputError(f"cannot read {what}: {error.strerror}", where=path, fix=fix) from None
+        raise InputError(f"cannot read {what}: {error.strerror or error}", where=path, fix=fix) from None
 
 
 @contextmanager
@@ -100,7 +105,7 @@ def parsing(where: object, what: str = "this is damaged, or not what it should b
         yield
     except InputError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+    except _DAMAGE as error:
         raise InputError(what, where=where, found=f"{type(error).__name__}: {error}") from error
 
 
@@ -215,6 +220,9 @@ def complete_lines(path: Path, cuts: bool = True) -> list[str]:
     Args:
         path: the file.
         cuts: cut that one off the file, which this process writes to; someone else's stays as it is.
+
+    Raises:
+        InputError: not UTF-8, not a regular file, or the system refuses.
     """
     if not path.exists():
         return []
@@ -223,7 +231,21 @@ def complete_lines(path: Path, cuts: bool = True) -> list[str]:
         end = data.rfind(b"\n") + 1
         if cuts:
             file.truncate(end)
-    return data[:end].decode().split("\n")[:-1]  # not splitlines, which cuts at U+2028
+    with parsing(path, "this file is not UTF-8 text"):
+        return data[:end].decode().split("\n")[:-1]  # not splitlines, which cuts at U+2028
+
+
+def complete_records(path: Path, make: Callable[[Any], T], what: str, cuts: bool = True) -> list[T]:
+    """What `make` makes of each of the `complete_lines` of a JSONL file.
+
+    Raises:
+        InputError: a line of something else, as `what` says.
+    """
+    made = []
+    for number, line in enumerate(complete_lines(path, cuts), 1):
+        with parsing(f"{path}:{number}", what):
+            made.append(make(json.loads(line)))
+    return made
 
 
 def json_lines(records: Iterable[object]) -> str:
@@ -264,7 +286,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> Path:
 
 def replace_text(path: Path, text: str) -> Path:
     """Atomic write of a text in UTF-8, see `replace_file`."""
-    return replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> Path:

@@ -14,7 +14,7 @@ import tyro
 
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.files import replace_text
+from minillama.files import read_json, replace_text
 from minillama.inference.load import ModelArgs, Quantize
 from minillama.inference.sampling import Sampling, models_own
 from minillama.tokenizer.conversation import Conversation, Message
@@ -136,9 +136,8 @@ class Session:
     def load(self, name: str) -> None:
         """/load FILE."""
         try:
-            values = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-            messages = list(Conversation.of(values["messages"]).messages)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            messages = list(Conversation.of(read_json(Path(name).expanduser())["messages"]).messages)
+        except (InputError, ValueError, KeyError, TypeError) as error:
             raise InputError("not a saved conversation", where=name or "/load", found=error) from None
         has_system = bool(messages) and messages[0].role == "system"
         self.prompts.system = (messages.pop(0),) if has_system else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from minillama.data.cleaning.pipeline import Pipeline
 from minillama.data.cleaning.run import Cleaning
 from minillama.data.sources import CLEANED, UNFINISHED
 from minillama.errors import InputError
+from minillama.files import remove
 
 DEFAULT = "english"
 
@@ -39,7 +39,8 @@ class Clean:
         check(self)
         pipeline = self._pipeline()
         if self.overwrite and any((self.output / name).exists() for name in (CLEANED, UNFINISHED)):
-            shutil.rmtree(self.output)
+            for path in self.output.iterdir():
+                remove(path)
         if (self.output / CLEANED).exists():
             raise InputError("this folder holds a finished cleaning", where=self.output, fix="add --overwrite")
         made = Cleaning(pipeline, self.output).run(self.workers or _cores(), _progress)

@@ -15,7 +15,7 @@ import tyro
 
 from minillama.commands.progress import Progress
 from minillama.commands.tables import print_table
-from minillama.files import append_lines, complete_lines, json_lines, replace_text, stamp
+from minillama.files import append_lines, complete_records, json_lines, replace_text, stamp
 from minillama.inference.load import DType, ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ class Judge:
         made = "" if "://" in self.judge else stamp([Path(judge)])
         told = json.dumps([judge, self.judge_name, self.judge_tokens, self.dtype, self.quantize, made])
         path = self.output / f"verdicts-{name}-{sha256(told.encode()).hexdigest()[:8]}.jsonl"
-        known = {one.key: one for one in (Verdict(**json.loads(line)) for line in complete_lines(path))}
+        given = complete_records(path, lambda value: Verdict(**value), "this line is not a verdict")
+        known = {one.key: one for one in given}
         left = {key: prompt for key, prompt in prompts.items() if key not in known}
         if left:
             self.output.mkdir(parents=True, exist_ok=True)

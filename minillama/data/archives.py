@@ -1,10 +1,12 @@
-"""Files that may be compressed, gzip or zstd, and what they unpack to at most."""
+"""Files that may be compressed by gzip, zstd or bzip2, and what they unpack to at most."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +14,7 @@ from typing import Any, BinaryIO
 from minillama.errors import optional_import
 from minillama.files import check_size, regular
 
-PACKED = (".gz", ".zst")
+PACKED = (".gz", ".zst", ".bz2")
 """Suffixes of compressed files, in any case."""
 RATIO, SMALL = 100, 2**26
 """An archive unpacks to so many times its size at most, or to so many bytes; web text to five times."""
@@ -26,23 +28,33 @@ def open_file(path: Path) -> io.BufferedReader:
     Raises:
         OSError: it cannot be opened, or is a pipe or a device.
         InputError: later, while it is read: it unpacks to more than `RATIO` times its size, and more than `SMALL`.
-        DamagedError: later; and what the `gzip` module raises.
+        DamagedError: later.
     """
     file = open(path, "rb", opener=regular)  # noqa: SIM115 - closed with what is returned, or at once
     suffix = path.suffix.lower()
     if suffix not in PACKED:
         return file
     packed = os.fstat(file.fileno()).st_size
-    if suffix == ".gz":
-        archive = gzip.GzipFile(fileobj=file)
-        chunks = iter(lambda: archive.read(_CHUNK), b"")
+    if suffix != ".zst":
+        archive = gzip.GzipFile(fileobj=file) if suffix == ".gz" else bz2.BZ2File(file)
+        chunks = _chunks(archive)
     else:
         chunks = _zstd_frames(file, optional_import("zstandard", "a .zst file", "data"))
     return io.BufferedReader(Chunks(_bounded(chunks, path, max(SMALL, RATIO * packed)), file), _CHUNK)
 
 
-class DamagedError(Exception):
-    """Invalid or truncated zstd stream."""
+class DamagedError(ValueError):
+    """Invalid or truncated stream."""
+
+
+def _chunks(archive: gzip.GzipFile | bz2.BZ2File) -> Iterator[bytes]:
+    try:
+        while chunk := archive.read(_CHUNK):
+            yield chunk
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DamagedError(error) from None
 
 
 def _zstd_frames(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -256,7 +254,7 @@ def read_items(
             yield BadText("other kind", "this file is not text", where=path, found=error, fix=fix)
         except UnicodeDecodeError as error:
             yield BadText(f"invalid {name}", f"this text is not {name}", where=path, found=error.reason)
-        except (EOFError, zlib.error, gzip.BadGzipFile, DamagedError) as error:
+        except DamagedError as error:
             yield BadText("damaged archive", "this compressed file is damaged or truncated", where=path, found=error)
 
 

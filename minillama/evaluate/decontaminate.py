@@ -17,7 +17,7 @@ from minillama.data.reading import holds_records, read_lines, read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError
 from minillama.evaluate.tasks import TASKS
-from minillama.files import digest, replace_file, replace_text
+from minillama.files import digest, read_json, replace_file, replace_text
 
 SHORTEST = 8  # words of a text that is shorter than n and still looked for, as a whole
 
@@ -163,9 +163,9 @@ def write(path: Path, source: Path, index: Index, lines: Iterable[str | None]) -
 def record_of(path: Path) -> dict[str, Any] | None:
     """Record of a file, if it has one and is still the file that was written."""
     try:
-        record: dict[str, Any] = json.loads(marker(path).read_text(encoding="utf-8"))
+        record = read_json(marker(path))
         return record if record["sha256"] == digest(path) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, OSError, KeyError):
         return None
 
 

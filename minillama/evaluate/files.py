@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minillama.data.archives import PACKED, open_file
 from minillama.data.reading import read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError, optional_import
-from minillama.files import parsing, reading
+from minillama.files import parsing, read_text, reading
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".txt")  # in the order in which they are preferred
-PACKED = (".gz", ".zst", ".bz2")
 NAMES = {"val": "validation", "valid": "validation"}
 SPLITS = ("train", "validation", "dev", "test")
 
@@ -74,8 +74,7 @@ def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     stem = path.name.removesuffix(path.suffix if path.suffix in PACKED else "")
     labels = path.with_name(Path(stem).stem + "-labels.lst")
     if suffix(path) in (".jsonl", ".json") and labels.exists() and not (rows and "answer" in rows[0].value):
-        with reading(labels):
-            found = labels.read_text(encoding="utf-8").split()
+        found = read_text(labels).split()
         if len(found) != len(rows):
             raise InputError("labels and records differ in number", where=labels, found=len(found), expected=len(rows))
         rows = [Row(row.value | {"label": label}, row.where) for row, label in zip(rows, found, strict=True)]
@@ -94,16 +93,21 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         elif kind == ".txt":
             yield from _six_lines(path)
         else:
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with _opened(path) as file:
                 tsv = kind == ".tsv"
                 rows = csv.reader(file, delimiter=",\t"[tsv], quoting=csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL)
                 names = columns or next(rows, [])
                 yield from (Row(dict(zip(names, row, strict=False)), f"{path}:{rows.line_num}") for row in rows)
 
 
+def _opened(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="")
+
+
 def _six_lines(path: Path) -> Iterator[Row]:
     """HellaSwag as text: context, label, four endings, a line each."""
-    lines = (bz2.decompress(path.read_bytes()) if path.suffix == ".bz2" else path.read_bytes()).decode().splitlines()
+    with _opened(path) as file:
+        lines = [line.rstrip("\r\n") for line in file]
     if len(lines) % 6:
         raise InputError("not six lines per record", where=path, found=f"{len(lines)} lines")
     for start in range(0, len(lines), 6):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -64,14 +64,14 @@ class Outcome:
         """Whether the choice is the right one."""
         return self.choice(metric) == self.gold
 
-    def to_json(self) -> str:
-        """Line of a file."""
-        return json.dumps(asdict(self), ensure_ascii=False)
-
     @classmethod
     def of(cls, value: dict[str, Any]) -> Outcome:
-        """Outcome of a line's object."""
-        return cls(**value)
+        """Outcome of a line's object, which is what it should be if its accuracies can be computed."""
+        outcome = cls(**value)
+        hash((outcome.task, outcome.id, outcome.prompt, outcome.subject))
+        for metric in outcome.metrics:
+            outcome.is_right(metric)
+        return outcome
 
 
 def fingerprint(item: Item) -> str:

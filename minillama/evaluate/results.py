@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from minillama.errors import InputError
 from minillama.evaluate.comparison import Estimate, average, estimate, paired
 from minillama.evaluate.multiple_choice import Outcome, fingerprint
 from minillama.evaluate.task import Item, Task
-from minillama.files import complete_lines, read_json, reading, replace_text
+from minillama.files import append_lines, complete_records, parsing, read_json, replace_text
 
 ITEMS, MODEL = "items.jsonl", "model.json"
 Key = tuple[str, str, str]
@@ -52,8 +53,7 @@ class ResultFolder:
         self.known[outcome.task, outcome.id, outcome.prompt] = outcome
         if not (self.path / MODEL).exists():
             replace_text(self.path / MODEL, json.dumps(self.model, indent=2) + "\n")
-        with reading(self.path / ITEMS, "the results"), (self.path / ITEMS).open("a", encoding="utf-8") as file:
-            file.write(outcome.to_json() + "\n")
+        append_lines(self.path / ITEMS, [asdict(outcome)])
 
     def of(self, name: str, items: Sequence[Item]) -> list[Outcome]:
         """Outcomes of a set's items that there are."""
@@ -62,19 +62,13 @@ class ResultFolder:
 
 
 def read_outcomes(path: Path, cuts: bool = False) -> dict[Key, Outcome]:
-    """Outcomes of a file; see `complete_lines`.
+    """Outcomes of a file; see `complete_records`.
 
     Raises:
         InputError: a line that is not an outcome.
     """
-    known = {}
-    for number, line in enumerate(complete_lines(path, cuts), 1):
-        try:
-            outcome = Outcome.of(json.loads(line))
-        except (ValueError, TypeError) as error:
-            raise InputError("this line is not an outcome", where=f"{path}:{number}", found=error) from None
-        known[outcome.task, outcome.id, outcome.prompt] = outcome
-    return known
+    outcomes = complete_records(path, Outcome.of, "this line is not an outcome", cuts)
+    return {(outcome.task, outcome.id, outcome.prompt): outcome for outcome in outcomes}
 
 
 def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Key, Outcome] | None) -> dict[str, Any]:
@@ -117,8 +111,9 @@ def earlier(path: Path, limit: int, against: str | None) -> dict[str, Any]:
     if saved.get("limit") != limit:
         return {}
     is_same = saved.get("against") == against
-    sets = saved["sets"].items()
-    return {name: {k: v for k, v in one.items() if is_same or k != "against"} for name, one in sets}
+    with parsing(path):
+        sets = saved["sets"].items()
+        return {name: {k: v for k, v in one.items() if is_same or k != "against"} for name, one in sets}
 
 
 def mean_of(sets: Mapping[str, Mapping[str, Any]]) -> Estimate:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minillama.errors import InputError
-from minillama.files import read_json
+from minillama.files import read_json, replace_text
 
 FILE = "generation_config.json"
 STOP_IDS = "minillama.stop_token_ids"
@@ -89,4 +89,4 @@ def _members(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(values, indent=2) + "\n")

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.files import read_json
+from minillama.files import read_json, replace_file, replace_text
 from minillama.formats import generation_config
 from minillama.formats.data_file import DataFile
 from minillama.formats.layout import Entry, check_tensors, check_writable, is_same, layout, lazy_tensors, rename
@@ -196,7 +197,7 @@ def write(
         for entry in shard:
             part[entry.name] = entry.pack(tensors).detach().to("cpu", dtype).contiguous()
             weight_map[entry.name] = file
-        save_file(part, folder / file, metadata={"format": "pt"})
+        replace_file(folder / file, partial(save_file, part, metadata={"format": "pt"}))
     stale = {path.name for path in folder.glob("model*.safetensors")} - set(weight_map.values())
     for name in (*stale, INDEX):
         (folder / name).unlink(missing_ok=True)  # of an earlier save: readers would prefer it
@@ -220,4 +221,4 @@ def parse_size(size: int | str) -> int:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(values, indent=2) + "\n")

@@ -21,7 +21,7 @@ from torch import Tensor
 from minillama.config import ModelConfig
 from minillama.config.lora import EMBEDDING, HEAD, SCORE, matrices, named, refuse_tied
 from minillama.errors import InputError
-from minillama.files import refuse_remote, replace_file
+from minillama.files import refuse_remote, replace_file, replace_text
 from minillama.formats import generation_config, hf, peft_fused
 from minillama.formats.data_file import DataFile
 from minillama.formats.layout import layout
@@ -259,7 +259,7 @@ def write(
     metadata |= {COLUMNS: json.dumps(columns)} if columns else {}
     replace_file(folder / WEIGHTS, lambda path: save_file(stored, path, metadata))
     text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_text(folder / CONFIG, text)
 
 
 def check_sites(config: ModelConfig, sites: Iterable[str]) -> None:

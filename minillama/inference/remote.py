@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from minillama.errors import InputError, optional_import
-from minillama.files import replace_text
+from minillama.files import read_json, replace_text
 from minillama.inference.chat import ChatPrompts, Messages, Prompt, is_messages
 from minillama.inference.engine import Engine, evaluating
 from minillama.inference.generate import Completion, generate
@@ -294,9 +294,9 @@ class Remote:
 def _cached(path: Path) -> dict[str, Any] | None:
     """Reply of a file of the cache; None where there is none, or a damaged one."""
     try:
-        reply = json.loads(path.read_text(encoding="utf-8"))["reply"]
+        reply = read_json(path)["reply"]
         return reply if isinstance(reply["text"], str) and {"reason", "first"} <= reply.keys() else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (InputError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minillama.errors import InputError
-from minillama.files import digest, free_name, read_json, replace_file, replace_folder
+from minillama.files import digest, free_name, read_json, remove, replace_file, replace_folder
 from minillama.runs import parts
 
 MANIFEST = "manifest.json"
@@ -210,15 +210,19 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
     for step in steps(folder)[:-keep]:
         if step != best:  # renamed first: a process that is killed leaves no half of one under its name
             (folder / f"step-{step}").rename(folder / f".step-{step}.old")
-    for path in [*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")]:
-        shutil.rmtree(path, ignore_errors=True)
+    _remove([*folder.glob(".step-*.tmp"), *folder.glob(".step-*.old")])
     remove_parts(folder)
 
 
 def remove_parts(folder: Path) -> None:
     """Remove the parts that processes of an attempt wrote which is over."""
-    for path in folder.glob(".parts-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    _remove(folder.glob(".parts-*"))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            remove(path)
 
 
 def _is_entry(known: object) -> bool:

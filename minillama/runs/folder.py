@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minillama.errors import InputError
-from minillama.files import free_name, reading, regular, remove, replace_file
+from minillama.files import free_name, reading, regular, remove, replace_text
 from minillama.runs.log import MetricsLog
 
 FOLDERS = ("checkpoints", "model", "value", "average", "tensorboard")
@@ -162,7 +162,7 @@ class RunFolder:
 
     def write_config(self, config: str) -> None:
         """Replace the configuration."""
-        replace_file(self.config, lambda path: path.write_text(config, encoding="utf-8"))
+        replace_text(self.config, config)
 
     def rewind_metrics(self, step: int) -> None:
         """Remove the records after `step`, for a run that is resumed there."""
@@ -170,7 +170,7 @@ class RunFolder:
             return
         kept = [record for record in read_metrics(self.metrics) if record["step"] <= step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
-        replace_file(self.metrics, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_text(self.metrics, text)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Append a step's line to metrics.jsonl, and log it.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from minillama.errors import optional_import
+from minillama.files import replace_file
 from minillama.scaling.fit import NAMES, Fit
 from minillama.scaling.isoflop import budgets
 from minillama.scaling.points import Table
@@ -50,4 +51,4 @@ def draw(path: Path, table: Table, fits: dict[int, Fit], given: Sequence[float] 
     for axes in (isoflop, size, loss):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    replace_file(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:] or None))

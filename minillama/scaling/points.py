@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
+from minillama.files import parsing, read_text
 
 if TYPE_CHECKING:
     from minillama.runs.record import RecordedRun
@@ -100,11 +102,8 @@ def read_csv(path: Path) -> Table:
     Raises:
         InputError: a missing column, or a value that is not a positive number; with the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError("the table cannot be read", where=path, found=error) from error
-    rows = list(csv.reader(text.splitlines()))
+    with parsing(path, "the table cannot be read"):
+        rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
     header = [name.strip().lower() for name in rows[0]] if rows else []
     columns = {
         name: next((header.index(word) for word in words if word in header), None) for name, words in COLUMNS.items()
@@ -121,7 +120,7 @@ def read_csv(path: Path) -> Table:
         params, tokens, flops = (value.get(size, 0.0) for size in ("params", "tokens", "flops"))
         params = params or flops / 6 / tokens
         tokens = tokens or flops / 6 / params
-        name = row[columns["name"]] if columns["name"] is not None else f"line {number}"
+        name = "".join(row[columns["name"] :][:1]) if columns["name"] is not None else f"line {number}"
         points.append(Point(name, params, tokens, flops or 6 * params * tokens, value["loss"]))
     return Table(tuple(points))
 

@@ -18,7 +18,7 @@ import tomli_w
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.files import regular, replace_text
+from minillama.files import parsing, read_json, read_text, regular, replace_text
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.record import RecordedRun
 from minillama.scaling.fit import Fit
@@ -128,7 +128,7 @@ class Sweep:
             InputError: it was started with other settings.
         """
         written, text = path.with_name(f"{path.name}.toml"), tomli_w.dumps(to_table(config))
-        if written.exists() and written.read_text(encoding="utf-8") != text:
+        if written.exists() and read_text(written) != text:
             fix = "choose another --out, or remove the run"
             raise InputError("this run of the sweep was started with other settings", where=written, fix=fix)
         if is_finished(path):
@@ -194,8 +194,9 @@ def predict(sweep: Sweep, fits: dict[int, Fit]) -> tuple[RunConfig, dict[str, An
     flops, head = 4 * sweep.budgets[-1], sweep.base.model.head_dim
     path = sweep.folder / "next" / "prediction.json"
     is_made = path.exists()
-    made = json.loads(path.read_text(encoding="utf-8")) if is_made else {}
-    params = made["params"] if is_made else (fits.get(2) or fits[3]).params(flops)
+    made = read_json(path) if is_made else {}
+    with parsing(path):
+        params = float(made["params"]) if is_made else (fits.get(2) or fits[3]).params(flops)
     config = replace(run_config(sweep.base, nearest(params, sweep.base.model, head), flops), name="run")
     if not is_made:
         count, tokens = size(config.model), float(config.train.steps * config.train.batch_size * config.context)

@@ -8,12 +8,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import minillama
 from minillama.errors import InputError
-from minillama.files import digest, json_lines, read_json, replace_text
+from minillama.files import digest, json_lines, parsing, read_json, regular, replace_text
 
 T = TypeVar("T")
 Line = Mapping[str, Any]
@@ -50,7 +51,8 @@ class Generated:
         self._begun = time.monotonic()
         size = path.stat().st_size if path.exists() else 0
         if self.beside.exists():
-            self._resume(size)
+            with parsing(self.beside):
+                self._resume(size)
         elif size:
             fix = "give another --output"
             raise InputError("the file exists, without a provenance file beside it", where=path, fix=fix)
@@ -68,13 +70,14 @@ class Generated:
             found, expected = f"{size:,} bytes", f"{state['bytes']:,} or more"
             raise InputError("the file has lost lines", where=self.path, found=found, expected=expected)
         if size > state["bytes"]:
-            os.truncate(self.path, state["bytes"])
+            with self._open("r+b") as file:
+                file.truncate(state["bytes"])
         self.done, self.bytes, self.counts = state["done"], state["bytes"], Counter(state["counts"])
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Lines that are there."""
         if self.path.exists():
-            with self.path.open(encoding="utf-8") as file:
+            with self.path.open(encoding="utf-8") as file, parsing(self.path):
                 yield from map(json.loads, file)
 
     def commit(self, lines: Sequence[Line], done: int, left_out: Mapping[str, int]) -> None:
@@ -86,16 +89,21 @@ class Generated:
         data = json_lines(lines).encode()
         if not self.beside.exists():
             self._save()  # in front of the first line, which a killed process could leave alone otherwise
-        try:
-            with self.path.open("ab") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise InputError("cannot write", where=self.path, found=error.strerror) from error
+        with self._open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         self.done, self.bytes = done, self.bytes + len(data)
         self.counts.update({"lines": len(lines), **left_out})
         self._save()
+
+    @contextmanager
+    def _open(self, mode: str) -> Iterator[IO[bytes]]:
+        try:
+            with open(self.path, mode, opener=regular) as file:
+                yield file
+        except OSError as error:
+            raise InputError("cannot write", where=self.path, found=error.strerror) from error
 
     def _save(self) -> None:
         progress = {"done": self.done, "bytes": self.bytes, "counts": dict(self.counts)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import decoders
 
 from minillama.errors import InputError, optional_import
+from minillama.files import replace_file
 from minillama.tokenizer.pre import piece_bytes
 from minillama.tokenizer.reference.byte_fallback import BYTE
 from minillama.tokenizer.sentencepiece_vocab import SPACE
@@ -98,6 +99,6 @@ def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
         axes.set_ylabel(label)
     figure.axes[0].legend()
     try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
+        replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:] or None))
+    except ValueError as error:
         raise InputError("cannot write the plot", where=path, found=error) from None

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from minillama.config.arguments import checked
 from minillama.errors import InputError
+from minillama.files import replace_file, replace_text
 from minillama.tokenizer import open as reader
 from minillama.tokenizer import sentencepiece
 from minillama.tokenizer.chat import ChatTemplate
@@ -146,9 +147,9 @@ class Tokenizer:
         And the SentencePiece file that it came from, as tokenizer.model. `max_length`: the model's context in tokens.
         """
         (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8", newline="\n")
+        replace_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         if self._model:
-            (folder / "tokenizer.model").write_bytes(self._model)
+            replace_file(folder / "tokenizer.model", lambda path: path.write_bytes(self._model))
         self.save_settings(folder, max_length)
 
     def save_settings(self, folder: Path, max_length: int | None = None) -> None:
@@ -170,7 +171,7 @@ class Tokenizer:
         if self._encoder is not None:
             settings[ENCODE_WITH] = "tokenizer.model"
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+        replace_text(folder / "tokenizer_config.json", text)
 
     def with_special(self, names: Sequence[str]) -> Tokenizer:
         """A tokenizer with the special tokens that it lacks appended behind its highest id.

@@ -10,7 +10,8 @@ from statistics import median
 import torch
 
 from minillama.device import compiler_missing
-from minillama.files import cache_folder, replace_file
+from minillama.errors import InputError
+from minillama.files import cache_folder, read_json, replace_text
 from minillama.model import Decoder
 from minillama.native import attention, softmax, swiglu
 from minillama.native.build import CannotBuild, can_build
@@ -88,11 +89,8 @@ class Compiler:
         found = {"seconds": max(0.0, first - typical), "saved": 1 - typical / self.eager}
         self.eager = 0.0
         del seconds[0]
-        with suppress(OSError):
-            path = cache_folder() / FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self._file() | {self.key: found}, indent=2)
-            replace_file(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+        with suppress(InputError, RuntimeError):  # no home, or no room in it
+            replace_text(cache_folder() / FILE, json.dumps(self._file() | {self.key: found}, indent=2) + "\n")
 
     def _known(self) -> dict[str, float] | None:
         found = self._file().get(self.key)
@@ -101,9 +99,8 @@ class Compiler:
 
     @staticmethod
     def _file() -> dict[str, dict[str, float]]:
-        with suppress(OSError, ValueError, RuntimeError):
-            found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else {}
+        with suppress(InputError, RuntimeError):
+            return read_json(cache_folder() / FILE)
         return {}
 
 

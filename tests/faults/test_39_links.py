@@ -10,13 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from minillama import Decoder, ModelConfig
 from minillama.commands.cli import main
+from minillama.data.cleaning.inputs import Input
+from minillama.data.cleaning.pipeline import Pipeline
+from minillama.data.cleaning.report import write_report
+from minillama.data.cleaning.run import Cleaning
+from minillama.data.cleaning.tally import Tally
 from minillama.errors import InputError
+from minillama.evaluate.multiple_choice import Outcome
+from minillama.evaluate.results import ResultFolder
 from minillama.files import replace_folder
 from minillama.runs import provenance
-from minillama.runs.checkpoint import steps
+from minillama.runs.checkpoint import prune, steps
 from minillama.runs.config import RunConfig, load_run_config
 from minillama.runs.folder import RunFolder, append_line
+from minillama.synthetic.writer import Generated
+from minillama.tokenizer import byte_tokenizer
+from minillama.tokenizer.compare import Figures, plot
 
 FILES = (".lock", "metrics.jsonl", "provenance.jsonl", "loss.png", "config.toml")
 FOLDERS = ("checkpoints", "model")
@@ -81,6 +92,79 @@ def test_fault_39_a_folder_replaces_a_link(tmp_path: Path, outside: Path, name: 
     replace_folder(tmp_path / "model", lambda folder: (folder / "new").write_bytes(b""))
     assert unharmed(outside) and not (tmp_path / "model").is_symlink()
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+
+
+OUTCOME = Outcome("t", "1", "p", "s", 0, [0.0], [1], [1], [0.0])
+WRITTEN: dict[str, Callable[[Path], object]] = {
+    "model.safetensors": lambda folder: model().save_pretrained(folder),
+    "config.json": lambda folder: model().save_pretrained(folder),
+    "generation_config.json": lambda folder: model().save_pretrained(folder),
+    "model.safetensors.index.json": lambda folder: model().save_pretrained(folder, max_shard_size="4KB"),
+    "tokenizer.json": lambda folder: byte_tokenizer().save(folder),
+    "tokenizer_config.json": lambda folder: byte_tokenizer().save(folder),
+    "plot.png": lambda folder: plot(folder / "plot.png", {"a": {"b": Figures(1, None, 1, 1, 0, 1)}}),
+    "report.html": lambda folder: write_report(folder / "report.html", Pipeline("x"), Tally(), {}),
+}
+APPENDED: dict[str, Callable[[Path], object]] = {
+    "items.jsonl": lambda folder: ResultFolder(folder, {}).add(OUTCOME),
+    "out.jsonl": lambda folder: Generated(folder / "out.jsonl", {}).commit([{"a": 1}], 1, {}),
+}
+
+
+def model() -> Decoder:
+    config = ModelConfig(dim=16, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=16, vocab_size=257, max_seq_len=16)
+    made = Decoder(config)
+    made.stop_ids = frozenset({256})
+    return made
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("name", [*WRITTEN, *APPENDED])
+def test_fault_39_whatever_is_written_leads_nowhere(name: str, is_there: bool, tmp_path: Path, outside: Path) -> None:
+    """What is written as a whole replaces a link, as in a snapshot of the hub's cache; none is appended to."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).symlink_to(outside / ("file" if is_there else "absent"))
+    if name in WRITTEN:
+        WRITTEN[name](folder)
+        assert (folder / name).is_file() and not (folder / name).is_symlink()
+    else:
+        with pytest.raises(InputError):
+            APPENDED[name](folder)
+    assert unharmed(outside)
+
+
+def test_fault_39_no_generated_file_is_cut_through_a_link(tmp_path: Path, outside: Path) -> None:
+    (tmp_path / "out.jsonl").symlink_to(outside / "file")
+    state = {"about": {"inputs": {}}, "minillama": "", "done": 0, "bytes": 0, "counts": {}}
+    (tmp_path / "out.jsonl.provenance.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(InputError, match="cannot write"):
+        Generated(tmp_path / "out.jsonl", {})
+    assert unharmed(outside)
+    (tmp_path / "out.jsonl.provenance.json").write_text(json.dumps({"about": []}), encoding="utf-8")
+    with pytest.raises(InputError, match="damaged"):
+        Generated(tmp_path / "out.jsonl", {})
+
+
+def test_fault_39_a_cleaning_goes_on_in_its_own_folder(tmp_path: Path, outside: Path) -> None:
+    (tmp_path / "a.txt").write_text("Some text of a source.\n", encoding="utf-8")
+    pipeline = Pipeline("x", sources=(Input(str(tmp_path / "a.txt")),))
+    output = tmp_path / "out"
+    Cleaning(pipeline, output).start()
+    (output / "removed").symlink_to(outside)
+    with pytest.raises(InputError, match="not a cleaning's own"):
+        Cleaning(pipeline, output).run()
+    (tmp_path / "link").symlink_to(output)
+    words = ["data", "clean", str(tmp_path / "a.txt"), "--output", str(tmp_path / "link"), "--overwrite"]
+    assert main([*words, "--workers", "1"]) == 0
+    assert (output / "cleaned.json").is_file() and unharmed(outside)
+
+
+def test_fault_39_parts_of_a_checkpoint_are_not_written_through_a_link(tmp_path: Path, outside: Path) -> None:
+    for name in (".parts-3", ".step-2.tmp", ".step-1.old"):
+        (tmp_path / name).symlink_to(outside)
+    prune(tmp_path, 1)
+    assert not list(tmp_path.glob(".*")) and unharmed(outside)
 
 
 def test_fault_39_full_width_digits_are_no_step(tmp_path: Path) -> None:

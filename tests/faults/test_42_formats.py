@@ -17,7 +17,8 @@ from minillama.convert import convert
 from minillama.formats import gguf, meta
 from minillama.formats.gguf_header import read_header
 from minillama.formats.open import open_model
-from minillama.tokenizer import byte_tokenizer
+from minillama.tokenizer import Tokenizer, byte_tokenizer
+from minillama.tokenizer.pre import pattern_of
 
 SHAPE = {"dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "hidden_dim": 96, "vocab_size": 257}
 CONFIG = ModelConfig(**SHAPE, max_seq_len=32)  # type: ignore[arg-type]
@@ -166,6 +167,31 @@ def test_gguf_keys_as_llama_cpp_reads_them(written: Callable[..., Path], keys: d
     config = open_model(written(**{key.replace(".", "__"): value for key, value in keys.items()})).config
     linear = CONFIG.changed({"rope_scaling": {"kind": "linear", "factor": 4.0}})
     assert replace(config, model_type="") == (linear if "rope" in next(iter(keys)) else CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("llama-bpe", "llama-3"), ("llama3", "llama-3"), ("llama-v3", "llama-3"), ("deepseek-r1-qwen", "qwen2")],
+)
+def test_llama_cpps_names_of_a_pre_tokenizer(written: Callable[..., Path], name: str, pattern: str) -> None:
+    backend = Tokenizer.load(written(tokenizer__ggml__pre=name)).backend
+    assert pattern_of(backend) == pattern
+    assert (backend.normalizer is not None) == (pattern == "qwen2")
+
+
+@pytest.mark.parametrize("name", ["default", "tekken"])
+def test_an_unknown_pre_tokenizer_is_named(written: Callable[..., Path], name: str) -> None:
+    with pytest.raises(InputError, match="this pre-tokenizer is not known") as error:
+        Tokenizer.load(written(tokenizer__ggml__pre=name))
+    assert error.value.found == name and "llama-v3" in str(error.value.expected)
+
+
+def test_a_gguf_template_for_tools(written: Callable[..., Path]) -> None:
+    keys = {"tokenizer__chat_template": "D:{{ messages[0].content }}", "tokenizer__chat_templates": ["tool_use"]}
+    tokenizer = Tokenizer.load(written(**keys, tokenizer__chat_template__tool_use="T:{{ tools[0].function.name }}"))
+    messages, tools = [{"role": "user", "content": "hi"}], [{"type": "function", "function": {"name": "clock"}}]
+    assert tokenizer.apply_chat_template(messages) == "D:hi"
+    assert tokenizer.apply_chat_template(messages, tools=tools) == "T:clock"
 
 
 def test_gguf_tensors_that_are_smaller_than_their_place(written: Callable[..., Path]) -> None:

@@ -1,10 +1,14 @@
-"""Seeded mutations of files: of bytes, of JSON values, of lines."""
+"""Seeded mutations of files: of bytes, of numbers in a header, of JSON values, of lines, of what an archive holds."""
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import re
 import struct
+import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 INTEGERS = (0, 1, 2, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
@@ -21,6 +25,13 @@ WORDS = (
     b"\x1b[2J",
     b"<s>",
 )
+
+
+PICKLED = {
+    b"X\x03\0\0\0cpu": (b"X\x04\0\0\0meta", b"X\x04\0\0\0cuda", b"X\x03\0\0\0xpu"),
+    b"FloatStorage": (b"BoolStorage", b"HalfStorage", b"DoubleStorage", b"ComplexFloatStorage"),
+    b"_rebuild_tensor_v2": (b"_rebuild_parameter", b"_rebuild_sparse_tensor", b"_rebuild_meta_tensor_no_storage"),
+}
 
 
 def odd_value(rng: random.Random) -> Any:
@@ -97,6 +108,61 @@ def of_bytes(rng: random.Random, data: bytes, reach: int = 4096) -> bytes:
         else:
             damaged[at : at + rng.choice((0, 1))] = rng.choice(WORDS)
     return bytes(damaged)
+
+
+def of_numbers(rng: random.Random, data: bytes, places: Sequence[tuple[int, int]]) -> bytes:
+    """One or two of the numbers at known places, (offset, bytes) each, replaced."""
+    damaged = bytearray(data)
+    for _ in range(rng.randint(1, 2)):
+        at, size = rng.choice(places)
+        whole, small = struct.pack("<Q", rng.choice(INTEGERS)), struct.pack("<Q", rng.randrange(41))
+        floats = struct.pack("<f", rng.choice((0.0, -1.0, 1e-38, 1e38, float("inf"), float("nan")))) * 2
+        damaged[at : at + size] = rng.choice((whole, small, floats, rng.randbytes(8)))[:size]
+    return bytes(damaged)
+
+
+def of_types(rng: random.Random, data: bytes, places: Sequence[tuple[int, int]]) -> bytes:
+    """GGUF: the declared type of a tensor replaced by another."""
+    at, size = rng.choice(places)
+    return data[:at] + struct.pack("<I", rng.randrange(41)) + data[at + size :]
+
+
+def of_dtypes(rng: random.Random, data: bytes) -> bytes:
+    """safetensors: the declared type of a tensor replaced by another."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    header[name]["dtype"] = rng.choice(
+        ("I32", "U32", "I64", "F64", "BF16", "F16", "I8", "U8", "BOOL", "F8_E4M3", "C64")
+    )
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def of_pickle(rng: random.Random, data: bytes) -> bytes:
+    """Meta's .pth: words of the pickle in the archive replaced, or its bytes."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in members if name.endswith(".pkl"))
+    word = rng.choice([*PICKLED, b""])
+    found = [match.start() for match in re.finditer(re.escape(word), members[name])] if word else []
+    if found:
+        at = rng.choice(found)
+        members[name] = members[name][:at] + rng.choice(PICKLED[word]) + members[name][at + len(word) :]
+    else:
+        members[name] = of_bytes(rng, members[name], len(members[name]))
+    with zipfile.ZipFile(made := io.BytesIO(), "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return made.getvalue()
+
+
+def of_gguf(rng: random.Random, data: bytes, places: Sequence[tuple[int, int]]) -> bytes:
+    """Bytes, numbers of the header, or an array of empty arrays that take twenty times as much memory."""
+    if rng.random() < 0.01:
+        count = struct.unpack("<Q", data[16:24])[0] + 1
+        arrays = struct.pack("<Q1sIIQ", 1, b"x", 9, 9, 4_000_000) + struct.pack("<IQ", 0, 0) * 4_000_000
+        return data[:16] + struct.pack("<Q", count) + arrays + data[24:]
+    return of_bytes(rng, data) if rng.random() < 0.5 else of_numbers(rng, data, places)
 
 
 def of_lines(rng: random.Random, data: bytes) -> bytes:

@@ -59,6 +59,7 @@ def main(seed: int, count: int, only: str = "") -> int:
         for key, target in found.items():
             shutil.rmtree(place / "case", ignore_errors=True)
             shutil.copytree(target.folder, place / "case")
+            target.read(place / "case")  # whole, as it was written
             for number in range(-(-count // len(found))):
                 os.pwrite(case, f"{key} {seed}.{number}".ljust(120).encode(), 0)
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)

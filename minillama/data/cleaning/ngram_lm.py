@@ -20,6 +20,7 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from minillama.data.archives import open_file
 from minillama.errors import InputError
 from minillama.files import reading, replace_file
 
@@ -50,6 +51,17 @@ class NgramLM:
     def order(self) -> int:
         """N of the longest n-grams."""
         return len(self.log10s)
+
+    def check(self) -> None:
+        """Check tokens and sizes of the tables.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
+        sizes = [(len(self.tokens),), *((len(keys),) for keys in self.keys)]
+        tables = [[values.shape for values in table] for table in (self.log10s, self.backoffs)]
+        if tables != [sizes, sizes[:-1]] or not all(isinstance(token, str) for token in self.tokens):
+            raise ValueError(f"tables of {tables} for {sizes}")
 
     @classmethod
     def train(
@@ -152,7 +164,7 @@ class NgramLM:
         Raises:
             InputError: the file is damaged, with the line.
         """
-        with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as raw:
+        with reading(path), open_file(path) as raw:
             lines = enumerate(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"), 1)
             try:
                 return cls._read(lines)

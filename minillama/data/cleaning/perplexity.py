@@ -17,7 +17,7 @@ from minillama.data.cleaning.document import Draft, Figures, Removal, Step
 from minillama.data.cleaning.grouping import CorpusStep, Rows, Verdicts, table
 from minillama.data.cleaning.ngram_lm import BOS, EOS, UNK, NgramLM
 from minillama.errors import InputError
-from minillama.files import reading, replace_folder
+from minillama.files import parsing, read_json, replace_folder
 from minillama.tokenizer import Tokenizer
 
 WEIGHTS, SETTINGS = "ngram_lm.safetensors", "ngram_lm.json"
@@ -74,16 +74,14 @@ class PieceLM:
             InputError: neither; an ARPA file without a tokenizer.
         """
         if path.is_dir():
-            from safetensors.numpy import load_file
-
-            with reading(path / SETTINGS, "the settings of an n-gram model"):
-                settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-            tensors, order = load_file(path / WEIGHTS), settings["order"]
-            log10s = [tensors[f"log10s.{n}"] for n in range(1, order + 1)]
-            backoffs = [tensors[f"backoffs.{n}"] for n in range(1, order)]
-            keys = [tensors[f"keys.{n}"] for n in range(2, order + 1)]
-            lm = NgramLM(tuple(settings["tokens"]), keys, log10s, backoffs)
-            loaded, normalize = Tokenizer.load(path), settings["normalize"]
+            settings, loaded = read_json(path / SETTINGS, most=2**30), Tokenizer.load(path)
+            with parsing(path, "this is not an n-gram model"):
+                tensors, order = _tensors(path / WEIGHTS), settings["order"]
+                log10s = [tensors[f"log10s.{n}"] for n in range(1, order + 1)]
+                backoffs = [tensors[f"backoffs.{n}"] for n in range(1, order)]
+                keys = [tensors[f"keys.{n}"] for n in range(2, order + 1)]
+                lm, normalize = NgramLM(tuple(settings["tokens"]), keys, log10s, backoffs), bool(settings["normalize"])
+                lm.check()
         elif not path.is_file():
             raise InputError("no n-gram model there", where=path, fix="make one: minillama data ngram-lm train")
         elif not tokenizer:
@@ -100,6 +98,16 @@ class PieceLM:
             return 0.0
         ids = np.concatenate([np.concatenate([[BOS], row, [EOS]]) for row in rows])
         return round(float(10 ** min(-self.lm.scores(ids).sum() / (len(ids) - len(rows)), 300.0)), 1)
+
+
+def _tensors(path: Path) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError("this is not an n-gram model", where=path, found=error) from None
 
 
 def _lines(text: str, normalize: bool) -> Iterator[str]:

@@ -95,6 +95,8 @@ class Cleaning:
         }
         job, fix = self.output / UNFINISHED / "job.json", "name another --output, or add --overwrite"
         if job.exists():
+            if link := next((path for path in self.output.rglob("*") if path.is_symlink()), None):
+                raise InputError("this is not a cleaning's own", where=link, expected="no link", fix="remove it")
             if read_table(job) != json.loads(json.dumps(identity)):
                 what = "this folder holds an unfinished cleaning by other steps or of other sources"
                 raise InputError(what, where=self.output, fix=fix)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from minillama.data.cleaning.document import Draft, Figures, Step
 from minillama.data.cleaning.words import UNSPACED
-from minillama.files import reading
+from minillama.files import read_text
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class SensitiveWords(Step):
 
 @cache
 def _pattern(path: str) -> re.Pattern[str]:
-    with reading(Path(path), "the list of sensitive words"):
-        lines = Path(path).read_text(encoding="utf-8").lower().splitlines()
+    lines = read_text(Path(path)).lower().splitlines()
     listed = {re.escape(line.strip()) for line in lines if line.strip() and not line.startswith("#")}
     longest, unspaced = sorted(listed, key=lambda word: (-len(word), word)), re.compile(f"[{UNSPACED}]")
     parts = [word if unspaced.search(word) else rf"(?<!\w){word}(?!\w)" for word in longest]

@@ -15,7 +15,7 @@ from pathlib import Path
 from minillama.data.archives import DamagedError, open_file
 from minillama.data.cleaning.charset import page_text
 from minillama.data.reading import BadText
-from minillama.files import reading
+from minillama.files import reading, regular
 
 _CHUNK = 2**18
 _GZIP = b"\x1f\x8b\x08"
@@ -44,7 +44,7 @@ def read_warc(path: Path, limit: int) -> Iterator[Response | BadText]:
         Pages, and an error in place of each record that is damaged, too long, or of no charset.
     """
     is_zstd = path.suffix.lower() == ".zst"
-    with reading(path), open_file(path) if is_zstd else path.open("rb") as file:
+    with reading(path), open_file(path) if is_zstd else open(path, "rb", opener=regular) as file:
         blocks = _Blocks(file, is_zstd)
         for number, (headers, body, problem) in enumerate(_records(blocks, limit), 1):
             where = f"{path}, record {number}"
