@@ -23,7 +23,7 @@ class Repair(Step):
 
     def measure(self, draft: Draft) -> Figures:
         fix, config = _fixer()
-        lines = draft.text.split("\n")  # ftfy, too, repairs each line for itself
+        lines = draft.text.replace("\r\n", "\n").split("\n")  # ftfy, too, repairs each line for itself
         text = "\n".join([line if _PLAIN.fullmatch(line) else fix(line, config) for line in lines])
         repaired, draft.text = float(text != draft.text), text
         return {"repaired": repaired, "replacement_characters": text.count("\ufffd") / max(len(text), 1)}
