@@ -282,7 +282,7 @@ def models(options: argparse.Namespace) -> None:
             out = work / f"{name}-{seed}"
             words = ["--data.sources", work / name, "--train.steps", options.steps, "--seed", seed, "--out", out]
             words += ["--data.cache", work / "cache", "--checkpoint.every", options.steps, "--tokenizer.kind", "bytes"]
-            words += ["--model.dim", 128, "--model.hidden_dim", 352, *options.more]
+            words += ["--model.dim", 64, "--model.n_layers", 2, "--model.hidden_dim", 176, *options.more]
             if not (out / "model").exists():
                 subprocess.run([sys.executable, "train.py", *map(str, words)], check=True)
             model = Decoder.from_pretrained(out / "model")
@@ -304,9 +304,9 @@ def main() -> None:
     )
     parser.add_argument("--kenlm", type=Path, help="folder of the kenlm module")
     parser.add_argument("--held-out", type=Path)
-    parser.add_argument("--characters", type=int, default=100_000)
+    parser.add_argument("--characters", type=int, default=30_000)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of train.py")
     options = parser.parse_args()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from heapq import nlargest
 from typing import Literal
 
 from minillama.data.cleaning.document import Draft, Figures, Removal, Step
@@ -74,5 +73,4 @@ class MC4(Step):
     min_long_lines: int = 3
 
     def measure(self, draft: Draft) -> Figures:
-        longest = nlargest(self.min_long_lines, map(len, draft.text.split("\n")))
-        return {"long_lines": sum(length >= self.line_characters for length in longest)}
+        return {"long_lines": sum(map(self.line_characters.__le__, map(len, draft.text.split("\n"))))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +92,12 @@ class Step:
         """Name of its figures."""
         return self.title or self.name
 
+    @cached_property
+    def limits(self) -> tuple[tuple[str, float, bool], ...]:
+        """Thresholds: measure, value, whether it is the lower one."""
+        bounds = [f.name for f in fields(self) if f.name.startswith(("min_", "max_"))]
+        return tuple((name[4:], getattr(self, name), name.startswith("min_")) for name in bounds)
+
     def concerns(self, draft: Draft) -> bool:
         """Whether the step is for this document."""
         is_source = not self.sources or draft.source in self.sources
@@ -107,8 +113,8 @@ class Step:
 
     def judge(self, draft: Draft, figures: Figures) -> Removal | None:
         """Note the figures and compare them with the thresholds."""
-        draft.measured[self.key] = {k: v if isinstance(v, str) else float(f"{v:.6g}") for k, v in figures.items()}
-        for measure, limit, is_low in limits(self):
+        draft.measured[self.key] = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
+        for measure, limit, is_low in self.limits:
             value = figures.get(measure)
             if isinstance(value, int | float) and (value < limit if is_low else value > limit):
                 return Removal(measure, round(value, 6), limit)
@@ -132,10 +138,3 @@ class Step:
         for path in self.files():
             if not path.exists():
                 raise InputError(f"a file of {self.name} is not there", where=where, found=path, fix=fix)
-
-
-@cache
-def limits(step: Step) -> tuple[tuple[str, float, bool], ...]:
-    """Thresholds of a step: measure, value, whether it is the lower one."""
-    bounds = [f.name for f in fields(step) if f.name.startswith(("min_", "max_"))]
-    return tuple((name[4:], getattr(step, name), name.startswith("min_")) for name in bounds)

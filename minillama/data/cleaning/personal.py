@@ -19,7 +19,14 @@ _PATTERNS = {  # in ASCII: between Chinese characters there are no blanks
     r"|(?:\(\d{3}\) ?|\d{3}[.\-])\d{3}[.\-]\d{4}|(?:86[ \-]?)?1[3-9]\d[ \-]?\d{4}[ \-]?\d{4}|0\d{2,3}-\d{7,8})"
     r"(?![\w\-]|\.\d)",
 }
-_ANY = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _PATTERNS.items()), re.ASCII)
+_HINTS = {  # without these there is none, and they are found faster
+    "email": "@",
+    "ip": r"\d\.\d{1,3}\.\d|[0-9A-Fa-f]:[0-9A-Fa-f]{1,4}:",
+    "id": r"\d{17}",
+    "qq": "[Qq][Qq]",
+    "phone": r"\d(?:[ .()\-]{0,2}\d){5}",
+}
+_KINDS = {name: (re.compile(_HINTS[name]), re.compile(_PATTERNS[name], re.ASCII)) for name in _PATTERNS}
 _WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
 
@@ -32,17 +39,19 @@ class PersonalData(Step):
     max_replaced: int = 100
 
     def measure(self, draft: Draft) -> Figures:
-        counts = Counter[str]()
-
-        def replace(match: re.Match[str]) -> str:
-            kind = match.lastgroup or ""
-            if kind not in self.kinds or not _is_real(kind, match[0]):
-                return match[0]
-            counts[kind] += 1
-            return f"<{kind}>"
-
-        draft.text = _ANY.sub(replace, draft.text)
+        counts, text = Counter[str](), draft.text
+        for kind, (hint, pattern) in _KINDS.items():
+            if kind in self.kinds and hint.search(text):
+                text = pattern.sub(lambda match, kind=kind: _replaced(match[0], kind, counts), text)
+        draft.text = text
         return {"replaced": counts.total(), **counts}
+
+
+def _replaced(text: str, kind: str, counts: Counter[str]) -> str:
+    if not _is_real(kind, text):
+        return text
+    counts[kind] += 1
+    return f"<{kind}>"
 
 
 def _is_real(kind: str, text: str) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 from minillama.data.cleaning.document import Draft, Figures, Step
 from minillama.errors import optional_import
+
+_PLAIN = re.compile("[\t -~‘’“”–—…]*")  # nothing in it to repair
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,19 @@ class Repair(Step):
     """Share of U+FFFD, where bytes are lost."""
 
     def measure(self, draft: Draft) -> Figures:
-        ftfy = optional_import("ftfy", "the repair of characters", "data")
-        config = ftfy.TextFixerConfig(
-            unescape_html=False, fix_character_width=False, uncurl_quotes=False, normalization=None
-        )
-        text = ftfy.fix_text(draft.text, config)
-        figures = {"repaired": float(text != draft.text)}
-        draft.text = text
-        return figures | {"replacement_characters": text.count("\ufffd") / max(len(text), 1)}
+        fix, config = _fixer()
+        lines = draft.text.replace("\r\n", "\n").split("\n")  # ftfy, too, repairs each line for itself
+        text = "\n".join([line if _PLAIN.fullmatch(line) else fix(line, config) for line in lines])
+        repaired, draft.text = float(text != draft.text), text
+        return {"repaired": repaired, "replacement_characters": text.count("\ufffd") / max(len(text), 1)}
+
+
+@cache
+def _fixer() -> tuple[Any, Any]:
+    """The library's function and its settings."""
+    ftfy = optional_import("ftfy", "the repair of characters", "data")
+    settings = {"unescape_html": False, "fix_character_width": False, "uncurl_quotes": False, "normalization": None}
+    return ftfy.fix_text, ftfy.TextFixerConfig(**settings)
 
 
 @dataclass(frozen=True)

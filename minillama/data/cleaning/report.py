@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minillama.data.cleaning.document import Step, limits
+from minillama.data.cleaning.document import Step
 from minillama.data.cleaning.pipeline import Pipeline
 from minillama.data.cleaning.tally import READ, Counts, Tally
 from minillama.files import replace_file
@@ -71,7 +71,7 @@ def _decision(name: str, found: Mapping[str, Any]) -> str:
 
 def _step(step: Step | None, counts: Counts) -> str:
     parts = [f"<h2>{escape(step.key if step else 'read')}</h2>"]
-    bounds = limits(step) if step else ()
+    bounds = step.limits if step else ()
     measures = sorted({name for _, _, figures in counts.figures.items for name in figures})
     for measure in measures:
         values = [figures[measure] for _, _, figures in counts.figures.items if measure in figures]

@@ -150,10 +150,10 @@ class Cleaning:
 
     def name_parts(self, tasks: list[Task]) -> dict[str, str]:
         """Parts in order, with the tags of their sources, once all is read."""
-        tables = [read_table(self.marker(task)) for task in tasks]
+        tables = (read_table(self.marker(task)) for task in tasks)
         parts = {part: table["source"] for table in tables for part in table["parts"]}
         if not parts:
-            unread = Tally.total(table["tally"] for table in tables).step(READ).removed
+            unread = Tally.total(read_table(self.marker(task))["tally"] for task in tasks).step(READ).removed
             raise InputError("the sources hold no document", where=self.output, found=dict(unread) or None)
         write_table(self.output / UNFINISHED / "parts.json", parts)
         return parts
@@ -206,14 +206,20 @@ class Cleaning:
         """Move the results to their places, write report and manifest; the work folder goes last."""
         stages = self.pipeline.stages
         folders = [self.stage_folder(number) for number in range(1, len(stages) + 1)]
-        parts, shards = read_table(self.output / UNFINISHED / "parts.json"), []
-        read = [read_table(self.marker(task)) for task in tasks]
-        cleaned = {part: [read_table(folder / f"{part}.json") for folder in folders] for part in parts}
-        tally = Tally.total(table["tally"] for tables in (read, *cleaned.values()) for table in tables)
+        parts, shards, counts = read_table(self.output / UNFINISHED / "parts.json"), [], dict[str, int]()
+
+        def tallies() -> Iterator[dict[str, Any]]:  # one in memory at a time
+            yield from (read_table(self.marker(task))["tally"] for task in tasks)
+            for path, part in ((folder / f"{part}.json", part) for part in parts for folder in folders):
+                made = read_table(path)
+                counts[part] = made["documents"]
+                yield made["tally"]
+
+        tally = Tally.total(tallies())
         for part, label in parts.items():
             target, source = self.output / f"{label}-{part}.jsonl.zst", folders[-1] / f"{part}.kept"
             join(self.output / "removed" / target.name, [folder / f"{part}.removed" for folder in folders])
-            if documents := cleaned[part][-1]["documents"]:
+            if documents := counts[part]:
                 if source.exists():
                     source.replace(target)
                 shards.append({"file": target.name, "documents": documents, "sha256": digest(target)})

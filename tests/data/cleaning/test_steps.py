@@ -96,6 +96,19 @@ def test_repair_keeps_chinese_punctuation() -> None:
     assert Repair()(Draft("a" * 50 + "\ufffd")) == Removal("replacement_characters", pytest.approx(1 / 51, 1e-4), 0.005)
 
 
+def test_repair_is_the_librarys(real: list[Draft]) -> None:
+    """Lines in which there is nothing to repair are not given to it."""
+    ftfy = pytest.importorskip("ftfy")
+    config = ftfy.TextFixerConfig(
+        unescape_html=False, fix_character_width=False, uncurl_quotes=False, normalization=None
+    )
+    changed = 0
+    for text in [draft.text for draft in real] + ["cafÃ© ‘so’\r\nline\x1b[0m two\x07\n\nâ€œyesâ€\x9d…\t—"]:
+        changed += after(Repair(max_replacement_characters=1), text) != text
+        assert after(Repair(max_replacement_characters=1), text) == ftfy.fix_text(text, config)
+    assert changed > 3
+
+
 def test_traditional_and_simplified() -> None:
     assert after(SimplifiedChinese(), "漢字與簡體") == "汉字与简体"
     found = figures(SimplifiedChinese(convert=False), "漢字汉字国")
