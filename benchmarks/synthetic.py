@@ -273,16 +273,18 @@ def over_seeds(measure: Callable[..., dict[str, float]], args: argparse.Namespac
 
 def hindsight(folder: Path, args: argparse.Namespace, seed: int) -> dict[str, float]:
     chance, records = random.Random(seed), []
-    for _ in range(args.records + 200):
-        digits = [str(chance.randrange(10)) for _ in range(4)]
+    for number in chance.sample(range(10_000), args.records + 200):
+        digits = f"{number:04d}"
         right, wrong = "".join(sorted(digits)), "".join(chance.sample(digits, 4))
-        records.append({"prompt": "".join(digits), "answers": [right, wrong], "scores": [1, int(right == wrong)]})
+        records.append({"prompt": digits, "answers": [right, wrong], "scores": [1, int(right == wrong)]})
     asked, kept = records[-200:], records[:-200]
     write(folder / "in.jsonl", kept)
-    call("data", "hindsight", folder / "in.jsonl", "--forms", "good", "bad", "--output", folder / "chains.jsonl")
+    forms = ["--forms", "good", "bad", "--samples", 2, "--seed", seed]
+    call("data", "hindsight", folder / "in.jsonl", *forms, "--output", folder / "chains.jsonl")
     chains = [json.loads(line)["messages"] for line in (folder / "chains.jsonl").read_text().splitlines()]
+    chains = [talk for talk in chains if talk[0]["content"].endswith(("\ngood:", "\nbad:"))]  # one wording of each
     plain = [[said("user", talk[0]["content"].split("\n")[0]), talk[1]] for talk in chains]
-    settings = ["--seed", seed, "--train.steps", args.steps, "--train.context", 64]
+    settings = ["--seed", seed, "--train.steps", args.steps, "--train.context", 64, "--train.batch_size", 16]
     shares = {}
     for name, talks, words in (("chains", chains, ("good:", "bad:")), ("without words", plain, ("",))):
         model = trained(folder, name.split()[0], talks, settings)
@@ -312,7 +314,7 @@ def ghost_attention(folder: Path, args: argparse.Namespace, seed: int) -> dict[s
     settings = ["--seed", seed, "--train.context", 128, "--train.batch_size", 16]
     talks = [dialogue(chance, i % 2 == 0) for i in range(args.records)]
     base = trained(folder, "base", talks, [*settings, "--train.steps", args.steps])
-    asked = [[str(chance.randrange(10)) for _ in range(1 + i % 5)] for i in range(args.records // 4)]
+    asked = [[str(chance.randrange(10)) for _ in range(1 + i % 5)] for i in range(256)]
     open_ = [[m for digit in each for m in (said("user", digit), said("assistant", "-"))] for each in asked]
     write(folder / "asked.jsonl", [{"messages": talk} for talk in open_])
     (folder / "orders.txt").write_text("\n".join(f"Say {letter}." for letter in LETTERS), encoding="utf-8")
@@ -324,11 +326,11 @@ def ghost_attention(folder: Path, args: argparse.Namespace, seed: int) -> dict[s
     for talk in once:
         for message in talk[2:-1:2]:
             message["weight"] = 0
-    settings += ["--train.steps", max(1, args.steps // 4)]
+    settings += ["--train.steps", max(1, args.steps // 2)]
     models = {"before": base}
     for name, talks in (("with", ghosts), ("without", once)):
         models[name] = trained(folder, name, talks, settings, base)
-    held_out = [(f"Say {chance.choice(LETTERS)}.", [str(chance.randrange(10)) for _ in range(5)]) for _ in range(200)]
+    held_out = [(f"Say {chance.choice(LETTERS)}.", [str(chance.randrange(10)) for _ in range(5)]) for _ in range(100)]
     shares = {}
     for name, model in models.items():
         talks = converse(model, held_out, seed)
@@ -371,10 +373,10 @@ def main() -> None:
     three.add_argument("--max-new-tokens", type=int, default=96)
     three.add_argument("--model")
     three.set_defaults(run=constitutional)
-    for name, function, steps in (("hindsight", hindsight, 600), ("ghost-attention", ghost_attention, 400)):
+    for name, function, steps in (("hindsight", hindsight, 350), ("ghost-attention", ghost_attention, 200)):
         four = commands.add_parser(name)
         four.add_argument("--steps", type=int, default=steps)
-        four.add_argument("--records", type=int, default=8000)
+        four.add_argument("--records", type=int, default=6000)
         four.add_argument("--seeds", type=int, default=3)
         four.set_defaults(run=partial(over_seeds, function))
     args, args.more = parser.parse_known_args()

@@ -81,8 +81,7 @@ def test_the_commands(folder: Path, tmp_path: Path) -> None:
 def test_a_base_model_takes_a_template_which_provenance_has(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, tokenizer = ModelArgs(str(folder)).load()
-    model.save_pretrained(tmp_path / "base")
+    Decoder.from_pretrained(folder).save_pretrained(tmp_path / "base")
     byte_tokenizer().save(tmp_path / "base")
     out = tmp_path / "a.jsonl"
     words = ["data", "ghost-attention", str(folder / "q.jsonl"), "--max-new-tokens", "5", "--output", str(out)]
@@ -90,7 +89,7 @@ def test_a_base_model_takes_a_template_which_provenance_has(
     assert main(words) == 1 and "--template" in capsys.readouterr().err
     assert main([*words, "--template", "plain"]) == 0
     about = json.loads((tmp_path / "a.jsonl.provenance.json").read_text())["about"]
-    assert about["teacher"]["template"] == Local(model, tokenizer).about["template"] and about["wording"]
+    assert about["teacher"]["template"] == Local(*ModelArgs(str(folder)).load()).about["template"] and about["wording"]
     assert main([*words, "--template", "vicuna"]) == 1
     assert "begun with another teacher" in capsys.readouterr().err
     assert main([*remote, "--template", "plain"]) == 1
