@@ -169,8 +169,8 @@ def parabolas(points: Sequence[Point], window: float = math.inf, given: Sequence
     unused = len(points) - sum(map(len, groups))
     if unused > 0:
         notes.append(f"{unused} runs belong to no budget")
-    flops, params, best_tokens, losses = zip(*found, strict=True) if found else ((), (), (), ())
-    return Optima(flops, params, best_tokens, losses, tuple(notes), tuple(shapes))
+    flops, params, each, losses = list(zip(*found, strict=True)) or [()] * 4
+    return Optima(flops, params, each, losses, tuple(notes), tuple(shapes))
 
 
 def _beyond(best: float, sizes: set[float]) -> str:
