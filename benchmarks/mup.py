@@ -5,8 +5,8 @@
 
 Both on the text of configs/train/scaling.toml, four layers, heads of 16, AdamW. `coordinates` prints the mean absolute
 change of activations after some steps, and its exponent over the width. `rates` trains every width at every rate for
-the same tokens, each by `minillama train` in a process of its own, and prints held-out losses; finished runs in --out
-are not trained again. The base width's runs count for both parametrizations.
+the same tokens, and prints held-out losses; finished runs in --out are not trained again, a stopped one goes on. The
+base width's runs count for both parametrizations.
 """
 
 from __future__ import annotations
@@ -29,24 +29,31 @@ from minillama.threads import adapt
 from minillama.training.coordinate_check import changes, slope
 from minillama.training.data import load_data
 from minillama.training.init_model import resolve
+from minillama.training.run import train
 
 BASE, HEAD, LAYERS = 64, 16, 4
 KINDS = {"standard": 0, "muP": BASE}
 Curves = Mapping[str, Mapping[int, Mapping[float, float]]]  # parametrization -> width -> rate -> loss
 
 
-def make(base: RunConfig, width: int, mup_base: int, lr: float, steps: int = 1) -> RunConfig:
+def here(path: Path, folder: Path) -> int:
+    """`minillama train` without a process of its own, whose start would take longer than the small runs."""
+    report = PlainReport(Console(quiet=True))
+    return train(load_run_config(str(path)), str(folder), (folder / "config.toml").exists(), report=report)
+
+
+def make(base: RunConfig, width: int, mup_base: int, lr: float, steps: int = 1, rows: int = 16) -> RunConfig:
     shape = {"dim": width, "n_layers": LAYERS, "n_heads": width // HEAD, "n_kv_heads": width // HEAD}
     model: ModelConfig = replace(base.model, **shape, head_dim=HEAD, hidden_dim=3 * width)
     return replace(
         base,
         name=f"{'mup' if mup_base and width != BASE else 'standard'}-{width}-{lr:g}",
         model=model,
-        train=replace(base.train, steps=steps),
+        train=replace(base.train, steps=steps, batch_size=rows),
         optim=replace(
             base.optim, lr=lr, warmup_steps=max(1, steps // 20), mup_base_dim=mup_base if width != BASE else 0
         ),
-        validate=replace(base.validate, every=steps),
+        validate=replace(base.validate, every=steps, tokens=16_000),
         checkpoint=replace(base.checkpoint, every=steps, keep=1),
     )
 
@@ -73,7 +80,7 @@ def coordinates(args: argparse.Namespace, base: RunConfig) -> None:
 
 
 def rates(args: argparse.Namespace, base: RunConfig) -> None:
-    sweep = Sweep(base, args.out, (1e12, 2e12))  # whose runs resume
+    sweep = Sweep(base, args.out, (1e12, 2e12), train=here)  # whose runs resume
     args.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[int, dict[float, float]]] = {}
     for kind, mup_base in KINDS.items():
@@ -82,7 +89,7 @@ def rates(args: argparse.Namespace, base: RunConfig) -> None:
         for width in args.widths:
             losses = found.setdefault(kind, {}).setdefault(width, {})
             for rate in args.rates:
-                config = make(base, width, mup_base, rate, args.steps)
+                config = make(base, width, mup_base, rate, args.steps, args.rows)
                 if not sweep.finish(config, args.out / config.name):
                     raise SystemExit("the same command goes on")
                 losses[rate] = read_runs([args.out / config.name]).points[0].loss
@@ -123,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="coordinates: learning rate")
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2])
     parser.add_argument("--steps", type=int, default=0, help="4 for coordinates, 100 for rates")
+    parser.add_argument("--rows", type=int, default=16, help="rates: sequences per step")
     parser.add_argument("--out", type=Path, default=Path("runs/mup"))
     parser.add_argument("--figure", type=Path, help="draw it here; needs matplotlib")
     args = parser.parse_args()

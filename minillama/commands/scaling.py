@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 APPROACHES = (1, 2, 3)
 AHEAD = (1, 4, 10, 100)  # times the largest budget
 SHOWN = 60  # runs in the printed table
+FEWEST = 20  # resamples for an interval of 95 %
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Fit:
     """1: envelope; 2: IsoFLOP parabolas; 3: parametric loss."""
     loss: Literal["nats", "bits"] = "nats"
     """nats per token, or bits per byte, which compare between tokenizers."""
-    budgets: tuple[float, ...] = ()
+    budgets: tuple[float, ...] = field(default=(), metadata={"above": 0})
     """FLOP budgets of approach 2, each with the runs within 15 %; found from the runs unless given."""
     window: float = field(default=1e9, metadata={"above": 1})
     """Approach 2: only sizes within this factor of a budget's best one."""
     drop: int = field(default=0, metadata={"min": 0})
     """Leave out the runs whose loss is not below the K-th highest; Epoch's rule has 5."""
     bootstrap: int = field(default=200, metadata={"min": 0})
-    """Resamples for the intervals; 0: none."""
+    """Resamples for the intervals, 20 or more; 0: none."""
     seed: int = field(default=0, metadata={"min": 0})
     """Random seed of the bootstrap."""
     figure: Path | None = None
@@ -59,14 +60,19 @@ class Fit:
 
     def report(self) -> dict[int, fit.Fit]:
         """The fits by approach, printed and written."""
-        from minillama.scaling.points import read_csv, read_runs
+        from minillama.scaling.figure import check_figure, draw
 
         check(self)
-        if not self.paths:
-            raise InputError("there is nothing to fit", where="command line", fix="name run folders or a CSV file")
-        is_csv = self.paths[0].suffix == ".csv" and len(self.paths) == 1
-        table = read_csv(self.paths[0]) if is_csv else read_runs(self.paths, self.loss)
-        table = table.without_highest(self.drop)
+        if 0 < self.bootstrap < FEWEST:
+            expected = f"0, or {FEWEST} or more"
+            raise InputError(
+                "too few resamples for intervals", where="--bootstrap", found=self.bootstrap, expected=expected
+            )
+        if self.figure is not None:
+            check_figure(self.figure)
+        table = self.table().without_highest(self.drop)
+        if not self.json:
+            _show_table(table)
         fits, failures = self.fits(table)
         if not fits:
             reasons = "; ".join(
@@ -76,19 +82,26 @@ class Fit:
         if self.output is not None:
             _write_law(self.output, fits)
         if self.figure is not None:
-            from minillama.scaling.figure import draw
-
             draw(self.figure, table, fits, self.budgets)
         if self.json:
             failed = {approach: str(error) for approach, error in failures.items()}
             found = {approach: asdict(one) for approach, one in fits.items()}
             print(json.dumps({"table": asdict(table), "fits": found, "failed": failed}))
             return fits
-        _show_table(table)
         _show_fits(table, fits, failures)
         if all(point.counts for point in table.points):
             self._show_counts(table)
         return fits
+
+    def table(self) -> Table:
+        """Runs of the command line."""
+        from minillama.scaling.points import read_csv, read_runs
+
+        files = [path for path in self.paths if path.is_file() or path.suffix == ".csv"]
+        if not self.paths or (files and len(self.paths) > 1):
+            expected, found = "run folders, or one CSV file", ", ".join(map(str, self.paths)) or "nothing"
+            raise InputError("nothing to fit together", where="command line", found=found, expected=expected)
+        return read_csv(files[0], self.loss) if files else read_runs(self.paths, self.loss)
 
     def fits(self, table: Table) -> tuple[dict[int, fit.Fit], dict[int, InputError]]:
         """Fits by approach, and the reasons for those that are not possible."""
@@ -209,7 +222,7 @@ class Sweep:
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = "scaling"
     """Run configuration that all runs share: the name of a file in configs/train, or a path."""
-    budgets: tuple[float, ...] = (2e12, 4e12, 8e12, 1.6e13)
+    budgets: tuple[float, ...] = field(default=(2e12, 4e12, 8e12, 1.6e13), metadata={"above": 0})
     """FLOPs per run."""
     sizes: int = 5
     """Sizes per budget; more are added where the best one is at the edge."""
@@ -226,9 +239,12 @@ class Sweep:
         """Train, fit, plan."""
         from minillama.runs.config import load_run_config
         from minillama.scaling import sweep
+        from minillama.scaling.figure import check_figure
         from minillama.scaling.points import read_runs
 
         check(self)
+        if self.figure is not None:
+            check_figure(self.figure)
         grid = sweep.Sweep(load_run_config(self.config), self.out, self.budgets, self.sizes, self.minutes)
         if not grid.run():
             print("the same command goes on")
@@ -238,14 +254,16 @@ class Sweep:
         _write_law(self.out / "law.toml", fits)
         size = f"{config.model.n_layers} layers of width {config.model.dim}, N {made['params']:,}"
         print(f"\nnext: {made['flops']:.4g} FLOPs, {size}, D {made['tokens']:.4g}")
-        print(f"predicted loss {made['loss']:.4f}{_between(made['interval'])}")
+        least = made.get("least_loss") or math.nan
+        print(f"predicted loss {made['loss']:.4f}{_between(made['interval'])}, by the budgets' minima {least:.4f}")
         if not self.next:
             return 0
         path = self.out / "next" / "run"
         if not grid.finish(config, path):
             return 1
         measured = read_runs([path]).points[0].loss
-        print(f"measured loss {measured:.4f}: the prediction is off by {made['loss'] / measured - 1:+.2%}")
+        off, by_minima = (f"{loss / measured - 1:+.2%}" for loss in (made["loss"], least))
+        print(f"measured loss {measured:.4f}: the prediction is off by {off}, by the budgets' minima {by_minima}")
         return 0
 
 
@@ -273,6 +291,8 @@ def _write_law(path: Path, fits: dict[int, fit.Fit]) -> None:
 
 
 def _show_table(table: Table) -> None:
+    from minillama.scaling.points import NATS
+
     for note in table.notes:
         print(f"note: {note}")
     if len(table.points) > SHOWN:
@@ -280,7 +300,7 @@ def _show_table(table: Table) -> None:
         return
     print(f"{'run':28} {'N':>10} {'D':>10} {'D/N':>7} {'C':>10} {'nats':>8} {'bits/byte':>9}")
     for p in sorted(table.points, key=lambda point: (point.flops, point.params)):
-        nats, bits = p.measures or (p.loss, math.nan)
+        nats, bits = p.measures or ((p.loss, math.nan) if table.unit == NATS else (math.nan, p.loss))
         figures = f"{p.params:10.4g} {p.tokens:10.4g} {p.tokens / p.params:7.3g} {p.flops:10.4g}"
         print(f"{p.name[-28:]:28} {figures} {nats:8.4f} {bits:9.4f}")
 
@@ -291,7 +311,9 @@ def _show_fits(table: Table, fits: dict[int, fit.Fit], failures: dict[int, Input
 
     for approach, one in fits.items():
         print(f"\napproach {approach}, {NAMES[approach]}")
-        for name, letter, power in (("N_opt", "a", one.params), ("D_opt", "b", one.tokens)):
+        for name, letter, power in (("N_opt", "a", one.params), ("D_opt", "b", one.tokens), ("loss", "", one.loss)):
+            if power is None:
+                continue
             print(f"  {name} = {power.coefficient:.5g} C^{power.exponent:.4f}{_between(one.intervals.get(letter))}")
         if one.law is not None:
             for name in CONSTANTS:
@@ -302,14 +324,16 @@ def _show_fits(table: Table, fits: dict[int, fit.Fit], failures: dict[int, Input
     for approach, error in failures.items():
         print(f"\napproach {approach}, {NAMES[approach]}: {error}")
     largest, law = max(table.column("flops")), fits[3].law if 3 in fits else None
-    print(f"\n{'C':>10} {'beyond':>7}" + "".join(f"{f'N_opt ({a})':>12}" for a in fits) + f"  {table.unit} (3)")
+    head = "".join(f"{f'N_opt ({a})':>12}" for a in fits) + "".join(f"{f'loss ({a})':>10}" for a in fits)
+    print(f"\n{'C':>10} {'beyond':>7}{head}  {table.unit}")
     for factor in AHEAD:
         flops = factor * largest
         row = f"{flops:10.3g} {factor:6}x" + "".join(f"{one.params(flops):12.4g}" for one in fits.values())
+        row += "".join(f"{one.loss(flops):10.4f}" for one in fits.values() if one.loss is not None)
         if law is not None:
-            size = law.optimum(flops)
+            size = fits[3].params(flops), fits[3].tokens(flops)
             bounds = interval(law, lambda near, at=size: near.loss(*at), law.residual)  # type: ignore[misc]
-            row += f"  {law.loss(*size):.4f}{_between(bounds)}"
+            row += f"{law.loss(*size):10.4f}{_between(bounds)}"
         print(row)
 
 

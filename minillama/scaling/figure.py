@@ -7,11 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
-from minillama.errors import optional_import
+from minillama.errors import InputError, optional_import
 from minillama.files import replace_file
 from minillama.scaling.fit import NAMES, Fit
 from minillama.scaling.isoflop import budgets
 from minillama.scaling.points import Table
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_figure(path: Path) -> None:
+    """Refuse a figure that could not be drawn, before the work.
+
+    Raises:
+        InputError: another format, or matplotlib is not installed.
+    """
+    if path.suffix not in FORMATS:
+        raise InputError("no such format of figures", where="--figure", found=path.name, expected=", ".join(FORMATS))
+    optional_import("matplotlib.figure", "a figure", "plot")
 
 
 def draw(path: Path, table: Table, fits: dict[int, Fit], given: Sequence[float] = ()) -> None:
@@ -23,7 +36,7 @@ def draw(path: Path, table: Table, fits: dict[int, Fit], given: Sequence[float] 
         given: budgets, as of `isoflop.budgets`.
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed, or the system refuses the file.
     """
     figure = optional_import("matplotlib.figure", "a figure", "plot").Figure(figsize=(13, 4), layout="constrained")
     isoflop, size, loss = figure.subplots(1, 3)
@@ -51,4 +64,4 @@ def draw(path: Path, table: Table, fits: dict[int, Fit], given: Sequence[float] 
     for axes in (isoflop, size, loss):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    replace_file(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:] or None))
+    replace_file(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix[1:]))

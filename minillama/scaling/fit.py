@@ -30,6 +30,7 @@ class Fit:
         intervals: 95 % bootstrap intervals by name: a, b, and of approach 3 the constants.
         notes: reasons for doubt, and what was left out.
         optima: what the power laws go through; approaches 1 and 2.
+        loss: the least loss as a function of C, without an irreducible term; approaches 1 and 2.
         law: the parametric law; approach 3.
         bias: mean of ln(predicted loss / loss); approach 3.
     """
@@ -40,6 +41,7 @@ class Fit:
     intervals: dict[str, Interval]
     notes: tuple[str, ...]
     optima: Optima | None = None
+    loss: PowerLaw | None = None
     law: Law | None = None
     bias: float = 0.0
 
@@ -70,13 +72,13 @@ def fit(
         return envelope(points) if approach == 1 else parabolas(points, window, budgets)
 
     optima = find(table.points)
-    params, tokens = optima.laws()
+    params, tokens, loss = optima.laws()
     notes, drawn = list(optima.notes), _resampled(table.points, find, resamples, seed)
     is_enough = len(drawn) >= max(1, resamples / 2)
     if resamples and not is_enough:
         notes.append(f"no interval: only {len(drawn)} of {resamples} resamples had enough sizes and budgets")
     intervals = _intervals(("a", "b"), np.array(drawn)) if is_enough else {}
-    return Fit(approach, params, tokens, intervals, tuple(notes), optima)
+    return Fit(approach, params, tokens, intervals, tuple(notes), optima, loss)
 
 
 def _resampled(
@@ -86,7 +88,7 @@ def _resampled(
     random, found = np.random.default_rng(seed), []
     for _ in range(count):
         try:
-            params, tokens = find([points[i] for i in random.integers(0, len(points), len(points))]).laws()
+            params, tokens, _ = find([points[i] for i in random.integers(0, len(points), len(points))]).laws()
         except InputError:
             continue
         found.append((params.exponent, tokens.exponent))
@@ -127,8 +129,11 @@ def _parametric(table: Table, resamples: int, seed: int) -> Fit:
     if len(drawn):
         exponent = drawn[:, 4] / (drawn[:, 3] + drawn[:, 4])
         intervals = _intervals((*CONSTANTS, "a", "b"), np.column_stack([drawn, exponent, 1 - exponent]))
-    at_6 = (law.balance, 1 / law.balance)  # N_opt and D_opt at C = 6
-    params, tokens = (PowerLaw(k / 6**x, x) for k, x in zip(at_6, law.exponents(), strict=True))
+    # C = 6ND in the law: times the runs' share of it, so that C is counted as in the other approaches
+    ratios = [6 * point.params * point.tokens / point.flops for point in table.points]
+    unit = 6 / math.exp(sum(map(math.log, ratios)) / len(ratios))
+    at_unit = (law.balance, 1 / law.balance)
+    params, tokens = (PowerLaw(k / unit**x, x) for k, x in zip(at_unit, law.exponents(), strict=True))
     return Fit(3, params, tokens, intervals, tuple(notes), law=law, bias=float(residuals.mean()))
 
 

@@ -40,6 +40,7 @@ class Optima:
         flops: C of each.
         params: N_opt.
         tokens: D_opt.
+        losses: the least loss, at them.
         notes: budgets that were left out, and why.
         parabolas: (c2, c1, c0) of the loss in ln N per budget; approach 2 alone.
     """
@@ -47,11 +48,14 @@ class Optima:
     flops: tuple[float, ...]
     params: tuple[float, ...]
     tokens: tuple[float, ...]
+    losses: tuple[float, ...]
     notes: tuple[str, ...] = ()
     parabolas: tuple[tuple[float, ...], ...] = ()
 
-    def laws(self) -> tuple[PowerLaw, PowerLaw]:
-        """Power laws of N_opt and D_opt, by least squares of the logarithms.
+    def laws(self) -> tuple[PowerLaw, PowerLaw, PowerLaw]:
+        """Power laws of N_opt, D_opt and the least loss, by least squares of the logarithms.
+
+        That of the loss has no irreducible term: it holds near the budgets alone.
 
         Raises:
             InputError: fewer than two budgets, or too near to each other; the notes say why.
@@ -62,9 +66,10 @@ class Optima:
                 found="; ".join(self.notes) or f"FLOPs within a factor of {APART}",
                 expected="two or more budgets, each of three or more sizes around its minimum",
             )
-        fits = (np.polyfit(np.log(self.flops), np.log(values), 1) for values in (self.params, self.tokens))
-        params, tokens = (PowerLaw(math.exp(offset), float(slope)) for slope, offset in fits)
-        return params, tokens
+        columns = (self.params, self.tokens, self.losses)
+        fits = (np.polyfit(np.log(self.flops), np.log(values), 1) for values in columns)
+        params, tokens, loss = (PowerLaw(math.exp(offset), float(slope)) for slope, offset in fits)
+        return params, tokens, loss
 
 
 def envelope(points: Sequence[Point]) -> Optima:
@@ -94,6 +99,7 @@ def envelope(points: Sequence[Point]) -> Optima:
         tuple(flops[inside]),
         tuple(curves[i][0].params for i in best[inside]),
         tuple(ratios[i] * c for i, c in zip(best[inside], flops[inside], strict=True)),
+        tuple(np.exp(losses.min(0)[inside])),
         (note,) if not inside.all() else (),
     )
 
@@ -132,7 +138,7 @@ def parabolas(points: Sequence[Point], window: float = math.inf, given: Sequence
         window: only sizes within this factor of the best one.
         given: budgets, where the FLOPs of the runs do not tell them.
     """
-    flops, params, tokens, shapes, notes, thin = [], [], [], [], [], []
+    found, shapes, notes, thin = [], [], [], []
     groups = [group for group in budgets(points, given) if group]
     for group in groups:
         middle = math.exp(sum(math.log(point.flops) for point in group) / len(group))
@@ -155,16 +161,16 @@ def parabolas(points: Sequence[Point], window: float = math.inf, given: Sequence
         if best in (min(sizes), max(sizes)):
             notes.append(f"{budget}: the least loss is at the edge of its sizes; add {_beyond(best, sizes)} ones")
         per_size = np.polyfit(x, np.log([point.tokens / point.flops for point in group]), 2)
-        flops.append(middle)
-        params.append(math.exp(vertex))
-        tokens.append(middle * math.exp(np.polyval(per_size, vertex)))
+        tokens = middle * math.exp(np.polyval(per_size, vertex))
+        found.append((middle, math.exp(vertex), tokens, float(np.polyval(curve, vertex))))
         shapes.append(tuple(float(c) for c in curve))
     if thin:
         notes.append(f"no parabola for {len(thin)} budgets of fewer than three sizes: {', '.join(thin)}")
     unused = len(points) - sum(map(len, groups))
     if unused > 0:
         notes.append(f"{unused} runs belong to no budget")
-    return Optima(tuple(flops), tuple(params), tuple(tokens), tuple(notes), tuple(shapes))
+    flops, params, each, losses = list(zip(*found, strict=True)) or [()] * 4
+    return Optima(flops, params, each, losses, tuple(notes), tuple(shapes))
 
 
 def _beyond(best: float, sizes: set[float]) -> str:

@@ -130,10 +130,14 @@ def plan(
         inference: I, tokens of inference; the cheapest model of the same loss. 0: training alone counts.
 
     Raises:
-        InputError: N or D beyond 1e16.
+        InputError: an optimum beyond N of 1e3 to 1e16 or D of 1e16.
     """
     alone = optimum(law, flops or _flops_for(law, params, tokens, unique), unique)
     best = cheapest(law, predicted_loss(law, *alone, unique), inference, unique) if inference else alone
+    if not (SMALLEST <= best[0] <= GREATEST and best[1] < 0.99 * GREATEST):
+        expected = f"N of {SMALLEST:g} to {GREATEST:g}, D of less than {GREATEST:g}"
+        found = f"N {best[0]:.4g}, D {best[1]:.4g}"
+        raise InputError("the optimum is beyond what is searched", found=found, expected=expected)
     totals = [n * (6 * d + 2 * inference) for n, d in (best, alone)]
     shape = nearest(best[0], base)
     built, per_token = size(shape), shape.flops_per_token(shape.max_seq_len)
@@ -153,7 +157,7 @@ def plan(
         learning_rate=learning_rate(exact),
         rows=rows,
         steps=max(1, round(spent / (rows * shape.max_seq_len))),
-        saved=1 - totals[0] / totals[1],
+        saved=max(0.0, 1 - totals[0] / totals[1]),
         notes=tuple(_doubts(law, best, built, spent, exact, unique)),
     )
 

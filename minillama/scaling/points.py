@@ -96,11 +96,18 @@ def counts(config: ModelConfig) -> dict[str, int]:
     return {"head": config.num_params(embedding=False), "all": config.num_params(), "matrices": config.n_layers * layer}
 
 
-def read_csv(path: Path) -> Table:
+Unit = Literal["nats", "bits"]
+UNITS: dict[Unit, str] = {"nats": NATS, "bits": BITS}
+
+
+def read_csv(path: Path, unit: Unit = "nats") -> Table:
     """Table of a CSV file with a header: loss, and two of params, tokens, flops (C = 6ND gives the third).
 
+    Args:
+        unit: that the losses are in.
+
     Raises:
-        InputError: a missing column, or a value that is not a positive number; with the line.
+        InputError: no rows, a missing column, or a value that is not a positive number; with the line.
     """
     with parsing(path, "the table cannot be read"):
         rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
@@ -122,7 +129,9 @@ def read_csv(path: Path) -> Table:
         tokens = tokens or flops / 6 / params
         name = "".join(row[columns["name"] :][:1]) if columns["name"] is not None else f"line {number}"
         points.append(Point(name, params, tokens, flops or 6 * params * tokens, value["loss"]))
-    return Table(tuple(points))
+    if not points:
+        raise InputError("there are no runs in the table", where=path, found="a header alone")
+    return Table(tuple(points), UNITS[unit])
 
 
 def _number(row: Sequence[str], column: int | None, where: str) -> float:
@@ -136,7 +145,7 @@ def _number(row: Sequence[str], column: int | None, where: str) -> float:
     return value
 
 
-def read_runs(paths: Sequence[Path], unit: Literal["nats", "bits"] = "nats") -> Table:
+def read_runs(paths: Sequence[Path], unit: Unit = "nats") -> Table:
     """Table of run folders, and of those in the folders named; FLOPs by `ModelConfig.flops_per_token`.
 
     A run that was not finished, or started from another model, is left out with a note.
@@ -146,17 +155,27 @@ def read_runs(paths: Sequence[Path], unit: Literal["nats", "bits"] = "nats") -> 
         unit: of the loss: nats per token, or bits per byte, which compare between tokenizers.
 
     Raises:
-        InputError: a folder without runs; runs on different data, or with other tokenizers unless `unit` is bits.
+        InputError: a folder without finished runs; runs on different data, or with other tokenizers unless `unit` is
+            bits.
     """
-    from minillama.runs.record import RecordedRun
+    from minillama.runs.record import DAMAGED, RecordedRun
 
-    runs = [RecordedRun.open(folder) for path in paths for folder in _folders(path)]
-    left_out = {run.path.name: reason for run in runs if (reason := _unusable(run))}
-    runs = [run for run in runs if run.path.name not in left_out]
-    _check_alike(runs, unit)
-    notes = [f"{name} was left out: {reason}" for name, reason in left_out.items()]
-    notes += [f"{run.path.name}: {note}" for run in runs for note in _doubts(run)]
-    return Table(tuple(_point(run, unit) for run in runs), NATS if unit == "nats" else BITS, tuple(notes))
+    folders = {folder.resolve(): folder for path in paths for folder in _folders(path)}
+    runs, points, notes = [], [], []
+    for run in map(RecordedRun.open, folders.values()):
+        with parsing(run.path, DAMAGED):
+            if reason := _unusable(run):
+                notes.append(f"{run.path.name} was left out: {reason}")
+                continue
+            runs.append(run)
+            points.append(_point(run, unit))
+            notes += [f"{run.path.name}: {note}" for note in _doubts(run)]
+    where = ", ".join(map(str, paths))
+    if not runs:
+        raise InputError("there is no finished run", where=where, found="; ".join(notes))
+    with parsing(where, DAMAGED):
+        _check_alike(runs, unit)
+    return Table(tuple(points), UNITS[unit], tuple(notes))
 
 
 def _folders(path: Path) -> Iterator[Path]:
@@ -170,7 +189,9 @@ def _unusable(run: RecordedRun) -> str | None:
     if run.config["train"].get("init_from"):
         return "it started from another model's weights"
     measured = run.curve("val_bits_per_byte")
-    return None if measured and measured[-1][0] == run.step else "no held-out loss of its last step is recorded"
+    if not measured or measured[-1][0] != run.step:
+        return "no held-out loss of its last step is recorded"
+    return None if math.isfinite(measured[-1][1]) else f"its held-out loss is {measured[-1][1]}"
 
 
 def _doubts(run: RecordedRun) -> Iterator[str]:

@@ -183,7 +183,8 @@ def predict(sweep: Sweep, fits: dict[int, Fit]) -> tuple[RunConfig, dict[str, An
     holds what was predicted first, so that it was predicted before the run.
 
     Returns:
-        The run, and N, D, C, loss and its 95 % interval.
+        The run, and N, D, C, loss by the parametric law and its 95 % interval, and the least loss at C by the power law
+        through the minima of the parabolas, None where there are none.
 
     Raises:
         InputError: there is no parametric fit.
@@ -201,6 +202,8 @@ def predict(sweep: Sweep, fits: dict[int, Fit]) -> tuple[RunConfig, dict[str, An
     if not is_made:
         count, tokens = size(config.model), float(config.train.steps * config.train.batch_size * config.context)
         made = {"params": count, "tokens": tokens, "flops": _flops(config), "loss": law.loss(count, tokens)}
+        least = fits[2].loss if 2 in fits else None
+        made["least_loss"] = least and least(made["flops"])
         made["interval"] = interval(law, lambda near: near.loss(count, tokens), law.residual)
         replace_text(path, json.dumps(made, indent=2) + "\n")
     return config, made

@@ -59,11 +59,11 @@ def test_fit_as_json_and_as_a_law(table: Path, tmp_path: Path, capsys: pytest.Ca
         "--output",
         str(tmp_path / "law.toml"),
     ]
-    assert main([*words, "--json", "--figure", str(tmp_path / "fit.png")]) == 0
+    assert main([*words, "--json", "--figure", str(tmp_path / "figures/fit.png")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]["3"]["law"]["alpha"] == pytest.approx(0.33917084, rel=1e-5)
     assert len(found["table"]["points"]) == 25 and not found["failed"]
-    assert (tmp_path / "fit.png").stat().st_size > 10_000
+    assert (tmp_path / "figures/fit.png").stat().st_size > 10_000
     law = Law.load(str(tmp_path / "law.toml"))
     assert law.beta == found["fits"]["3"]["law"]["beta"] and len(law.samples) == 20
     assert main(["scaling", "plan", "--flops", "1e21", "--constants", str(tmp_path / "law.toml"), "--json"]) == 0
@@ -88,6 +88,14 @@ def test_epochs_fit_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         (["fit"], "nothing to fit"),
         (["fit", "none.csv"], "cannot be read"),
         (["fit", "none"], "not the folder of a run"),
+        (["fit", "a.csv", "b.csv"], "found: a.csv, b.csv"),
+        (["fit", "none.csv", "--budgets", "0", "1e19"], "more than 0"),
+        (["fit", "none.csv", "--bootstrap", "1"], "0, or 20 or more"),
+        (["fit", "none.csv", "--figure", "x.jpg"], ".png, .svg, .pdf"),
+        (["sweep", "--figure", "x.jpg"], ".png, .svg, .pdf"),
+        (["plan", "--flops", "1"], "beyond what is searched"),
+        (["plan", "--flops", "1e21", "--unique-tokens", "1"], "beyond what is searched"),
+        (["plan", "--params", "1e9", "--inference-tokens", "1e30"], "beyond what is searched"),
         (["plan"], "a plan starts from one number"),
         (["plan", "--flops", "1e20", "--days", "3"], "found: flops, days"),
         (["plan", "--flops", "-1"], "at least 0"),
@@ -111,6 +119,13 @@ def test_runs_that_no_approach_fits(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["scaling", "fit", str(tmp_path / "runs.csv"), "--output", str(tmp_path / "x.toml")]) == 1
     said = capsys.readouterr().err
     assert all(f"approach {i}:" in said for i in (1, 2, 3)) and not (tmp_path / "x.toml").exists()
+
+
+def test_a_tables_losses_are_in_the_unit_that_is_named(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["scaling", "fit", str(table), "--bootstrap", "0", "--approach", "3", "--loss", "bits"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "bits per byte (3)" in said and re.search(r"line 2 .* nan +\d\.\d{4}\n", said)
 
 
 def test_dropping_all_runs_is_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def test_bias_of_isoflop_parabolas(law: Law, offsets: dict[float, float], fixed:
     for factor, offset in offsets.items():
         found = parabolas(grid(law, around(law, factor)).points)
         assert found.params[3] / law.optimum(BUDGETS[3])[0] == pytest.approx(offset, abs=6e-4)
-        params, tokens = found.laws()
+        params, tokens, _ = found.laws()
         assert (params.exponent, tokens.exponent) == pytest.approx(law.exponents(), abs=1e-6)
         assert params(1e20) * tokens(1e20) * 6 == pytest.approx(1e20, rel=1e-6)
     table = grid(law, lambda flops: FIXED)
@@ -164,9 +164,20 @@ def test_bias_of_isoflop_parabolas(law: Law, offsets: dict[float, float], fixed:
 @pytest.mark.parametrize(("law", "exponent"), [(EPOCH, 0.5136), (CHINCHILLA, 0.4576)], ids=["epoch", "chinchilla"])
 def test_bias_of_the_envelope(law: Law, exponent: float) -> None:
     flops = np.geomspace(6e18, 3e21, 400)
-    params, tokens = envelope(grid(law, lambda c: FIXED, flops).points).laws()
+    params, tokens, _ = envelope(grid(law, lambda c: FIXED, flops).points).laws()
     assert params.exponent == pytest.approx(exponent, abs=2e-4)
     assert params.exponent + tokens.exponent == pytest.approx(1)
+
+
+def test_the_least_loss_is_extrapolated() -> None:
+    """Four times beyond the budgets, where the irreducible loss that the power law lacks costs up to 2 %."""
+    within = grid(EPOCH, around(EPOCH, 2), BUDGETS[:4])
+    every = grid(EPOCH, lambda c: FIXED, np.geomspace(6e18, 5e19, 60))
+    for approach, table in ((1, every), (2, within)):
+        found = fit(table, approach, resamples=0)
+        beyond = 4 * max(table.column("flops"))
+        assert found.loss is not None
+        assert found.loss(beyond) == pytest.approx(EPOCH.loss(*EPOCH.optimum(beyond)), rel=0.02), approach
 
 
 def test_epochs_budgets_by_parabolas(epoch: Table) -> None:
@@ -230,6 +241,20 @@ def test_constants_that_the_runs_do_not_determine_are_flagged() -> None:
     assert any("beta = 1.8 is degenerate" in note for note in fit(grid(steep, around(EPOCH, 8)), 3, resamples=0).notes)
     without = Law(1e-6, 482.0, 2085.0, 0.35, 0.36)
     assert any("irreducible" in note for note in fit(grid(without, around(EPOCH, 8)), 3, resamples=0).notes)
+
+
+def test_all_approaches_count_flops_alike() -> None:
+    """The parametric law has C = 6ND; where C is counted exactly its N_opt is still that of the same C."""
+    points = [replace(p, flops=1.2 * p.flops) for p in grid(EPOCH, around(EPOCH, 2)).points]
+    for approach in (2, 3):
+        found = fit(Table(tuple(points)), approach, resamples=0)
+        best = found.params(1.2e20), found.tokens(1.2e20)
+        assert best == pytest.approx(EPOCH.optimum(1e20), rel=2e-3), approach
+
+
+def test_a_coefficient_whose_place_e_takes_is_flagged() -> None:
+    flat = Law(1.8, 482.0, 1.2, 0.35, 0.36)
+    assert any("B = 1.2 is degenerate" in note for note in fit(grid(flat, around(EPOCH, 8)), 3, resamples=0).notes)
 
 
 def test_losses_that_rise_with_size_are_refused() -> None:

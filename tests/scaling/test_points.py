@@ -36,6 +36,7 @@ def test_two_sizes_give_the_third(tmp_path: Path, text: str, expected: tuple[flo
         ("params,tokens\n1,2\n", "columns are missing"),
         ("params,loss\n1,2\n", "columns are missing"),
         ("", "columns are missing"),
+        ("params,tokens,loss\n", "no runs in the table"),
         ("params,tokens,loss\n1,2,3\n1,x,3\n", "runs.csv:3, tokens"),
         ("params,tokens,loss\n1,2,-3\n", "runs.csv:2, loss"),
         ("params,tokens,loss\n1,2\n", "runs.csv:2, loss"),
@@ -139,6 +140,30 @@ def test_what_is_no_finished_run_is_left_out(runs: Path) -> None:
     assert "a was left out: stopped after step 6" in table.notes[0]
     change(runs / "a/config.toml", ("steps = 7", "steps = 6"), ('init_from = ""', 'init_from = "x"'))
     assert "another model's weights" in read_runs([runs]).notes[0]
+
+
+def test_a_run_is_one_point_whatever_its_name(runs: Path) -> None:
+    """Named twice it counts once, and an unfinished run of its name in another folder is another one."""
+    assert len(read_runs([runs, runs / "a", runs / "b/../a"]).points) == 2
+    shutil.copytree(runs / "a", runs / "other/a")
+    change(runs / "other/a/config.toml", ("steps = 6", "steps = 7"))
+    table = read_runs([runs, runs / "other"])
+    assert [point.name for point in table.points] == ["a", "b"] and len(table.notes) == 1
+    with pytest.raises(InputError, match=r"no finished run[^$]*a was left out: stopped"):
+        read_runs([runs / "other"])
+
+
+def test_a_loss_that_is_no_number_is_left_out(runs: Path) -> None:
+    change(runs / "a/metrics.jsonl", ('"val_bits_per_byte": ', '"val_bits_per_byte": NaN, "x": '))
+    table = read_runs([runs])
+    assert [point.name for point in table.points] == ["b"] and "its held-out loss is nan" in table.notes[0]
+
+
+@pytest.mark.parametrize("file", ["a/metrics.jsonl", "a/provenance.jsonl"])
+def test_damaged_runs_are_named(runs: Path, file: str) -> None:
+    change(runs / file, ('"tokens": ', '"x": ') if "metrics" in file else ('"tokenizer": ', '"x": '))
+    with pytest.raises(InputError, match="damaged"):
+        read_runs([runs])
 
 
 def test_a_learning_rate_that_did_not_decay_is_noted(runs: Path) -> None:

@@ -153,6 +153,7 @@ def test_the_prediction_is_the_first_one(base: RunConfig, tmp_path: Path) -> Non
     assert grid.finish(config, tmp_path / "next/run")
     (measured,) = read_runs([tmp_path / "next/run"]).points
     assert made["loss"] == pytest.approx(measured.loss, rel=1e-6) and measured.tokens == made["tokens"]
+    assert made["least_loss"] == pytest.approx(measured.loss, rel=0.02)
     assert made["interval"][0] <= measured.loss * (1 + 1e-6) and measured.loss <= made["interval"][1] * (1 + 1e-6)
     other = {3: replace(fits[3], law=replace(LAW, E=2.0))}
     assert sweep.predict(grid, other) == (config, json.loads((tmp_path / "next/prediction.json").read_text()))
