@@ -170,8 +170,7 @@ class Tokenizer:
             settings["model_max_length"] = max_length
         if self._encoder is not None:
             settings[ENCODE_WITH] = "tokenizer.model"
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        replace_text(folder / "tokenizer_config.json", text)
+        replace_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
     def with_special(self, names: Sequence[str]) -> Tokenizer:
         """A tokenizer with the special tokens that it lacks appended behind its highest id.
