@@ -11,7 +11,6 @@ from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.layers.alibi import Alibi
 from minillama.layers.block_positions import BlockPositions
-from minillama.layers.cache import State
 from minillama.layers.long_rope import LongRope
 from minillama.layers.mask import Mask
 from minillama.layers.norm import make_norm
@@ -59,11 +58,21 @@ class Backbone(nn.Module):
 
 def check_inputs(tokens: Any, positions: Any, mask: Any, state: Any) -> None:
     """Refuse what is no batch of token ids, position ids, attention mask or decode state."""
-    found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+        found = (
+            f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        )
         expected, fix = "a tensor (B, T) of ids", "torch.tensor([tokenizer.encode(text)]) makes one"
         raise InputError("these are no token ids", where="tokens", found=found, expected=expected, fix=fix)
-    for name, value, kind in (("positions", positions, Tensor), ("mask", mask, Mask), ("state", state, State)):
-        if value is not None and not isinstance(value, kind):
+    kinds = {
+        "positions": isinstance(positions, Tensor),
+        "mask": isinstance(mask, Mask),
+        "state": hasattr(state, "span"),
+    }
+    for name, value in (("positions", positions), ("mask", mask), ("state", state)):
+        if value is not None and not kinds[name]:
+            expected = {"positions": "a tensor (T,) or (B, T)", "mask": "a Mask", "state": "what Decoder.state gives"}[
+                name
+            ]
             what = f"{name} has a value of the wrong type"
-            raise InputError(what, where=name, found=type(value).__name__, expected=f"a {kind.__name__}")
+            raise InputError(what, where=name, found=type(value).__name__, expected=expected)

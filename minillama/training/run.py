@@ -181,7 +181,7 @@ def _train(
 
 def _say_begin(trainer: Trainer) -> None:
     config, parallel, folder, shape = trainer.config, trainer.parallel, trainer.folder, trainer.config.model
-    widths = f"{shape.n_layers} layers {shape.dim} wide, feed-forward {shape.hidden_dim}"
+    widths = f"{shape.n_layers} layer{'s' * (shape.n_layers > 1)} {shape.dim} wide, feed-forward {shape.hidden_dim}"
     count = parallel.ranks.processes
     trainer.report.say(
         f"{config.name}: {shape.num_params() / 1e6:.2f}M parameters ({widths}), {trainer.model.device.type}, "

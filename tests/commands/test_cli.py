@@ -114,6 +114,15 @@ def test_errors_of_the_command_line_have_one_style(
     assert re.search(said, err)
 
 
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_the_help_of_a_flag_says_what_it_leaves_out(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    found = re.search(r"--no-compile (.*?) --", text)
+    assert found and found[1].startswith("Without the decode step in C++") and "default" not in found[1]
+
+
 def test_help_as_a_command(command: types.ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["help"]) == 0
     assert capsys.readouterr().out.startswith("usage: minillama COMMAND")
