@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import ip_address
 from typing import Literal
 
@@ -42,14 +43,14 @@ class PersonalData(Step):
         counts, text = Counter[str](), draft.text
         for kind, (hint, pattern) in _KINDS.items():
             if kind in self.kinds and hint.search(text):
-                text = pattern.sub(lambda match, kind=kind: _replaced(match[0], kind, counts), text)
+                text = pattern.sub(partial(_replaced, kind, counts), text)
         draft.text = text
         return {"replaced": counts.total(), **counts}
 
 
-def _replaced(text: str, kind: str, counts: Counter[str]) -> str:
-    if not _is_real(kind, text):
-        return text
+def _replaced(kind: str, counts: Counter[str], match: re.Match[str]) -> str:
+    if not _is_real(kind, match[0]):
+        return match[0]
     counts[kind] += 1
     return f"<{kind}>"
 

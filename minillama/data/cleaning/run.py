@@ -204,7 +204,8 @@ class Cleaning:
         """Move the results to their places, write report and manifest; the work folder goes last."""
         stages = self.pipeline.stages
         folders = [self.stage_folder(number) for number in range(1, len(stages) + 1)]
-        parts, shards, counts = read_table(self.output / UNFINISHED / "parts.json"), [], dict[str, int]()
+        parts = read_table(self.output / UNFINISHED / "parts.json")
+        shards, counts = list[dict[str, Any]](), dict[str, int]()
 
         def tallies() -> Iterator[dict[str, Any]]:  # one in memory at a time
             yield from (read_table(self.marker(task))["tally"] for task in tasks)
