@@ -15,7 +15,6 @@ from minillama.scaling.laws import CONSTANTS, Interval, Law
 from minillama.scaling.points import Point, Table
 
 NAMES = {1: "envelope", 2: "IsoFLOP parabolas", 3: "parametric loss"}
-DEGENERATE = 1.5  # an exponent beyond it is none that was ever measured
 FEWEST = 6  # runs for five constants
 
 
@@ -148,16 +147,7 @@ def _samples(objective: parametric.Objective, theta: parametric.Array, count: in
 
 def _doubts(law: Law, table: Table) -> list[str]:
     """Signs that the runs do not determine the constants."""
-    found = [
-        f"{name} = {value:.3g} is degenerate: the runs do not determine it"
-        for name, value in (("alpha", law.alpha), ("beta", law.beta))
-        if value > DEGENERATE
-    ]
-    found += [
-        f"{name} = {value:.3g} is degenerate: E takes the place of its term"
-        for name, value in (("A", law.A), ("B", law.B))
-        if value < 2
-    ]
+    found = law.degenerate()
     if min(table.column("loss")) > 100 * law.E:
         found.append(f"E = {law.E:.3g}: the runs do not come near an irreducible loss")
     for name, column in (("N", table.column("params")), ("D", table.column("tokens"))):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from minillama.config.loader import build, config_path, read_toml
 from minillama.errors import InputError
 
+DEGENERATE = 1.5  # an exponent beyond it is none that was ever measured
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 Range = tuple[float, ...]
 Interval = tuple[float, float]
@@ -66,6 +67,13 @@ class Law:
     def loss(self, params: float, tokens: float) -> float:
         """L(N, D)."""
         return self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta
+
+    def degenerate(self) -> list[str]:
+        """Constants that the fitted runs did not determine, each with the reason."""
+        steep, flat = "the runs do not determine it", "E takes the place of its term"
+        found = [(name, steep) for name in ("alpha", "beta") if getattr(self, name) > DEGENERATE]
+        found += [(name, flat) for name in ("A", "B") if getattr(self, name) < 2]
+        return [f"{name} = {getattr(self, name):.3g} is degenerate: {reason}" for name, reason in found]
 
     def exponents(self) -> tuple[float, float]:
         """Exponents (a, b) of N_opt ~ C^a and D_opt ~ C^b: beta / (alpha + beta) and alpha / (alpha + beta)."""

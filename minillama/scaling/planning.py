@@ -177,7 +177,7 @@ def _flops_for(law: Law, params: float, tokens: float, unique: float) -> float:
 
 
 def _doubts(law: Law, best: Allocation, params: float, tokens: float, flops: float, unique: float) -> list[str]:
-    found = []
+    found = law.degenerate()
     if abs(math.log(params / best[0])) > 0.25:
         found.append(f"no shape of this vocabulary is nearer to N = {best[0]:.4g} than {params:.4g}")
     if law.flops and flops > FAR * law.flops[1]:

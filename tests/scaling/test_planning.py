@@ -125,4 +125,6 @@ def test_doubts() -> None:
     law = LAWS["exact"]
     assert "44.5 times the FLOPs" in plan(law, BASE, flops=5.76e23).notes[0]
     assert any("of the smallest run" in note for note in plan(law, BASE, flops=1e16).notes)
+    steep = Law(3.07, 3.6e8, 1328.0, 1.9, 0.495)
+    assert "alpha = 1.9 is degenerate" in plan(steep, BASE, flops=1e14).notes[0]
     assert "no shape of this vocabulary" in plan(law, BASE, params=1e4).notes[0]
