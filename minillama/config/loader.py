@@ -287,7 +287,7 @@ def is_a(kind: Any, value: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     kind = outer or kind
-    known = isinstance(kind, type) and kind is not type
+    known = isinstance(kind, type) and kind is not type and not getattr(kind, "_is_protocol", False)  # of any class
     return not known or isinstance(getattr(value, "_orig_mod", value), kind)  # which torch.compile has wrapped
 
 
