@@ -58,16 +58,25 @@ def _check(kind: Any, value: Any, name: str, argument: str) -> None:
         value = value.item()  # type: ignore[attr-defined]
     bare = without_none(kind)
     if not is_a(kind, value):
-        maker = next((maker for maker in ("from_pretrained", "load") if hasattr(bare, maker)), None)
         raise InputError(
             f"{argument} has a value of the wrong type",
             where=f"{name}, {argument}",
             found=f"{value!r:.100}, of type {type(value).__name__}",
             expected=described(kind),
-            fix=f"{bare.__name__}.{maker}(...) reads one" if maker else None,
+            fix=_remedy(bare, value),
         )
     if typing.get_origin(bare) is Annotated and value is not None:
         check_number(value, dict(bare.__metadata__), f"{name}, {argument}", argument)
+
+
+def _remedy(kind: Any, value: Any) -> str | None:
+    """What makes a value of the type: of a name or path the call that reads it."""
+    if kind is str and isinstance(value, list | tuple):
+        return "give one at a time, or the function for several"
+    name = getattr(kind, "__name__", "")
+    makers = [f"{name}.{maker}" for maker in ("from_pretrained", "load") if hasattr(kind, maker)]
+    makers += ["load_run_config"] if name == "RunConfig" else []
+    return f"{makers[0]}({value!r})" if makers and isinstance(value, str) else f"{makers[0]}(...)" if makers else None
 
 
 def described(kind: Any) -> str:

@@ -287,7 +287,9 @@ def is_a(kind: Any, value: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     kind = outer or kind
-    known = isinstance(kind, type) and kind is not type and not getattr(kind, "_is_protocol", False)  # of any class
+    if getattr(kind, "_is_protocol", False):
+        return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
+    known = isinstance(kind, type) and kind is not type
     return not known or isinstance(getattr(value, "_orig_mod", value), kind)  # which torch.compile has wrapped
 
 

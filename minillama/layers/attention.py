@@ -54,12 +54,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.widths[0], config.dim, bias=config.bias == "all")
 
     def forward(self, x: Tensor, inputs: AttentionInputs, state: LayerState | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D).
+        """(B, T, D) -> (B, T, D); whatever replaces a block's `self_attn` is called so.
 
         Args:
             x: normalized residual stream.
             inputs: shared by all layers.
-            state: this layer's KV cache; None outside decoding.
+            state: this layer's KV cache, whose `append(k, v, inputs.span)` takes keys and values (B, K, T, E) of these
+                tokens and returns those of all so far; None outside decoding.
         """
         q, k, v = self.heads(x, inputs.rope)
         if state is not None:

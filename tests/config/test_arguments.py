@@ -81,7 +81,10 @@ def test_wrong_types_are_input_errors(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: minillama.generate("folder", WORDS, "a"), r"expected: a Decoder\n  do: Decoder.from_pretrained"),  # type: ignore[arg-type]
+        (
+            lambda: minillama.generate("folder", WORDS, "a"),
+            r"expected: a Decoder\n  do: Decoder.from_pretrained\('folder'\)",
+        ),  # type: ignore[arg-type]
         (
             lambda: minillama.generate(MODEL, WORDS, "a", -1),
             "max_new_tokens is out of range[^!]*found: -1[^!]*at least 0",
@@ -97,10 +100,10 @@ def test_wrong_types_are_input_errors(tmp_path: Path, monkeypatch: pytest.Monkey
         (lambda: MODEL(torch.tensor([[5000]])), "outside the vocabulary"),
         (lambda: MODEL([1, 2]), "these are no token ids[^!]*found: list"),
         (lambda: MODEL(torch.zeros(1, 2)), "these are no token ids[^!]*found: torch.float32 of shape"),
-        (lambda: Decoder("llama-tiny"), r"expected: a ModelConfig\n  do: ModelConfig.load"),  # type: ignore[arg-type]
+        (lambda: Decoder("llama-tiny"), r"expected: a ModelConfig\n  do: ModelConfig.load\('llama-tiny'\)"),  # type: ignore[arg-type]
         (lambda: TokenizerTrainer("bpe", 300)("abc"), "texts has a value of the wrong type"),
         (lambda: WORDS.encode(["a"]), "text has a value of the wrong type"),  # type: ignore[arg-type]
-        (lambda: minillama.train({}), r"expected: a RunConfig"),  # type: ignore[arg-type]
+        (lambda: minillama.train({}), r"expected: a RunConfig\n  do: load_run_config\(...\)"),  # type: ignore[arg-type]
     ],
 )
 def test_the_message_names_argument_and_remedy(call: Callable[[], object], said: str) -> None:

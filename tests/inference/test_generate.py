@@ -85,7 +85,7 @@ def test_a_tokenizer_of_transformers_is_taken(model: Decoder, tmp_path: Path) ->
 
 
 def test_several_texts_are_not_one(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"no text(?s:.*)encode_batch"):
+    with pytest.raises(InputError, match=r"expected: a string(?s:.*)one at a time"):
         tokenizer.encode(["a", "b"])  # type: ignore[arg-type]
 
 
