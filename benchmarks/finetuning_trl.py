@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-CONTEXT, BATCH, PACKED_BATCH, RATE, WARMUP = 512, 8, 2, 2e-4, 10
+CONTEXT, BATCH, PACKED_BATCH, RATE = 512, 8, 2, 2e-4
+
+
+def warmup(steps: int) -> int:
+    """Steps of warmup of so many."""
+    return min(10, steps // 4)
 
 
 def peak_memory() -> int:
@@ -15,16 +20,17 @@ def peak_memory() -> int:
     return 1024 * int(lines["VmHWM"].split()[0])
 
 
-def trl(folder: Path, name: str, epochs: int) -> dict[str, Any]:
+def trl(folder: Path, name: str, epochs: int, steps: int, seed: int) -> dict[str, Any]:
     """TRL's SFTTrainer, with PEFT's adapter unless `trl-full`."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
     from minillama.device import choose_dtype
 
+    set_seed(seed)  # of the adapter, which is made before the trainer sets its own
     half = choose_dtype("auto", torch.device("cpu")) == torch.bfloat16
     packed, full = name == "trl-packed", name == "trl-full"
     dtype = torch.bfloat16 if half and not full else torch.float32
@@ -50,7 +56,7 @@ def trl(folder: Path, name: str, epochs: int) -> dict[str, Any]:
         num_train_epochs=epochs,
         learning_rate=RATE / 10 if full else RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=WARMUP,
+        warmup_steps=warmup(steps),
         max_grad_norm=1.0,
         max_length=CONTEXT,
         packing=packed,
@@ -59,7 +65,7 @@ def trl(folder: Path, name: str, epochs: int) -> dict[str, Any]:
         logging_steps=10,
         save_strategy="no",
         report_to=[],
-        seed=1,
+        seed=seed,
         gradient_checkpointing=False,
         disable_tqdm=True,
         dataloader_num_workers=0,

@@ -22,6 +22,36 @@ for _ in range(40):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
+LENGTHS = """
+import sys
+from pathlib import Path
+from minillama.device import bound_kernel_caches
+if sys.argv[1] == "bound":
+    bound_kernel_caches()
+import torch
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+x, weight = torch.ones(700, 576), torch.ones(768, 576)
+linear = torch.ops.mkldnn._linear_pointwise
+for length in range(150, 550):
+    if length == 370:
+        before = resident()
+    linear(x[:length], weight, None, "none", [], "")
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_kernels_of_lengths_that_are_over_are_not_kept() -> None:
+    """Of 400 lengths the last 180 add next to nothing to the memory."""
+
+    def grown(mode: str) -> int:
+        command = [sys.executable, "-c", LENGTHS, mode]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert grown("bound") * 4 < grown("default")
+
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_freed_pages_are_kept() -> None:

@@ -109,8 +109,10 @@ SHA-256 of a checkpoint's files. --deterministic: as --train.deterministic true.
 
 def run(args: Args) -> int:
     """Train; print the commands that may follow."""
-    from minillama.device import keep_freed_pages
-    from minillama.training.run import train
+    from minillama.device import bound_kernel_caches, keep_freed_pages
 
+    bound_kernel_caches()
     keep_freed_pages()
+    from minillama.training.run import train  # loads torch
+
     return train(args.run, args.out, args.resume, args.overwrite, args.verify)

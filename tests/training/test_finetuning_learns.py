@@ -1,8 +1,9 @@
-"""Fine-tuning learns to answer and to stop, over seeds: all weights, and an adapter."""
+"""Fine-tuning learns to answer held-out questions and to stop, over seeds: all weights, and an adapter."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,21 +18,25 @@ from minillama.training.run import train
 
 from .test_trainer import Quiet
 
-NUMBERS = ["nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+NUMBERS = (
+    "nought one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
+HELD_OUT = 200
 
 
 def questions() -> list[tuple[str, str]]:
-    asks = ("What do {} and {} make?", "Add {} and {}.")
-    pairs = [(a, b) for a in NUMBERS for b in NUMBERS]
-    return [(ask.format(a, b), f"Together {a} and {b}, no less.") for ask in asks for a, b in pairs]
+    """Questions and answers, 648 in a random order."""
+    asks, names = ("What do {} and {} make?", "Add {} and {}."), NUMBERS.split()
+    found = [(ask.format(a, b), f"Together {a} and {b}, no less.") for ask in asks for a in names for b in names]
+    return random.Random(1).sample(found, len(found))
 
 
 def ends(folder: Path, adapter: tuple[str, ...] = ()) -> float:
-    """Share of 200 greedy answers that end by themselves."""
+    """Share of the greedy answers to 200 held-out questions that end by themselves."""
     model, tokenizer = ModelArgs(str(folder), adapter=adapter).load(compiles=True)
     prompts = ChatPrompts(tokenizer, "vicuna")
     model.stop_ids |= prompts.stop_ids
-    ids = [prompts(question) for question, _ in questions()]
+    ids = [prompts(question) for question, _ in questions()[:HELD_OUT]]
     given = generate(model, tokenizer, ids, 80, Sampling(temperature=0))
     return sum(answer.reason != "length" for answer in given) / len(given)
 
@@ -41,7 +46,7 @@ def test_answers_and_their_ends_are_learnt(tiny_config: Callable[..., RunConfig]
     shape = ["--model.dim", "64", "--model.max_seq_len", "256", "--train.context", "32", "--data.val_fraction", "0.1"]
     assert train(tiny_config(*shape, "--train.steps", "60"), str(tmp_path / "base"), report=Quiet()) == 0
     base, file = tmp_path / "base/model", tmp_path / "sums.jsonl"
-    lines = (json.dumps({"instruction": question, "output": answer}) for question, answer in questions())
+    lines = (json.dumps({"instruction": question, "output": answer}) for question, answer in questions()[HELD_OUT:])
     file.write_text("\n".join(lines), encoding="utf-8")
     assert ends(base) == 0
     words = ["--train.init_from", str(base), "--data.template", "vicuna", "--data.sources", str(file)]
