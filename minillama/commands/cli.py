@@ -16,7 +16,7 @@ from minillama.commands.streams import open_closed, system_errors
 from minillama.commands.usage import UsageError, own_errors
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import say_renamed
-from minillama.errors import InputError
+from minillama.errors import InputError, printable
 from minillama.threads import adapt
 
 COMMANDS = {
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             raise
         if isinstance(error, KeyboardInterrupt):
             return 130
-        internal = f"internal error: {type(error).__name__}: {error}; --debug shows the traceback"
+        internal = f"internal error: {type(error).__name__}: {printable(str(error))}; --debug shows the traceback"
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
         if rank != "0":  # of processes that torchrun started the first one speaks
             time.sleep(WORDS)

@@ -7,10 +7,12 @@ all that they depend on, so that a second start reads only these.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +26,7 @@ from minillama.data.shards import Shard, ShardWriter, damaged, token_dtype
 from minillama.data.sources import OnError, Source, identity
 from minillama.data.split import Part, SplitName, SplitSource
 from minillama.errors import InputError
-from minillama.files import digest, read_json
+from minillama.files import digest, parsing, read_json
 from minillama.tokenizer import Tokenizer, TokenizerTrainer
 
 VERSION = 2  # of the cache format; a change invalidates the cache
@@ -90,25 +92,27 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     Raises:
         InputError: a file is missing, of the wrong size, or not what dataset.json says.
     """
-    tables = [_read_table(folder) for folder in folders]
-    shards = [shard for table in tables for split in table["splits"].values() for shard in split["shards"]]
-    verify = sum(shard["bytes"] for shard in shards) <= VERIFIED
+    verify = sum(path.stat().st_size for folder in folders for path in folder.glob("*.bin")) <= VERIFIED
     splits: dict[SplitName, list[Split]] = {"train": [], "val": []}
-    skipped = Skipped()
-    for folder, table in zip(folders, tables, strict=True):
-        skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"], table["skipped"]["notes"]))
-        for side, made in splits.items():
-            entry = table["splits"][side]
-            opened = [_open_shard(folder, shard, verify) for shard in entry["shards"]]
-            name = f"{table['identity']['source']} ({side})"
-            made.append(Split(opened, table["vocab_size"], entry["bytes"], name, table.get(f"{side}_opening", 0)))
-    # Not the identities: a copy of the data on another machine has other modification times, and the same tokens.
-    content = [{key: table[key] for key in ("splits", "vocab_size", "separator", "tokenizer")} for table in tables]
+    skipped, content, separators, held = Skipped(), list[dict[str, Any]](), list[int | None](), list[str]()
+    for folder in folders:
+        with _reading_table(folder / "dataset.json") as table:
+            skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"], table["skipped"]["notes"]))
+            str(skipped)  # as it is printed later
+            for side, made in splits.items():
+                entry, size = table["splits"][side], operator.index(table["vocab_size"])
+                opened = [_open_shard(folder, shard, verify) for shard in entry["shards"]]
+                name = f"{table['identity']['source']} ({side})"
+                opening = operator.index(table.get(f"{side}_opening", 0))
+                made.append(Split(opened, size, operator.index(entry["bytes"]), name, opening))
+            # not the identities: a copy of the data on another machine has other times, and the same tokens
+            content.append({key: table[key] for key in ("splits", "vocab_size", "separator", "tokenizer")})
+            separators.append(None if table["separator"] is None else operator.index(table["separator"]))
+            held.append(str(table["held_out"]))
     fingerprint = sha256(json.dumps([content, list(weights or [])], sort_keys=True).encode()).hexdigest()
-    separator = next((table["separator"] for table in tables if table["separator"] is not None), None)
+    separator = next((one for one in separators if one is not None), None)
     train, val = splits["train"], splits["val"]
-    held_out = " and ".join(dict.fromkeys(table["held_out"] for table in tables))
-    return Corpus(train, val, weights, separator, fingerprint, skipped, held_out)
+    return Corpus(train, val, weights, separator, fingerprint, skipped, " and ".join(dict.fromkeys(held)))
 
 
 def _trained(
@@ -245,13 +249,15 @@ def _open_shard(folder: Path, listed: dict[str, Any], verify: bool) -> Shard:
     return shard
 
 
-def _read_table(folder: Path) -> dict[str, Any]:
-    path = folder / "dataset.json"
+@contextmanager
+def _reading_table(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        table = read_json(path)
-        if table["version"] == VERSION:
-            return table
-        problem = f"version {table['version']}"
-    except (InputError, KeyError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise damaged(path, "this is not the table of a tokenized source", problem)
+        with parsing(path):
+            table = read_json(path)
+            if table["version"] != VERSION:
+                raise ValueError(f"version {table['version']}")
+            yield table
+    except InputError as error:
+        if error.where != path:
+            raise
+        raise damaged(path, "this is not the table of a tokenized source", error.found or error.what) from None

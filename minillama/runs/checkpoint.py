@@ -58,7 +58,7 @@ class Checkpoint:
         for name, known in manifest.items():
             _check(path / name, known, verify)
         self.run = read_json(path / "run.json")
-        if any(key not in self.run for key in RUN):
+        if any(key not in self.run for key in RUN) or type(self.run["step"]) is not int:
             found, expected = ", ".join(self.run), ", ".join(RUN)
             what = "this checkpoint was written by another version"
             raise InputError(what, where=path / "run.json", found=found, expected=expected)
@@ -66,7 +66,8 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer steps taken."""
-        return int(self.run["step"])
+        step: int = self.run["step"]
+        return step
 
     def optimizer_tensors(self) -> dict[str, parts.Stored]:
         """Optimizer state, by PARAMETER/NAME.

@@ -296,10 +296,15 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
         prepare([source], BYTES, cache=tmp_path / "cache")
 
 
+READ = ("splits", "skipped", "identity", "vocab_size", "separator")  # of the table
+
+
 def test_broken_table(tmp_path: Path) -> None:
     prepare([lines(tmp_path / "a.jsonl", [f"text {i}" for i in range(50)])], BYTES, cache=tmp_path / "cache")
     (folder,) = (tmp_path / "cache").iterdir()
-    for text in ("", "[]", "{}", '{"version": 99}'):
+    whole = json.loads((folder / "dataset.json").read_text())
+    odd = [json.dumps(whole | {key: value}) for key in READ for value in ([], {"a": [3]})]
+    for text in ("", "[]", "{}", '{"version": 99}', *odd):
         (folder / "dataset.json").write_text(text)
         with pytest.raises(InputError, match=r"dataset\.json(?s:.)*delete "):
             load_corpus([folder])

@@ -57,3 +57,15 @@ def test_an_error_of_the_system_is_no_internal_one(capsys: pytest.CaptureFixture
     assert main(["inspect", "x" * 5000]) == 1
     said = capsys.readouterr().err
     assert "File name too long" in said and "internal" not in said
+
+
+def test_an_internal_error_is_one_line_without_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise RuntimeError("\x1b[2J\n" * 5000)
+
+    monkeypatch.setattr("minillama.commands.inspect.run", fail)
+    assert main(["inspect", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("internal error: RuntimeError: ") and len(said) < 1200 and said.strip().isprintable()

@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 INTEGERS = (0, 1, 2, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 WORDS = (
     b"\0",
@@ -153,6 +155,30 @@ def of_pickle(rng: random.Random, data: bytes) -> bytes:
     with zipfile.ZipFile(made := io.BytesIO(), "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
+    return made.getvalue()
+
+
+def of_tensors(rng: random.Random, data: bytes) -> bytes:
+    """Meta's .pth: a tensor replaced by one of another kind, or by something else."""
+    tensors = torch.load(io.BytesIO(data), weights_only=True)
+    name = rng.choice([*tensors])
+    own = tensors[name]
+    tensors[name] = rng.choice(
+        (
+            own.to("meta"),
+            own.to_sparse(),
+            own.to(torch.complex64),
+            own.to(rng.choice((torch.int32, torch.bool, torch.float64, torch.float8_e4m3fn))),
+            own.T,
+            own[:0],
+            own.flatten()[0],
+            torch.quantize_per_tensor(own, 0.1, 0, torch.qint8),
+            own.flatten()[:1].expand(own.shape),
+            {name: own},
+            None,
+        )
+    )
+    torch.save(tensors, made := io.BytesIO())
     return made.getvalue()
 
 

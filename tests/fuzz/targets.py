@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -88,6 +89,7 @@ def targets(place: Path) -> dict[str, Target]:
         ),
         ("meta", "consolidated.00.pth", as_bytes, _model),
         ("meta pickle", "consolidated.00.pth", damage.of_pickle, _model),
+        ("meta tensors", "consolidated.00.pth", damage.of_tensors, _model),
         ("meta", "params.json", as_json, _model),
         ("llama2c", "m.bin", as_bytes, lambda folder: _model(folder / "m.bin")),
         ("llama2c", "tokenizer.bin", as_bytes, lambda folder: _tokenizer(folder / "tokenizer.bin")),
@@ -107,9 +109,9 @@ def targets(place: Path) -> dict[str, Target]:
         ("run", "metrics.jsonl", as_lines, _show),
         ("run", "provenance.jsonl", as_lines, _show),
         ("run", "config.toml", as_lines, _show),
-        ("run", f"{step}/run.json", as_json, _checkpoint),
+        ("run", f"{step}/run.json", as_json, _forged),
         ("run", f"{step}/manifest.json", as_json, _checkpoint),
-        ("run", f"{step}/optimizer.safetensors", as_bytes, _checkpoint),
+        ("run", f"{step}/optimizer.safetensors", as_bytes, _forged),
         ("cache", f"{tokens}/dataset.json", as_json, _prepared),
         ("cache", f"{tokens}/{shard}", as_bytes, _prepared),
         ("set", "a_test.csv", as_lines, _set),
@@ -202,6 +204,16 @@ def _show(folder: Path) -> None:
         compare.run(compare.Args((folder, folder)))
 
 
+def _forged(folder: Path) -> None:
+    """A checkpoint whose manifest has the sizes of what is there."""
+    manifest = folder / "checkpoints" / "step-3" / "manifest.json"
+    known = json.loads(manifest.read_text())
+    for name, entry in known.items():
+        entry["bytes"] = (manifest.parent / name).stat().st_size
+    manifest.write_text(json.dumps(known))
+    _checkpoint(folder)
+
+
 def _checkpoint(folder: Path) -> None:
     found, _ = newest_checkpoint(folder / "checkpoints", verify=False)
     assert found is not None and found.step >= 0
@@ -209,9 +221,7 @@ def _checkpoint(folder: Path) -> None:
 
 
 def _prepared(folder: Path) -> None:
-    text = folder.parent / "a.txt"
-    text.write_text(STORY * 40, encoding="utf-8")
-    prepare([Source(path=str(text))], byte_tokenizer(), cache=folder)
+    prepare([Source(path=str(folder.parent / "text" / "b.txt"))], byte_tokenizer(), cache=folder)
     for path in folder.glob("*/*.bin"):
         Shard.open(path)
 
