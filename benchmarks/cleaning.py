@@ -273,7 +273,7 @@ def models(options: argparse.Namespace) -> None:
     english, work = Pipeline.load("english").with_sources(tuple(options.texts)), options.work
     pipelines = {"raw": replace(english, name="raw", steps=(Extract(),)), "cleaned": english}
     for name, pipeline in pipelines.items():
-        if not (work / name).exists():
+        if not (work / name / "cleaned.json").exists():
             made = Cleaning(pipeline, work / name).run()
             print(f"{name}: {made['documents']} documents", flush=True)
     text, results = options.held_out.read_text(encoding="utf-8")[: options.characters], dict[str, list[float]]()
@@ -282,7 +282,8 @@ def models(options: argparse.Namespace) -> None:
             out = work / f"{name}-{seed}"
             words = ["--data.sources", work / name, "--train.steps", options.steps, "--seed", seed, "--out", out]
             words += ["--data.cache", work / "cache", "--checkpoint.every", options.steps, "--tokenizer.kind", "bytes"]
-            words += ["--model.dim", 64, "--model.n_layers", 2, "--model.hidden_dim", 176, *options.more]
+            words += ["--model.dim", 64, "--model.n_layers", 2, "--model.hidden_dim", 176, "--train.compile", "false"]
+            words += ["--train.batch_size", 8, "--train.context", 128, "--validate.tokens", 1000, *options.more]
             if not (out / "model").exists():
                 subprocess.run([sys.executable, "train.py", *map(str, words)], check=True)
             model = Decoder.from_pretrained(out / "model")
@@ -304,9 +305,9 @@ def main() -> None:
     )
     parser.add_argument("--kenlm", type=Path, help="folder of the kenlm module")
     parser.add_argument("--held-out", type=Path)
-    parser.add_argument("--characters", type=int, default=30_000)
+    parser.add_argument("--characters", type=int, default=20_000)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further arguments of train.py")
     options = parser.parse_args()
