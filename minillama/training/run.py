@@ -15,22 +15,19 @@ import torch
 from minillama.config import ModelConfig
 from minillama.config.arguments import checked
 from minillama.config.loader import to_dict
-from minillama.errors import InputError, missing
-from minillama.formats.gguf import architecture
-from minillama.formats.model_file import ModelFile
+from minillama.errors import InputError
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, remove_parts, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
 from minillama.runs.folder import RunFolder, choose_folder, read_lines, read_metrics
 from minillama.runs.log import MetricsLog
 from minillama.runs.memory import GIB, check_disk, warn_of_memory
-from minillama.runs.objectives import typed
 from minillama.runs.plot import MISSING, sparkline, write_png
 from minillama.runs.provenance import provenance
 from minillama.runs.record import PYTHON_OBJECTIVE
 from minillama.runs.report import Report, SilentReport, make_report
 from minillama.runs.signals import Interrupted
-from minillama.tokenizer import Tokenizer
+from minillama.training import next_commands
 from minillama.training.data import load_data, load_stages
 from minillama.training.duration import Duration
 from minillama.training.init_model import resolve
@@ -38,6 +35,7 @@ from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MakeObjective, make, make_staged
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.parallel import Parallel, processes
+from minillama.training.ranks import Ranks
 from minillama.training.trainer import Trainer
 
 FINE_TUNING = {"lr": 2e-3, "muon_lr": 1e-2}  # the highest learning rates of a trained model without a warning
@@ -127,7 +125,7 @@ def _train(
     is_finished = checkpoint is not None and checkpoint.step >= config.train.steps and not config.train.minutes
     if checkpoint is not None and is_finished and folder.model.exists():
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
-        _say_next(folder, config, report, start.initial)
+        next_commands.say_next(folder, config, report, start.initial)
         return 0
     check_disk(config, folder.path)
     warn_of_memory(config, start.dtype, start.device, report, parallel.sizes)
@@ -142,9 +140,7 @@ def _train(
     model = start.build_model(parallel)
     saved = ModelFolder(model, tokenizer, start.initial if config.lora else None)
     objective = make_staged(config, model, tokenizer, data, stages, maker)
-    if ranks.leaders(objective.fingerprint) != objective.fingerprint:
-        what, fix = "this process reads other data than the first one", "give all machines the same files"
-        raise InputError(what, where="data.sources", found=f"fingerprint {objective.fingerprint[:16]}", fix=fix)
+    _check_same_data(objective.fingerprint, ranks)
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint, parallel, duration)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
@@ -163,11 +159,7 @@ def _train(
     try:
         trainer.train()
     except Interrupted as stopped:
-        reached = f"saved at step {state.step}" if state.step else "no step was taken"
-        report.say(f"stopped by {stopped}; {reached}. To go on:")
-        report.say(f"  {shlex.join(_resume(folder))}")
-        if state.step and config.lora is None:
-            report.say(f"or to try what there is: {shlex.join(next(iter(_uses(config, str(folder.path)).values())))}")
+        _say_stopped(stopped, state.step, config, folder, report)
         return 128 + stopped.number
     if not ranks.leads:
         return 0
@@ -175,8 +167,14 @@ def _train(
     prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
     best = trainer.writer.best if trainer.writer.best != state.step else None
     prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
-    _say_next(folder, trainer.config, report, start.initial, prompt, best)
+    next_commands.say_next(folder, trainer.config, report, start.initial, prompt, best)
     return 0
+
+
+def _check_same_data(fingerprint: str, ranks: Ranks) -> None:
+    if ranks.leaders(fingerprint) != fingerprint:
+        what, fix = "this process reads other data than the first one", "give all machines the same files"
+        raise InputError(what, where="data.sources", found=f"fingerprint {fingerprint[:16]}", fix=fix)
 
 
 def _say_begin(trainer: Trainer) -> None:
@@ -233,6 +231,14 @@ def _compare(
     return changes
 
 
+def _say_stopped(stopped: Interrupted, step: int, config: RunConfig, folder: RunFolder, report: Report) -> None:
+    report.say(f"stopped by {stopped}; {f'saved at step {step}' if step else 'no step was taken'}. To go on:")
+    report.say(f"  {shlex.join(next_commands.resume(folder))}")
+    if step and config.lora is None:
+        ways = next_commands.uses(config, str(folder.path)).values()
+        report.say(f"or to try what there is: {shlex.join(next(iter(ways)))}")
+
+
 def _say_end(trainer: Trainer, folder: RunFolder, before: float, report: Report) -> None:
     """Summary of a finished run, which had taken `before` seconds when it was resumed."""
     records = read_metrics(folder.metrics)
@@ -271,50 +277,3 @@ def _check_shape(checkpoint: Checkpoint, wanted: ModelConfig) -> None:
             found="; ".join(line for key, line in changed.items() if key != "model.preset"),
             fix="leave the model's settings as they were, or start a new run",
         )
-
-
-def _resume(folder: RunFolder) -> list[str]:
-    return [*typed("train"), "--out", str(folder.path), "--resume"]
-
-
-def _uses(config: RunConfig, model: str, prompt: str = "") -> dict[str, list[str]]:
-    """Commands that use a model of the run."""
-    if config.data.template and config.objective.head == "lm":
-        return {"chat": ["minillama", "chat", model]}
-    return config.objective.commands(model, prompt or next(iter(config.sample.prompts), "The"))
-
-
-def _say_next(
-    folder: RunFolder,
-    config: RunConfig,
-    report: Report,
-    initial: ModelFile | None,
-    prompt: str = "",
-    best: int | None = None,
-) -> None:
-    """Commands that may follow, with a prompt for the model, and the step of a better one than the last.
-
-    With an adapter on the initial model.
-    """
-    model, tokenizer = str(folder.model), Tokenizer.load(folder.model)
-    export, remark = [f"{model}.gguf", "--to", "gguf"], "for llama.cpp"
-    if absent := missing("gguf"):
-        remark += f", after pip install '{absent[0]}'"
-    if not architecture(config.model) or (tokenizer.pieces is None and tokenizer.pre is None):  # not in GGUF
-        export, remark = [f"{model}-bf16", "--to", "hf", "--dtype", "bf16"], "in bfloat16, half of the size"
-    models = {"": model} | ({} if best is None else {"best ": str(folder.checkpoints / f"step-{best}")})
-    own = None if config.lora is None or initial is None else str(initial.path)
-    commands: dict[str, list[str]] = {}
-    for rank, path in models.items():
-        base, adapter = (path, []) if own is None else (own, ["--adapter", path])
-        uses = _uses(config, base, prompt)
-        commands |= {rank + name: [*words, *adapter] for name, words in uses.items()}
-    commands["resume"] = [*_resume(folder), "--train.steps", str(2 * config.train.steps)]
-    if config.lora is None:
-        commands["export"] = ["minillama", "convert", model, *export]
-        commands["plan"] = ["minillama", "plan", str(folder.path)]
-    else:  # the folder has the adapter alone
-        base = own or config.train.init_from
-        commands["merge"] = ["minillama", "convert", base, f"{model}-merged", "--to", "hf", "--merge", model]
-    for name, words in commands.items():
-        report.say(f"  {name:13} {shlex.join(words)}" + (f"  # {remark}" if name == "export" else ""))
