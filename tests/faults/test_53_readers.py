@@ -58,7 +58,7 @@ def test_fault_53_verdicts_and_summaries(tmp_path: Path) -> None:
     [
         ("a.csv", b'q,a\n"' + b"x" * (csv.field_size_limit() + 1) + b'",b\n'),
         ("a.csv", b"q\n\xff\n"),
-        ("a.csv.gz", gzip.compress(b"q,a\n1,2\n" * 99)[:-6]),
+        ("a.csv.gz", gzip.compress(b"q,a\n1,2\n" * 99, mtime=0)[:-6]),
         ("a.txt.bz2", bz2.compress(b"q\n" * 600)[:-6]),
         ("a.txt.bz2", b"not an archive"),
         ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1"),
