@@ -338,10 +338,8 @@ class Trainer:
         prompts: Sequence[str | Sequence[int]] = list(map(ask, wanted.prompts)) or self.objective.prompts
         for prompt in prompts:
             completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
-            whole = prompt + completion.text if isinstance(prompt, str) else None
-            self.report.say(
-                quoted(whole or tokenizer.decode([*prompt, *completion.tokens]))
-            )  # perhaps cut in a character
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            self.report.say(quoted(text + completion.text))
 
     def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
