@@ -57,7 +57,8 @@ class Options:
         near = begun[0] if begun else nearest(word, own) if word else None
         if near or not word:
             return f"did you mean {near}?" if near else None
-        modules = {name: import_module(f"minillama.commands.{name}") for name in self.others}
+        plain = (name for name in self.others if name != "train")  # whose options have dots
+        modules = {name: import_module(f"minillama.commands.{name}") for name in plain}
         has = [name for name, module in modules.items() if word in option_names(module.Args)]
         return f"minillama {' or '.join(has[:2])} has {word}" if has else None
 

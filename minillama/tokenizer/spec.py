@@ -15,7 +15,7 @@ from minillama.errors import InputError
 
 LARGEST = 2**27
 """Bytes of a vocabulary at most; Gemma's has 33 MB."""
-FIX = "give the tokenizer's file, or a folder that holds it"
+FIX = "give the tokenizer's file, or a folder that holds it, as --tokenizer (train: --tokenizer.path)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

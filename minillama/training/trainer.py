@@ -348,10 +348,8 @@ class Trainer:
         prompts: Sequence[str | Sequence[int]] = list(map(ask, wanted.prompts)) or self.objective.prompts
         for prompt in prompts:
             completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
-            known = [token for token in completion.tokens if token < tokenizer.vocab_size]  # the model may have more
-            # ids that may be cut within a character are decoded with what follows
-            whole = prompt + completion.text if isinstance(prompt, str) else tokenizer.decode([*prompt, *known])
-            self.report.say(quoted(whole))
+            text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+            self.report.say(quoted(text + completion.text))
 
     def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""

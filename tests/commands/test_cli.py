@@ -96,6 +96,7 @@ def test_a_bad_argument_exits_2(command: types.ModuleType, capsys: pytest.Captur
         (["tokenizer"], "no such subcommand\n(?s:.)*expected: train, merge, encode"),
         (["tokenizer", "encode", "a", "b"], "missing: --model\n(?s:.)*do: minillama tokenizer encode --model a b\n"),
         (["chat", "x", "--prompt", "hi"], "option --prompt\n(?s:.)*do: minillama generate .*has --prompt"),
+        (["chat", "x", "--prompts", "hi"], "do: minillama generate has --prompts"),
         (["chat", "--prompt", "hi", "x"], "option --prompt\n(?s:.)*do: minillama generate .*has --prompt"),
         (["chat", "--model", "x"], "unknown option --model\n(?s:.)*do: MODEL stands without --model"),
         (["data", "clean", "english", "--outpt", "x"], "missing: --output\n(?s:.)*did you mean --output\\?"),
