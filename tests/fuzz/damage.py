@@ -42,7 +42,21 @@ def odd_value(rng: random.Random) -> Any:
     for _ in range(rng.choice((3, 60, 600))):
         deep = [deep] if rng.random() < 0.5 else {"a": deep}
     numbers = (0, 1, -1, 3, 2**31, 2**63, 10**22, 0.5, 1e-300, 1e308, float("nan"), float("inf"), -0.0)
-    texts = ("", "x", "a\nb", "\x1b[2J", "\ud800", "\u2028", "../x", "/etc/hostname", "float32", "<s>", "é" * 3000)
+    texts = (
+        "",
+        "x",
+        "a\nb",
+        "\x1b[2J",
+        "\ud800",
+        "<s>\udfff",
+        "\u2028",
+        "../x",
+        "/etc/hostname",
+        "float32",
+        "<s>",
+        "DEEP",
+        "é" * 3000,
+    )
     others = (None, True, False, [], {}, [1, 2], ["a", None], {"a": 1}, deep)
     return rng.choice(rng.choice((numbers, texts, others)))
 
@@ -69,6 +83,7 @@ def of_json(rng: random.Random, data: bytes) -> bytes:
         else:
             holder[key] = odd_value(rng)
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    text = text.replace(b'"DEEP"', b"[" * 5000 + b"]" * 5000)
     return of_bytes(rng, text) if rng.random() < 0.1 else text
 
 

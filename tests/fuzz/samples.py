@@ -42,7 +42,7 @@ def write(place: Path) -> None:
     hf, model = place / "hf", Decoder(CONFIG)
     model.stop_ids, model.sampling = frozenset({1}), {"temperature": 0.6, "top_p": 0.9}
     model.save_pretrained(hf)
-    train_byte_bpe([STORY * 9], 300).save(hf)
+    train_byte_bpe([STORY * 9], 300).with_chat_template("{{ bos_token }}{{ messages[0].content }}").save(hf)
     model.save_pretrained(place / "shards", max_shard_size="20KB")
     convert(hf, place / "gguf" / "m.gguf", "gguf", "q8_0")
     meta.write(place / "meta", CONFIG, model.state_dict())

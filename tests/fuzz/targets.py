@@ -74,7 +74,7 @@ def targets(place: Path) -> dict[str, Target]:
         ("hf", "config.json", as_json, _model),
         ("hf", "generation_config.json", as_json, _model),
         ("hf", "tokenizer.json", as_json, _tokenizer),
-        ("hf", "tokenizer_config.json", as_json, _tokenizer),
+        ("hf", "tokenizer_config.json", as_json, _chat),
         ("shards", "model.safetensors.index.json", as_json, _model),
         ("hf", "special_tokens_map.json", as_json, _tokenizer),
         ("hf types", "model.safetensors", damage.of_dtypes, lambda folder: _same(folder, weights)),
@@ -175,12 +175,17 @@ def _numbers(value: object) -> None:
     assert not isinstance(value, int) or abs(value) < 2**63
 
 
-def _tokenizer(path: Path) -> None:
+def _tokenizer(path: Path) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
     ids = tokenizer.encode(TEXT, bos=True)
     stream = tokenizer.stream()
     text = "".join(map(stream.push, ids)) + stream.flush()
     assert text == tokenizer.decode(ids)
+    return tokenizer
+
+
+def _chat(path: Path) -> None:
+    tokenizer = _tokenizer(path)
     if tokenizer.chat_templates:
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
 
