@@ -111,7 +111,7 @@ class Sweep:
             rate = self.seconds / self.flops if self.flops else 0.0
             minutes = (time.monotonic() - self.began + rate * _flops(config)) / 60
             if self.minutes and minutes > self.minutes:
-                self.say(f"{config.name} was not started: it would end after {minutes:.1f} minutes")
+                self.say(f"{config.name} was not started: it would end after {minutes:.3g} minutes")
                 return None
         if not self.finish(config, path):
             return None
