@@ -222,7 +222,7 @@ class Sweep:
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = "scaling"
     """Run configuration that all runs share: the name of a file in configs/train, or a path."""
-    budgets: tuple[float, ...] = field(default=(2e12, 4e12, 8e12, 1.6e13), metadata={"above": 0})
+    budgets: tuple[float, ...] = field(default=(1e12, 2e12, 4e12, 8e12), metadata={"above": 0})
     """FLOPs per run."""
     sizes: int = 5
     """Sizes per budget; more are added where the best one is at the edge."""
