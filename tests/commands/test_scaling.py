@@ -86,7 +86,7 @@ def test_epochs_fit_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["fit"], "nothing to fit"),
-        (["fit", "none.csv"], "cannot be read"),
+        (["fit", "none.csv"], "cannot read none.csv"),
         (["fit", "none"], "not the folder of a run"),
         (["fit", "a.csv", "b.csv"], "found: a.csv, b.csv"),
         (["fit", "none.csv", "--budgets", "0", "1e19"], "more than 0"),
@@ -125,7 +125,7 @@ def test_a_tables_losses_are_in_the_unit_that_is_named(table: Path, capsys: pyte
     words = ["scaling", "fit", str(table), "--bootstrap", "0", "--approach", "3", "--loss", "bits"]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "bits per byte (3)" in said and re.search(r"line 2 .* nan +\d\.\d{4}\n", said)
+    assert "loss (3)  bits per byte" in said and re.search(r"line 2 .* nan +\d\.\d{4}\n", said)
 
 
 def test_dropping_all_runs_is_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

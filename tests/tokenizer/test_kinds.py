@@ -43,7 +43,8 @@ def test_the_readable_code_makes_the_librarys_file(kind: Kind, texts: list[str])
 @pytest.mark.parametrize("pattern", STEPS)
 def test_patterns_of_byte_level_bpe(pattern: str, texts: list[str]) -> None:
     fast, readable = (
-        TokenizerTrainer("byte-bpe", 400, pattern=pattern, reference=reference)(texts[:80]) for reference in (0, 1)
+        TokenizerTrainer("byte-bpe", 400, pattern=pattern, reference=reference)(texts[:80])
+        for reference in (False, True)
     )
     assert fast.backend.to_str() == readable.backend.to_str()
     text = "I'LL pay $12345.67  now\n\n\n  ok 中文"
