@@ -291,7 +291,7 @@ def _write_law(path: Path, fits: dict[int, fit.Fit]) -> None:
 
 
 def _show_table(table: Table) -> None:
-    from minillama.scaling.points import NATS
+    from minillama.scaling.laws import NATS
 
     for note in table.notes:
         print(f"note: {note}")

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from minillama.config.loader import build, config_path, read_toml
 from minillama.errors import InputError
 
+NATS, BITS = "nats per token", "bits per byte"  # units of a loss
+
 DEGENERATE = 1.5  # an exponent beyond it is none that was ever measured
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 Range = tuple[float, ...]
@@ -39,7 +41,7 @@ class Law:
     """R*_D, decay of the worth of repeated tokens (Muennighoff et al. 2023, arXiv 2305.16264)."""
     repeat_params: float = field(default=5.309743, metadata={"above": 0})
     """R*_N, decay of the worth of parameters in excess of what the unique tokens need."""
-    unit: str = "nats per token"
+    unit: str = NATS
     """Unit of the loss."""
     samples: tuple[Range, ...] = ()
     """Constants (E, A, B, alpha, beta) of resampled runs, from which intervals are taken; none where unknown."""

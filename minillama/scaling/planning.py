@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from minillama.config import ModelConfig
 from minillama.errors import InputError
-from minillama.scaling.laws import Interval, Law, interval, minimum, repeated_loss
+from minillama.scaling.laws import NATS, Interval, Law, interval, minimum, repeated_loss
 from minillama.scaling.shapes import batch_tokens, learning_rate, nearest, size
 
 FAR = 10  # times the greatest C of the fitted runs
@@ -142,6 +142,10 @@ def plan(
     shape = nearest(best[0], base)
     built, per_token = size(shape), shape.flops_per_token(shape.max_seq_len)
     spent = flops / per_token if flops and not inference else best[1]
+    loss, guess = predicted_loss(law, built, spent, unique), math.log(shape.vocab_size)
+    notes = _doubts(law, best, built, spent, spent * per_token, unique)
+    if law.unit == NATS and loss > guess:
+        notes.append(f"no prediction: a guess among {shape.vocab_size:,} tokens has {guess:.4g} nats")
     exact, is_plain = spent * per_token, not (unique or inference)
     rows = max(1, round(batch_tokens(exact) / shape.max_seq_len))
     return Plan(
@@ -152,13 +156,13 @@ def plan(
         params=built,
         tokens=spent,
         flops=exact,
-        loss=predicted_loss(law, built, spent, unique),
+        loss=loss,
         loss_interval=interval(law, lambda near: predicted_loss(near, built, spent, unique), law.residual),
         learning_rate=learning_rate(exact),
         rows=rows,
         steps=max(1, round(spent / (rows * shape.max_seq_len))),
         saved=max(0.0, 1 - totals[0] / totals[1]),
-        notes=tuple(_doubts(law, best, built, spent, exact, unique)),
+        notes=tuple(notes),
     )
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from minillama.config import ModelConfig
 from minillama.errors import InputError
 from minillama.files import parsing, read_text
+from minillama.scaling.laws import BITS, NATS
 
 if TYPE_CHECKING:
     from minillama.runs.record import RecordedRun
 
-NATS, BITS = "nats per token", "bits per byte"
 COUNTS = {"head": "matrices and head, no embedding", "all": "all parameters", "matrices": "matrices of the blocks"}
 COLUMNS = {
     "params": ("params", "parameters", "n", "model size"),
@@ -118,7 +118,8 @@ def read_csv(path: Path, unit: Unit = "nats") -> Table:
     sizes = [name for name in ("params", "tokens", "flops") if columns[name] is not None]
     if columns["loss"] is None or len(sizes) < 2:
         expected = "loss, and two of params, tokens, flops"
-        raise InputError("columns are missing", where=path, found=", ".join(header) or "nothing", expected=expected)
+        found, fix = f"{', '.join(header):.100}" or "nothing", "the first line names the columns, with commas between"
+        raise InputError("columns are missing", where=path, found=found, expected=expected, fix=fix)
     points = []
     for number, row in enumerate(rows[1:], 2):
         if not row:

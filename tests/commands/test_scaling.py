@@ -128,6 +128,14 @@ def test_a_tables_losses_are_in_the_unit_that_is_named(table: Path, capsys: pyte
     assert "loss (3)  bits per byte" in said and re.search(r"line 2 .* nan +\d\.\d{4}\n", said)
 
 
+def test_a_loss_above_that_of_a_guess_is_no_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["scaling", "plan", "--vocab-size", "2048", "--context", "256", "--flops"]
+    assert main([*words, "1e12"]) == 0
+    assert "note: no prediction: a guess among 2,048 tokens has 7.625 nats" in capsys.readouterr().out
+    assert main([*words, "1e18"]) == 0
+    assert "no prediction" not in capsys.readouterr().out
+
+
 def test_dropping_all_runs_is_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scaling", "fit", str(table), "--drop", "25"]) == 1
     assert "no run would be left" in capsys.readouterr().err

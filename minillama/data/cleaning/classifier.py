@@ -60,7 +60,8 @@ class LinearClassifier:
         count = min(map(len, found))
         if count < 10:
             counts = " and ".join(str(len(kind)) for kind in found[::-1])
-            raise InputError("too few documents of a kind", found=counts, expected="ten of each")
+            fix = "give more files, or records (.jsonl): a file of text is one document"
+            raise InputError("too few documents of a kind", found=counts, expected="ten of each", fix=fix)
         rng = np.random.Generator(np.random.PCG64(given["seed"]))
         examples = [(x, label) for label, kind in enumerate(found) for x in kind[:count]]
         examples = [examples[i] for i in rng.permutation(len(examples))]

@@ -47,8 +47,8 @@ class NearDuplicates(CorpusStep):
     ngram: int = field(default=5, metadata={"min": 1})
     bands: int = field(default=14, metadata={"min": 1, "max": 256})
     rows: int = field(default=8, metadata={"min": 1, "max": 64})
-    similarity: float = field(default=0.75, metadata={"min": 0, "max": 1})
-    """Share of equal hashes, an estimate of the Jaccard similarity, from which a pair counts."""
+    similarity: float = field(default=0.75, metadata={"above": 0, "max": 1})
+    """Share of equal hashes, an estimate of the Jaccard similarity, from which a pair that shares a band counts."""
     seed: int = field(default=0, metadata={"min": 0})
 
     def signature(self, text: str) -> NDArray[np.uint32]:
