@@ -59,7 +59,7 @@ class Generated:
 
     def _resume(self, size: int) -> None:
         state = read_json(self.beside)
-        other = [key for key in self.about.keys() | state["about"] if self.about.get(key) != state["about"].get(key)]
+        other = [key for key, value in state["about"].items() if self.about.get(key) != value]
         if other:
             key, fix = min(other), "give another --output, or what the file was begun with"
             found, expected = self.about.get(key), state["about"].get(key)

@@ -99,6 +99,7 @@ def plot(path: Path, table: dict[str, dict[str, Figures]]) -> None:
         axes.set_ylabel(label)
     figure.axes[0].legend()
     try:
-        replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:] or None))
+        path = path if path.suffix else path.with_suffix(".png")
+        replace_file(path, lambda file: figure.savefig(file, format=path.suffix[1:]))
     except ValueError as error:
         raise InputError("cannot write the plot", where=path, found=error) from None

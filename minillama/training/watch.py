@@ -135,9 +135,10 @@ class Watch(threading.Thread):
                 self.wait_until_shown()
                 return SystemExit(1)
             index, message = self.store.get(FAILURE).decode().split("|", 1)
-            self.store.set(SHOWN, str(self.index))
             if self.index:
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                self._speak(message)
+                return SystemExit(1)
+            if self.store.compare_set(SHOWN, "", "0") != b"0":
                 return SystemExit(1)
             return error if int(index) == self.index else InputError(message)
         return error

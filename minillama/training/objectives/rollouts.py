@@ -108,6 +108,7 @@ class Feedback(DataObjective[Prompts]):
     ) -> list[Request]:
         """Answers to all prompts, of which each process writes those to its own."""
         self._copy, ranks = self._copy or DecodingCopy(self.model), Ranks.current()
+        assert ranks.world == ranks.processes  # each has a whole model
         own = slice(ranks.rank, None, ranks.world)
         model, ids = self._copy.refresh(), [prompt.ids for prompt in prompts[own]]
         made = answers(model, ids, samples, self.settings.max_new_tokens, sampling, self.stop_ids, keys[own])
