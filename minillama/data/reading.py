@@ -24,6 +24,7 @@ DOCUMENT, LINE = 2**32, 2**28
 """Bytes of a text file and of a line or an array of JSON at most; they are in memory as a whole."""
 FIELDS = ("text", "content", "body", "article", "paragraphs", "document", "story", "passage", "raw_content")
 """Fields that usually hold a record's text."""
+_LABELS = ("id", "doc_id", "uuid", "url", "title", "name", "author", "date", "lang", "language")
 
 NO_OBJECT = "is not a JSON object"
 _LOCATIONS = 5
@@ -121,7 +122,7 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
 
     Args:
         path: the file; its suffix is the format.
-        key: text field of a record; empty: found in the file's first one, see `text_field`.
+        key: text field of a record; empty: found in the first one that has one, see `text_field`.
         is_named: not one of a folder, in which JSON files without texts are left out.
 
     Yields:
@@ -190,9 +191,11 @@ def format_of(path: Path) -> str:
 
 
 def text_field(record: dict[str, Any]) -> str:
-    """Field of a record that holds its text: one of `FIELDS`, or the only one with a text; else empty."""
+    """Field of a record for its text: one of `FIELDS`, with a text or without a value, or the only text; else empty."""
     texts = [name for name, value in record.items() if _text(value) is not None]
-    return next((name for name in FIELDS if name in texts), texts[0] if len(texts) == 1 else "")
+    vacant = [name for name in FIELDS if name in record and not record[name]]
+    only = texts if len(texts) == 1 and texts[0] not in _LABELS else []
+    return next(iter([*(name for name in FIELDS if name in texts), *vacant, *only]), "")
 
 
 def _text(value: object) -> str | None:

@@ -43,7 +43,7 @@ class Input:
     Args:
         path: what a training source can be, and .warc, .wet and .html files.
         tag: its name in the output; made of `path` unless given.
-        field: text field of records, a string or a list of strings; found in each file's first one unless given.
+        field: text field of records, a string or a list of strings; found in each file unless given.
         suffixes: files of a folder that are read; all of the known kinds unless given.
     """
 
