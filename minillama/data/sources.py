@@ -215,13 +215,19 @@ def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
 
 
 def cleaning_of(source: Source) -> dict[str, Any] | None:
-    """Pipeline and fingerprint of the cleaning that made a source, a folder or files of it; None: there was none."""
-    folder = Path(source.label).expanduser()
-    path = next((path for path in (folder / CLEANED, folder.parent / CLEANED) if path.is_file()), None)
-    if path is None:
+    """Pipeline and fingerprint of the cleaning that made a source, its folder or shards of it; None: there was none."""
+    if source.name in _NAMES or source.name.startswith(_HF) or Task.of(source.name) is not None:
+        return None
+    given = Path(source.label).expanduser()
+    files = [given] if given.exists() else list(map(Path, glob.glob(str(given), recursive=True)))
+    folders = {given} if given.is_dir() else {file.parent for file in files}
+    if len(folders) != 1 or not (path := folders.pop() / CLEANED).is_file():
         return None
     with parsing(path):
-        return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")}
+        made = read_json(path)
+        names = {path.parent / shard["file"] for shard in made["shards"]}
+        is_made = given.is_dir() or names.issuperset(files)
+        return {key: made[key] for key in ("pipeline", "fingerprint")} if is_made else None
 
 
 def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:

@@ -114,6 +114,19 @@ def test_training_reads_the_result(web: Path, tmp_path: Path, capsys: pytest.Cap
     assert cleaning_of(Source(path=str(web))) is None
 
 
+def test_only_shards_come_from_a_cleaning(clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean(["a text"])
+    monkeypatch.chdir(tmp_path / "out")
+    for name in ("other.txt", "python-docs", "tinyshakespeare"):
+        Path(name).write_text("text")
+    Path("folder").mkdir()
+    (shard,) = (str(path) for path in Path().glob("*.jsonl.zst"))
+    made = cleaning_of(Source(path=shard))
+    assert made and made["pipeline"] == "test" and cleaning_of(Source(".")) == cleaning_of(Source("*.zst")) == made
+    for name in ("python-docs", "hf:foo", "arithmetic:3", "tinyshakespeare", "other.txt", "folder", "nowhere", "*"):
+        assert cleaning_of(Source(name)) is None, name
+
+
 @pytest.mark.slow
 def test_provenance_names_the_pipeline(web: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
