@@ -136,6 +136,15 @@ def test_kinds_of_personal_data_are_counted() -> None:
     assert figures(PersonalData(kinds=("email",)), "a@b.org c@d.org 8.8.8.8") == {"replaced": 2, "email": 2}
 
 
+def test_other_kinds_of_personal_data_stay_whole() -> None:
+    text = "13812345678@qq.com, 8.8.8.8 QQ：13812345678 13812345678 a@b.org"
+    assert after(PersonalData(kinds=("phone",)), text) == text.replace(" 13812345678", " <phone>")
+    assert after(PersonalData(kinds=("qq", "ip")), text) == text.replace("QQ：13812345678", "<qq>").replace(
+        "8.8.8.8", "<ip>"
+    )
+    assert after(PersonalData(kinds=()), text) == text
+
+
 def test_chinese_rules(shared: Path) -> None:
     prose = "学而时习之，不亦说乎？有朋自远方来，不亦乐乎？"
     assert (
