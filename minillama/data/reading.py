@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minillama.data.archives import PACKED, DamagedError, open_file
+from minillama.data.archives import DamagedError, open_file, plain_name
 from minillama.data.encoding import NotTextError, recognized
 from minillama.errors import InputError
 from minillama.files import bound, check_size, reading
@@ -118,7 +118,7 @@ def _singular(words: str) -> str:
 
 
 def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document | BadText | Remark]:
-    """Documents of a file: one per record of JSON or JSONL, otherwise one; .gz and .zst are decompressed.
+    """Documents of a file: one per record of JSON or JSONL, otherwise one; .gz, .zst and .bz2 are decompressed.
 
     Args:
         path: the file; its suffix is the format.
@@ -151,7 +151,7 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
 
 
 def read_lines(path: Path, key: str = "") -> Iterator[Document | BadText | Remark]:
-    """Documents of a text file, one per line; .gz and .zst are decompressed."""
+    """Documents of a text file, one per line; .gz, .zst and .bz2 are decompressed."""
     limit = bound(LINE)
 
     def lines(stream: io.BufferedIOBase) -> Iterator[Document | BadText]:
@@ -165,7 +165,7 @@ def read_lines(path: Path, key: str = "") -> Iterator[Document | BadText | Remar
 
 
 def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadText | Remark]:
-    """Objects of a JSONL file, or of a JSON file with an array; .gz and .zst decompressed; see `read_file`.
+    """Objects of a JSONL file, or of a JSON file with an array; .gz, .zst and .bz2 decompressed; see `read_file`.
 
     The content says which of the two it is. JSONL is read line by line, an array as a whole.
 
@@ -186,8 +186,8 @@ def holds_records(path: Path) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """Suffix of a file, that before .gz or .zst, in small letters."""
-    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+    """Suffix of a file, that before .gz, .zst or .bz2, in small letters."""
+    return Path(plain_name(path.name)).suffix.lower()
 
 
 def text_field(record: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from minillama.data.archives import plain_name
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
@@ -61,8 +62,8 @@ class Source:
     """python-docs, python-code, python-qa, arithmetic, sorting, spelling (also of a size, arithmetic:3), hf:NAME or
     hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
     path: str = ""
-    """A text file (one document), a .json or .jsonl file (one per record), a folder of them, a glob; .gz and .zst as
-    well."""
+    """A text file (one document), a .json or .jsonl file (one per record), a folder of them, a glob; .gz, .zst
+    and .bz2 as well."""
     field: str = ""
     """Text field of a record, or text column of a data set; data.field unless given."""
     weight: float = dataclasses.field(default=1.0, metadata={"above": 0})
@@ -199,8 +200,8 @@ def _by_suffix(paths: Iterable[Path]) -> str:
 
 
 def _is_of(path: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file has one of the suffixes, perhaps with .gz or .zst behind."""
-    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(tuple(map(str.lower, suffixes)))
+    """Whether a file has one of the suffixes, perhaps with that of a compression behind."""
+    return plain_name(path.name).lower().endswith(tuple(map(str.lower, suffixes)))
 
 
 def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
@@ -209,7 +210,7 @@ def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
         return
     for path in find_files(source.label, RECORDS):
         if not holds_records(path):
-            expected = f"a file ending in {' '.join(RECORDS)}, perhaps with .gz or .zst behind"
+            expected = f"a file ending in {' '.join(RECORDS)}, perhaps with .gz, .zst or .bz2 behind"
             raise InputError("this file holds no records", where=path, expected=expected)
         yield from read_records(path)
 
@@ -246,7 +247,7 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     what = "this folder holds no text files"
     if path.is_dir():
         found = list(_walk(path, frozenset(), suffixes))
-        expected = f"files ending in {' '.join(suffixes)}, perhaps with .gz or .zst behind"
+        expected = f"files ending in {' '.join(suffixes)}, perhaps with .gz, .zst or .bz2 behind"
     elif path.exists() or path.is_symlink():
         return [path]
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillama.config.loader import config_names
+from minillama.data.archives import plain_name
 from minillama.data.builtin import BUILTIN
 from minillama.data.cleaning.charset import page_text
 from minillama.data.cleaning.document import Draft
@@ -91,7 +92,7 @@ class Input:
     def _documents(self, path: Path | None) -> Iterator[Draft | BadText]:
         if path is None:
             found: Iterator[Any] = read_source(Source(name=self.path, field=self.field))
-        elif (plain := _plain(path)).endswith(CRAWLS):
+        elif (plain := plain_name(path.name).lower()).endswith(CRAWLS):
             found = read_warc(path, LIMIT)
         elif holds_records(path):
             found = read_records(path, LIMIT)
@@ -123,10 +124,6 @@ class Input:
         )
         url = next((str(table["url"]) for table in (rest, nested) if isinstance(table.get("url"), str)), "")
         return Draft(document.text, where=document.where, source=self.label, url=url, fields=rest)
-
-
-def _plain(path: Path) -> str:
-    return path.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def _text(path: Path) -> Iterator[Document | BadText | Remark]:
