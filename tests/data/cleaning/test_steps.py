@@ -103,7 +103,8 @@ def test_repair_is_the_librarys(real: list[Draft]) -> None:
         unescape_html=False, fix_character_width=False, uncurl_quotes=False, normalization=None
     )
     changed = 0
-    for text in [draft.text for draft in real] + ["cafÃ© ‘so’\r\nline\x1b[0m two\x07\n\nâ€œyesâ€\x9d…\t—"]:
+    ends = ["voilÃœœ\nand", "a\xa0œ\r\n\r\n", "voilÃœœ", "é…œ\n", "\ré…œ\r\r\n"]
+    for text in [*(draft.text for draft in real), *ends, "cafÃ© ‘so’\r\nline\x1b[0m two\x07\n\nâ€œyesâ€\x9d…\t—"]:
         changed += after(Repair(max_replacement_characters=1), text) != text
         assert after(Repair(max_replacement_characters=1), text) == ftfy.fix_text(text, config)
     assert changed > 3
