@@ -202,14 +202,23 @@ def test_what_is_wrong_is_said(text: str, what: str, tmp_path: Path, capsys: pyt
     assert what in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["perplexity", "classifier", "model-score", "sensitive-words"])
-def test_files_of_steps_are_sought_before_the_first_document(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("perplexity", "ngram-lm train"),
+        ("classifier", "classifier train"),
+        ("model-score", "folder of a model"),
+        ("sensitive-words", "one per line"),
+    ],
+)
+def test_files_of_steps_are_sought_before_the_first_document(name: str, fix: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     for settings, what in (("", f"{name} needs a file"), (f'path = "{tmp_path}/none"', f"file of {name} is not there")):
         steps = f'[[steps]]\nname = "exact-duplicates"\n[[steps]]\nname = "{name}"\n{settings}'
         (tmp_path / "p.toml").write_text(f'sources = [{{ path = "{tmp_path}/a.txt" }}]\n{steps}')
-        with pytest.raises(InputError, match=what):
+        with pytest.raises(InputError, match=what) as caught:
             Cleaning(Pipeline.load(str(tmp_path / "p.toml")), tmp_path / "out").run()
+        assert fix in str(caught.value.fix)
         assert not (tmp_path / "out").exists()
 
 
