@@ -26,7 +26,7 @@ FIELDS = ("text", "content", "body", "article", "paragraphs", "document", "story
 """Fields that usually hold a record's text."""
 _LABELS = ("id", "doc_id", "uuid", "url", "title", "name", "author", "date", "lang", "language")
 
-NO_OBJECT = "is not a JSON object"
+NO_FIELD, NO_OBJECT = "no text field", "is not a JSON object"
 _LOCATIONS = 5
 _CHUNK = 2**20
 T = TypeVar("T")
@@ -213,13 +213,11 @@ def from_record(record: dict[str, Any], key: str, where: str) -> Document | BadT
     found = f"fields {', '.join(map(repr, record)) or 'none'}"
     if not key:
         what, expected = "no field of this record is known to hold its text", " or ".join(FIELDS[:3])
-        return BadText(
-            "no text field", what, where=where, found=found, expected=expected, fix="name it with --data.field"
-        )
+        return BadText(NO_FIELD, what, where=where, found=found, expected=expected, fix="name it with --data.field")
     what = f"field {key!r} is not a string" if key in record else f"there is no field {key!r}"
     found = repr(record[key])[:80] if key in record else found
     fix = 'name another with --data.field, or skip such records with data.on_error = "skip"'
-    return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r}", fix=fix)
+    return BadText(NO_FIELD, what, where=where, found=found, expected=f"a string in {key!r}", fix=fix)
 
 
 def clean(text: str, where: str) -> Document | BadText:

@@ -22,7 +22,7 @@ from minillama.data.cleaning.inputs import Input
 from minillama.data.cleaning.minhash import NearDuplicates
 from minillama.data.cleaning.pipeline import Pipeline
 from minillama.data.cleaning.run import Cleaning
-from minillama.data.sources import Source, cleaning_of, documents
+from minillama.data.sources import Source, cleaning_of, documents, records
 from minillama.errors import InputError
 
 ALL = (
@@ -233,6 +233,22 @@ def test_sources_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [document.text for document in documents(Source(str(tmp_path / "out")))] == [
         "int main() { return 0; }\n",
         "int b;",
+    ]
+
+
+def test_a_field_of_the_pipeline_is_named_where_a_record_lacks_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"body": 3}\n')
+    own = Pipeline("p", (Input(str(path), field="body"),))
+    other = own.with_sources((str(path),))
+    for pipeline, where in ((own, "this source"), (other, r"the pipeline's first source \(sources.0.field\)")):
+        with pytest.raises(InputError, match=rf"no text field(?s:.)*correct field = 'body' of {where}"):
+            Cleaning(pipeline, tmp_path / where[:8]).run()
+    path.write_text(path.read_text() + '{"body": "b"}\n')
+    Cleaning(other, tmp_path / "out").run(2)
+    lines = records(Source(str(tmp_path / "out" / "removed" / "unread.jsonl.zst")))
+    assert [line.value["removed"]["value"].partition("; ") for line in lines] == [
+        (other.sources[0].setting, "; ", found) for found in ("fields 'text'", "3")
     ]
 
 
