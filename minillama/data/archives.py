@@ -22,6 +22,12 @@ _CHUNK = 2**20
 _ZSTD = 2**13  # bytes of it at once, as four of them unpack to 2^17 at most
 
 
+def plain_name(name: str) -> str:
+    """A file's name without the suffix of its compression."""
+    plain, suffix = os.path.splitext(name)
+    return plain if suffix.lower() in PACKED else name
+
+
 def open_file(path: Path) -> io.BufferedReader:
     """The content of a regular file, decompressed.
 

@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minillama.data.archives import PACKED, DamagedError, open_file
+from minillama.data.archives import DamagedError, open_file, plain_name
 from minillama.data.encoding import NotTextError, recognized
 from minillama.errors import InputError
 from minillama.files import bound, check_size, reading
@@ -24,8 +24,9 @@ DOCUMENT, LINE = 2**32, 2**28
 """Bytes of a text file and of a line or an array of JSON at most; they are in memory as a whole."""
 FIELDS = ("text", "content", "body", "article", "paragraphs", "document", "story", "passage", "raw_content")
 """Fields that usually hold a record's text."""
+_LABELS = ("id", "doc_id", "uuid", "url", "title", "name", "author", "date", "lang", "language")
 
-NO_OBJECT = "is not a JSON object"
+NO_FIELD, NO_OBJECT = "no text field", "is not a JSON object"
 _LOCATIONS = 5
 _CHUNK = 2**20
 T = TypeVar("T")
@@ -117,11 +118,11 @@ def _singular(words: str) -> str:
 
 
 def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document | BadText | Remark]:
-    """Documents of a file: one per record of JSON or JSONL, otherwise one; .gz and .zst are decompressed.
+    """Documents of a file: one per record of JSON or JSONL, otherwise one; .gz, .zst and .bz2 are decompressed.
 
     Args:
         path: the file; its suffix is the format.
-        key: text field of a record; empty: found in the file's first one, see `text_field`.
+        key: text field of a record; empty: found in the first one that has one, see `text_field`.
         is_named: not one of a folder, in which JSON files without texts are left out.
 
     Yields:
@@ -150,7 +151,7 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
 
 
 def read_lines(path: Path, key: str = "") -> Iterator[Document | BadText | Remark]:
-    """Documents of a text file, one per line; .gz and .zst are decompressed."""
+    """Documents of a text file, one per line; .gz, .zst and .bz2 are decompressed."""
     limit = bound(LINE)
 
     def lines(stream: io.BufferedIOBase) -> Iterator[Document | BadText]:
@@ -164,7 +165,7 @@ def read_lines(path: Path, key: str = "") -> Iterator[Document | BadText | Remar
 
 
 def read_records(path: Path, limit: int | None = None) -> Iterator[Record | BadText | Remark]:
-    """Objects of a JSONL file, or of a JSON file with an array; .gz and .zst decompressed; see `read_file`.
+    """Objects of a JSONL file, or of a JSON file with an array; .gz, .zst and .bz2 decompressed; see `read_file`.
 
     The content says which of the two it is. JSONL is read line by line, an array as a whole.
 
@@ -185,14 +186,16 @@ def holds_records(path: Path) -> bool:
 
 
 def format_of(path: Path) -> str:
-    """Suffix of a file, that before .gz or .zst, in small letters."""
-    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower()
+    """Suffix of a file, that before .gz, .zst or .bz2, in small letters."""
+    return Path(plain_name(path.name)).suffix.lower()
 
 
 def text_field(record: dict[str, Any]) -> str:
-    """Field of a record that holds its text: one of `FIELDS`, or the only one with a text; else empty."""
+    """Field of a record for its text: one of `FIELDS`, with a text or without a value, or the only text; else empty."""
     texts = [name for name, value in record.items() if _text(value) is not None]
-    return next((name for name in FIELDS if name in texts), texts[0] if len(texts) == 1 else "")
+    vacant = [name for name in FIELDS if name in record and not record[name]]
+    only = texts if len(texts) == 1 and texts[0] not in _LABELS else []
+    return next(iter([*(name for name in FIELDS if name in texts), *vacant, *only]), "")
 
 
 def _text(value: object) -> str | None:
@@ -210,13 +213,11 @@ def from_record(record: dict[str, Any], key: str, where: str) -> Document | BadT
     found = f"fields {', '.join(map(repr, record)) or 'none'}"
     if not key:
         what, expected = "no field of this record is known to hold its text", " or ".join(FIELDS[:3])
-        return BadText(
-            "no text field", what, where=where, found=found, expected=expected, fix="name it with --data.field"
-        )
+        return BadText(NO_FIELD, what, where=where, found=found, expected=expected, fix="name it with --data.field")
     what = f"field {key!r} is not a string" if key in record else f"there is no field {key!r}"
     found = repr(record[key])[:80] if key in record else found
     fix = 'name another with --data.field, or skip such records with data.on_error = "skip"'
-    return BadText("no text field", what, where=where, found=found, expected=f"a string in {key!r}", fix=fix)
+    return BadText(NO_FIELD, what, where=where, found=found, expected=f"a string in {key!r}", fix=fix)
 
 
 def clean(text: str, where: str) -> Document | BadText:

@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from minillama.data.archives import plain_name
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
@@ -61,8 +62,8 @@ class Source:
     """python-docs, python-code, python-qa, arithmetic, sorting, spelling (also of a size, arithmetic:3), hf:NAME or
     hf:NAME:CONFIG of the Hugging Face hub, or what `path` can be."""
     path: str = ""
-    """A text file (one document), a .json or .jsonl file (one per record), a folder of them, a glob; .gz and .zst as
-    well."""
+    """A text file (one document), a .json or .jsonl file (one per record), a folder of them, a glob; .gz, .zst
+    and .bz2 as well."""
     field: str = ""
     """Text field of a record, or text column of a data set; data.field unless given."""
     weight: float = dataclasses.field(default=1.0, metadata={"above": 0})
@@ -199,8 +200,8 @@ def _by_suffix(paths: Iterable[Path]) -> str:
 
 
 def _is_of(path: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a file has one of the suffixes, perhaps with .gz or .zst behind."""
-    return path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(tuple(map(str.lower, suffixes)))
+    """Whether a file has one of the suffixes, perhaps with that of a compression behind."""
+    return plain_name(path.name).lower().endswith(tuple(map(str.lower, suffixes)))
 
 
 def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
@@ -209,19 +210,25 @@ def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
         return
     for path in find_files(source.label, RECORDS):
         if not holds_records(path):
-            expected = f"a file ending in {' '.join(RECORDS)}, perhaps with .gz or .zst behind"
+            expected = f"a file ending in {' '.join(RECORDS)}, perhaps with .gz, .zst or .bz2 behind"
             raise InputError("this file holds no records", where=path, expected=expected)
         yield from read_records(path)
 
 
 def cleaning_of(source: Source) -> dict[str, Any] | None:
-    """Pipeline and fingerprint of the cleaning that made a source, a folder or files of it; None: there was none."""
-    folder = Path(source.label).expanduser()
-    path = next((path for path in (folder / CLEANED, folder.parent / CLEANED) if path.is_file()), None)
-    if path is None:
+    """Pipeline and fingerprint of the cleaning that made a source, its folder or shards of it; None: there was none."""
+    if source.name in _NAMES or source.name.startswith(_HF) or Task.of(source.name) is not None:
+        return None
+    given = Path(source.label).expanduser()
+    files = [given] if given.exists() else list(map(Path, glob.glob(str(given), recursive=True)))
+    folders = {given} if given.is_dir() else {file.parent for file in files}
+    if len(folders) != 1 or not (path := folders.pop() / CLEANED).is_file():
         return None
     with parsing(path):
-        return {key: read_json(path)[key] for key in ("pipeline", "fingerprint")}
+        made = read_json(path)
+        names = {path.parent / shard["file"] for shard in made["shards"]}
+        is_made = given.is_dir() or names.issuperset(files)
+        return {key: made[key] for key in ("pipeline", "fingerprint")} if is_made else None
 
 
 def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
@@ -240,7 +247,7 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     what = "this folder holds no text files"
     if path.is_dir():
         found = list(_walk(path, frozenset(), suffixes))
-        expected = f"files ending in {' '.join(suffixes)}, perhaps with .gz or .zst behind"
+        expected = f"files ending in {' '.join(suffixes)}, perhaps with .gz, .zst or .bz2 behind"
     elif path.exists() or path.is_symlink():
         return [path]
     else:

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from minillama.data import archives
+from minillama.data.cleaning.inputs import Input
 from minillama.data.encoding import _encoding
 from minillama.data.sources import Skipped, Source, documents, identity
 from minillama.data.split import SplitSource
@@ -296,6 +297,18 @@ def test_the_field_of_records_is_found_or_asked_for(tmp_path: Path) -> None:
     (tmp_path / "open.jsonl").write_text('{"a": "x", "b": "y"}\n')
     with pytest.raises(InputError, match=r"(?s)no field of this record.*open.jsonl:1.*'a', 'b'.*--data.field"):
         texts(str(tmp_path / "open.jsonl"), "")
+
+
+@pytest.mark.parametrize("first", ['{"id": "doc-1", "text": null}', '{"id": "doc-1", "text": []}', '{"url": "a.org"}'])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_first_record_without_text_does_not_choose_the_field(tmp_path: Path, first: str, name: str) -> None:
+    path, second = tmp_path / name, '{"id": "doc-2", "text": "A real document."}'
+    path.write_text(f"[{first}, {second}]" if name == "a.json" else f"{first}\n{second}\n")
+    report = Skipped()
+    found = [document.text for document in documents(Source(str(path)), "skip", report)]
+    assert found == ["A real document."] and report.counts == {"no text field": 1}
+    items = list(Input(str(path)).documents(path))
+    assert [getattr(item, "text", None) or getattr(item, "reason", None) for item in items] == ["no text field", *found]
 
 
 def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:

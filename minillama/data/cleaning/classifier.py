@@ -156,6 +156,8 @@ def _figures(p: NDArray[np.float64], labels: NDArray[np.float64]) -> dict[str, f
 class Classifier(Step):
     """Score of a trained classifier; `buckets` cuts by the share of documents."""
 
+    made_by = "minillama data classifier train writes one"
+
     name: Literal["classifier"] = "classifier"
     path: str = ""
     """File of `minillama data classifier train`."""

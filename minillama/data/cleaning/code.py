@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
 
+from minillama.data.archives import plain_name
 from minillama.data.cleaning.document import Draft, Figures, Removal, Step
 
 _BLOCK = re.compile(r"\A((?:#!.*\n)?\s*+)/\*.*?\*/\s*", re.S)
@@ -34,8 +35,8 @@ class Code(Step):
         license = draft.fields.get("license")
         if isinstance(license, str) and license and not license.lower().startswith(self.licenses):
             return Removal("license", license)
-        name = str(draft.fields.get("path") or draft.where).removesuffix(".gz").removesuffix(".zst")
-        extension = PurePath(name.partition(":")[0]).suffix.lower().lstrip(".")
+        name = plain_name(str(draft.fields.get("path") or draft.where).partition(":")[0])
+        extension = PurePath(name).suffix.lower().lstrip(".")
         if not extension.startswith("jsonl") and (extension not in self.extensions or PurePath(name).stem == "LICENSE"):
             return Removal("extension", extension)
         return super().__call__(draft)

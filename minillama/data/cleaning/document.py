@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from minillama.errors import InputError
 
@@ -82,6 +82,9 @@ class Step:
         sources: only documents of the sources with these tags; empty: all.
     """
 
+    made_by: ClassVar[str | None] = None
+    """How the file `path` is made, for messages."""
+
     name: str = ""
     title: str = ""
     languages: tuple[str, ...] = ()
@@ -132,9 +135,9 @@ class Step:
         Raises:
             InputError: its path is not set, or is not there.
         """
-        fix = "minillama data ngram-lm train and minillama data classifier train write models"
         if getattr(self, "path", None) == "":
-            raise InputError(f"{self.name} needs a file", where=f"{where}.path", expected="a path", fix=fix)
+            raise InputError(f"{self.name} needs a file", where=f"{where}.path", expected="a path", fix=self.made_by)
         for path in self.files():
             if not path.exists():
+                fix = self.made_by if path == Path(getattr(self, "path", "")) else None
                 raise InputError(f"a file of {self.name} is not there", where=where, found=path, fix=fix)

@@ -89,8 +89,9 @@ class GopherRepetition(Step):
         text, size = draft.text, max(len(draft.text), 1)
         figures = {}
         for unit, parts in ("paragraph", _PARAGRAPHS.split(text.strip())), ("line", _LINES.split(text)):
-            count, characters = duplicates([part for part in parts if part.strip()])
-            figures[f"duplicate_{unit}s"] = count / len(parts)
+            filled = [part for part in parts if part.strip()]
+            count, characters = duplicates(filled)
+            figures[f"duplicate_{unit}s"] = count / max(len(filled), 1)
             figures[f"duplicate_{unit}_characters"] = characters / size
         for n, top, repeated in _ngrams(words(text)):
             figures[f"top_{n}_gram" if n < 5 else f"duplicate_{n}_grams"] = (top if n < 5 else repeated) / size

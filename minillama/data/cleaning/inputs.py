@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from minillama.config.loader import config_names
+from minillama.data.archives import plain_name
 from minillama.data.builtin import BUILTIN
 from minillama.data.cleaning.charset import page_text
 from minillama.data.cleaning.document import Draft
 from minillama.data.cleaning.warc import read_warc
 from minillama.data.reading import (
+    NO_FIELD,
     BadText,
     Document,
     Record,
@@ -43,9 +45,12 @@ class Input:
     Args:
         path: what a training source can be, and .warc, .wet and .html files.
         tag: its name in the output; made of `path` unless given.
-        field: text field of records, a string or a list of strings; found in each file's first one unless given.
+        field: text field of records, a string or a list of strings; found in each file unless given.
         suffixes: files of a folder that are read; all of the known kinds unless given.
     """
+
+    named_by: ClassVar[str] = "this source"
+    """Where `field` was set."""
 
     path: str
     tag: str = ""
@@ -61,6 +66,11 @@ class Input:
         """Name in the output: the tag, or what the path ends in."""
         stem = Path(self.path.partition("*")[0].rstrip("/") or "source").name.partition(".")[0]
         return self.tag or re.sub(r"[^\w\-]+", "-", stem).strip("-") or "source"
+
+    @property
+    def setting(self) -> str:
+        """The text field that is set, and where, for messages; empty: none is."""
+        return f"field = {self.field!r} of {self.named_by}" if self.field else ""
 
     def files(self) -> list[Path]:
         """Its files in order; none if it is built in or on the hub.
@@ -91,7 +101,7 @@ class Input:
     def _documents(self, path: Path | None) -> Iterator[Draft | BadText]:
         if path is None:
             found: Iterator[Any] = read_source(Source(name=self.path, field=self.field))
-        elif (plain := _plain(path)).endswith(CRAWLS):
+        elif (plain := plain_name(path.name).lower()).endswith(CRAWLS):
             found = read_warc(path, LIMIT)
         elif holds_records(path):
             found = read_records(path, LIMIT)
@@ -116,7 +126,9 @@ class Input:
     def _draft(self, record: Record, key: str) -> Draft | BadText:
         document = from_record(record.value, key, record.where)
         if isinstance(document, BadText):
-            return document
+            is_named = self.field and document.reason == NO_FIELD
+            found = f"{self.setting}; {document.found}" if is_named else document.found
+            return BadText(document.reason, document.what, where=document.where, found=found)
         rest = {name: value for name, value in record.value.items() if name != key}
         nested: dict[str, Any] = next(
             (rest[name] for name in ("metadata", "meta") if isinstance(rest.get(name), dict)), {}
@@ -125,8 +137,10 @@ class Input:
         return Draft(document.text, where=document.where, source=self.label, url=url, fields=rest)
 
 
-def _plain(path: Path) -> str:
-    return path.name.lower().removesuffix(".gz").removesuffix(".zst")
+class CommandLineInput(Input):
+    """Source of the command line, read as the first one of the pipeline."""
+
+    named_by = "the pipeline's first source (sources.0.field)"
 
 
 def _text(path: Path) -> Iterator[Document | BadText | Remark]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class ModelScore(Step):
     """Cross-entropy of the first tokens of a document, in bits per byte, which compare between tokenizers."""
 
+    made_by = "name the folder of a model, as runs/NAME/model"
+
     name: Literal["model-score"] = "model-score"
     path: str = ""
     """A model of any format that opens."""

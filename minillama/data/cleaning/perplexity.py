@@ -130,6 +130,8 @@ def piece_names(tokenizer: Tokenizer) -> list[str]:
 class Perplexity(Step):
     """Perplexity of the lines of a document."""
 
+    made_by = "minillama data ngram-lm train writes one"
+
     name: Literal["perplexity"] = "perplexity"
     path: str = ""
     """Folder of `minillama data ngram-lm train`, or an ARPA file."""

@@ -40,12 +40,26 @@ class PersonalData(Step):
     max_replaced: int = 100
 
     def measure(self, draft: Draft) -> Figures:
-        counts, text = Counter[str](), draft.text
-        for kind, (hint, pattern) in _KINDS.items():
-            if kind in self.kinds and hint.search(text):
-                text = pattern.sub(partial(_replaced, kind, counts), text)
-        draft.text = text
+        counts = Counter[str]()
+        last = max(map([*_KINDS].index, self.kinds), default=-1)
+        draft.text = self._replace(draft.text, [*_KINDS][: last + 1], counts)
         return {"replaced": counts.total(), **counts}
+
+    def _replace(self, text: str, kinds: list[str], counts: Counter[str]) -> str:
+        """One kind after the other; what is of another kind than those to replace stays as a whole."""
+        for i, kind in enumerate(kinds):
+            hint, pattern = _KINDS[kind]
+            if not hint.search(text):
+                continue
+            if kind in self.kinds:
+                text = pattern.sub(partial(_replaced, kind, counts), text)
+                continue
+            done, at = [], 0
+            for match in (match for match in pattern.finditer(text) if _is_real(kind, match[0])):
+                done += [self._replace(text[at : match.start()], kinds[i + 1 :], counts), match[0]]
+                at = match.end()
+            return "".join([*done, self._replace(text[at:], kinds[i + 1 :], counts)])
+        return text
 
 
 def _replaced(kind: str, counts: Counter[str], match: re.Match[str]) -> str:

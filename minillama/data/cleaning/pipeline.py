@@ -19,7 +19,7 @@ from minillama.data.cleaning.extraction import Extract
 from minillama.data.cleaning.fineweb import FineWeb
 from minillama.data.cleaning.gopher import GopherQuality, GopherRepetition
 from minillama.data.cleaning.grouping import CorpusStep
-from minillama.data.cleaning.inputs import Input
+from minillama.data.cleaning.inputs import CommandLineInput, Input
 from minillama.data.cleaning.language import Language
 from minillama.data.cleaning.latex import Latex
 from minillama.data.cleaning.minhash import NearDuplicates
@@ -96,7 +96,8 @@ class Pipeline:
     def with_sources(self, words: tuple[str, ...]) -> Pipeline:
         """The pipeline on other sources, read as its first one: the same field, the same files of folders."""
         first = self.sources[0] if self.sources else Input("")
-        return replace(self, sources=tuple(replace(first, path=word, tag="") for word in words))
+        sources = (CommandLineInput(word, field=first.field, suffixes=first.suffixes) for word in words)
+        return replace(self, sources=tuple(sources))
 
     @property
     def stages(self) -> list[Stage]:

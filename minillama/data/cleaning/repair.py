@@ -10,7 +10,7 @@ from typing import Any, Literal
 from minillama.data.cleaning.document import Draft, Figures, Step
 from minillama.errors import optional_import
 
-_PLAIN = re.compile("[\t -~‘’“”–—…]*")  # nothing in it to repair
+_LINE, _PLAIN = re.compile(r"[^\n]*\n|[^\n]+"), re.compile("[\t -~‘’“”–—…]*(?:\r?\n)?")  # nothing in it to repair
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Repair(Step):
 
     def measure(self, draft: Draft) -> Figures:
         fix, config = _fixer()
-        lines = draft.text.replace("\r\n", "\n").split("\n")  # ftfy, too, repairs each line for itself
-        text = "\n".join([line if _PLAIN.fullmatch(line) else fix(line, config) for line in lines])
+        lines = _LINE.findall(draft.text)  # ftfy, too, repairs each line with its end for itself
+        text = "".join([line if _PLAIN.fullmatch(line) else fix(line, config) for line in lines]).replace("\r\n", "\n")
         repaired, draft.text = float(text != draft.text), text
         return {"repaired": repaired, "replacement_characters": text.count("\ufffd") / max(len(text), 1)}
 

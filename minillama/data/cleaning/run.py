@@ -24,7 +24,7 @@ from minillama.data.cleaning.pipeline import Pipeline, Stage
 from minillama.data.cleaning.report import write_report
 from minillama.data.cleaning.tally import READ, Tally
 from minillama.data.cleaning.workers import Progress, run_all
-from minillama.data.reading import BadText
+from minillama.data.reading import NO_FIELD, BadText
 from minillama.data.sources import CLEANED, UNFINISHED
 from minillama.errors import InputError
 from minillama.files import digest, replace_folder
@@ -154,7 +154,9 @@ class Cleaning:
         parts = {part: table["source"] for table in tables for part in table["parts"]}
         if not parts:
             unread = Tally.total(read_table(self.marker(task))["tally"] for task in tasks).step(READ).removed
-            raise InputError("the sources hold no document", where=self.output, found=dict(unread) or None)
+            settings = ", ".join(filter(None, dict.fromkeys(source.setting for source in self.pipeline.sources)))
+            fix = f"correct {settings}" if settings and NO_FIELD in unread else None
+            raise InputError("the sources hold no document", where=self.output, found=dict(unread) or None, fix=fix)
         write_table(self.output / UNFINISHED / "parts.json", parts)
         return parts
 

@@ -17,6 +17,8 @@ from minillama.files import read_text
 class SensitiveWords(Step):
     """Words of a list, one per line: whole words, case ignored; Chinese and Japanese ones anywhere."""
 
+    made_by = "write the words into a text file, one per line"
+
     name: Literal["sensitive-words"] = "sensitive-words"
     path: str = ""
     """The list; lines that begin with # are comments."""

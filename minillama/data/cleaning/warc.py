@@ -37,15 +37,15 @@ def read_warc(path: Path, limit: int) -> Iterator[Response | BadText]:
     """HTML and plain-text responses, and WET's conversions, of a file.
 
     Args:
-        path: the file, of gzip members or plain.
+        path: the file, of gzip members, .zst, .bz2 or plain.
         limit: bytes of the longest record.
 
     Yields:
         Pages, and an error in place of each record that is damaged, too long, or of no charset.
     """
-    is_zstd = path.suffix.lower() == ".zst"
-    with reading(path), open_file(path) if is_zstd else open(path, "rb", opener=regular) as file:
-        blocks = _Blocks(file, is_zstd)
+    is_packed = path.suffix.lower() in (".zst", ".bz2")
+    with reading(path), open_file(path) if is_packed else open(path, "rb", opener=regular) as file:
+        blocks = _Blocks(file, is_packed)
         for number, (headers, body, problem) in enumerate(_records(blocks, limit), 1):
             where = f"{path}, record {number}"
             if problem:
@@ -60,14 +60,14 @@ def read_warc(path: Path, limit: int) -> Iterator[Response | BadText]:
 class _Blocks:
     """Bytes of a file, decompressed: lines, blocks of a length, and a way back."""
 
-    def __init__(self, file: BufferedReader, is_zstd: bool) -> None:
+    def __init__(self, file: BufferedReader, is_packed: bool) -> None:
         self.damaged = 0
         self._ready, self._at = b"", 0
-        is_gzip = not is_zstd and file.peek(3)[:3] == _GZIP
+        is_gzip = not is_packed and file.peek(3)[:3] == _GZIP
         self._more = self._unzipped(file) if is_gzip else self._plain(file)
 
     def _plain(self, file: BufferedReader) -> Iterator[bytes]:
-        """Bytes as they are, or of zstd frames up to the first damage."""
+        """Bytes as they are, or unpacked up to the first damage."""
         try:
             yield from iter(lambda: file.read1(_CHUNK), b"")  # whose bytes before a damage are not lost
         except DamagedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import os
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 
 from minillama.data.cleaning import inputs
+from minillama.data.cleaning.code import Code
+from minillama.data.cleaning.document import Draft
 from minillama.data.cleaning.extraction import Extract
 from minillama.data.cleaning.inputs import Input
 from minillama.data.cleaning.warc import read_warc
 from minillama.data.reading import BadText
+from minillama.data.sources import Source, documents
 
 PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=%s\r\n%s\r\n%s"
 
@@ -100,6 +104,17 @@ def test_bad_lines_and_files_are_named(clean: Any, tmp_path: Path, monkeypatch: 
         ("a.jsonl:5", "malformed JSON"), ("a.jsonl:6", "too long"), ("b.txt.gz", "too long"),
         ("c.txt.gz", "damaged archive"), ("d.jsonl:1", "invalid UTF-8"), ("e.html", "depth"), ("f.json", "too long"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".bz2", bz2.compress), (".GZ", gzip.compress)])
+def test_compressed_files_are_of_the_kind_within(suffix: str, pack: Any, tmp_path: Path) -> None:
+    for name, data in (("c.warc", record(page("<p>c"))), ("p.html", b"<p>p"), ("t.txt", b"<p>t"), ("x.png", b"x")):
+        (tmp_path / f"{name}{suffix}").write_bytes(pack(data))
+    source = Input(str(tmp_path))
+    drafts = [draft for path in source.files() for draft in source.documents(path)]
+    assert [getattr(draft, "kind", "bad") for draft in drafts] == ["html", "html", ""]
+    assert [item.text for item in documents(Source(str(tmp_path)))] == ["<p>t"]
+    assert Code(min_alphanumeric=0)(Draft("def f(x): return x", where=f"a.py{suffix}:1")) is None
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])

@@ -108,9 +108,16 @@ def test_blank_lines_are_no_duplicates() -> None:
     )
 
 
+def test_blank_lines_do_not_thin_out_duplicates() -> None:
+    for blank, unit in ((" \n", "line"), (" \n\n", "paragraph")):
+        draft = Draft(blank.join(f"{word}{blank[1:]}" for word in ("one", "two", "one", "two")))
+        GopherRepetition()(draft)
+        assert draft.measured["gopher-repetition"][f"duplicate_{unit}s"] == 0.5
+
+
 def is_meant(text: str, result: Any, reason: str) -> bool:
     """Differences: an n-gram that occurs once and a line of blanks are no repetition; marks it lacks are no words."""
-    if result is not True and result[1].startswith("dup_line"):
+    if (result is not True and result[1].startswith("dup_")) or reason.startswith("duplicate_"):
         return any(line.isspace() for line in text.split("\n"))
     if result is not True and result[1].startswith("top_"):
         n = int(result[1][4])

@@ -22,7 +22,7 @@ from minillama.data.cleaning.inputs import Input
 from minillama.data.cleaning.minhash import NearDuplicates
 from minillama.data.cleaning.pipeline import Pipeline
 from minillama.data.cleaning.run import Cleaning
-from minillama.data.sources import Source, cleaning_of, documents
+from minillama.data.sources import Source, cleaning_of, documents, records
 from minillama.errors import InputError
 
 ALL = (
@@ -114,6 +114,19 @@ def test_training_reads_the_result(web: Path, tmp_path: Path, capsys: pytest.Cap
     assert cleaning_of(Source(path=str(web))) is None
 
 
+def test_only_shards_come_from_a_cleaning(clean: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean(["a text"])
+    monkeypatch.chdir(tmp_path / "out")
+    for name in ("other.txt", "python-docs", "tinyshakespeare"):
+        Path(name).write_text("text")
+    Path("folder").mkdir()
+    (shard,) = (str(path) for path in Path().glob("*.jsonl.zst"))
+    made = cleaning_of(Source(path=shard))
+    assert made and made["pipeline"] == "test" and cleaning_of(Source(".")) == cleaning_of(Source("*.zst")) == made
+    for name in ("python-docs", "hf:foo", "arithmetic:3", "tinyshakespeare", "other.txt", "folder", "nowhere", "*"):
+        assert cleaning_of(Source(name)) is None, name
+
+
 @pytest.mark.slow
 def test_provenance_names_the_pipeline(web: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -189,14 +202,23 @@ def test_what_is_wrong_is_said(text: str, what: str, tmp_path: Path, capsys: pyt
     assert what in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["perplexity", "classifier", "model-score", "sensitive-words"])
-def test_files_of_steps_are_sought_before_the_first_document(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("perplexity", "ngram-lm train"),
+        ("classifier", "classifier train"),
+        ("model-score", "folder of a model"),
+        ("sensitive-words", "one per line"),
+    ],
+)
+def test_files_of_steps_are_sought_before_the_first_document(name: str, fix: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     for settings, what in (("", f"{name} needs a file"), (f'path = "{tmp_path}/none"', f"file of {name} is not there")):
         steps = f'[[steps]]\nname = "exact-duplicates"\n[[steps]]\nname = "{name}"\n{settings}'
         (tmp_path / "p.toml").write_text(f'sources = [{{ path = "{tmp_path}/a.txt" }}]\n{steps}')
-        with pytest.raises(InputError, match=what):
+        with pytest.raises(InputError, match=what) as caught:
             Cleaning(Pipeline.load(str(tmp_path / "p.toml")), tmp_path / "out").run()
+        assert fix in str(caught.value.fix)
         assert not (tmp_path / "out").exists()
 
 
@@ -211,6 +233,22 @@ def test_sources_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [document.text for document in documents(Source(str(tmp_path / "out")))] == [
         "int main() { return 0; }\n",
         "int b;",
+    ]
+
+
+def test_a_field_of_the_pipeline_is_named_where_a_record_lacks_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"body": 3}\n')
+    own = Pipeline("p", (Input(str(path), field="body"),))
+    other = own.with_sources((str(path),))
+    for pipeline, where in ((own, "this source"), (other, r"the pipeline's first source \(sources.0.field\)")):
+        with pytest.raises(InputError, match=rf"no text field(?s:.)*correct field = 'body' of {where}"):
+            Cleaning(pipeline, tmp_path / where[:8]).run()
+    path.write_text(path.read_text() + '{"body": "b"}\n')
+    Cleaning(other, tmp_path / "out").run(2)
+    lines = records(Source(str(tmp_path / "out" / "removed" / "unread.jsonl.zst")))
+    assert [line.value["removed"]["value"].partition("; ") for line in lines] == [
+        (other.sources[0].setting, "; ", found) for found in ("fields 'text'", "3")
     ]
 
 

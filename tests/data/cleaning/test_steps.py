@@ -103,7 +103,8 @@ def test_repair_is_the_librarys(real: list[Draft]) -> None:
         unescape_html=False, fix_character_width=False, uncurl_quotes=False, normalization=None
     )
     changed = 0
-    for text in [draft.text for draft in real] + ["cafÃ© ‘so’\r\nline\x1b[0m two\x07\n\nâ€œyesâ€\x9d…\t—"]:
+    ends = ["voilÃœœ\nand", "a\xa0œ\r\n\r\n", "voilÃœœ", "é…œ\n", "\ré…œ\r\r\n"]
+    for text in [*(draft.text for draft in real), *ends, "cafÃ© ‘so’\r\nline\x1b[0m two\x07\n\nâ€œyesâ€\x9d…\t—"]:
         changed += after(Repair(max_replacement_characters=1), text) != text
         assert after(Repair(max_replacement_characters=1), text) == ftfy.fix_text(text, config)
     assert changed > 3
@@ -134,6 +135,15 @@ def test_personal_data(text: str, expected: str) -> None:
 
 def test_kinds_of_personal_data_are_counted() -> None:
     assert figures(PersonalData(kinds=("email",)), "a@b.org c@d.org 8.8.8.8") == {"replaced": 2, "email": 2}
+
+
+def test_other_kinds_of_personal_data_stay_whole() -> None:
+    text = "13812345678@qq.com, 8.8.8.8 QQ：13812345678 13812345678 a@b.org"
+    assert after(PersonalData(kinds=("phone",)), text) == text.replace(" 13812345678", " <phone>")
+    assert after(PersonalData(kinds=("qq", "ip")), text) == text.replace("QQ：13812345678", "<qq>").replace(
+        "8.8.8.8", "<ip>"
+    )
+    assert after(PersonalData(kinds=()), text) == text
 
 
 def test_chinese_rules(shared: Path) -> None:
