@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from functools import cache, wraps
 from numbers import Number
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar, Union
 
 from minillama.config.loader import check_number, is_a, without_none
 from minillama.errors import InputError
@@ -82,6 +83,8 @@ def _remedy(kind: Any, value: Any) -> str | None:
 def described(kind: Any) -> str:
     """A type in words."""
     outer, inner = typing.get_origin(kind), typing.get_args(kind)
+    if outer in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(described(one) for one in inner))
     if outer is Annotated:
         return described(inner[0])
     if outer is typing.Literal:
@@ -92,6 +95,4 @@ def described(kind: Any) -> str:
         if outer.__name__ in ("Sequence", "Iterable", "tuple", "list"):
             return f"a list, each {described(inner[0])}"
         return f"a {outer.__name__}"
-    if inner:
-        return " or ".join(dict.fromkeys(described(one) for one in inner))
     return "None" if kind is type(None) else NAMES.get(kind) or f"a {getattr(kind, '__name__', kind)}"
