@@ -300,7 +300,11 @@ def _item_is_a(kind: Any, item: Any) -> bool:
 
 def is_index(item: Any) -> bool:
     """Whether it is a whole number, of an array or tensor too."""
-    return hasattr(item, "__index__") and not isinstance(item, bool) and getattr(item, "ndim", 0) == 0
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return not isinstance(item, bool) and getattr(item, "ndim", 0) == 0
 
 
 def check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -231,18 +232,36 @@ def _check_names(settings: Mapping[str, Any]) -> None:
 
 def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Any]:
     """Prompts, also of one that is a text, messages, or token ids."""
-    prompt = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+    prompt = _listed(prompt, 2, "prompts")
     is_one = isinstance(prompt, str) or is_messages(prompt) or (len(prompt) > 0 and is_index(prompt[0]))
     return [prompt] if is_one else prompt
+
+
+def _listed(prompt: Any, dimensions: int, where: str) -> Any:
+    """Ids of a tensor or array as lists; others as they are.
+
+    Raises:
+        InputError: a tensor that is not of whole numbers, or of other dimensions than 1 to `dimensions`.
+    """
+    if not hasattr(prompt, "tolist"):
+        return prompt
+    if "int" not in str(prompt.dtype) or not 1 <= prompt.ndim <= dimensions:
+        found = f"{prompt.dtype} of shape {tuple(prompt.shape)}"
+        expected = f"whole numbers in {' or '.join(map(str, range(1, dimensions + 1)))} dimensions"
+        raise InputError("these are no token ids", where=where, found=found, expected=expected)
+    return prompt.tolist()
 
 
 def encode(tokenizer: Tokenizer, prompt: str | Sequence[int] | Tensor, where: str) -> list[int]:
     """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one. Ids stay as they are.
 
     Raises:
-        InputError: an empty prompt, and a tokenizer without BOS.
+        InputError: an empty prompt, and a tokenizer without BOS; a tensor of other things than ids.
     """
-    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos) if isinstance(prompt, str) else [int(i) for i in prompt]
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    else:
+        ids = list(map(operator.index, _listed(prompt, 1, where)))
     if not ids and tokenizer.bos_id is None:
         raise InputError("an empty prompt", where=where, fix="give at least one character")
     return ids or [tokenizer.bos_id]

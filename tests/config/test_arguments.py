@@ -111,6 +111,26 @@ def test_the_message_names_argument_and_remedy(call: Callable[[], object], said:
         call()
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([1.7, 2.9]),
+        torch.tensor([[1.0]]),
+        torch.tensor(1),
+        torch.ones(1, 1, 2, dtype=torch.long),
+        [torch.tensor([1.5, 2])],
+        [torch.tensor([[1, 2]])],
+        [torch.tensor(1.5)],
+        [[torch.tensor(1.5)]],
+        [1.5],
+    ],
+    ids=str,
+)
+def test_prompts_of_other_tensors_than_ids_are_refused(prompts: Any) -> None:
+    with pytest.raises(InputError, match=r"no token ids|wrong type"):
+        minillama.generate(MODEL, WORDS, prompts, 1)
+
+
 def test_what_was_taken_is_taken() -> None:
     """One prompt of ids, tensors, whole numbers of arrays, compiled models; a tokenizer that is called."""
     one = minillama.generate(MODEL, WORDS, [1, 2], 1, temperature=0)
