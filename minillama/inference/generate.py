@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -156,7 +156,7 @@ def stream(
     prompt: Prompt | Sequence[Prompt],
     max_new_tokens: Count = 128,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | Set[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
     chat: bool | ChatPrompts = False,
@@ -198,7 +198,7 @@ def stream(
     for row, each in enumerate(asked):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
         lead = questions.lead if questions and each is not prompts[row] else ""  # of a prompt by the template
-        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop, lead)
+        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, tuple(stop), lead)
         request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text, logprobs)
         if skips_long and len(request.ids) >= model.config.max_seq_len:
             yield Chunk(row, "", (), "context")
@@ -232,9 +232,9 @@ def _check_names(settings: Mapping[str, Any]) -> None:
 
 def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Any]:
     """Prompts, also of one that is a text, messages, or token ids."""
-    prompt = _listed(prompt, 2, "prompts")
-    is_one = isinstance(prompt, str) or is_messages(prompt) or (len(prompt) > 0 and is_index(prompt[0]))
-    return [prompt] if is_one else prompt
+    given: Any = _listed(prompt, 2, "prompts")
+    is_one = isinstance(given, str) or is_messages(given) or (len(given) > 0 and is_index(given[0]))
+    return [given] if is_one else given
 
 
 def _listed(prompt: Any, dimensions: int, where: str) -> Any:
@@ -274,7 +274,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     max_new_tokens: Count = 128,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | Set[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
     chat: bool | ChatPrompts = False,
