@@ -122,5 +122,7 @@ def _ordered(event: Any, words: Sequence[str]) -> str | None:
 
 
 def _name(argument: Any) -> str:
-    """Option as it is typed, or the metavar of a positional argument."""
-    return str(argument.lowered.metavar if argument.is_positional() else argument.lowered.name_or_flags[-1])
+    """Option as it is typed; of a positional argument its metavar, or its name where that would be a type's."""
+    if argument.is_positional():
+        return argument.field.argconf.metavar or str(argument.field.intern_name).upper()
+    return str(argument.lowered.name_or_flags[-1])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import os
+import types
 import typing
 from collections.abc import Callable
 from functools import cache, wraps
-from numbers import Number
-from typing import Annotated, Any, ParamSpec, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar, Union
 
 from minillama.config.loader import check_number, is_a, without_none
 from minillama.errors import InputError
@@ -18,6 +20,7 @@ Count = Annotated[int, ("min", 0)]
 Positive = Annotated[int, ("min", 1)]
 Fraction = Annotated[float, ("min", 0), ("below", 1)]
 NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", bytes: "bytes"}
+NAMES |= {Path: "a path", os.PathLike: "a path"}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -26,18 +29,17 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     Raises:
         InputError: function and argument, the value, the types that it takes.
     """
-    signature, name = inspect.signature(function), function.__qualname__.removesuffix(".__init__")
+    parameters, name = inspect.signature(function).parameters.values(), function.__qualname__.removesuffix(".__init__")
+    places = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            given = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # which Python says itself
-            return function(*args, **kwargs)
-        for argument, kind in _hints(function).items():
-            if argument in given:
-                _check(kind, given[argument], name, argument)
-        return function(*args, **kwargs)
+        hints, args = _hints(function), tuple(map(_path, args))  # type: ignore[assignment]
+        kwargs = {argument: _path(value) for argument, value in kwargs.items()}  # type: ignore[assignment]
+        for argument, value in (*zip(places, args, strict=False), *kwargs.items()):
+            if argument in hints:
+                _check(hints[argument], value, name, argument)
+        return function(*args, **kwargs)  # Python itself says which are missing or too many
 
     return call
 
@@ -54,19 +56,23 @@ def _hints(function: Any) -> dict[str, Any]:
 
 
 def _check(kind: Any, value: Any, name: str, argument: str) -> None:
-    if type(value).__module__ == "numpy" and isinstance(value, Number):
-        value = value.item()  # type: ignore[attr-defined]
-    bare = without_none(kind)
-    if not is_a(kind, value):
+    if type(value).__module__ == "numpy" and value.ndim == 0:
+        value = value.item()
+    if not is_a(kind, value) and not (type(value) is int and value in (0, 1) and is_a(kind, bool(value))):
         raise InputError(
             f"{argument} has a value of the wrong type",
             where=f"{name}, {argument}",
             found=f"{value!r:.100}, of type {type(value).__name__}",
             expected=described(kind),
-            fix=_remedy(bare, value),
+            fix=_remedy(without_none(kind), value),
         )
-    if typing.get_origin(bare) is Annotated and value is not None:
+    if isinstance(value, int | float) and typing.get_origin(bare := without_none(kind)) is Annotated:
         check_number(value, dict(bare.__metadata__), f"{name}, {argument}", argument)
+
+
+def _path(value: Any) -> Any:
+    """The name of a path that is no `Path`, of which `str` may give something else; others as they are."""
+    return os.fspath(value) if isinstance(value, os.PathLike) and not isinstance(value, Path) else value
 
 
 def _remedy(kind: Any, value: Any) -> str | None:
@@ -82,6 +88,8 @@ def _remedy(kind: Any, value: Any) -> str | None:
 def described(kind: Any) -> str:
     """A type in words."""
     outer, inner = typing.get_origin(kind), typing.get_args(kind)
+    if outer in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(described(one) for one in inner))
     if outer is Annotated:
         return described(inner[0])
     if outer is typing.Literal:
@@ -89,9 +97,7 @@ def described(kind: Any) -> str:
     if outer is not None and isinstance(outer, type) and inner and outer is not type:
         if issubclass(outer, typing.cast(type, Callable)):
             return "a function"
-        if outer.__name__ in ("Sequence", "Iterable", "tuple", "list"):
+        if outer.__name__ in ("Sequence", "Iterable", "Set", "tuple", "list"):
             return f"a list, each {described(inner[0])}"
-        return f"a {outer.__name__}"
-    if inner:
-        return " or ".join(dict.fromkeys(described(one) for one in inner))
+        return NAMES.get(outer) or f"a {outer.__name__}"
     return "None" if kind is type(None) else NAMES.get(kind) or f"a {getattr(kind, '__name__', kind)}"

@@ -16,7 +16,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -281,9 +281,14 @@ def is_a(kind: Any, value: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in inner)
     if outer is tuple:
         return isinstance(value, tuple) and all(is_a(inner[0], item) for item in value)
-    if outer in (Sequence, Iterable):
-        listed = all(map(partial(_item_is_a, inner[0]), value)) if isinstance(value, list | tuple) else True
-        return isinstance(value, outer) and not isinstance(value, str | bytes | Mapping) and listed
+    if outer in (Sequence, Iterable, Set):
+        if hasattr(value, "tolist") and inner[0] not in (float, str, bool):  # an array or tensor of ids
+            value = value.tolist()
+        if not isinstance(value, list | tuple | set | frozenset):
+            return isinstance(value, outer) and not isinstance(value, str | bytes | Mapping)
+        kinds = set(map(type, value))
+        is_plain = kinds == {inner[0]} and inner[0] in (int, str)
+        return isinstance(value, outer) and (is_plain or all(map(partial(_item_is_a, inner[0]), value)))
     if kind in (int, float):
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     kind = outer or kind
@@ -300,7 +305,11 @@ def _item_is_a(kind: Any, item: Any) -> bool:
 
 def is_index(item: Any) -> bool:
     """Whether it is a whole number, of an array or tensor too."""
-    return hasattr(item, "__index__") and not isinstance(item, bool) and getattr(item, "ndim", 0) == 0
+    try:
+        operator.index(item)
+    except TypeError:
+        return False
+    return not isinstance(item, bool) and getattr(item, "ndim", 0) == 0
 
 
 def check_number(value: float, limits: Mapping[str, float], where: str, key: str) -> None:

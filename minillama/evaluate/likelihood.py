@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Seque
     Raises:
         InputError: an empty part, or context and continuation do not fit the model's context.
     """
+    context, *continuations = (list(map(operator.index, ids)) for ids in (context, *continuations))
     longest = len(context) + max(map(len, continuations), default=0)
     if longest > model.config.max_seq_len:
         expected = f"at most {model.config.max_seq_len}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import operator
+from collections.abc import Generator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -155,7 +156,7 @@ def stream(
     prompt: Prompt | Sequence[Prompt],
     max_new_tokens: Count = 128,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | Set[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
     chat: bool | ChatPrompts = False,
@@ -197,7 +198,7 @@ def stream(
     for row, each in enumerate(asked):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
         lead = questions.lead if questions and each is not prompts[row] else ""  # of a prompt by the template
-        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, stop, lead)
+        read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, tuple(stop), lead)
         request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text, logprobs)
         if skips_long and len(request.ids) >= model.config.max_seq_len:
             yield Chunk(row, "", (), "context")
@@ -231,18 +232,36 @@ def _check_names(settings: Mapping[str, Any]) -> None:
 
 def _several(prompt: Prompt | Sequence[Prompt]) -> Sequence[Any]:
     """Prompts, also of one that is a text, messages, or token ids."""
-    prompt = prompt.tolist() if isinstance(prompt, Tensor) else prompt
-    is_one = isinstance(prompt, str) or is_messages(prompt) or (len(prompt) > 0 and is_index(prompt[0]))
-    return [prompt] if is_one else prompt
+    given: Any = _listed(prompt, 2, "prompts")
+    is_one = isinstance(given, str) or is_messages(given) or (len(given) > 0 and is_index(given[0]))
+    return [given] if is_one else given
+
+
+def _listed(prompt: Any, dimensions: int, where: str) -> Any:
+    """Ids of a tensor or array as lists; others as they are.
+
+    Raises:
+        InputError: a tensor that is not of whole numbers, or of other dimensions than 1 to `dimensions`.
+    """
+    if not hasattr(prompt, "tolist"):
+        return prompt
+    if "int" not in str(prompt.dtype) or not 1 <= prompt.ndim <= dimensions:
+        found = f"{prompt.dtype} of shape {tuple(prompt.shape)}"
+        expected = f"whole numbers in {' or '.join(map(str, range(1, dimensions + 1)))} dimensions"
+        raise InputError("these are no token ids", where=where, found=found, expected=expected)
+    return prompt.tolist()
 
 
 def encode(tokenizer: Tokenizer, prompt: str | Sequence[int] | Tensor, where: str) -> list[int]:
     """Token ids of a prompt, with BOS if the tokenizer adds it; BOS alone for an empty one. Ids stay as they are.
 
     Raises:
-        InputError: an empty prompt, and a tokenizer without BOS.
+        InputError: an empty prompt, and a tokenizer without BOS; a tensor of other things than ids.
     """
-    ids = tokenizer.encode(prompt, bos=tokenizer.add_bos) if isinstance(prompt, str) else [int(i) for i in prompt]
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, bos=tokenizer.add_bos)
+    else:
+        ids = list(map(operator.index, _listed(prompt, 1, where)))
     if not ids and tokenizer.bos_id is None:
         raise InputError("an empty prompt", where=where, fix="give at least one character")
     return ids or [tokenizer.bos_id]
@@ -255,7 +274,7 @@ def generate(
     prompts: Prompt | Sequence[Prompt],
     max_new_tokens: Count = 128,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | Set[str] = (),
     ignore_eos: bool = False,
     engine: Engine | None = None,
     chat: bool | ChatPrompts = False,

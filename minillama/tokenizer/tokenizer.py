@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
+from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -102,7 +103,7 @@ class Tokenizer:
 
     @classmethod
     @checked
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | PathLike[str]) -> Tokenizer:
         """Read a vocabulary file, or the one in a folder.
 
         A tokenizer.json (with the tokenizer_config.json and chat_template.jinja beside it), a SentencePiece
@@ -111,7 +112,7 @@ class Tokenizer:
         Raises:
             InputError: no such file, none of these, or it names no end-of-text token.
         """
-        return cls.of(reader.read(path))
+        return cls.of(reader.read(fspath(path)))
 
     @classmethod
     def of(cls, parts: Parts) -> Tokenizer:
@@ -141,7 +142,7 @@ class Tokenizer:
         return Parts(self.backend, *own, self._config, self._model, self._encoder, self._stops)
 
     @checked
-    def save(self, folder: str | Path, max_length: int | None = None) -> None:
+    def save(self, folder: str | PathLike[str], max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer loads.
 
         And the SentencePiece file that it came from, as tokenizer.model. `max_length`: the model's context in tokens.
@@ -253,8 +254,7 @@ class Tokenizer:
             InputError: an id outside the vocabulary.
         """
         ids = list(ids)
-        bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-        if bad is not None:
+        for bad in (i for i in ids if not 0 <= i < self.vocab_size):
             raise InputError("this id is not in the vocabulary", found=bad, expected=f"0 to {self.vocab_size - 1}")
         # The library overlooks special tokens that its file calls `normalized`, as Llama 2's does.
         kept = [i for i in ids if not (skip_special and i in self.special_ids)]

@@ -146,7 +146,7 @@ def _train(
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds
     begun = provenance(config, state.step, state.fingerprints, start.device)
-    begun |= {"processes": parallel.sizes._asdict()} | ({} if own is None else {PYTHON_OBJECTIVE: own})
+    begun |= {"processes": parallel.sizes._asdict(), PYTHON_OBJECTIVE: own}
     folder.start(tomli_w.dumps(to_table(config)), begun)
     set_aside(passed if ranks.leads else ())
     if checkpoint is None:
@@ -206,14 +206,14 @@ def _compare(
     Its objective is `own`, one of Python code, or that of the configuration.
     """
     _check_shape(checkpoint, config.model)
-    was = read_lines(folder.starts)[-1:]
-    if was and was[0].get(PYTHON_OBJECTIVE) != own:
-        expected = f"objective={was[0][PYTHON_OBJECTIVE]}" if PYTHON_OBJECTIVE in was[0] else "that of its config.toml"
-        what, fix = (
-            "the run has another objective",
-            "call train(..., resume=True) with the one that it began with",
-        )
-        raise InputError(what, where=folder.path, found=own or "none in Python", expected=expected, fix=fix)
+    for start in read_lines(folder.starts)[-1:]:
+        was, is_known = start.get(PYTHON_OBJECTIVE), PYTHON_OBJECTIVE in start
+        if is_known and (was is None) != (own is None):
+            expected = f"objective={was}" if was else "that of its config.toml"
+            what, fix = "the run has another objective", "call train(..., resume=True) with the one that it began with"
+            raise InputError(what, where=folder.path, found=own or "none in Python", expected=expected, fix=fix)
+        if was != own:
+            report.say(f"warning: resuming with objective={own}; the run's was {was or 'not recorded'}")
     saved = replace(load_run_config(str(folder.config)), model=config.model)  # its shape was checked
     changes = check_resumed(saved, config, folder.config)
     steps, done = config.train.steps, checkpoint.step

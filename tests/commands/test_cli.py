@@ -99,6 +99,8 @@ def test_a_bad_argument_exits_2(command: types.ModuleType, capsys: pytest.Captur
         (["chat", "x", "--prompts", "hi"], "do: minillama generate has --prompts"),
         (["chat", "--prompt", "hi", "x"], "option --prompt\n(?s:.)*do: minillama generate .*has --prompt"),
         (["chat", "--model", "x"], "unknown option --model\n(?s:.)*do: MODEL stands without --model"),
+        (["eval", "--model", "x"], "unknown option --model\n(?s:.)*do: MODEL stands without --model"),
+        (["eval"], "missing: MODEL\n"),
         (["data", "clean", "english", "--outpt", "x"], "missing: --output\n(?s:.)*did you mean --output\\?"),
         (["data", "foo"], "belongs to no option\n(?s:.)*do: minillama data --help"),
         (["resume", "runs/a"], "unknown command 'resume'; did you mean train --out RUN --resume\\?"),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 
 from minillama.commands.cli import main
 from minillama.commands.tables import plain
+from minillama.errors import InputError
 from minillama.runs.config import load_run_config
 from minillama.runs.plot import chart
+from minillama.runs.report import SilentReport
 from minillama.training.objectives import Objective, make
 from minillama.training.run import train
 
@@ -97,6 +100,29 @@ def test_compare_names_objectives(runs: tuple[Path, Path], tmp_path: Path, capsy
     (tmp_path / "z" / "config.toml").write_text(text.replace("z_loss = 0.0", "z_loss = 0.5"))
     assert main(["compare", str(runs[1]), str(tmp_path / "z"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["differences"] == {"objective.z_loss": [0, 0.5]}
+
+
+def test_a_renamed_or_unrecorded_objective_goes_on(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of the record only whether there was one of Python code is held against a resumed run."""
+
+    class Said(SilentReport):
+        def say(self, text: str = "") -> None:
+            said.append(text)
+
+    said: list[str] = []
+    config, out = load_run_config(str(runs[1] / "config.toml")), tmp_path / "own"
+    train(config, out, objective=partial(make))
+    assert train(config, out, resume=True, objective=lambda *given: make(*given), report=Said()) == 0
+    assert any("<lambda>; the run's was partial" in line for line in said)
+    record = json.loads((out / "provenance.jsonl").read_text())
+    del record["Python objective"]
+    (out / "provenance.jsonl").write_text(json.dumps(record) + "\n")
+    assert train(config, out, resume=True, objective=partial(make), report=Said()) == 0
+    assert any("objective=partial; the run's was not recorded" in line for line in said)
+    said.clear()
+    assert train(config, out, resume=True, report=Said()) == 0 and not any("warning" in line for line in said)
+    with pytest.raises(InputError, match=r"found: partial\n *expected: that of its config.toml"):
+        train(config, runs[1], resume=True, objective=partial(make))
 
 
 def test_show_tells_a_run_that_is_going_on(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import timeit
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,7 @@ def test_wrong_types_are_input_errors(tmp_path: Path, monkeypatch: pytest.Monkey
                 try:
                     function(**valid | {argument: wrong})
                 except InputError as error:
-                    assert "Error" not in error.what
+                    assert "Error" not in error.what and "UnionType" not in str(error)
                 except Exception as error:
                     unclear.append(f"{name}({argument}={wrong!r}): {error!r}")
     # an iterable of anything may give texts, and a tensor of states may have any shape
@@ -111,13 +114,81 @@ def test_the_message_names_argument_and_remedy(call: Callable[[], object], said:
         call()
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([1.7, 2.9]),
+        torch.tensor([[1.0]]),
+        torch.tensor(1),
+        torch.ones(1, 1, 2, dtype=torch.long),
+        [torch.tensor([1.5, 2])],
+        [torch.tensor([[1, 2]])],
+        [torch.tensor(1.5)],
+        [[torch.tensor(1.5)]],
+        [1.5],
+    ],
+    ids=str,
+)
+def test_prompts_of_other_tensors_than_ids_are_refused(prompts: Any) -> None:
+    with pytest.raises(InputError, match=r"no token ids|wrong type"):
+        minillama.generate(MODEL, WORDS, prompts, 1)
+
+
+class Place:
+    """A path as of other libraries."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_paths_of_any_kind_are_taken(tmp_path: Path) -> None:
+    place = Place(tmp_path / "model")
+    given = calls(tmp_path)
+    WORDS.save(place)
+    assert Tokenizer.load(place).vocab_size == 257 and Decoder.from_pretrained(path=place).config == CONFIG
+    prepare, settings = given["prepare"]
+    prepare(**settings | {"cache": Place(tmp_path / "other")})
+    assert (tmp_path / "other").is_dir()
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 3\n")
+    assert minillama.load_run_config(Place(tmp_path / "run.toml")).train.steps == 3  # type: ignore[arg-type]
+
+
+def test_lists_are_checked_in_less_time_than_they_are_read() -> None:
+    ids = [97] * 1000
+    checked, bare = (
+        min(timeit.repeat(partial(decode, WORDS, ids), number=5, repeat=5))
+        for decode in (Tokenizer.decode, inspect.unwrap(Tokenizer.decode))
+    )
+    assert checked < 2 * bare
+
+
 def test_what_was_taken_is_taken() -> None:
     """One prompt of ids, tensors, whole numbers of arrays, compiled models; a tokenizer that is called."""
     one = minillama.generate(MODEL, WORDS, [1, 2], 1, temperature=0)
     for prompts in ([[1, 2]], torch.tensor([1, 2]), torch.tensor([[1, 2]]), [torch.tensor([1, 2])], (np.int64(1), 2)):
         assert minillama.generate(MODEL, WORDS, prompts, np.int64(1), temperature=0) == one  # type: ignore[arg-type]
+    for array in (np.array([1, 2]), np.array([[1, 2]], np.uint16), [np.array([1, 2])]):
+        assert minillama.generate(MODEL, WORDS, array, 1, temperature=0) == one  # type: ignore[arg-type]
+    likely = minillama.log_likelihoods(MODEL, [1, 2], [[3, 4], [5, 6]])
+    for make in (np.array, torch.tensor):
+        assert minillama.log_likelihoods(MODEL, make([1, 2]), make([[3, 4], [5, 6]])) == likely
+        assert minillama.log_likelihoods(MODEL, [1, 2], [make([3, 4]), [5, 6]]) == likely
+    with pytest.raises(InputError, match="wrong type"):
+        minillama.log_likelihoods(MODEL, np.array([1.5]), [[3]])  # type: ignore[arg-type]
+    text = minillama.generate(MODEL, WORDS, "ab", 8, stop=["x", "b"], ignore_eos=True)
+    for stop, flag in (({"x", "b"}, 1), (("x", "b"), np.True_), (frozenset("xb"), np.int64(1))):
+        assert minillama.generate(MODEL, WORDS, "ab", 8, stop=stop, ignore_eos=flag) == text  # type: ignore[arg-type]
+    assert WORDS.encode("a", bos=1) == WORDS.encode("a", True) != WORDS.encode("a", bos=0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected: True or False"):
+        WORDS.encode("a", bos=2)  # type: ignore[arg-type]
     wrapped = torch.compile(MODEL, backend="eager")
     assert minillama.generate(wrapped, WORDS, [1, 2], 1, temperature=0) == one  # type: ignore[arg-type]
     assert WORDS("abc") == WORDS.encode("abc") and len(WORDS) == WORDS.vocab_size == 257
+    for given, said in (((), "missing 1 required"), (("a", True, True, 1), "positional arguments but")):
+        with pytest.raises(TypeError, match=said):
+            WORDS.encode(*given)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"generate\(\) missing 1 required"):
         minillama.generate(MODEL, WORDS)  # type: ignore[call-arg]
