@@ -35,7 +35,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         hints, args = _hints(function), tuple(map(_path, args))  # type: ignore[assignment]
-        kwargs = {argument: _path(value) for argument, value in kwargs.items()}  # type: ignore[assignment]
+        if kwargs:
+            kwargs = {argument: _path(value) for argument, value in kwargs.items()}  # type: ignore[assignment]
         for argument, value in (*zip(places, args, strict=False), *kwargs.items()):
             if argument in hints:
                 _check(hints[argument], value, name, argument)
@@ -72,7 +73,7 @@ def _check(kind: Any, value: Any, name: str, argument: str) -> None:
 
 def _path(value: Any) -> Any:
     """The name of a path that is no `Path`, of which `str` may give something else; others as they are."""
-    return os.fspath(value) if isinstance(value, os.PathLike) and not isinstance(value, Path) else value
+    return os.fspath(value) if hasattr(type(value), "__fspath__") and not isinstance(value, Path) else value
 
 
 def _remedy(kind: Any, value: Any) -> str | None:
