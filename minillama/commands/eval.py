@@ -37,7 +37,7 @@ else:
 class Args(ModelArgs):
     """Command-line arguments."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A Hugging Face or Meta folder, a GGUF file, or a llama2.c .bin."""
     tasks: tuple[str, ...] = ()
     """Sets: boolq, piqa, siqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa, mmlu, or all; cmmlu."""
