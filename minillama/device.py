@@ -121,15 +121,26 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         known = next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
         if known is not None and dtype == torch.bfloat16:
             return known
-    size = 1024 if device.type == "cpu" else 4096
+    best = math.inf
+    for size in (256, 1024) if device.type == "cpu" else (4096,):
+        best = _product_seconds(size, device, dtype)
+        if best > 0.005 and size == 256:  # of an emulated type a large one takes seconds
+            break
+    return 2 * size**3 / best
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of a product of square matrices, the least of several."""
+    import torch
+
     a, b = torch.ones(2, size, size, device=device).to(dtype)  # no random numbers: a run's generator state is unchanged
     (a @ b)[0, 0].item()  # warm-up: the first one creates the kernel
     best, count, began = math.inf, 0, time.perf_counter()
-    while (since := time.perf_counter() - began) < 0.1 or (count < 5 and since < 1):
+    while (since := time.perf_counter() - began) < min(0.1, size / 1e4) or (count < 5 and since < 1):
         start = time.perf_counter()
         (a @ b)[0, 0].item()  # reading a value waits for an asynchronous device
         best, count = min(best, time.perf_counter() - start), count + 1
-    return 2 * size**3 / best
+    return best
 
 
 def keep_freed_pages() -> bool:
