@@ -62,6 +62,8 @@ class Checkpoint:
             found, expected = ", ".join(self.run), ", ".join(RUN)
             what = "this checkpoint was written by another version"
             raise InputError(what, where=path / "run.json", found=found, expected=expected)
+        if self.step < 0:
+            raise InputError("no step of a run", where=path / "run.json", found=self.step, expected="0 or more")
 
     @property
     def step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -263,4 +264,13 @@ def test_a_manifest_is_not_trusted(words: list[str], tmp_path: Path) -> None:
     for odd in ({}, manifest | {"../../secret": {"bytes": 1, "sha256": ""}}, [1]):
         (folder / "manifest.json").write_text(json.dumps(odd))
         with pytest.raises(InputError, match=r"unknown format|cannot be read|not a JSON object"):
+            Checkpoint(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run = json.loads((folder / "run.json").read_text())
+    for step in (-1, "1"):
+        text = json.dumps(run | {"step": step}).encode()
+        (folder / "run.json").write_bytes(text)
+        known = manifest | {"run.json": {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}}
+        (folder / "manifest.json").write_text(json.dumps(known))
+        with pytest.raises(InputError, match=r"no step of a run|another version"):
             Checkpoint(folder)
