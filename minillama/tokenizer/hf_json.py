@@ -69,8 +69,10 @@ def read(file: Path) -> Parts:
 
 
 def _backend(file: Path) -> Backend:
-    spec = read_json(file, FIX, LARGEST)
-    with library(file, "this is not a tokenizer.json of the tokenizers library"):
+    spec, what = read_json(file, FIX, LARGEST), "this is not a tokenizer.json of the tokenizers library"
+    if not isinstance(spec.get("model"), dict):  # as Mistral's tekken files, which have ranks
+        raise InputError(what, where=file, found=f"keys {', '.join(spec)[:100]}", expected="a model", fix=FIX)
+    with library(file, what):
         for data in charsmaps(spec.get("normalizer")):
             check_charsmap(b64decode(str(data), validate=True), file)
         backend = Backend.from_str(json.dumps(spec))

@@ -214,3 +214,13 @@ def test_a_norm_in_blocks_is_refused(folder: Path, tmp_path: Path, monkeypatch: 
     convert(folder, tmp_path / "x.gguf", "gguf", "q8_0")
     with pytest.raises(InputError, match="not a type of a norm"):
         open_model(tmp_path / "x.gguf")
+
+
+def test_fault_42_a_json_of_ranks_is_no_tokenizer_json(tmp_path: Path) -> None:
+    """As Mistral's tekken files: what there is is named, and not a column of the library's parser."""
+    file = tmp_path / "tekken.json"
+    vocabulary = [{"rank": i, "token_bytes": "AA==", "token_str": None} for i in range(3)]
+    file.write_text(json.dumps({"config": {"pattern": "x"}, "vocab": vocabulary, "special_tokens": []}))
+    with pytest.raises(InputError, match=r"not a tokenizer.json[\s\S]*keys config, vocab, special_tokens") as caught:
+        Tokenizer.load(file)
+    assert "column" not in str(caught.value)
