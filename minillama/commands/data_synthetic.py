@@ -59,10 +59,9 @@ class _Output:
         print(f"{out.path}: {summary(out.counts)}", file=sys.stderr)
         for number, line in enumerate(islice(out.lines(), _SAMPLES), 1):
             texts = {key: value if isinstance(value, str) else _short(value) for key, value in line.items()}
-            cut = {
-                key: f"…{text[-200:]}" if key == "messages" and len(text) > 200 else text for key, text in texts.items()
-            }
-            print_pairs(f"line {number}", {key: text[:201].replace("\n", "↵") for key, text in cut.items()})
+            if len(texts.get("messages", "")) > 200:  # what is asked and answered stands at the end
+                texts["messages"] = f"…{texts['messages'][-200:]}"
+            print_pairs(f"line {number}", {key: text[:201].replace("\n", "↵") for key, text in texts.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

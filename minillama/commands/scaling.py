@@ -254,19 +254,17 @@ class Sweep:
         _write_law(self.out / "law.toml", fits)
         size = f"{config.model.n_layers} layers of width {config.model.dim}, N {made['params']:,}"
         print(f"\nnext: {made['flops']:.4g} FLOPs, {size}, D {made['tokens']:.4g}")
-        predicted = {"": made["loss"]} | (
-            {", by the budgets' minima": least} if (least := made.get("least_loss")) else {}
-        )
-        print(f"predicted loss {made['loss']:.4f}{_between(made['interval'])}", end="")
-        print("".join(f"{name} {loss:.4f}" for name, loss in predicted.items() if name))
+        least = made.get("least_loss")  # not of earlier sweeps
+        by_minima = f", by the budgets' minima {least:.4f}" if least else ""
+        print(f"predicted loss {made['loss']:.4f}{_between(made['interval'])}{by_minima}")
         if not self.next:
             return 0
         path = self.out / "next" / "run"
         if not grid.finish(config, path):
             return 1
         measured = read_runs([path]).points[0].loss
-        off = "".join(f"{name} {loss / measured - 1:+.2%}" for name, loss in predicted.items())
-        print(f"measured loss {measured:.4f}: the prediction is off by{off}")
+        by_minima = f", by the budgets' minima {least / measured - 1:+.2%}" if least else ""
+        print(f"measured loss {measured:.4f}: the prediction is off by {made['loss'] / measured - 1:+.2%}{by_minima}")
         return 0
 
 

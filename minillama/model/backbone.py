@@ -46,10 +46,8 @@ class Backbone(nn.Module):
         try:
             x = self.embed_tokens(tokens)
         except IndexError:  # of a CPU; a GPU says less
-            found, expected = (
-                f"{int(tokens.min())} to {int(tokens.max())}",
-                f"0 to {self.embed_tokens.num_embeddings - 1}",
-            )
+            found = f"{int(tokens.min())} to {int(tokens.max())}"
+            expected = f"0 to {self.embed_tokens.num_embeddings - 1}"
             raise InputError("a token id lies outside the vocabulary", found=found, expected=expected) from None
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
@@ -59,20 +57,15 @@ class Backbone(nn.Module):
 def check_inputs(tokens: Any, positions: Any, mask: Any, state: Any) -> None:
     """Refuse what is no batch of token ids, position ids, attention mask or decode state."""
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
-        found = (
-            f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        )
+        is_tensor = isinstance(tokens, Tensor)
+        found = f"{tokens.dtype} of shape {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
         expected, fix = "a tensor (B, T) of ids", "torch.tensor([tokenizer.encode(text)]) makes one"
         raise InputError("these are no token ids", where="tokens", found=found, expected=expected, fix=fix)
-    kinds = {
-        "positions": isinstance(positions, Tensor),
-        "mask": isinstance(mask, Mask),
-        "state": hasattr(state, "span"),
-    }
-    for name, value in (("positions", positions), ("mask", mask), ("state", state)):
-        if value is not None and not kinds[name]:
-            expected = {"positions": "a tensor (T,) or (B, T)", "mask": "a Mask", "state": "what Decoder.state gives"}[
-                name
-            ]
+    for name, value, is_right, expected in (
+        ("positions", positions, isinstance(positions, Tensor), "a tensor (T,) or (B, T)"),
+        ("mask", mask, isinstance(mask, Mask), "a Mask"),
+        ("state", state, hasattr(state, "span"), "what Decoder.state gives"),
+    ):
+        if value is not None and not is_right:
             what = f"{name} has a value of the wrong type"
             raise InputError(what, where=name, found=type(value).__name__, expected=expected)
