@@ -88,6 +88,7 @@ def test_fault_17_without_verifying_sizes_still_count(words: list[str], tmp_path
 KILLER = """
     import os, signal, sys
     import matplotlib.backends.backend_agg, matplotlib.figure
+    import torch._dynamo  # an optimizer imports it: a second of each child's two
     import minillama.training.run
     from minillama.commands.cli import main
 
@@ -102,12 +103,15 @@ KILLER = """
         def look(event, arguments):
             nonlocal count
             path = str(arguments[0])
-            if event == "open" and arguments[1] in ("r", "rb"):
+            if event not in EVENTS or "/runs/" not in path or not (count or "step-2" in path):
                 return
-            if event in EVENTS and "/runs/" in path and (count or "step-2" in path):
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            if os.path.lexists(path) if event == "os.mkdir" else event != "open" and not os.path.lexists(path):
+                return  # a folder that is there already, a name that is not
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(look)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
