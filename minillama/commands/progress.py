@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+KNOWN = 0.01  # share done below which the first batches, with their compilation, say little of the rest
+
 
 class Progress:
     """Progress towards a total, in a `with` block.
@@ -35,11 +37,10 @@ class Progress:
             self.bar.update(self.task, completed=self.done, total=self.total, description=self.name)
         now = time.monotonic()
         if self.bar is None and now - self.shown >= self.every:
-            self.shown, seconds = now, (now - self.began) * (self.total - self.done) / self.done
-            share = self.done / self.total
-            print(
-                f"{self.name}: {share:.0%}, {seconds // 60:.0f}:{seconds % 60:02.0f} left", file=sys.stderr, flush=True
-            )
+            self.shown, share = now, self.done / self.total
+            seconds = round((now - self.began) * (1 - share) / share) if share >= KNOWN else 0
+            left = f"{seconds // 60}:{seconds % 60:02} left" if share >= KNOWN else "time left not known yet"
+            print(f"{self.name}: {share:.0%}, {left}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:
         if self.bar is not None:

@@ -47,8 +47,8 @@ class ModelArgs:
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     adapter: tuple[str, ...] = ()
-    """Adapter folder (PEFT), DIR or NAME=DIR. One is merged into float weights, and stays beside quantized ones; of
-    several each completes every prompt, in JSON lines that name it."""
+    """Adapter folder (PEFT), DIR or NAME=DIR. One is merged into float weights, and stays beside quantized ones. Of
+    several, which `generate` alone takes, each completes every prompt, in JSON lines that name it."""
 
     def load(
         self,
