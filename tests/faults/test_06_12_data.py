@@ -12,7 +12,8 @@ import pytest
 from minillama.data.corpus import Corpus, Split
 from minillama.data.prepare import load_corpus, prepare
 from minillama.data.shards import HEADER_BYTES, Shard, ShardWriter
-from minillama.data.sources import Skipped, Source, documents
+from minillama.data.skipped import Skipped
+from minillama.data.sources import Source, documents
 from minillama.errors import InputError
 from minillama.tokenizer import byte_tokenizer
 
