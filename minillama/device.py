@@ -60,9 +60,14 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
         name = next(kind for kind, there in available.items() if there)
     if name == "cuda" and available[name] and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if not available.get(name.partition(":")[0], False):
-        there = [kind for kind, yes in available.items() if yes]
-        raise InputError("no such device", where=where, found=name, expected=f"auto or one of {there}")
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not available.get(kind, False) or (name != kind and not (index.isdecimal() and int(index) < count)):
+        there = ", ".join(kind for kind, yes in available.items() if yes)
+        expected = f"auto or one of {there}" + (f"; cuda:N below {count}" if available["cuda"] else "")
+        lacks_cuda = "install a torch with CUDA and the GPU's driver, or leave it at auto"
+        fix = lacks_cuda if kind == "cuda" and not available[kind] else f"{there.partition(',')[0]} is the fastest here"
+        raise InputError("no such device", where=where, found=name, expected=expected, fix=fix)
     return torch.device(name)
 
 

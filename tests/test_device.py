@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from minillama import Decoder
+from minillama.errors import InputError
 
 PROGRAM = """
 import resource, sys
@@ -40,6 +44,15 @@ for length in range(150, 550):
     linear(x[:length], weight, None, "none", [], "")
 print(resident() - before)
 """
+
+
+@pytest.mark.parametrize("name", ["abc", "cpu:abc", "cpu:1", "cuda:99", "cuda:x", "", "xpu"])
+def test_a_device_that_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such device") as error:
+        Decoder.from_pretrained(tmp_path, device=name)
+    said = error.value.parts()
+    assert said["where"] == "Decoder.from_pretrained, device" and said["found"] == name
+    assert "cpu" in said["expected"] and said["fix"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ from typing import Annotated
 import tyro
 
 from minillama.config.loader import check
-from minillama.data.reading import BadText, Record
+from minillama.data.reading import Record
+from minillama.data.skipped import BadText
 from minillama.data.sources import Source, records
 from minillama.errors import InputError
 from minillama.evaluate.question import Question

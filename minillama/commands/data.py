@@ -20,7 +20,7 @@ from minillama.config.command_line import refuse_repeated
 from minillama.data.conversations import Format, read_record
 from minillama.data.preference_set import encode_answer, fitted
 from minillama.data.preferences import Preference, is_preference, read_preference
-from minillama.data.reading import Skipped
+from minillama.data.skipped import Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer, byte_tokenizer

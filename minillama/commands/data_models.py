@@ -14,7 +14,7 @@ from minillama.commands.tables import print_pairs
 from minillama.config.loader import check
 from minillama.data.cleaning.classifier import LinearClassifier
 from minillama.data.cleaning.perplexity import PieceLM
-from minillama.data.reading import Skipped
+from minillama.data.skipped import Skipped
 from minillama.data.sources import Source, documents
 from minillama.errors import InputError
 from minillama.tokenizer import Tokenizer

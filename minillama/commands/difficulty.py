@@ -15,7 +15,8 @@ import tyro
 from minillama.commands.data_synthetic import open_teacher
 from minillama.config.loader import check
 from minillama.data.conversations import Format, read_record
-from minillama.data.reading import Record, Skipped
+from minillama.data.reading import Record
+from minillama.data.skipped import Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.files import cache_folder, json_lines, replace_folder

@@ -154,7 +154,8 @@ def _gpu(args: Args) -> str:
     if found is None:
         near = get_close_matches(_plain(args.gpu), known, n=3)
         fix = f"did you mean {' or '.join(dict.fromkeys(known[one] for one in near))}? else " if near else ""
-        fix += "give --gpu-memory and --tflops"
+        size = re.sub(r"\s*gb$", "", args.gpu.lower())
+        fix += f"--gpu-memory {size}" if size.isdecimal() else "give --gpu-memory and --tflops"
         raise InputError(
             "this GPU is not in the table", where="--gpu", found=args.gpu, expected=", ".join(GPUS), fix=fix
         )

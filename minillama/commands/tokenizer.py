@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from minillama.commands.tables import print_table
-from minillama.data.reading import BadText
+from minillama.data.skipped import BadText
 from minillama.data.sources import Source, documents
 from minillama.errors import InputError
 from minillama.files import refuse_url, replace_folder

@@ -31,13 +31,22 @@ ORIGINAL = ("original_max_seq_len", "original_max_position_embeddings")
 FACTORS = [(name, name) for name in ("factor", "low_freq_factor", "high_freq_factor")]
 LONG = [(name, name) for name in ("short_factor", "long_factor")]
 SCALING = {"linear": FACTORS[:1], "llama3": [*FACTORS, ORIGINAL], "longrope": [*LONG, ORIGINAL]}
-# parts of other models that this decoder lacks -> keys of config.json that tell of them
+# parts of other models that this decoder lacks -> keys of config.json that tell of them, and what is in the names of
+# their types, here or in GGUF: a config.json may hold no more than its type
 LACKING = {
-    "mixture of experts": ("num_local_experts", "num_experts", "n_routed_experts"),
-    "latent attention": ("kv_lora_rank",),
-    "soft-capping of logits": ("attn_logit_softcapping", "final_logit_softcapping"),
-    "images or sound": ("vision_config", "audio_config"),
-    "state-space layers": ("state_size", "mamba_d_state", "ssm_cfg"),
+    "mixture of experts": (
+        ("num_local_experts", "num_experts", "n_routed_experts"),
+        ("mixtral", "moe", "deepseek", "dbrx", "gpt_oss", "gpt-oss", "llama4", "jamba", "qwen3_next", "grok"),
+    ),
+    "latent attention": (("kv_lora_rank",), ("deepseek_v", "deepseek2", "minicpm3", "kimi")),
+    "soft-capping of logits": (("attn_logit_softcapping", "final_logit_softcapping"), ("gemma2", "grok")),
+    "scaled embeddings": (("embedding_multiplier",), ("gemma", "granite", "minicpm")),
+    "images or sound": (("vision_config", "audio_config"), ("vl", "llava", "mllama", "clip", "whisper", "mistral3")),
+    "state-space layers": (("state_size", "mamba_d_state", "ssm_cfg"), ("mamba", "jamba", "zamba", "bamba")),
+    "linear attention": (("linear_num_value_heads",), ("qwen3_next", "minimax", "kimi_linear")),
+    "learned positions": (("n_positions",), ("gpt2", "opt", "bigcode", "starcoder")),
+    "an encoder": (("is_encoder_decoder",), ("bert", "t5", "bart", "marian", "encoder")),
+    "parallel layers with biases": (("use_parallel_residual", "parallel_attn"), ("gpt_neox", "falcon", "gptj")),
 }
 PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
@@ -152,14 +161,24 @@ def from_hf(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Mapp
 def _unsupported(values: Mapping[str, Any], where: str) -> InputError:
     """Error of another model type, with what it has and this decoder lacks."""
     kind = values.get("model_type")
-    lacking = [part for part, keys in LACKING.items() if any(values.get(key) for key in keys)]
     return InputError(
-        "this model type is not supported",
+        "this model type is not supported" if kind else "model_type is missing",
         where=f"{where}, model_type",
-        found=f"{kind}, with {' and '.join(lacking)}" if lacking else kind,
+        found=None if kind is None else with_lacking(kind, values),
         expected=f"{', '.join(MODELS)} or {OWN}",
         fix="run it with transformers, or as GGUF with llama.cpp",
     )
+
+
+def with_lacking(kind: object, values: Mapping[str, Any]) -> str:
+    """A model type for a message, with the parts that this decoder lacks, by its keys and its name."""
+    name = str(kind)[:80]
+    found = (
+        part
+        for part, (keys, names) in LACKING.items()
+        if any(values.get(key) for key in keys) or any(other in name for other in names)
+    )
+    return f"{name}, with {' and '.join(found) or 'layers that are unknown here'}"
 
 
 def _rope(values: Mapping[str, Any], where: str, free: Sequence[str]) -> dict[str, Any]:

@@ -350,8 +350,9 @@ def config_path(kind: str, name: str) -> Path:
     if name in names:
         return config_folder(kind) / f"{name}.toml"
     what = f"no {kind} configuration of that name" + ("" if os.path.exists(path) else ", and no such file")
-    listed = f"{len(names)} names that `minillama plan` lists" if kind == "model" else ", ".join(names)
-    expected = f"a path ending in .toml, or one of {listed}"
+    expected = f"a path ending in .toml, or one of {', '.join(names)}"
+    if kind == "model":
+        expected = f"a model's folder or file, a .toml file, or one of {len(names)} names that `minillama plan` lists"
     fix = suggestion(name, names)
     if kind == "train" and os.path.exists(path):
         is_run = (path / "config.toml").is_file()

@@ -11,7 +11,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-from minillama.data.reading import BadText, Document, Remark, read_file
+from minillama.data.reading import Document, read_file
+from minillama.data.skipped import BadText, Remark
 from minillama.errors import InputError
 
 BUILTIN = ("python-docs", "python-code")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import dropwhile
 from typing import Any, Literal, NamedTuple
 
-from minillama.data.reading import BadText, Record, Skipped
+from minillama.data.reading import Record
+from minillama.data.skipped import BadText, Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import ALIASES, Conversation, Message, tool

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from minillama.config.arguments import Count, Positive, checked
 from minillama.config.loader import check
 from minillama.data.permutation import derive_keys, permute
-from minillama.data.reading import Skipped
 from minillama.data.shards import Shard, damaged
+from minillama.data.skipped import Skipped
 from minillama.errors import InputError
 
 BLOCK = 4096

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from minillama.data.permutation import derive_keys, hash_fraction, permute
-from minillama.data.reading import Skipped
+from minillama.data.skipped import Skipped
 from minillama.errors import InputError
 
 T = TypeVar("T")

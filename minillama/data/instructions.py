@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from minillama.data.examples import by_length, drawn, too_few
 from minillama.data.packing import best_fit
-from minillama.data.reading import Skipped
+from minillama.data.skipped import Skipped
 from minillama.errors import InputError
 
 Packing = Literal["best-fit", "wrap", "none"]

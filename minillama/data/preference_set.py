@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from minillama.data.examples import by_length, drawn, is_held_out, too_few
 from minillama.data.instructions import MULTIPLE
 from minillama.data.preferences import Preference, preferences
-from minillama.data.reading import Skipped
+from minillama.data.skipped import Skipped
 from minillama.data.sources import OnError, Source, skipping
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import Conversation

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from minillama.data.conversations import read_record
-from minillama.data.reading import BadText, Record, Skipped
+from minillama.data.reading import Record
+from minillama.data.skipped import BadText, Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 from minillama.errors import InputError
 from minillama.files import parsing

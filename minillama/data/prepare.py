@@ -21,8 +21,8 @@ from uuid import uuid4
 
 from minillama.config.arguments import Fraction, checked
 from minillama.data.corpus import Corpus, Split
-from minillama.data.reading import Skipped
 from minillama.data.shards import Shard, ShardWriter, damaged, token_dtype
+from minillama.data.skipped import Skipped
 from minillama.data.sources import OnError, Source, identity
 from minillama.data.split import Part, SplitName, SplitSource
 from minillama.errors import InputError
@@ -97,7 +97,8 @@ def load_corpus(folders: Sequence[Path], weights: Sequence[float] | None = None)
     skipped, content, separators, held = Skipped(), list[dict[str, Any]](), list[int | None](), list[str]()
     for folder in folders:
         with _reading_table(folder / "dataset.json") as table:
-            skipped.merge(Skipped(table["skipped"]["counts"], table["skipped"]["places"], table["skipped"]["notes"]))
+            counts, places, notes = (table["skipped"][name] for name in ("counts", "places", "notes"))
+            skipped.merge(Skipped(counts, places, notes, table["skipped"].get("files", {})))
             str(skipped)  # as it is printed later
             for side, made in splits.items():
                 entry, size = table["splits"][side], operator.index(table["vocab_size"])
@@ -166,7 +167,12 @@ def _tokenize(
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
         "separator": None if single else tokenizer.bos_id,
-        "skipped": {"counts": reader.skipped.counts, "places": reader.skipped.locations, "notes": reader.skipped.notes},
+        "skipped": {
+            "counts": reader.skipped.counts,
+            "places": reader.skipped.locations,
+            "notes": reader.skipped.notes,
+            "files": reader.skipped.files,
+        },
         "held_out": reader.held_out,
         "val_opening": opening,  # no part of the splits, on which batches depend
         "splits": {

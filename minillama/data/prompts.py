@@ -10,7 +10,8 @@ from typing import Any
 from minillama.data.conversations import Format, read_record
 from minillama.data.corpus import Corpus
 from minillama.data.examples import drawn, is_held_out, too_few
-from minillama.data.reading import BadText, Record, Skipped
+from minillama.data.reading import Record
+from minillama.data.skipped import BadText, Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.conversation import Conversation

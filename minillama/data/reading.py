@@ -7,13 +7,14 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
 from minillama.data.archives import DamagedError, open_file, plain_name
 from minillama.data.encoding import NotTextError, recognized
+from minillama.data.skipped import BadText, Remark
 from minillama.errors import InputError
 from minillama.files import bound, check_size, reading
 
@@ -27,7 +28,6 @@ FIELDS = ("text", "content", "body", "article", "paragraphs", "document", "story
 _LABELS = ("id", "doc_id", "uuid", "url", "title", "name", "author", "date", "lang", "language")
 
 NO_FIELD, NO_OBJECT = "no text field", "is not a JSON object"
-_LOCATIONS = 5
 _CHUNK = 2**20
 T = TypeVar("T")
 
@@ -48,82 +48,13 @@ class Record:
     where: str
 
 
-@dataclass(frozen=True)
-class Remark:
-    """What is said of files beside their documents: in the plural, to be counted, or once."""
-
-    text: str
-    is_counted: bool = True
-
-
-class BadText(InputError):
-    """Error of an invalid document. `reason` is the error class, for counting."""
-
-    def __init__(
-        self,
-        reason: str,
-        what: str,
-        *,
-        where: object,
-        found: object = None,
-        expected: object = None,
-        fix: str = 'correct it, or skip such documents with data.on_error = "skip"',
-    ) -> None:
-        super().__init__(what, where=where, found=found, expected=expected, fix=fix)
-        self.reason = reason
-
-
-@dataclass
-class Skipped:
-    """Skipped documents: counts by reason, and the locations of the first few, as file:line.
-
-    `notes` has the number of documents that were changed, by the change, and of files, by what is said of them.
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    locations: list[str] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
-
-    def add(self, bad: BadText) -> None:
-        """Add a document."""
-        self.merge(Skipped({bad.reason: 1}, [str(bad.where)]))
-
-    def note(self, change: str, count: int = 1) -> None:
-        """Count a document that was changed, or a file; 0 notes something else."""
-        self.notes[change] = self.notes.get(change, 0) + count
-
-    def merge(self, other: Skipped) -> None:
-        """Add another's counts."""
-        for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-        for change, count in other.notes.items():
-            self.notes[change] = self.notes.get(change, 0) + count
-        self.locations = (self.locations + other.locations)[:_LOCATIONS]
-
-    @property
-    def total(self) -> int:
-        """Number of skipped documents."""
-        return sum(self.counts.values())
-
-    def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.items())
-        words = f"{self.total} {'document' if self.total == 1 else 'documents'} left out: {reasons}"
-        left_out = [f"{words} ({', '.join(self.locations)})"] if self.total else []
-        counted = {_singular(change) if count == 1 else change: count for change, count in self.notes.items()}
-        return "; ".join([*left_out, *(f"{count} {words}" if count else words for words, count in counted.items())])
-
-
-def _singular(words: str) -> str:
-    return re.sub(r"\b(document|file|conversation)s\b", r"\1", words, count=1)
-
-
-def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document | BadText | Remark]:
+def read_file(path: Path, key: str, folder: Path | None = None) -> Iterator[Document | BadText | Remark]:
     """Documents of a file: one per record of JSON or JSONL, otherwise one; .gz, .zst and .bz2 are decompressed.
 
     Args:
         path: the file; its suffix is the format.
         key: text field of a record; empty: found in the first one that has one, see `text_field`.
-        is_named: not one of a folder, in which JSON files without texts are left out.
+        folder: where it was found, unless it was named: of a folder, empty files and JSON without texts are left out.
 
     Yields:
         Documents, an error in place of each invalid one, and remarks.
@@ -134,16 +65,18 @@ def read_file(path: Path, key: str, is_named: bool = True) -> Iterator[Document 
     if format_of(path) in TABLES:
         what, fix = "a table is not read", "convert it to JSONL, or rename it to .txt to read it as text"
         raise InputError(what, where=path, expected=f"{', '.join(RECORDS)} or text", fix=fix)
+    name = "" if folder is None else str(path.relative_to(folder))
     if not holds_records(path):
-        yield from read_items(path, lambda stream: [_document(_content(stream, path), path)])
+        for one in read_items(path, lambda stream: [_document(_content(stream, path), path)]):
+            yield Remark("empty", file=name) if name and isinstance(one, Document) and not one.text else one
         return
     given = key
     for item in read_records(path, bound(LINE)):
         if isinstance(item, Record) and not key:
             key = text_field(item.value)
         is_other = isinstance(item, Record) or (isinstance(item, BadText) and item.what.endswith(NO_OBJECT))
-        if is_other and not (key or is_named or is_jsonl(path)):
-            yield Remark(f"{format_of(path)} files without a field of text left out")
+        if is_other and name and not (key or is_jsonl(path)):
+            yield Remark(f"{format_of(path)} without a field of text", file=name)
             return
         yield from_record(item.value, key, item.where) if isinstance(item, Record) else item
     if key not in (given, "text"):

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from minillama.data.examples import drawn, is_held_out, too_few
-from minillama.data.reading import Record, Skipped
+from minillama.data.reading import Record
+from minillama.data.skipped import Skipped
 from minillama.data.sources import OnError, Source, records, skipping
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import glob
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,11 +22,8 @@ from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
 from minillama.data.reading import (
     RECORDS,
-    BadText,
     Document,
     Record,
-    Remark,
-    Skipped,
     format_of,
     from_record,
     holds_records,
@@ -34,6 +31,7 @@ from minillama.data.reading import (
     read_records,
     text_field,
 )
+from minillama.data.skipped import BadText, Remark, Skipped
 from minillama.data.tasks import TASKS, Task
 from minillama.errors import InputError, optional_import
 from minillama.files import check_size, parsing, read_json, reading
@@ -121,7 +119,7 @@ def valid(
     for item in items:
         if isinstance(item, Remark):
             if report is not None:
-                report.note(item.text, int(item.is_counted))
+                report.remark(item)
         elif isinstance(item, BadText):
             with skipping(on_error, report):
                 raise item
@@ -184,19 +182,29 @@ def read_source(source: Source) -> Iterator[Document | BadText | Remark]:
             source = dataclasses.replace(source, field=source.field or text_field(row))
             yield from_record(row, source.field, where)
     else:
-        folder = Path(source.label).expanduser()
-        files, is_folder = find_files(source.label), folder.is_dir() and not (folder / CLEANED).is_file()
-        if is_folder:
-            others = [path for path in _walk(folder, frozenset(), ("",)) if not _is_of(path, SUFFIXES)]
-            left_out = f"; left out: {_by_suffix(others)}" if others else ""
-            yield Remark(f"{len(files)} file{'s' * (len(files) > 1)}: {_by_suffix(files)}{left_out}", is_counted=False)
+        files = find_files(source.label)
+        folder = yield from _account(source, files, SUFFIXES)
         for path in files:
-            yield from read_file(path, source.field, not is_folder)
+            yield from read_file(path, source.field, folder)
 
 
-def _by_suffix(paths: Iterable[Path]) -> str:
-    counts = Counter(format_of(path) for path in paths)
-    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in counts.most_common())
+def _account(source: Source, files: Sequence[Path], suffixes: tuple[str, ...]) -> Generator[Remark, None, Path | None]:
+    """Remarks on the files of a folder that are read, and on each that is left out; the folder, if it is one."""
+    folder = Path(source.label).expanduser()
+    if not folder.is_dir() or (folder / CLEANED).is_file():
+        return None
+    counts = Counter(_kind(path) for path in files)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    yield Remark(f"{len(files)} file{'s' * (len(files) > 1)}: {kinds}", is_counted=False)
+    for path in _walk(folder, frozenset(), ("",), with_hidden=True):
+        is_hidden = path.name.startswith(".")
+        if is_hidden or not _is_of(path, suffixes):
+            yield Remark("hidden" if is_hidden else _kind(path), file=str(path.relative_to(folder)))
+    return folder
+
+
+def _kind(path: Path) -> str:
+    return format_of(path) or "without suffix"
 
 
 def _is_of(path: Path, suffixes: tuple[str, ...]) -> bool:
@@ -208,7 +216,9 @@ def _record_items(source: Source) -> Iterator[Record | BadText | Remark]:
     if source.name.startswith(_HF):
         yield from (Record(row, where) for row, where in _rows(source))
         return
-    for path in find_files(source.label, RECORDS):
+    files = find_files(source.label, RECORDS)
+    yield from _account(source, files, RECORDS)
+    for path in files:
         if not holds_records(path):
             expected = f"a file ending in {' '.join(RECORDS)}, perhaps with .gz, .zst or .bz2 behind"
             raise InputError("this file holds no records", where=path, expected=expected)
@@ -261,17 +271,22 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     return found
 
 
-def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """Files below a folder with one of the suffixes, except hidden ones. Links are followed, circular ones refused."""
+def _walk(folder: Path, above: frozenset[Path], suffixes: tuple[str, ...], with_hidden: bool = False) -> Iterator[Path]:
+    """Files below a folder with one of the suffixes. Links are followed, circular ones refused.
+
+    Hidden files and folders are left out, or stand as they are, unopened.
+    """
     real = folder.resolve()
     if real in above:
         raise InputError("this link is circular: it leads back to a parent folder", where=folder, fix="remove it")
     check_size(len(above), DEPTH, folder, "folders above it")
     with reading(folder, "this folder"):
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    for path in (path for path in entries if not path.name.startswith(".")):
-        if path.is_dir():
-            yield from _walk(path, above | {real}, suffixes)
+    for path in entries:
+        if path.name.startswith("."):
+            yield from [path] * with_hidden
+        elif path.is_dir():
+            yield from _walk(path, above | {real}, suffixes, with_hidden)
         elif _is_of(path, suffixes):
             yield path
 

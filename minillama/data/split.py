@@ -11,7 +11,8 @@ from typing import Literal
 
 from minillama.data.examples import is_held_out
 from minillama.data.permutation import hash_fraction
-from minillama.data.reading import Document, Skipped
+from minillama.data.reading import Document
+from minillama.data.skipped import Skipped
 from minillama.data.sources import OnError, Source, documents
 from minillama.errors import InputError
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minillama.data.reading import BadText, Record, clean
+from minillama.data.reading import Record, clean
+from minillama.data.skipped import BadText
 from minillama.errors import InputError
 from minillama.evaluate.question import MASK, Question, label_of
 from minillama.inference.engine import evaluating

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minillama.config import ModelConfig
+from minillama.config.hf import with_lacking
 from minillama.config.parameters import V
 from minillama.errors import InputError
 from minillama.formats import generation_config
@@ -148,7 +149,9 @@ def _config(header: GGUFHeader, data: DataFile) -> ModelConfig:
     path, kind = data.path, header.get("general.architecture", str)
     if kind not in ARCHITECTURES or header.get(f"{kind}.expert_count", int, 0):
         what, where = "this architecture is not supported", f"{path}, general.architecture"
-        found = f"{kind}, with mixture of experts" if f"{kind}.expert_count" in header.metadata else kind
+        # as the keys of config.json that tell of them
+        told = {"num_experts": f"{kind}.expert_count", "state_size": f"{kind}.ssm.state_size"}
+        found = with_lacking(kind, {name: header.metadata.get(key) for name, key in told.items()})
         fix = "run it with llama.cpp"
         raise InputError(what, where=where, found=found, expected=", ".join(ARCHITECTURES), fix=fix)
     if header.get("split.count", int, 1) > 1:

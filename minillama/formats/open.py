@@ -65,7 +65,8 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         if (path / ADAPTER).exists():
             raise adapter_error(path)
         what = "no config.json in the model folder, and no params.json"
-        raise InputError(what, where=path, expected=EXPECTED)
+        fix = "give the folder that they are in; a model of the hub is complete after hf download NAME --local-dir DIR"
+        raise InputError(what, where=path, expected=EXPECTED, fix=fix)
     try:
         if not path.exists():
             raise InputError("no such model", where=path, expected=EXPECTED)

@@ -10,17 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from minillama.data.reading import (
-    BadText,
-    Document,
-    Record,
-    Remark,
-    from_record,
-    holds_records,
-    read_file,
-    read_lines,
-    read_records,
-)
+from minillama.data.reading import Document, Record, from_record, holds_records, read_file, read_lines, read_records
+from minillama.data.skipped import BadText, Remark
 from minillama.errors import InputError
 
 if TYPE_CHECKING:

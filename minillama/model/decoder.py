@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from minillama.config import ModelConfig
 from minillama.config.arguments import Fraction, Positive, checked
 from minillama.config.mup import Mup
+from minillama.device import choose_device
 from minillama.errors import InputError
 from minillama.formats import generation_config, hf
 from minillama.formats.layout import check_writable
@@ -303,11 +304,13 @@ class Decoder(nn.Module):
             path: the folder or file, or what `open_model` gave for it.
             dtype: convert the weights. As they are stored unless given, but float32 for quantized ones and
                 for float16 on a CPU.
-            device: where to put them.
+            device: where to put them: auto, cpu, cuda, cuda:N or mps.
 
         Raises:
-            InputError: a file is missing or damaged, or its tensors are not those of its configuration.
+            InputError: a file is missing or damaged, or its tensors are not those of its configuration; a device
+                that is not there.
         """
+        device = choose_device(str(device), "Decoder.from_pretrained, device")
         source = path if isinstance(path, ModelFile) else open_model(path)
         with torch.device("meta"):
             model = cls(source.config)

@@ -14,8 +14,9 @@ from minillama.data.instructions import Example, Instructions
 from minillama.data.preference_set import Preferences
 from minillama.data.prepare import prepare
 from minillama.data.prompts import Prompts
-from minillama.data.reading import Record, Skipped
+from minillama.data.reading import Record
 from minillama.data.records import Records
+from minillama.data.skipped import Skipped
 from minillama.data.sources import skipping
 from minillama.errors import InputError
 from minillama.evaluate.cloze import Cloze

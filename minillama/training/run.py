@@ -146,7 +146,7 @@ def _train(
         trainer.writer.losses.clear()  # losses of other text do not compare
     state, before = trainer.state, trainer.state.seconds
     begun = provenance(config, state.step, state.fingerprints, start.device)
-    begun |= {"processes": parallel.sizes._asdict(), PYTHON_OBJECTIVE: own}
+    begun |= {"processes": parallel.sizes._asdict(), PYTHON_OBJECTIVE: own, "left_out": data.skipped.record()}
     folder.start(tomli_w.dumps(to_table(config)), begun)
     set_aside(passed if ranks.leads else ())
     if checkpoint is None:

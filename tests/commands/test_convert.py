@@ -22,9 +22,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_there_and_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(folder), str(tmp_path / "a.gguf"), "--to", "gguf", "--dtype", "f32"]) == 0
+    assert main(["convert", str(folder), str(tmp_path / "a.gguf"), "--dtype", "f32"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "" and re.search("wrote .*: 21 tensors", captured.err)
+    assert captured.out == "" and re.search("wrote .*: 21 tensors, .* MB in 1 file\n", captured.err)
+    assert main(["convert", str(folder), str(tmp_path / "b")]) == 1
+    assert "the format of the output is not given" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "a.gguf"), str(tmp_path / "back"), "--to", "hf"]) == 0
     mine, back = (folder / "model.safetensors").read_bytes(), (tmp_path / "back/model.safetensors").read_bytes()
     assert mine == back

@@ -220,6 +220,8 @@ def test_a_hugging_face_folder_and_a_toml_file(tmp_path: Path, capsys: pytest.Ca
         (["llama-tiny", "--gpu", "abacus"], "RTX 4090"),
         (["llama-tiny", "--gpu", "H10"], "did you mean H100"),
         (["llama-tiny", "--gpu", "V100"], "or A100"),
+        (["llama-tiny", "--gpu", "24 GB"], "--gpu-memory 24"),
+        (["nosuch"], "a model's folder or file"),
     ],
 )
 def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

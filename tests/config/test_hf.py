@@ -122,6 +122,24 @@ def test_what_the_decoder_lacks_is_refused_by_name(tmp_path: Path, keys: dict[st
     assert error.value.where == f"{path}, {where}"
 
 
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("mixtral", "mixtral, with mixture of experts"),
+        ("qwen3_moe", "qwen3_moe, with mixture of experts"),
+        ("deepseek_v2", "deepseek_v2, with mixture of experts and latent attention"),
+        ("gemma2", "gemma2, with soft-capping of logits and scaled embeddings"),
+        ("gpt2", "gpt2, with learned positions"),
+        ("blenderbot", "blenderbot, with layers that are unknown here"),
+        (None, None),
+    ],
+)
+def test_a_bare_type_is_refused_with_what_is_missing(kind: str | None, found: str | None) -> None:
+    with pytest.raises(InputError, match="transformers, or as GGUF") as error:
+        ModelConfig.from_hf({} if kind is None else {"model_type": kind})
+    assert error.value.found == found and (kind or "model_type is missing") in str(error.value)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"model_type": "llama"}', '{"rope_scaling": "linear"}'])
 def test_a_damaged_config_json_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"

@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from minillama.data.conversations import conversations, read_record
-from minillama.data.reading import BadText, Record, Skipped, read_records
+from minillama.data.reading import Record, read_records
+from minillama.data.skipped import BadText, Skipped
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.tokenizer.conversation import Conversation, Message

@@ -13,7 +13,8 @@ import pytest
 from minillama.data.preference_set import Judged, Preferences, collate, encode_answer, fitted, load
 from minillama.data.preferences import preferences, read_preference
 from minillama.data.python_qa import HOW, WHAT, WHERE, _conversation, _public, _turns, first_sentence, python_qa
-from minillama.data.reading import BadText, Record, Skipped
+from minillama.data.reading import Record
+from minillama.data.skipped import BadText, Skipped
 from minillama.data.sources import Source, records
 from minillama.data.tasks import is_right
 from minillama.errors import InputError

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from minillama.data import archives
 from minillama.data.cleaning.inputs import Input
 from minillama.data.encoding import _encoding
-from minillama.data.sources import Skipped, Source, documents, identity
+from minillama.data.skipped import Skipped
+from minillama.data.sources import Source, documents, identity, records
 from minillama.data.split import SplitSource
 from minillama.errors import InputError
 
@@ -315,7 +316,7 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "poems.json").write_text('[{"title": "t", "content": "sea"}]')
     (tmp_path / "settings.json").write_text('{"depth": 3, "names": {}}')
     (tmp_path / "labels.json").write_text('["cat", "dog"]')
-    for name in ("a.md", "b.md", "c.txt", "scan.pdf", "d/photo.jpg", "e.txt.gz", "Makefile"):
+    for name in ("a.md", "b.md", "c.txt", "scan.pdf", "d/photo.jpg", "e.txt.gz", "Makefile", ".git/HEAD"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(gzip.compress(b"e") if name.endswith("gz") else b"" if name == "b.md" else b"x")
@@ -323,13 +324,32 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path) -> None:
     found = [document.text for document in documents(Source(str(tmp_path)), report=report)]
     assert sorted(found) == ["e", "sea", "x", "x"]
     assert str(report) == (
-        "7 files: 3 .json, 2 .md, 2 .txt; left out: 1 without suffix, 1 .jpg, 1 .pdf; 1 empty document; "
-        "2 .json files without a field of text left out; 1 file of records with their texts in 'content'"
+        "7 files: 3 .json, 2 .md, 2 .txt; 1 file of records with their texts in 'content'; files left out: "
+        "2 .json without a field of text (labels.json, settings.json), 1 hidden (.git), 1 without suffix (Makefile), "
+        f"1 .jpg ({Path('d/photo.jpg')}), 1 .pdf (scan.pdf), 1 empty (b.md)"
     )
+    seen = Skipped()
+    assert len(list(records(Source(str(tmp_path)), "skip", seen))) == 2
+    left_out = sum(len(names) for names in seen.files.values())
+    assert left_out == 8 and seen.files[".md"] == ["a.md", "b.md"]
     (tmp_path / "only").mkdir()
     (tmp_path / "settings.json").rename(tmp_path / "only" / "settings.json")
-    with pytest.raises(InputError, match=r"(?s)holds no text.*1 \.json file without a field.*--data.field"):
+    with pytest.raises(InputError, match=r"(?s)holds no text.*1 \.json without a field of text \(sett.*--data.field"):
         SplitSource(Source(str(tmp_path / "only")), 0.1, "stop", 99).scan()
+
+
+def test_the_names_of_files_are_cut_and_escaped(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("sea")
+    for name in ("\x1b[31m.png", "b.png", "c.png", "d.png", f"{'long' * 50}.pdf"):
+        (tmp_path / name).touch()
+    for i in range(9):
+        (tmp_path / f"z.{i}").touch()
+    report = Skipped()
+    assert list(documents(Source(str(tmp_path)), report=report))
+    said = str(report)
+    assert r"4 .png (\x1b[31m.png, b.png, c.png and 1 more)" in said and "3 for other reasons" in said
+    assert f"1 .pdf ({'long' * 7}lo...nglonglonglonglonglonglong.pdf)" in said
+    assert len(report.record()["files"][".png"]) == 4 and len(report.record()["files"]) == 11
 
 
 def test_broken_json_in_a_folder_is_named(tmp_path: Path) -> None:

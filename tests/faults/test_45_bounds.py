@@ -19,7 +19,7 @@ import zstandard
 from minillama import InputError, ModelConfig, Tokenizer
 from minillama.config.loader import read_toml
 from minillama.data import archives, reading
-from minillama.data.reading import BadText
+from minillama.data.skipped import BadText
 from minillama.data.sources import Source, documents
 from minillama.files import read_json
 from minillama.formats.gguf_header import read_header

@@ -158,7 +158,8 @@ def test_a_vocabulary_smaller_than_the_model_is_padded(story: str, make: Make, b
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
-    for kind, experts, found in (("gemma2", 0, "gemma2"), ("llama", 8, "llama, with mixture of experts")):
+    cases = (("gemma2", 0, "gemma2, with soft-capping of logits"), ("llama", 8, "llama, with mixture of experts"))
+    for kind, experts, found in cases:
         writer = gguf.GGUFWriter(tmp_path / "a.gguf", kind)
         writer.add_expert_count(experts)
         writer.write_header_to_file()

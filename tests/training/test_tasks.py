@@ -49,10 +49,15 @@ def test_a_run_says_that_its_data_is_decontaminated(
     source.write_text(text_file.read_text())
     assert main(["data", "decontaminate", str(source), "--against", str(sets), "--remove", str(out)]) == 0
     config = tiny_config("--train.steps", "1")
-    config = replace(config, data=replace(config.data, sources=(Source(path=str(out)), *config.data.sources)))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/a.txt").write_text(text_file.read_text())
+    (tmp_path / "more/scan.pdf").touch()
+    more = (Source(path=str(out)), Source(path=str(tmp_path / "more")))
+    config = replace(config, data=replace(config.data, sources=(*more, *config.data.sources)))
     assert train(config, str(tmp_path / "run")) == 0
     (start,) = [json.loads(line) for line in (tmp_path / "run/provenance.jsonl").read_text().splitlines()]
     assert [*start["decontaminated"]] == [str(out)]
+    assert start["left_out"] == {"files": {".pdf": ["scan.pdf"]}}
     made = start["decontaminated"][str(out)]
     assert (made["source"], made["n"], made["items"], made["removed"]) == (str(source), 13, {"piqa": 5}, 0)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 
-from minillama.data.reading import BadText, clean
+from minillama.data.reading import clean
+from minillama.data.skipped import BadText
 from minillama.errors import optional_import
 
 _META = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w\-]+)|<\?xml[^>]+encoding\s*=\s*["']([\w\-]+)""", re.I)

@@ -17,10 +17,8 @@ from minillama.data.cleaning.document import Draft
 from minillama.data.cleaning.warc import read_warc
 from minillama.data.reading import (
     NO_FIELD,
-    BadText,
     Document,
     Record,
-    Remark,
     from_record,
     holds_records,
     read_items,
@@ -28,6 +26,7 @@ from minillama.data.reading import (
     text_field,
     too_long,
 )
+from minillama.data.skipped import BadText, Remark
 from minillama.data.sources import SUFFIXES, Source, find_files, read_source
 from minillama.errors import InputError
 from minillama.files import LargeInputError

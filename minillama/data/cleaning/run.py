@@ -24,7 +24,8 @@ from minillama.data.cleaning.pipeline import Pipeline, Stage
 from minillama.data.cleaning.report import write_report
 from minillama.data.cleaning.tally import READ, Tally
 from minillama.data.cleaning.workers import Progress, run_all
-from minillama.data.reading import NO_FIELD, BadText
+from minillama.data.reading import NO_FIELD
+from minillama.data.skipped import BadText
 from minillama.data.sources import CLEANED, UNFINISHED
 from minillama.errors import InputError
 from minillama.files import digest, replace_folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minillama.data.archives import DamagedError, open_file
 from minillama.data.cleaning.charset import page_text
-from minillama.data.reading import BadText
+from minillama.data.skipped import BadText
 from minillama.files import reading, regular
 
 _CHUNK = 2**18

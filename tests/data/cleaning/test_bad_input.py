@@ -17,7 +17,7 @@ from minillama.data.cleaning.document import Draft
 from minillama.data.cleaning.extraction import Extract
 from minillama.data.cleaning.inputs import Input
 from minillama.data.cleaning.warc import read_warc
-from minillama.data.reading import BadText
+from minillama.data.skipped import BadText
 from minillama.data.sources import Source, documents
 
 PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=%s\r\n%s\r\n%s"
