@@ -135,10 +135,14 @@ class Session:
 
     def load(self, name: str) -> None:
         """/load FILE."""
+        values = read_json(Path(name).expanduser()) if name else {}
         try:
-            messages = list(Conversation.of(read_json(Path(name).expanduser())["messages"]).messages)
-        except (InputError, ValueError, KeyError, TypeError) as error:
-            raise InputError("not a saved conversation", where=name or "/load", found=error) from None
+            messages = list(Conversation.of(values["messages"]).messages)
+        except InputError as error:
+            raise error.at(name) from None
+        except (KeyError, TypeError):
+            what, expected = "not a saved conversation", 'a file of /save, {"messages": [...]}'
+            raise InputError(what, where=name or "/load", found=", ".join(values) or None, expected=expected) from None
         has_system = bool(messages) and messages[0].role == "system"
         self.prompts.system = (messages.pop(0),) if has_system else ()
         self.messages = messages

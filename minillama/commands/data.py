@@ -101,8 +101,10 @@ class Show:
             print("tokens are bytes, without a model; --model MODEL has those of a model", file=sys.stderr)
             return byte_tokenizer().with_special(special_tokens(self.template))
         if bool(self.model) == bool(self.tokenizer):
-            what, fix = "give either a model or a tokenizer", "add --model MODEL, or --tokenizer PATH"
-            raise InputError(what, where="command line", fix=fix)
+            what = "records are shown in a template, by its name or a tokenizer's own"
+            found, fix = "a model and a tokenizer" if self.model else "none", "give one of them"
+            expected = "--template NAME, --model MODEL or --tokenizer PATH"
+            raise InputError(what, where="command line", found=found, expected=expected, fix=fix)
         return Tokenizer.load(self.tokenizer or open_model(self.model).tokenizer_path())
 
 

@@ -68,7 +68,9 @@ def option_names(kind: Any) -> set[str]:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return {name for part in (kind if isinstance(kind, tuple) else get_args(kind)) for name in option_names(part)}
     hints = get_type_hints(kind)
-    return {f"--{f.name.replace('_', '-')}" for f in fields(kind)}.union(*map(option_names, hints.values()))
+    off = {f.name for f in fields(kind) if f.default is True and "FlagCreatePairsOff" in str(f.type)}
+    names = {f"--{'no-' * (f.name in off)}{f.name.replace('_', '-')}" for f in fields(kind)}
+    return names.union(*map(option_names, hints.values()))
 
 
 def _error(kind: str, event: Any, words: Sequence[str], options: Options) -> UsageError:

@@ -38,7 +38,8 @@ def _check_path(path: Path, where: str) -> None:
     if not path.exists():
         near = nearest(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else None
         made = path.parent.name if path.parent.name in config_names("train") else ""
-        known = f"`train {made}` makes it" if made else "name another model"
+        command = "python train.py" if made == "tiny" else f"minillama train {made}"
+        known = f"{command} makes it" if made else "name another model"
         fix = f"did you mean {path.with_name(near)}?" if near else known
         expected = "a run, a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
         raise InputError("no such model", where=where, found=path, expected=expected, fix=fix)

@@ -108,7 +108,9 @@ class Template:
             return chat.renderings(messages, prefixes, mark, tools=list(tools) or None)
         except InputError as error:
             what = f"{error.what}: template {self.name}"
-            raise InputError(what, where=conversation.where or None, found=error.found) from None
+            others = "another template, such as chatml or own; or leave such records out: --data.on_error skip"
+            fix = others if tools else error.fix
+            raise InputError(what, where=conversation.where or None, found=error.found, fix=fix) from None
 
     @cached_property
     def _chats(self) -> dict[str, ChatTemplate]:

@@ -32,6 +32,8 @@ from minillama.tokenizer.template import OWN, Template, load_template
 from minillama.training.init_model import template_name
 from minillama.training.objectives import Data
 
+CUTS = ("prompt", "answer and its end of turn")
+
 
 def load_stages(config: RunConfig, tokenizer: Tokenizer, report: Report) -> tuple[list[Data | None], Tokenizer]:
     """Data of each stage, None where it is the run's; and the tokenizer, with the template of the last that has one."""
@@ -164,8 +166,9 @@ def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instr
                     what, found = "no trained token is within the context", f"{len(whole.ids)} tokens"
                     raise InputError(what, where=conversation.where, found=found, fix="raise train.context")
                 ends.add(whole.end_id)
-                if len(rendered.ids) < len(whole.ids):
-                    skipped.note("conversations truncated to the context")
+                for cut, part in zip(rendered.cut, CUTS, strict=True):
+                    if cut:
+                        skipped.note(f"conversations whose {part} is truncated to the context")
                 example = Example.of(rendered.ids, rendered.weights, conversation.where)
                 split[is_held_out(whole.text, settings.val_fraction)].append(example)
     stop_ids = frozenset(ends & tokenizer.special_ids)

@@ -16,7 +16,7 @@ import torch
 
 from minillama.device import peak_flops
 from minillama.files import replace_folder
-from minillama.inference.chat import ChatPrompts
+from minillama.inference.chat import ChatPrompts, why_empty
 from minillama.inference.generate import generate
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -349,7 +349,8 @@ class Trainer:
         for prompt in prompts:
             completion = generate(self.working, tokenizer, [prompt], wanted.max_new_tokens, sampling)[0]
             text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-            self.report.say(quoted(text + completion.text))
+            empty = "" if completion.text.strip() else f" (no text: {why_empty(completion.reason)})"
+            self.report.say(quoted(text + completion.text + empty))
 
     def _rewind(self, record: dict[str, Any]) -> None:
         """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""

@@ -166,7 +166,10 @@ def test_a_conversation_in_the_terminal(
         "",
     ]
     words = ["chat", str(folder), "--max-new-tokens", "4", "--temperature", "0"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "/load nowhere", "/quit", "never read"])))
+    monkeypatch.setattr(
+        "sys.stdin",
+        io.StringIO("\n".join([*lines, "/load nowhere", f"/load {folder / 'config.json'}", "/quit", "never read"])),
+    )
     assert main(words) == 0
     found = capsys.readouterr()
     messages = json.loads(saved.read_text())["messages"]
@@ -180,6 +183,7 @@ def test_a_conversation_in_the_terminal(
     shown = f"{first}\n{second}\n{second}\n{brief}\n> One?\n{first}\n> Two?\n{second}\n"
     assert found.out == shown
     assert "unknown command /what" in found.err and "not a saved conversation" in found.err
+    assert "cannot read nowhere: No such file or directory\n  where: nowhere" in found.err
 
 
 @pytest.mark.parametrize("name", BUILTIN)

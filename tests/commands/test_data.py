@@ -91,7 +91,7 @@ def test_without_a_model_tokens_are_bytes(template: str, asked: list[str], capsy
     assert f"   0.5 ┃ {answer}\n" in out and f"{4 if template == 'vicuna' else 3} trained" in out
     assert err.startswith("tokens are bytes, without a model; --model MODEL")
     assert main([*asked[:3], "--limit", "1"]) == 1
-    assert "either a model or a tokenizer" in capsys.readouterr().err
+    assert "found: none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_without_a_model_tokens_are_bytes(template: str, asked: list[str], capsy
         ([], "no chat template"),
         (["--template", "vikuna"], "did you mean 'vicuna'"),
         (["--template", "chatml"], "lacks special tokens"),
-        (["--template", "plain", "--model", "x"], "either a model or a tokenizer"),
+        (["--template", "plain", "--model", "x"], "found: a model and a tokenizer"),
         (["--template", "plain", "--format", "dolly"], "'instruction' is not a string"),
     ],
 )

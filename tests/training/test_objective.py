@@ -14,6 +14,7 @@ from minillama.data.corpus import Corpus, Split
 from minillama.data.shards import Shard
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
+from minillama.training.gradients import accumulate
 from minillama.training.objectives.base import Batch
 from minillama.training.objectives.lm import LanguageModel
 
@@ -65,6 +66,21 @@ def test_parts_of_a_batch_sum_to_the_whole(corpus: Corpus) -> None:
     torch.testing.assert_close(sum(objective.loss(part)[0]["loss"] for part in parts), whole)
     assert all(part.totals == batch.totals == {"loss": 40.0} for part in parts)
     assert sum(part.weights.sum().item() for part in parts) == 40
+
+
+@pytest.mark.parametrize("separator", [None, 0])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_have_the_gradients_of_the_whole(corpus: Corpus, separator: int | None, micro: int) -> None:
+    found = []
+    for size in (micro, 5):
+        torch.manual_seed(0)
+        objective = LanguageModel(Decoder(MODEL), corpus, 1, 5, 8, separator=separator, z_loss=0.1)
+        losses = accumulate(objective, objective.batch(0), size, torch.device("cpu"))
+        found.append((losses.loss, {name: p.grad for name, p in objective.model.named_parameters()}))
+    (loss, gradients), (whole, expected) = found
+    assert loss == pytest.approx(whole, abs=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5)
 
 
 def test_documents_are_masked_and_positions_start_anew(corpus: Corpus) -> None:
