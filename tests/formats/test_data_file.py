@@ -7,7 +7,7 @@ from minillama.formats.data_file import CHUNK, LARGE, SMALL, Pages
 
 def test_tensors_of_any_size_have_their_own_bytes() -> None:
     pages = Pages()
-    sizes = [0, 1, SMALL - 1, SMALL, SMALL + 1, *[LARGE - 3] * (CHUNK // LARGE + 2), LARGE, SMALL + 7, CHUNK + 5]
+    sizes = [0, 1, SMALL - 1, SMALL, SMALL + 1, *[LARGE - 3] * (CHUNK // LARGE), LARGE, SMALL + 7]
     tensors = [pages.empty(size).fill_(number) for number, size in enumerate(sizes)]
     for number, (size, tensor) in enumerate(zip(sizes, tensors, strict=True)):
         assert tensor.shape == (size,) and tensor.untyped_storage().nbytes() == size  # a saved tensor is no chunk
