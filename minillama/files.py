@@ -60,13 +60,17 @@ def model_folder(path: Path) -> Path:
     """Model folder of a run's folder, said on standard error; another path as it is.
 
     It is the run's last model, and before the end that of its newest checkpoint.
+
+    Raises:
+        InputError: no file can have this name, or it may not be read.
     """
-    if not (path / "config.toml").is_file() or (path / "config.json").exists():
-        return path
-    steps = [step for step in (path / "checkpoints").glob("step-*") if step.name[5:].isdigit()]
-    found = path / "model"
-    if not found.is_dir():
-        found = max(steps, key=lambda step: int(step.name[5:]), default=path)
+    with reading(path, "this path"):
+        if not (path / "config.toml").is_file() or (path / "config.json").exists():
+            return path
+        steps = [step for step in (path / "checkpoints").glob("step-*") if step.name[5:].isdigit()]
+        found = path / "model"
+        if not found.is_dir():
+            found = max(steps, key=lambda step: int(step.name[5:]), default=path)
     print(f"{path} is a run; its {'model' if found.name == 'model' else 'newest checkpoint'}: {found}", file=sys.stderr)
     return found
 

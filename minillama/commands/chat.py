@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -130,12 +131,12 @@ class Session:
             raise InputError("/save needs a file", fix="/save chat.json")
         messages = [*self.prompts.system, *self.messages]
         values = {"messages": [message.for_template() for message in messages]}
-        replace_text(Path(name).expanduser(), json.dumps(values, ensure_ascii=False, indent=2) + "\n")
+        replace_text(Path(expanduser(name)), json.dumps(values, ensure_ascii=False, indent=2) + "\n")
         say(f"wrote {name}: {len(messages)} messages")
 
     def load(self, name: str) -> None:
         """/load FILE."""
-        values = read_json(Path(name).expanduser()) if name else {}
+        values = read_json(Path(expanduser(name))) if name else {}
         try:
             messages = list(Conversation.of(values["messages"]).messages)
         except InputError as error:

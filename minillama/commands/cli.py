@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         os.environ["COLUMNS"] = str(NARROWEST)
     try:
         with system_errors():
+            _refuse_no_folder()
             return _dispatch([word for word in words if word != "--debug"], prog)
     except BrokenPipeError:
         return 141
@@ -102,6 +103,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         else:
             print(f"error: {error}" if isinstance(error, InputError) else internal, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _refuse_no_folder() -> None:
+    """Refuse a current folder that was removed, where MKL would end the process as soon as it computes.
+
+    Raises:
+        InputError: it was.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        fix = "change to another one, for instance cd ~"
+        raise InputError("the current folder cannot be read", found=error.strerror, fix=fix) from None
 
 
 def _dispatch(words: list[str], prog: str | None) -> int:

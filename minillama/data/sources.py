@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -190,7 +191,7 @@ def read_source(source: Source) -> Iterator[Document | BadText | Remark]:
 
 def _account(source: Source, files: Sequence[Path], suffixes: tuple[str, ...]) -> Generator[Remark, None, Path | None]:
     """Remarks on the files of a folder that are read, and on each that is left out; the folder, if it is one."""
-    folder = Path(source.label).expanduser()
+    folder = Path(expanduser(source.label))
     if not folder.is_dir() or (folder / CLEANED).is_file():
         return None
     counts = Counter(_kind(path) for path in files)
@@ -229,7 +230,7 @@ def cleaning_of(source: Source) -> dict[str, Any] | None:
     """Pipeline and fingerprint of the cleaning that made a source, its folder or shards of it; None: there was none."""
     if source.name in _NAMES or source.name.startswith(_HF) or Task.of(source.name) is not None:
         return None
-    given = Path(source.label).expanduser()
+    given = Path(expanduser(source.label))
     files = [given] if given.exists() else list(map(Path, glob.glob(str(given), recursive=True)))
     folders = {given} if given.is_dir() else {file.parent for file in files}
     if len(folders) != 1 or not (path := folders.pop() / CLEANED).is_file():
@@ -243,16 +244,18 @@ def cleaning_of(source: Source) -> dict[str, Any] | None:
 
 def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Files of a path or a glob, sorted by name; at least one. A folder gives those with the suffixes."""
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if "://" in name:
         raise InputError("a URL instead of a path", found=name, fix="download it first")
-    if (path / CLEANED).is_file():
+    with reading(path, "this source"):  # no file can have some names, and what is there may be closed
+        is_cleaned, is_unfinished = (path / CLEANED).is_file(), (path / UNFINISHED).is_dir()
+    if is_cleaned:
         with parsing(path / CLEANED):
             names = [str(shard["file"]) for shard in read_json(path / CLEANED)["shards"]]
         if out := next((name for name in names if Path(name).name != name), None):
             raise InputError("a file outside the folder", where=path / CLEANED, found=out, expected="a plain name")
         return [path / name for name in names]
-    if (path / UNFINISHED).is_dir():
+    if is_unfinished:
         raise InputError("this cleaning is not finished", where=path, fix="run minillama data clean again: it goes on")
     what = "this folder holds no text files"
     if path.is_dir():

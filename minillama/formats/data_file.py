@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +18,41 @@ from minillama.formats.model_file import FLOATS
 from minillama.formats.stored import Stored
 
 TYPES = FLOATS | {"F64": torch.float64}
+SMALL, LARGE, CHUNK = 2**20, 2**23, 2**25  # bytes
+
+
+class Pages:
+    """Memory of tensors, in huge pages where the system has them: faults of small ones cost twice the reading.
+
+    Tensors of a megabyte and more leave the heap alone, as their pages go back to the system. Those below `LARGE`
+    share chunks, since pieces of a huge page would be small pages; a chunk goes with the last of its tensors.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._used = threading.Lock(), CHUNK  # no chunk yet
+
+    def empty(self, size: int) -> Tensor:
+        """Bytes (size,) of no particular value, uint8."""
+        if size < SMALL:
+            return torch.empty(size, dtype=torch.uint8)
+        if size >= LARGE:
+            return torch.frombuffer(_mapped(size), dtype=torch.uint8)
+        with self._lock:
+            if self._used + size > CHUNK:
+                self._chunk, self._used = _mapped(CHUNK), 0
+            data = torch.frombuffer(self._chunk, dtype=torch.uint8, count=size, offset=self._used)
+            self._used += -(-size // 64) * 64  # cache lines
+        return data
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Memory from the system itself."""
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    pages = mmap.mmap(-1, size, **flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 @dataclass(frozen=True)
@@ -25,10 +62,12 @@ class DataFile:
     Attributes:
         path: the file.
         version: of its content: device, inode, size, time of the last change.
+        pages: for the tensors that are read.
     """
 
     path: Path
     version: tuple[int, ...]
+    pages: Pages = field(default_factory=Pages, repr=False, compare=False)
 
     @classmethod
     def of(cls, path: Path) -> DataFile:
@@ -47,7 +86,7 @@ class DataFile:
             InputError: the file has changed since.
         """
         size, filled = stored.size, 0
-        data = _memory(size)
+        data = self.pages.empty(size)
         rest = data.numpy().data
         with reading(self.path), open(self.path, "rb", buffering=0, opener=regular) as file:
             file.seek(stored.start)
@@ -71,14 +110,6 @@ class DataFile:
     def floats(self, stored: Stored) -> Tensor:
         """Tensor of a type of `TYPES`, as `read`."""
         return self.read(stored).view(TYPES[stored.dtype]).view(stored.shape)
-
-
-def _memory(size: int) -> Tensor:
-    """Bytes (size,), many of them in pages that go back to the system with the tensor, and not to the heap."""
-    if size < 2**20:
-        return torch.empty(size, dtype=torch.uint8)
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
-    return torch.frombuffer(mmap.mmap(-1, size, **flags), dtype=torch.uint8)
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:

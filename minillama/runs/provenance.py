@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def provenance(config: RunConfig, step: int, fingerprints: Mapping[str, str], de
         "sources": [source.label for source in config.data.sources],
         "cleaned": {source.label: made for source in config.data.sources if (made := cleaning_of(source))},
         "decontaminated": {
-            s.label: made for s in config.data.sources if (made := record_of(Path(s.label).expanduser()))
+            s.label: made for s in config.data.sources if (made := record_of(Path(expanduser(s.label))))
         },
         **fingerprints,
     }

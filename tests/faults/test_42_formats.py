@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minillama import Decoder, InputError, ModelConfig
 from minillama.convert import convert
+from minillama.data.sources import find_files
 from minillama.formats import gguf, meta
 from minillama.formats.gguf_header import read_header
 from minillama.formats.open import open_model
@@ -105,6 +106,19 @@ def test_metas_rope_factor_of_llama_3_2(dim: int, layers: int, factor: float, tm
     rank = {"tok_embeddings.weight": torch.zeros(8, dim), "layers.0.feed_forward.w1.weight": torch.zeros(16, dim)}
     scaling = meta._config(tmp_path, [rank]).rope_scaling
     assert scaling is not None and scaling.factor == factor
+
+
+@pytest.mark.parametrize("name", ["two words", "[brackets]*?", "粉屋 é", "a#b%20", "x.gguf", "-dash"])
+def test_a_folder_of_any_name(name: str, folder: Path, tmp_path: Path, model: Decoder) -> None:
+    """With files that are links, as in the hub's cache, and a byte-order mark."""
+    place = tmp_path / name
+    place.mkdir()
+    (place / "config.json").write_text("\ufeff" + (folder / "config.json").read_text(), encoding="utf-8")
+    (place / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (place / "a.txt").write_text("text")
+    found = Decoder.from_pretrained(place).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())
+    assert find_files(str(place / "a.txt")) == [place / "a.txt"] and place / "a.txt" in find_files(str(place))
 
 
 # GGUF

@@ -36,6 +36,9 @@ PICKLED = {
 }
 
 
+PATHS = ("x" * 10_000, "é" * 3000, "a/" * 3000, "a\0b", "a\nb", "", "..", "/dev/null", "/dev/zero", "~nobody/x", "~?/x")
+
+
 def odd_value(rng: random.Random) -> Any:
     """A JSON value that is hardly the one expected."""
     deep: Any = 0
@@ -227,6 +230,12 @@ def of_lines(rng: random.Random, data: bytes) -> bytes:
         else:
             lines[at] = of_bytes(rng, lines[at])
     return b"\n".join(lines)
+
+
+def of_paths(rng: random.Random, data: bytes) -> bytes:
+    """TOML: a path replaced by one that no file has, or that no file should have."""
+    found = rng.choice([*re.finditer(rb'"[^"]*"', data)])
+    return data[: found.start()] + _toml(rng.choice(PATHS)) + data[found.end() :]
 
 
 def of_json_or_bytes(rng: random.Random, data: bytes) -> bytes:

@@ -59,6 +59,7 @@ def write(place: Path) -> None:
         "llama2c/m.bin": _llama2c(),
         "llama2c/tokenizer.bin": _tokenizer_bin(),
         "toml/c.toml": (Path(__file__).parents[2] / "configs/train/tiny.toml").read_bytes(),
+        "toml/paths.toml": _paths(place).encode(),
         "chat/a.jsonl": _conversations(),
         "pairs/a.jsonl": b'{"prompt": "Q", "chosen": "A", "rejected": "B"}\n' * 3,
         "text/a.jsonl": b"".join(json.dumps({"text": STORY * i}).encode() + b"\n" for i in range(5)),
@@ -145,6 +146,12 @@ def _conversations() -> bytes:
         {"instruction": "I", "instances": [{"input": "x", "output": "y"}], "id": "seed_task_0"},
     ]
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _paths(place: Path) -> str:
+    """A configuration of paths."""
+    data, model = {"sources": [{"path": f"{place}/text/b.txt"}]}, f"{place}/hf"
+    return tomli_w.dumps({"name": "a", "data": data, "train": {"init_from": model}, "tokenizer": {"path": model}})
 
 
 def _run(folder: Path, model: Decoder) -> None:

@@ -35,6 +35,7 @@ from minillama.formats.model_file import ModelFile
 from minillama.formats.open import contents, open_model
 from minillama.runs.checkpoint import newest_checkpoint
 from minillama.runs.config import load_run_config, to_table
+from minillama.runs.folder import choose_folder
 from minillama.runs.record import RecordedRun
 from minillama.scaling.points import read_csv
 from minillama.tokenizer import byte_tokenizer
@@ -103,6 +104,7 @@ def targets(place: Path) -> dict[str, Target]:
         ("charsmap", "tokenizer.json", lambda rng, data: damage.of_bytes(rng, data, len(data)), _tokenizer),
         ("ranks", "tokenizer.model", as_lines, _tokenizer),
         ("toml", "c.toml", as_lines, lambda folder: _numbers(to_table(load_run_config(str(folder / "c.toml"))))),
+        ("toml", "paths.toml", damage.of_paths, _configured),
         ("chat", "a.jsonl", as_lines, _records),
         ("pairs", "a.jsonl", as_lines, lambda folder: list(preferences(Source(path=str(folder / "a.jsonl"))))),
         *(("text", name, as_bytes, _texts) for name in ("a.jsonl", "b.txt", "c.txt.gz", "d.jsonl.zst")),
@@ -173,6 +175,15 @@ def _numbers(value: object) -> None:
     for member in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _numbers(member)
     assert not isinstance(value, int) or abs(value) < 2**63
+
+
+def _configured(folder: Path) -> None:
+    """What a configuration names."""
+    config = load_run_config(str(folder / "paths.toml"))
+    choose_folder(config.name, None, folder)
+    Tokenizer.load(config.tokenizer.path)
+    for source in config.data.sources:
+        list(documents(source))
 
 
 def _tokenizer(path: Path) -> Tokenizer:
