@@ -71,7 +71,8 @@ class _Asking(_Output):
     teacher_model: str = ""
     """Model of the endpoint; the first it lists unless given."""
     concurrency: int = field(default=4, metadata={"min": 1})
-    """Requests to the endpoint at once, and units that are asked about in one batch."""
+    """Requests to the endpoint at once, and units that are asked about in one batch; a local model decodes as many
+    answers at once, but 16 at least."""
     max_requests: int = field(default=0, metadata={"min": 0})
     """Budget of requests to the endpoint, 0: none. When it is spent, what was done stays, and can be continued."""
     max_tokens: int = field(default=0, metadata={"min": 0})
@@ -117,13 +118,14 @@ def open_teacher(name: str, dtype: DType = "auto", device: str = "auto", templat
     Raises:
         InputError: a template for an endpoint, which has its own; and as both.
     """
-    from minillama.inference.remote import Local, Remote
+    from minillama.inference.remote import ROWS, Local, Remote
 
     if name.startswith(("http://", "https://")):
         if template:
             raise InputError("an endpoint has a chat template of its own", where="--template", fix="leave it out")
         return Remote(name, **remote)
-    return Local(*ModelArgs(name, dtype=dtype, device=device).load(compiles=True), name, template)
+    rows = max(ROWS, remote.get("concurrency", ROWS))
+    return Local(*ModelArgs(name, dtype=dtype, device=device).load(compiles=True), name, template, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
