@@ -170,6 +170,5 @@ def _margin(fields: Mapping[str, Any]) -> float:
 def _probability(fields: Mapping[str, Any]) -> float:
     value = fields.get("probability", 1.0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        expected = "a number from 0 to 1: that the chosen answer is the better one"
-        raise InputError("the field probability is none", found=repr(value)[:80], expected=expected)
+        raise InputError("the probability is no number from 0 to 1", found=repr(value)[:80])
     return float(value)
