@@ -19,7 +19,7 @@ from minillama.data.prompts import answered
 from minillama.data.sources import Source, identity, records
 from minillama.errors import InputError
 from minillama.files import cache_folder
-from minillama.inference.load import DType, ModelArgs
+from minillama.inference.load import DType, ModelArgs, Quantize
 from minillama.inference.sampling import Sampling
 from minillama.synthetic.hindsight import FORMS, Form, chains, edits, turns
 from minillama.synthetic.wording import Language, read_principles, wording, wording_digest
@@ -85,6 +85,8 @@ class _Asking(_Output):
     """Tokens per reply at most."""
     dtype: DType = "auto"
     """Weight dtype of a local model."""
+    quantize: Quantize = "auto"
+    """int8 or int4 weights of a local model; auto as in generate."""
     device: str = "auto"
     """Device of a local model."""
     template: Annotated[str, tyro.conf.arg(metavar="NAME|FILE.jinja")] = ""
@@ -94,7 +96,9 @@ class _Asking(_Output):
         return Sampling(self.temperature, seed=self.seed)
 
     def _about(self, teacher: Teacher, **more: object) -> dict[str, Any]:
-        return {"teacher": dict(teacher.about), "temperature": self.temperature, "tokens": self.max_new_tokens, **more}
+        local = {} if "url" in teacher.about else {"quantize": self.quantize}
+        settings = {**local, "temperature": self.temperature, "tokens": self.max_new_tokens}
+        return {"teacher": dict(teacher.about), **settings, **more}
 
     def _open(self) -> Teacher:
         """Teacher."""
@@ -104,6 +108,7 @@ class _Asking(_Output):
             dtype=self.dtype,
             device=self.device,
             template=self.template,
+            quantize=self.quantize,
             model=self.teacher_model,
             concurrency=self.concurrency,
             max_requests=self.max_requests,
@@ -112,7 +117,14 @@ class _Asking(_Output):
         )
 
 
-def open_teacher(name: str, dtype: DType = "auto", device: str = "auto", template: str = "", **remote: Any) -> Teacher:
+def open_teacher(
+    name: str,
+    dtype: DType = "auto",
+    device: str = "auto",
+    template: str = "",
+    quantize: Quantize = "none",
+    **remote: Any,
+) -> Teacher:
     """Teacher of a URL, with the arguments of `Remote`, or of a local model.
 
     Raises:
@@ -125,7 +137,7 @@ def open_teacher(name: str, dtype: DType = "auto", device: str = "auto", templat
             raise InputError("an endpoint has a chat template of its own", where="--template", fix="leave it out")
         return Remote(name, **remote)
     rows = max(ROWS, remote.get("concurrency", ROWS))
-    return Local(*ModelArgs(name, dtype=dtype, device=device).load(compiles=True), name, template, rows)
+    return Local(*ModelArgs(name, dtype=dtype, device=device).load(quantize, compiles=True), name, template, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
