@@ -165,6 +165,7 @@ def generate(args: argparse.Namespace, folder: Path, teacher: str) -> None:
                 time.sleep(0.2)
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
+        assert process.returncode in (0, -signal.SIGKILL), "the command failed"
         data = out.read_bytes()
         assert data.startswith(before), "a line that was there has changed"
         before = data[: json.loads((folder / "new.jsonl.provenance.json").read_text())["bytes"]]

@@ -133,6 +133,7 @@ def _print_preference(
         f"{kind} {len(answer):,}" for (kind, _), answer in zip(kinds, answers, strict=True)
     )
     margin = f", margin {preference.margin:g}" if preference.margin else ""
+    margin += f", probability {preference.probability:g}" if preference.probability != 1 else ""
     console.print(Text(f"{preference.sides[0].where}: {counts}{margin}", style="bold"))
     _print_lines(console, tokenizer.decode(prompt, skip_special=False), "", "")
     for (kind, style), answer in zip(kinds, answers, strict=True):

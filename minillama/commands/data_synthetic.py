@@ -19,7 +19,7 @@ from minillama.data.prompts import answered
 from minillama.data.sources import Source, identity, records
 from minillama.errors import InputError
 from minillama.files import cache_folder
-from minillama.inference.load import DType, ModelArgs
+from minillama.inference.load import DType, ModelArgs, Quantize
 from minillama.inference.sampling import Sampling
 from minillama.synthetic.hindsight import FORMS, Form, chains, edits, turns
 from minillama.synthetic.wording import Language, read_principles, wording, wording_digest
@@ -71,7 +71,8 @@ class _Asking(_Output):
     teacher_model: str = ""
     """Model of the endpoint; the first it lists unless given."""
     concurrency: int = field(default=4, metadata={"min": 1})
-    """Requests to the endpoint at once, and units that are asked about in one batch."""
+    """Requests to the endpoint at once, and units that are asked about in one batch; a local model decodes as many
+    answers at once, but 16 at least."""
     max_requests: int = field(default=0, metadata={"min": 0})
     """Budget of requests to the endpoint, 0: none. When it is spent, what was done stays, and can be continued."""
     max_tokens: int = field(default=0, metadata={"min": 0})
@@ -84,6 +85,8 @@ class _Asking(_Output):
     """Tokens per reply at most."""
     dtype: DType = "auto"
     """Weight dtype of a local model."""
+    quantize: Quantize = "auto"
+    """int8 or int4 weights of a local model; auto as in generate."""
     device: str = "auto"
     """Device of a local model."""
     template: Annotated[str, tyro.conf.arg(metavar="NAME|FILE.jinja")] = ""
@@ -93,7 +96,9 @@ class _Asking(_Output):
         return Sampling(self.temperature, seed=self.seed)
 
     def _about(self, teacher: Teacher, **more: object) -> dict[str, Any]:
-        return {"teacher": dict(teacher.about), "temperature": self.temperature, "tokens": self.max_new_tokens, **more}
+        local = {} if "url" in teacher.about else {"quantize": self.quantize}
+        settings = {**local, "temperature": self.temperature, "tokens": self.max_new_tokens}
+        return {"teacher": dict(teacher.about), **settings, **more}
 
     def _open(self) -> Teacher:
         """Teacher."""
@@ -103,6 +108,7 @@ class _Asking(_Output):
             dtype=self.dtype,
             device=self.device,
             template=self.template,
+            quantize=self.quantize,
             model=self.teacher_model,
             concurrency=self.concurrency,
             max_requests=self.max_requests,
@@ -111,19 +117,27 @@ class _Asking(_Output):
         )
 
 
-def open_teacher(name: str, dtype: DType = "auto", device: str = "auto", template: str = "", **remote: Any) -> Teacher:
+def open_teacher(
+    name: str,
+    dtype: DType = "auto",
+    device: str = "auto",
+    template: str = "",
+    quantize: Quantize = "none",
+    **remote: Any,
+) -> Teacher:
     """Teacher of a URL, with the arguments of `Remote`, or of a local model.
 
     Raises:
         InputError: a template for an endpoint, which has its own; and as both.
     """
-    from minillama.inference.remote import Local, Remote
+    from minillama.inference.remote import ROWS, Local, Remote
 
     if name.startswith(("http://", "https://")):
         if template:
             raise InputError("an endpoint has a chat template of its own", where="--template", fix="leave it out")
         return Remote(name, **remote)
-    return Local(*ModelArgs(name, dtype=dtype, device=device).load(compiles=True), name, template)
+    rows = max(ROWS, remote.get("concurrency", ROWS))
+    return Local(*ModelArgs(name, dtype=dtype, device=device).load(quantize, compiles=True), name, template, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,18 +73,27 @@ class Judged:
         answers: ids of the chosen and the rejected answer, or of one that was judged alone.
         label: margin of a pair; of a single answer 1 if it is desirable, 0 if not.
         where: file and record.
+        probability: that the first answer of a pair is the better one.
     """
 
     prompt: NDArray[np.int32]
     answers: tuple[NDArray[np.int32], ...]
     label: float = 0.0
     where: str = ""
+    probability: float = 1.0
 
     @classmethod
-    def of(cls, prompt: Sequence[int], answers: Sequence[Sequence[int]], label: float, where: str = "") -> Judged:
+    def of(
+        cls,
+        prompt: Sequence[int],
+        answers: Sequence[Sequence[int]],
+        label: float,
+        where: str = "",
+        probability: float = 1.0,
+    ) -> Judged:
         """Judgment of lists."""
         arrays = (np.asarray(ids, np.int32) for ids in (prompt, *answers))
-        return cls(next(arrays), tuple(arrays), label, where)
+        return cls(next(arrays), tuple(arrays), label, where, probability)
 
     @property
     def longest(self) -> int:
@@ -126,7 +135,7 @@ class Preferences:
         train: training split, each text of at most `context` tokens.
         val: held-out split; no prompt is in both.
         context: T, tokens per text.
-        fingerprint: SHA-256 of ids, labels and the split.
+        fingerprint: SHA-256 of ids, labels, probabilities and the split.
         skipped: records left out.
         stop_ids: special tokens that end an answer.
     """
@@ -159,6 +168,8 @@ class Preferences:
             digest.update(f"{len(split)}".encode())
             for row in split:
                 digest.update(f"{row.label} {[len(part) for part in (row.prompt, *row.answers)]}".encode())
+                if row.probability != 1:
+                    digest.update(f"probability {row.probability}".encode())
                 digest.update(b"".join(part.tobytes() for part in (row.prompt, *row.answers)))
         return cls(train, val, context, digest.hexdigest(), skipped or Skipped(), stop_ids)
 
@@ -219,7 +230,7 @@ def load(
                 prompt, answers = fitted(sides[0].prompt, answers, context, tokenizer.bos_id)
                 rows = split[is_held_out(sides[0].text, val_fraction)]
                 if pairs:
-                    rows.append(Judged.of(prompt, answers, preference.margin, where))
+                    rows.append(Judged.of(prompt, answers, preference.margin, where, preference.probability))
                 else:
                     labels = [float(side is preference.chosen) for side in preference.sides]
                     rows += [Judged.of(prompt, [ids], y, where) for ids, y in zip(answers, labels, strict=True)]

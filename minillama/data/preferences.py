@@ -32,12 +32,14 @@ class Preference(NamedTuple):
     """Preferred and dispreferred answer to one prompt, as conversations that differ in their last message.
 
     One of them is None where an answer was judged alone. `margin` is what the reward of the chosen one should exceed
-    the other's by (Llama 2, arXiv 2307.09288, eq. 2).
+    the other's by (Llama 2, arXiv 2307.09288, eq. 2); `probability` is that of the preference, by a judge that is not
+    certain (RLAIF, arXiv 2309.00267).
     """
 
     chosen: Conversation | None
     rejected: Conversation | None
     margin: float = 0.0
+    probability: float = 1.0
 
     @property
     def sides(self) -> list[Conversation]:
@@ -89,7 +91,7 @@ def _preference(record: Record) -> Preference:
         if chosen.messages[:-1] != rejected.messages[:-1]:
             expected = "the same messages in front of the last answer"
             raise InputError("the two answers do not answer the same", expected=expected)
-        return Preference(chosen, rejected, _margin(fields))
+        return Preference(chosen, rejected, _margin(fields), _probability(fields))
     label = next((fields[name] for name in LABELS if name in fields), None)
     if label not in (True, False):  # 1 and 0 are
         names = ", ".join(map(repr, fields)) or "none"
@@ -109,7 +111,7 @@ def _side(fields: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Record of a conversation that ends with one of the two answers."""
     if f"{name}_messages" in fields:
         return {"messages": fields[f"{name}_messages"]}
-    rest = {key: value for key, value in fields.items() if key not in (*SIDES, "margin")}
+    rest = {key: value for key, value in fields.items() if key not in (*SIDES, "margin", "probability")}
     answer, turns = fields.get(name), next((key for key in ("messages", "conversations") if key in fields), None)
     if name == "chosen" and answer is None:  # of a record for fine-tuning with a rejected answer beside
         answer = next((rest[key] for key in ("response", "completion", "output") if key in rest), None)
@@ -163,4 +165,11 @@ def _margin(fields: Mapping[str, Any]) -> float:
     value = fields.get("margin", 0.0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InputError("the margin is not a number", found=repr(value)[:80])
+    return float(value)
+
+
+def _probability(fields: Mapping[str, Any]) -> float:
+    value = fields.get("probability", 1.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError("the probability is no number from 0 to 1", found=repr(value)[:80])
     return float(value)

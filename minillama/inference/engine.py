@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minillama.config.cost import cache_slots
 from minillama.errors import InputError
-from minillama.inference.request import Request, Row
+from minillama.inference.request import Batch, Request, Row
 from minillama.inference.sampling import choose
 from minillama.inference.speculative import Speculation
 from minillama.layers.cache import State
@@ -25,6 +25,7 @@ from minillama.model import Decoder
 from minillama.tokenizer.blanks import Layout
 
 CHUNK = 512  # prompt tokens per pass while other requests wait for their next token
+SHARED = 32  # tokens that prompts begin with alike, from which on these are read once
 
 
 @contextmanager
@@ -41,40 +42,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.train()
 
 
-@dataclass
-class _Batch:
-    """Rows and their decode state.
-
-    Attributes:
-        samples: in a batch of prompts, the requests that share each row.
-        logits: (B, V) behind the tokens that have been read.
-    """
-
-    rows: list[Row]
-    state: State
-    samples: Sequence[Sequence[Row]] = ()
-    logits: Tensor | None = None
-
-    def unfinished(self) -> list[Row]:
-        """Rows of requests that have not ended."""
-        return [row for same in self.samples or [self.rows] for row in same if not row.finished]
-
-    def select(self, indices: Sequence[int]) -> None:
-        """Keep these rows, in this order; a repeated row is copied."""
-        if [*indices] == [*range(len(self.rows))]:
-            return
-        self.rows = [self.rows[i] for i in indices]
-        self.state.select(indices)
-        if self.logits is not None:
-            self.logits = self.logits[indices]
-
-
 class Engine:
     """Scheduler of requests over a model. Each pass serves all that run; a waiting one enters where there is room.
 
     A prompt is read in a pass of its own, or in several of `chunk` tokens while others run, between which these get
-    their next tokens; from its first token on a request shares the batch. Samples of one prompt read it once. The
-    tokens of a request do not depend on the others, but for rounding.
+    their next tokens; from its first token on a request shares the batch. Samples of one prompt read it once, and
+    where prompts are read whole, so is what all that wait begin with. The tokens of a request do not depend on the
+    others, but for rounding.
 
     Args:
         model: the decoder.
@@ -106,8 +80,9 @@ class Engine:
         if speculation is None:
             self.mask = self.mask.within(model.config.sliding_window)  # so that the cache holds no more
         self.waiting: deque[Row] = deque()
-        self.entering: _Batch | None = None  # while one of its requests has not ended, as `running`
-        self.running: _Batch | None = None
+        self.entering: Batch | None = None  # while one of its requests has not ended, as `running`
+        self.running: Batch | None = None
+        self.beginning: tuple[list[int], State] | None = None  # of the prompts that wait
         self.steps = False  # whether `model.step` may be used
         self._others_wait = False  # running requests had no pass since others entered
         if max_rows < 1 or (chunk is not None and chunk < 1):
@@ -181,7 +156,7 @@ class Engine:
         self.waiting = deque(self._unfinished())
         for row in self.waiting:
             row.read = 0
-        self.running = self.entering = None
+        self.running = self.entering = self.beginning = None
 
     def _release(self) -> None:
         """Free what is kept for requests that have all ended."""
@@ -233,8 +208,6 @@ class Engine:
         is_long = self._is_long([*running, *self.waiting][0])
         alike = [row for row in self.waiting if self._is_long(row) == is_long]
         rows = alike[:room]
-        entering = set(rows)
-        self.waiting = deque(row for row in self.waiting if row not in entering)
         if not rows:  # they enter when the running ones have ended
             return
         # hooks and kernels set by hand turn the faster step off
@@ -245,8 +218,29 @@ class Engine:
         # the state of the first ones serves all that wait; what enters later is copied into it
         later = self.running is not None
         tokens = max(len(row.ids) if later else row.limit for row in (rows if later else alike))
-        state = self._state(len(samples), self._slots(tokens), rows)
-        self.entering = _Batch([same[0] for same in samples.values()], state, [*samples.values()])
+        firsts, slots = [same[0] for same in samples.values()], self._slots(tokens)
+        state = self._begun(firsts, alike, slots) or self._state(len(samples), slots, rows)
+        self.entering, entering = Batch(firsts, state, [*samples.values()]), set(rows)
+        self.waiting = deque(row for row in self.waiting if row not in entering)
+
+    def _begun(self, rows: Sequence[Row], alike: Sequence[Row], slots: int) -> State | None:
+        """State of rows behind what all prompts that wait begin with; None where that is short, or chunks are read."""
+        reads_whole = self.chunk is None and self.speculation is None and rows[0].layout is None
+        if not reads_whole or self.mask.window is not None:
+            return None
+        ids, one = self.beginning or ([], None)
+        if one is None or any(row.ids[:-1][: len(ids)] != ids or row.limit > one.length for row in rows):
+            columns = zip(*(row.ids[:-1] for row in alike), strict=False)
+            self.beginning, ids = None, [same[0] for same in takewhile(lambda ids: len({*ids}) == 1, columns)]
+            if len(ids) < SHARED or len({row.first for row in alike}) == 1:
+                return None
+            one = self._state(1, len(ids), alike)
+            self._read(Batch([*rows[:1]], one), [ids])
+            self.beginning = ids, one
+        state = one.fork([0] * len(rows), slots - len(ids))
+        for row in rows:
+            row.read = len(ids)
+        return state
 
     def _is_long(self, row: Row) -> bool:
         """Whether a row may get longer than sequences with the same rotary frequencies; the two share no pass."""
@@ -261,7 +255,7 @@ class Engine:
         padding = self.speculation.draft_tokens if self.speculation is not None else 0  # drafts differ in length
         return cache_slots(self.model.config, tokens, self.mask.window or 0, self.mask.sinks) + padding
 
-    def _prefill(self, batch: _Batch) -> bool:
+    def _prefill(self, batch: Batch) -> bool:
         """Read the prompts, or a chunk of them if others run; whether all has been read.
 
         With speculation the last token is left: it is read with the first draft.
@@ -271,7 +265,7 @@ class Engine:
             size = max(1, self.chunk // len(batch.rows))
         return self._read_on(batch, size, leave=0 if self.speculation is None else 1)
 
-    def _join(self, entering: _Batch) -> None:
+    def _join(self, entering: Batch) -> None:
         """Put the rows of prompts that have been read into the running batch, one per request."""
         pairs = [(i, row) for i, same in enumerate(entering.samples) for row in same if not row.finished]
         for i, row in pairs:
@@ -279,11 +273,11 @@ class Engine:
         entering.select([i for i, _ in pairs])
         entering.rows, entering.samples, self.entering = [row for _, row in pairs], (), None
         if self.running is None:
-            self.running = _Batch(entering.rows, self._grown(entering.state, entering.rows))
+            self.running = Batch(entering.rows, self._grown(entering.state, entering.rows))
         else:
             self._merge(self.running, entering)
 
-    def _merge(self, running: _Batch, entering: _Batch) -> None:
+    def _merge(self, running: Batch, entering: Batch) -> None:
         """Rows into the running batch: over finished ones, and behind the others where these are too few."""
         running.state = self._grown(running.state, [*running.unfinished(), *entering.rows])
         free = [i for i, row in enumerate(running.rows) if row.finished]
@@ -304,7 +298,7 @@ class Engine:
         grown.replace(range(len(state.lengths)), state)
         return grown
 
-    def _take(self, batch: _Batch) -> list[Request]:
+    def _take(self, batch: Batch) -> list[Request]:
         """Choose a token per row from its logits, and append it."""
         rows, logits, batch.logits = batch.rows, batch.logits, None
         assert logits is not None
@@ -322,7 +316,7 @@ class Engine:
         self._release()
         return [row.request for row in rows]
 
-    def _verify(self, batch: _Batch, speculation: Speculation) -> list[Request]:
+    def _verify(self, batch: Batch, speculation: Speculation) -> list[Request]:
         """Draft some tokens per row, read them in one pass, and append those that are accepted and the next."""
         drafts = [speculation.propose(row, self.model.config.vocab_size, self.cache_dtype) for row in batch.rows]
         unread = [row.ids[row.read :] + draft.tokens for row, draft in zip(batch.rows, drafts, strict=True)]
@@ -333,7 +327,7 @@ class Engine:
         self._release()
         return [row.request for row in batch.rows]
 
-    def _read_on(self, batch: _Batch, size: int | None = None, leave: int = 0) -> bool:
+    def _read_on(self, batch: Batch, size: int | None = None, leave: int = 0) -> bool:
         """Read what is unread but the last `leave` tokens, at most `size` per row, in chunks for which there is room.
 
         `batch.logits` are those behind it. Returns whether nothing is left.
@@ -358,7 +352,7 @@ class Engine:
                 break
         return all(row.read == len(row.ids) - leave for row in rows)
 
-    def _read(self, batch: _Batch, unread: Sequence[Sequence[int]], last: Sequence[int] | None = None) -> Tensor:
+    def _read(self, batch: Batch, unread: Sequence[Sequence[int]], last: Sequence[int] | None = None) -> Tensor:
         """Forward pass over some unread tokens of each row.
 
         Args:

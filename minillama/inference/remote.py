@@ -30,7 +30,7 @@ KEY = "OPENAI_API_KEY"
 """Environment variable of the key."""
 _REASONS: dict[object, FinishReason] = {"length": "length", "content_filter": "cancelled"}
 _AGAIN, _LONGEST = (408, 409, 429), 60.0
-ROWS = 16  # answers of a local model that are decoded at once
+ROWS = 16  # answers of a local model that are decoded at once, at least
 
 
 class Teacher(Protocol):
@@ -59,10 +59,13 @@ class Local:
     Args:
         name: for provenance.
         template: chat template instead of the tokenizer's, which messages need otherwise; texts are then questions.
+        rows: answers that are decoded at once.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, name: str = "", template: str = "") -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, name: str = "", template: str = "", rows: int = ROWS
+    ) -> None:
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
         self._questions = ChatPrompts(tokenizer, template) if template else None
         source = self._questions.template.source if self._questions else tokenizer.chat_template or ""
         digest = sha256(source.encode()).hexdigest()[:16]
@@ -82,7 +85,7 @@ class Local:
     ) -> list[Completion]:
         """Completions; prompt i has seed + i whether others fit the context or not."""
         how, limits = (self._questions or chat), (max_new_tokens, sampling, stop)
-        engine = Engine(self.model, ROWS, None)
+        engine = Engine(self.model, self.rows, None)
         return generate(self.model, self.tokenizer, prompts, *limits, engine=engine, chat=how, skips_long=True)
 
     def option_logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:

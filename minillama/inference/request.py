@@ -1,4 +1,4 @@
-"""Generation requests, and their rows in the engine."""
+"""Generation requests, and their rows and batches in the engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from minillama.inference.sampling import Sampler, Sampling
+from minillama.layers.cache import State
 from minillama.tokenizer.blanks import Layout
 
 GREEDY = Sampling(temperature=0)
@@ -92,3 +95,31 @@ class Row:
             request.finish_reason = "length"
         elif len(self.ids) >= self.limit:
             request.finish_reason = "context"
+
+
+@dataclass
+class Batch:
+    """Rows and their decode state.
+
+    Attributes:
+        samples: in a batch of prompts, the requests that share each row.
+        logits: (B, V) behind the tokens that have been read.
+    """
+
+    rows: list[Row]
+    state: State
+    samples: Sequence[Sequence[Row]] = ()
+    logits: Tensor | None = None
+
+    def unfinished(self) -> list[Row]:
+        """Rows of requests that have not ended."""
+        return [row for same in self.samples or [self.rows] for row in same if not row.finished]
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep these rows, in this order; a repeated row is copied."""
+        if [*indices] == [*range(len(self.rows))]:
+            return
+        self.rows = [self.rows[i] for i in indices]
+        self.state.select(indices)
+        if self.logits is not None:
+            self.logits = self.logits[indices]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from minillama.data.conversations import read_record
@@ -32,7 +34,7 @@ def chains(
 
     good, bad: the best or worst answer behind words that call it so. rising, falling: all answers from the worst to the
     best or back, each behind such words. compare: two answers in the prompt, and which one is better. The words are
-    part of the questions, so that their weight is 0, and that of every answer is 1; of equal answers both are good.
+    part of the questions, so that their weight is 0, and that of every answer is 1; words of equal answers say so.
 
     Args:
         records: preferences, or `answers` from the best to the worst, or in any order with `scores`, beside a prompt.
@@ -63,7 +65,8 @@ def chains(
             order, (start, then) = (
                 (ranked, ("good", "worse")) if form == "falling" else (ranked[::-1], ("bad", "better"))
             )
-            chain = [(chance.choice(words[start if i == 0 else then]), text) for i, (text, _) in enumerate(order)]
+            kinds = [start, *("alike" if one[1] == other[1] else then for one, other in pairwise(order))]
+            chain = [(chance.choice(words[kind]), text) for kind, (text, _) in zip(kinds, order, strict=True)]
         messages = [dict(message, **({"weight": 0} if message["role"] == "assistant" else {})) for message in question]
         for place, (phrase, answer) in enumerate(chain):
             if place == 0:
@@ -122,13 +125,12 @@ def _ranked(record: Record) -> tuple[Turns, list[tuple[str, float]]]:
     answers, scores = fields.get("answers"), fields.get("scores")
     if isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) and a.strip() for a in answers):
         rest = {key: value for key, value in fields.items() if key not in ("answers", "scores")}
-        values = scores if isinstance(scores, list) and len(scores) == len(answers) else range(0, -len(answers), -1)
-        if all(isinstance(value, int | float) for value in values):
+        values = range(0, -len(answers), -1) if scores is None else scores if isinstance(scores, list) else []
+        if len(values) == len(answers) and all(isinstance(v, int | float) and math.isfinite(v) for v in values):
             order = sorted(range(len(answers)), key=lambda i: -values[i])
             return turns(read_record(answered(Record(rest, record.where)))[0])[:-1], [
                 (answers[i], values[i]) for i in order
             ]
     expected = "a preference with chosen and rejected, or answers, at least two strings, perhaps with as many scores"
-    raise InputError(
-        "no answers to compare", where=record.where, found=", ".join(fields) or "no field", expected=expected
-    )
+    found = ", ".join(fields) + (f"; scores {scores!r}"[:80] if scores is not None else "") or "no field"
+    raise InputError("no answers to compare", where=record.where, found=found, expected=expected)

@@ -71,8 +71,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.mark.parametrize("fields", PAIRS.values(), ids=PAIRS)
 def test_every_form_of_a_pair_is_the_same_conversation_twice(fields: dict[str, Any]) -> None:
-    found = read_preference(Record({**fields, "margin": 0.5}, "here"))
-    assert found.chosen is not None and found.rejected is not None and found.margin == 0.5
+    found = read_preference(Record({**fields, "margin": 0.5, "probability": 0.8}, "here"))
+    assert found.chosen is not None and found.rejected is not None
+    assert (found.margin, found.probability) == (0.5, 0.8)
     for side, answer in ((found.chosen, "Red."), (found.rejected, "Seven.")):
         assert [(m.role, m.content) for m in side.messages] == [("user", "Name a color."), ("assistant", answer)]
 
@@ -94,6 +95,8 @@ def test_every_form_of_a_judged_answer(fields: dict[str, Any]) -> None:
         ({"chosen": "p", "rejected": "r"}, "no prompt, and not a dialogue"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "large"}, "margin is not a number"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")}, "margin is not a number"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "probability": 1.5}, "probability is no number from 0 to 1"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "probability": "0.5"}, "probability is no number from 0 to 1"),
         ({"conversations": "p", "chosen": "c", "rejected": "r"}, "not a list of messages"),
         ({"chosen": [*USER, message("c")], "rejected": [message("Other?", "user"), message("r")]}, "answer the same"),
         ({"chosen_messages": USER, "rejected_messages": USER}, "nothing in it is of the assistant"),
@@ -140,6 +143,7 @@ def test_texts_are_padded_behind() -> None:
 
 def test_a_data_set_is_split_by_prompt_and_says_what_it_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     records = [{**PAIRS["strings"], "prompt": f"Name color {i // 3}.", "margin": i % 2} for i in range(150)]
+    records[9] |= {"probability": 0.75}
     records[7] |= {"rejected": "Red."}
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -148,6 +152,7 @@ def test_a_data_set_is_split_by_prompt_and_says_what_it_left_out(tokenizer: Toke
     prompts = [{bytes(row.prompt) for row in split} for split in (data.train, data.val)]
     assert len(data.train) + len(data.val) == 149 and not prompts[0] & prompts[1]
     assert "1 pairs of equal answers left out" in str(data.skipped) and {row.label for row in data.train} == {0.0, 1.0}
+    assert [row.probability for row in (*data.train, *data.val) if row.where.endswith(":10")] == [0.75]
     order = [data.chosen(3, step, 5) for step in range(2 * len(data.train) // 5)]
     flat = [i for part in order for i in part]
     assert sorted(flat[: len(data.train)]) == list(range(len(data.train))) and flat != sorted(flat)

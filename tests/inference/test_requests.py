@@ -110,6 +110,28 @@ def test_samples_of_a_prompt_read_it_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(finished(engine, other)[0]) == 12
 
 
+@pytest.mark.parametrize("mixer", ["attention", "wkv"])
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_what_prompts_begin_with_is_read_once(mixer: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, read = model(mixer), []
+    plain = decoder.hidden
+    monkeypatch.setattr(decoder, "hidden", lambda ids, **rest: read.append(ids.shape) or plain(ids, **rest))
+    head = [i * i % 29 for i in range(40)]
+    prompts = [[*head, *tail] for tail in ([3], [5, 1, 2], [5, 1], [7] * 6, [3])]
+    engine = Engine(decoder, rows, chunk=None)
+    mine = [engine.submit(Request(prompt, 4 + i, HOT, seed=i))[0] for i, prompt in enumerate(prompts)]
+    found = finished(engine, mine)
+    assert [shape for shape in read if shape[1] > 6] == [(1, 40)]
+    for i, prompt in enumerate(prompts):
+        single = Engine(decoder, chunk=None)
+        assert finished(single, single.submit(Request(prompt, 4 + i, HOT, seed=i))) == [found[i]]
+    engine.refresh()
+    assert engine.beginning is None
+    other = [engine.submit(Request([1, *prompt], 3))[0] for prompt in prompts]  # none begins as those did
+    expected = [finished(e := Engine(decoder), e.submit(Request([1, *prompt], 3)))[0] for prompt in prompts]
+    assert finished(engine, other) == expected
+
+
 def test_a_long_prompt_holds_nobody_up_for_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = model(context=3000)
     expected = finished(engine := Engine(decoder), engine.submit(Request([3] * 2000, 3)))

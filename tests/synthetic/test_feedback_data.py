@@ -126,6 +126,11 @@ def test_chains_train_every_answer_and_no_word_of_the_form() -> None:
     assert chains([scored], 0, 1, forms=["good"])[0][0]["messages"][-1]["content"] == "b"
     alike = Record({"prompt": "p", "answers": ["a", "b"], "scores": [2, 2]}, "x")
     assert chains([alike], 0, 1)[0][0]["form"] == "alike"
+    three, words = {"prompt": "p", "answers": ["a", "b", "c"], "scores": [1, 2, 1]}, wording("en")
+    for form, then in (("rising", ["alike", "better"]), ("falling", ["worse", "alike"])):
+        (line,), _ = chains([Record(three, "x")], 0, 1, forms=[form])  # type: ignore[list-item]
+        asked = [message["content"] for message in line["messages"][2::2]]
+        assert all(phrase in words[kind] for phrase, kind in zip(asked, then, strict=True))
     preference = Record({"prompt": "p", "chosen": "yes", "rejected": "no"}, "x")
     verdicts = set()
     for number in range(9):
@@ -136,6 +141,9 @@ def test_chains_train_every_answer_and_no_word_of_the_form() -> None:
     assert len(verdicts) == 2
     with pytest.raises(InputError, match=r"no answers to compare[\s\S]*file:3"):
         chains([Record({"prompt": "p", "answers": ["a"]}, "file:3")], 0, 1)
+    for scores in ([1, 2], "12", [1, 2, math.nan]):
+        with pytest.raises(InputError, match=r"no answers to compare[\s\S]*file:3[\s\S]*scores"):
+            chains([Record({**three, "scores": scores}, "file:3")], 0, 1)
 
 
 def test_edits() -> None:

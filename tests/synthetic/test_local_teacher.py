@@ -90,6 +90,7 @@ def test_a_base_model_takes_a_template_which_provenance_has(
     assert main([*words, "--template", "plain"]) == 0
     about = json.loads((tmp_path / "a.jsonl.provenance.json").read_text())["about"]
     assert about["teacher"]["template"] == Local(*ModelArgs(str(folder)).load()).about["template"] and about["wording"]
+    assert about["quantize"] == "auto"
     assert main([*words, "--template", "vicuna"]) == 1
     assert "begun with another teacher" in capsys.readouterr().err
     assert main([*remote, "--template", "plain"]) == 1

@@ -81,6 +81,43 @@ def test_worked_losses_of_rewards() -> None:
         assert bradley_terry(chosen, rejected, margin).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_worked_losses_of_pairs_that_a_judge_is_not_certain_of() -> None:
+    # -log sigmoid(1) = 0.3132617, -log sigmoid(-1) = 1.3132617
+    one, zero, p = torch.tensor(1.5), torch.tensor(0.5), torch.tensor([1.0, 0.75, 0.5, 0.0])
+    found = bradley_terry(one, zero, probability=p)
+    assert found.tolist() == pytest.approx([0.3132617, 0.5632617, 0.8132617, 1.3132617], abs=1e-6)
+    assert bradley_terry(one, zero, 1.0, probability=p).tolist() == pytest.approx([0.6931472] * 4, abs=1e-6)
+    assert torch.equal(found[0], bradley_terry(one, zero))
+    chosen = torch.tensor(math.log(3), requires_grad=True)  # sigmoid(log 3) = 0.75: where the loss is least
+    bradley_terry(chosen, torch.tensor(0.0), probability=0.75).backward()
+    assert chosen.grad is not None and chosen.grad.item() == pytest.approx(0, abs=1e-7)
+    # h = 0.15: -log sigmoid(h) = 0.6209570, and 0.15 more for -h; p = 0.8, and a tenth exchanged: 0.26 is on -h
+    ratios = (POLICY - REFERENCE).double()
+    for smoothing, expected in ((0.0, 0.6509570), (0.1, 0.6599570)):
+        assert dpo_loss(ratios, "sigmoid", 0.1, smoothing, torch.tensor(0.8)).item() == pytest.approx(
+            expected, abs=1e-6
+        )
+    assert dpo_loss(ratios, "hinge", 0.1, 0.0, torch.tensor(0.8)).item() == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_probabilities_of_pairs_reach_the_loss(kind: str) -> None:
+    plain = moved(objective(kind))
+    plain.prepare(0)
+    certain = plain.loss(plain.batch(0))[0]["loss"]
+    assert ("probability" in plain.batch(0).extras) == (kind == "reward")
+    judged = [replace(row, probability=0.75) if number == 2 else row for number, row in enumerate(plain.data.train)]
+    made = moved(objective(kind, data=Preferences.of(judged, plain.data.val, 320)))
+    assert made.data.fingerprint != plain.data.fingerprint
+    made.prepare(0)
+    batch, row = made.batch(0), made.data.chosen(1, 0, len(SIZES)).index(2)
+    metrics = plain.loss(plain.batch(0).rows(row, row + 1))[1]
+    h = metrics["reward_margin"] - (judged[2].label if kind == "reward" else 0)
+    assert (made.loss(batch)[0]["loss"] - certain).item() == pytest.approx(0.25 * h.item(), abs=1e-5)  # (1 - p) h more
+    parts = [made.loss(batch.rows(start, start + 2))[0]["loss"] for start in range(0, 8, 2)]
+    assert sum(parts).item() == pytest.approx(made.loss(batch)[0]["loss"].item(), abs=1e-5)  # type: ignore[union-attr]
+
+
 def test_swapping_the_answers_swaps_the_losses() -> None:
     ratios = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
     one, two = dpo_loss(ratios)
@@ -112,8 +149,10 @@ def decoder(dropout: float = 0.0) -> Decoder:
     return made
 
 
-def objective(kind: str, micro: int = 8, model: Decoder | None = None) -> DataObjective[Preferences]:
-    data = Preferences.of(rows(kind != "kto"), rows(kind != "kto")[:3], 320)
+def objective(
+    kind: str, micro: int = 8, model: Decoder | None = None, data: Preferences | None = None
+) -> DataObjective[Preferences]:
+    data = data or Preferences.of(rows(kind != "kto"), rows(kind != "kto")[:3], 320)
     model = model or decoder()
     over = data, 1, len(SIZES)
     if kind == "reward":

@@ -125,11 +125,16 @@ class Compared(DataObjective[Preferences]):
 
 
 def batch_of(rows: Sequence[Judged], limit: int) -> Batch:
-    """Batch (B, L, T) of answers; `extras` has where they are, their numbers of tokens, and the labels."""
+    """Batch (B, L, T) of answers; `extras` has where they are, their numbers of tokens, and the labels.
+
+    `probability` is there where it is not 1.
+    """
     texts = collate(rows, limit)
     ids, lengths, counts = map(torch.from_numpy, texts)
     places = torch.arange(1, ids.shape[-1])
     ends = lengths[..., None]
     answers = (places < ends) & (places >= ends - counts[..., None])
     extras = {"answers": answers.float(), "counts": counts.float(), "label": torch.tensor([r.label for r in rows])}
+    if any(row.probability != 1 for row in rows):
+        extras["probability"] = torch.tensor([row.probability for row in rows])
     return Batch(ids[..., :-1], ids[..., 1:], torch.ones(len(rows)), extras=extras)

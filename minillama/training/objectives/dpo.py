@@ -21,7 +21,7 @@ from minillama.training.ranks import Ranks
 FALL = 0.1  # nats by which chosen answers may become less likely before there is a warning
 
 
-def _sigmoid(chosen: Tensor, rejected: Tensor, beta: float, eps: float = 0.0) -> Tensor:
+def _sigmoid(chosen: Tensor, rejected: Tensor, beta: float, eps: Tensor | float = 0.0) -> Tensor:
     h = beta * (chosen - rejected)
     return -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
 
@@ -53,8 +53,16 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
 }
 
 
-def dpo_loss(ratios: Tensor, loss: str = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """DPO loss of each pair; sigmoid: -log sigmoid(beta h), h = h_w - h_l.
+def dpo_loss(
+    ratios: Tensor,
+    loss: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    probability: Tensor | None = None,
+) -> Tensor:
+    """DPO loss of each pair; sigmoid: -p log sigmoid(beta h) - (1 - p) log sigmoid(-beta h), h = h_w - h_l.
+
+    There p is 1 less the label smoothing, or that of each pair in its place (conservative DPO).
 
     Args:
         ratios: (..., 2) log-ratios h_w and h_l, of policy to reference, of the chosen and the rejected answer: sums
@@ -62,8 +70,12 @@ def dpo_loss(ratios: Tensor, loss: str = "sigmoid", beta: float = 0.1, label_smo
         loss: of `LOSSES`.
         beta: strength of the pull towards the reference.
         label_smoothing: share of exchanged pairs.
+        probability: (...) that the chosen answer is the better one, which sigmoid alone takes; 1 unless given.
     """
     chosen, rejected = ratios.unbind(-1)
+    if probability is not None and loss == "sigmoid":
+        exchanged = 1 - probability
+        return _sigmoid(chosen, rejected, beta, exchanged + label_smoothing * (1 - 2 * exchanged))
     return LOSSES[loss](chosen, rejected, beta, label_smoothing)
 
 
@@ -86,7 +98,8 @@ class DPO(Compared):
         policy, reference = self.log_probabilities(self.model, batch).sum(-1), batch.extras[REFERENCE]
         difference = policy - reference
         ratios = difference / batch.extras["counts"] if settings.per_token else difference
-        loss = dpo_loss(ratios, settings.loss, settings.beta, settings.label_smoothing).sum()
+        how = settings.loss, settings.beta, settings.label_smoothing
+        loss = dpo_loss(ratios, *how, batch.extras.get("probability")).sum()
         with torch.no_grad():
             rewards = settings.beta * difference
             margin = rewards[:, 0] - rewards[:, 1]

@@ -19,18 +19,28 @@ from minillama.training.objectives.base import Batch, DataObjective, Metrics
 from minillama.training.ranks import Ranks
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, center: float = 0.0) -> Tensor:
-    """Bradley-Terry loss -log sigmoid(r_c - r_r - m) + c (r_c + r_r)^2, in nats, of each pair.
+def bradley_terry(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | float = 0.0,
+    center: float = 0.0,
+    probability: Tensor | float = 1.0,
+) -> Tensor:
+    """Bradley-Terry loss -p log sigmoid(d) - (1 - p) log sigmoid(-d) + c (r_c + r_r)^2 of each pair, d = r_c - r_r - m.
 
-    Ouyang et al. 2022, arXiv 2203.02155, eq. 1; the margin m is Llama 2's, arXiv 2307.09288, eq. 2.
+    In nats. Ouyang et al. 2022, arXiv 2203.02155, eq. 1, which has p = 1; the margin m is Llama 2's, arXiv 2307.09288,
+    eq. 2; p < 1 is the soft label of a model that judges (distilled RLAIF, Lee et al. 2023, arXiv 2309.00267).
 
     Args:
         chosen: (...) rewards r_c.
         rejected: (...) rewards r_r.
         margin: (...) by which they should differ.
         center: c, which keeps rewards around 0.
+        probability: (...) p that the chosen answer is the better one.
     """
-    return -F.logsigmoid(chosen - rejected - margin) + center * (chosen + rejected).square()
+    d = chosen - rejected - margin
+    preferred = -probability * F.logsigmoid(d) - (1 - probability) * F.logsigmoid(-d)
+    return preferred + center * (chosen + rejected).square()
 
 
 def wins(difference: Tensor) -> Tensor:
@@ -70,7 +80,8 @@ class RewardModel(DataObjective[Preferences]):
         tokens, lengths = batch.tokens.flatten(0, 1), batch.extras["lengths"]
         rewards = last(scores(self.model, tokens), lengths.flatten()).view_as(lengths)
         chosen, rejected = rewards.unbind(1)
-        loss = bradley_terry(chosen, rejected, batch.extras["margin"], self.center).sum()
+        margin, probability = batch.extras["margin"], batch.extras["probability"]
+        loss = bradley_terry(chosen, rejected, margin, self.center, probability).sum()
         chosen, rejected = chosen.detach(), rejected.detach()
         measured = {"accuracy": wins(chosen - rejected), "reward_margin": chosen - rejected}
         measured |= {"chosen_reward": chosen, "rejected_reward": rejected}
@@ -93,5 +104,6 @@ class RewardModel(DataObjective[Preferences]):
 def _batch(rows: Sequence[Judged], limit: int) -> Batch:
     texts = collate(rows, limit)
     ids, lengths = torch.from_numpy(texts.ids), torch.from_numpy(texts.lengths)
-    extras = {"lengths": lengths, "margin": torch.tensor([row.label for row in rows])}
+    labels = {"margin": [row.label for row in rows], "probability": [row.probability for row in rows]}
+    extras = {"lengths": lengths, **{name: torch.tensor(values) for name, values in labels.items()}}
     return Batch(ids, ids, torch.ones(len(rows)), extras=extras)
