@@ -140,7 +140,7 @@ class Session:
         try:
             messages = list(Conversation.of(values["messages"]).messages)
         except InputError as error:
-            raise error.at(name) from None
+            raise error.at(", ".join(filter(None, (name, str(error.where or ""))))) from None
         except (KeyError, TypeError):
             what, expected = "not a saved conversation", 'a file of /save, {"messages": [...]}'
             raise InputError(what, where=name or "/load", found=", ".join(values) or None, expected=expected) from None

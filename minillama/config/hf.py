@@ -6,6 +6,7 @@ Plain tables on both sides, so that `config/model.py` can import this file.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ ORIGINAL = ("original_max_seq_len", "original_max_position_embeddings")
 FACTORS = [(name, name) for name in ("factor", "low_freq_factor", "high_freq_factor")]
 LONG = [(name, name) for name in ("short_factor", "long_factor")]
 SCALING = {"linear": FACTORS[:1], "llama3": [*FACTORS, ORIGINAL], "longrope": [*LONG, ORIGINAL]}
-# parts of other models that this decoder lacks -> keys of config.json that tell of them, and what is in the names of
-# their types, here or in GGUF: a config.json may hold no more than its type
+# parts of other models that this decoder lacks -> keys of config.json that tell of them, and patterns of the
+# names of their types, here or in GGUF: a config.json may hold no more than its type
 LACKING = {
     "mixture of experts": (
         ("num_local_experts", "num_experts", "n_routed_experts"),
@@ -44,9 +45,9 @@ LACKING = {
     "images or sound": (("vision_config", "audio_config"), ("vl", "llava", "mllama", "clip", "whisper", "mistral3")),
     "state-space layers": (("state_size", "mamba_d_state", "ssm_cfg"), ("mamba", "jamba", "zamba", "bamba")),
     "linear attention": (("linear_num_value_heads",), ("qwen3_next", "minimax", "kimi_linear")),
-    "learned positions": (("n_positions",), ("gpt2", "opt", "bigcode", "starcoder")),
+    "learned positions": (("n_positions",), ("gpt2", "opt", "gpt_bigcode", "starcoder$")),
     "an encoder": (("is_encoder_decoder",), ("bert", "t5", "bart", "marian", "encoder")),
-    "parallel layers with biases": (("use_parallel_residual", "parallel_attn"), ("gpt_neox", "falcon", "gptj")),
+    "parallel layers with biases": (("use_parallel_residual", "parallel_attn"), ("gpt_neox", "falcon$", "gptj")),
 }
 PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
@@ -176,7 +177,7 @@ def with_lacking(kind: object, values: Mapping[str, Any]) -> str:
     found = (
         part
         for part, (keys, names) in LACKING.items()
-        if any(values.get(key) for key in keys) or any(other in name for other in names)
+        if any(values.get(key) for key in keys) or any(re.search(other, name) for other in names)
     )
     return f"{name}, with {' and '.join(found) or 'layers that are unknown here'}"
 

@@ -233,7 +233,8 @@ def load(
                     rows.append(Judged.of(prompt, answers, preference.margin, where, preference.probability))
                 else:
                     labels = [float(side is preference.chosen) for side in preference.sides]
-                    rows += [Judged.of(prompt, [ids], y, where) for ids, y in zip(answers, labels, strict=True)]
+                    p = preference.probability
+                    rows += [Judged.of(prompt, [ids], y, where, p) for ids, y in zip(answers, labels, strict=True)]
     return Preferences.of(split[False], split[True], context, skipped, frozenset(ends & tokenizer.special_ids))
 
 

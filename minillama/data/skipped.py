@@ -8,7 +8,7 @@ from typing import Any
 
 from minillama.errors import InputError, printable
 
-_LOCATIONS, _PRINTED = 1000, 5  # of skipped documents
+_LOCATIONS, _PRINTED = 1000, 5  # of skipped documents; names of files by each reason
 _REASONS, _NAMES, _WIDTH = 8, 3, 60  # on the terminal: reasons, names of each, characters of a name
 
 
@@ -44,13 +44,14 @@ class Skipped:
     """Skipped documents: counts by reason, and the locations of the first 1,000, as file:line.
 
     `notes` has the number of documents that were changed, by the change, and of files, by what is said of them;
-    `files` the names of the files that were left out, by the reason, relative to their folder.
+    `files` the files that were left out, by the reason: their number, and the first 1,000 names, relative to their
+    folder and escaped.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     locations: list[str] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
-    files: dict[str, list[str]] = field(default_factory=dict)
+    files: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
     def add(self, bad: BadText) -> None:
         """Add a document."""
@@ -63,7 +64,7 @@ class Skipped:
     def remark(self, remark: Remark) -> None:
         """Take over a remark."""
         if remark.file:
-            self.files.setdefault(remark.text, []).append(remark.file)
+            self._leave_out(remark.text, 1, [printable(remark.file)])
         else:
             self.note(remark.text, int(remark.is_counted))
 
@@ -73,9 +74,14 @@ class Skipped:
             self.counts[reason] = self.counts.get(reason, 0) + count
         for change, count in other.notes.items():
             self.note(change, count)
-        for reason, names in other.files.items():
-            self.files.setdefault(reason, []).extend(names)
+        for reason, (count, names) in other.files.items():
+            self._leave_out(reason, count, names)
         self.locations = (self.locations + other.locations)[:_LOCATIONS]
+
+    def _leave_out(self, reason: str, count: int, names: list[str]) -> None:
+        known, listed = self.files.get(reason, (0, []))
+        listed.extend(names[: _LOCATIONS - len(listed)])
+        self.files[reason] = known + count, listed
 
     @property
     def total(self) -> int:
@@ -97,15 +103,15 @@ class Skipped:
 
     def _named(self) -> str:
         """The first files that were left out, the most frequent reason first."""
-        listed = sorted(self.files.items(), key=lambda item: -len(item[1]))
-        shown = [f"{len(names)} {_cut(reason)} ({_first(names)})" for reason, names in listed[:_REASONS]]
-        rest = sum(len(names) for _, names in listed[_REASONS:])
-        return ", ".join([*shown, *([f"{rest} for other reasons"] if rest else [])])
+        listed = sorted(self.files.items(), key=lambda item: -item[1][0])
+        shown = [f"{count:,} {_cut(reason)} ({_first(names, count)})" for reason, (count, names) in listed[:_REASONS]]
+        rest = sum(count for _, (count, _) in listed[_REASONS:])
+        return ", ".join([*shown, *([f"{rest:,} for other reasons"] if rest else [])])
 
 
-def _first(names: list[str]) -> str:
-    more = len(names) - _NAMES
-    return ", ".join(map(_cut, names[:_NAMES])) + (f" and {more} more" if more > 0 else "")
+def _first(names: list[str], count: int) -> str:
+    more = count - _NAMES
+    return ", ".join(map(_cut, names[:_NAMES])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _cut(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ class Pages:
     """Memory of tensors, in huge pages where the system has them: faults of small ones cost twice the reading.
 
     Tensors of a megabyte and more leave the heap alone, as their pages go back to the system. Those below `LARGE`
-    share chunks, since pieces of a huge page would be small pages; a chunk goes with the last of its tensors.
+    share chunks, since pieces of a huge page would be small pages; each gives its own pages back.
     """
 
     def __init__(self) -> None:
@@ -40,9 +41,11 @@ class Pages:
         with self._lock:
             if self._used + size > CHUNK:
                 self._chunk, self._used = _mapped(CHUNK), 0
-            data = torch.frombuffer(self._chunk, dtype=torch.uint8, count=size, offset=self._used)
+            chunk, start = self._chunk, self._used
             self._used += -(-size // 64) * 64  # cache lines
-        return data
+        part = memoryview(chunk)[start : start + size]
+        weakref.finalize(part, _give_back, chunk, start, size).atexit = False
+        return torch.frombuffer(part, dtype=torch.uint8)
 
 
 def _mapped(size: int) -> mmap.mmap:
@@ -53,6 +56,13 @@ def _mapped(size: int) -> mmap.mmap:
         with suppress(OSError):  # a kernel built without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
+
+
+def _give_back(chunk: mmap.mmap, start: int, size: int) -> None:
+    """Return the pages of a tensor that is no more, but for those it shares with its neighbours."""
+    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED") and end > first:
+        chunk.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @dataclass(frozen=True)

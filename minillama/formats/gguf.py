@@ -151,7 +151,7 @@ def _config(header: GGUFHeader, data: DataFile) -> ModelConfig:
         what, where = "this architecture is not supported", f"{path}, general.architecture"
         # as the keys of config.json that tell of them
         told = {"num_experts": f"{kind}.expert_count", "state_size": f"{kind}.ssm.state_size"}
-        found = with_lacking(kind, {name: header.metadata.get(key) for name, key in told.items()})
+        found = with_lacking(kind, {name: header.get(key, int, 0) for name, key in told.items()})
         fix = "run it with llama.cpp"
         raise InputError(what, where=where, found=found, expected=", ".join(ARCHITECTURES), fix=fix)
     if header.get("split.count", int, 1) > 1:

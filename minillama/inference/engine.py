@@ -82,7 +82,7 @@ class Engine:
         self.waiting: deque[Row] = deque()
         self.entering: Batch | None = None  # while one of its requests has not ended, as `running`
         self.running: Batch | None = None
-        self.beginning: tuple[list[int], State] | None = None  # of the prompts that wait
+        self.beginning: tuple[list[int], State | None] | None = None  # of the prompts that wait, see `_common`
         self.steps = False  # whether `model.step` may be used
         self._others_wait = False  # running requests had no pass since others entered
         if max_rows < 1 or (chunk is not None and chunk < 1):
@@ -124,7 +124,7 @@ class Engine:
             raise ValueError("infilling prompts are decoded without speculation")
         if any((row.layout is not None) != infills for row in islice(self._unfinished(), 1)):
             raise ValueError("infilling prompts do not share a batch with others")
-        seed = request.sampling.seed if request.seed is None else request.seed
+        self.beginning, seed = None, request.sampling.seed if request.seed is None else request.seed
         more = [replace(request, seed=seed + i, tokens=[], log_probabilities=[]) for i in range(1, samples)]
         for each in (request, *more):
             if each.max_new_tokens < 1:
@@ -164,6 +164,7 @@ class Engine:
             self.entering = None
         if self.running is not None and not self.running.unfinished():
             self.running = None
+        self.beginning = self.beginning if self.is_busy else None  # weights and adapters may change
 
     def step(self) -> list[Request]:
         """A pass over prompts or a chunk of them, if there are any, and one over the running requests.
@@ -225,22 +226,29 @@ class Engine:
 
     def _begun(self, rows: Sequence[Row], alike: Sequence[Row], slots: int) -> State | None:
         """State of rows behind what all prompts that wait begin with; None where that is short, or chunks are read."""
-        reads_whole = self.chunk is None and self.speculation is None and rows[0].layout is None
-        if not reads_whole or self.mask.window is not None:
+        if self.chunk or self.speculation or self.mask.window is not None or rows[0].layout is not None:
             return None
-        ids, one = self.beginning or ([], None)
-        if one is None or any(row.ids[:-1][: len(ids)] != ids or row.limit > one.length for row in rows):
-            columns = zip(*(row.ids[:-1] for row in alike), strict=False)
-            self.beginning, ids = None, [same[0] for same in takewhile(lambda ids: len({*ids}) == 1, columns)]
-            if len(ids) < SHARED or len({row.first for row in alike}) == 1:
-                return None
-            one = self._state(1, len(ids), alike)
-            self._read(Batch([*rows[:1]], one), [ids])
-            self.beginning = ids, one
+        if self.beginning is None:
+            self.beginning = self._common(alike)
+        ids, one = self.beginning
+        if one is None or self._is_long(rows[0]) != (one.length > self.model.config.short_context):
+            return None
+        if any(row.limit > one.length or row.ids[:-1][: len(ids)] != ids for row in rows):
+            return None
         state = one.fork([0] * len(rows), slots - len(ids))
         for row in rows:
             row.read = len(ids)
         return state
+
+    def _common(self, rows: Sequence[Row]) -> tuple[list[int], State | None]:
+        """What the prompts of these rows begin with, and the state behind it; none where it would not pay."""
+        columns = zip(*(islice(row.ids, len(row.ids) - 1) for row in rows), strict=False)
+        ids = [same[0] for same in takewhile(lambda ids: len({*ids}) == 1, columns)]
+        if len(ids) < SHARED or len({row.first for row in rows}) == 1:
+            return [], None
+        state = self._state(1, len(ids), rows)
+        self._read(Batch([*rows[:1]], state), [ids])
+        return ids, state
 
     def _is_long(self, row: Row) -> bool:
         """Whether a row may get longer than sequences with the same rotary frequencies; the two share no pass."""

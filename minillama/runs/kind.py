@@ -34,6 +34,8 @@ class Kind:
     """Whether the start model, frozen, is needed all along."""
     texts: ClassVar[int] = 1
     """Sequences of an example."""
+    soft_labels: ClassVar[bool] = False
+    """Whether it reads the probability of a preference."""
 
     def commands(self, model: str, prompt: str) -> dict[str, list[str]]:
         """What to do with the trained model."""

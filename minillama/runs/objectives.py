@@ -86,6 +86,7 @@ class RewardConfig(Kind):
     reads: ClassVar[str] = "preferences"
     head: ClassVar[Literal["lm", "score"]] = "score"
     texts: ClassVar[int] = 2
+    soft_labels: ClassVar[bool] = True
     name: Literal["reward"] = "reward"
     """Reward model of pairs of answers."""
     center: float = field(default=0.0, metadata={"min": 0})
@@ -123,6 +124,11 @@ class DPOConfig(Kind):
         if (self.label_smoothing > 0 and not used) or (self.loss == "exo" and not self.label_smoothing):
             expected = "more than 0 with loss exo" if used else "0, but with loss sigmoid, robust or exo"
             raise InputError("label smoothing", where="label_smoothing", found=self.label_smoothing, expected=expected)
+
+    @property
+    def soft_labels(self) -> bool:  # type: ignore[override]
+        """Whether it reads the probability of a preference."""
+        return self.loss == "sigmoid"
 
 
 @dataclass(frozen=True)

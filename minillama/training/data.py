@@ -111,6 +111,11 @@ def _load_preferences(
     tokenizer, template = _rendering(config, tokenizer, "preferences")
     reading = template, tokenizer, config.context, settings.val_fraction, settings.on_error, pairs
     data = preference_set.load(settings.sources, *reading)
+    if not config.objective.soft_labels and any(row.probability != 1 for row in data.train):
+        report.say(
+            "warning: this loss takes every preference as certain, whatever its probability; reward and dpo with "
+            "loss sigmoid read it"
+        )
     what = "pairs" if pairs else "judged answers"
     size = f"{len(data.train):,} {what}, {len(data.val):,} held out; template {template.name}"
     _say_size(data, f"{size} ({time.perf_counter() - began:.1f} s)", config, report)

@@ -95,6 +95,10 @@ def test_every_form_of_a_judged_answer(fields: dict[str, Any]) -> None:
         ({"chosen": "p", "rejected": "r"}, "no prompt, and not a dialogue"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": "large"}, "margin is not a number"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")}, "margin is not a number"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r", "probability": 0.4},
+            "the chosen answer is the less probable one",
+        ),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "probability": 1.5}, "probability is no number from 0 to 1"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "probability": "0.5"}, "probability is no number from 0 to 1"),
         ({"conversations": "p", "chosen": "c", "rejected": "r"}, "not a list of messages"),
