@@ -31,7 +31,8 @@ class Args(ModelArgs):
     prompt: tuple[str, ...] = ()
     """One or more prompts; several are decoded in one batch."""
     prompts: Path | None = None
-    """A file of prompts: JSONL with a field `prompt`, text or messages, or `messages`; or plain text, one per line."""
+    """A file of prompts: JSONL with a field `prompt`, text or messages, or `messages`; or plain text, one per line; -:
+    standard input, one per line."""
     chat: tyro.conf.FlagCreatePairsOff[bool] = False
     """The prompts are questions for the model's chat template; so by default where it has one."""
     raw: tyro.conf.FlagCreatePairsOff[bool] = False

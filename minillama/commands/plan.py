@@ -285,12 +285,13 @@ def _gpu_row(fit: dict[str, Any], training: dict[str, Any], gpus: int) -> tuple[
 def _show_inference(table: dict[str, Any], args: Args) -> None:
     inference = table["inference_bytes"]
     ranks, kept = inference["ranks"], f"{args.batch} x {inference['state_tokens']} tokens"
-    rows = []
+    rows, sizes = [], sorted((fit["gigabytes"], fit["gpu"]) for fit in table["fits"])
     for kind, weights in inference["weights"].items():
         total = weights + inference["state"]
-        size = next((f"{size} GB" for size in SIZES if total <= usable(size)), f"over {SIZES[-1]} GB")
+        fitting = (gpu or f"{size:g} GB" for size, gpu in sizes if total <= usable(size))
+        size = next(fitting, f"not {sizes[-1][0]:g} GB")
         rows.append((kind, *map(bytes_text, (weights, inference["state"], total)), size))
-    title = f"inference, {kept}" + (f", TP {ranks}" if ranks > 1 else "")
+    title = f"inference, {kept}" + (f", per GPU of {ranks}, tensor parallel" if ranks > 1 else "")
     print_table(title, ("weights", f"KV cache, {args.dtype}", "total", "fits"), rows)
     per_token, small = bytes_text(inference["state_per_token"]), bytes_text(inference["state_int8"])
     print(f"KV cache: {per_token} per token; int8 {small} for {kept}\n")

@@ -96,7 +96,7 @@ def _error(kind: str, event: Any, words: Sequence[str], options: Options) -> Usa
     if kind == "InvalidChoice":
         near, what = nearest(event.value, event.choices), f"{_name(event.argument)} has no such value"
         fix = f"did you mean {near!r}?" if near else fix
-        return UsageError(what, where=where, found=event.value, expected=", ".join(event.choices), fix=fix)
+        return UsageError(what, where=where, found=event.value, expected=", ".join(sorted(event.choices)), fix=fix)
     if kind == "BadValue":
         return UsageError(f"{_name(event.argument)} needs a value", where=where, found=event.offending_value, fix=fix)
     if kind == "InstantiationFailure" and event.argument is not None:

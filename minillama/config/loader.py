@@ -17,6 +17,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -114,6 +115,14 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     plain = {re.sub(r"[\W_]", "", choice.lower()): choice for choice in choices}
     close = difflib.get_close_matches(re.sub(r"[\W_]", "", word.lower()), plain, n=1)
     return plain[close[0]] if close else None
+
+
+def nearest_path(path: Path) -> str | None:
+    """`did you mean PATH?` for one that is not there, with the nearest name in its folder, or None."""
+    with suppress(OSError):  # a folder that is none, or that may not be read
+        if near := nearest(path.name, (one.name for one in path.parent.iterdir())):
+            return f"did you mean {path.with_name(near)}?"
+    return None
 
 
 def suggestion(word: str, choices: Iterable[str]) -> str | None:

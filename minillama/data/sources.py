@@ -18,6 +18,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from minillama.config.loader import nearest_path
 from minillama.data.archives import plain_name
 from minillama.data.builtin import BUILTIN, builtin_documents
 from minillama.data.python_qa import PYTHON_QA, python_qa
@@ -269,7 +270,7 @@ def find_files(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
         expected = f"a path, a glob, {', '.join(_NAMES)}, or hf:NAME"
     if not found:
         close = get_close_matches(name, _NAMES, n=1)
-        fix = f"did you mean {close[0]!r}?" if close else None
+        fix = f"did you mean {close[0]!r}?" if close else None if glob.has_magic(name) else nearest_path(path)
         raise InputError(what, where="data.sources", found=name, expected=expected, fix=fix)
     return found
 

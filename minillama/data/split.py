@@ -38,8 +38,9 @@ class SplitSource:
     """Documents of a source with their splits.
 
     A document is held out when a hash of its text falls below `val_fraction`, so that its split does not depend on
-    other documents, and duplicates have the same split. Where the documents are few, under 10 / val_fraction, those
-    of 1,000 characters or more are split themselves: the last `val_fraction` of each is held out. Where this leaves a
+    other documents, and duplicates have the same split. Where the documents are few, under 10 / val_fraction, or
+    those held out have more than twice that share of the text, those of 1,000 characters or more are split themselves:
+    the last `val_fraction` of each is held out. Where this leaves a
     split empty, the whole text is split at character int(n * (1 - val_fraction)), and the rest is held out. Documents
     are kept in memory up to a limit, beyond which they are read again.
 
@@ -83,9 +84,10 @@ class SplitSource:
                 kept = kept if size <= self.memory else None
         if not self.count:
             found = str(self.skipped) or "no text"
-            fix = "name the field of its records with --data.field" if "field" in found else None
+            fix = "name the field of its records with --data.field" if "field" in found else "leave it out"
             raise InputError("this source holds no text", where=self.source.label, found=found, fix=fix)
-        self._kept, self._is_few = kept, self.count < FEW / self.val_fraction
+        skewed = whole["val"] > 2 * self.val_fraction * whole.total()
+        self._kept, self._is_few = kept, skewed or self.count < FEW / self.val_fraction
         share = f"the last {100 * self.val_fraction:.2g}% of"
         counted = f"{documents_out} of {self.count:,} documents"
         parts = f"{share} each document" + (f", those under {_CUT:,} characters whole" if long < self.count else "")

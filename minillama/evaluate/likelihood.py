@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minillama.config.arguments import checked
 from minillama.errors import InputError
 from minillama.inference.engine import evaluating
+from minillama.inference.request import check_ids
 from minillama.layers.cache import State
 from minillama.layers.mask import Mask
 from minillama.model import Decoder
@@ -50,9 +52,10 @@ def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Seque
         One likelihood per continuation, in order.
 
     Raises:
-        InputError: an empty part, or context and continuation do not fit the model's context.
+        InputError: an empty part, an id that is none of the model's, or more ids than the model's context.
     """
     context, *continuations = (list(map(operator.index, ids)) for ids in (context, *continuations))
+    check_ids([*context, *chain.from_iterable(continuations)], model.config.vocab_size)
     longest = len(context) + max(map(len, continuations), default=0)
     if longest > model.config.max_seq_len:
         expected = f"at most {model.config.max_seq_len}"

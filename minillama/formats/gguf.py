@@ -220,8 +220,9 @@ def _scaling(header: GGUFHeader, config: ModelConfig, data: DataFile, architectu
     if ROPE_FREQS not in header.tensors:
         return None
     divisors = _tensor(data, header.tensors[ROPE_FREQS]).float().flatten()
-    # The file has the divisors alone. Llama 3.1's bands are the only ones in use; they are tried.
-    scaling = {"kind": "llama3", "factor": float(divisors.max()), "original_max_seq_len": 8192}
+    # The file has the divisors, and perhaps their context. Llama 3.1's bands are the only ones in use; they are tried.
+    original = header.get(f"{architecture}.rope.scaling.original_context_length", int, 8192)
+    scaling = {"kind": "llama3", "factor": float(divisors.max()), "original_max_seq_len": original}
     mine = rope_divisors(config.changed({"rope_scaling": scaling}))
     if mine is None or divisors.shape != mine.shape or not torch.allclose(divisors, mine, rtol=1e-3):
         where = f"{data.path}, {ROPE_FREQS}"
@@ -363,8 +364,9 @@ def _write_metadata(writer: Any, config: ModelConfig, vocabulary: Mapping[str, A
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
-    if scaling is not None and scaling.kind == "longrope":
+    if scaling is not None and scaling.kind in ("longrope", "llama3"):
         values |= {"rope.scaling.original_context_length": scaling.original_max_seq_len}
+    if scaling is not None and scaling.kind == "longrope":
         values |= {"rope.scaling.attn_factor": gain(config)}
     values = {f"{architecture(config)}.{key}": value for key, value in values.items()}
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from minillama.config.loader import nearest_path
 from minillama.errors import InputError
 from minillama.files import model_folder, refuse_remote
 from minillama.formats import gguf, hf, llama2c, meta
@@ -69,7 +70,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         raise InputError(what, where=path, expected=EXPECTED, fix=fix)
     try:
         if not path.exists():
-            raise InputError("no such model", where=path, expected=EXPECTED)
+            raise InputError("no such model", where=path, expected=EXPECTED, fix=nearest_path(path))
         if is_gguf(path):
             return gguf.read(path)
         if path.suffix == ".safetensors":

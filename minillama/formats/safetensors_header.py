@@ -96,11 +96,10 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
         if start[8:9] != b"{" and start.lstrip().startswith(magic):
             raise InputError(f"this is {what}", where=path, found=start[:40], fix=fix)
     length = int.from_bytes(start[:8], "little")
-    if len(start) >= 8:
-        check_size(length, LARGEST, path, "bytes of header")
     if len(start) < 8 or 8 + length > size:
         found = f"{size} bytes, a header of {length}" if len(start) >= 8 else f"{size} bytes"
-        raise InputError("the file is cut short in its header", where=path, found=found)
+        raise InputError("the file is damaged, or cut short in its header", where=path, found=found)
+    check_size(length, LARGEST, path, "bytes of header")
     return length
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from minillama.config import ModelConfig
-from minillama.config.loader import config_names, nearest
+from minillama.config.loader import config_names, nearest_path
 from minillama.errors import InputError
 from minillama.files import model_folder, refuse_remote
 
@@ -36,10 +36,9 @@ def _check_path(path: Path, where: str) -> None:
     """Refuse a model that is not there, with the nearest path that is."""
     refuse_remote(path)
     if not path.exists():
-        near = nearest(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else None
         made = path.parent.name if path.parent.name in config_names("train") else ""
-        command = "python train.py" if made == "tiny" else f"minillama train {made}"
+        command = f"minillama train {made}".removesuffix(" tiny")
         known = f"{command} makes it" if made else "name another model"
-        fix = f"did you mean {path.with_name(near)}?" if near else known
+        fix = nearest_path(path) or known
         expected = "a run, a Hugging Face or Meta folder, a GGUF file or a llama2.c .bin"
         raise InputError("no such model", where=where, found=path, expected=expected, fix=fix)

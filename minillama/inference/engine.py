@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minillama.config.cost import cache_slots
-from minillama.errors import InputError
-from minillama.inference.request import Batch, Request, Row
+from minillama.inference.request import Batch, Request, Row, check_ids
 from minillama.inference.sampling import choose
 from minillama.inference.speculative import Speculation
 from minillama.layers.cache import State
@@ -115,10 +114,7 @@ class Engine:
             raise ValueError(f"a prompt of {len(request.ids)} tokens is longer than the model's context of {context}")
         if request.finish_reason is not None or request.tokens:
             raise ValueError("this request was submitted before")
-        if not all(0 <= token < vocab_size for token in request.ids):
-            what, expected = "a token id outside the vocabulary", f"ids of 0 to {vocab_size - 1}"
-            found = next(token for token in request.ids if not 0 <= token < vocab_size)
-            raise InputError(what, found=found, expected=expected)
+        check_ids(request.ids, vocab_size)
         infills = isinstance(request.prompt, Layout)
         if infills and self.speculation is not None:
             raise ValueError("infilling prompts are decoded without speculation")

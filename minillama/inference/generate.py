@@ -14,7 +14,7 @@ from minillama.config.loader import build, is_index, nearest
 from minillama.errors import InputError
 from minillama.inference.chat import ChatPrompts, Prompt, chat_ids, is_messages
 from minillama.inference.engine import Engine
-from minillama.inference.request import FinishReason, Request
+from minillama.inference.request import FinishReason, Request, check_ids
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
@@ -197,6 +197,7 @@ def stream(
     texts: dict[Request, _Text] = {}
     for row, each in enumerate(asked):
         ids = encode(tokenizer, each, f"prompt {row + 1}")
+        check_ids(ids, model.config.vocab_size, f"prompt {row + 1}")
         lead = questions.lead if questions and each is not prompts[row] else ""  # of a prompt by the template
         read, text = blanks.continuation(ids) if blanks else ids, _Text(row, tokenizer, ids, tuple(stop), lead)
         request = Request(read, max_new_tokens, sampling, sampling.seed + row, ends, text, logprobs)
@@ -206,6 +207,8 @@ def stream(
         check_room(len(request.ids), model.config.max_seq_len, f"prompt {row + 1}")
         texts[request] = text
     engine = engine or Engine(model, max(1, len(texts)), chunk=None)
+    if engine.model is not model:
+        raise InputError("this engine decodes another model", where="engine", fix="give Engine(model), or none")
     try:
         for request in texts:
             engine.submit(request)

@@ -208,7 +208,8 @@ def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[
 
     Args:
         given: of the option --FIELD.
-        file: of the option --FIELDs: JSONL or JSON with that field, or plain text with one per line.
+        file: of the option --FIELDs: JSONL or JSON with that field, or plain text with one per line; -: standard
+            input, one per line.
         field: name of the texts.
 
     Raises:
@@ -218,6 +219,8 @@ def read_texts(given: Sequence[str], file: Path | None, field: str) -> Sequence[
         raise InputError(f"give either --{field} or --{field}s", where="command line")
     if file is None:
         return given
+    if str(file) == "-":
+        return _some([line for line in sys.stdin.read().split("\n") if line], field, file)
     read = read_file if holds_records(file) else read_lines
     return _some([text for item in read(file, field) for text in _texts(item)], field, file)
 

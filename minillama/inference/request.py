@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from minillama.errors import InputError
 from minillama.inference.sampling import Sampler, Sampling
 from minillama.layers.cache import State
 from minillama.tokenizer.blanks import Layout
@@ -15,6 +16,13 @@ from minillama.tokenizer.blanks import Layout
 GREEDY = Sampling(temperature=0)
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, where: str | None = None) -> None:
+    """Refuse a token id that is none of the model's."""
+    if (wrong := next((token for token in ids if not 0 <= token < vocab_size), None)) is not None:
+        what, expected = "a token id outside the vocabulary", f"ids of 0 to {vocab_size - 1}"
+        raise InputError(what, where=where, found=wrong, expected=expected)
 
 
 @dataclass(eq=False)

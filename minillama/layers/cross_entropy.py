@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minillama.config.cost import loss_rows
+from minillama.errors import InputError
 
 # signature of `softmax_grad`: logits, targets, weights, z_loss -> loss, normalizers
 SoftmaxGrad = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -143,7 +144,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_matrix = ctx.saved_tensors
+        _refuse_second_derivatives()
+        grad_hidden, grad_matrix = ctx.saved_tensors  # computed with the loss: constants here
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_matrix is not None:  # no second float32 copy
@@ -168,6 +170,7 @@ class _LinearLogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         hidden, matrix, targets = ctx.saved_tensors
         trained = ctx.needs_input_grad[:2]
         leaves = [x.detach().requires_grad_(trains) for x, trains in zip((hidden, matrix), trained, strict=True)]
@@ -175,6 +178,14 @@ class _LinearLogProbabilities(torch.autograd.Function):
             total = linear_cross_entropy(leaves[0], leaves[1], targets, -grad, kernel=ctx.kernel)
         grads = iter(torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad]))
         return *(next(grads) if trains else None for trains in trained), None, None
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # in a backward pass: with create_graph
+        raise InputError(
+            "the linear cross-entropy has no second derivative (create_graph=True)",
+            fix="use torch's cross_entropy over model(ids)",
+        )
 
 
 def _log_softmax_and_entropy(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward or backward or module._backward_pre_hooks)
 
 
+def is_changed(head: nn.Module) -> bool:
+    """Whether a linear layer, whose matrix may be used without calling it, does more than its product."""
+    return has_hooks(head) or not hasattr(head, "weight") or getattr(head, "bias", None) is not None
+
+
 def changed(model: nn.Module) -> str | None:
     """First module with hooks or a kernel set by hand, or None."""
     for name, part in model.named_modules():

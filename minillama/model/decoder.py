@@ -28,8 +28,9 @@ from minillama.formats.model_file import ModelFile
 from minillama.formats.open import open_model
 from minillama.layers.attention import AttentionInputs
 from minillama.layers.cache import CacheRange, State
-from minillama.layers.cross_entropy import SoftmaxGrad, linear_cross_entropy
+from minillama.layers.cross_entropy import SoftmaxGrad, cross_entropy, linear_cross_entropy
 from minillama.layers.dropout import dropout
+from minillama.layers.hooks import is_changed
 from minillama.layers.lora import effective_weight
 from minillama.layers.mask import Mask
 from minillama.layers.quantized_linear import Int4Linear, Int8Linear
@@ -97,9 +98,9 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     @property
-    def blocks(self) -> list[nn.Module]:
-        """The layers, in order."""
-        return list(self.model.layers)
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """The layers, in order; `model.layers[i] = ...` replaces one."""
+        return tuple(self.model.layers)
 
     @property
     def output_weight(self) -> Tensor:
@@ -185,6 +186,8 @@ class Decoder(nn.Module):
             weights: (...); 1 unless given.
             z_loss: weight of PaLM's z-loss.
         """
+        if self.lm_head is not None and is_changed(self.lm_head):
+            return cross_entropy(self.head(hidden), targets, weights, z_loss)
         if self.config.logit_scale != 1:
             hidden = hidden * self.config.logit_scale
         return linear_cross_entropy(hidden, self.output_weight, targets, weights, z_loss, self.loss_kernel)

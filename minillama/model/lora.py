@@ -229,6 +229,8 @@ def load_adapter(
 
 def _base(model: Decoder, base: ModelFile | None) -> Mapping[str, Tensor]:
     """Parameters of the base by name."""
+    if isinstance(base, str | os.PathLike):
+        raise InputError("this is no model that was opened", where="base", found=base, fix="give base=open_model(path)")
     if base is not None:
         return base.tensors
     found = base_tensors(model)

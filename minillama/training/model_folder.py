@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minillama.formats import generation_config, hf, peft
+from minillama.formats.layout import check_writable
 from minillama.formats.model_file import LazyTensors, ModelFile
 from minillama.formats.open import open_model
 from minillama.model import Decoder
@@ -40,6 +41,11 @@ class ModelFolder:
             peft.check_sites(self.model.config, adapters(self.model))
             # as they are before processes divide them
             self.parts = {site: copy.deepcopy(part).to("meta") for site, part in adapters(self.model).items()}
+
+    def check(self) -> None:
+        """Refuse a model that cannot be written, before it is trained."""
+        if self.base is None:
+            check_writable(self.model.state_dict(), self.model.config)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What `write` takes: all parameters, or those of the adapter."""

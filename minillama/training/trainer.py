@@ -80,6 +80,7 @@ class Trainer:
     def __post_init__(self, checkpoint: Checkpoint | None) -> None:
         config, objective, dtype, report = self.config, self.objective, self.dtype, self.report
         self.masters, self.ranks = dict(objective.models), self.parallel.ranks
+        self.saved.check()
         for master in self.masters.values():
             self.parallel.divide(master, dtype)
         self.model = model = cast(Decoder, self.masters[MODEL])
@@ -241,7 +242,9 @@ class Trainer:
             if self.ranks.leads:
                 self.folder.write_config(tomli_w.dumps(to_table(self.config)))
             steps, each = self.config.train.steps, self.duration.typical
-            self.report.say(f"{steps} steps in {config.train.minutes:g} minutes, at {each:.2g} s each")
+            budget = f"{config.train.minutes:g} minutes, at {each:.2g} s each"
+            is_over = steps == step + 1  # the fewest there can be
+            self.report.say(f"{steps} steps, more than fit into {budget}" if is_over else f"{steps} steps in {budget}")
             self.report.start(step, steps)
 
     def _update(self, step: int) -> dict[str, Any]:

@@ -257,3 +257,10 @@ def test_models_of_other_formats_are_planned(shared: Path, tmp_path: Path, capsy
 def test_a_sliding_window_bounds_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan_json(capsys, "mistral-7b")["inference_bytes"]
     assert found["state_tokens"] == 8192 and found["state"] == 8192 * 131_072  # twice the window of 4096
+
+
+def test_inference_fits_the_gpu_that_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpu, fits in (("B200", "B200"), ("A100", "not 80 GB")):
+        assert cli.main(["plan", "llama-2-70b", "--gpu", gpu, "--context", "4096"]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("bfloat16 "))
+        assert line.endswith(fits), line

@@ -71,6 +71,15 @@ def test_a_document_stays_in_its_split_when_others_come(tmp_path: Path) -> None:
     assert 20 < len(many) < 60
 
 
+def test_a_long_document_is_not_held_out_among_many_short_ones(tmp_path: Path) -> None:
+    long = next(text for i in range(99) if hash_fraction(text := f"{i} " * 9000, "held out") < 0.1)
+    reader = SplitSource(lines(tmp_path / "a.jsonl", [*(f"text number {i}" for i in range(300)), long]), 0.1, "stop", 9)
+    parts = [part for part in reader.parts() if part.split == "val"]
+    assert reader.held_out == "the last 10% of each document, those under 1,000 characters whole"
+    assert max(len(part.text) for part in parts) == pytest.approx(0.1 * len(long), abs=2)
+    assert sum(len(part.text) for part in parts) == reader.chars["val"]
+
+
 def test_two_documents_are_cut_by_characters(tmp_path: Path) -> None:
     """Both fall into the training split, so that the text is cut where 10 of 20 characters are over."""
     texts = ["c" * 8, "d" * 12]

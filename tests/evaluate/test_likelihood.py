@@ -149,6 +149,9 @@ def test_what_cannot_be_scored_is_refused() -> None:
         log_likelihoods(model(), [1] * 14, [[1], [1] * 3])
     with pytest.raises(InputError, match="longer than the model's context"):
         list(score(model(), [[([1], [1] * 17)]]))
+    for context, continuations, wrong in [([1], [[-1], [2]], -1), ([1], [[10**6]], 10**6), ([-3], [[1]], -3)]:
+        with pytest.raises(InputError, match=rf"a token id outside the vocabulary\n  found: {wrong}\n"):
+            log_likelihoods(model(), context, continuations)
     broken = model()
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))

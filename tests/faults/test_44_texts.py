@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 from itertools import chain
@@ -18,10 +19,11 @@ from minillama import Decoder, InputError, ModelConfig, Tokenizer
 from minillama.commands.cli import main
 from minillama.config.loader import check
 from minillama.data.prepare import prepare
-from minillama.data.sources import CLEANED, Source, documents
+from minillama.data.sources import CLEANED, Source, documents, find_files
 from minillama.files import complete_lines
+from minillama.formats.open import open_model
 from minillama.inference.generate import StopText
-from minillama.inference.load import read_texts
+from minillama.inference.load import read_prompts, read_texts
 from minillama.inference.sampling import Sampler, Sampling
 from minillama.runs.config import RunConfig
 from minillama.runs.sections import DataConfig
@@ -218,3 +220,22 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         complete_lines(tmp_path / "link.jsonl")
     assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
+def test_prompts_of_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\u2028three\n"))
+    assert read_prompts((), Path("-")) == ["one", "two\u2028three"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(InputError, match="the file holds no prompt"):
+        read_prompts((), Path("-"))
+
+
+def test_the_nearest_path_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "mytext").mkdir()
+    with pytest.raises(InputError, match=r"no such model(?s:.*)did you mean .*mytext\?"):
+        open_model(tmp_path / "mytxt")
+    with pytest.raises(InputError, match=r"no such file(?s:.*)did you mean .*mytext\?"):
+        find_files(str(tmp_path / "mytxt"))
+    with pytest.raises(InputError) as error:
+        open_model(tmp_path / "none" / "mytxt")
+    assert error.value.fix is None

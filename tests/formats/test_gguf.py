@@ -41,9 +41,10 @@ def saved(make: Make, folder: Path, bpe: Tokenizer, tied: bool = False, **change
         {},
         {"head_dim": 32},
         {"rope_scaling": {"kind": "llama3", "factor": 8.0}, "rope_theta": 500000.0},
+        {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_max_seq_len": 64}, "rope_theta": 500000.0},
         {"rope_scaling": {"kind": "linear", "factor": 4.0}},
     ],
-    ids=["plain", "head_dim", "llama3", "linear"],
+    ids=["plain", "head_dim", "llama3", "llama3 of 64", "linear"],
 )
 def test_round_trip_in_float32_is_the_identity(
     make: Make, story: str, tied: bool, changes: dict, bpe: Tokenizer, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,13 @@ def test_stream_equals_generate(model: Decoder, tokenizer: Tokenizer) -> None:
     whole = generate(model, tokenizer, ["once"], 25, GREEDY)[0]
     assert "".join(piece.text for piece in pieces) == whole.text
     assert pieces[-1].reason == whole.reason == "length"
+
+
+def test_ids_and_engines_that_are_not_the_models(model: Decoder, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"outside the vocabulary\n  where: prompt 2\n  found: -1"):
+        generate(model, tokenizer, [[1, 2], [1, -1]], 2)
+    with pytest.raises(InputError, match="this engine decodes another model"):
+        generate(model, tokenizer, "a", 2, engine=Engine(copy.deepcopy(model), 1))
 
 
 def test_several_prompts_share_an_engine_with_other_requests(model: Decoder, tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from minillama.errors import InputError
 from minillama.layers import cross_entropy as module
 from minillama.layers.cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -74,3 +75,10 @@ def test_the_logits_are_never_there_as_a_whole() -> None:
     with Watch():
         linear_cross_entropy(hidden, matrix, torch.zeros(4096, dtype=torch.long)).backward()
     assert max(sizes) <= 4096 * 20_000 / 3 + 20_000
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, matrix = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, matrix, torch.tensor([1, 0, 4]))
+    with pytest.raises(InputError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)

@@ -301,3 +301,24 @@ def test_a_kernel_of_its_own_is_used_by_a_fused_layer(model: Decoder) -> None:
     torch.testing.assert_close(model.fuse()(ids), expected, atol=1e-5, rtol=1e-5)
     plain = Decoder(model.config).eval()
     assert (plain.fuse()(ids) - expected).abs().max() > 1e-3
+
+
+def test_a_head_that_was_changed_is_used_by_the_loss(model: Decoder) -> None:
+    ids = tokens(2, 9)
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = model.hidden(ids[:, :-1])
+        logits = model.head(hidden).flatten(0, 1)
+        return model.loss(hidden, ids[:, 1:]), F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")
+
+    torch.testing.assert_close(*losses())
+    plain = losses()[0]
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: 3 * torch.tanh(logits / 3))
+    torch.testing.assert_close(*losses())
+    hook.remove()
+    for head in (nn.Linear(48, 97), nn.Sequential(nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 97))):
+        model.lm_head = head
+        torch.testing.assert_close(*losses())
+        assert abs(losses()[0] - plain) > 0.1
+    with pytest.raises(TypeError):
+        model.blocks[0] = nn.Identity()  # it would change nothing

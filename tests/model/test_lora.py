@@ -355,5 +355,7 @@ def test_compiled_blocks(kind: Kind, tmp_path: Path) -> None:
         with active(plain, None), active(compiled, None):  # not what was compiled
             torch.testing.assert_close(nats(compiled, tokens()), nats(plain, tokens()), atol=1e-5, rtol=1e-5)
         save_adapter(compiled, tmp_path)
+        with pytest.raises(InputError, match=r"no model that was opened(?s:.*)open_model"):
+            load_adapter(make(), tmp_path, base=str(tmp_path))  # type: ignore[arg-type]
         again = load_adapter(make(), tmp_path)
         torch.testing.assert_close(nats(again, tokens()), nats(plain, tokens()), atol=1e-5, rtol=1e-5)

@@ -21,6 +21,7 @@ from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig, load_run_config
 from minillama.tokenizer import Tokenizer
+from minillama.training.objectives import Data, Objective, make
 from minillama.training.run import train
 
 Make = Callable[..., RunConfig]
@@ -313,3 +314,13 @@ def test_a_step_beyond_the_peak_has_it_measured_again(
 def test_the_name_of_a_configuration_is_none() -> None:
     with pytest.raises(InputError, match="load_run_config"):
         train("tiny")  # type: ignore[arg-type]
+
+
+def test_a_model_that_cannot_be_written_is_refused_before_it_is_trained(tiny_config: Make, tmp_path: Path) -> None:
+    def changed(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data) -> Objective:
+        model.model.layers[0].mlp = torch.nn.Linear(model.config.dim, model.config.dim)
+        return make(config, model, tokenizer, data)
+
+    with pytest.raises(InputError, match=r"(?s)layers\.0\.mlp.*torch\.save"):
+        train(tiny_config(), str(tmp_path / "run"), objective=changed)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
