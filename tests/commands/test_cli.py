@@ -214,7 +214,7 @@ def test_a_draft_of_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.
 
 
 def test_a_flag_that_can_only_be_turned_off_is_suggested_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["chat", "model", "--compile"]) == 1
+    assert cli.main(["chat", "model", "--compile"]) == 2
     assert (
         "unknown option --compile\n  where: command line\n  do: did you mean --no-compile?" in capsys.readouterr().err
     )

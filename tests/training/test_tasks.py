@@ -57,7 +57,7 @@ def test_a_run_says_that_its_data_is_decontaminated(
     assert train(config, str(tmp_path / "run")) == 0
     (start,) = [json.loads(line) for line in (tmp_path / "run/provenance.jsonl").read_text().splitlines()]
     assert [*start["decontaminated"]] == [str(out)]
-    assert start["left_out"] == {"files": {".pdf": ["scan.pdf"]}}
+    assert start["left_out"] == {"files": {".pdf": [1, ["scan.pdf"]]}}
     made = start["decontaminated"][str(out)]
     assert (made["source"], made["n"], made["items"], made["removed"]) == (str(source), 13, {"piqa": 5}, 0)
 
