@@ -95,7 +95,9 @@ def regular(path: str, flags: int) -> int:
 
 @contextmanager
 def reading(path: Path, what: str = "this file", fix: str | None = None) -> Iterator[None]:
-    """InputError for an error of the system while `path` is read."""
+    """InputError for an error of the system while `path` is read, or a name that no file can have."""
+    if "\0" in str(path):  # a ValueError of `open`, not of the system
+        raise InputError(f"cannot read {what}: a null character in its name", where=path, fix=fix)
     try:
         yield
     except OSError as error:

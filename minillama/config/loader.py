@@ -119,7 +119,7 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 def nearest_path(path: Path) -> str | None:
     """`did you mean PATH?` for one that is not there, with the nearest name in its folder, or None."""
-    with suppress(OSError):  # a folder that is none, or that may not be read
+    with suppress(OSError, ValueError):  # a folder that is none or may not be read, or a name that no file can have
         if near := nearest(path.name, (one.name for one in path.parent.iterdir())):
             return f"did you mean {path.with_name(near)}?"
     return None

@@ -208,8 +208,9 @@ def test_two_gpus_give_what_one_gives(tiny_config: Make, tmp_path: Path) -> None
 def test_bfloat16_and_muon(tiny_config: Make, tmp_path: Path) -> None:
     words = options(train__steps=4, validate__every=4, model__vocab_size=301, sample__max_new_tokens=4)
     muon = {"muon": [*words, *options(optim__muon_lr=1e-2)]}
-    # orthogonalization brings small singular values, and their rounding, to the size of the large ones
-    compare(2, tiny_config, tmp_path, muon, ["data 2", "shard 2", "tensor 2"], tolerance=1e-4)
+    # orthogonalization brings small singular values, and their rounding, to the size of the large ones;
+    # where the processor has bfloat16 its products round at 2^-9
+    compare(2, tiny_config, tmp_path, muon, ["data 2", "shard 2", "tensor 2"], tolerance=1e-3)
     low = {"bfloat16": [*words, *options(train__dtype="bfloat16")]}
     compare(2, tiny_config, tmp_path, low, ["data 2", "shard 2", "tensor 2"], tolerance=2e-2)
 
