@@ -82,7 +82,7 @@ class Judge:
         for name, file in zip(names, files, strict=True):
             reasons = judge.read_reasons(file, questions)
             for reason, what in CUT.items():
-                table.notes += [f"{name}: {reasons[reason]} answers {what}"] * (reasons[reason] > 0)
+                table.notes.extend([f"{name}: {reasons[reason]} answers {what}"] * (reasons[reason] > 0))
         print_table(table.headers[0], table.headers[1:], table.rows)
         print("\n".join(table.notes))
         settings = {"a": self.a, "b": self.b, "judge": self.judge, "mode": self.mode, "questions": len(questions)}

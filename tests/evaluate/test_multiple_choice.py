@@ -132,10 +132,10 @@ def test_characters_are_not_bytes(tiny: tuple[Decoder, Tokenizer]) -> None:
 
 
 def test_items_that_lose_tokens_are_counted(tiny: tuple[Decoder, Tokenizer]) -> None:
-    """A context of 64 reads 64 tokens and predicts one more: 60 and 5 fit, 61 and 5 do not, whatever the others."""
-    items = [Item(str(n), (("q" * n, " abcd"), ("q" * 9, " abcd")), ("abcd", "abcd"), 0) for n in (60, 61, 9)]
+    """A context of 64 reads 64 tokens and predicts one more: bos, 59 and 5 fit, bos, 60 and 5 do not."""
+    items = [Item(str(n), (("q" * n, " abcd"), ("q" * 9, " abcd")), ("abcd", "abcd"), 0) for n in (59, 60, 9)]
     found = sorted(outcomes(*tiny, "piqa", items), key=lambda one: one.id)
-    assert [(one.id, one.truncated) for one in found] == [("60", False), ("61", True), ("9", False)]
+    assert [(one.id, one.truncated) for one in found] == [("59", False), ("60", True), ("9", False)]
     shown = summary(TASKS["piqa"], "lm-eval", found, None)
     assert shown["truncated"] == 1
     old = {key: value for key, value in asdict(found[0]).items() if key != "truncated"}
