@@ -163,7 +163,8 @@ def test_a_tokenizer_that_adds_bos(sets: Any, shared: Path, llama: Path, tmp_pat
         compare(sets, shared / "eval", tmp_path / name, models, name, 4, 0)
     settings = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
     asked = [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(TEXTS)]
-    assert ours.generate_until(asked) == theirs.generate_until(asked)
+    # the harness decodes new tokens by themselves, where the library drops the space in front of the first word
+    assert [text.removeprefix(" ") for text in ours.generate_until(asked)] == theirs.generate_until(asked)
     (own,), (other,) = (
         model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXTS[0],), 0)]) for model in (ours, theirs)
     )
