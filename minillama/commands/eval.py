@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,7 @@ from minillama.commands.tables import print_pairs, print_table
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.files import replace_text, stamp
+from minillama.files import model_folder, refuse_remote, replace_text, stamp
 from minillama.inference.load import ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -55,13 +55,17 @@ class Args(ModelArgs):
     unless given. What it has already is not computed again."""
     against: str = ""
     """Model, with its own tokenizer, the same --dtype and --quantize and no adapter; or, for other settings, its
-    folder of results: the paired difference on the same items."""
+    folder of results or a file in it: the paired difference on the same items."""
     perplexity: Path | None = None
-    """Text file, or .jsonl of texts: perplexity and bits per byte instead of sets."""
+    """Text file, .jsonl of texts, or a folder of them: perplexity and bits per byte instead of sets; with --output
+    in perplexity.json, too."""
     context: int = field(default=0, metadata={"min": 0})
     """Tokens per window with --perplexity; 0: the model's context."""
     quantize: Quantize = "none"
     """int8 or int4 weights, or auto as in generate; none: a quantized file is evaluated in float."""
+
+
+OF_TASKS = ("data", "style", "shots", "limit", "against")
 
 
 def parse(words: Sequence[str]) -> Args | Judge:
@@ -81,16 +85,21 @@ def run(args: Args | Judge) -> int:
         return args.run()
     if bool(args.tasks) == (args.perplexity is not None):
         raise InputError("give either --tasks or --perplexity", where="command line")
+    mode, others = ("--tasks", ("context",)) if args.tasks else ("--perplexity", OF_TASKS)
+    given = [one.name for one in fields(args) if one.name in others and getattr(args, one.name) != one.default]
+    if given:
+        what, where = f"{mode} has no such option", ", ".join(f"--{name}" for name in given)
+        raise InputError(what, where=where, fix="leave it out")
     return _perplexity(args) if args.perplexity is not None else _tasks(args)
 
 
 def _perplexity(args: Args) -> int:
-    from minillama.data.sources import Source, documents
     from minillama.evaluate.perplexity import Score, perplexity
+    from minillama.evaluate.results import ResultFolder
 
-    texts = [document.text for document in documents(Source(str(args.perplexity)))]
-    if not texts:
-        raise InputError("there is no text", where=args.perplexity)
+    assert args.perplexity is not None
+    texts, args = _texts(args.perplexity.expanduser()), _found(args)
+    folder = ResultFolder(args.output, _identity(args)) if args.output else None
     model, tokenizer = args.load(args.quantize, scores=True)
     most = model.config.max_seq_len
     if args.context > most:
@@ -108,7 +117,39 @@ def _perplexity(args: Args) -> int:
         "bits per byte": whole.bits_per_byte,
     }
     print_pairs("", counts | measures)
+    if folder is not None:
+        folder.claim()
+        counts = {"context": args.context or most, **asdict(whole), **counts}
+        _write_perplexity(folder, args.perplexity, counts | measures)
     return 0
+
+
+def _texts(path: Path) -> list[str]:
+    """Texts of --perplexity: of a file or a folder, and nothing else that training data may be."""
+    from minillama.config.loader import nearest_path
+    from minillama.data.sources import Source, documents
+
+    if not path.exists():
+        expected = "a text, a .json or .jsonl file of records, or a folder of them"
+        raise InputError("no such file", where="--perplexity", found=path, expected=expected, fix=nearest_path(path))
+    try:
+        texts = [document.text for document in documents(Source(path=str(path)))]
+    except InputError as error:
+        where = f"--perplexity {path if error.where == 'data.sources' else error.where}"
+        fix = "correct the file, or leave this text out" if "data." in (error.fix or "") else error.fix
+        raise InputError(error.what, where=where, found=error.found, expected=error.expected, fix=fix) from None
+    if not texts:
+        raise InputError("there is no text", where=f"--perplexity {path}")
+    return texts
+
+
+def _write_perplexity(folder: ResultFolder, text: Path | None, figures: dict[str, Any]) -> None:
+    import minillama
+
+    named = {name.replace(" ", "_"): value for name, value in figures.items()}
+    value = {"minillama": minillama.__version__, **folder.model, "text": str(text), **named}
+    path = replace_text(folder.path / "perplexity.json", json.dumps(value, indent=2) + "\n")
+    print(f"written: {path}", file=sys.stderr)
 
 
 def _exp(nats: float) -> float | str:
@@ -131,9 +172,10 @@ def _tasks(args: Args) -> int:
     items = {name: task.load(args.data, args.style, args.shots, args.limit) for name, task in tasks.items()}
     others = None
     if args.against:
-        is_result = (Path(args.against) / "items.jsonl").is_file()
-        if is_result:
-            others = read_outcomes(Path(args.against) / "items.jsonl")
+        given = Path(args.against)
+        known = (given.parent if given.suffix in (".json", ".jsonl", ".md") else given) / "items.jsonl"
+        if known.is_file():
+            others = read_outcomes(known)
         else:
             others = _evaluate(replace(args, model=args.against, output=None, adapter=(), tokenizer=None), items).known
     folder = _evaluate(args, items)
@@ -145,13 +187,14 @@ def _evaluate(args: Args, items: dict[str, list[Item]]) -> ResultFolder:
     from minillama.evaluate.multiple_choice import outcomes
     from minillama.evaluate.results import ResultFolder
 
+    name, args = args.model, _found(args)
     identity = _identity(args)
     digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    folder = ResultFolder(args.output or Path("evals") / f"{Path(args.model).resolve().name}-{digest}", identity)
+    folder = ResultFolder(args.output or Path("evals") / f"{Path(name).resolve().name}-{digest}", identity)
     missing = {name: folder.missing(name, found) for name, found in items.items()}
     total, left = sum(map(len, items.values())), sum(map(len, missing.values()))
     known = f", {total - left} of them known" if left < total else ""
-    print(f"{args.model}: {total} items{known}; results in {folder.path}", file=sys.stderr)
+    print(f"{name}: {total} items{known}; results in {folder.path}", file=sys.stderr)
     if not left:
         return folder
     model, tokenizer = args.load(args.quantize, scores=True)
@@ -169,28 +212,43 @@ def _weight(item: Item) -> int:
     return len(item.pairs[0][0]) + sum(len(end) for _, end in item.pairs)
 
 
+def _found(args: Args) -> Args:
+    """Arguments with the model of a run in place of the run."""
+    refuse_remote(args.model)
+    return replace(args, model=str(model_folder(Path(args.model))))
+
+
 def _identity(args: Args) -> dict[str, Any]:
-    """What the outcomes of a model depend on; of its files name, size and time."""
-    paths = [
-        args.model,
-        *([args.tokenizer] if args.tokenizer else []),
-        *(a if Path(a).exists() else a.partition("=")[2] for a in args.adapter),
-    ]
-    names = {"model": args.model, "tokenizer": args.tokenizer, "adapter": list(args.adapter)}
-    return {**names, "dtype": args.dtype, "quantize": args.quantize, "files": stamp(map(Path, paths))}
+    """What the outcomes of a model depend on: its files by name, size and time, dtype and quantization as they are."""
+    from minillama.formats.open import open_model
+    from minillama.inference.load import resolved
+
+    _, dtype, weights = resolved(open_model(args.model), args.dtype, args.device, args.quantize)
+    model, tokenizer = Path(args.model).resolve(), Path(args.tokenizer).resolve() if args.tokenizer else None
+    adapters = [Path(a if Path(a).exists() or "=" not in a else a.partition("=")[2]).resolve() for a in args.adapter]
+    names = {"model": str(model), "tokenizer": tokenizer and str(tokenizer), "adapter": [*map(str, adapters)]}
+    files = stamp([model, *([tokenizer] if tokenizer else []), *adapters])
+    return {**names, "dtype": str(dtype).removeprefix("torch."), "quantize": weights, "files": files}
 
 
 def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], folder: ResultFolder, others: Any) -> int:
     import minillama
     from minillama.evaluate.results import earlier, markdown, mean_of, summary, table
 
-    sets = {n: summary(task, args.style, folder.of(n, items[n]), others) for n, task in tasks.items()}
+    assert args.data is not None
+    sets = {
+        name: summary(task, args.style, folder.of(name, items[name]), others)
+        | {"split": task.split(args.data), "shots": task.shots(args.style, args.shots)}
+        for name, task in tasks.items()
+    }
     if others is not None and not any("against" in one for one in sets.values()):
         fix = "evaluate both with the same --tasks, --style, --shots and --limit"
         raise InputError("there is no item that both results have", where="--against", found=args.against, fix=fix)
     headers, rows = table(sets)
     print_table(headers[0], headers[1:], rows)
     print("\n".join(_notes(args, sets)))
+    for note in _truncated(sets):
+        print(note, file=sys.stderr)
     shots = "" if args.shots is None else f"-{args.shots}shot"
     settings = {"style": args.style, "shots": args.shots, "limit": args.limit, "against": args.against or None}
     path = folder.path / f"{args.style}{shots}.json"
@@ -210,8 +268,19 @@ def _notes(args: Args, sets: dict[str, Any]) -> list[str]:
         notes.append(
             f"difference: * of the model less that of {args.against}, on the same items, with its 95 % interval."
         )
+    parts = [f"{one['title']} {one['split']}, {one['shots']}" for one in sets.values() if "split" in one]
+    notes.append(f"split and number of few-shot examples: {'; '.join(parts)}.")
+    notes += _truncated(sets)
     return notes + [
         f"{one['title']}: mean of {len(one['subjects'])} subjects {100 * one['mean_of_subjects']:.2f}."
         for one in sets.values()
         if "subjects" in one
+    ]
+
+
+def _truncated(sets: dict[str, Any]) -> list[str]:
+    """Lines on items that did not fit."""
+    cut = ((one["title"], one.get("truncated", 0), one["items"]) for one in sets.values())
+    return [
+        f"{title}: {n} of {of} items lost tokens on the left, for the model's context." for title, n, of in cut if n
     ]

@@ -65,7 +65,8 @@ class Judge:
 
         questions = judge.read_questions(self.questions or judge.QUESTIONS)[: self.limit or None]
         names = [f"{side}: {_name(path)}" for side, path in zip("AB", (self.a, self.b), strict=True)]
-        ours, theirs = (self._answers(side, path, questions) for side, path in zip("AB", (self.a, self.b), strict=True))
+        files = [self._answers(side, path, questions) for side, path in zip("AB", (self.a, self.b), strict=True)]
+        ours, theirs = (judge.read_answers(file, questions) for file in files)
         if self.mode == "pairwise":
             verdicts = self._verdicts(judge.pairwise_prompts(questions, ours, theirs))
             table = judge_report.pairwise(questions, ours, theirs, judge_report.values_of(verdicts))
@@ -78,6 +79,10 @@ class Judge:
             f"{name} with {length:.0f} characters per question" for name, length in zip(names, lengths, strict=True)
         )
         table.notes.append("; ".join(shown))
+        for name, file in zip(names, files, strict=True):
+            reasons = judge.read_reasons(file, questions)
+            for reason, what in CUT.items():
+                table.notes.extend([f"{name}: {reasons[reason]} answers {what}"] * (reasons[reason] > 0))
         print_table(table.headers[0], table.headers[1:], table.rows)
         print("\n".join(table.notes))
         settings = {"a": self.a, "b": self.b, "judge": self.judge, "mode": self.mode, "questions": len(questions)}
@@ -103,27 +108,30 @@ class Judge:
             return Remote(self.judge, self.judge_name, options=("--judge", "--judge-name"))
         return self._load(self.judge)
 
-    def _answers(self, side: str, path: str, questions: Sequence[Question]) -> list[list[str]]:
+    def _answers(self, side: str, path: str, questions: Sequence[Question]) -> Path:
+        """File of a side's answers."""
         from minillama.evaluate import judge
 
         if path.endswith(".jsonl"):
-            return judge.read_answers(Path(path), questions)
+            return Path(path)
         told = json.dumps([stamp([Path(path)]), str(Path(path).resolve()), [asdict(one) for one in questions]])
         told += json.dumps([self.max_new_tokens, self.template, self.dtype, self.quantize])
         file = self.output / f"answers-{side}-{_name(path)}-{sha256(told.encode()).hexdigest()[:8]}.jsonl"
         if file.exists():
-            return judge.read_answers(file, questions)
+            return file
         print(f"{path}: answering {len(questions)} questions", file=sys.stderr)
         found = judge.answer(self._load(path, self.template), questions, self.max_new_tokens)
         lines = [
-            {"question_id": one.id, "choices": [{"index": 0, "turns": turns}]}
-            for one, turns in zip(questions, found, strict=True)
+            {
+                "question_id": one.id,
+                "choices": [{"index": 0, "turns": [a.text for a in own], "reasons": [a.reason for a in own]}],
+            }
+            for one, own in zip(questions, found, strict=True)
         ]
-        replace_text(file, json_lines(lines))
-        return found
+        return replace_text(file, json_lines(lines))
 
     def _verdicts(self, prompts: Mapping[str, Any]) -> dict[str, Verdict]:
-        from minillama.evaluate.judge import Verdict, ask_verdicts
+        from minillama.evaluate.judge import Verdict, ask_verdicts, verdict_of
 
         name = re.sub(r"[^\w.-]+", "-", f"{_name(self.judge)} {self.judge_name}".strip())
         judge = self.judge if "://" in self.judge else str(Path(self.judge).resolve())
@@ -141,7 +149,14 @@ class Judge:
                     append_lines(path, [verdict._asdict()])
                     known[verdict.key] = verdict
                     progress.advance(1)
-        return {key: known[key] for key in prompts}
+        return {key: known[key]._replace(value=verdict_of(known[key].text, self.mode)) for key in prompts}
+
+
+CUT = {
+    "length": "were cut at the most new tokens, and judged so",
+    "context": "are empty or cut, as the conversation did not fit the model's context, and judged so",
+}
+"""Finish reasons of answers that are not complete, as notes have them."""
 
 
 def _name(path: str) -> str:

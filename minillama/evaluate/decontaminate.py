@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minillama.data.cleaning.words import words
-from minillama.data.reading import holds_records, read_lines, read_records
+from minillama.data.reading import format_of, holds_records, read_lines, read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError
+from minillama.evaluate.task import Form, Problem
 from minillama.evaluate.tasks import TASKS
 from minillama.files import digest, read_json, replace_file, replace_text
 
@@ -58,10 +59,8 @@ class Index:
         for name, task in TASKS.items():
             for number, (where, problem) in enumerate(task.problems(folder)):
                 self.items[name] = number + 1
-                texts = [*problem.fields.values(), *problem.choices]
-                right = [problem.choices[problem.gold]] if problem.gold >= 0 else []  # a test part may lack it
-                joined = [f"{problem.fields['question']} {choice}" for choice in right]
-                self.short += not sum(self._add(text, name, where) for text in dict.fromkeys([*texts, *joined]))
+                texts = _texts(problem, task.forms["lm-eval"])
+                self.short += not sum(self._add(text, name, where) for text in dict.fromkeys(texts))
         if not self.items:
             raise InputError("there is no evaluation set in this folder", where=folder, expected=", ".join(TASKS))
 
@@ -85,6 +84,19 @@ class Index:
         return [*known.values()]
 
 
+def _texts(problem: Problem, form: Form) -> list[str]:
+    """Texts of an item, as published and as a prompt has them: fields, answers, the question with its right answer."""
+    question = problem.fields["question"]
+    if form.prompt:
+        right = problem.choices[problem.gold :][:1] if problem.gold >= 0 else ()  # a test part may lack it
+        joined = [f"{question} {choice}" for choice in right]
+    else:  # the answer stands at the blank; where it is not known, each does
+        right = problem.choices[problem.gold :][:1] if problem.gold >= 0 else problem.choices
+        joined = [question.replace("_", choice, 1) for choice in right]
+    texts = [*problem.fields.values(), *problem.choices, *joined]
+    return texts if problem.is_clean else [*texts, *map(form.clean, texts)]
+
+
 class Text(NamedTuple):
     """Document of a file: its line as it stands, the text that is compared, and its location."""
 
@@ -100,8 +112,12 @@ def texts(path: Path) -> Iterator[Text]:
         InputError: a file that cannot be read.
     """
     if holds_records(path):
+        raw = valid(read_lines(path))
         for record in valid(read_records(path)):
-            line = json.dumps(record.value, ensure_ascii=False).encode(errors="replace").decode()
+            if record.where.startswith(f"{path}:"):  # kept as it stands: 1.10 is no 1.1
+                line = next(line.text for line in raw if line.where == record.where)
+            else:  # a record of an array
+                line = json.dumps(record.value, ensure_ascii=False).encode(errors="replace").decode()
             yield Text(line, " \n".join(_strings(record.value)), record.where)
         return
     number = 0
@@ -140,8 +156,11 @@ def write(path: Path, source: Path, index: Index, lines: Iterable[str | None]) -
     """Write documents as they come, None for one that is removed, and the record beside them; .gz is compressed.
 
     Raises:
-        InputError: another compression, or the file cannot be written.
+        InputError: another compression, a name of JSON, or the file cannot be written.
     """
+    if format_of(path) == ".json":
+        what, fix = "documents are written as lines, which a .json file has not", "give a name in .jsonl"
+        raise InputError(what, where="--remove", found=path, expected=".jsonl, or .txt of a text", fix=fix)
     if path.suffix.lower() == ".zst":
         fix = "give a name in .gz, or one without"
         raise InputError("this compression is not written", where="--remove", found=path, expected=".gz", fix=fix)

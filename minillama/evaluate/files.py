@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minillama.data.archives import PACKED, open_file
+from minillama.data.archives import PACKED, open_file, plain_name
 from minillama.data.reading import read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError, optional_import
@@ -39,9 +39,12 @@ def find(folders: Sequence[Path], wanted: str = "", unwanted: str = "") -> dict[
         folders: where to look, at any depth; a split is a word of a file's path in it.
         wanted: pattern that a path must match.
         unwanted: pattern that it must not.
+
+    Raises:
+        InputError: two files of one format whose names mean the same, as val.jsonl and validation.jsonl.
     """
     found: dict[str, list[Path]] = {}
-    for folder in folders:
+    for folder in _distinct(folders):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = path.relative_to(folder.parent).as_posix().lower()
             if suffix(path) not in SUFFIXES or not re.search(wanted, name) or (unwanted and re.search(unwanted, name)):
@@ -53,11 +56,32 @@ def find(folders: Sequence[Path], wanted: str = "", unwanted: str = "") -> dict[
     return {split: _one_format(paths) for split, paths in found.items()}
 
 
+def _distinct(folders: Sequence[Path]) -> list[Path]:
+    """Folders without those that are the same under another name, as in another case."""
+    found: list[Path] = []
+    for folder in folders:
+        if not any(folder.samefile(other) for other in found):
+            found.append(folder)
+    return found
+
+
 def _one_format(paths: Sequence[Path]) -> list[Path]:
     best = min(map(suffix, paths), key=SUFFIXES.index)
     same = [path for path in paths if suffix(path) == best]
     whole = [path for path in same if path.parent.name == "all"]  # Hugging Face has it beside the subjects
-    return whole or same
+    chosen = whole or same
+    _refuse_twice(chosen)
+    return chosen
+
+
+def _refuse_twice(paths: Sequence[Path]) -> None:
+    known: dict[str, Path] = {}
+    for path in paths:
+        name = path.with_name(plain_name(path.name)).as_posix().lower()
+        first = known.setdefault(re.sub("[a-z]+", lambda word: NAMES.get(word[0], word[0]), name), path)
+        if first is not path:
+            what, found = "two files of the same part, which would be read twice", f"{first} and {path}"
+            raise InputError(what, where=path.parent, found=found, fix="leave one of them there")
 
 
 def read(path: Path, columns: Sequence[str]) -> Iterator[Row]:

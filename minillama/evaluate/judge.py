@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from minillama.data.reading import read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError
+from minillama.files import parsing
 from minillama.inference.chat import Messages
 from minillama.inference.generate import Completion
 from minillama.inference.sampling import Sampling
@@ -37,8 +39,8 @@ COMPARE = (
 )
 RATE = (
     "You are an impartial judge. Rate how helpful, correct, relevant and clear an assistant's answer is, from 1 to 10. "
-    "Its length may not count. Give your reasons in a few sentences, and then the rating on a line of its own, in this "
-    "form: [[5]]"
+    "Its length may not count. Give your reasons in a few sentences, and then the rating on a line of its own: [[1]], "
+    "[[2]] and so on up to [[10]]."
 )
 
 
@@ -54,7 +56,7 @@ class Question:
 
 
 class Verdict(NamedTuple):
-    """Verdict on a turn: `A`, `B` or `C` in the order that was shown, a rating, or None if there was none."""
+    """Verdict on a turn: `A`, `B` or `C` in the order that was shown, a rating, or None, see `verdict_of`."""
 
     key: str
     text: str
@@ -111,18 +113,28 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
-def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512) -> list[list[str]]:
+def read_reasons(path: Path, questions: Sequence[Question]) -> Counter[str]:
+    """Finish reasons of the answers to the questions in a file, where it has them."""
+    names, found = {question.id for question in questions}, Counter[str]()
+    for record in valid(read_records(path)):
+        with parsing(record.where, "this is not an answer"):
+            if str(record.value["question_id"]) in names:
+                found.update(map(str, record.value["choices"][0].get("reasons", ())))
+    return found
+
+
+def answer(ask: Ask, questions: Sequence[Question], max_new_tokens: int = 512) -> list[list[Completion]]:
     """Answers to each turn, the earlier ones in the conversation; temperatures by category as in MT-bench."""
-    answers: list[list[str]] = [[] for _ in questions]
+    answers: list[list[Completion]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         by_heat: dict[float, list[int]] = {}
         for i, question in enumerate(questions):
             if turn < len(question.turns):
                 by_heat.setdefault(TEMPERATURE.get(question.category, 0.0), []).append(i)
         for heat, rows in by_heat.items():
-            asked = [_dialog(questions[i].turns, answers[i]) for i in rows]
+            asked = [_dialog(questions[i].turns, [one.text for one in answers[i]]) for i in rows]
             for i, one in zip(rows, ask(asked, max_new_tokens, Sampling(temperature=heat)), strict=True):
-                answers[i].append(one.text)
+                answers[i].append(one)
     return answers
 
 
@@ -169,11 +181,16 @@ def _prompt(
 
 
 def ask_verdicts(ask: Ask, prompts: Mapping[str, Messages], max_new_tokens: int, mode: str) -> Iterator[Verdict]:
-    """Verdicts by key, greedily, 16 at a time; the last one of a text counts."""
+    """Verdicts by key, greedily, 16 at a time; see `verdict_of`."""
     asked = [*prompts.items()]
     for start in range(0, len(asked), 16):
         part = asked[start : start + 16]
         found = ask([prompt for _, prompt in part], max_new_tokens, Sampling(temperature=0))
         for (key, _), one in zip(part, found, strict=True):
-            values = re.findall(VERDICT[mode], one.text)
-            yield Verdict(key, one.text, values[-1] if values else None)
+            yield Verdict(key, one.text, verdict_of(one.text, mode))
+
+
+def verdict_of(text: str, mode: str) -> str | None:
+    """Verdict of a reply; None without any, and with several, as when a judge repeats what it was told."""
+    values = {*re.findall(VERDICT[mode], text)}
+    return values.pop() if len(values) == 1 else None

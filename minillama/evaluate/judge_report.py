@@ -109,7 +109,7 @@ def pairwise(questions: Sequence[Question], ours: Answers, theirs: Answers, valu
             way = "for" if low > 0.5 else "against"
             notes.append(f"the judge decides {way} {name}: {share:.0%} of {n} verdicts")
     if errors := tallies["all"]["error"]:
-        notes.append(f"{errors} turns lack a verdict, and count neither as a win nor as a tie")
+        notes.append(f"{errors} turns lack a verdict, or have several, and count neither as a win nor as a tie")
     headers = ["category", "A wins", "B wins", "ties", "disagree", "errors", "A's win rate", "first shown", "longer"]
     return Table(headers, rows, notes, tallies)
 

@@ -105,6 +105,13 @@ def score(
         yield from results.ready()
 
 
+def lost(pair: Pair, context: int, blanks: Blanks | None = None) -> int:
+    """Tokens on the left of a pair that `score` leaves out, by the model's context."""
+    before, after = pair
+    room = max(1, context - 1 - len(after)) if blanks else context + 1 - len(after)
+    return max(0, len(before) - room)
+
+
 class _Target(NamedTuple):
     """Prediction that is scored: offset of the node's token that makes it, predicted id, item and pair."""
 
@@ -135,7 +142,7 @@ class _Node:
 
 def _trees(item: int, pairs: Sequence[Pair], context: int) -> list[_Node]:
     """Tree of an item's sequences: their common prefix, and below it the rest of each. Several if there is none."""
-    ids = [[*before, *after][-(context + 1) :] for before, after in pairs]
+    ids = [[*pair[0], *pair[1]][lost(pair, context) :] for pair in pairs]
     shared = min([_common(ids), *(len(one) - 1 for one in ids)]) if ids else 0
     trees: list[_Node] = []
     for k, (one, (_, after)) in enumerate(zip(ids, pairs, strict=True)):
@@ -153,7 +160,7 @@ def _infilling(item: int, pairs: Sequence[Pair], blanks: Blanks, context: int) -
     """Trees by context: it is bidirectional, and shared by the continuations of just this context."""
     roots: dict[tuple[int, ...], _Node] = {}
     for k, (before, after) in enumerate(pairs):
-        key = tuple(before[-max(1, context - 1 - len(after)) :])
+        key = tuple(before[lost((before, after), context, blanks) :])
         layout = blanks.continuation(key)
         root = roots.setdefault(key, _Node(layout.tokens, [], [], layout.positions, layout.prefix))
         root.targets.append(_Target(len(layout.tokens) - 1, after[0], (item, k)))

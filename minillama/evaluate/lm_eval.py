@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from minillama.errors import optional_import
-from minillama.evaluate.likelihood import score
+from minillama.errors import InputError, optional_import
+from minillama.evaluate.likelihood import lost, score
 from minillama.evaluate.multiple_choice import encode_pairs
 from minillama.evaluate.perplexity import perplexity
 from minillama.inference.engine import Engine
@@ -27,6 +27,8 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402
 from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 
+# settings of the harness and its own backends that change no result; those that would are refused
+HARNESS = ("max_batch_size", "trust_remote_code", "use_fast_tokenizer", "logits_cache", "backend", "parallelize")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -43,7 +45,10 @@ class HarnessModel(LM):  # type: ignore[misc]
         quantize: int8, int4, auto or none.
         batch_size: sequences that are generated at once; scoring forms its own batches.
         max_gen_toks: new tokens of a task that does not say how many; answers that are cut are counted and said.
-        others: settings of the harness's own backends, which are not needed here.
+        others: those of `HARNESS`, which are not needed here.
+
+    Raises:
+        InputError: an argument of another name.
     """
 
     def __init__(
@@ -59,6 +64,10 @@ class HarnessModel(LM):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         super().__init__()
+        if unknown := sorted(others.keys() - set(HARNESS)):
+            expected = "path, tokenizer, dtype, device, adapter, quantize, batch_size, max_gen_toks"
+            what = "the model has no such argument"
+            raise InputError(what, where="--model_args", found=", ".join(unknown), expected=expected)
         if not device or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"  # the harness asks for cuda:0 unless told otherwise
         args = ModelArgs(path, tokenizer, dtype, device, (adapter,) if adapter else ())
@@ -85,6 +94,8 @@ class HarnessModel(LM):  # type: ignore[misc]
         """(nats, is greedy) of each continuation; requests of one context share its prefill."""
         items: dict[tuple[int, ...], list[int]] = {}
         pairs = encode_pairs(self._tokenizer, [request.args for request in requests], self.is_chat)
+        most = self.model.config.max_seq_len
+        _say(sum(lost(pair, most, self.blanks) > 0 for pair in pairs), len(pairs), "contexts were cut on the left")
         for i, (context, _) in enumerate(pairs):
             items.setdefault(tuple(context), []).append(i)
         rows, results = [*items.values()], [(0.0, False)] * len(pairs)
@@ -103,32 +114,46 @@ class HarnessModel(LM):  # type: ignore[misc]
         return results
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Completions up to a stop string; contexts that are too long lose tokens on the left."""
+        """Completions up to a stop string; contexts that are too long lose tokens on the left, and are counted.
+
+        Raises:
+            InputError: as many new tokens as the model's context has, or more.
+        """
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        results, cut = [""] * len(requests), 0
+        results, cut, short = [""] * len(requests), 0, 0
         for rows in groups.values():
             settings = normalize_gen_kwargs(requests[rows[0]].args[1], self.max_gen_toks)
             count, stop = settings["max_gen_toks"], [text for text in settings["until"] if text]
             chosen = {name: settings[name] for name in SAMPLING if name in settings}
             greedy = {} if settings["do_sample"] else {"temperature": 0}
             sampling = Sampling(**({"temperature": 1.0} | chosen | greedy))
-            room = max(1, self.model.config.max_seq_len - count - (2 if self.blanks else 0))
-            prompts = [self._prompt(requests[i].args[0])[-room:] for i in rows]
+            room = self.model.config.max_seq_len - count - (2 if self.blanks else 0)
+            if room < 1:
+                what, expected = "no room for a prompt beside so many new tokens", f"less than {room + count}"
+                fix = "give --model_args max_gen_toks, or the task's generation_kwargs, a smaller number"
+                raise InputError(what, where="max_gen_toks", found=count, expected=expected, fix=fix)
+            whole = [self._prompt(requests[i].args[0]) for i in rows]
+            prompts, short = [ids[-room:] for ids in whole], short + sum(len(ids) > room for ids in whole)
             engine = Engine(self.model, self.rows, None)
             found = generate(self.model, self._tokenizer, prompts, count, sampling, stop, engine=engine)
             for i, one in zip(rows, found, strict=True):
                 results[i], cut = one.text, cut + (one.reason in ("length", "context"))
                 self.cache_hook.add_partial("generate_until", requests[i].args, one.text)
-        if cut:
-            print(f"{cut} of {len(requests)} answers were cut at their maximum length", file=sys.stderr)
+        _say(short, len(requests), "contexts were cut on the left")
+        _say(cut, len(requests), "answers were cut at their maximum length")
         return results
 
     def _prompt(self, text: str) -> list[int]:
         tokenizer = self._tokenizer
         ids = tokenizer.encode(text, special=self.is_chat)
         return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id] * (tokenizer.add_bos or not ids) + ids
+
+
+def _say(count: int, of: int, what: str) -> None:
+    if count:
+        print(f"{count} of {of} {what}", file=sys.stderr)
 
 
 def main() -> None:

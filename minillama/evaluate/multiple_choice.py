@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 from minillama.errors import InputError
-from minillama.evaluate.likelihood import score
+from minillama.evaluate.likelihood import lost, score
 from minillama.evaluate.task import Item
 from minillama.inference.generate import blanks_of
 from minillama.model import Decoder
@@ -28,6 +28,7 @@ class Outcome:
         characters: of the answers; none where lengths mean nothing.
         bytes: of the answers in UTF-8.
         prior: ln P(continuation | "Answer:"), where the style needs it.
+        truncated: whether it lost tokens on the left, being longer than the model's context.
     """
 
     task: str
@@ -39,6 +40,7 @@ class Outcome:
     characters: list[int]
     bytes: list[int]
     prior: list[float]
+    truncated: bool = False
 
     @property
     def metrics(self) -> list[str]:
@@ -122,7 +124,8 @@ def outcomes(model: Decoder, tokenizer: Tokenizer, task: str, items: Sequence[It
     known = dict(score(model, [[pair] for pair in encode_pairs(tokenizer, priors)], blanks))
     prior = {pair: known[i][0].nats for i, pair in enumerate(priors)}
     encoded = iter(encode_pairs(tokenizer, [pair for item in items for pair in item.pairs]))
-    for i, found in score(model, [[next(encoded) for _ in item.pairs] for item in items], blanks):
+    pairs = [[next(encoded) for _ in item.pairs] for item in items]
+    for i, found in score(model, pairs, blanks):
         item = items[i]
         yield Outcome(
             task,
@@ -134,4 +137,5 @@ def outcomes(model: Decoder, tokenizer: Tokenizer, task: str, items: Sequence[It
             [len(choice) for choice in item.choices],
             [len(choice.encode()) for choice in item.choices],
             [prior[pair] for pair in item.prior],
+            any(lost(pair, model.config.max_seq_len, blanks) for pair in pairs[i]),
         )

@@ -51,9 +51,13 @@ class ResultFolder:
     def add(self, outcome: Outcome) -> None:
         """Append an outcome to the file."""
         self.known[outcome.task, outcome.id, outcome.prompt] = outcome
+        self.claim()
+        append_lines(self.path / ITEMS, [asdict(outcome)])
+
+    def claim(self) -> None:
+        """Write down whose results the folder has."""
         if not (self.path / MODEL).exists():
             replace_text(self.path / MODEL, json.dumps(self.model, indent=2) + "\n")
-        append_lines(self.path / ITEMS, [asdict(outcome)])
 
     def of(self, name: str, items: Sequence[Item]) -> list[Outcome]:
         """Outcomes of a set's items that there are."""
@@ -80,6 +84,7 @@ def summary(task: Task, style: str, found: Sequence[Outcome], others: Mapping[Ke
     """
     own = task.forms[style].metric
     values: dict[str, Any] = {"title": task.title, "items": len(found), "metric": own}
+    values["truncated"] = sum(one.truncated for one in found)
     for metric in found[0].metrics:
         accuracy = estimate([one.is_right(metric) for one in found])
         values |= {metric: accuracy.mean, f"{metric}_stderr": accuracy.error}
@@ -141,7 +146,9 @@ def table(sets: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[s
         cells.append(f"{100 * one['constant']:.2f}")
         if "against" in one:
             low, high = one["against"]["interval"]
-            cells.append(f"{100 * one['against']['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]")
+            of = one["against"]["items"]
+            few = f", {of} items" * (of != one["items"])
+            cells.append(f"{100 * one['against']['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]{few}")
         elif has_other:
             cells.append("")
         rows.append(cells)

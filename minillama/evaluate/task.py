@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
 
+from minillama.data.archives import plain_name
 from minillama.errors import InputError
 from minillama.evaluate import files
 from minillama.evaluate.cmmlu_subjects import SUBJECTS
@@ -164,8 +165,7 @@ class Task:
         """
         if style not in self.forms:
             raise InputError(f"{self.title} has no prompt in this style", found=style, expected=", ".join(self.forms))
-        form = self.forms[style]
-        form = form if shots is None else replace(form, shots=shots)
+        form = replace(self.forms[style], shots=self.shots(style, shots))
         found, split = self._files(folder), self.split(folder)
         if not split:
             where = f"{folder}/{self.folders[0]}"
@@ -175,11 +175,18 @@ class Task:
         for problem in self._read(found[split]):
             of = named.setdefault(problem.subject, [])
             of.append((f"{problem.subject}/{len(of)}" if problem.subject else str(len(of)), problem))
+        if not named:
+            where = ", ".join(map(str, found[split]))
+            raise InputError(f"there is no record of {self.title}", where=where, expected=self.expected)
         chosen = [pair for each in zip_longest(*named.values()) for pair in each if pair is not None]
         if style.startswith("olmes") and not limit and not self.first and len(chosen) > 1500:
             chosen = Random(SEED).sample(chosen, 1000)
         chosen = chosen[: limit or None]
         return [form.item(name, one, examples.of(one, form.shots)) for name, one in chosen]
+
+    def shots(self, style: Style, given: int | None = None) -> int:
+        """Number of few-shot examples: the style's own unless given."""
+        return self.forms[style].shots if given is None else given
 
     def split(self, folder: Path) -> str:
         """Split that is evaluated; empty where its files are missing."""
@@ -202,7 +209,8 @@ class Task:
         return [self._problem(row, path) for path in paths for row in files.read(path, self.columns)]
 
     def _problem(self, row: Row, path: Path, is_labeled: bool = True) -> Problem:
-        subject = re.sub(r"_(dev|val|test)$", "", path.stem) if path.suffix == ".csv" else path.parent.name
+        name = Path(plain_name(path.name))
+        subject = re.sub(r"_(dev|val|test)$", "", name.stem) if name.suffix.lower() == ".csv" else path.parent.name
         try:
             problem = self.problem(row.value, subject)
             if not is_labeled or 0 <= problem.gold < len(problem.choices):

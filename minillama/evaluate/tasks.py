@@ -172,7 +172,7 @@ TASKS: dict[str, Task] = {
             _question(QUESTION, ours, "acc_norm", olmes),
             splits=("test", "validation", "dev"),
             wanted=level,
-            unwanted=r"\.csv$",
+            unwanted=r"\.csv\b",
             curated=f"ARC-{level.capitalize()}",
         )
         for level, ours, olmes in (("easy", "acc", "acc_norm"), ("challenge", "acc_norm", "acc_pmi"))
@@ -218,8 +218,11 @@ TASKS: dict[str, Task] = {
 NINE = tuple(name for name in TASKS if name != "cmmlu")
 
 
-def named(names: Sequence[str]) -> dict[str, Task]:
+def named(names: Sequence[str], where: str = "--tasks") -> dict[str, Task]:
     """Sets by their names; `all` are LLaMA's nine, of which ARC has two parts.
+
+    Args:
+        names: of the setting `where`.
 
     Raises:
         InputError: no such set.
@@ -230,5 +233,5 @@ def named(names: Sequence[str]) -> dict[str, Task]:
     unknown = [name for name in wanted if name not in TASKS]
     if unknown or not wanted:
         found = ", ".join(unknown) or "none"
-        raise InputError("no such evaluation set", where="--tasks", found=found, expected=f"all, {', '.join(TASKS)}")
+        raise InputError("no such evaluation set", where=where, found=found, expected=f"all, {', '.join(TASKS)}")
     return {name: TASKS[name] for name in wanted}

@@ -15,6 +15,8 @@ from minillama.data.skipped import BadText, Remark
 from minillama.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from minillama.formats.model_file import ModelFile
     from minillama.inference.chat import Prompt
     from minillama.model import Decoder
@@ -117,16 +119,12 @@ def load_model(
         generates: it does nothing but generate, so that the C++ step reads all tokens, and bfloat16 weights stay as
             they are stored where the processor emulates it: the step multiplies them in float32.
     """
-    import torch
-
-    from minillama.device import choose_device, decoding_dtype
     from minillama.formats import peft
-    from minillama.inference.quantize import quantized, stored_kind
+    from minillama.inference.quantize import quantized
     from minillama.model import Decoder
 
-    on = choose_device(device, "--device")
-    kind = decoding_dtype(opened.default_dtype(on), on) if dtype == "auto" else getattr(torch, dtype)
-    weights, folders = stored_kind(opened, on) if quantize == "auto" else quantize, dict(adapters or {})
+    on, kind, weights = resolved(opened, dtype, device, quantize)
+    folders = dict(adapters or {})
     if weights == "none" and len(folders) == 1:
         _, folder = folders.popitem()
         opened = peft.merged(opened, peft.read(folder, opened.config))
@@ -148,6 +146,20 @@ def load_model(
 
         use_split_linears(model, partial(print, file=sys.stderr))
     return model
+
+
+def resolved(
+    opened: ModelFile, dtype: DType, device: str, quantize: Quantize
+) -> tuple[torch.device, torch.dtype, Literal["none", "int8", "int4"]]:
+    """Device, weight dtype and quantization that `load_model` takes for these arguments."""
+    import torch
+
+    from minillama.device import choose_device, decoding_dtype
+    from minillama.inference.quantize import stored_kind
+
+    on = choose_device(device, "--device")
+    kind = decoding_dtype(opened.default_dtype(on), on) if dtype == "auto" else getattr(torch, dtype)
+    return on, kind, stored_kind(opened, on) if quantize == "auto" else quantize
 
 
 def _attach(model: Decoder, opened: ModelFile, folders: Mapping[str, Path]) -> None:

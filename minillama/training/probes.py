@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ class TaskAccuracy:
 
     def __init__(self, config: ValidateConfig, tokenizer: Tokenizer, ranks: Ranks) -> None:
         self.tokenizer, self.ranks = tokenizer, ranks
-        tasks = named(config.tasks) if config.tasks else {}
-        self.sets = {name: task.load(Path(config.data), "lm-eval", 0, config.items) for name, task in tasks.items()}
+        tasks = named(config.tasks, "validate.tasks") if config.tasks else {}
+        folder = Path(expanduser(config.data))
+        self.sets = {name: task.load(folder, "lm-eval", 0, config.items) for name, task in tasks.items()}
         self.metrics = {name: task.forms["lm-eval"].metric for name, task in tasks.items()}
 
     def __call__(self, model: Decoder) -> dict[str, float]:

@@ -57,6 +57,31 @@ def test_a_table_and_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (found["items"], found["acc"], found["constant"]) == (7, sum(right) / 7, 4 / 7)
     assert (folder / "out/lm-eval.md").read_text().startswith("| set | items |")
     assert {line["id"] for line in items} == {*map(str, range(7))}
+    assert (found["split"], found["shots"], found["truncated"]) == ("validation", 0, 0)
+    note = "split and number of few-shot examples: PIQA validation, 0."
+    assert note in out and note in (folder / "out/lm-eval.md").read_text() and "lost tokens" not in out
+
+
+def test_what_does_not_fit_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "one", "--tasks", "piqa", "--data", "data", "--output", "out", "--shots", "4"]) == 0
+    out, err = capsys.readouterr()
+    note = "PIQA: 7 of 7 items lost tokens on the left, for the model's context."
+    assert note in out and note in err and note in (folder / "out/lm-eval-4shot.md").read_text()
+    found = json.loads((folder / "out/lm-eval-4shot.json").read_text())["sets"]["piqa"]
+    assert (found["truncated"], found["shots"]) == (7, 4)
+
+
+def test_results_are_those_of_a_model_as_it_was_loaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whatever path, and with `auto` as this device takes it."""
+    words = ["--tasks", "piqa", "--data", "data", "--output", "out"]
+    assert main(["eval", "one", *words]) == 0
+    made = json.loads((folder / "out/model.json").read_text())
+    assert (made["model"], made["dtype"], made["quantize"]) == (str(folder / "one"), "float32", "none")
+    same = [[str(folder / "one")], ["two/../one"], ["one", "--dtype", "float32"], ["one", "--quantize", "auto"]]
+    for one in same:
+        assert main(["eval", *one, *words]) == 0 and "7 items, 7 of them known" in capsys.readouterr().err
+    assert main(["eval", "one", *words, "--dtype", "bfloat16"]) == 1
+    assert "found: dtype 'float32'" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_it_was(
@@ -99,6 +124,17 @@ def test_paired_difference_with_a_model_or_its_results(folder: Path, capsys: pyt
     assert main([*words, "--against", str(own)]) == 0
     same = json.loads((own / "lm-eval.json").read_text())["sets"]["piqa"]["against"]
     assert (same["difference"], same["stderr"], same["items"]) == (0.0, 0.0, 7)
+
+
+def test_a_difference_on_fewer_items_says_on_how_many(folder: Path) -> None:
+    """And a file of the other results is as good as their folder."""
+    words = ["--tasks", "piqa", "--data", "data", "--output"]
+    assert main(["eval", "two", *words, "theirs", "--limit", "2"]) == 0
+    assert main(["eval", "one", *words, "ours", "--against", "theirs/lm-eval.json"]) == 0
+    assert re.search(r"\| PIQA \| 7 \|.*\], 2 items \|", (folder / "ours/lm-eval.md").read_text())
+    assert json.loads((folder / "ours/lm-eval.json").read_text())["sets"]["piqa"]["against"]["items"] == 2
+    assert main(["eval", "one", *words, "ours", "--limit", "2", "--against", "theirs"]) == 0
+    assert "2 items" not in (folder / "ours/lm-eval.md").read_text()
 
 
 def test_the_results_of_another_evaluation_stay_as_they_are(folder: Path) -> None:
@@ -189,6 +225,25 @@ def test_perplexity_has_its_units(folder: Path, capsys: pytest.CaptureFixture[st
     assert "bytes                 360" in out
 
 
+def test_perplexity_is_written_and_takes_files_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "t.txt").write_text("the tide comes in\n" * 20)
+    words = ["eval", "one", "--perplexity"]
+    assert main([*words, "t.txt", "--output", "out", "--context", "100"]) == 0
+    found = json.loads((folder / "out/perplexity.json").read_text())
+    assert (found["text"], found["context"], found["bytes"], found["tokens"]) == ("t.txt", 100, 360, 360)
+    assert found["bits_per_byte"] == pytest.approx(found["nats"] / 360 / math.log(2))
+    assert f"bits per byte         {found['bits_per_byte']:.6g}" in capsys.readouterr().out
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"name": "b"}\n')
+    (folder / "none.jsonl").write_text('{"name": "b", "url": "c"}\n')
+    (folder / "empty").mkdir()
+    for name in ("hf:wikitext", "python-docs", "nowhere.txt", "bad.jsonl", "none.jsonl", "empty"):
+        assert main([*words, name]) == 1
+        err = capsys.readouterr().err
+        assert "where: --perplexity" in err and "data." not in err and "hf:NAME" not in err, name
+    assert main(["eval", "two", "--perplexity", "t.txt", "--output", "out"]) == 1
+    assert "results of another model" in capsys.readouterr().err
+
+
 def test_documents_are_scored_each_behind_its_own_bos(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = ["a b c d", "é a"]  # 7 and 4 bytes, each a token
     (folder / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -245,6 +300,9 @@ def test_arguments_are_checked(folder: Path, capsys: pytest.CaptureFixture[str])
         (["--tasks", "piqa", "--data", "data", "--shots", "9"], "too few examples"),
         (["--tasks", "all", "--data", "data"], "files of BoolQ, SIQA, HellaSwag, WinoGrande, ARC-Easy, ARC-Challenge,"),
         (["--perplexity", "data/piqa/valid-labels.lst", "--context", "99999"], "--context"),
+        (["--perplexity", "x", "--against", "two", "--shots", "3"], "where: --shots, --against"),
+        (["--perplexity", "x", "--data", "data", "--style", "llama", "--limit", "1"], "--data, --style, --limit"),
+        (["--tasks", "piqa", "--data", "data", "--context", "9"], "--tasks has no such option"),
     ):
         assert main(["eval", "one", *words]) == 1
         assert message in capsys.readouterr().err

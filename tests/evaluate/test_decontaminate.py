@@ -86,6 +86,47 @@ def test_parts_without_answers_are_compared_too(sets: Path) -> None:
     assert Index(sets).items == {"piqa": 5} and Index(sets).hits("nine " * 14, "f:1")
 
 
+def test_a_blank_is_filled_and_marks_of_wikihow_are_left_out(tmp_path: Path) -> None:
+    """WinoGrande's texts in training data have an answer at the blank, where it breaks every window of 13 words."""
+    before, after = "one two three four five six seven eight", "ten eleven twelve thirteen fourteen fifteen."
+    for name, answer in (("dev", "1"), ("test", "")):
+        record = {"sentence": f"{before} {name} _ {after}", "option1": "left", "option2": "right", "answer": answer}
+        (tmp_path / "winogrande").mkdir(exist_ok=True)
+        (tmp_path / f"winogrande/{name}.jsonl").write_text(json.dumps(record) + "\n")
+    marked = {
+        "activity_label": "Tie",
+        "ctx_a": f"a b c d e f g [title] {before}",
+        "ctx_b": "",
+        "endings": ["0 [step] 1"],
+    }
+    (tmp_path / "hellaswag").mkdir()
+    (tmp_path / "hellaswag/hellaswag_val.jsonl").write_text(json.dumps(marked | {"label": 0}) + "\n")
+    index = Index(tmp_path)
+    assert index.hits(f"{before} dev left {after}", "f:1") and not index.hits(f"{before} dev right {after}", "f:2")
+    assert all(index.hits(f"{before} test {option} {after}", "f:3") for option in ("left", "right"))
+    assert index.hits(f"{before} dev _ {after}", "f:4")  # as published
+    assert index.hits(f"c d e f g {before}", "f:5") and index.hits(f"c d e f g [title] {before}", "f:6")
+    assert index.hits("two three four five six seven eight 0 1", "f:7") == []  # nine of more than thirteen words
+    assert index.hits(f"c d {before} 0 1", "f:8") == [] and index.hits(f"e f g {before} 0 1", "f:9")
+
+
+def test_records_that_are_kept_stand_as_they_were(
+    sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "t.jsonl", tmp_path / "clean.jsonl"
+    kept = ['{"text": "one",  "score": 1.10, "big": 1E400}', r'{"text": "\u00e9"}']
+    source.write_text("\n".join([kept[0], "", json.dumps({"text": GOAL}), kept[1]]) + "\n")
+    words = ["data", "decontaminate", str(source), "--against", str(sets), "--remove"]
+    assert main([*words, str(out)]) == 0 and out.read_text().splitlines() == kept
+    array = tmp_path / "a.json"
+    array.write_text(json.dumps([{"text": "one"}, {"text": GOAL}], indent=1))
+    assert main([*words[:2], str(array), *words[3:], str(out)]) == 0 and out.read_text() == '{"text": "one"}\n'
+    capsys.readouterr()
+    for name in ("clean.json", "clean.json.gz"):
+        assert main([*words, str(tmp_path / name)]) == 1 and not (tmp_path / name).exists()
+        assert "written as lines" in capsys.readouterr().err
+
+
 def test_a_text_has_paragraphs(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_text("one\ntwo\n\nthree\n")

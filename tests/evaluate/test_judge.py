@@ -77,6 +77,16 @@ def test_no_verdict_is_an_error_and_never_a_tie() -> None:
     assert outcome("A", "B") == "A" and outcome("B", "A") == "B" and outcome("B", "B") == "disagree"
 
 
+def test_a_parrot_gives_no_verdict() -> None:
+    """A judge that repeats what it was told, alone or with a verdict behind, has said several."""
+    for say in (str, lambda text: f"{text}\n[[B]]", lambda text: "[[A]] or [[B]]"):
+        whole = compare(say).figures["all"]
+        assert (whole["error"], whole["tie"], whole["rate"][3]) == (4, 0, 0)
+    prompts = judge.single_prompts(QUESTIONS, OURS, "a")
+    assert [one.value for one in ask_verdicts(asks(str), prompts, 9, "single")] == [None] * 4
+    assert judge.verdict_of("[[7]] it is: [[7]]", "single") == "7"
+
+
 def test_where_there_is_no_verdict_there_is_no_rate() -> None:
     table = compare(lambda text: "hard to say")
     assert {cell for row in table.rows for cell in row[6:]} == {"-"} and table.figures["all"]["rate"][3] == 0
@@ -101,7 +111,9 @@ def test_prompts_have_both_turns_and_the_reference() -> None:
 
 def test_ratings_have_means_and_errors() -> None:
     sides = {side: judge.single_prompts(QUESTIONS, own, side) for side, own in (("a", OURS), ("b", THEIRS))}
-    says = asks(lambda text: "good [[3]], no, [[7.5]]" if "longer" in text else "[[11]]" if "six" in text else "[[4]]")
+    says = asks(
+        lambda text: "good, [[7.5]], yes, [[7.5]]" if "longer" in text else "[[11]]" if "six" in text else "[[4]]"
+    )
     verdicts = {one.key: one for prompts in sides.values() for one in ask_verdicts(says, prompts, 9, "single")}
     figures = single(QUESTIONS, values_of(verdicts)).figures
     assert figures["writing"]["b"] == {"rating": 7.5, "stderr": 0.0, "errors": 0}
@@ -118,7 +130,7 @@ def test_turns_are_asked_with_the_answers_before() -> None:
         seen.extend(([one["content"] for one in prompt], sampling.temperature) for prompt in prompts)
         return [Completion(f"re: {prompt[-1]['content']}", (), "eos") for prompt in prompts]
 
-    assert answer(ask, QUESTIONS)[0] == ["re: Say it.", "re: Again."]
+    assert [one.text for one in answer(ask, QUESTIONS)[0]] == ["re: Say it.", "re: Again."]
     assert seen[-1] == (["Say it.", "re: Say it.", "Again."], 0.7) and (["2 + 2?"], 0.0) in seen
 
 
@@ -194,11 +206,21 @@ def test_a_live_judge_on_two_models(
     assert main(words) == 0
     figures = json.loads((out / "pairwise.json").read_text())["results"]["all"]
     assert (figures["error"], figures["A"], figures["tie"]) == (2, 0, 0)
-    assert "2 turns lack a verdict" in capsys.readouterr().out and (out / "pairwise.html").exists()
+    shown = capsys.readouterr().out
+    assert "2 turns lack a verdict" in shown and (out / "pairwise.html").exists()
+    assert "A: tiny: 2 answers were cut at the most new tokens" in shown and "fit" not in shown
+    assert any("B: tiny: 2 answers" in note for note in json.loads((out / "pairwise.json").read_text())["notes"])
     (verdicts,) = out.glob("verdicts-tiny-*.jsonl")
     assert len(verdicts.read_text().splitlines()) == 4  # two questions in both orders
     answered = len([*out.glob("answers-[AB]-tiny-*.jsonl")])
     monkeypatch.setattr(judge, "answer", None)
+    for path in out.glob("answers-A-*.jsonl"):
+        path.write_text(path.read_text().replace('"length"', '"context"', 1))
+    kept = verdicts.read_text()
+    verdicts.write_text(kept.replace('"value": null', '"value": "C"'))  # as of a version that took an echo for a tie
+    assert main(words) == 0 and "A: tiny: 1 answers are empty or cut" in capsys.readouterr().out
+    assert json.loads((out / "pairwise.json").read_text())["results"]["all"]["tie"] == 0
+    verdicts.write_text(kept)
     assert main(words) == 0 and len(verdicts.read_text().splitlines()) == 4 and answered == 2
     assert main([*words[:-1], "4"]) == 0 and len([*out.glob("verdicts-tiny-*.jsonl")]) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from minillama.evaluate.comparison import average, estimate, paired, wilson
 from minillama.evaluate.likelihood import score
 from minillama.evaluate.multiple_choice import Outcome, encode_pairs, outcomes
 from minillama.evaluate.perplexity import perplexity, windows
+from minillama.evaluate.results import summary
 from minillama.evaluate.task import Item
 from minillama.evaluate.tasks import TASKS
 from minillama.tokenizer import Tokenizer, byte_tokenizer
@@ -129,10 +131,22 @@ def test_characters_are_not_bytes(tiny: tuple[Decoder, Tokenizer]) -> None:
     assert outcome([-6.0, -7.0], [2, 4], bytes=[6, 4]).choice("acc_bytes") == 0
 
 
+def test_items_that_lose_tokens_are_counted(tiny: tuple[Decoder, Tokenizer]) -> None:
+    """A context of 64 reads 64 tokens and predicts one more: bos, 59 and 5 fit, bos, 60 and 5 do not."""
+    items = [Item(str(n), (("q" * n, " abcd"), ("q" * 9, " abcd")), ("abcd", "abcd"), 0) for n in (59, 60, 9)]
+    found = sorted(outcomes(*tiny, "piqa", items), key=lambda one: one.id)
+    assert [(one.id, one.truncated) for one in found] == [("59", False), ("60", True), ("9", False)]
+    shown = summary(TASKS["piqa"], "lm-eval", found, None)
+    assert shown["truncated"] == 1
+    old = {key: value for key, value in asdict(found[0]).items() if key != "truncated"}
+    assert Outcome.of(old) == found[0]  # of a file from before
+
+
 def test_prompts_have_line_ends_and_no_backslashes() -> None:
     for task in TASKS.values():
         for form in task.forms.values():
-            assert "\\" not in form.prompt + form.description
+            assert "\\" not in form.prompt + form.description + form.letter
+            assert not form.letter or "{letter}" in form.letter
     assert TASKS["piqa"].forms["lm-eval"].prompt == "Question: {question}\nAnswer:"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -258,7 +259,39 @@ def test_missing_and_unlabelled_files_are_named(tmp_path: Path) -> None:
     assert str(error.value.where).endswith("val.jsonl:1")
     with pytest.raises(InputError, match="no such evaluation set"):
         named(["piqa", "pika"])
+    with pytest.raises(InputError) as error:
+        named(["pika"], "validate.tasks")
+    assert error.value.where == "validate.tasks"
     assert tuple(named(["all"])) == NINE and tuple(named(["piqa,mmlu", "piqa"])) == ("piqa", "mmlu")
+
+
+def test_subjects_of_compressed_files(tmp_path: Path) -> None:
+    line = b"Bones?,1,2,3,4,A\n"
+    write(tmp_path, {"mmlu/val/anatomy_val.csv.gz": gzip.compress(line), "mmlu/val/virology_val.csv": line})
+    assert [item.subject for item in load("mmlu", tmp_path)] == ["anatomy", "virology"]
+
+
+def test_a_set_without_records_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path, {"piqa/valid.jsonl": [], "piqa/valid-labels.lst": ""})
+    with pytest.raises(InputError, match="no record of PIQA") as error:
+        load("piqa", tmp_path)
+    assert str(error.value.where) == f"{tmp_path}/piqa/valid.jsonl"
+
+
+def test_nothing_is_read_twice(tmp_path: Path) -> None:
+    """A folder under two names, as on a disk that knows no case; two names of one part; a file and its archive."""
+    write(tmp_path, FORMS["boolq"][0])
+    (tmp_path / "BoolQ").symlink_to(tmp_path / "boolq")
+    assert len(load("boolq", tmp_path)) == 1
+    records = [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}]
+    for names in (("valid.jsonl", "validation.jsonl"), ("val.json", "val.json.gz")):
+        folder = tmp_path / names[0]
+        write(folder, {f"piqa/{names[0]}": records, f"piqa/{names[1]}": gzip.compress(b"{}")})
+        with pytest.raises(InputError, match="two files of the same part") as error:
+            load("piqa", folder)
+        assert names[0] in str(error.value.found) and names[1] in str(error.value.found)
+    write(tmp_path, {f"siqa/validation-{i}.parquet": FORMS["siqa"][2]["siqa/validation-0.parquet"] for i in (0, 1)})
+    assert len(load("siqa", tmp_path)) == 2  # parts of one
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from minillama import Decoder, ModelConfig
+from minillama.errors import InputError
 from minillama.evaluate.multiple_choice import outcomes
 from minillama.evaluate.tasks import NINE, TASKS
 from minillama.formats.open import open_model
@@ -50,7 +51,18 @@ def backends(folder: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights behind SmolLM2's vocabulary."""
-    folder, tokenizer = tmp_path_factory.mktemp("small"), Tokenizer.load(smollm2)
+    return write(tmp_path_factory.mktemp("small"), Tokenizer.load(smollm2))
+
+
+@pytest.fixture(scope="module")
+def llama(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights behind Llama 2's vocabulary, whose tokenizer adds bos."""
+    tokenizer = Tokenizer.load(shared / "tokenizer/llama2/tokenizer.model")
+    assert tokenizer.add_bos
+    return write(tmp_path_factory.mktemp("llama"), tokenizer)
+
+
+def write(folder: Path, tokenizer: Tokenizer) -> Path:
     shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 64, "max_seq_len": 512}
     model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
     model.init_weights(torch.Generator().manual_seed(1))
@@ -105,9 +117,62 @@ def test_rolling_sums_and_generation_on_a_small_model(small: Path, capsys: pytes
     asked = [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(TEXTS)]
     assert ours.generate_until(asked) == theirs.generate_until(asked)
     assert "2 of 2 answers were cut at their maximum length" in capsys.readouterr().err
+    long = [Instance("loglikelihood", {}, (text * 9, " it"), i) for i, text in enumerate(TEXTS)]
+    for own, other in zip(ours.loglikelihood(long), theirs.loglikelihood(long), strict=True):
+        assert own[0] == pytest.approx(other[0], rel=1e-4)
+    assert "1 of 2 contexts were cut on the left" in capsys.readouterr().err
     empty = [Instance("loglikelihood", {}, ("", " alone"), 0), Instance("loglikelihood", {}, (" ", "blank"), 1)]
     assert ours.loglikelihood(empty[:1])[0] == pytest.approx(theirs.loglikelihood(empty[:1])[0], rel=1e-4)
     assert len(ours.loglikelihood(empty)) == 2  # a context of blanks alone stops the harness's backend
+
+
+def test_prompts_that_are_cut_are_said(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The harness's own backend cuts them too, and asserts that there is room for one token."""
+    from lm_eval.api.instance import Instance
+
+    theirs, ours = backends(small)
+    settings = {"until": ["\n\n"], "max_gen_toks": 500, "do_sample": False}
+    (one,) = [Instance("generate_until", {}, (TEXTS[1], settings), 0)]
+    assert ours.generate_until([one])[0].startswith(theirs.generate_until([one])[0][:200])
+    assert "1 of 1 contexts were cut on the left" in capsys.readouterr().err
+    full = Instance("generate_until", {}, (TEXTS[0], settings | {"max_gen_toks": 512}), 0)
+    with pytest.raises(InputError, match="no room for a prompt") as error:
+        ours.generate_until([full])
+    assert error.value.found == 512
+    with pytest.raises(AssertionError, match="must be less than"):
+        theirs.generate_until([full])
+
+
+def test_arguments_of_another_name_are_refused() -> None:
+    """Not one is dropped that would change a result."""
+    from minillama.evaluate.lm_eval import HarnessModel
+
+    for name in ("adaptor", "max_length", "add_bos_token"):
+        with pytest.raises(InputError, match="no such argument") as error:
+            HarnessModel("nowhere", max_batch_size=4, trust_remote_code=True, **{name: 1})
+        assert error.value.found == name
+
+
+def test_a_tokenizer_that_adds_bos(sets: Any, shared: Path, llama: Path, tmp_path: Path) -> None:
+    """Contexts and generation as the harness; its rolling sums count the bos that the tokenizer adds, ours do not."""
+    from lm_eval.api.instance import Instance
+
+    models = theirs, ours = backends(llama)
+    for name in ("piqa", "winogrande", "mmlu", "hellaswag"):
+        (tmp_path / name).mkdir()
+        compare(sets, shared / "eval", tmp_path / name, models, name, 4, 0)
+    settings = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
+    asked = [Instance("generate_until", {}, (text, settings), i) for i, text in enumerate(TEXTS)]
+    # the harness decodes new tokens by themselves, where the library drops the space in front of the first word
+    assert [text.removeprefix(" ") for text in ours.generate_until(asked)] == theirs.generate_until(asked)
+    (own,), (other,) = (
+        model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXTS[0],), 0)]) for model in (ours, theirs)
+    )
+    with torch.inference_mode():
+        ids = torch.tensor([[1, 1, *ours._tokenizer.encode(TEXTS[0])]])
+        twice = ours.model(ids[:, :-1])[0].log_softmax(-1).gather(1, ids[0, 1:, None])
+        once = ours.model(ids[:, 1:-1])[0].log_softmax(-1).gather(1, ids[0, 2:, None])
+    assert own == pytest.approx(once.sum().item(), rel=1e-4) and other == pytest.approx(twice.sum().item(), rel=1e-4)
 
 
 def test_new_tokens_under_every_name_of_the_harness(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,9 @@ from minillama.commands.cli import main
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig
+from minillama.tokenizer import byte_tokenizer
+from minillama.training.probes import TaskAccuracy
+from minillama.training.ranks import Ranks
 from minillama.training.run import train
 
 
@@ -60,6 +63,17 @@ def test_a_run_says_that_its_data_is_decontaminated(
     assert start["left_out"] == {"files": {".pdf": [1, ["scan.pdf"]]}}
     made = start["decontaminated"][str(out)]
     assert (made["source"], made["n"], made["items"], made["removed"]) == (str(source), 13, {"piqa": 5}, 0)
+
+
+def test_settings_are_named_and_home_is_expanded(
+    tiny_config: Callable[..., RunConfig], sets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(sets.parent))
+    config = tiny_config("--validate.tasks", "piqa", "--validate.data", "~/sets")
+    assert len(TaskAccuracy(config.validate, byte_tokenizer(), Ranks()).sets["piqa"]) == 5
+    with pytest.raises(InputError, match="no such evaluation set") as error:
+        TaskAccuracy(replace(config.validate, tasks=("pika",)), byte_tokenizer(), Ranks())
+    assert error.value.where == "validate.tasks"
 
 
 def test_a_missing_set_stops_before_the_first_step(tiny_config: Callable[..., RunConfig], tmp_path: Path) -> None:
