@@ -19,7 +19,7 @@ from minillama.inference.load import ModelArgs
 class BestOfN(ModelArgs):
     """Write the best of K answers of a model, of this round and earlier ones, as conversations for `train.py sft`.
 
-    Prompts that training would hold out are left out. A file that is there is continued.
+    All prompts are answered: fine-tuning on the file holds the same questions out. A file that is there is continued.
     """
 
     source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = "python-qa"
@@ -40,8 +40,8 @@ class BestOfN(ModelArgs):
     """Chat template; the tokenizer's own unless given."""
     limit: int = field(default=0, metadata={"min": 0})
     """Number of prompts; 0: all."""
-    val_fraction: float = field(default=0.05, metadata={"min": 0, "below": 1})
-    """Held-out share, as data.val_fraction of the training."""
+    val_fraction: float = field(default=0.0, metadata={"min": 0, "below": 1})
+    """Share of prompts that are left out, those that training with this data.val_fraction holds out."""
     seed: int = 1
     """Random seed."""
 
