@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,8 @@ class BestOfN(ModelArgs):
     out: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl")] = "best.jsonl"
     """The file."""
     rewards: tuple[str, ...] = ("verified",)
-    """NAME or WEIGHT*NAME, as in objective.rewards: rules, reward models' folders, MODULE:NAME."""
+    """NAME or WEIGHT*NAME, as in objective.rewards: rules, reward models' folders, MODULE:NAME; or FILE.toml with
+    tables [[objective.rewards]], such as a run's config.toml, for rewards with settings."""
     samples: int = field(default=16, metadata={"min": 1})
     """Answers per prompt, K."""
     earlier: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.jsonl")] = ()
@@ -48,8 +50,8 @@ class BestOfN(ModelArgs):
     def run(self) -> int:
         """Write."""
         from minillama.data.prompts import Prompts
-        from minillama.evaluate.rewards import Rewards
-        from minillama.evaluate.rules import parse_reward
+        from minillama.evaluate.rewards import Rewards, check_context
+        from minillama.evaluate.rules import read_rewards
         from minillama.inference.chat import ChatPrompts
         from minillama.inference.generate import end_ids
         from minillama.inference.sampling import Sampling
@@ -60,10 +62,14 @@ class BestOfN(ModelArgs):
         longest = model.config.max_seq_len - self.max_new_tokens
         chat = ChatPrompts(tokenizer, self.template)
         data = Prompts.load([Source(self.source)], chat.template, tokenizer, longest, self.val_fraction)
-        rewards = Rewards(list(map(parse_reward, self.rewards)), tokenizer, data.end_id, model.device)
+        rewards = Rewards(read_rewards(self.rewards), tokenizer, data.end_id, model.device)
+        check_context(rewards.models, (*data.train, *data.val), self.max_new_tokens)
         stop_ids = end_ids(model, tokenizer) | {data.end_id}
         sampling = Sampling(self.temperature, seed=self.seed)
-        task = best_of_n.BestOfN(model, rewards, self.samples, self.max_new_tokens, sampling, stop_ids, chat.lead)
+        how = self.samples, self.max_new_tokens, sampling, stop_ids, chat.lead
+        template = sha256(chat.template.source.encode()).hexdigest()[:16]
+        files = {"files": self.files, "template": template, "dtype": self.dtype}
+        task = best_of_n.BestOfN(model, rewards, *how, model_files=files)
         prompts, path = data.train[: self.limit or None], Path(self.out)
         lines: list[Mapping[str, Any]] = []
         for line in task.write(prompts, path, list(map(Path, self.earlier))):

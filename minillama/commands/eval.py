@@ -22,7 +22,7 @@ from minillama.commands.tables import print_pairs, print_table
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.files import replace_text, stamp
+from minillama.files import replace_text
 from minillama.inference.load import ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -171,13 +171,8 @@ def _weight(item: Item) -> int:
 
 def _identity(args: Args) -> dict[str, Any]:
     """What the outcomes of a model depend on; of its files name, size and time."""
-    paths = [
-        args.model,
-        *([args.tokenizer] if args.tokenizer else []),
-        *(a if Path(a).exists() else a.partition("=")[2] for a in args.adapter),
-    ]
     names = {"model": args.model, "tokenizer": args.tokenizer, "adapter": list(args.adapter)}
-    return {**names, "dtype": args.dtype, "quantize": args.quantize, "files": stamp(map(Path, paths))}
+    return {**names, "dtype": args.dtype, "quantize": args.quantize, "files": args.files}
 
 
 def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], folder: ResultFolder, others: Any) -> int:
