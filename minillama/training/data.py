@@ -111,7 +111,7 @@ def _load_preferences(
     tokenizer, template = _rendering(config, tokenizer, "preferences")
     reading = template, tokenizer, config.context, settings.val_fraction, settings.on_error, pairs
     data = preference_set.load(settings.sources, *reading)
-    if not config.objective.soft_labels and any(row.probability != 1 for row in data.train):
+    if not config.objective.soft_labels and any(row.probability != 1 for row in (*data.train, *data.val)):
         report.say(
             "warning: this loss takes every preference as certain, whatever its probability; reward and dpo with "
             "loss sigmoid read it"
