@@ -100,7 +100,10 @@ def test_another_model_or_reward_model_does_not_go_on_with_the_file(
         failed = main([*command, *given]) == 1
         return failed and "other settings" in capsys.readouterr().err and out.read_bytes() == before
 
-    assert refused("--template", "vicuna")
+    answer = "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    turn = "{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}{% endif %}"
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}" + turn + "{% endfor %}")
+    assert refused("--template", str(tmp_path / "mine.jinja"))
     status = weights.stat()
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     assert refused()
