@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_functions_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert earned(Reward(f"{tmp_path}/mine_for_rules.py:count"), "abc", skip=1) is None
     monkeypatch.chdir(tmp_path)
     assert earned(Reward("mine_for_rules:count"), "abc") == 8
-    (tmp_path / "random.py").write_text(  # which is no module of that name for others
+    text = (
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"
         "@dataclass\n"
@@ -79,9 +80,10 @@ def test_functions_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "def length(prompt, ids, text, record):\n"
         "    return len(Words(text).text)\n"
     )
-    import random
-
-    assert earned(Reward("random.py:length"), "abc") == 3 and sys.modules["random"] is random
+    for file in ("mine_with_words.py", "colorsys.py"):  # which no import finds under the name of another module
+        (tmp_path / file).write_text(text)
+        assert earned(Reward(f"{file}:length"), "abc") == 3
+    assert sys.modules["colorsys"] is colorsys and "mine_with_words" not in sys.modules
     for name, message in (
         ("mine_for_rules:value", "no such function"),
         ("no_such_module:f", "cannot be loaded"),
