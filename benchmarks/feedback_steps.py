@@ -3,7 +3,8 @@
     python benchmarks/feedback_steps.py --model runs/sft/model --source python-qa
     python benchmarks/feedback_steps.py --model SMOLLM2 --source dpo_en_demo.json --lora --steps 40 --rows 8
 
-Held-out accuracy of reward model and DPO before and after, with Wilson's 95% interval, beside the longer answer;
+Held-out accuracy of reward model and DPO before and after, with Wilson's 95% interval, beside the longer answer; of DPO
+before: the share of pairs whose chosen answer the start model finds the more probable one, in all and per token;
 held-out reward before and after PPO, and the KL of its rollouts. Folders and metrics stay in --out.
 """
 
@@ -16,12 +17,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from feedback import run
 
 from minillama.data import preference_set
+from minillama.data.preference_set import Judged
 from minillama.data.sources import Source
+from minillama.inference.load import ModelArgs
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.template import load_template
+from minillama.training.objectives.answers import answer_log_probabilities
+from minillama.training.objectives.compared import batch_of
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -38,11 +44,28 @@ def ends(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
     return found[0], found[-1]
 
 
-def held_out(folder: Path, args: argparse.Namespace) -> int:
-    """Number of held-out pairs."""
+def held_out(folder: Path, args: argparse.Namespace) -> list[Judged]:
+    """Held-out pairs."""
     tokenizer = Tokenizer.load(folder)
     template = load_template(args.template if args.template != "auto" else "", tokenizer)
-    return len(preference_set.load([Source(args.source)], template, tokenizer, args.context, args.held_out).val)
+    return list(preference_set.load([Source(args.source)], template, tokenizer, args.context, args.held_out).val)
+
+
+def likelier(model: str, pairs: Sequence[Judged], context: int) -> tuple[float, float]:
+    """Share of pairs whose chosen answer has the higher log-probability, in all and per token; ties count a half.
+
+    DPO's own margin is 0 at the start, and its accuracy there 0.5 whatever the model knows.
+    """
+    decoder, _ = ModelArgs(model, dtype="float32").load()
+    right = [0.0, 0.0]
+    for pair in pairs:
+        batch = batch_of([pair], context)
+        tokens, targets, answers = (part[0] for part in (batch.tokens, batch.targets, batch.extras["answers"]))
+        with torch.no_grad():
+            sums = answer_log_probabilities(decoder, tokens, targets, answers)[0].sum(-1)
+        for i, values in enumerate((sums, sums / batch.extras["counts"][0])):
+            right[i] += 0.5 * (1 + (values[0] - values[1]).sign().item())
+    return right[0] / len(pairs), right[1] / len(pairs)
 
 
 def steps(args: argparse.Namespace) -> None:
@@ -62,12 +85,16 @@ def steps(args: argparse.Namespace) -> None:
     for name, rate in rates.items():
         began = time.perf_counter()
         lines, _ = run(args.out / name, name, *shared, "--optim.lr", rate)
-        count = held_out(args.out / name / "model", args)
-        before, after = ends(lines, "val_accuracy")
+        pairs = held_out(args.out / name / "model", args)
+        count, (before, after) = len(pairs), ends(lines, "val_accuracy")
+        of = ""
+        if name == "dpo":
+            before, mean = likelier(args.model, pairs, args.context)
+            of = f" (the start model's more probable answer; per token {mean:.3f})"
         low, high = interval(after, count)
         print(
-            f"{name}: held-out accuracy {before:.3f} -> {after:.3f} [{low:.3f}, {high:.3f}] of {count} pairs, longer "
-            f"answer {ends(lines, 'val_longer_wins')[1]:.3f}; {time.perf_counter() - began:.0f} s",
+            f"{name}: held-out accuracy {before:.3f}{of} -> {after:.3f} [{low:.3f}, {high:.3f}] of {count} pairs, "
+            f"longer answer {ends(lines, 'val_longer_wins')[1]:.3f}; {time.perf_counter() - began:.0f} s",
             flush=True,
         )
     reward, began = str(args.out / "reward/model"), time.perf_counter()

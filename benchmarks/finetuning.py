@@ -57,8 +57,8 @@ def prepare(folder: Path, model: str, data: str, records: int, held_out: float) 
     """The base as a Hugging Face folder in float32, records of both splits as messages, and steps per epoch."""
     from minillama.commands.cli import main
     from minillama.data.conversations import conversations
+    from minillama.data.examples import is_held_out
     from minillama.data.packing import best_fit
-    from minillama.data.permutation import hash_fraction
     from minillama.data.sources import Source
     from minillama.tokenizer import Tokenizer
     from minillama.tokenizer.rendering import encode, truncated
@@ -72,7 +72,7 @@ def prepare(folder: Path, model: str, data: str, records: int, held_out: float) 
     lengths = []
     for conversation in islice(conversations(Source(path=data)), records or None):
         whole = encode(conversation, template, tokenizer)
-        part = "val" if hash_fraction(whole.text, "held out") < held_out else "train"
+        part = "val" if is_held_out(conversation.question, held_out) else "train"
         messages = [{"role": m.role, "content": m.full_content} for m in conversation.messages]
         split[part].append({"prompt": messages[:-1], "completion": messages[-1:]})
         if part == "train":
@@ -230,20 +230,15 @@ def tiny(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
         yield folder, folder / "tiny/model"
 
 
-def held_out(model: Path) -> Iterator[tuple[list[dict[str, str]], str]]:
+def held_out() -> Iterator[tuple[list[dict[str, str]], str]]:
     """Messages up to an answer of python-qa, and the answer, of the conversations that fine-tuning held out."""
     from minillama.data.conversations import conversations
-    from minillama.data.permutation import hash_fraction
+    from minillama.data.examples import is_held_out
     from minillama.data.sources import Source
     from minillama.runs.sections import DataConfig
-    from minillama.tokenizer import Tokenizer
-    from minillama.tokenizer.rendering import encode
-    from minillama.tokenizer.template import load_template
 
-    tokenizer = Tokenizer.load(model)
-    own = load_template("own", tokenizer)
     for conversation in conversations(Source(name="python-qa")):
-        if hash_fraction(encode(conversation, own, tokenizer).text, "held out") < DataConfig.val_fraction:
+        if is_held_out(conversation.question, DataConfig.val_fraction):
             messages = [{"role": m.role, "content": m.content} for m in conversation.messages]
             yield from ((messages[:i], messages[i]["content"]) for i in range(1, len(messages), 2))
 
@@ -278,7 +273,7 @@ def assistant(args: argparse.Namespace) -> dict[str, Any]:
     with tiny(args) as (folder, base):
         words = ["--train.init_from", str(base), "--out", str(folder / "sft"), "--overwrite"]
         assert main(["train", "sft", *words, "--train.steps", str(args.steps)]) == 0
-        asked = list(held_out(folder / "sft/model"))
+        asked = list(held_out())
         asked = asked[:: max(1, len(asked) // args.answers)][: args.answers]
         found = {"before": measure(base, "vicuna", asked), "after": measure(folder / "sft/model", "", asked)}
     for when, measures in found.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from minillama.inference.load import ModelArgs
 class BestOfN(ModelArgs):
     """Write the best of K answers of a model, of this round and earlier ones, as conversations for `train.py sft`.
 
-    Prompts that training would hold out are left out. A file that is there is continued.
+    All prompts are answered: fine-tuning on the file holds the same questions out. A file that is there is continued.
     """
 
     source: Annotated[str, tyro.conf.arg(metavar="SOURCE")] = "python-qa"
@@ -27,7 +28,8 @@ class BestOfN(ModelArgs):
     out: Annotated[str, tyro.conf.arg(metavar="FILE.jsonl")] = "best.jsonl"
     """The file."""
     rewards: tuple[str, ...] = ("verified",)
-    """NAME or WEIGHT*NAME, as in objective.rewards: rules, reward models' folders, MODULE:NAME."""
+    """NAME or WEIGHT*NAME, as in objective.rewards: rules, reward models' folders, MODULE:NAME; or FILE.toml with
+    tables [[objective.rewards]], such as a run's config.toml, for rewards with settings."""
     samples: int = field(default=16, metadata={"min": 1})
     """Answers per prompt, K."""
     earlier: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE.jsonl")] = ()
@@ -40,16 +42,16 @@ class BestOfN(ModelArgs):
     """Chat template; the tokenizer's own unless given."""
     limit: int = field(default=0, metadata={"min": 0})
     """Number of prompts; 0: all."""
-    val_fraction: float = field(default=0.05, metadata={"min": 0, "below": 1})
-    """Held-out share, as data.val_fraction of the training."""
+    val_fraction: float = field(default=0.0, metadata={"min": 0, "below": 1})
+    """Share of prompts that are left out, those that training with this data.val_fraction holds out."""
     seed: int = 1
     """Random seed."""
 
     def run(self) -> int:
         """Write."""
         from minillama.data.prompts import Prompts
-        from minillama.evaluate.rewards import Rewards
-        from minillama.evaluate.rules import parse_reward
+        from minillama.evaluate.rewards import Rewards, check_context
+        from minillama.evaluate.rules import read_rewards
         from minillama.inference.chat import ChatPrompts
         from minillama.inference.generate import end_ids
         from minillama.inference.sampling import Sampling
@@ -60,10 +62,14 @@ class BestOfN(ModelArgs):
         longest = model.config.max_seq_len - self.max_new_tokens
         chat = ChatPrompts(tokenizer, self.template)
         data = Prompts.load([Source(self.source)], chat.template, tokenizer, longest, self.val_fraction)
-        rewards = Rewards(list(map(parse_reward, self.rewards)), tokenizer, data.end_id, model.device)
+        rewards = Rewards(read_rewards(self.rewards), tokenizer, data.end_id, model.device)
+        check_context(rewards.models, (*data.train, *data.val), self.max_new_tokens)
         stop_ids = end_ids(model, tokenizer) | {data.end_id}
         sampling = Sampling(self.temperature, seed=self.seed)
-        task = best_of_n.BestOfN(model, rewards, self.samples, self.max_new_tokens, sampling, stop_ids, chat.lead)
+        how = self.samples, self.max_new_tokens, sampling, stop_ids, chat.lead
+        template = sha256(chat.template.source.encode()).hexdigest()[:16]
+        files = {"files": self.files, "template": template, "dtype": self.dtype}
+        task = best_of_n.BestOfN(model, rewards, *how, model_files=files)
         prompts, path = data.train[: self.limit or None], Path(self.out)
         lines: list[Mapping[str, Any]] = []
         for line in task.write(prompts, path, list(map(Path, self.earlier))):

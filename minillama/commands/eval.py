@@ -22,7 +22,7 @@ from minillama.commands.tables import print_pairs, print_table
 from minillama.config.command_line import refuse_repeated
 from minillama.config.loader import check
 from minillama.errors import InputError
-from minillama.files import model_folder, refuse_remote, replace_text, stamp
+from minillama.files import model_folder, refuse_remote, replace_text
 from minillama.inference.load import ModelArgs, Quantize
 
 if TYPE_CHECKING:
@@ -227,8 +227,7 @@ def _identity(args: Args) -> dict[str, Any]:
     model, tokenizer = Path(args.model).resolve(), Path(args.tokenizer).resolve() if args.tokenizer else None
     adapters = [Path(a if Path(a).exists() or "=" not in a else a.partition("=")[2]).resolve() for a in args.adapter]
     names = {"model": str(model), "tokenizer": tokenizer and str(tokenizer), "adapter": [*map(str, adapters)]}
-    files = stamp([model, *([tokenizer] if tokenizer else []), *adapters])
-    return {**names, "dtype": str(dtype).removeprefix("torch."), "quantize": weights, "files": files}
+    return {**names, "dtype": str(dtype).removeprefix("torch."), "quantize": weights, "files": args.files}
 
 
 def _report(args: Args, tasks: dict[str, Task], items: dict[str, list[Item]], folder: ResultFolder, others: Any) -> int:

@@ -15,7 +15,11 @@ T = TypeVar("T")
 
 
 def is_held_out(text: str, val_fraction: float) -> bool:
-    """Whether a hash of an example's text falls below the fraction: its split depends on no other example."""
+    """Whether a hash of a text falls below the fraction: the split of an example depends on no other example.
+
+    The text is that of a document, or the first question of a conversation (`Conversation.question`), whatever the
+    answers are: what fine-tuning, preferences and rollouts hold out of the same questions is the same.
+    """
     return hash_fraction(text, "held out") < val_fraction
 
 

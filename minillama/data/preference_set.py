@@ -203,8 +203,8 @@ def load(
 ) -> Preferences:
     """Read and tokenize all sources once, whatever their weight.
 
-    A preference is held out when a hash of its prompt falls below `val_fraction`. Pairs of equal answers say nothing,
-    and are left out with a note.
+    A preference is held out when a hash of its first question falls below `val_fraction`. Pairs of equal
+    answers say nothing, and are left out with a note.
 
     Args:
         pairs: of two answers; else answers one by one, those of pairs as well.
@@ -228,7 +228,7 @@ def load(
                 if max(map(len, answers)) + len(sides[0].prompt) > context:
                     skipped.note("texts truncated to the context")
                 prompt, answers = fitted(sides[0].prompt, answers, context, tokenizer.bos_id)
-                rows = split[is_held_out(sides[0].text, val_fraction)]
+                rows = split[is_held_out(preference.sides[0].question, val_fraction)]
                 if pairs:
                     rows.append(Judged.of(prompt, answers, preference.margin, where, preference.probability))
                 else:

@@ -46,7 +46,7 @@ class Prompts:
 
     Args:
         train: training split.
-        val: held-out split: conversations whose text has a hash below the fraction, as for fine-tuning on them.
+        val: held-out split: those whose first question has a hash below the fraction, as for fine-tuning on them.
         end_id: token that ends an answer.
         fingerprint: SHA-256 of the prompts and the split.
         skipped: records left out.
@@ -87,13 +87,14 @@ class Prompts:
         split: dict[bool, list[Prompt]] = {True: [], False: []}
         digest = sha256(f"{val_fraction} {longest}".encode())
         for source in sources:
-            for prompt, text, end in _prompts(source, template, tokenizer, format, on_error, skipped):
+            for prompt, question, end in _prompts(source, template, tokenizer, format, on_error, skipped):
                 if len(prompt.ids) > longest:
                     skipped.add(BadText("too long", "a prompt is too long", where=prompt.where))
                     continue
                 end_id = end
-                digest.update(f"{prompt.ids} {prompt.record.get('answer')}\n".encode())
-                split[is_held_out(text, val_fraction)].append(prompt)
+                held_out = is_held_out(question, val_fraction)
+                digest.update(f"{held_out} {prompt.ids} {prompt.record.get('answer')}\n".encode())
+                split[held_out].append(prompt)
         if not split[False] or (val_fraction and not split[True]):
             raise too_few("prompts", split[False], split[True], skipped, f", of at most {longest} tokens")
         return cls(split[False], split[True], end_id, digest.hexdigest(), skipped)
@@ -106,7 +107,7 @@ class Prompts:
 def _prompts(
     source: Source, template: Template, tokenizer: Tokenizer, format: Format, on_error: OnError, skipped: Skipped
 ) -> Iterator[tuple[Prompt, str, int]]:
-    """Prompts of a source, each with the text that decides its split and the token that ends its answer."""
+    """Prompts of a source, each with the question that decides its split and the token that ends its answer."""
     for record in records(source, on_error, skipped):
         with skipping(on_error, skipped, record.where):
             for conversation in read_record(answered(record), format, skipped):
@@ -120,7 +121,7 @@ def _prompt(
     ids = rendered.ids[: next(i for i, weight in enumerate(rendered.weights) if weight)]
     fields = record.value if answer == _OPEN else {**record.value, "answer": answer}
     asked = conversation.first(len(conversation.messages) - 1)
-    return Prompt(ids, tokenizer.decode(ids), fields, asked, record.where), rendered.text, rendered.end_id
+    return Prompt(ids, tokenizer.decode(ids), fields, asked, record.where), conversation.question, rendered.end_id
 
 
 def answered(record: Record) -> Record:

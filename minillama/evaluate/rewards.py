@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,6 +145,33 @@ def check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
     if own.fingerprint != tokenizer.fingerprint:
         what, fix = "the reward model has another tokenizer", "train it from the same model as the policy"
         raise InputError(what, where=path, found=own.fingerprint[:16], fix=fix)
+
+
+def check_context(
+    models: Mapping[str, nn.Module], prompts: Sequence[Prompt], max_new_tokens: int, end: int = 1
+) -> None:
+    """Refuse reward or value models whose context is shorter than a prompt and its answer may be.
+
+    Args:
+        models: by folder.
+        prompts: all that may be asked.
+        max_new_tokens: tokens per answer at most.
+        end: tokens behind it: the end token, put behind an answer that was cut off.
+
+    Raises:
+        InputError: such a model.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    for name, model in models.items():
+        assert isinstance(model, Decoder)
+        if model.config.max_seq_len < longest + max_new_tokens + end:
+            raise InputError(
+                "the context of this model is shorter than a prompt and its answer may be",
+                where=name,
+                found=f"max_seq_len {model.config.max_seq_len}",
+                expected=f"{longest} + {max_new_tokens}{f' + {end}' * (end > 0)} tokens: prompt, answer, end token",
+                fix="lower max_new_tokens or the context of the prompts, or take a model of a longer context",
+            )
 
 
 def answer_of(prompt: Prompt, request: Request, tokenizer: Tokenizer, lead: str = "") -> Answer:

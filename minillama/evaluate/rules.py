@@ -12,12 +12,20 @@ from importlib import import_module, util
 from pathlib import Path
 from typing import Any, Literal
 
+from minillama.config.loader import build, read_toml
 from minillama.data.tasks import is_right
 from minillama.errors import InputError
 
 Function = Callable[[str, Sequence[int], str, Mapping[str, Any]], float | None]
 
 SCRIPTS = {"en": ("LATIN",), "zh": ("CJK",), "ja": ("CJK", "HIRAGANA", "KATAKANA"), "ru": ("CYRILLIC",)}
+
+
+# scripts whose words have no spaces around them; Korean has, but particles adjoin its words
+UNSPACED = (
+    *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH", "BOPOMOFO", "HANGUL", "THAI", "LAO", "KHMER"),
+    *("MYANMAR", "TIBETAN", "JAVANESE", "BALINESE", "TAI ", "NEW TAI "),
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,26 @@ def parse_reward(word: str) -> Reward:
         raise InputError("not a weight", where="objective.rewards", found=word, expected="WEIGHT*NAME") from None
 
 
+def read_rewards(words: Sequence[str]) -> list[Reward]:
+    """Rewards of the command line, and those of files: of FILE.toml the tables `[[objective.rewards]]`.
+
+    Raises:
+        InputError: as `parse_reward`; a file without such tables, or with wrong ones.
+    """
+    found: list[Reward] = []
+    for word in words:
+        if not word.endswith(".toml"):
+            found.append(parse_reward(word))
+            continue
+        values, origin = read_toml(Path(word))
+        objective = values.get("objective")
+        tables = objective.get("rewards") if isinstance(objective, Mapping) else None
+        if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables) or not tables:
+            raise InputError("no rewards in this file", where=word, expected="[[objective.rewards]] with name = ...")
+        found += [build(Reward, table, origin, prefix=f"objective.rewards.{i}") for i, table in enumerate(tables)]
+    return found
+
+
 def rule(settings: Reward) -> Callable[[Answer], float | None]:
     """What an answer earns by a rule or a Python function, None where it cannot be scored.
 
@@ -151,9 +179,10 @@ def load_function(name: str) -> Function:
     where = "objective.rewards"
     try:
         if module.endswith(".py"):
-            spec = util.spec_from_file_location(Path(module).stem, module)
+            # under its path, as a name that no import has; dataclasses look their module up
+            spec = util.spec_from_file_location(str(Path(module).resolve()), module)
             assert spec is not None and spec.loader is not None
-            loaded = util.module_from_spec(spec)
+            loaded = sys.modules[spec.name] = util.module_from_spec(spec)
             spec.loader.exec_module(loaded)
         else:
             sys.path.insert(0, "")  # the current folder, where a command does not look by itself
@@ -219,14 +248,26 @@ def distinct(ids: Sequence[int], n: int = 2) -> float:
 
 
 def forbidden(settings: Reward, answer: Answer) -> float:
-    """0 where one of the words is in the answer, else 1; a word of letters and digits is not found within another."""
-    text = answer.text.casefold()
-    return 1.0 - any(re.search(_whole(word.casefold()), text) is not None for word in settings.words)
+    """0 where one of the words is in the answer, else 1; a word is not found within another, but for `UNSPACED`."""
+    return 1.0 - any(_has_word(answer.text.casefold(), word.casefold()) for word in settings.words)
 
 
-def _whole(word: str) -> str:
-    edge = r"\b" if word.isascii() else ""  # Chinese words have no edges
-    return (edge if word[:1].isalnum() else "") + re.escape(word) + (edge if word[-1:].isalnum() else "")
+def _has_word(text: str, word: str) -> bool:
+    start = text.find(word)
+    while start >= 0:
+        end = start + len(word)
+        edges = (text[start - 1 : start], word[:1]), (word[-1:], text[end : end + 1])
+        if not any(all(map(_in_word, edge)) for edge in edges):
+            return True
+        start = text.find(word, start + 1)
+    return False
+
+
+def _in_word(character: str) -> bool:
+    """Whether it is a letter, a digit or what combines with them, of a script whose words have spaces around them."""
+    if not character or not (character == "_" or unicodedata.category(character)[0] in "LMN"):
+        return False
+    return not unicodedata.name(character, "").startswith(UNSPACED)
 
 
 RULES: dict[str, Callable[[Reward, Answer], float | None]] = {

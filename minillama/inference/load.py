@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from minillama.data.reading import Document, Record, from_record, holds_records, read_file, read_lines, read_records
 from minillama.data.skipped import BadText, Remark
 from minillama.errors import InputError
+from minillama.files import stamp
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,12 @@ class ModelArgs:
     adapter: tuple[str, ...] = ()
     """Adapter folder (PEFT), DIR or NAME=DIR. One is merged into float weights, and stays beside quantized ones. Of
     several, which `generate` alone takes, each completes every prompt, in JSON lines that name it."""
+
+    @property
+    def files(self) -> str:
+        """Digest of the names, sizes and times of the files of model, tokenizer and adapters."""
+        adapters = (word if Path(word).exists() or "=" not in word else word.partition("=")[2] for word in self.adapter)
+        return stamp(map(Path, [self.model, *([self.tokenizer] if self.tokenizer else []), *adapters]))
 
     def load(
         self,

@@ -106,6 +106,11 @@ class RunConfig:
 
     def _check_objective(self) -> None:
         wanted = self.objective
+        if self.guard.spike_sigma and wanted.reads == "prompts":
+            what, expected = "a policy's loss is around 0, of either sign, and has no spikes to be told", "0"
+            fix = "watch approx_kl and clipped, or lower optim.grad_clip; NaN and infinity are skipped anyway"
+            where, found = "guard.spike_sigma", self.guard.spike_sigma
+            raise InputError(what, where=where, found=found, expected=f"{expected} with {wanted.name}", fix=fix)
         if self.model.head == "score" != wanted.head:
             what, expected = "a reward model predicts no tokens", "a language model"
             raise InputError(what, where="train.init_from", found=self.train.init_from, expected=expected)

@@ -41,6 +41,8 @@ class FeedbackConfig(Kind):
     """The probability ratio is clipped below 1 - clip_low."""
     clip_high: float = field(default=0.2, metadata={"above": 0})
     """And above 1 + clip_high; DAPO has 0.28."""
+    dual_clip: float = field(default=0.0, metadata={"min": 0})
+    """Over 1, 3 is usual: of a negative advantage the ratio counts at most so much (dual-clip PPO); 0: no bound."""
     alarm_kl: float = field(default=20.0, metadata={"min": 0})
     """Warn of a KL over so many nats per answer; 0: never."""
 
@@ -73,6 +75,9 @@ class FeedbackConfig(Kind):
         if self.max_new_tokens >= context:
             what, expected = "an answer would leave no room for its prompt", f"fewer than train.context = {context}"
             raise InputError(what, where="objective.max_new_tokens", found=self.max_new_tokens, expected=expected)
+        if 0 < self.dual_clip <= 1 + self.clip_high:
+            what, expected = "the bound of dual clipping lies within the clipping", f"more than {1 + self.clip_high:g}"
+            raise InputError(what, where="objective.dual_clip", found=self.dual_clip, expected=f"{expected}, or 0")
         if dropout:
             what = "under dropout log-probabilities do not repeat"
             raise InputError(what, where="dropout", found=dropout, expected=0)
@@ -91,13 +96,20 @@ class GRPOConfig(FeedbackConfig):
     """Mean of the loss. tokens: over all tokens of the batch (DAPO); answers: of the answers' means (GRPO); length: the
     sum over answers x max_new_tokens (Dr. GRPO)."""
 
+    policy: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """Policy loss. ppo: clipped ratio per token; gspo: of the answer's mean log-ratio (average answers, clip_low and
+    clip_high about 4e-4); cispo: the ratio, at most 1 + clip_high, weighs the log-probability, without a gradient."""
+
     def check(self, batch_size: int, context: int, dropout: float) -> None:
         """As `FeedbackConfig.check`.
 
         Raises:
-            InputError: also a group of one answer, whose advantage is always 0.
+            InputError: also a group of one answer, whose advantage is always 0; dual clipping of CISPO.
         """
         super().check(batch_size, context, dropout)
+        if self.policy == "cispo" and self.dual_clip:
+            what, where = "CISPO has no dual clipping", "objective.dual_clip"
+            raise InputError(what, where=where, found=self.dual_clip, expected="0 with policy cispo")
         if self.samples < 2:
             what = "a group of one answer has no baseline"
             raise InputError(what, where="objective.samples", found=self.samples, expected="2 or more")
@@ -144,3 +156,6 @@ class PPOConfig(FeedbackConfig):
         if self.kl_target and self.kl != "k1":
             what = "an adaptive coefficient is one of the KL in the reward"
             raise InputError(what, where="kl", found=self.kl, expected="k1 with kl_target")
+        if self.kl_target and not self.beta:
+            what = "an adaptive coefficient is multiplied, and stays 0"
+            raise InputError(what, where="beta", found=self.beta, expected="more than 0 with kl_target")

@@ -102,14 +102,27 @@ class DPOConfig(Kind):
     """Direct preference optimization on pairs of answers."""
 
     reads: ClassVar[str] = "preferences"
-    has_reference: ClassVar[bool] = True
     texts: ClassVar[int] = 2
     name: Literal["dpo"] = "dpo"
     """Direct preference optimization on pairs of answers."""
     loss: Literal[
-        "sigmoid", "robust", "hinge", "ipo", "exo", "nca", "bco", "sppo", "apo-zero", "apo-down", "forward-kl", "js"
+        "sigmoid",
+        "robust",
+        "hinge",
+        "ipo",
+        "exo",
+        "nca",
+        "bco",
+        "sppo",
+        "apo-zero",
+        "apo-down",
+        "forward-kl",
+        "js",
+        "simpo",
+        "orpo",
     ] = "sigmoid"
-    """Of h, by how much the chosen answer's log-probability rose more than the rejected one's; see docs/feedback.md."""
+    """Of h, by how much the chosen answer's log-probability rose more than the rejected one's; simpo and orpo of their
+    means per token, without a reference; see docs/feedback.md."""
     beta: float = field(default=0.1, metadata={"above": 0})
     """Strength of the pull towards the reference: the implicit reward is beta times the log-ratio to it."""
     label_smoothing: float = field(default=0.0, metadata={"min": 0, "below": 0.5})
@@ -118,12 +131,19 @@ class DPOConfig(Kind):
     """Log-ratios are means over the tokens of an answer, not sums: length-normalized DPO, IPO as TRL has it."""
     sft: float = field(default=0.0, metadata={"min": 0})
     """Times the mean loss per token of the chosen answers is added, so that they do not become unlikely."""
+    gamma: float = field(default=1.0, metadata={"min": 0})
+    """Margin of simpo, by which the chosen answer's reward should be the higher one."""
 
     def __post_init__(self) -> None:
         used = self.loss in ("sigmoid", "robust", "exo")
         if (self.label_smoothing > 0 and not used) or (self.loss == "exo" and not self.label_smoothing):
             expected = "more than 0 with loss exo" if used else "0, but with loss sigmoid, robust or exo"
             raise InputError("label smoothing", where="label_smoothing", found=self.label_smoothing, expected=expected)
+
+    @property
+    def has_reference(self) -> bool:  # type: ignore[override]
+        """Whether the start model is needed all along."""
+        return self.loss not in ("simpo", "orpo")
 
     @property
     def soft_labels(self) -> bool:  # type: ignore[override]

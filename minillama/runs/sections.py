@@ -28,7 +28,8 @@ class DataConfig:
     sources: tuple[Source, ...] = (Source("python-docs"),)
     """Built-in name (python-docs, python-code), file, folder, glob, or hf:NAME; several are mixed by weight."""
     val_fraction: float = field(default=0.05, metadata={"above": 0, "below": 1})
-    """Held-out share of the documents; of each one's end where there are few of them."""
+    """Held-out share of the documents, of each one's end where there are few of them; of conversations, preferences and
+    prompts by their first question."""
     mask_documents: bool = False
     """Attention mask per document: tokens attend within their own document, and positions restart in each."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -151,7 +152,8 @@ class GuardConfig:
     max_in_a_row: int = field(default=10, metadata={"min": 1})
     """Number of skipped steps in a row that ends the run."""
     spike_sigma: float = field(default=0.0, metadata={"min": 0})
-    """Skip a step whose loss is more than so many standard deviations above the mean of the last ones; 0: never."""
+    """Skip a step whose loss is more than so many standard deviations above the mean of the last ones; 0: never.
+    Not with grpo and ppo, whose loss is around 0."""
     window: int = field(default=100, metadata={"min": 10})
     """Number of losses in that mean."""
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from minillama.config.loader import to_dict
 from minillama.data.permutation import derive_keys
 from minillama.data.prompts import Prompt
 from minillama.data.reading import read_records
 from minillama.data.sources import valid
 from minillama.errors import InputError
 from minillama.evaluate.rewards import Rewards, answer_of
-from minillama.evaluate.rules import Answer
-from minillama.files import append_lines, complete_lines
+from minillama.evaluate.rules import RULES, Answer, Reward
+from minillama.files import append_lines, complete_lines, stamp
 from minillama.inference.rollout import answers
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
@@ -39,6 +41,7 @@ class BestOfN:
         stop_ids: tokens that end an answer.
         lead: what the template writes in front of an answer, and the model generates, see `ChatPrompts`.
         batch: prompts that are answered at once.
+        model_files: digests by which the model, its tokenizer and its template are known again.
     """
 
     model: Decoder
@@ -49,13 +52,24 @@ class BestOfN:
     stop_ids: frozenset[int]
     lead: str = ""
     batch: int = 8
+    model_files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """By which answers are drawn and chosen, the same for all lines of a file."""
-        rewards = [f"{reward.weight:g}*{reward.name}" for reward in self.rewards.settings]
-        drawn = {"temperature": self.sampling.temperature, "seed": self.sampling.seed}
-        return {"samples": self.samples, "max_new_tokens": self.max_new_tokens, **drawn, "rewards": rewards}
+        drawn = {"temperature": self.sampling.temperature, "seed": self.sampling.seed, **self.model_files}
+        return {"samples": self.samples, "max_new_tokens": self.max_new_tokens, **drawn, "rewards": self._rewards}
+
+    @cached_property
+    def _rewards(self) -> list[dict[str, Any]]:
+        """Settings of the rewards that are not the default, and a digest of the files that they read."""
+        found, default = [], to_dict(Reward())
+        for reward in self.rewards.settings:
+            own = {key: value for key, value in to_dict(reward).items() if key == "name" or value != default[key]}
+            files = [Path(word) for word in (reward.name, reward.name.rpartition(":")[0], reward.path, reward.safety)]
+            read = [file for file in files if file.name and file.exists()]
+            found.append(own | ({"files": stamp(read)} if read and reward.name not in RULES else {}))
+        return json.loads(json.dumps(found))
 
     def write(self, prompts: Sequence[Prompt], path: Path, earlier: Sequence[Path] = ()) -> Iterator[Line]:
         """Append the best answer to each prompt to a file, but for those that it has already.

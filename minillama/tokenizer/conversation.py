@@ -134,6 +134,12 @@ class Conversation:
                 raise error.at(f"message {number}") from None
         return cls(tuple(read), tuple(map(tool, tools)))
 
+    @property
+    def question(self) -> str:
+        """What the user asks first; without a user, the first message. It decides the split of all that follows."""
+        asked = next((message for message in self.messages if message.role == "user"), self.messages[0])
+        return asked.full_content.strip()
+
     def first(self, count: int) -> Conversation:
         """The conversation up to a message."""
         return replace(self, messages=self.messages[:count])

@@ -111,7 +111,7 @@ def _load_preferences(
     tokenizer, template = _rendering(config, tokenizer, "preferences")
     reading = template, tokenizer, config.context, settings.val_fraction, settings.on_error, pairs
     data = preference_set.load(settings.sources, *reading)
-    if not config.objective.soft_labels and any(row.probability != 1 for row in data.train):
+    if not config.objective.soft_labels and any(row.probability != 1 for row in (*data.train, *data.val)):
         report.say(
             "warning: this loss takes every preference as certain, whatever its probability; reward and dpo with "
             "loss sigmoid read it"
@@ -158,7 +158,7 @@ def _with(template: Template, tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instructions:
-    """A conversation is held out when a hash of its text falls below the fraction."""
+    """A conversation is held out when a hash of its first question falls below the fraction."""
     settings, skipped = config.data, Skipped()
     split: dict[bool, list[Example]] = {True: [], False: []}
     ends: set[int] = set()
@@ -175,7 +175,7 @@ def _split(config: RunConfig, tokenizer: Tokenizer, template: Template) -> Instr
                     if cut:
                         skipped.note(f"conversations whose {part} is truncated to the context")
                 example = Example.of(rendered.ids, rendered.weights, conversation.where)
-                split[is_held_out(whole.text, settings.val_fraction)].append(example)
+                split[is_held_out(conversation.question, settings.val_fraction)].append(example)
     stop_ids = frozenset(ends & tokenizer.special_ids)
     return Instructions.of(split[False], split[True], config.context, settings.packing, skipped, stop_ids)
 

@@ -80,3 +80,28 @@ def test_long_prompts_are_left_out_and_none_is_an_error(file: Path) -> None:
     assert data.skipped.counts["too long"] == 2 and len(data.train) + len(data.val) == len(RECORDS) - 2
     with pytest.raises(InputError, match=r"too few prompts[\s\S]*of at most 5 tokens"):
         load(file, longest=5)
+
+
+def test_a_question_is_held_out_of_fine_tuning_preferences_and_rollouts_alike(tmp_path: Path) -> None:
+    """Whatever its answers, what follows, and how the template writes it."""
+    from minillama.data import preference_set
+    from minillama.runs.config import RunConfig, load_run_config
+    from minillama.runs.report import make_report
+    from minillama.training.data import load_data
+
+    tokenizer, file = byte_tokenizer(), tmp_path / "both.jsonl"
+    red = {"role": "assistant", "content": "Red."}
+    turns = [[{"role": "user", "content": f"Name color {i}."}, red] for i in range(40)]
+    later = [{"role": "user", "content": "Another?"}, {"role": "assistant", "content": "Blue."}]
+    file.write_text("".join(json.dumps({"messages": [*t, *later], "rejected": "Dog."}) + "\n" for t in turns))
+    words = ["--data.sources", str(file), "--data.template", "plain", "--data.val_fraction", "0.3"]
+    config: RunConfig = load_run_config("tiny", words)
+    tuned = load_data(config, tokenizer, make_report())[0].val  # type: ignore[union-attr]
+    vicuna = load_template("vicuna", tokenizer)
+    compared = preference_set.load([Source(path=str(file))], vicuna, tokenizer, 400, 0.3).val
+    asked = load(file, 0.3).val
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text("".join(json.dumps({"prompt": t[0]["content"]}) + "\n" for t in turns))
+    first = load(alone, 0.3, template="plain").val
+    lines = [{part.where.rpartition(":")[2] for part in found} for found in (tuned, compared, asked, first)]
+    assert lines[0] == lines[1] == lines[2] == lines[3] and 4 < len(lines[0]) < 25

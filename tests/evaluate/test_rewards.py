@@ -13,13 +13,14 @@ from torch import tensor
 
 from minillama.config import ModelConfig
 from minillama.data import preference_set
-from minillama.data.prompts import Prompts
+from minillama.data.prompts import Prompt, Prompts
 from minillama.data.sources import Source
 from minillama.errors import InputError
-from minillama.evaluate.rewards import Rewards, gated, pass_at_k, whitened
+from minillama.evaluate.rewards import Rewards, check_context, gated, pass_at_k, whitened
 from minillama.evaluate.rules import Answer, Reward
 from minillama.model import Decoder
 from minillama.model.heads import scores, with_score
+from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.template import load_template, special_tokens
 from minillama.tokenizer.train import byte_tokenizer, train_byte_bpe
 
@@ -115,6 +116,17 @@ def test_a_reward_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None
         Rewards([Reward(path)], train_byte_bpe(["abc abc"], 258), END)
     with pytest.raises(InputError, match="unknown reward"):
         Rewards([Reward(str(tmp_path / "none"))], TOKENIZER, END)
+
+
+def test_a_model_of_a_shorter_context_is_refused(tmp_path: Path) -> None:
+    """64 tokens: what a prompt, an answer that is cut off, and the end token may be."""
+    path = reward_model(tmp_path / "rm", 3)
+    models = Rewards([Reward(path)], TOKENIZER, END).models
+    asked = [Prompt([1] * count, "", {}, Conversation(()), "") for count in (9, 31, 5)]
+    check_context(models, asked, 32)
+    check_context(models, asked, 33, end=0)
+    with pytest.raises(InputError, match=r"context of this model is shorter[\s\S]*rm\n[\s\S]*64\n[\s\S]*31 \+ 33 \+ 1"):
+        check_context(models, asked, 33)
 
 
 def test_llama_2s_gate_and_whitened_logit(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,12 @@ def earned(reward: Reward, text: str, ids: list[int] | None = None, ended: bool 
         (Reward("forbidden", words=("ass", "废话")), "An Ass, it says", 0),
         (Reward("forbidden", words=("ass", "废话")), "这是废话。", 0),
         (Reward("forbidden", words=("c++",)), "in C++ code", 0),
+        (Reward("forbidden", words=("кот",)), "Который час?", 1),
+        (Reward("forbidden", words=("кот",)), "Это Кот.", 0),
+        (Reward("forbidden", words=("क",)), "कि", 1),
+        (Reward("forbidden", words=("ass",)), "这ass", 0),
+        (Reward("forbidden", words=("ข่าว",)), "อ่านข่าวนี้", 0),
+        (Reward("forbidden", words=("바보",)), "바보는", 0),
         (Reward("language", language="zh"), "你好, ok 12", 0.5),
         (Reward("language"), "Résumé 12", 1),
         (Reward("language"), "12", 0),
@@ -63,6 +71,19 @@ def test_functions_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert earned(Reward(f"{tmp_path}/mine_for_rules.py:count"), "abc", skip=1) is None
     monkeypatch.chdir(tmp_path)
     assert earned(Reward("mine_for_rules:count"), "abc") == 8
+    text = (
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Words:\n"
+        "    text: str\n"
+        "def length(prompt, ids, text, record):\n"
+        "    return len(Words(text).text)\n"
+    )
+    for file in ("mine_with_words.py", "colorsys.py"):  # which no import finds under the name of another module
+        (tmp_path / file).write_text(text)
+        assert earned(Reward(f"{file}:length"), "abc") == 3
+    assert sys.modules["colorsys"] is colorsys and "mine_with_words" not in sys.modules
     for name, message in (
         ("mine_for_rules:value", "no such function"),
         ("no_such_module:f", "cannot be loaded"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import torch
 from minillama.commands.cli import main
 from minillama.config import ModelConfig
 from minillama.data.conversations import conversations
+from minillama.data.examples import is_held_out
 from minillama.data.sources import Source
 from minillama.errors import InputError
+from minillama.evaluate.rules import Reward, read_rewards
 from minillama.inference.chat import ChatPrompts
 from minillama.inference.generate import generate
 from minillama.model import Decoder
@@ -40,9 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def best(folder: Path, out: Path, samples: int = 6, *words: str) -> list[dict]:  # type: ignore[type-arg]
-    command = ["data", "best-of-n", "--model", str(folder), "--source", "sorting:2", "--out", str(out), "--limit", "10"]
-    rest = ["--rewards", f"{folder}/mine.py:low", "--samples", str(samples), "--max-new-tokens", "5", *words]
-    assert main([*command, *rest]) == 0
+    given = {"--source": "sorting:2", "--limit": "10", "--rewards": f"{folder}/mine.py:low", "--max-new-tokens": "5"}
+    given |= {"--model": str(folder), "--out": str(out), "--samples": str(samples)}
+    given |= dict(zip(words[::2], words[1::2], strict=True))
+    assert main(["data", "best-of-n", *(word for pair in given.items() for word in pair)]) == 0
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -77,6 +82,59 @@ def test_a_file_of_other_settings_is_not_continued(
     given = {"--rewards": f"{folder}/mine.py:low", "--samples": "6", "--max-new-tokens": "5"} | {other[0]: other[1]}
     assert main([*command, *(word for pair in given.items() for word in pair)]) == 1
     assert "other settings" in capsys.readouterr().err and (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_another_model_or_reward_model_does_not_go_on_with_the_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same name and settings, with other weights; nor a reward of another text or pattern."""
+    model, out = tmp_path / "model", tmp_path / "a.jsonl"
+    shutil.copytree(folder, model, ignore=shutil.ignore_patterns("__pycache__"))
+    assert "pattern" not in str(best(model, out)[0]["settings"]["rewards"])
+    weights = model / "model.safetensors"
+
+    def refused(*words: str) -> bool:
+        before = out.read_bytes()
+        command = ["data", "best-of-n", "--model", str(model), "--source", "sorting:2", "--out", str(out)]
+        given = ["--samples", "6", "--max-new-tokens", "5", "--rewards", f"{model}/mine.py:low", *words]
+        failed = main([*command, *given]) == 1
+        return failed and "other settings" in capsys.readouterr().err and out.read_bytes() == before
+
+    answer = "{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    turn = "{% if m.role == 'assistant' %}" + answer + "{% else %}{{ m.content }}{% endif %}"
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}" + turn + "{% endfor %}")
+    assert refused("--template", str(tmp_path / "mine.jinja"))
+    status = weights.stat()
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    assert refused()
+
+
+def test_rewards_with_settings_come_from_a_file(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rewards.toml"
+    text = '[objective]\nname = "grpo"\n[[objective.rewards]]\nname = "{}"\n{}\n'
+    file.write_text(text.format("format", 'pattern = "[a-m]+"\nweight = 2') + '[[objective.rewards]]\nname = "length"')
+    lines = best(folder, tmp_path / "a.jsonl", 6, "--rewards", str(file))
+    assert all(line["rewards"].keys() == {"format", "length"} for line in lines)
+    assert {line["reward"] for line in lines} <= {1.0, 3.0}
+    wanted = {"name": "format", "weight": 2.0, "pattern": "[a-m]+"}
+    assert lines[0]["settings"]["rewards"] == [wanted, {"name": "length"}]
+    assert read_rewards(["0.5*ended", str(file)])[0] == Reward("ended", 0.5)
+    file.write_text("[objective]\n")
+    with pytest.raises(InputError, match="no rewards in this file"):
+        read_rewards([str(file)])
+    file.write_text(text.format("format", 'pattern = "("'))
+    with pytest.raises(InputError, match=r"not a regular expression[\s\S]*rewards.toml:5"):
+        read_rewards([str(file)])
+
+
+def test_fine_tuning_holds_the_same_questions_out(folder: Path, tmp_path: Path) -> None:
+    """Of the answers to all prompts; with a share they are left out."""
+    asked = []
+    for name, more in (("a", ()), ("b", ("--val-fraction", "0.3"))):
+        lines = best(folder, tmp_path / f"{name}.jsonl", 1, "--limit", "0", *more)
+        asked.append({line["messages"][0]["content"] for line in lines})
+    held_out = {question for question in asked[0] if is_held_out(question, 0.3)}
+    assert len(asked[0]) == 100 and asked[1] == asked[0] - held_out and 15 < len(held_out) < 45
 
 
 def test_what_a_template_writes_in_front_of_an_answer_is_no_part_of_it(folder: Path, tmp_path: Path) -> None:

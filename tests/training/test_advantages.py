@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
+from minillama.evaluate.rewards import whitened
 from minillama.training.objectives.advantages import (
     KL,
     Average,
     Baseline,
     adapted_beta,
     averaging,
+    cispo_loss,
     gae,
     group_advantages,
     kl_estimate,
     policy_loss,
+    sequence_log_ratio,
     token_rewards,
     value_loss,
     whiten,
@@ -69,40 +72,29 @@ def test_whitening_is_over_the_answers_alone() -> None:
     close(whiten(tensor([5.0])), [0])
 
 
-def trl_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """As in TRL 1.12's PPO trainer."""
-    last, reversed_advantages = torch.zeros(len(rewards)), []
-    length = rewards.shape[1]
-    for t in reversed(range(length)):
-        following = values[:, t + 1] if t < length - 1 else 0.0
-        last = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * last
-        reversed_advantages.append(last)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
-    return advantages, advantages + values
-
-
 def test_the_pieces_of_ppo_are_those_of_trl() -> None:
-    torch.manual_seed(1)
-    lengths = tensor([6, 3, 5, 1])
-    mask = torch.arange(6) < lengths[:, None]
-    rewards, values, old, new = (torch.randn(4, 6) for _ in range(4))
-    expected, returns = trl_gae(rewards * mask, values * mask, 0.9, 0.8)
-    advantages, own_returns = gae(rewards, values, mask, 0.9, 0.8)
-    close(advantages[mask], expected[mask])
-    close(own_returns[mask], returns[mask])
-    mean = (expected * mask).sum() / mask.sum()
-    variance = ((expected - mean).square() * mask).sum() / mask.sum() * mask.sum() / (mask.sum() - 1)
+    """The numbers are what the lines of TRL 1.12.0's own code give for these arrays.
+
+    `masked_whiten` and, of `PPOTrainer.train` in trl/experimental/ppo/ppo_trainer.py, the lines from `lastgaelam = 0`
+    to `masked_fill(advantages, ...)` and from `vpredclipped` to `pg_clipfrac`, executed with gamma 0.9, lam 0.8,
+    cliprange 0.2, cliprange_value 0.2 and `padding_mask_p1 = padding_mask` (`pip install --no-deps trl==1.12.0`).
+    """
+    mask = tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    rewards = tensor([[0.1, -0.2, 0.3, 1.0], [-0.4, 0.5, NAN, NAN]])
+    values = tensor([[0.5, 0.6, -0.1, 0.2], [0.3, -0.7, NAN, NAN]])
+    advantages, returns = gae(rewards, values, mask, 0.9, 0.8)
+    close(returns, [[0.5984706, 0.5423202, 1.0560001, 1.0], [-0.1659998, 0.5000001, 0, 0]], atol=1e-6)
     white = whiten(advantages, mask)
-    close(white[mask], ((expected - mean) * torch.rsqrt(variance + 1e-8))[mask])
-    ratio = torch.exp(new - old)
-    pg = torch.max(-white * ratio, -white * torch.clamp(ratio, 0.8, 1.2))
+    close(white, [[-0.5144057, -0.7396184, 1.0108488, 0.4973967], [-1.3285304, 1.074309, 0, 0]], atol=1e-6)
+    old = tensor([[-1.0, -2.0, -0.5, -1.5], [-0.3, -2.5, 0, 0]])
+    new = tensor([[-0.7, -2.1, -0.9, -1.2], [-0.2, -3.0, 0, 0]])
     loss, clipped = policy_loss(new - old, white, 0.2, 0.2)
-    close(loss, pg)
-    assert torch.equal(clipped, -white * torch.clamp(ratio, 0.8, 1.2) > -white * ratio)
-    predicted = values + torch.randn(4, 6)
-    clipped_values = torch.clamp(predicted, values - 0.2, values + 0.2)
-    vf = 0.5 * torch.max((predicted - own_returns) ** 2, (clipped_values - own_returns) ** 2)
-    close(value_loss(predicted, values, own_returns, 0.2), vf)
+    close(loss, [[0.694375, 0.6692344, -0.6775922, -0.596876], [1.4682533, -0.6516014, 0, 0]], atol=1e-6)
+    assert loss[mask].mean().item() == pytest.approx(0.1509655, abs=1e-6) and clipped.sum().item() == 1  # 0.1666667
+    predicted = tensor([[0.9, 0.5, 0.3, 0.1], [0.2, -0.2, 0, 0]])
+    found = value_loss(predicted, torch.where(mask, values, 0), returns, 0.2)
+    close(2 * found, [[0.09092, 0.001791, 0.9139362, 0.8099999], [0.1339559, 1.0, 0, 0]], atol=1e-6)  # vf_loss_max
+    assert found[mask].mean().item() == pytest.approx(0.2458836, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +122,33 @@ def test_value_loss(value: float, old: float, wanted: float, expected: float, mo
     assert loss.item() == pytest.approx(expected, abs=1e-6) and (predicted.grad.item() != 0) == moves  # type: ignore[union-attr]
 
 
+def test_dual_clipping_bounds_the_ratio_where_the_advantage_is_negative() -> None:
+    ratio, advantage = tensor([5.0, 5.0, 2.0, 0.5]), tensor([-1.0, 1.0, -1.0, -1.0])
+    loss, clipped = policy_loss(ratio.log(), advantage, 0.2, 0.2, 3.0)
+    close(loss, [3, -1.2, 2, 0.8])
+    assert clipped.tolist() == [True, True, False, True]
+
+
+def test_the_ratio_of_a_sequence_is_that_of_its_mean() -> None:
+    """GSPO: e^mean([.2, -.1, .5]) = 1.2214028, at each token, whose gradient is a third of it."""
+    log_ratio = tensor([[0.2, -0.1, 0.5, NAN]], requires_grad=True)
+    mask = tensor([[True, True, True, False]])
+    found = sequence_log_ratio(log_ratio, mask)
+    close(found.detach().exp(), [[1.2214028] * 4])
+    loss, _ = policy_loss(found, torch.ones(1, 4), 0.2, 0.3)
+    (loss * mask / 3).sum().backward()
+    close(log_ratio.grad[mask], [-1.2214028 / 3] * 3)  # type: ignore[index]
+
+
+def test_cispo_weighs_the_log_probability_by_the_clipped_ratio() -> None:
+    log_probs = tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    loss, clipped = cispo_loss(log_probs, tensor([0.5, 2.0, 2.0]).log(), tensor([2.0, 1.0, -1.0]), 0.28)
+    close(loss.detach(), [1.0, 2.56, -0.64])
+    loss.sum().backward()
+    close(log_probs.grad, [-1.0, -1.28, 1.28])  # type: ignore[arg-type]
+    assert clipped.tolist() == [False, True, True]
+
+
 P, Q = [0.5, 0.3, 0.2], [0.4, 0.4, 0.2]
 
 
@@ -152,6 +171,18 @@ def test_kl_estimators_and_their_gradients(kind: KL, tokens: list[float], mean: 
     close(logits.grad, gradient)  # type: ignore[arg-type]
     spread = (p * (found.detach() - mean).square()).sum().sqrt().item()
     assert spread == pytest.approx({"k1": 0.2215545, "k2": 0.0143347, "k3": 0.0159560}[kind], abs=1e-6)
+
+
+def test_the_reverse_kl() -> None:
+    p, q = tensor(P).double(), tensor(Q).double()
+    for kind in ("k1", "k3"):
+        assert (q * kl_estimate(q.log(), p.log(), kind)).sum().item() == pytest.approx(0.0258154, abs=1e-7)  # type: ignore[arg-type]
+
+
+def test_whitening_by_the_population() -> None:
+    """As LLaMA 2's reward is, and OpenRLHF's advantages."""
+    close(whitened(tensor([4.07425, 4.415, 4.7])), [-1.2594518, 0.0726482, 1.1868037])
+    close(whitened(tensor([1.0, 0, 0, 1])), [1, -1, -1, 1])
 
 
 @pytest.mark.parametrize(("kl", "expected"), [(9, 0.201024), (4.5, 0.198976), (6.6, 0.200512), (6, 0.2)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minillama.runs.feedback import GRPOConfig, PPOConfig
 
-from .test_rollouts import GROUPS, losses, moved, objective
+from .test_rollouts import GROUPS, Constant, losses, moved, objective
 
 
 @pytest.mark.parametrize("settings", GROUPS)
@@ -41,8 +41,6 @@ def test_a_step_of_grpo_is_that_of_the_formulas(settings: GRPOConfig) -> None:
         ids = targets[mask]
         rewards.append(float((ids % 2 == 0).sum()))
     kl = [float((a - b).sum()) for a, b in zip(logs["old"], logs["reference"], strict=True)]
-    if settings.kl == "k1":
-        rewards = [reward - settings.beta * value for reward, value in zip(rewards, kl, strict=True)]
     if "kl" in recorded:
         assert recorded["kl"] == pytest.approx(sum(kl) / sum(len(row) > 0 for row in entropies), abs=1e-5)
     policy, penalty, total, share = 0.0, 0.0, 0, made._order(0, 0, 0).tolist()
@@ -56,6 +54,10 @@ def test_a_step_of_grpo_is_that_of_the_formulas(settings: GRPOConfig) -> None:
             advantage /= torch.tensor(group).std().item() + 1e-4
         elif baseline == "leave-one-out" and advantage:
             advantage *= len(group) / (len(group) - 1)
+        if settings.kl == "k1":  # whatever the rewards' standard deviation
+            pairs = zip(kl, rewards, strict=True)
+            others = [value for value, reward in list(pairs)[start : start + settings.samples] if reward == reward]
+            advantage -= settings.beta * (kl[row] - sum(others) / len(others))
         new = logs["new"][row]
         ratio = (new - logs["old"][row]).exp() if settings.updates > 1 else torch.ones(len(new))
         losing = -torch.minimum(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))
@@ -75,6 +77,45 @@ def test_a_step_of_grpo_is_that_of_the_formulas(settings: GRPOConfig) -> None:
         assert metrics["approx_kl"] == pytest.approx(((new - was).exp() - 1 - new + was).mean().item(), abs=1e-5)
     else:
         assert metrics["kl"] == pytest.approx((new - base).sum().item() / len(share), abs=1e-4)
+
+
+@pytest.mark.parametrize("baseline", ["std", "mean", "leave-one-out"])
+def test_equal_rewards_leave_the_kl_alone_in_the_advantage(baseline: str) -> None:
+    """Not divided by a standard deviation that is the KL's own; and no signal is counted."""
+    made = objective(GRPOConfig(max_new_tokens=9, samples=4, kl="k1", beta=0.01, baseline=baseline))  # type: ignore[arg-type]
+    made.rewards = Constant()  # type: ignore[assignment]
+    moved(made, 0.05)
+    assert made.prepare(0)["groups_with_signal"] == 0
+    kl = (made.buffer["old"] - made.buffer["reference"]).sum(1).view(2, 4)
+    expected = -0.01 * (kl - kl.mean(1, keepdim=True)) * (4 / 3 if baseline == "leave-one-out" else 1)
+    found = made.buffer["advantages"].sum(1) / made.buffer["mask"].sum(1)
+    torch.testing.assert_close(found, expected.flatten(), atol=1e-6, rtol=1e-4)
+    assert 1e-4 < found.abs().max() < 0.5
+
+
+@pytest.mark.parametrize("policy", ["gspo", "cispo"])
+def test_other_policy_losses_of_a_step(policy: str) -> None:
+    """From the buffer, answer by answer; the first ratios are 1."""
+    settings = GRPOConfig(max_new_tokens=9, samples=4, minibatches=2, average="answers", policy=policy)  # type: ignore[arg-type]
+    made = objective(settings)
+    made.prepare(0)
+    assert losses(made, 0)[1]["clipped"] == 0
+    moved(made, 0.05)
+    batch, total = made.batch(0), 0.0
+    with torch.no_grad():
+        found, _ = made.log_probabilities(made.model, batch)
+    for new, old, advantage, mask in zip(found, *(batch.extras[n] for n in ("old", "advantages", "mask")), strict=True):
+        if not mask.any():
+            continue
+        ratio, a = (new - old)[mask].exp(), advantage[mask]
+        if policy == "gspo":
+            ratio = ratio.log().mean().exp()
+            own = -torch.minimum(a * ratio, a * ratio.clamp(0.8, 1.2))
+        else:
+            own = -ratio.clamp(max=1.2) * a * new[mask]
+        total += own.mean().item()
+    rows = int(batch.extras["mask"].any(1).sum())
+    assert losses(made, 0)[0]["policy"] == pytest.approx(total / rows, abs=1e-5)
 
 
 def test_a_step_of_ppo_is_that_of_the_formulas() -> None:

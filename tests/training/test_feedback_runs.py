@@ -163,9 +163,17 @@ def test_a_critic_that_cannot_be(tiny_config: Make, start: Path, tmp_path: Path)
         other
     )
     train_byte_bpe(["abc abc"], 258).save(other)
+    config = tiny_config(*words(start, *PPO, "--objective.critic_from", str(other)))
     with pytest.raises(InputError, match="another tokenizer"):
-        config = tiny_config(*words(start, *PPO, "--objective.critic_from", str(other)))
         train(config, str(tmp_path / "two"), report=Quiet())
+    small = ModelConfig(dim=32, n_layers=1, n_heads=4, vocab_size=257, max_seq_len=6)
+    with_score(Decoder(small)).save_pretrained(other)
+    byte_tokenizer().save(other)
+    with pytest.raises(InputError, match=r"shorter than a prompt[\s\S]*other"):
+        train(config, str(tmp_path / "three"), report=Quiet())
+    config = tiny_config(*(str(other) if word == "verified" else word for word in words(start, *PPO)))
+    with pytest.raises(InputError, match=r"shorter than a prompt[\s\S]*other"):
+        train(config, str(tmp_path / "four"), report=Quiet())
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
@@ -184,6 +192,22 @@ def test_rollouts_have_one_set_of_prompts(tiny_config: Make, start: Path, tmp_pa
     config = tiny_config(*words(start, *GRPO))
     with pytest.raises(InputError, match="one set of prompts"):
         replace(config, stages=(Stage(4), Stage(8, data=config.data)))
+
+
+def test_a_loss_around_0_has_no_spikes(tiny_config: Make, start: Path) -> None:
+    for which in (GRPO, PPO):
+        with pytest.raises(InputError, match=r"has no spikes[\s\S]*guard.spike_sigma"):
+            tiny_config(*words(start, *which), "--guard.spike_sigma", "6")
+
+
+def test_prompts_of_which_no_answer_can_be_scored_are_refused(tiny_config: Make, start: Path, tmp_path: Path) -> None:
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(30)))
+    own = {"sorting:2": str(tmp_path / "asked.jsonl"), "0.5*repetition": "ended"}
+    given = [own.get(word, word) for word in words(start, *GRPO)]
+    with pytest.raises(
+        InputError, match=r"no answer of the first rollout[\s\S]*nothing from verified for[\s\S]*an answer"
+    ):
+        train(tiny_config(*given), str(tmp_path / "run"), report=Quiet())
 
 
 def test_settings_of_the_command_line_and_of_a_file(start: Path, tmp_path: Path) -> None:
@@ -228,6 +252,8 @@ template = "plain"
         ({"samples": 3}, "no whole number of prompts"),
         ({"samples": 1}, "no baseline"),
         ({"max_new_tokens": 64}, "no room for its prompt"),
+        ({"dual_clip": 1.1}, "lies within the clipping"),
+        ({"dual_clip": 3.0, "policy": "cispo"}, "CISPO has no dual clipping"),
         ({"dropout": 0.1}, "log-probabilities do not repeat"),
     ],
 )
@@ -237,3 +263,5 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
         GRPOConfig(**settings).check(8, 64 if "max_new_tokens" in settings else 80, dropout)
     with pytest.raises(InputError, match="adaptive coefficient"):
         PPOConfig(kl="k3", kl_target=1.0)
+    with pytest.raises(InputError, match=r"stays 0[\s\S]*where: beta"):
+        PPOConfig(kl_target=1.0, beta=0.0)

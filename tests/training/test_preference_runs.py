@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minillama.data.examples import is_held_out
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.evaluate.rewards import Rewards
@@ -20,6 +21,7 @@ from minillama.model.heads import last, open_scores, scores
 from minillama.runs.config import RunConfig
 from minillama.runs.sections import Stage
 from minillama.tokenizer import Tokenizer
+from minillama.training.data import load_data
 from minillama.training.run import train
 
 from .test_several_models import StopAt, metrics
@@ -55,7 +57,9 @@ def test_stages_of_dpo_share_a_reference_and_resume_to_the_bit(
     assert train(config, str(tmp_path / "cut"), resume=True, report=Quiet()) == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     assert any("stage_val_accuracy" in line for line in metrics(tmp_path / "whole"))
-    assert any("less likely than at the start" in line for line in report.lines)
+    found = [line["val_chosen_log_ratio"] for line in metrics(tmp_path / "whole") if "val_chosen_log_ratio" in line]
+    warned = sum("less likely than at the start" in line for line in report.lines)
+    assert warned == sum(ratio < -0.1 for ratio in found) and (warned or kind == "adapter")
 
 
 @pytest.fixture
@@ -189,3 +193,17 @@ def test_the_log_warns_of_chosen_answers_that_become_unlikely(
     config = tiny_config(*words(base, pairs, "dpo", "--optim.lr", "1e-2"))
     assert train(config, str(tmp_path / "run"), report=report) == 0
     assert any("warning: the chosen answers are" in line for line in report.lines)
+
+
+def test_a_loss_that_reads_no_probabilities_says_so_whatever_split_they_are_in(
+    tiny_config: Make, base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    uncertain = next(line for line in lines if is_held_out(line["prompt"], 0.3))
+    uncertain["probability"] = 0.75
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for loss, warned in (("hinge", True), ("sigmoid", False)):
+        report = Quiet()
+        config = tiny_config(*words(base, pairs, "dpo", "--objective.loss", loss))
+        load_data(config, Tokenizer.load(base), report)
+        assert any("every preference as certain" in line for line in report.lines) == warned

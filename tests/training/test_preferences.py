@@ -68,6 +68,41 @@ def test_worked_losses_per_token_and_the_gradient() -> None:
     assert set(get_args(get_type_hints(DPOConfig)["loss"])) == set(LOSSES)
 
 
+def test_worked_losses_without_a_reference() -> None:
+    means = (POLICY / LENGTHS).double()
+    assert dpo_loss(means, "simpo", 2.0, 1.0).item() == pytest.approx(2.1269280, abs=1e-7)
+    assert dpo_loss(means, "orpo", 0.1).item() == pytest.approx(2.1042058, abs=1e-7)
+    certain = torch.tensor([0.0, -1.0], requires_grad=True)
+    dpo_loss(certain, "orpo").backward()
+    assert certain.grad is not None and certain.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("loss", "beta"), [("simpo", 2.0), ("orpo", 0.1)])
+def test_a_step_without_a_reference_is_that_of_the_formula(loss: str, beta: float) -> None:
+    plain = moved(objective("dpo"))
+    settings = DPOConfig(loss=loss, beta=beta, gamma=0.7)  # type: ignore[arg-type]
+    made = DPO(plain.model, plain.data, 1, plain.batch_size, 2, settings)
+    assert not made.companions and made.reference is None and made.prepare(0) == {}
+    batch, expected = made.batch(0), 0.0
+    for i in range(len(batch.tokens)):
+        means = []
+        for side in range(2):
+            with torch.no_grad():
+                found = made.model(batch.tokens[i, side][None])[0].log_softmax(-1)
+            own = batch.extras["answers"][i, side] > 0
+            means.append(found.gather(1, batch.targets[i, side][:, None])[own].mean())
+        h = means[0] - means[1]
+        if loss == "simpo":
+            expected += F.softplus(0.7 - beta * h).item()
+        else:
+            odds = [mean.exp() / (1 - mean.exp()) for mean in means]
+            expected += (-means[0] + beta * (1 + odds[1] / odds[0]).log()).item()
+    assert made.loss(batch)[0]["loss"].item() == pytest.approx(expected, abs=1e-4)
+    measures = made.validate(2, 0)
+    assert not {"val_kl", "val_chosen_log_ratio"} & measures.keys() and 0 <= measures["val_accuracy"] <= 1
+    assert made.warnings(measures) == [] and not made.state_dict()["reference"].any()
+
+
 def test_worked_losses_of_judged_answers() -> None:
     ratios = POLICY - REFERENCE
     found = kto_loss(ratios, torch.tensor([1.0, 0.0]), 0.3)

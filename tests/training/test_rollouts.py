@@ -19,6 +19,7 @@ from minillama.config.lora import LoRAConfig
 from minillama.data.corpus import Corpus, Split
 from minillama.data.prompts import Prompt, Prompts
 from minillama.data.shards import Shard
+from minillama.errors import InputError
 from minillama.evaluate.rewards import Scored
 from minillama.evaluate.rules import Answer
 from minillama.inference.request import Request
@@ -30,6 +31,7 @@ from minillama.runs.feedback import FeedbackConfig, GRPOConfig, PPOConfig
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.train import byte_tokenizer
 from minillama.training.gradients import accumulate
+from minillama.training.objectives import ppo
 from minillama.training.objectives.advantages import kl_estimate
 from minillama.training.objectives.grpo import GRPO
 from minillama.training.objectives.ppo import PPO
@@ -301,13 +303,64 @@ def test_validation_and_its_warnings() -> None:
     made = objective(GRPOConfig(max_new_tokens=9, samples=4, kl="k1"))
     measures = made.validate(8, 0)
     assert made.best == ("val_reward", "max") and {"val_reward", "val_reward_even", "val_ended"} <= measures.keys()
-    assert made.sample["question"] == "p0" and made.sample["reward"] == made.sample["rewards"]["even"]
+    assert made.sample["question"] in ("p0", "p1") and made.sample["reward"] == made.sample["rewards"]["even"]
     assert measures == made.validate(8, 0)
     made.prepare(0)
+    made.recent["scored"] = 1.0
     assert made.warnings(measures) == []
-    made.recent |= {"kl": 21.0, "distinct_2": 0.4 * made.first_distinct.item()}
-    kl, repeats = made.warnings(measures)
-    assert "21.0 nats" in kl and "raise objective.beta" in kl and "40%" in repeats
+    made.recent |= {"kl": 21.0, "distinct_2": 0.4 * made.first_distinct.item(), "scored": 0.75}
+    made.flat = 10
+    again = objective(GRPOConfig(max_new_tokens=9, samples=4, kl="k1"))  # resumed
+    again.load_state_dict(made.state_dict())
+    assert again.buffer.keys() == made.buffer.keys() and again.state_dict().keys() == made.state_dict().keys()
+    for one in (made, again):
+        scored, flat, kl, repeats = one.warnings(measures)
+        assert "25% of the answers cannot be scored" in scored and "in 10 rollouts" in flat
+        assert "21.0 nats" in kl and "raise objective.beta" in kl and "40%" in repeats
+
+
+def test_samples_are_of_several_questions() -> None:
+    made, found = objective(GRPOConfig(max_new_tokens=9, samples=4)), set()
+    for made.step in range(8):
+        made.validate(8, 0)
+        found.add(made.sample["question"])
+    assert found == {"p0", "p1"}
+
+
+def test_rollouts_without_a_signal_are_counted() -> None:
+    made = objective(GRPOConfig(max_new_tokens=9, samples=4))
+    made.rewards = Constant()  # type: ignore[assignment]
+    assert [made.prepare(step)["groups_with_signal"] for step in range(3)] == [0, 0, 0] and made.flat == 3
+    made.rewards = Vowels()  # type: ignore[assignment]
+    made.prepare(3)
+    assert made.flat == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_later_rollout_that_cannot_be_scored_teaches_nothing() -> None:
+    class Nothing(Constant):
+        def __call__(self, answers: Sequence[Answer]) -> Scored:
+            none = torch.full((len(answers),), math.nan)
+            return Scored(none, {"none": none})
+
+    made = objective(PPOConfig(max_new_tokens=9, minibatches=1, kl_target=1.0))
+    made.rewards = Nothing()  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"no answer of the first rollout[\s\S]*nothing from none for file:"):
+        made.prepare(0)
+    made.rewards = Vowels()  # type: ignore[assignment]
+    made.prepare(0)
+    made.rewards = Nothing()  # type: ignore[assignment]
+    assert made.prepare(4)["scored"] == 0 and set(losses(made, 4)[0].values()) == {0.0}
+
+
+def test_the_adaptive_coefficient_reads_the_kl_that_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per answer that could be scored."""
+    made = objective(PPOConfig(max_new_tokens=9, samples=8, kl_target=1e6, kl_horizon=1e9, beta=0.2), rows=64)
+    moved(made, 0.05)
+    targets: list[float] = []
+    monkeypatch.setattr(ppo, "adapted_beta", lambda beta, kl, *rest: targets.append(kl) or beta)
+    recorded = made.prepare(0)
+    assert 0 < recorded["scored"] < 1 and targets == [recorded["kl"]]
 
 
 def test_nothing_is_explained_of_returns_that_are_equal() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 Baseline = Literal["std", "mean", "leave-one-out"]
 Average = Literal["tokens", "answers", "length"]
 KL = Literal["none", "k1", "k2", "k3"]
+Policy = Literal["ppo", "gspo", "cispo"]
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -94,14 +95,38 @@ def token_rewards(kl: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tens
     return rewards.scatter_add(1, last[:, None], torch.where(mask.any(1), scores, 0.0)[:, None])
 
 
-def policy_loss(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    log_ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Clipped policy loss max(-A r, -A clip(r, 1 - low, 1 + high)) per token, r = e^log_ratio, and where it clips.
 
     Schulman et al. 2017, arXiv 1707.06347, eq. 7; low < high is DAPO's (2503.14476).
+
+    Args:
+        dual: c > 1, at most -A c where A < 0: dual-clip PPO (arXiv 1912.09729, eq. 5); 0: no such bound.
     """
     ratio = log_ratio.exp()
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
-    return torch.maximum(plain, clipped), clipped > plain
+    losses, flags = torch.maximum(plain, clipped), clipped > plain
+    if not dual:
+        return losses, flags
+    bound = torch.where(advantages < 0, -advantages * dual, torch.inf)
+    return torch.minimum(losses, bound), flags | (losses > bound)
+
+
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """Mean log-ratio of each answer, at each of its tokens (B, T): that of GSPO (arXiv 2507.18071, eq. 7)."""
+    mean = _zeroed(log_ratio, mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return mean.expand_as(log_ratio)
+
+
+def cispo_loss(log_probs: Tensor, log_ratio: Tensor, advantages: Tensor, high: float) -> tuple[Tensor, Tensor]:
+    """CISPO per token, -min(r, 1 + high) A log pi, without a gradient through the ratio; and where it clips.
+
+    MiniMax-M1, arXiv 2506.13585, eq. 4: tokens whose ratio is clipped keep their gradient.
+    """
+    ratio = log_ratio.detach().exp()
+    return -ratio.clamp(max=1 + high) * advantages * log_probs, ratio > 1 + high
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:

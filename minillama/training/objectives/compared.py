@@ -48,12 +48,18 @@ class Compared(DataObjective[Preferences]):
 
     def __post_init__(self, decoder: Decoder) -> None:
         super().__post_init__(decoder)
-        self.reference = Reference(decoder)
-        self.companions = dict(self.reference.companions)
-        self.known = torch.full((len(self.data.train), len(self.data.train[0].answers)), torch.nan)
+        self.reference = Reference(decoder) if self.compares else None
+        self.companions = dict(self.reference.companions) if self.reference else {}
+        unknown = torch.nan if self.reference else 0.0
+        self.known = torch.full((len(self.data.train), len(self.data.train[0].answers)), unknown)
         self._held: dict[tuple[int, int], list[Tensor]] = {}
         self.prompts = [row.prompt.tolist() for row in self.data.val[:1]]
         decoder.stop_ids |= self.data.stop_ids
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a reference; without one its log-probabilities count as 0."""
+        return True
 
     def log_probabilities(self, model: Decoder, batch: Batch) -> Tensor:
         """Log-probabilities of the answers' tokens (B, L, T), 0 elsewhere."""
@@ -84,6 +90,7 @@ class Compared(DataObjective[Preferences]):
                 with torch.no_grad():
                     found.append(self.log_probabilities(self.model, part).sum(-1))
             else:
+                assert self.reference is not None
                 with self.reference.of(self.model) as reference:
                     found.append(self.log_probabilities(reference, part).sum(-1))
         return torch.cat(found).cpu()
@@ -106,7 +113,9 @@ class Compared(DataObjective[Preferences]):
         parts, ranks = list(self.data.held_out(rows * Ranks.current().world, limit)), Ranks.current()
         own = [ranks.part(len(part), rows) for part in parts]
         batches = [self.to_batch(part[some]) for part, (some, _) in zip(parts, own, strict=True)]
-        if (rows, limit) not in self._held:
+        if self.reference is None:
+            self._held = {(rows, limit): [torch.zeros_like(b.extras["answers"]) for b in batches]}
+        elif (rows, limit) not in self._held:
             with self.reference.of(self.model) as reference:
                 self._held = {(rows, limit): [self.log_probabilities(reference, batch) for batch in batches]}
         passes = zip(batches, self._held[rows, limit], (counts for _, counts in own), strict=True)

@@ -32,7 +32,14 @@ def _exo(chosen: Tensor, rejected: Tensor, beta: float, eps: float) -> Tensor:
     return first + (-h).sigmoid() * (F.logsigmoid(-h) - math.log(eps))
 
 
-# name -> loss of the log-ratios c and r of the chosen and the rejected answer, beta and the label smoothing
+def _orpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """-m_w - beta log sigmoid(log odds(m_w) - log odds(m_l)), odds = p / (1 - p), of mean log-probabilities m."""
+    odds = [mean - torch.log(-torch.expm1(mean.clamp(max=-1e-6))) for mean in (chosen, rejected)]
+    return -chosen - beta * F.logsigmoid(odds[0] - odds[1])
+
+
+# name -> loss of the log-ratios c and r of the chosen and the rejected answer, beta and the label smoothing; without a
+# reference of their mean log-probabilities per token, beta and the margin
 LOSSES: Mapping[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "sigmoid": _sigmoid,  # Rafailov et al. 2023, arXiv 2305.18290, eq. 7; smoothed: conservative DPO
     "robust": lambda c, r, b, e: (  # Chowdhury et al. 2024, arXiv 2403.00409
@@ -50,6 +57,8 @@ LOSSES: Mapping[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "apo-down": lambda c, r, b, e: (b * c).sigmoid() + 1 - (b * (c - r)).sigmoid(),
     "forward-kl": lambda c, r, b, e: _sigmoid(-(-c).exp(), -(-r).exp(), b, e),  # Wang et al. 2023, arXiv 2309.16240
     "js": lambda c, r, b, e: _sigmoid(F.logsigmoid(c), F.logsigmoid(r), b, e),
+    "simpo": lambda c, r, b, gamma: -F.logsigmoid(b * (c - r) - gamma),  # Meng et al. 2024, arXiv 2405.14734, eq. 6
+    "orpo": lambda c, r, b, e: _orpo(c, r, b),  # Hong et al. 2024, arXiv 2403.07691, eq. 6, b their lambda
 }
 
 
@@ -66,10 +75,10 @@ def dpo_loss(
 
     Args:
         ratios: (..., 2) log-ratios h_w and h_l, of policy to reference, of the chosen and the rejected answer: sums
-            over tokens, as papers have them, or means.
+            over tokens, as papers have them, or means; of simpo and orpo means of log-probabilities alone.
         loss: of `LOSSES`.
         beta: strength of the pull towards the reference.
-        label_smoothing: share of exchanged pairs.
+        label_smoothing: share of exchanged pairs; of simpo the margin gamma.
         probability: (...) that the chosen answer is the better one, which sigmoid alone takes; 1 unless given.
     """
     chosen, rejected = ratios.unbind(-1)
@@ -85,6 +94,10 @@ class DPO(Compared):
 
     settings: DPOConfig = field(default_factory=DPOConfig)
 
+    @property
+    def compares(self) -> bool:
+        return self.settings.has_reference
+
     def _totals(self, step: int) -> Mapping[str, float]:
         if not self.settings.sft:
             return super()._totals(step)
@@ -97,13 +110,14 @@ class DPO(Compared):
         settings = self.settings
         policy, reference = self.log_probabilities(self.model, batch).sum(-1), batch.extras[REFERENCE]
         difference = policy - reference
-        ratios = difference / batch.extras["counts"] if settings.per_token else difference
-        how = settings.loss, settings.beta, settings.label_smoothing
+        ratios = difference / batch.extras["counts"] if settings.per_token or not self.compares else difference
+        how = settings.loss, settings.beta, settings.gamma if settings.loss == "simpo" else settings.label_smoothing
         loss = dpo_loss(ratios, *how, batch.extras.get("probability")).sum()
         with torch.no_grad():
-            rewards = settings.beta * difference
+            rewards = settings.beta * (difference if self.compares else ratios)
             margin = rewards[:, 0] - rewards[:, 1]
-            measured = {"accuracy": wins(margin), "reward_margin": margin, "chosen_log_ratio": difference[:, 0]}
+            measured = {"accuracy": wins(margin), "reward_margin": margin}
+            measured |= {"chosen_log_ratio": difference[:, 0]} if self.compares else {}
             for side, name in enumerate(("chosen", "rejected")):
                 measured |= {f"{name}_reward": rewards[:, side], f"{name}_logp": policy[:, side]}
         metrics = {name: value.sum() for name, value in measured.items()}
@@ -134,11 +148,12 @@ class DPO(Compared):
             found["loss"] = found.pop("preference") + found["sft"] * pairs / chosen
             found["sft"] *= pairs / chosen
         measures = {f"val_{name}": value / pairs for name, value in found.items()}
-        return measures | {"val_kl": square / tokens, "val_longer_wins": longer_wins(seen)}
+        measures |= {"val_kl": square / tokens} if self.compares else {}
+        return measures | {"val_longer_wins": longer_wins(seen)}
 
     def warnings(self, measures: Metrics) -> list[str]:
         """That the chosen answers became less likely, which implicit accuracy does not show."""
-        fall = -measures["val_chosen_log_ratio"]
+        fall = -measures.get("val_chosen_log_ratio", 0.0)
         if fall <= FALL:
             return []
         advice = "add --objective.sft 1" if not self.settings.sft else "lower optim.lr, or raise objective.sft"

@@ -1,4 +1,4 @@
-"""Group-relative policy optimization: GRPO, Dr. GRPO, DAPO's clipping and mean, RLOO."""
+"""Group-relative policy optimization: GRPO, Dr. GRPO, DAPO's clipping and mean, RLOO, GSPO, CISPO."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from minillama.runs.feedback import FeedbackConfig, GRPOConfig
-from minillama.training.objectives.advantages import averaging, group_advantages, kl_estimate, policy_loss
+from minillama.training.objectives.advantages import (
+    Policy,
+    averaging,
+    cispo_loss,
+    group_advantages,
+    kl_estimate,
+    policy_loss,
+    sequence_log_ratio,
+)
 from minillama.training.objectives.base import Batch, Metrics
 from minillama.training.objectives.rollouts import Feedback, trimmed
 
@@ -25,12 +33,15 @@ class GRPO(Feedback):
 
     def judge(self, scores: Tensor) -> Metrics:
         """Advantages of the answers, the same for each token; share of groups whose rewards differ."""
-        settings = self.settings
-        if settings.kl == "k1":
-            scores = scores - settings.beta * (self.buffer["old"] - self.buffer["reference"]).sum(1)
-        groups = group_advantages(scores.view(-1, settings.samples), settings.baseline)
+        settings, rewards = self.settings, scores.view(-1, self.settings.samples)
+        groups = group_advantages(rewards, settings.baseline)
+        signal = (groups != 0).any(1).float().mean().item()
+        if settings.kl == "k1":  # not divided by the standard deviation, as little as the k2 and k3 of the loss
+            kl = (self.buffer["old"] - self.buffer["reference"]).sum(1).view_as(rewards)
+            baseline = "mean" if settings.baseline == "std" else settings.baseline
+            groups = groups + group_advantages(torch.where(rewards.isnan(), rewards, -settings.beta * kl), baseline)
         self.buffer["advantages"] = groups.view(-1, 1) * self.buffer["mask"]
-        return {"groups_with_signal": (groups != 0).any(1).float().mean().item()}
+        return {"groups_with_signal": signal}
 
     def weighted(self, batch: Batch) -> Batch:
         mask = batch.extras["mask"]
@@ -40,7 +51,7 @@ class GRPO(Feedback):
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         batch = trimmed(batch)
         found, entropies = self.log_probabilities(self.model, batch)
-        return policy_terms(self.settings, batch, found, entropies)
+        return policy_terms(self.settings, batch, found, entropies, self.settings.policy)
 
 
 def policy_totals(mask: Tensor, total: float) -> dict[str, float]:
@@ -50,7 +61,7 @@ def policy_totals(mask: Tensor, total: float) -> dict[str, float]:
 
 
 def policy_terms(
-    settings: FeedbackConfig, batch: Batch, log_probs: Tensor, entropies: Tensor
+    settings: FeedbackConfig, batch: Batch, log_probs: Tensor, entropies: Tensor, kind: Policy = "ppo"
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Policy loss and KL penalty, weighted sums; entropy in nats and clipped tokens, plain sums.
 
@@ -59,10 +70,16 @@ def policy_terms(
         batch: with `mask`, `advantages`, and, where known, `old` and `reference` log-probabilities (B, T).
         log_probs: (B, T) under the policy.
         entropies: (B, T).
+        kind: of the policy loss.
     """
     parts, weights = batch.extras, batch.weights
     mask, old = parts["mask"], parts.get("old", log_probs.detach())
-    losses, clipped = policy_loss(log_probs - old, parts["advantages"], settings.clip_low, settings.clip_high)
+    log_ratio, advantages, high = log_probs - old, parts["advantages"], settings.clip_high
+    if kind == "cispo":
+        losses, clipped = cispo_loss(log_probs, log_ratio, advantages, high)
+    else:
+        log_ratio = sequence_log_ratio(log_ratio, mask) if kind == "gspo" else log_ratio
+        losses, clipped = policy_loss(log_ratio, advantages, settings.clip_low, high, settings.dual_clip)
     terms = {"policy": (losses * weights).sum()}
     metrics = {"entropy": entropies.sum(), "clipped": (clipped & mask).sum()}
     if settings.kl in ("k2", "k3"):

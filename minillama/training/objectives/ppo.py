@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minillama.data.corpus import Corpus
 from minillama.errors import InputError
-from minillama.evaluate.rewards import check_tokenizer
+from minillama.evaluate.rewards import check_context, check_tokenizer
 from minillama.inference.rollout import plain_weights
 from minillama.layers.cross_entropy import linear_log_probabilities
 from minillama.model import Decoder
@@ -60,6 +60,8 @@ class PPO(Feedback):
         if settings.critic_from:
             check_tokenizer(settings.critic_from, self.rewards.tokenizer)
             made = open_scores(settings.critic_from, torch.float32, decoder.device)
+            prompts = (*self.data.train, *self.data.val)
+            check_context({settings.critic_from: made}, prompts, settings.max_new_tokens, end=0)
         else:
             made = with_score(_plain(decoder), generator)
         return made.float().requires_grad_(True).train()
@@ -96,10 +98,10 @@ class PPO(Feedback):
         advantages, buffer["returns"] = gae(rewards, buffer["values"], mask, settings.gamma, settings.lam)
         buffer["advantages"] = whiten(advantages, mask)
         if settings.kl_target:
-            mean = (kl * mask).sum(1).mean().item()
-            self.beta = torch.tensor(adapted_beta(beta, mean, settings.kl_target, settings.kl_horizon, len(mask)))
-        measures, spread = {"beta": beta} if self.reference else {}, buffer["returns"][mask].var().item()
-        if spread > FLAT:
+            how = settings.kl_target, settings.kl_horizon, len(mask)
+            self.beta = torch.tensor(adapted_beta(beta, self._kl()["kl"], *how))
+        measures, returns = {"beta": beta} if self.reference else {}, buffer["returns"][mask]
+        if len(returns) > 1 and (spread := returns.var().item()) > FLAT:
             measures["value_explained"] = 1 - advantages[mask].var().item() / spread
         return measures
 

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minillama.data.permutation import derive_keys, permute
 from minillama.data.prompts import Prompt, Prompts
-from minillama.evaluate.rewards import Rewards, Scored, answer_of
+from minillama.errors import InputError
+from minillama.evaluate.rewards import Rewards, Scored, answer_of, check_context
 from minillama.evaluate.rules import Answer, distinct
 from minillama.inference.generate import end_ids
 from minillama.inference.request import Request
@@ -34,6 +35,8 @@ from minillama.training.ranks import Ranks
 
 MULTIPLE = 8  # longer rows are padded to a multiple of it, so that compiled code meets few shapes
 LOST = 0.5  # share of the first rollout's distinct bigrams below which there is a warning
+FLAT = 10  # rollouts in a row without a signal from which on there is a warning
+ALARMS = ("kl", "distinct_2", "scored")  # measures of a rollout that the warnings read
 
 
 @dataclass(eq=False)
@@ -59,11 +62,14 @@ class Feedback(DataObjective[Prompts]):
         self.best = ("val_reward", "max")
         decoder.stop_ids |= {self.data.end_id}
         self.stop_ids = end_ids(decoder, self.rewards.tokenizer)
+        check_context(self.rewards.models, (*self.data.train, *self.data.val), self.settings.max_new_tokens)
         self.reference = Reference(decoder) if self.settings.has_reference else None
         self.companions = {**self.rewards.models, **(self.reference.companions if self.reference else {})}
         self.buffer: dict[str, Tensor] = {}
         self.first_distinct = torch.tensor(torch.nan)
         self.recent: dict[str, float] = {}
+        self.flat = 0  # rollouts in a row of which no group had a signal
+        self.step = 0
         self.sample: Mapping[str, Any] = {}
         self._copy: DecodingCopy | None = None
 
@@ -80,6 +86,7 @@ class Feedback(DataObjective[Prompts]):
     # the rollout
 
     def prepare(self, step: int) -> Metrics:
+        self.step = step
         number, part = divmod(step, self.settings.updates)
         return self._collect(number) if part == 0 else {}
 
@@ -97,11 +104,26 @@ class Feedback(DataObjective[Prompts]):
         for name, values in self._passes(number).items():
             self.buffer[name] = values
         if self.first_distinct.isnan():
+            self._check_scored(found, prompts)
             self.first_distinct = torch.tensor(found["distinct_2"])
         tokens = sum(len(request.tokens) for request in requests)
         speed = {"rollout_tokens": float(tokens), "rollout_tokens_per_second": tokens / seconds}
         self.recent = {**found, **self._kl(), **self.judge(scores), **speed}
+        self.flat = self.flat + 1 if self.recent.get("groups_with_signal") == 0 else 0
         return self.recent
+
+    def _check_scored(self, measures: Mapping[str, float], prompts: Sequence[Prompt]) -> None:
+        """Refuse rewards that can score no answer of the first rollout: nothing would be learned."""
+        if measures["scored"]:
+            return
+        names = [name.removeprefix("reward_") for name, value in measures.items() if value != value]
+        raise InputError(
+            "no answer of the first rollout can be scored",
+            where="objective.rewards",
+            found=f"nothing from {', '.join(name for name in names if name != 'reward')} for {prompts[0].where} ...",
+            expected="a number for some: verified needs records with an answer, a function must not give None for all",
+            fix="give the records an answer, or take other rewards; one of weight 0 is only shown",
+        )
 
     def _answers(
         self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, keys: Sequence[int]
@@ -137,6 +159,7 @@ class Feedback(DataObjective[Prompts]):
         measures = {f"reward_{name}": part.nanmean().item() for name, part in scored.parts.items()}
         measures |= {
             "reward": scored.total.nanmean().item(),  # of what could be scored
+            "scored": 1 - scored.total.isnan().float().mean().item(),
             "answer_length": sum(len(answer.ids) for answer in given) / len(given),
             "ended": ended.float().mean().item(),
             "distinct_2": sum(distinct(answer.ids) for answer in given) / len(given),
@@ -145,8 +168,10 @@ class Feedback(DataObjective[Prompts]):
         return measures, scored.signal - self.settings.cut_off * ~ended
 
     def _show(self, given: Sequence[Answer], scored: Scored) -> None:
-        answer, reward = given[0], scored.total[0].item()
-        parts = {name: _json(values[0].item()) for name, values in scored.parts.items()}
+        """One of the answers, another at each step, as the sample."""
+        row = derive_keys("sample", self.seed, self.step)[0] % len(given)
+        answer, reward = given[row], scored.total[row].item()
+        parts = {name: _json(values[row].item()) for name, values in scored.parts.items()}
         self.sample = {"question": answer.prompt, "answer": answer.text, "reward": _json(reward), "rewards": parts}
 
     def _passes(self, number: int) -> dict[str, Tensor]:
@@ -239,6 +264,13 @@ class Feedback(DataObjective[Prompts]):
     def warnings(self, measures: Metrics) -> list[str]:
         """A policy that left its reference, or repeats itself: signs that it games the rewards."""
         found, known = [], {**self.recent, **measures}
+        if (scored := known.get("scored", 1.0)) < 1:
+            found.append(f"{1 - scored:.0%} of the answers cannot be scored and teach nothing; see reward_* of metrics")
+        if self.flat >= FLAT:
+            found.append(
+                f"in {self.flat} rollouts no prompt had answers of different rewards: nothing is learned; start from a "
+                "model that gets some right and some wrong, or take easier prompts"
+            )
         kl, limit = known.get("kl") or 0.0, self.settings.alarm_kl
         if limit and kl > limit:
             fix = "raise objective.beta" if self.settings.has_reference else "add a KL"
@@ -252,11 +284,18 @@ class Feedback(DataObjective[Prompts]):
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**self.buffer, "first_distinct": self.first_distinct}
+        known = {name: self.recent[name] for name in ALARMS if name in self.recent}
+        recent = {f"recent/{name}": torch.tensor(value, dtype=torch.float64) for name, value in known.items()}
+        counts = {"flat": torch.tensor(self.flat), "step": torch.tensor(self.step)}
+        return {**self.buffer, "first_distinct": self.first_distinct, **counts, **recent}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.buffer = dict(state)
+        recent = {name: value.item() for name, value in state.items() if name.startswith("recent/")}
+        self.recent = {name.removeprefix("recent/"): value for name, value in recent.items()}
+        self.buffer = {name: tensor for name, tensor in state.items() if name not in recent}
         self.first_distinct = self.buffer.pop("first_distinct")
+        none = torch.tensor(0)  # in a checkpoint of the last release
+        self.flat, self.step = (int(self.buffer.pop(name, none)) for name in ("flat", "step"))
 
 
 def trimmed(batch: Batch) -> Batch:
