@@ -191,6 +191,11 @@ def test_the_file_refuses_what_it_would_spoil(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"begun with another seed[\s\S]*found: 2[\s\S]*expected: 1"):
         Generated(path, {"seed": 2})
     assert list(Generated(path, {"seed": 1}).lines()) == [{"a": 1}, {"a": 2}]
+    one, other = Generated(path, {"seed": 1}), Generated(path, {"seed": 1})
+    one.commit([{"a": 3}], 3, {})
+    with pytest.raises(InputError, match=r"another process has written[\s\S]*27 bytes[\s\S]*18"):
+        other.commit([{"a": 3}], 3, {})
+    assert [line["a"] for line in Generated(path, {"seed": 1}).lines()] == [1, 2, 3]
     path.write_text('{"a": 1}\n')
     with pytest.raises(InputError, match="has lost lines"):
         Generated(path, {"seed": 1})
