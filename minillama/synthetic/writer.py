@@ -17,6 +17,8 @@ from minillama.errors import InputError
 from minillama.files import digest, json_lines, parsing, read_json, regular, replace_text
 
 T = TypeVar("T")
+CUT = "answers cut off, and kept"
+"""Name of a count: answers of lines that end at max_new_tokens, or where the context or a filter ended them."""
 Line = Mapping[str, Any]
 Made = tuple[Sequence[Line], Mapping[str, int]]
 """Lines of a batch, and counts of what was left out, by the reason."""
