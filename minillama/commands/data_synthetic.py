@@ -18,7 +18,7 @@ from minillama.data.conversations import read_record
 from minillama.data.prompts import answered
 from minillama.data.sources import Source, identity, records
 from minillama.errors import InputError
-from minillama.files import cache_folder
+from minillama.files import cache_folder, model_folder, refuse_remote, stamp
 from minillama.inference.load import DType, ModelArgs, Quantize
 from minillama.inference.sampling import Sampling
 from minillama.synthetic.hindsight import FORMS, Form, chains, edits, turns
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from minillama.inference.remote import Teacher
 
 _SAMPLES = 5
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,9 @@ def open_teacher(
     quantize: Quantize = "none",
     **remote: Any,
 ) -> Teacher:
-    """Teacher of a URL, with the arguments of `Remote`, or of a local model.
+    """Teacher of a URL, with the arguments of `Remote`, or of a local model, in place of a run the model that it has.
+
+    Provenance has a local model's dtype, and its weights' files by name, size and time: others make other data.
 
     Raises:
         InputError: a template for an endpoint, which has its own; and as both.
@@ -137,7 +140,13 @@ def open_teacher(
             raise InputError("an endpoint has a chat template of its own", where="--template", fix="leave it out")
         return Remote(name, **remote)
     rows = max(ROWS, remote.get("concurrency", ROWS))
-    return Local(*ModelArgs(name, dtype=dtype, device=device).load(quantize, compiles=True), name, template, rows)
+    refuse_remote(name)
+    path = model_folder(Path(name))
+    model, tokenizer = ModelArgs(str(path), dtype=dtype, device=device).load(quantize, compiles=True)
+    teacher = Local(model, tokenizer, str(path), template, rows)
+    weights = [file for file in sorted(path.iterdir()) if file.suffix in _WEIGHTS] if path.is_dir() else [path]
+    teacher.about = {**teacher.about, "dtype": str(model.dtype).removeprefix("torch."), "files": stamp(weights)}
+    return teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from minillama.errors import InputError, optional_import
 from minillama.files import read_json, replace_text
 from minillama.inference.chat import ChatPrompts, Messages, Prompt, is_messages
+from minillama.inference.endpoint import KEY, bounded_client, decode_json, environment_key, read_reply, split_url
 from minillama.inference.engine import Engine, evaluating
 from minillama.inference.generate import Completion, generate
-from minillama.inference.request import FinishReason
 from minillama.inference.sampling import Sampling
 
 if TYPE_CHECKING:
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-KEY = "OPENAI_API_KEY"
-"""Environment variable of the key."""
-_REASONS: dict[object, FinishReason] = {"length": "length", "content_filter": "cancelled"}
+T = TypeVar("T")
 _AGAIN, _LONGEST = (408, 409, 429), 60.0
 ROWS = 16  # answers of a local model that are decoded at once, at least
 
@@ -113,8 +110,9 @@ class BudgetError(InputError):
 class Remote:
     """OpenAI-compatible endpoint as a teacher, by the official client (extra `teacher`).
 
-    The key comes from the environment, `OPENAI_API_KEY`, and is written nowhere. 408, 409, 429, 5xx, broken and
-    senseless replies are asked for again, after Retry-After or wait * 2^attempt seconds, 60 at most; other errors stop.
+    The key comes from the environment, `OPENAI_API_KEY`, and is written nowhere, also where a reply repeats it. 408,
+    409, 429, 5xx, broken and senseless replies are asked for again, after Retry-After or wait * 2^attempt seconds, 60
+    at most; other errors stop, and redirections.
 
     Args:
         url: base URL; `/v1` is added to one without a path.
@@ -122,15 +120,15 @@ class Remote:
         concurrency: requests at once.
         retries: per request, behind the first attempt.
         max_requests: budget, of attempts; 0: none.
-        max_tokens: budget, of prompts and answers, as the endpoint counts them; 0: none. What an answer may still
-            take is reserved before it is asked for.
+        max_tokens: budget, of prompts and answers, as the endpoint counts them, or one per three bytes where it does
+            not; 0: none. What an answer may still take is reserved before it is asked for.
         cache: folder of the replies, by a digest of the request: nothing is asked twice.
-        timeout: seconds per request.
+        timeout: seconds per request, to the end of its reply.
         wait: seconds before the first repetition.
         options: of the command line for the URL and the name, as messages call them.
 
     Raises:
-        InputError: a URL with a password or query, no such endpoint, or no openai package.
+        InputError: no URL, or one with a password or query; a key that is none; no such endpoint; no openai package.
     """
 
     def __init__(
@@ -146,15 +144,17 @@ class Remote:
         wait: float = 1.0,
         options: tuple[str, str] = ("--teacher", "--teacher-model"),
     ) -> None:
-        parts = urlsplit(url)
+        parts = split_url(url, options[0])
         if parts.username is not None or parts.query or parts.fragment:
             shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
             fix = f"give the URL alone, and the key in the environment variable {KEY}"
             raise InputError("a URL with a user, a query or a fragment", where=options[0], found=shown, fix=fix)
         self._openai = optional_import("openai", "an endpoint", "teacher")
         self.url = url.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
-        self._key = os.environ.get(KEY) or "none"  # servers of one's own take any
-        self._client = self._openai.OpenAI(api_key=self._key, base_url=self.url, max_retries=0, timeout=timeout)
+        self._key = environment_key()
+        how = {"api_key": self._key or "none", "base_url": self.url}  # servers of one's own take any key
+        client = bounded_client(self._openai, timeout)
+        self._client = self._openai.OpenAI(**how, max_retries=0, timeout=timeout, http_client=client)
         self.concurrency, self.retries, self.wait, self.cache = concurrency, retries, wait, cache
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.requests = self.tokens = self.cached = self._reserved = 0
@@ -228,39 +228,54 @@ class Remote:
                 self.cached += 1
             return kept
         reply = self._ask(body)
-        if path is not None:
+        if path is not None and reply["reason"] != "context":  # the server may be given more of it
             text = json.dumps({"url": self.url, "request": body, "reply": reply}, ensure_ascii=False)
             replace_text(path, text)
         return reply
 
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
-        openai, problem = self._openai, ""
         kind = self._client.chat.completions if "messages" in body else self._client.completions
         known = {name: body[name] for name in body if name not in ("top_k", "min_p", "repetition_penalty")}
-        most = len(json.dumps(body).encode()) // 3 + body["max_tokens"]  # three bytes per token of the prompt
-        for attempt in range(self.retries + 1):
+        extra = {name: body[name] for name in body.keys() - known.keys()} or None
+        prompt = len(json.dumps(body).encode()) // 3  # three bytes per token
+        most = prompt + body["max_tokens"]
+
+        def send() -> dict[str, Any]:
             self._take(most)
-            delay, used = self.wait * 2**attempt * (0.75 + random.random() / 2), 0
+            used = 0
             try:
-                extra = {name: body[name] for name in body.keys() - known.keys()}
-                raw = kind.with_raw_response.create(**known, extra_body=extra or None)
-                reply = _read(raw.http_response.json())
+                raw = kind.with_raw_response.create(**known, extra_body=extra)
+                reply = read_reply(decode_json(raw.http_response.content, self._key), prompt)
                 used = reply.pop("tokens")
                 return reply
+            except self._openai.BadRequestError as error:
+                if "context" not in self._told(error).lower():
+                    raise
+                return {"text": "", "reason": "context", "first": []}
+            finally:
+                with self._lock:
+                    self._reserved, self.tokens = self._reserved - most, self.tokens + used
+
+        return self._insist(send)
+
+    def _insist(self, send: Callable[[], T]) -> T:
+        """Value of `send`, which is called again after an error that may pass."""
+        openai, problem = self._openai, ""
+        for attempt in range(self.retries + 1):
+            delay = self.wait * 2**attempt * (0.75 + random.random() / 2)
+            try:
+                return send()
+            except InputError:
+                raise
             except openai.APIStatusError as error:
                 problem = f"{error.status_code} {self._told(error)}"
-                if error.status_code == 400 and "context" in problem.lower():
-                    return {"text": "", "reason": "context", "first": []}
                 if error.status_code not in _AGAIN and error.status_code < 500:
                     fix = f"set {KEY}" if error.status_code in (401, 403) else f"see {' and '.join(self._options)}"
                     raise InputError("the endpoint refuses", where=self.url, found=problem, fix=fix) from None
                 after = error.response.headers.get("retry-after", "")
-                delay = float(after) if after.replace(".", "", 1).isdigit() else delay
+                delay = float(after) if re.fullmatch(r"[0-9]+(\.[0-9]*)?", after) else delay
             except (openai.OpenAIError, ValueError) as error:
                 problem = self._told(error)
-            finally:
-                with self._lock:
-                    self._reserved, self.tokens = self._reserved - most, self.tokens + used
             if attempt < self.retries and self._stopping.wait(min(delay, _LONGEST)):
                 break
         fix = "see that the server runs, then give the same command again: it goes on where it is"
@@ -284,14 +299,23 @@ class Remote:
     def _told(self, error: Exception) -> str:
         """What an error says, in one short line without the key."""
         cause = f": {error.__cause__}" if error.__cause__ is not None else ""
-        return " ".join(f"{error}{cause}".replace(os.environ.get(KEY) or "\0", "***").split())[:200]
+        return " ".join(f"{error}{cause}".replace(self._key or "\0", "***").split())[:200]
 
     def _first_model(self) -> str:
-        try:
-            return str(next(iter(self._client.models.list())).id)
-        except Exception as error:  # a server of one's own may list anything
-            fix = f"give {self._options[1]} NAME, or see that the server runs"
-            raise InputError("the endpoint lists no model", where=self.url, found=self._told(error), fix=fix) from None
+        def send() -> str:
+            try:
+                raw = self._client.models.with_raw_response.list()
+                name = decode_json(raw.http_response.content, self._key)["data"][0]["id"]
+                if isinstance(name, str):
+                    return name
+                raise ValueError(f"a model without a name: {name!r}")
+            except self._openai.APIStatusError:
+                raise
+            except Exception as error:  # a server of one's own may list anything
+                fix, told = f"give {self._options[1]} NAME, or see that the server runs", self._told(error)
+                raise InputError("the endpoint lists no model", where=self.url, found=told, fix=fix) from None
+
+        return self._insist(send)
 
 
 def _cached(path: Path) -> dict[str, Any] | None:
@@ -301,30 +325,3 @@ def _cached(path: Path) -> dict[str, Any] | None:
         return reply if isinstance(reply["text"], str) and {"reason", "first"} <= reply.keys() else None
     except (InputError, LookupError, TypeError, AttributeError):
         return None
-
-
-def _read(reply: Any) -> dict[str, Any]:
-    """Text, finish reason, alternatives of the first token and number of tokens of a reply.
-
-    Raises:
-        ValueError: it is no reply.
-    """
-    try:
-        choice = reply["choices"][0]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        reason, usage = choice.get("finish_reason"), reply.get("usage") or {}
-        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
-        pairs = [[str(each["token"]), float(each["logprob"])] for each in first]
-        tokens = int(usage.get("total_tokens") or 0)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a chat or text completion: {json.dumps(reply)}") from error
-    if text is None and reason in ("length", "content_filter"):
-        text = ""
-    if not isinstance(text, str) or not (reason is None or isinstance(reason, str)):
-        raise ValueError(f"a reply without text: {json.dumps(reply)}")
-    return {
-        "text": text,
-        "reason": _REASONS.get(reason, "stop"),
-        "first": pairs,
-        "tokens": tokens or len(text) // 3 + 1,
-    }

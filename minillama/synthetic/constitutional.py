@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minillama.data.permutation import derive_keys
+from minillama.inference.generate import Completion
 from minillama.inference.remote import Teacher
 from minillama.inference.sampling import Sampling
-from minillama.synthetic.writer import Made
+from minillama.synthetic.self_instruct import is_cut
+from minillama.synthetic.writer import CUT, Made
 
 Turns = list[dict[str, Any]]
 
@@ -51,26 +53,28 @@ class Constitutional:
             first: number of the first.
         """
         left_out: Counter[str] = Counter()
-        answers = self._write(questions, first, 0)
-        current, rounds = list(answers), [list[dict[str, str]]() for _ in questions]
+        last = self._write(questions, first, 0)
+        answers, rounds = _texts(last), [list[dict[str, str]]() for _ in questions]
         for number in range(self.rounds):
             drawn = [self._principle(first + i, number) for i in range(len(questions))]
             talks = [
                 [*question, _said("assistant", answer), _said("user", principle["critique"])]
-                for question, answer, principle in zip(questions, current, drawn, strict=True)
+                for question, answer, principle in zip(questions, _texts(last), drawn, strict=True)
             ]
-            critiques = self._write(talks, first, 2 * number + 1)
+            critiques = _texts(self._write(talks, first, 2 * number + 1))
             talks = [
                 [*talk, _said("assistant", critique), _said("user", principle["revision"])]
                 for talk, critique, principle in zip(talks, critiques, drawn, strict=True)
             ]
-            current = self._write(talks, first, 2 * number + 2)
-            for done, principle, critique, revision in zip(rounds, drawn, critiques, current, strict=True):
+            last = self._write(talks, first, 2 * number + 2)
+            for done, principle, critique, revision in zip(rounds, drawn, critiques, _texts(last), strict=True):
                 done.append({"principle": principle["critique"], "critique": critique, "revision": revision})
         lines = []
-        for question, answer, done, final in zip(questions, answers, rounds, current, strict=True):
+        for question, answer, done, reply in zip(questions, answers, rounds, last, strict=True):
+            final = reply.text.strip()
             if answer and final and all(step["critique"] and step["revision"] for step in done):
                 lines.append({"messages": [*question, _said("assistant", final)], "answer": answer, "rounds": done})
+                left_out[CUT] += is_cut(reply)
             else:
                 left_out["with an empty reply"] += 1
         return lines, left_out
@@ -86,24 +90,28 @@ class Constitutional:
         open_ = [question for question, _ in pairs]
         if not all(answers for _, answers in pairs):
             drawn = list(zip(self._write(open_, first, 0), self._write(open_, first, 1), strict=True))
-        both = [tuple(answers) or drawn[i] for i, (_, answers) in enumerate(pairs)]
+        both = [tuple(answers) or tuple(_texts(drawn[i])) for i, (_, answers) in enumerate(pairs)]
+        cuts = [0 if answers else sum(map(is_cut, drawn[i])) for i, (_, answers) in enumerate(pairs)]
         asked = []
         for i, (question, (one, other)) in enumerate(zip(open_, both, strict=True)):
-            principle, text = self._principle(first + i, -1)["judge"], question[-1]["content"]
+            principle, text = self._principle(first + i, -1)["judge"], _conversation(question)
             for a, b in ((one, other), (other, one)):
                 asked.append([_said("user", self.judge.format(principle=principle, question=text, a=a, b=b))])
         judged = [first_of(*nats) for nats in self.teacher.option_logprobs(asked, ("A", "B"))]
         lines = []
-        for question, (one, other), there, back in zip(open_, both, judged[::2], judged[1::2], strict=True):
+        for question, (one, other), cut, there, back in zip(open_, both, cuts, judged[::2], judged[1::2], strict=True):
             if not one or not other or one == other:
                 left_out["without two answers"] += 1
-            elif there is None or back is None:
+                continue
+            if there is None or back is None:
                 left_out["not judged"] += 1
-            elif max(p := (there + 1 - back) / 2, 1 - p) < self.certain or p == 0.5:
+                continue
+            left_out["judged otherwise in the other order"] += (there > 0.5) != (back < 0.5)
+            if max(p := (there + 1 - back) / 2, 1 - p) < self.certain or p == 0.5:
                 left_out["undecided"] += 1
             else:
                 chosen, rejected = (one, other) if p > 0.5 else (other, one)
-                left_out["judged otherwise in the other order"] += (there > 0.5) != (back < 0.5)
+                left_out[CUT] += cut
                 sides = {"chosen": [_said("assistant", chosen)], "rejected": [_said("assistant", rejected)]}
                 lines.append({"prompt": question, **sides, "probability": round(max(p, 1 - p), 6)})
         return lines, left_out
@@ -112,11 +120,11 @@ class Constitutional:
         chance = random.Random(derive_keys("constitutional", self.sampling.seed, unit, number)[0])
         return chance.choice(self.principles)
 
-    def _write(self, talks: Sequence[Turns], first: int, stage: int) -> list[str]:
+    def _write(self, talks: Sequence[Turns], first: int, stage: int) -> Sequence[Completion]:
         """Replies; that to a unit has a seed of its own in each stage, whatever the batch."""
         base = derive_keys("constitutional", self.sampling.seed, stage)[0] >> 34
         sampling = replace(self.sampling, seed=base + first)
-        return [reply.text.strip() for reply in self.teacher(talks, self.max_new_tokens, sampling)]
+        return self.teacher(talks, self.max_new_tokens, sampling)
 
 
 def first_of(a: float, b: float) -> float | None:
@@ -124,6 +132,17 @@ def first_of(a: float, b: float) -> float | None:
     if max(a, b) == -math.inf:
         return None
     return math.exp(a - max(a, b)) / (math.exp(a - max(a, b)) + math.exp(b - max(a, b)))
+
+
+def _texts(replies: Sequence[Completion]) -> list[str]:
+    return [reply.text.strip() for reply in replies]
+
+
+def _conversation(messages: Turns) -> str:
+    """A question, or the whole of a conversation that ends with one."""
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _said(role: str, content: str) -> dict[str, Any]:

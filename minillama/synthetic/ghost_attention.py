@@ -12,8 +12,9 @@ from typing import Any
 from minillama.data.permutation import derive_keys
 from minillama.inference.remote import Teacher
 from minillama.inference.sampling import Sampling
+from minillama.synthetic.self_instruct import is_cut
 from minillama.synthetic.wording import Language, wording
-from minillama.synthetic.writer import Made
+from minillama.synthetic.writer import CUT, Made
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class GhostAttention:
         """Conversations of the questions of dialogues, the first of which has a number."""
         drawn = [self._instruction(first + i) for i in range(len(dialogues))]
         talks: list[list[dict[str, Any]]] = [[] for _ in dialogues]
+        cuts = [False] * len(dialogues)  # of the last answers, which are trained
         for turn in range(max(map(len, dialogues), default=0)):
             for talk, questions, instruction in zip(talks, dialogues, drawn, strict=True):
                 if turn < len(questions):
@@ -53,8 +55,9 @@ class GhostAttention:
                     replies = self.teacher([talks[i] for i in rows], self.max_new_tokens, sampling)
                     for i, reply in zip(rows, replies, strict=True):
                         talks[i].append({"role": "assistant", "content": reply.text.strip()})
+                        cuts[i] = is_cut(reply)
         lines, left_out = [], Counter[str]()
-        for talk, questions, instruction in zip(talks, dialogues, drawn, strict=True):
+        for talk, questions, instruction, cut in zip(talks, dialogues, drawn, cuts, strict=True):
             answers = [message["content"] for message in talk[1::2]]
             if not all(answers):
                 left_out["with an empty answer"] += 1
@@ -65,6 +68,7 @@ class GhostAttention:
                 messages.append({"role": "user", "content": question})
                 messages.append({"role": "assistant", "content": answer, "weight": weight})
             lines.append({"messages": messages})
+            left_out[CUT] += cut
         return lines, left_out
 
     def _instruction(self, unit: int) -> str:

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from minillama.data.conversations import conversations
@@ -101,7 +102,9 @@ class SelfInstruct:
         before, barren = len(self.kept), 0
         while len(self.kept) < self.count and barren < _BARREN:
             left_out: Counter[str] = Counter()
-            lines = list(self._round(out.done, left_out))[: self.count - len(self.kept)]
+            lines, more = list(self._round(out.done, left_out)), self.count - len(self.kept)
+            left_out["more than asked for"] += len(lines[more:])
+            lines = lines[:more]
             out.commit(lines, out.done + 1, left_out)
             self.kept += [line["instruction"] for line in lines]
             barren = 0 if lines else barren + 1
@@ -206,29 +209,53 @@ def parse_tasks(reply: Completion, language: Language, left_out: Counter[str]) -
     was cut off.
     """
     labels, none = wording(language)["labels"], wording(language)["none"]
-    marks = re.split(rf"(?:^|(?<=[\s#]))(?:\d+\s*\.\s*)?({'|'.join(labels)})\s*[:：]", reply.text)
-    pairs = [(labels[0], marks[0])] if marks[0].strip(" \n#0123456789.") else []
+    (_, lead), *rest = _labeled(reply.text, labels)
+    pairs = [(labels[0], lead)] if lead.strip(" \n#0123456789.") else []
     groups: list[list[tuple[str, str]]] = []
-    for label, text in [*pairs, *zip(marks[1::2], marks[2::2], strict=True)]:
+    for label, text in [*pairs, *rest]:
         if label == labels[0] or not groups:
             groups.append([])
         groups[-1].append((label, re.sub(r"\s*###[\s\S]*", "", text).strip()))
-    for number, group in enumerate(groups, 1):
-        if is_cut(reply) and number == len(groups):
-            left_out["cut off"] += 1
-        elif [label for label, _ in group] != labels:
+    if is_cut(reply):
+        left_out[_cut(reply)] += 1
+        del groups[-1:]
+    elif not groups:
+        left_out["empty"] += 1
+    for group in groups:
+        if [label for label, _ in group] != labels:
             left_out["malformed"] += 1
         else:
             instruction, given, output = (text for _, text in group)
             yield Task(instruction, "" if given.casefold() in (none, none.strip("<>")) else given, output)
 
 
+def _labeled(text: str, labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Parts of a text by label, the first of which has none.
+
+    A label is at the beginning of a line, behind a number or ###, or it is the one that comes next: elsewhere it is a
+    word of the text.
+    """
+    found, label, begun = list[tuple[str, str]](), "", 0
+    number = r"(?:\d+\s*\.\s*)?"
+    for mark in re.finditer(rf"((?:^|\n)[^\S\n]*{number}|(?<=[\s#]){number})({'|'.join(labels)})\s*[:：]", text):
+        comes_next = (label or labels[0], mark[2]) in pairwise(labels)
+        if mark[1] or comes_next or text[: mark.start()][-1:] in ("", "#"):
+            found.append((label, text[begun : mark.start()]))
+            label, begun = mark[2], mark.end()
+    return [*found, (label, text[begun:])]
+
+
 def parse_list(reply: Completion, left_out: Counter[str]) -> list[str]:
-    """Instructions of a numbered list, whose first number is in the prompt."""
-    found = [" ".join(text.split()) for text in re.split(r"(?:^|\n)\s*\d+\s*[.、]", reply.text)]
+    """Instructions of a numbered list, whose first number is in the prompt; words before that number are none."""
+    first, *rest = re.split(r"(?:^|\n)\s*(\d+)\s*[.、]", reply.text)
+    begins_anew = bool(rest) and int(rest[0]) <= _SHOWN + 1
+    left_out["malformed"] += begins_anew and bool(first.strip())
+    found = [" ".join(text.split()) for text in (["" if begins_anew else first, *rest[1::2]])]
     if is_cut(reply):
         found.pop()
-        left_out["cut off"] += 1
+        left_out[_cut(reply)] += 1
+    elif not any(found):
+        left_out["empty"] += 1
     return [text for text in found if text]
 
 
@@ -241,7 +268,7 @@ def parse_instances(reply: Completion, language: Language, flag: bool, left_out:
     parts = list(zip(marks[1::2], (part.strip() for part in marks[2::2]), strict=True))
     if is_cut(reply):
         del parts[-1:]
-        left_out["cut off"] += 1
+        left_out[_cut(reply)] += 1
     found: dict[str, str] = {}
     before = None
     for name, text in parts:
@@ -266,6 +293,10 @@ def _is_nothing(text: str) -> bool:
 def is_cut(reply: Completion) -> bool:
     """Whether a reply ends before its end."""
     return reply.reason in ("length", "context", "cancelled")
+
+
+def _cut(reply: Completion) -> str:
+    return "too long for the context" if reply.reason == "context" and not reply.text else "cut off"
 
 
 _POLITE = re.compile(r"^(?:please|kindly|can you|could you|would you)\s+|^请(?:你|您)?(?:帮我)?")

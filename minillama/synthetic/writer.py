@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -17,6 +17,8 @@ from minillama.errors import InputError
 from minillama.files import digest, json_lines, parsing, read_json, regular, replace_text
 
 T = TypeVar("T")
+CUT = "answers cut off, and kept"
+"""Name of a count: answers of lines that end at max_new_tokens, or where the context or a filter ended them."""
 Line = Mapping[str, Any]
 Made = tuple[Sequence[Line], Mapping[str, int]]
 """Lines of a batch, and counts of what was left out, by the reason."""
@@ -27,7 +29,7 @@ class Generated:
 
     A batch is appended and synced, and then the provenance beside, FILE.provenance.json, is replaced, with the number
     of bytes and of units that are done. Whatever a killed process wrote behind them is cut off and made again, so that
-    no line is lost or doubled.
+    no line is lost or doubled. A second process that writes the same file is stopped at its next batch.
 
     Args:
         path: the file, .jsonl.
@@ -49,16 +51,15 @@ class Generated:
         self.done = self.bytes = 0
         self.counts: Counter[str] = Counter()
         self._begun = time.monotonic()
-        size = path.stat().st_size if path.exists() else 0
         if self.beside.exists():
-            with parsing(self.beside):
-                self._resume(size)
-        elif size:
+            with self._open("ab") as file, parsing(self.beside):
+                self._resume(file)
+        elif path.exists() and path.stat().st_size:
             fix = "give another --output"
             raise InputError("the file exists, without a provenance file beside it", where=path, fix=fix)
 
-    def _resume(self, size: int) -> None:
-        state = read_json(self.beside)
+    def _resume(self, file: IO[bytes]) -> None:
+        size, state = os.fstat(file.fileno()).st_size, read_json(self.beside)
         other = [key for key, value in state["about"].items() if self.about.get(key) != value]
         if other:
             key, fix = min(other), "give another --output, or what the file was begun with"
@@ -69,9 +70,7 @@ class Generated:
         if size < state["bytes"]:
             found, expected = f"{size:,} bytes", f"{state['bytes']:,} or more"
             raise InputError("the file has lost lines", where=self.path, found=found, expected=expected)
-        if size > state["bytes"]:
-            with self._open("r+b") as file:
-                file.truncate(state["bytes"])
+        file.truncate(state["bytes"])
         self.done, self.bytes, self.counts = state["done"], state["bytes"], Counter(state["counts"])
 
     def lines(self) -> Iterator[dict[str, Any]]:
@@ -84,23 +83,31 @@ class Generated:
         """Append the lines of a batch; from now on `done` units are done.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written, or another process has written to it.
         """
         data = json_lines(lines).encode()
-        if not self.beside.exists():
-            self._save()  # in front of the first line, which a killed process could leave alone otherwise
         with self._open("ab") as file:
+            if (size := os.fstat(file.fileno()).st_size) != self.bytes:
+                found, expected = f"{size:,} bytes", f"{self.bytes:,}"
+                what, fix = "another process has written to the file", "let it end, then give the same command again"
+                raise InputError(what, where=self.path, found=found, expected=expected, fix=fix)
+            if not self.beside.exists():
+                self._save()  # in front of the first line, which a killed process could leave alone otherwise
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        self.done, self.bytes = done, self.bytes + len(data)
-        self.counts.update({"lines": len(lines), **left_out})
-        self._save()
+            self.done, self.bytes = done, self.bytes + len(data)
+            self.counts.update({"lines": len(lines), **left_out})
+            self._save()
 
     @contextmanager
     def _open(self, mode: str) -> Iterator[IO[bytes]]:
         try:
             with open(self.path, mode, opener=regular) as file:
+                with suppress(ImportError, OSError):  # Windows, and file systems that have none
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_EX)  # between the lines and the provenance of another process
                 yield file
         except OSError as error:
             raise InputError("cannot write", where=self.path, found=error.strerror) from error

@@ -26,7 +26,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, script: list[str]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.bodies, self.keys = script, list[dict[str, Any]](), set[str]()
-        self.lock, self.now, self.most = threading.Lock(), 0, 0
+        self.lock, self.now, self.most, self.listing = threading.Lock(), 0, 0, list[int]()
 
     @property
     def url(self) -> str:
@@ -43,7 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.reply(200, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}))
+        if self.server.listing:
+            return self.reply(self.server.listing.pop(0), "{}")
+        return self.reply(200, json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}))
 
     def reply(self, status: int, text: str, length: int | None = None, **headers: str) -> None:
         data = text.encode()
@@ -94,6 +96,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif word == "nothing":
             self.close_connection = True
+        elif word == "drip":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(200):
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+        elif word == "endless":
+            self.reply(200, " " * 1_200_000 + '{"choices": [{"text": "long"}]}')
+        elif word == "elsewhere":
+            self.reply(307, "", Location=f"{server.url}/other")
+        elif word == "later":
+            self.reply(429, "{}", Retry_After="\u00b2")
         elif word == "context":
             self.reply(400, json.dumps({"error": {"message": "the request exceeds the available context size"}}))
         elif word:
@@ -146,12 +160,18 @@ def test_answers_come_in_order_and_concurrently_within_the_bound(start: Start) -
         ['{"choices": []}'],
         ["[]", "null"],
         ['{"choices": [{"message": {"content": null}}]}'],
+        ["later"],
+        ["[" * 100_000],
+        ["drip"],
+        ["endless"],
     ],
     ids=lambda script: script[0][:8],
 )
-def test_what_passes_is_asked_again(start: Start, script: list[str]) -> None:
-    _, teacher = start(*script)
-    assert teacher(["hello"])[0].text == "HELLO"
+def test_what_passes_is_asked_again(start: Start, script: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillama.inference.endpoint.LARGEST", 1_000_000)
+    _, teacher = start(*script, timeout=2.0)
+    begun = time.monotonic()
+    assert teacher(["hello"])[0].text == "HELLO" and time.monotonic() - begun < 8
     assert teacher.requests == len(script) + 1
 
 
@@ -162,12 +182,56 @@ def test_a_reply_that_repeats_the_key_is_told_without_it(start: Start) -> None:
     assert KEY[:8] not in str(refused.value)
 
 
+def test_a_reply_with_the_key_or_half_a_character_is_kept_without_it(start: Start, tmp_path: Path) -> None:
+    replies = [f'{{"choices": [{{"text": "{text}"}}]}}' for text in (f"I hear {KEY}.", "half \\ud83d")]
+    _, teacher = start(*replies, cache=tmp_path)
+    assert [teacher([name])[0].text for name in "ab"] == ["I hear ***.", "half ?"]
+    assert not any(KEY in path.read_text() for path in tmp_path.rglob("*.json"))
+
+
+def test_numbers_of_a_reply_are_checked(start: Start) -> None:
+    usage = '{"choices": [{"text": "%s"}], "usage": {"total_tokens": %s}}'
+    _, teacher = start(*(usage % ("x" * 300, n) for n in ("1e999", "-50", "null")))
+    teacher(["p" * 300])
+    assert 200 < teacher.tokens < 300  # a third of the bytes
+    assert teacher(["a"]) and teacher(["b"]) and teacher.tokens > 400
+    scores = '{"choices": [{"text": "", "logprobs": {"content": [{"top_logprobs": [{"token": "A", "logprob": %s}]}]}}]}'
+    for wrong in ("NaN", "1000", "2"):
+        _, teacher = start(scores % wrong)
+        assert teacher.option_logprobs([[{"role": "user", "content": "Which?"}]], "A")[0] == pytest.approx([-1.2])
+        assert teacher.requests == 2
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\r", f" {KEY}\n"])
+def test_white_space_around_the_key_is_no_part_of_it(start: Start, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server, teacher = start()
+    assert teacher(["a"])[0].text == "A" and server.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n{KEY}", f"{KEY}é"])
+def test_a_key_that_is_none_is_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="a key with a line break") as refused:
+        Remote("http://127.0.0.1:9")
+    assert KEY[:8] not in str(refused.value)
+
+
+def test_the_list_of_models_is_asked_for_again(start: Start) -> None:
+    server, _ = start()
+    server.listing += [503, 429]
+    assert Remote(server.url, wait=0.001).model == "tiny"
+    server.listing += [401]
+    with pytest.raises(InputError, match=r"the endpoint refuses[\s\S]*set OPENAI_API_KEY"):
+        Remote(server.url)
+
+
 def test_a_filtered_answer_is_empty(start: Start) -> None:
     _, teacher = start('{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}')
     assert (teacher(["hello"])[0].text, teacher.requests) == ("", 1)
 
 
-def test_what_does_not_pass_is_said(start: Start) -> None:
+def test_what_does_not_pass_is_said(start: Start, tmp_path: Path) -> None:
     _, teacher = start("401")
     with pytest.raises(InputError, match=r"the endpoint refuses[\s\S]*401[\s\S]*OPENAI_API_KEY") as refused:
         teacher(["hello"])
@@ -176,7 +240,11 @@ def test_what_does_not_pass_is_said(start: Start) -> None:
     with pytest.raises(InputError, match=r"no usable reply[\s\S]*500[\s\S]*same command again"):
         teacher(["hello"])
     assert teacher.requests == 3
-    _, teacher = start("context")
+    server, teacher = start("elsewhere")
+    with pytest.raises(InputError, match=r"the endpoint refuses[\s\S]*307"):
+        teacher(["hello"])
+    assert len(server.bodies) == 1
+    _, teacher = start("context", cache=tmp_path)  # which is not kept
     assert teacher(["long"])[0].reason == "context" and teacher(["long"])[0].text == "LONG"
     with pytest.raises(InputError, match="lists no model"):
         Remote("http://127.0.0.1:9", timeout=0.5)
@@ -223,3 +291,10 @@ def test_a_key_in_the_url_is_refused(url: str) -> None:
     with pytest.raises(InputError, match="OPENAI_API_KEY") as refused:
         Remote(url, "tiny")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://me:sec/ret@127.0.0.1", "http://127.0.0.1:99999", "http://"])
+def test_what_is_no_url_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(InputError, match=r"not a URL[\s\S]*--teacher") as refused:
+        Remote(url, "tiny")
+    assert "sec" not in str(refused.value)

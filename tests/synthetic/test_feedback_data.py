@@ -33,15 +33,17 @@ class Echo:
 
     about: Mapping[str, Any] = {}
 
-    def __init__(self) -> None:
+    def __init__(self, reason: Any = "eos") -> None:
         self.asked: list[Any] = []
+        self.reason = reason
 
     def __call__(
         self, prompts: Sequence[Any], count: int = 0, sampling: Any = None, stop: Any = (), chat: bool = False
     ) -> list[Completion]:
         self.asked += [list(prompt) for prompt in prompts]
         seeds = range(sampling.seed, sampling.seed + len(prompts))
-        return [Completion(f" {len(p)} messages, {seed} ", (), "eos") for p, seed in zip(prompts, seeds, strict=True)]
+        texts = [f" {len(p)} messages, {seed} " for p, seed in zip(prompts, seeds, strict=True)]
+        return [Completion(text, (), self.reason) for text in texts]
 
     def option_logprobs(self, prompts: Sequence[Any], options: Sequence[str]) -> list[list[float]]:
         self.asked += prompts
@@ -90,7 +92,13 @@ def test_pairs_by_the_mean_of_both_orders(tmp_path: Path) -> None:
     assert lines[0]["probability"] == pytest.approx(expected, abs=1e-6)
     found = read_preference(Record(dict(lines[0]), "x"))
     assert found.chosen and found.chosen.messages[-1].content == "longer by nine"
-    assert constitution(Echo(), certain=0.9).compare(pairs[:1], 0)[1]["undecided"] == 1
+    found = constitution(Echo(), certain=0.9).compare(pairs[:1], 0)[1]
+    assert found["undecided"] == 1 and not found["judged otherwise in the other order"]
+    near = constitution(Echo(), certain=0.9).compare([(QUESTIONS[0], ("short", "longer"))], 0)[1]
+    assert near["undecided"] == near["judged otherwise in the other order"] == 1
+    teacher, talk = Echo(), [{"role": "system", "content": "Be kind."}, *QUESTIONS[1]]
+    constitution(teacher).compare([(talk, ("short", "longer"))], 0)
+    assert all("system: Be kind.\n\nuser: question 1" in ask[0]["content"] for ask in teacher.asked)
     both, _ = constitution(Echo()).compare([(question, ()) for question in QUESTIONS], 0)  # answers of the teacher
     assert all(line["chosen"] != line["rejected"] for line in both)
 
@@ -164,6 +172,17 @@ def test_edits() -> None:
         edits([Record({"prompt": "a", "response": "b"}, "x")])
 
 
+def test_answers_that_are_cut_off_are_counted() -> None:
+    cut, whole, name = Echo("length"), Echo(), "answers cut off, and kept"
+    open_ = [(question, ()) for question in QUESTIONS]
+    for teacher, count in ((cut, 1), (whole, 0)):
+        assert constitution(teacher).revise(QUESTIONS, 0)[1][name] == 5 * count
+        lines, counts = constitution(teacher).compare(open_, 0)
+        assert counts[name] == 2 * count * len(lines)
+        ghosts = GhostAttention(teacher, ["Be brief."], Sampling()).write([["a", "b"], ["c"]], 0)
+        assert len(ghosts[0]) == 2 and ghosts[1][name] == 2 * count
+
+
 def test_ghost_attention_asks_with_the_instruction_and_trains_the_last_answer() -> None:
     teacher = Echo()
     dialogues = [["a", "b", "c"], ["d"]]
@@ -191,6 +210,11 @@ def test_the_file_refuses_what_it_would_spoil(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"begun with another seed[\s\S]*found: 2[\s\S]*expected: 1"):
         Generated(path, {"seed": 2})
     assert list(Generated(path, {"seed": 1}).lines()) == [{"a": 1}, {"a": 2}]
+    one, other = Generated(path, {"seed": 1}), Generated(path, {"seed": 1})
+    one.commit([{"a": 3}], 3, {})
+    with pytest.raises(InputError, match=r"another process has written[\s\S]*27 bytes[\s\S]*18"):
+        other.commit([{"a": 3}], 3, {})
+    assert [line["a"] for line in Generated(path, {"seed": 1}).lines()] == [1, 2, 3]
     path.write_text('{"a": 1}\n')
     with pytest.raises(InputError, match="has lost lines"):
         Generated(path, {"seed": 1})

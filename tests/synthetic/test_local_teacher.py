@@ -93,6 +93,14 @@ def test_a_base_model_takes_a_template_which_provenance_has(
     assert about["quantize"] == "auto"
     assert main([*words, "--template", "vicuna"]) == 1
     assert "begun with another teacher" in capsys.readouterr().err
+    assert main([*words, "--template", "plain", "--dtype", "bfloat16"]) == 1
+    assert "begun with another teacher" in capsys.readouterr().err
+    model = Decoder.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.output_weight.neg_()
+    model.save_pretrained(tmp_path / "base")  # another model of this name
+    assert main([*words, "--template", "plain"]) == 1
+    assert "begun with another teacher" in capsys.readouterr().err
     assert main([*remote, "--template", "plain"]) == 1
     assert "template of its own" in capsys.readouterr().err
 
@@ -108,4 +116,5 @@ def test_kill_9_loses_and_doubles_no_line(folder: Path, tmp_path: Path) -> None:
             while process.poll() is None and not (out.exists() and out.read_bytes().count(b"\n") >= lines):
                 time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
     assert run(folder, out, "ghost-attention", "--concurrency", "1") == whole

@@ -166,7 +166,24 @@ def test_lists_of_tasks() -> None:
         Task("写诗", "", "床前明月光"),
         Task("翻译", "海", "sea"),
     ]
+    inside = " Ask\n4. Input: <noinput>\n4. Output: Two parts. Instruction: mix. Then Output: cake"  # words of a text
+    assert list(parse_tasks(Completion(inside, (), "stop"), "en", left_out)) == [
+        Task("Ask", "", "Two parts. Instruction: mix. Then Output: cake")
+    ]
+    line = "One 4. Input: a 4. Output: b ### 5. Instruction: Two 5. Input: c 5. Output: d"
+    assert list(parse_tasks(Completion(line, (), "stop"), "en", left_out)) == [
+        Task("One", "a", "b"),
+        Task("Two", "c", "d"),
+    ]
+    left_out.clear()
     assert list(parse_tasks(Completion("", (), "stop"), "en", left_out)) == []
+    assert list(parse_tasks(Completion("", (), "context"), "en", left_out)) == []
+    assert (
+        parse_list(Completion("", (), "context"), left_out) == parse_list(Completion(" \n", (), "stop"), left_out) == []
+    )
+    assert left_out == {"empty": 2, "too long for the context": 2, "malformed": 0}
+    chatty = "Sure, here are some more tasks:\n9. One two\n10. Three"
+    assert parse_list(Completion(chatty, (), "stop"), left_out) == ["One two", "Three"] and left_out["malformed"] == 1
     assert parse_list(Completion(" One two\n10. Three\n  four\n11. fi", (), "length"), left_out) == [
         "One two",
         "Three four",
@@ -186,6 +203,8 @@ def test_a_teacher_that_gives_nothing_is_left(tmp_path: Path) -> None:
         def reply(self, prompt: str, chance: random.Random) -> Completion:
             return Completion("I am sorry.", (), "stop")
 
+    lines, whole = write(tmp_path / "few.jsonl", 3)
+    assert len(lines) == 3 and whole.counts["more than asked for"]  # of a round that gives more
     out = Generated(tmp_path / "a.jsonl", {})
     with pytest.raises(InputError, match=r"30 rounds without a new instruction[\s\S]*malformed"):
         SelfInstruct(Silent(), SEEDS, 5, Sampling(), requests=1).write(out)
