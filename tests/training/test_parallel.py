@@ -245,6 +245,18 @@ def test_fine_tuning_and_preferences(tiny_config: Make, base: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_adapters_of_whole_layers_are_saved_as_they_were_trained(tiny_config: Make, base: Path, tmp_path: Path) -> None:
+    """FSDP leaves embedding and head cast to bfloat16 after the validation that ends a run."""
+    words = options(train__init_from=base, lora__rank=4, train__dtype="bfloat16", train__steps=2, validate__every=2)
+    words += ["--lora.modules_to_save", "embed_tokens", "lm_head", "--sample.max_new_tokens", "0"]
+    spawn(2, [Job(tiny_config(*words, *on("shard 2")), tmp_path / "run")])
+    saved = load_file(tmp_path / "run/model/adapter_model.safetensors")
+    whole = {name: weight for name, weight in saved.items() if "lora" not in name}
+    assert len(whole) == 2
+    assert not [name for name, weight in whole.items() if torch.equal(weight, weight.bfloat16().float())]
+
+
+@pytest.mark.slow
 def test_four_processes(tiny_config: Make, tmp_path: Path) -> None:
     common = options(train__steps=4, validate__every=4, model__vocab_size=301, model__n_kv_heads=4, train__batch_size=8)
     variants = {"tied": [*common, *options(model__tie_embeddings="true")], "untied": [*common, *MORE]}
@@ -256,4 +268,9 @@ def test_four_processes(tiny_config: Make, tmp_path: Path) -> None:
 def test_rollouts(tiny_config: Make, start: Path, tmp_path: Path) -> None:
     common = options(train__micro_batch_size=2, train__steps=5, validate__every=5)
     variants = {name: [*feedback(start, *which), *common] for name, which in (("grpo", GRPO), ("ppo", PPO))}
+    odd = tmp_path / "odd.py"  # a reward that no two processes give alike
+    odd.write_text(
+        "import os\n\ndef f(prompt, ids, text, record):\n    return ids[0] % 5 * (1 + int(os.environ.get('RANK', 0)))\n"
+    )
+    variants["odd"] = [*variants["grpo"], "--objective.rewards", f"{odd}:f"]
     compare(2, tiny_config, tmp_path, variants, ["data 2"])
