@@ -41,6 +41,11 @@ def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int, sizes: Sizes
     return replace(found, weights=found.weights + dtype.itemsize * config.model.num_params())  # under an adapter: none
 
 
+def rows_at_once(config: RunConfig, sizes: Sizes = ONE) -> int:
+    """Sequences of a micro-batch of one process."""
+    return min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+
+
 def available_memory(device: torch.device) -> int | None:
     """Available memory in bytes: of the GPU, or of the machine within its control group; None where unknown.
 
@@ -86,7 +91,7 @@ def warn_of_memory(
         state, model = _state_bytes(config), 4 * config.model.num_params()
         # a checkpoint is a copy in memory while it is written, of the model in the first process
         free -= state if sizes.parts == 1 else model + (state - model) // sizes.parts
-    rows = min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+    rows = rows_at_once(config, sizes)
     need = needed_memory(config, dtype, rows, sizes).total
     if need > free:
         fits = largest_micro_batch(config, dtype, free, rows, sizes)
@@ -121,7 +126,7 @@ def explain(
         error: as torch raised it.
         phase: of the run, as "training".
     """
-    rows = min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+    rows = rows_at_once(config, sizes)
     need = needed_memory(config, dtype, rows, sizes)
     parts = "weights", "gradients", "optimizer", "casts", "activations", "logits"
     listed = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
@@ -19,10 +21,11 @@ from minillama.config.cost import training_memory
 from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
-from minillama.runs.memory import needed_memory
+from minillama.runs.memory import GIB, needed_memory
 from minillama.runs.parallel import ParallelConfig, Sizes
 from minillama.training.optim.groups import make_optimizers
 from minillama.training.parallel import Parallel, processes, sizes
+from minillama.training.run import _why
 from minillama.training.sharded import local
 from minillama.training.trainer import RANK
 
@@ -60,7 +63,7 @@ def test_meshes_that_cannot_be_are_refused(tiny_config: Make, words: list[str], 
         return
     with pytest.raises(InputError) as refused:
         sizes(config, count)
-    assert (refused.value.where == where and refused.value.fix) or refused.value.expected
+    assert refused.value.where == where and (refused.value.fix or refused.value.expected)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("pipeline", "idle"), ("context", "no sharding strategy")])
@@ -79,7 +82,14 @@ def test_auto_divides_as_little_as_fits(tiny_config: Make) -> None:
 
     assert need(meshes[0]) > need(meshes[1]) > need(meshes[2])
     assert [sizes(config, 4, need(mesh)) for mesh in meshes[:3]] == meshes[:3]
-    assert sizes(config, 4, 0).tensor > 1  # nothing fits: the most divided one
+    # nothing fits: what needs the least, and it is said so
+    least = sizes(config, 4, 0)
+    assert need(least) == min(map(need, meshes)) and least.parts == 4
+    assert _why(config, torch.float32, Parallel(least, free=need(least))).endswith(
+        f"the least division that fits in {need(least) / GIB:.2f} GiB per process"
+    )
+    said = _why(config, torch.float32, Parallel(least, free=need(least) - 1))
+    assert "needs the least" in said and "that fits" not in said
     refused = tiny_config(*deep, *options(optim__optimizer="adafactor", optim__muon_lr=0))
     assert sizes(refused, 4, 0) == meshes[0]
 
@@ -143,6 +153,41 @@ def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
             said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
     ratios = {name: round(said[name] / found[name], 3) for name in said}
     assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.15}
+
+
+FAKE = """
+import json, math
+from datetime import timedelta
+import torch
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from minillama.config import ModelConfig
+from minillama.model import Decoder
+from minillama.runs.parallel import Sizes
+from minillama.training.parallel import _parallel
+from minillama.training.sharded import local
+
+distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+found = {}
+for shard, tensor in ((64, 1), (8, 8)):
+    made = _parallel(Sizes(1, shard, tensor), "cpu", math.inf, timedelta(seconds=60))
+    with torch.device("meta"):
+        model = Decoder(ModelConfig.load("llama-2-70b"))
+    made.divide(model, torch.bfloat16)
+    found[f"{shard} x {tensor}"] = 4 * sum(local(p.detach()).numel() for p in model.parameters())
+    assert made.mesh.device_type == "cpu"  # FSDP over gloo on a machine with GPUs: pytorch issues/132471
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+def test_64_processes_divide_70b_as_the_plan_says() -> None:
+    done = subprocess.run([sys.executable, "-c", FAKE], capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    shape = ModelConfig.load("llama-2-70b")
+    for shard, tensor in ((64, 1), (8, 8)):
+        said = training_memory(shape, 1, 4096, shard=shard, tensor=tensor, sequence=False).weights
+        assert found[f"{shard} x {tensor}"] == pytest.approx(said, rel=1e-3)
 
 
 def test_processes_draw_other_dropout_masks() -> None:
