@@ -28,7 +28,7 @@ from minillama.model import Decoder
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.diff import flat
 from minillama.runs.feedback import FeedbackConfig
-from minillama.runs.memory import available_memory, needed_memory, rows_at_once
+from minillama.runs.memory import available_memory, peak_memory
 from minillama.runs.parallel import Sizes
 from minillama.training.ranks import Ranks
 from minillama.training.sharded import is_sharded
@@ -61,7 +61,7 @@ def _smallest(config: RunConfig, processes: int, free: float) -> Sizes:
 
     Where none fits, the one that needs the least.
     """
-    dtype, near = choose_dtype(config.train.dtype, choose_device(config.train.device)), _neighbors(processes)
+    device, near = choose_device(config.train.device), _neighbors(processes)
     divisors = [size for size in range(1, processes + 1) if processes % size == 0]
     sharded = [Sizes(processes // size, size) for size in divisors]
     split = [Sizes(1, processes // size, size) for size in divisors[1:] if near % size == 0]
@@ -72,7 +72,7 @@ def _smallest(config: RunConfig, processes: int, free: float) -> Sizes:
         except InputError as error:
             errors.append(error)
             continue
-        needs[found] = needed_memory(config, dtype, rows_at_once(config, found), found).total
+        needs[found] = peak_memory(config, choose_dtype(config.train.dtype, device), device, found)
         if needs[found] <= free:
             return found
     if not needs:

@@ -22,7 +22,7 @@ from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
 from minillama.runs.folder import RunFolder, choose_folder, read_lines, read_metrics
 from minillama.runs.log import MetricsLog
-from minillama.runs.memory import GIB, check_disk, needed_memory, rows_at_once, warn_of_memory
+from minillama.runs.memory import GIB, check_disk, peak_memory, warn_of_memory
 from minillama.runs.plot import MISSING, sparkline, write_png
 from minillama.runs.provenance import provenance
 from minillama.runs.record import PYTHON_OBJECTIVE
@@ -132,7 +132,8 @@ def _train(
     check_disk(config, folder.path)
     warn_of_memory(config, start.dtype, start.device, report, parallel.sizes)
     if config.parallel.auto and ranks.processes > 1:
-        report.say(_why(config, start.dtype, parallel))
+        need = peak_memory(config, start.dtype, start.device, parallel.sizes)
+        report.say(_why(parallel, need))
     if start.initial is not None and checkpoint is None:
         _warn_of_rates(config, report)
     with ranks.leader_first():  # who tokenizes the text into the cache
@@ -194,10 +195,9 @@ def _check_same_weights(models: Mapping[str, nn.Module], ranks: Ranks) -> None:
             )
 
 
-def _why(config: RunConfig, dtype: torch.dtype, parallel: Parallel) -> str:
-    """Why `parallel.auto` chose its mesh."""
+def _why(parallel: Parallel, need: int) -> str:
+    """Why `parallel.auto` chose its mesh, which needs so many bytes."""
     chosen, free = parallel.sizes, f"{parallel.free / GIB:.2f} GiB per process"
-    need = needed_memory(config, dtype, rows_at_once(config, chosen), chosen).total
     if need <= parallel.free:
         return f"auto: {chosen}, the least division that fits in {free}"
     return f"auto: {chosen}, which needs the least: {need / GIB:.2f} GiB, more than the {free} that are free"

@@ -21,7 +21,7 @@ from minillama.config.cost import training_memory
 from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
-from minillama.runs.memory import GIB, needed_memory
+from minillama.runs.memory import GIB, needed_memory, peak_memory
 from minillama.runs.parallel import ParallelConfig, Sizes
 from minillama.training.optim.groups import make_optimizers
 from minillama.training.parallel import Parallel, processes, sizes
@@ -78,17 +78,17 @@ def test_auto_divides_as_little_as_fits(tiny_config: Make) -> None:
     meshes = [Sizes(4), Sizes(2, 2), Sizes(1, 4), Sizes(1, 2, 2)]
 
     def need(mesh: Sizes) -> int:
-        return needed_memory(config, torch.float32, 8 // mesh.readers, mesh).total
+        return peak_memory(config, torch.float32, torch.device("cpu"), mesh)
 
     assert need(meshes[0]) > need(meshes[1]) > need(meshes[2])
+    assert need(meshes[0]) > needed_memory(config, torch.float32, 2, meshes[0]).total  # and a checkpoint's copy
     assert [sizes(config, 4, need(mesh)) for mesh in meshes[:3]] == meshes[:3]
     # nothing fits: what needs the least, and it is said so
     least = sizes(config, 4, 0)
     assert need(least) == min(map(need, meshes)) and least.parts == 4
-    assert _why(config, torch.float32, Parallel(least, free=need(least))).endswith(
-        f"the least division that fits in {need(least) / GIB:.2f} GiB per process"
-    )
-    said = _why(config, torch.float32, Parallel(least, free=need(least) - 1))
+    fits = f"the least division that fits in {need(least) / GIB:.2f} GiB per process"
+    assert _why(Parallel(least, free=need(least)), need(least)).endswith(fits)
+    said = _why(Parallel(least, free=need(least) - 1), need(least))
     assert "needs the least" in said and "that fits" not in said
     refused = tiny_config(*deep, *options(optim__optimizer="adafactor", optim__muon_lr=0))
     assert sizes(refused, 4, 0) == meshes[0]
@@ -152,7 +152,7 @@ def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
         for axis, mesh in {"data": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
             said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
     ratios = {name: round(said[name] / found[name], 3) for name in said}
-    assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.15}
+    assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.10}
 
 
 FAKE = """
