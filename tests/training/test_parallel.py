@@ -289,9 +289,9 @@ def test_a_checkpoint_of_two_processes_goes_on_in_four_and_back(tiny_config: Mak
 def test_rollouts(tiny_config: Make, start: Path, tmp_path: Path) -> None:
     common = options(train__micro_batch_size=2, train__steps=5, validate__every=5)
     variants = {name: [*feedback(start, *which), *common] for name, which in (("grpo", GRPO), ("ppo", PPO))}
-    odd = tmp_path / "odd.py"  # a reward that no two processes give alike
-    odd.write_text(
-        "import os\n\ndef f(prompt, ids, text, record):\n    return ids[0] % 5 * (1 + int(os.environ.get('RANK', 0)))\n"
-    )
-    variants["odd"] = [*variants["grpo"], "--objective.rewards", f"{odd}:f"]
+    odd, name = tmp_path / "odd.py", "int(os.environ.get('RANK', 0))"  # a reward that no two processes give alike
+    odd.write_text(f"import os\n\ndef f(prompt, ids, text, record):\n    return sum(ids) * (1 + 2 * {name}) % 7\n")
+    given = variants["grpo"]
+    at = given.index("verified")
+    variants["odd"] = [*given[:at], f"{odd}:f", *given[at + 2 :]]
     compare(2, tiny_config, tmp_path, variants, ["data 2"])
