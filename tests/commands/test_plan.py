@@ -105,6 +105,18 @@ def test_splits_are_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert split["activations"] == expected.activations  # the residual stream is whole in every process
 
 
+@pytest.mark.parametrize(
+    ("model", "gpus", "published", "mfu"),
+    [("llama-3-8b", 8, 5762, 0.30), ("llama-3-8b", 8, 6667, 0.35), ("llama-3-70b", 256, 597, 0.27)],
+)
+def test_published_speeds(
+    model: str, gpus: int, published: float, mfu: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchtitan's on H100 in bfloat16, tokens per second and GPU: eager, compiled; with tensor parallelism."""
+    said = plan_json(capsys, model, "--gpus", str(gpus), "--tflops", str(989 * mfu))["training"]["tokens_per_second"]
+    assert said / gpus == pytest.approx(published, rel=0.02)
+
+
 def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "llama-3-70b", "--gpu", "H100", "--gpus", "8"]) == 0
     title, _, _, setting, question, answer, *_, last, _ = capsys.readouterr().out.splitlines()
