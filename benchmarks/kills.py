@@ -80,6 +80,8 @@ def main() -> None:
         sent, seconds = run(folder / name, args, kills)
         found[name] = load_file(folder / name / "model/model.safetensors")
         print(f"{name}: {sent} kills, {seconds:.0f} s", flush=True)
+        if sent < kills:
+            raise SystemExit(f"the run was over after {sent} of {kills} kills: give more --steps")
     one, other = found.values()
     same = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     print(f"{'the same bits' if same else 'OTHER BITS'}; the runs are in {folder}")

@@ -58,10 +58,11 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
+    count = torch.cuda.device_count() if name.startswith("cuda") else 1
     if name == "cuda" and available[name] and "LOCAL_RANK" in os.environ:
+        _check_gpus(count, where)
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
     if not available.get(kind, False) or (name != kind and not (index.isdecimal() and int(index) < count)):
         there = ", ".join(kind for kind, yes in available.items() if yes)
         expected = f"auto or one of {there}" + (f"; cuda:N below {count}" if available["cuda"] else "")
@@ -69,6 +70,14 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
         fix = lacks_cuda if kind == "cuda" and not available[kind] else f"{there.partition(',')[0]} is the fastest here"
         raise InputError("no such device", where=where, found=name, expected=expected, fix=fix)
     return torch.device(name)
+
+
+def _check_gpus(count: int, where: str) -> None:
+    """Refuse, in all processes of a machine, that there are more of them than GPUs."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > count:
+        what, fix = "there are more processes than GPUs", f"start torchrun with --nproc-per-node {count}"
+        raise InputError(what, where=where, found=processes, expected=f"at most {count}", fix=f"{fix}, or on the CPU")
 
 
 def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from minillama import Decoder
+from minillama.device import choose_device
 from minillama.errors import InputError
 
 PROGRAM = """
@@ -53,6 +54,18 @@ def test_a_device_that_is_not_there_is_refused(name: str, tmp_path: Path) -> Non
     said = error.value.parts()
     assert said["where"] == "Decoder.from_pretrained, device" and said["found"] == name
     assert "cpu" in said["expected"] and said["fix"]
+
+
+def test_more_processes_than_gpus_are_refused_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="more processes than GPUs") as error:
+        choose_device()
+    assert error.value.found == 3 and "--nproc-per-node 2" in str(error.value.fix)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert choose_device().index == 0
 
 
 @pytest.mark.slow

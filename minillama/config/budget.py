@@ -47,8 +47,10 @@ class Setting:
     activation_bytes: int = 2
 
     def ranks(self, config: ModelConfig) -> int:
-        """Tensor-parallel ranks."""
-        return math.gcd(self.gpus, MACHINE, config.n_heads) if self.split == "tensor parallel" else 1
+        """Tensor-parallel ranks: they divide all heads, and a recurrence has none."""
+        if self.split != "tensor parallel" or config.mixer != "attention":
+            return 1
+        return math.gcd(self.gpus, MACHINE, config.n_heads, config.n_kv_heads)
 
     def label(self, config: ModelConfig) -> str:
         """Name of the split, with the ranks of a mixed one."""
@@ -56,8 +58,9 @@ class Setting:
         return self.split if ranks in (1, self.gpus) else f"TP {ranks} x FSDP {self.gpus // ranks}"
 
     def splits(self, config: ModelConfig) -> list[Setting]:
-        """The same with every split that its GPUs allow."""
-        found = [replace(self, split=split) for split in (SPLITS if self.gpus > 1 else SPLITS[:1])]
+        """The same with every split that its GPUs and `training/parallel.py` allow: int4 weights are not divided."""
+        is_divided = self.gpus > 1 and self.train != "qlora"
+        found = [replace(self, split=split) for split in (SPLITS if is_divided else SPLITS[:1])]
         return [one for one in found if one.split != "tensor parallel" or one.ranks(config) > 1]
 
     def memory(self, config: ModelConfig) -> TrainingMemory:
@@ -74,6 +77,7 @@ class Setting:
             fused_norm=True,
             shard=1 if self.split == "data parallel" else self.gpus // tensor,
             tensor=tensor,
+            sequence=False,
         )
 
     def options(self, than: Setting) -> str:
@@ -111,7 +115,7 @@ def _lighter(config: ModelConfig, setting: Setting) -> Iterator[Setting]:
 def _more(setting: Setting) -> Iterator[Setting]:
     """On twice as many GPUs, and so on, by FSDP."""
     gpus = 2 ** math.ceil(math.log2(setting.gpus + 1))
-    while gpus <= MOST:
+    while gpus <= MOST and setting.train != "qlora":
         yield from _smaller(replace(setting, gpus=gpus, split="FSDP"))
         gpus *= 2
 

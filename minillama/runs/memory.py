@@ -41,6 +41,28 @@ def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int, sizes: Sizes
     return replace(found, weights=found.weights + dtype.itemsize * config.model.num_params())  # under an adapter: none
 
 
+def rows_at_once(config: RunConfig, sizes: Sizes = ONE) -> int:
+    """Sequences of a micro-batch of one process."""
+    return min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+
+
+def checkpoint_copy(config: RunConfig, device: torch.device, sizes: Sizes = ONE) -> int:
+    """Bytes of the first process's copy of a checkpoint while it is written, beside a GPU's memory none.
+
+    It is of the model, and of its part of the optimizer state.
+    """
+    if device.type != "cpu":
+        return 0
+    state, model = _state_bytes(config), _trained_bytes(config)
+    return model + (state - model) // sizes.parts
+
+
+def peak_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, sizes: Sizes = ONE) -> int:
+    """Bytes that a run needs of the device's memory per process, a checkpoint's copy among them."""
+    found = needed_memory(config, dtype, rows_at_once(config, sizes), sizes).total
+    return found + checkpoint_copy(config, device, sizes)
+
+
 def available_memory(device: torch.device) -> int | None:
     """Available memory in bytes: of the GPU, or of the machine within its control group; None where unknown.
 
@@ -82,17 +104,18 @@ def warn_of_memory(
     free = available_memory(device)
     if free is None:
         return
-    if device.type == "cpu":
-        state, model = _state_bytes(config), 4 * config.model.num_params()
-        # a checkpoint is a copy in memory while it is written, of the model in the first process
-        free -= state if sizes.parts == 1 else model + (state - model) // sizes.parts
-    rows = min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+    free -= checkpoint_copy(config, device, sizes)
+    rows = rows_at_once(config, sizes)
     need = needed_memory(config, dtype, rows, sizes).total
     if need > free:
         fits = largest_micro_batch(config, dtype, free, rows, sizes)
         largest = f"--train.micro_batch_size {fits} fits"
         advice = largest if fits else "not one sequence fits; take a smaller model or context"
         report.say(f"warning: about {need / GIB:.2f} GiB of memory are needed and {free / GIB:.2f} are free: {advice}")
+
+
+def _trained_bytes(config: RunConfig) -> int:
+    return 4 * (config.model.num_params() if config.lora is None else config.lora.num_params(config.model))
 
 
 def _state_bytes(config: RunConfig) -> int:
@@ -121,7 +144,7 @@ def explain(
         error: as torch raised it.
         phase: of the run, as "training".
     """
-    rows = min(config.micro_batch_size, config.train.batch_size // sizes.readers)
+    rows = rows_at_once(config, sizes)
     need = needed_memory(config, dtype, rows, sizes)
     parts = "weights", "gradients", "optimizer", "casts", "activations", "logits"
     listed = ", ".join(f"{part} {getattr(need, part) / GIB:.2f}" for part in parts if getattr(need, part))

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from minillama.runs.checkpoint import CheckpointCopy, WriteModel, prune, save_checkpoint, steps
+from minillama.runs.checkpoint import CheckpointCopy, WriteModel, prune, remove_parts, save_checkpoint, steps
 from minillama.runs.report import Report
 
 
@@ -78,4 +78,6 @@ class CheckpointWriter:
             save_checkpoint(self.folder, snapshot, self.write_model, self.over)
             self._prune()
         except BaseException as error:  # raised again by finish, or reported by submit
+            if self.leads:  # what others wrote of it; it would fill a full disk further
+                remove_parts(self.folder)
             self._failure = error.with_traceback(None)  # whose frames would keep the tensors

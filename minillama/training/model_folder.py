@@ -49,7 +49,8 @@ class ModelFolder:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """What `write` takes: all parameters, or those of the adapter."""
-        return self.model.state_dict() if self.base is None else lora_parameters(self.model)
+        tensors = self.model.state_dict()  # as they are at rest: FSDP leaves some cast to the dtype of the passes
+        return tensors if self.base is None else {name: tensors[name] for name in lora_parameters(self.model)}
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write a folder.

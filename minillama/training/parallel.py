@@ -25,9 +25,10 @@ from minillama.config.lora import EMBEDDING, HEAD
 from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.model import Decoder
-from minillama.runs.config import RunConfig
+from minillama.runs.config import RunConfig, to_table
+from minillama.runs.diff import flat
 from minillama.runs.feedback import FeedbackConfig
-from minillama.runs.memory import available_memory, needed_memory
+from minillama.runs.memory import available_memory, peak_memory
 from minillama.runs.parallel import Sizes
 from minillama.training.ranks import Ranks
 from minillama.training.sharded import is_sharded
@@ -56,25 +57,27 @@ def sizes(config: RunConfig, processes: int, free: float = math.inf) -> Sizes:
 
 
 def _smallest(config: RunConfig, processes: int, free: float) -> Sizes:
-    """The mesh with the least division that fits: sharding first, tensor parallelism within a machine beyond it."""
-    dtype, near = choose_dtype(config.train.dtype, choose_device(config.train.device)), _neighbors(processes)
+    """The mesh with the least division that fits: sharding first, tensor parallelism within a machine beyond it.
+
+    Where none fits, the one that needs the least.
+    """
+    device, near = choose_device(config.train.device), _neighbors(processes)
     divisors = [size for size in range(1, processes + 1) if processes % size == 0]
     sharded = [Sizes(processes // size, size) for size in divisors]
     split = [Sizes(1, processes // size, size) for size in divisors[1:] if near % size == 0]
-    errors, best = [], None
+    errors, needs = [], dict[Sizes, int]()
     for found in [*sharded, *split]:
         try:
             _checked(config, found, processes)
         except InputError as error:
             errors.append(error)
             continue
-        best = found
-        rows = min(config.micro_batch_size, config.train.batch_size // found.readers)
-        if needed_memory(config, dtype, rows, found).total <= free:
-            break
-    if best is None:
+        needs[found] = peak_memory(config, choose_dtype(config.train.dtype, device), device, found)
+        if needs[found] <= free:
+            return found
+    if not needs:
         raise errors[0]
-    return best
+    return min(needs, key=needs.__getitem__)
 
 
 def _neighbors(processes: int) -> int:
@@ -232,6 +235,7 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     try:
         with watched(distributed.get_rank(), count):
+            _check_same_settings(config)
             free = math.inf
             if config.parallel.auto:  # all decide by the least
                 free = -Ranks.current().most(-(available_memory(device) or math.inf))
@@ -241,6 +245,17 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
     finally:
         if not is_there:
             distributed.destroy_process_group()
+
+
+def _check_same_settings(config: RunConfig) -> None:
+    """Refuse processes that were started with other settings, each of which would train another model."""
+    tables = [flat(table) for table in Ranks.current().collect(to_table(config))]
+    for index, table in enumerate(tables):
+        others = [key for key in {**tables[0], **table} if table.get(key) != tables[0].get(key)]
+        for key in [key for key in others if key != "data.cache"]:  # which every machine may have elsewhere
+            what, found = "the processes have other settings", f"{table.get(key)} in process {index}"
+            fix = "start all with the same command and configuration"
+            raise InputError(what, where=key, found=found, expected=f"{tables[0].get(key)}, as in process 0", fix=fix)
 
 
 def _parallel(found: Sizes, kind: str, free: float, timeout: timedelta) -> Parallel:

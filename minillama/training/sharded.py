@@ -26,6 +26,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def bit_sum(tensor: Tensor) -> int:
+    """Sum of the bits, read as integers, of this process's part: the same in whatever order."""
+    own = local(tensor.detach()).flatten()
+    return int(own.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[own.element_size()]).sum())
+
+
 def gathered(tensors: Mapping[str, Tensor], keeps: bool) -> dict[str, Tensor]:
     """Copies on the CPU, one tensor gathered at a time.
 

@@ -87,11 +87,34 @@ def test_options_reach_the_arithmetic(capsys: pytest.CaptureFixture[str]) -> Non
         (["--gpu-memory", "24", "--train", "qlora", "--checkpointing"], ["data parallel"]),
         (["--gpu", "h100", "--gpus", "8", "--checkpointing"], ["FSDP", "tensor parallel"]),
         (["--gpu-memory", "80", "--gpus", "3"], ["FSDP"]),  # 3 divides no heads
+        (["--gpu-memory", "24", "--gpus", "8", "--train", "qlora", "--checkpointing"], ["data parallel"]),
     ],
 )
 def test_7b_fits(words: list[str], fits: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     [fit] = plan_json(capsys, "llama-2-7b", *words)["fits"]
     assert fit["fits"] == fits
+
+
+def test_splits_are_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    grouped = plan_json(capsys, "palm-8b", "--gpus", "8")["training_bytes"]  # one key/value head
+    assert list(grouped) == ["data parallel", "FSDP"]
+    assert list(plan_json(capsys, "rwkv-169m", "--gpus", "4")["training_bytes"]) == ["data parallel", "FSDP"]
+    split = plan_json(capsys, "llama-2-7b", "--gpus", "8")["training_bytes"]["tensor parallel"]
+    options = {"activation_bytes": 2, "fused_norm": True, "tensor": 8}
+    expected = training_memory(ModelConfig.load("llama-2-7b"), 1, 4096, sequence=False, **options)
+    assert split["activations"] == expected.activations  # the residual stream is whole in every process
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "published", "mfu"),
+    [("llama-3-8b", 8, 5762, 0.30), ("llama-3-8b", 8, 6667, 0.35), ("llama-3-70b", 256, 597, 0.27)],
+)
+def test_published_speeds(
+    model: str, gpus: int, published: float, mfu: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchtitan's on H100 in bfloat16, tokens per second and GPU: eager, compiled; with tensor parallelism."""
+    said = plan_json(capsys, model, "--gpus", str(gpus), "--tflops", str(989 * mfu))["training"]["tokens_per_second"]
+    assert said / gpus == pytest.approx(published, rel=0.02)
 
 
 def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]) -> None:

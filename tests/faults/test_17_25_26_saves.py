@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from safetensors.torch import load_file
 
 from minillama.commands.cli import main
 from minillama.errors import InputError
-from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, steps
+from minillama.runs import parts
+from minillama.runs.checkpoint import Checkpoint, CheckpointCopy, newest_checkpoint, steps
+from minillama.runs.report import SilentReport
+from minillama.runs.writer import CheckpointWriter
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -207,13 +211,24 @@ def test_fault_26_a_disk_that_is_too_small_is_refused(words: list[str], tmp_path
 
 
 def test_a_checkpoint_with_values_that_are_no_numbers_is_never_written(tmp_path: Path) -> None:
-    from minillama.runs.checkpoint import CheckpointCopy
-
     snapshot = CheckpointCopy(
         {"a.weight": torch.ones(3)}, {"a.weight/exp_avg": torch.tensor([1.0, torch.nan])}, {"step": 4}
     )
     with pytest.raises(InputError, match=r"is not written, step 4(?s:.*)a.weight/exp_avg"):
         snapshot.check()
+
+
+def test_parts_of_a_checkpoint_that_failed_are_removed(tmp_path: Path) -> None:
+    def fail(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        raise InputError("cannot write", found="no space left on device")
+
+    (tmp_path / ".parts-3").mkdir()
+    (tmp_path / ".parts-3" / parts.file_name(1, 2)).write_bytes(bytes(100))
+    writer = CheckpointWriter(tmp_path, 2, fail, SilentReport())
+    writer.submit(lambda: CheckpointCopy({}, {}, {"step": 3}, index=0, count=2))
+    with pytest.raises(InputError, match="cannot write"):
+        writer.finish()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_best_and_the_newest_checkpoints_stay(words: list[str], tmp_path: Path) -> None:

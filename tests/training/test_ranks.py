@@ -13,13 +13,18 @@ import torch
 from torch import Tensor, distributed, multiprocessing, nn
 
 from minillama.config import ModelConfig
+from minillama.errors import InputError
 from minillama.evaluate.perplexity import score
 from minillama.model import Decoder
+from minillama.runs.config import RunConfig
+from minillama.runs.sections import DataConfig
 from minillama.training.gradients import accumulate, clip
 from minillama.training.objectives.base import Batch
 from minillama.training.objectives.compared import Compared
 from minillama.training.pace import Pace
+from minillama.training.parallel import _check_same_settings
 from minillama.training.ranks import Ranks
+from minillama.training.run import _check_same_weights
 
 from .test_preferences import moved, objective
 
@@ -101,6 +106,16 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     ranks = Ranks.current()
     assert (ranks.rank, ranks.world) == (rank, 2)
+    with pytest.raises(InputError, match=r"other settings\n  where: seed\n  found: 1 in process 1"):
+        _check_same_settings(RunConfig(seed=rank))
+    _check_same_settings(RunConfig(data=DataConfig(cache=f"of machine {rank}")))
+    model = nn.Linear(2, 3)
+    nn.init.constant_(model.weight, 1.0)
+    nn.init.constant_(model.bias, rank)
+    with pytest.raises(InputError, match=r"other weights\n  where: model, bias\n  found: those of process 1"):
+        _check_same_weights({"model": model}, ranks)
+    nn.init.constant_(model.bias, 0.0)
+    _check_same_weights({"model": model}, ranks)
     torch.save(step(ranks), f"{folder}/{rank}.pt")
     line = r"the others wait for process 1 of 2 on \S+: 3 s per step, where the median is 1 s"
     assert re.fullmatch(line, pace(ranks))

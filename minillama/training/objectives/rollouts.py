@@ -154,7 +154,7 @@ class Feedback(DataObjective[Prompts]):
         """Measures of a rollout, and the rewards of its answers."""
         tokenizer = self.rewards.tokenizer
         given = [answer_of(*pair, tokenizer) for pair in zip(prompts, requests, strict=True)]
-        scored = self.rewards(given)
+        scored = Ranks.current().leaders(self.rewards(given))  # a function may not give the same twice
         ended = torch.tensor([answer.ended for answer in given])
         measures = {f"reward_{name}": part.nanmean().item() for name, part in scored.parts.items()}
         measures |= {
