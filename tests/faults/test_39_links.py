@@ -141,6 +141,7 @@ def test_fault_39_no_generated_file_is_cut_through_a_link(tmp_path: Path, outsid
     with pytest.raises(InputError, match="cannot write"):
         Generated(tmp_path / "out.jsonl", {})
     assert unharmed(outside)
+    (tmp_path / "out.jsonl").unlink()
     (tmp_path / "out.jsonl.provenance.json").write_text(json.dumps({"about": []}), encoding="utf-8")
     with pytest.raises(InputError, match="damaged"):
         Generated(tmp_path / "out.jsonl", {})
