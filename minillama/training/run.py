@@ -17,6 +17,7 @@ from minillama.config import ModelConfig
 from minillama.config.arguments import checked
 from minillama.config.loader import to_dict
 from minillama.errors import InputError
+from minillama.formats.model_file import ModelFile
 from minillama.runs.checkpoint import Checkpoint, newest_checkpoint, remove_parts, set_aside
 from minillama.runs.config import RunConfig, load_run_config, to_table
 from minillama.runs.diff import check_resumed, differences
@@ -28,10 +29,11 @@ from minillama.runs.provenance import provenance
 from minillama.runs.record import PYTHON_OBJECTIVE
 from minillama.runs.report import Report, SilentReport, make_report
 from minillama.runs.signals import Interrupted
+from minillama.tokenizer import Tokenizer
 from minillama.training import next_commands
 from minillama.training.data import load_data, load_stages
 from minillama.training.duration import Duration
-from minillama.training.init_model import resolve
+from minillama.training.init_model import Start, resolve
 from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MakeObjective, make, make_staged
 from minillama.training.optim.schedule import learning_rate
@@ -129,11 +131,7 @@ def _train(
         report.say(f"{folder.path} is finished: {checkpoint.step} of {config.train.steps} steps. Next:")
         next_commands.say_next(folder, config, report, start.initial)
         return 0
-    check_disk(config, folder.path)
-    warn_of_memory(config, start.dtype, start.device, report, parallel.sizes)
-    if config.parallel.auto and ranks.processes > 1:
-        need = peak_memory(config, start.dtype, start.device, parallel.sizes)
-        report.say(_why(parallel, need))
+    _check_resources(start, folder, report, parallel)
     if start.initial is not None and checkpoint is None:
         _warn_of_rates(config, report)
     with ranks.leader_first():  # who tokenizes the text into the cache
@@ -167,11 +165,18 @@ def _train(
     if not ranks.leads:
         return 0
     _say_end(trainer, folder, before, report)
-    prompts = [*config.sample.prompts, *(tokenizer.decode(ids) for ids in objective.prompts)]
-    best = trainer.writer.best if trainer.writer.best != state.step else None
-    prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
-    next_commands.say_next(folder, trainer.config, report, start.initial, prompt, best)
+    _say_next(trainer, tokenizer, folder, start.initial, report)
     return 0
+
+
+def _check_resources(start: Start, folder: RunFolder, report: Report, parallel: Parallel) -> None:
+    """Refuse a disk that is too full; say what memory may not suffice, and why `auto` chose its mesh."""
+    config = start.config
+    check_disk(config, folder.path)
+    warn_of_memory(config, start.dtype, start.device, report, parallel.sizes)
+    if config.parallel.auto and parallel.ranks.processes > 1:
+        need = peak_memory(config, start.dtype, start.device, parallel.sizes)
+        report.say(_why(parallel, need))
 
 
 def _check_same_data(fingerprint: str, ranks: Ranks) -> None:
@@ -201,6 +206,16 @@ def _why(parallel: Parallel, need: int) -> str:
     if need <= parallel.free:
         return f"auto: {chosen}, the least division that fits in {free}"
     return f"auto: {chosen}, which needs the least: {need / GIB:.2f} GiB, more than the {free} that are free"
+
+
+def _say_next(
+    trainer: Trainer, tokenizer: Tokenizer, folder: RunFolder, initial: ModelFile | None, report: Report
+) -> None:
+    """The next commands, with the first prompt of the samples."""
+    prompts = [*trainer.config.sample.prompts, *(tokenizer.decode(ids) for ids in trainer.objective.prompts)]
+    best = trainer.writer.best if trainer.writer.best != trainer.state.step else None
+    prompt = " ".join(prompts[0].rstrip("\ufffd").split()) if prompts else ""  # perhaps cut within a character
+    next_commands.say_next(folder, trainer.config, report, initial, prompt, best)
 
 
 def _say_begin(trainer: Trainer) -> None:
