@@ -135,8 +135,9 @@ class Generated:
     def say(self, done: int, total: int, before: int) -> None:
         """Progress on standard error, with the time that is left at the mean speed since this process had `before`."""
         speed = (done - before) / max(1e-9, time.monotonic() - self._begun)
-        left = (total - done) / speed if speed > 0 else 0.0
-        rest = f", {left // 60:.0f} min {left % 60:.0f} s left" if done < total else ""
+        left = round((total - done) / speed) if speed > 0 else None
+        known = "time left not known yet" if left is None else f"{left // 60} min {left % 60} s left"
+        rest = f", {known}" if done < total else ""
         print(f"{done:,} of {total:,}{rest}; {summary(self.counts)}", file=sys.stderr, flush=True)
 
 

@@ -219,3 +219,11 @@ def test_verbs_and_nouns() -> None:
     )
     assert found[("write", "short")] == 0 and sum(found.values()) == 4
     assert found[("write", "story")] == 2 and found[("写", "")] == found[("把它", "")] == 1
+
+
+def test_the_time_left_is_said_once_a_speed_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Generated(tmp_path / "out.jsonl", {})
+    made.say(0, 5, 0)
+    assert "0 of 5, time left not known yet; 0 lines" in capsys.readouterr().err
+    made.say(1, 5, 0)
+    assert "1 of 5, 0 min 0 s left" in capsys.readouterr().err
