@@ -224,9 +224,9 @@ def _identity(args: Args) -> dict[str, Any]:
     from minillama.inference.load import resolved
 
     _, dtype, weights = resolved(open_model(args.model), args.dtype, args.device, args.quantize)
-    model, tokenizer = Path(args.model).resolve(), Path(args.tokenizer).resolve() if args.tokenizer else None
-    adapters = [Path(a if Path(a).exists() or "=" not in a else a.partition("=")[2]).resolve() for a in args.adapter]
-    names = {"model": str(model), "tokenizer": tokenizer and str(tokenizer), "adapter": [*map(str, adapters)]}
+    tokenizer = str(Path(args.tokenizer).resolve()) if args.tokenizer else None
+    adapters = [str(path.resolve()) for path in args.adapter_paths]
+    names = {"model": str(Path(args.model).resolve()), "tokenizer": tokenizer, "adapter": adapters}
     return {**names, "dtype": str(dtype).removeprefix("torch."), "quantize": weights, "files": args.files}
 
 

@@ -171,7 +171,7 @@ def _margin(fields: Mapping[str, Any]) -> float:
 def _probability(fields: Mapping[str, Any]) -> float:
     value = fields.get("probability", 1.0)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError("the probability is no number from 0 to 1", found=repr(value)[:80])
+        raise InputError("the probability is not a number between 0 and 1", found=repr(value)[:80])
     if value < 0.5:
         fix = "exchange the two answers, and write 1 less it"
         raise InputError("the chosen answer is the less probable one", found=value, expected="0.5 to 1", fix=fix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -209,6 +209,11 @@ def stream(
     engine = engine or Engine(model, max(1, len(texts)), chunk=None)
     if engine.model is not model:
         raise InputError("this engine decodes another model", where="engine", fix="give Engine(model), or none")
+    yield from _decode(engine, texts)
+
+
+def _decode(engine: Engine, texts: dict[Request, _Text]) -> Iterator[Chunk]:
+    """Chunks of the requests until all are finished; those that are not are canceled."""
     try:
         for request in texts:
             engine.submit(request)

@@ -47,8 +47,12 @@ class ModelArgs:
     @property
     def files(self) -> str:
         """Digest of the names, sizes and times of the files of model, tokenizer and adapters."""
-        adapters = (word if Path(word).exists() or "=" not in word else word.partition("=")[2] for word in self.adapter)
-        return stamp(map(Path, [self.model, *([self.tokenizer] if self.tokenizer else []), *adapters]))
+        return stamp([Path(self.model), *([Path(self.tokenizer)] if self.tokenizer else []), *self.adapter_paths])
+
+    @property
+    def adapter_paths(self) -> list[Path]:
+        """Paths of the adapters, given as PATH or NAME=PATH."""
+        return [*_by_name(self.adapter).values()]
 
     def load(
         self,

@@ -99,8 +99,14 @@ def test_every_form_of_a_judged_answer(fields: dict[str, Any]) -> None:
             {"prompt": "p", "chosen": "c", "rejected": "r", "probability": 0.4},
             "the chosen answer is the less probable one",
         ),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "probability": 1.5}, "probability is no number from 0 to 1"),
-        ({"prompt": "p", "chosen": "c", "rejected": "r", "probability": "0.5"}, "probability is no number from 0 to 1"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r", "probability": 1.5},
+            "probability is not a number between 0 and 1",
+        ),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r", "probability": "0.5"},
+            "probability is not a number between 0 and 1",
+        ),
         ({"conversations": "p", "chosen": "c", "rejected": "r"}, "not a list of messages"),
         ({"chosen": [*USER, message("c")], "rejected": [message("Other?", "user"), message("r")]}, "answer the same"),
         ({"chosen_messages": USER, "rejected_messages": USER}, "nothing in it is of the assistant"),
