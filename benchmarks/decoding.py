@@ -10,7 +10,7 @@ and does not stop at an end-of-text token. Ours in int8 and int4 multiplies in t
 machine. transformers is its `generate` with SDPA attention; the better of dynamic and static cache is its figure.
 llama.cpp is xllamacpp's server, called without HTTP: one request with as many prompts as it has slots.
 
-- prefill: tokens of a prompt of 512, a second until the first new token (median of three).
+- prefill N: tokens of a prompt of N (--prompts, 512), a second until the first new token (median of three).
 - first: milliseconds until the first new token after a prompt of 32 (median of three).
 - batch N: N prompts of 32 tokens; new tokens of all rows per second, between the first new token and the last. Ours and
   transformers are timed at every step from the outside, for llama.cpp its own timings are taken, in all three figures.
@@ -41,7 +41,7 @@ from typing import Any, NamedTuple, cast
 # Neither torch nor minillama is imported up here: memory is to be that of a contender alone, and Linux gives a child
 # what its parent holds as a first peak.
 
-THREADS, LONG, SHORT, WARM_UP = 2, 512, 32, 4
+THREADS, SHORT, WARM_UP = 2, 32, 4
 GGUF = ("bf16", "q8_0", "q4_0")
 Prompts = list[list[int]]
 
@@ -199,7 +199,7 @@ def bandwidth() -> float:
     return best
 
 
-def child(contender: str, models: Path, batches: list[int], tokens: int) -> dict[str, float]:
+def child(contender: str, models: Path, lengths: list[int], batches: list[int], tokens: int) -> dict[str, float]:
     """Every figure of one contender; each length and batch is run for a few tokens first."""
     from minillama.threads import adapt
 
@@ -215,7 +215,7 @@ def child(contender: str, models: Path, batches: list[int], tokens: int) -> dict
     def first(length: int) -> float:
         return statistics.median([engine.run(prompts(1, length), 1, 1).first for _ in range(4)][1:])
 
-    found = {"prefill": LONG / first(LONG), "first": first(SHORT)}
+    found = {f"prefill {length}": length / first(length) for length in lengths} | {"first": first(SHORT)}
     for rows in batches:
         engine.run(prompts(rows, SHORT), tokens, min(WARM_UP, tokens))
         found[f"batch {rows}"] = rows * (tokens - 1) / engine.run(prompts(rows, SHORT), tokens, tokens).rest
@@ -235,9 +235,9 @@ def make(source: str, models: Path) -> None:
         subprocess.run(command, check=True)
 
 
-def measure(contender: str, models: Path, batches: list[int], tokens: int) -> dict[str, float]:
+def measure(contender: str, models: Path, lengths: list[int], batches: list[int], tokens: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--child", contender, str(models), "--tokens", str(tokens)]
-    command += ["--batches", *map(str, batches)]
+    command += ["--batches", *map(str, batches), "--prompts", *map(str, lengths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -251,11 +251,12 @@ def summary(runs: list[dict[str, float]], batches: list[int]) -> dict[str, Any]:
     return found | {"spread": (max(of_first) - min(of_first)) / statistics.median(of_first), "runs": runs}
 
 
-def line(contender: str, found: dict[str, Any], batches: list[int]) -> str:
+def line(contender: str, found: dict[str, Any], lengths: list[int], batches: list[int]) -> str:
+    prompts = " | ".join(f"{found[f'prefill {length}']:.0f}" for length in lengths)
     limit = f"{found['of limit']:.0%}" if "of limit" in found else "-"
     speeds = " | ".join(f"{found[f'batch {rows}']:.0f}" for rows in batches)
     return (
-        f"| {contender} | {found['prefill']:.0f} | {found['first'] * 1e3:.0f} | {speeds} | {limit} | "
+        f"| {contender} | {prompts} | {found['first'] * 1e3:.0f} | {speeds} | {limit} | "
         f"{found['spread']:.0%} | {found['memory'] / 1e9:.2f} |"
     )
 
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or file that minillama opens, with its tokenizer")
     parser.add_argument("--contenders", nargs="+", default=list(MAKERS), help=f"of {', '.join(CONTENDERS)}; or a group")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--prompts", nargs="+", type=int, default=[512], help="lengths of prompts that are only read")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128, help="that each row decodes, at least 2")
     parser.add_argument("--json", type=Path, default=Path("decoding.json"))
@@ -272,7 +274,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         contender, models = args.child
-        print(json.dumps(child(contender, Path(models), args.batches, args.tokens)))
+        print(json.dumps(child(contender, Path(models), args.prompts, args.batches, args.tokens)))
         return
     if args.model is None or args.tokens < 2:
         parser.error("--model is needed, and at least two --tokens")
@@ -284,17 +286,18 @@ def main() -> None:
             for name in list(runs):
                 print(f"{repeat + 1}/{args.repeats} {name}", file=sys.stderr)
                 try:
-                    runs[name].append(measure(name, Path(folder), args.batches, args.tokens))
+                    runs[name].append(measure(name, Path(folder), args.prompts, args.batches, args.tokens))
                 except RuntimeError as error:
                     print(f"{name} is left out: {error}", file=sys.stderr)
                     del runs[name]
             results = {name: summary(found, args.batches) for name, found in runs.items()}
             args.json.write_text(json.dumps(results, indent=2) + "\n")
     speeds = " | ".join(f"batch {rows}" for rows in args.batches)
-    print(f"| contender | prefill | first, ms | {speeds} | of limit | spread | memory, GB |")
-    print("|---" * (len(args.batches) + 6) + "|")
+    prompts = " | ".join(f"prefill {length}" for length in args.prompts)
+    print(f"| contender | {prompts} | first, ms | {speeds} | of limit | spread | memory, GB |")
+    print("|---" * (len(args.prompts) + len(args.batches) + 5) + "|")
     for name, found in results.items():
-        print(line(name, found, args.batches), flush=True)
+        print(line(name, found, args.prompts, args.batches), flush=True)
 
 
 if __name__ == "__main__":
