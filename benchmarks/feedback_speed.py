@@ -1,7 +1,9 @@
-"""Speed of GRPO, PPO and rollouts beside TRL: every contender a process of its own, on the same random LLaMA.
+"""Speed of SFT, DPO, GRPO, PPO and rollouts beside TRL: every contender a process of its own, on the same model.
 
-CPU seconds per step (median after two), completion tokens per CPU second and peak memory; 16 answers of 64 tokens to 2
-prompts of 32, one thread. PPO with 4 epochs over the rollout and four models. TRL's PPO needs TRL 1.12: --ppo-peer.
+CPU seconds per step (median after two) of one thread, tokens per CPU second, peak memory; a random LLaMA or --model.
+SFT: 8 records of 128 tokens; DPO: 8 pairs of them, 2,048 tokens of the policy (trl-dpo computes the reference in every
+step, trl-dpo-kept once, as ours); GRPO: completion tokens of 16 answers of 64 tokens to 2 prompts of 32; PPO the same
+with 4 epochs over the rollout and four models. TRL's PPO needs TRL 1.12: --ppo-peer.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,12 +22,50 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-CONTENDERS = ["grpo", "trl-grpo", "ppo", "ppo-shared", "trl-ppo", "rollout"]
+CONTENDERS = ["sft", "trl-sft", "dpo", "trl-dpo", "trl-dpo-kept"]
+CONTENDERS += ["grpo", "trl-grpo", "ppo", "ppo-shared", "trl-ppo", "rollout"]
 VOCABULARY, PROMPT, ANSWER, ROWS, GROUP = 4096, 32, 64, 16, 8
+RECORDS = 8  # of 128 tokens, half of them the prompt's; SFT and DPO
 
 
-def prepare(folder: Path) -> None:
-    """A random model of words w0 ... w4095, a reward model on it, and prompts of 32 words."""
+def prepare(folder: Path, source: str) -> None:
+    """A model and a reward model on it; prompts, conversations and pairs of random words.
+
+    Args:
+        source: folder of a model with its tokenizer; a random LLaMA of words w0 ... w4095 if empty.
+    """
+    import random
+
+    import torch
+
+    from minillama.model import Decoder
+    from minillama.model.heads import with_score
+    from minillama.tokenizer import Tokenizer
+
+    if source:
+        for name in ("policy", "reward"):
+            shutil.copytree(source, folder / name)
+        with_score(Decoder.from_pretrained(source), torch.Generator().manual_seed(1)).save_pretrained(folder / "reward")
+        tokenizer = Tokenizer.load(folder / "policy")
+        single = (tokenizer.decode([i]) for i in range(1000, 8000))
+        words = [word for word in single if word.startswith(" ") and len(tokenizer.encode(word)) == 1]
+    else:
+        _random_models(folder)
+        words = [f" w{i}" for i in range(2, VOCABULARY)]
+    drawn = random.Random(1)
+
+    def text(count: int) -> str:
+        return "".join(drawn.choices(words, k=count))
+
+    def write(name: str, rows: list[dict[str, str]]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("prompts.jsonl", [{"prompt": text(PROMPT)} for _ in range(256)])
+    write("sft.jsonl", [{"prompt": text(64), "completion": text(63)} for _ in range(256)])
+    write("dpo.jsonl", [{"prompt": text(64), "chosen": text(63), "rejected": text(63)} for _ in range(256)])
+
+
+def _random_models(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -46,9 +87,6 @@ def prepare(folder: Path) -> None:
         model.init_weights(generator)
         (model if name == "policy" else with_score(model, generator)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    prompts = torch.randint(2, VOCABULARY, (256, PROMPT), generator=generator).tolist()
-    lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in ids)}) + "\n" for ids in prompts]
-    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def even(prompt: str, ids: list[int], text: str, record: Mapping[str, Any]) -> float:
@@ -77,7 +115,7 @@ def ours(folder: Path, name: str, steps: int) -> dict[str, float]:
     from minillama.runs.config import load_run_config
     from minillama.training.run import train
 
-    clock, seen = Clock(), []
+    clock, seen, kind = Clock(), [], name.partition("-")[0]
 
     class Report:
         def start(self, step: int, steps: int) -> None:
@@ -85,7 +123,7 @@ def ours(folder: Path, name: str, steps: int) -> dict[str, float]:
 
         def step(self, record: Mapping[str, Any]) -> None:
             seen.append(record)
-            if "reward" in record and len(seen) > 1:
+            if ("reward" in record or kind in ("sft", "dpo")) and len(seen) > 1:
                 clock.tick()
 
         def say(self, text: str = "") -> None:
@@ -95,24 +133,77 @@ def ours(folder: Path, name: str, steps: int) -> dict[str, float]:
             pass
 
     (folder / "empty.toml").write_text("", encoding="utf-8")
-    epochs = 1 if name == "grpo" else 4
-    objective = ["--objective.name", name.partition("-")[0], "--objective.max_new_tokens", str(ANSWER)]
-    if name == "grpo":
-        objective += ["--objective.kl", "k3", "--objective.rewards", f"{__file__}:even"]
-    else:
-        objective += ["--objective.rewards", str(folder / "reward"), "--objective.epochs", str(epochs)]
-        objective += ["--objective.critic", "shared" if name == "ppo-shared" else "own"]
-        if name == "ppo":
-            objective += ["--objective.critic_from", str(folder / "reward")]
+    epochs = 4 if kind == "ppo" else 1
+    file, rows, tokens = {
+        "sft": ("sft.jsonl", RECORDS, 128 * RECORDS),
+        "dpo": ("dpo.jsonl", RECORDS, 256 * RECORDS),
+    }.get(kind, ("prompts.jsonl", ROWS, 0))
     words = [
-        *("--data.sources", str(folder / "prompts.jsonl"), "--data.template", "plain", "--train.dtype", "float32"),
-        *("--train.init_from", str(folder / "policy"), "--train.batch_size", str(ROWS), "--train.compile", "false"),
+        *("--data.sources", str(folder / file), "--data.template", "plain", "--train.dtype", "float32"),
+        *("--train.init_from", str(folder / "policy"), "--train.batch_size", str(rows), "--train.compile", "false"),
         *("--train.steps", str((steps + 2) * epochs + 1), "--validate.every", "100000", "--checkpoint.every", "100000"),
-        *("--validate.tokens", "64", "--objective.samples", str(GROUP), "--optim.lr", "1e-6"),
+        *("--validate.tokens", "64", "--optim.lr", "1e-6", "--train.context", "128", "--sample.max_new_tokens", "0"),
+        *_objective(folder, name, kind),
     ]
-    config = load_run_config(str(folder / "empty.toml"), [*words, *objective])
+    config = load_run_config(str(folder / "empty.toml"), words)
     train(config, str(folder / name), overwrite=True, report=Report())
-    return clock.result(seen[0]["rollout_tokens"])
+    return clock.result(tokens or seen[0]["rollout_tokens"])
+
+
+def _objective(folder: Path, name: str, kind: str) -> list[str]:
+    """Settings of an objective as TRL has them."""
+    if kind == "sft":
+        return ["--data.packing", "none"]
+    words = ["--objective.name", kind]
+    if kind == "dpo":
+        return words
+    words += ["--objective.max_new_tokens", str(ANSWER), "--objective.samples", str(GROUP)]
+    if kind == "grpo":
+        return [*words, "--objective.kl", "k3", "--objective.rewards", f"{__file__}:even"]
+    words += ["--objective.rewards", str(folder / "reward"), "--objective.epochs", "4"]
+    words += ["--objective.critic", "shared" if name == "ppo-shared" else "own"]
+    return [*words, "--objective.critic_from", str(folder / "reward")] if name == "ppo" else words
+
+
+def trl_pairs(folder: Path, name: str, steps: int) -> dict[str, float]:
+    """TRL's SFTTrainer or DPOTrainer."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    clock, kind = Clock(), name.split("-")[1]
+
+    class Tick(TrainerCallback):
+        def on_step_end(self, *args: Any, **given: Any) -> None:
+            clock.tick()
+
+    make, trainer = (SFTConfig, SFTTrainer) if kind == "sft" else (DPOConfig, DPOTrainer)
+    more = {"precompute_ref_log_probs": True} if name.endswith("kept") else {}
+    config = make(
+        output_dir=str(folder / name),
+        per_device_train_batch_size=RECORDS,
+        max_length=128,
+        learning_rate=1e-6,
+        max_steps=steps + 2,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        logging_steps=1000,
+        report_to=[],
+        disable_tqdm=True,
+        **more,
+    )
+    count = {"split": f"train[:{RECORDS * (steps + 2)}]"}
+    trained = trainer(
+        AutoModelForCausalLM.from_pretrained(folder / "policy", dtype="float32"),
+        args=config,
+        train_dataset=load_dataset("json", data_files=str(folder / f"{kind}.jsonl"), **count),
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
+        callbacks=[Tick()],
+    )
+    trained.train()
+    return clock.result(128.0 * RECORDS * (1 if kind == "sft" else 2))
 
 
 def trl_grpo(folder: Path, steps: int) -> dict[str, float]:
@@ -241,14 +332,16 @@ def child(name: str, folder: Path, steps: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     others = {"trl-grpo": trl_grpo, "trl-ppo": trl_ppo, "rollout": rollout}
-    return others[name](folder, steps) if name in others else ours(folder, name, steps)
+    if name in others:
+        return others[name](folder, steps)
+    return (trl_pairs if name.startswith("trl") else ours)(folder, name, steps)
 
 
 def compare(args: argparse.Namespace) -> None:
     """All contenders, one after the other."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prepare(folder)
+        prepare(folder, args.model)
         for name in args.contenders:
             if name == "trl-ppo" and not args.ppo_peer:
                 print("trl-ppo: give --ppo-peer", flush=True)
@@ -263,7 +356,7 @@ def compare(args: argparse.Namespace) -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             beside = f", one by one {found['one_by_one']:.0f}" if "one_by_one" in found else ""
             print(
-                f"{name:10} {found['seconds']:.3f} CPU s a step, {found['tokens_per_second']:.0f} tokens per CPU second"
+                f"{name:12} {found['seconds']:.3f} CPU s a step, {found['tokens_per_second']:.0f} tokens per CPU second"
                 f"{beside}, {found['memory'] / 2**30:.2f} GiB",
                 flush=True,
             )
