@@ -332,6 +332,7 @@ def main() -> None:
     five.add_argument("--ppo-peer", default="", help="folder with TRL 1.12, the last with PPO")
     five.add_argument("--contenders", nargs="+", default=speed.CONTENDERS, choices=speed.CONTENDERS)
     five.add_argument("--steps", type=int, default=8)
+    five.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="TRL's autocast to it")
     five.add_argument("--model", default="", help="folder of a model instead of a random LLaMA, dim 256, 4 layers")
     five.set_defaults(run=speed.compare)
     for command in (one, two, three, four):

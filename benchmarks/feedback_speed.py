@@ -110,7 +110,7 @@ class Clock:
         return {"seconds": median(steps), "tokens_per_second": tokens / median(steps), "memory": peak}
 
 
-def ours(folder: Path, name: str, steps: int) -> dict[str, float]:
+def ours(folder: Path, name: str, steps: int, dtype: str) -> dict[str, float]:
     """`minillama train` in this process."""
     from minillama.runs.config import load_run_config
     from minillama.training.run import train
@@ -139,8 +139,8 @@ def ours(folder: Path, name: str, steps: int) -> dict[str, float]:
         "dpo": ("dpo.jsonl", RECORDS, 256 * RECORDS),
     }.get(kind, ("prompts.jsonl", ROWS, 0))
     words = [
-        *("--data.sources", str(folder / file), "--data.template", "plain", "--train.dtype", "float32"),
-        *("--train.init_from", str(folder / "policy"), "--train.batch_size", str(rows), "--train.compile", "false"),
+        *("--data.sources", str(folder / file), "--data.template", "plain", "--train.dtype", dtype),
+        *("--train.init_from", str(folder / "policy"), "--train.batch_size", str(rows)),
         *("--train.steps", str((steps + 2) * epochs + 1), "--validate.every", "100000", "--checkpoint.every", "100000"),
         *("--validate.tokens", "64", "--optim.lr", "1e-6", "--train.context", "128", "--sample.max_new_tokens", "0"),
         *_objective(folder, name, kind),
@@ -165,7 +165,7 @@ def _objective(folder: Path, name: str, kind: str) -> list[str]:
     return [*words, "--objective.critic_from", str(folder / "reward")] if name == "ppo" else words
 
 
-def trl_pairs(folder: Path, name: str, steps: int) -> dict[str, float]:
+def trl_pairs(folder: Path, name: str, steps: int, dtype: str) -> dict[str, float]:
     """TRL's SFTTrainer or DPOTrainer."""
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -186,7 +186,7 @@ def trl_pairs(folder: Path, name: str, steps: int) -> dict[str, float]:
         learning_rate=1e-6,
         max_steps=steps + 2,
         use_cpu=True,
-        bf16=False,
+        bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
         save_strategy="no",
         logging_steps=1000,
@@ -206,7 +206,7 @@ def trl_pairs(folder: Path, name: str, steps: int) -> dict[str, float]:
     return clock.result(128.0 * RECORDS * (1 if kind == "sft" else 2))
 
 
-def trl_grpo(folder: Path, steps: int) -> dict[str, float]:
+def trl_grpo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
     """TRL's GRPOTrainer."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -232,7 +232,7 @@ def trl_grpo(folder: Path, steps: int) -> dict[str, float]:
         learning_rate=1e-6,
         max_steps=steps + 2,
         use_cpu=True,
-        bf16=False,
+        bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
         save_strategy="no",
         logging_steps=1000,
@@ -251,7 +251,7 @@ def trl_grpo(folder: Path, steps: int) -> dict[str, float]:
     return clock.result(median(tokens))
 
 
-def trl_ppo(folder: Path, steps: int) -> dict[str, float]:
+def trl_ppo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
     """PPOTrainer of TRL 1.12."""
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -278,7 +278,7 @@ def trl_ppo(folder: Path, steps: int) -> dict[str, float]:
         temperature=1.0,
         learning_rate=1e-6,
         use_cpu=True,
-        bf16=False,
+        bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
         save_strategy="no",
         logging_steps=1000,
@@ -293,14 +293,19 @@ def trl_ppo(folder: Path, steps: int) -> dict[str, float]:
     return clock.result(float(ROWS * ANSWER))
 
 
-def rollout(folder: Path, steps: int) -> dict[str, float]:
+def rollout(folder: Path, dtype: str) -> dict[str, float]:
     """64 answers by the engine, 8 to each prompt, over the same one by one."""
+    import torch
+
     from minillama.inference.rollout import DecodingCopy, answers
     from minillama.inference.sampling import Sampling
     from minillama.model import Decoder
     from minillama.tokenizer import Tokenizer
 
-    model, tokenizer = Decoder.from_pretrained(folder / "policy"), Tokenizer.load(folder / "policy")
+    model, tokenizer = (
+        Decoder.from_pretrained(folder / "policy", getattr(torch, dtype)),
+        Tokenizer.load(folder / "policy"),
+    )
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
     decoder = DecodingCopy(model).refresh()
@@ -323,7 +328,7 @@ def rollout(folder: Path, steps: int) -> dict[str, float]:
     return found | {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def child(name: str, folder: Path, steps: int) -> dict[str, float]:
+def child(name: str, folder: Path, steps: int, dtype: str) -> dict[str, float]:
     """One contender."""
     from minillama.threads import adapt
 
@@ -331,10 +336,11 @@ def child(name: str, folder: Path, steps: int) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    others = {"trl-grpo": trl_grpo, "trl-ppo": trl_ppo, "rollout": rollout}
-    if name in others:
-        return others[name](folder, steps)
-    return (trl_pairs if name.startswith("trl") else ours)(folder, name, steps)
+    if name == "rollout":
+        return rollout(folder, dtype)
+    if name in ("trl-grpo", "trl-ppo"):
+        return (trl_grpo if name == "trl-grpo" else trl_ppo)(folder, steps, dtype)
+    return (trl_pairs if name.startswith("trl") else ours)(folder, name, steps, dtype)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -349,7 +355,7 @@ def compare(args: argparse.Namespace) -> None:
             first = [args.ppo_peer] if name == "trl-ppo" else []
             path = os.pathsep.join([*first, *(entry for entry in sys.path if entry)])
             environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-            words = [sys.executable, __file__, name, place, str(args.steps)]
+            words = [sys.executable, __file__, name, place, str(args.steps), args.dtype]
             done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
             if done.returncode:
                 raise SystemExit(f"{name} ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -363,4 +369,4 @@ def compare(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(child(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(child(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

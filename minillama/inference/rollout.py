@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from minillama.inference.engine import Engine
@@ -34,8 +33,7 @@ class DecodingCopy:
             self.model = Decoder(source.config).to(source.device, source.dtype).requires_grad_(False)
             self.model.load_state_dict(plain_weights(source))
             self.model.fuse().eval()
-            if source.dtype != torch.float32 or source.device.type != "cpu":
-                attach_fast_step(self.model)  # the C++ step is slower than the layers from 8 rows of float32 on
+            attach_fast_step(self.model)
 
     def refresh(self) -> Decoder:
         """The model, with the weights that its source has now."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from statistics import median
 
 import torch
+from torch import nn
 
 from minillama.device import compiler_missing
 from minillama.errors import InputError
@@ -104,15 +105,22 @@ class Compiler:
         return {}
 
 
-def use_native_kernels(model: Decoder, say: Callable[[str], None]) -> None:
-    """Native C++ kernels for training in bfloat16 on a CPU, where a compiler is there; `say` is told why it fails."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not can_build():
+def use_native_kernels(models: Iterable[nn.Module], working: Decoder, say: Callable[[str], None]) -> None:
+    """Native C++ kernels for training in bfloat16 on a CPU, where a compiler is there.
+
+    Args:
+        models: what a step computes with.
+        working: the trained one, which has their type and device.
+        say: is told what is compiled, and why it fails.
+    """
+    if working.device.type != "cpu" or working.dtype != torch.bfloat16 or not can_build():
         return
     parts = (attention, "attention"), (swiglu, "the feed-forward layers"), (softmax, "the loss")
     for part, name in parts:
         if part.KERNEL.unsupported() is not None:
             continue
         try:
-            part.KERNEL.use(model, say)
+            for model in models:
+                part.KERNEL.use(model, say)
         except CannotBuild as error:
             say(f"C++ for {name} was not compiled, the run goes on without: {error}")

@@ -109,7 +109,8 @@ class Trainer:
         objective.models = {name: precision.model for name, precision in self.precision.items()}
         self.working = cast(Decoder, objective.models[MODEL])
         if config.train.compile != "false" and not self.parallel.divides:
-            use_native_kernels(self.working, report.say)
+            alike = *objective.models.values(), *objective.companions.values()  # which then compute the same bits
+            use_native_kernels(alike, self.working, report.say)
         by_clock = self.ranks.processes > 1 or config.train.deterministic  # which all processes would read differently
         stays_eager = config.train.compile == "auto" and (by_clock or not objective.compiles)
         self.compiler = Compiler("false" if stays_eager else config.train.compile, self.working, report)

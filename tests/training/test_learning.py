@@ -56,7 +56,9 @@ def test_every_objective_finds_its_optimum(name: str, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_estimators_of_the_kl_end_apart(seed: int) -> None:
-    k1, k2, k3 = (learned(f"RLOO, {kind}", seed)[3] for kind in ("k1 in the reward", "k2 in the loss", "k3 in the loss"))
+    k1, k2, k3 = (
+        learned(f"RLOO, {kind}", seed)[3] for kind in ("k1 in the reward", "k2 in the loss", "k3 in the loss")
+    )
     assert k3 - k1 > 0.12 and abs(k2 - k1) < 0.03
 
 
