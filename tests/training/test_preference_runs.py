@@ -135,6 +135,16 @@ def test_the_first_loss_in_bfloat16_is_ln_2_too(tiny_config: Make, base: Path, p
     assert lines[1]["loss"] == pytest.approx(math.log(2), abs=1e-7) and lines[1]["reward_margin"] == 0
 
 
+@pytest.mark.hardware("avx512_bf16")
+def test_the_reference_computes_with_the_kernels_of_the_policy(tiny_config: Make, pairs: Path, tmp_path: Path) -> None:
+    shape = ("--model.dim", "64", "--train.dtype", "bfloat16", "--train.compile", "auto", "--train.steps", "2")
+    assert train(tiny_config(*shape), str(tmp_path / "base"), report=Quiet()) == 0
+    config = tiny_config(*words(tmp_path / "base/model", pairs, "dpo", *shape[2:]))
+    assert train(config, str(tmp_path / "run"), report=Quiet()) == 0
+    first = next(line["loss"] for line in metrics(tmp_path / "run") if "loss" in line)
+    assert first == pytest.approx(math.log(2), abs=1e-7)
+
+
 def test_dpo_goes_on_from_the_adapter_of_fine_tuning(
     tiny_config: Make, base: Path, pairs: Path, tmp_path: Path
 ) -> None:
