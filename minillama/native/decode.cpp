@@ -9,7 +9,9 @@
 
 #include <cmath>
 #include <omp.h>
+#include <vector>
 
+#include "decode_attention.h"
 #include "gemv.h"
 
 extern "C" {
@@ -59,12 +61,6 @@ void rotate(float* x, int width, const float* cosine, const float* sine) {
 }
 
 template <class T>
-inline Vector cached(const T* from) {
-    if constexpr (sizeof(T) == 4) return load<Vector>(from);
-    else return bf16_to_f32(load<Halves>(from));
-}
-
-template <class T>
 void store_kv(T* to, const float* from, int width) {
     for (int i = 0; i < width; i++)
         if constexpr (sizeof(T) == 4) to[i] = from[i];
@@ -77,66 +73,6 @@ void gate(const float* gates, int F, int begin, int end, float* hidden) {
         Vector g = load<Vector>(gates + i);
         store(hidden + i, g / (1 + exp(-g)) * load<Vector>(gates + F + i));
     }
-}
-
-// Sliding-window mask: all slots, or the first `sinks` (attention sinks) and the last `window`.
-struct VisibleSlots {
-    int count, sinks, gap;
-    VisibleSlots(int all, int window, int first) : count(all), sinks(all), gap(0) {
-        if (window <= 0 || window >= all) return;
-        sinks = std::min(first, all - window);
-        gap = all - window - sinks;
-        count = sinks + window;
-    }
-    int slot(int i) const { return i < sinks ? i : i + gap; }
-};
-
-constexpr int CHANNELS = 64 / WIDTH;  // vectors of a head whose means are taken together
-
-// Weighted mean of N vectors of the values.
-template <int N, class T>
-void mean(const float* weights, const T* values, const VisibleSlots& visible, int width, float inverse, float* out) {
-    Vector total[N] = {};
-    for (int t = 0; t < visible.count; t++) {
-        const T* value = values + size_t(visible.slot(t)) * width;
-        for (int n = 0; n < N; n++) total[n] += weights[t] * cached(value + n * WIDTH);
-    }
-    for (int n = 0; n < N; n++) store(out + n * WIDTH, total[n] * inverse);
-}
-
-// Attention softmax(q k^T / sqrt(E)) v of one query.
-template <class T>
-void attend(const float* q, const T* keys, const T* values, const VisibleSlots& visible, int width, float* scores, float* out) {
-    float scale = 1 / std::sqrt(float(width)), peak = -INFINITY;
-    auto key = [&](int t) { return keys + size_t(visible.slot(t)) * width; };
-    int t = 0;
-    for (; t + 4 <= visible.count; t += 4) {
-        const T* four[4] = {key(t), key(t + 1), key(t + 2), key(t + 3)};
-        Vector dots[4] = {};
-        for (int i = 0; i < width; i += WIDTH) {
-            Vector part = load<Vector>(q + i);
-            for (int n = 0; n < 4; n++) dots[n] += part * cached(four[n] + i);
-        }
-        store(scores + t, sums(dots) * scale);
-    }
-    for (; t < visible.count; t++) {
-        Vector dot = {};
-        for (int i = 0; i < width; i += WIDTH) dot += load<Vector>(q + i) * cached(key(t) + i);
-        scores[t] = sum(dot) * scale;
-    }
-    for (t = 0; t < visible.count; t++) peak = std::max(peak, scores[t]);
-    Vector all = {};
-    store(scores + visible.count, Vector{} - INFINITY);
-    for (t = 0; t < visible.count; t += WIDTH) {
-        Vector e = exp(load<Vector>(scores + t) - peak);
-        store(scores + t, e);
-        all += e;
-    }
-    float inverse = 1 / sum(all);
-    int i = 0;
-    for (; i + CHANNELS * WIDTH <= width; i += CHANNELS * WIDTH)
-        mean<CHANNELS>(scores, values + i, visible, width, inverse, out + i);
-    for (; i < width; i += WIDTH) mean<1>(scores, values + i, visible, width, inverse, out + i);
 }
 
 constexpr int UNIT = LINE / sizeof(float);
@@ -204,7 +140,7 @@ struct Own {
     Workspace workspace;
 
     Own(const Model& m, int slots, Arena& arena) : prepared(m, has_tiles() ? m.max_rows : TOGETHER, arena) {
-        scores = arena.take(slots + WIDTH);
+        scores = arena.take(std::max(slots + WIDTH, QUERIES * HELD));
         workspace.unpacked = arena.take(size_t(BLOCK) * widest(m) / 2);
         workspace.parts = (uint32_t*)arena.take(parts_size(m.max_rows, widest(m)));
     }
@@ -214,7 +150,14 @@ template <class T>
 void step(const Model& m, int rows, const Token* tokens, const Cache* caches, int slots, int window, int sinks,
           float* logits) {
     const int D = m.dim, E = m.head_dim, Q = m.heads * E, KV = m.kv_heads * E, all = Q + 2 * KV, F = m.hidden;
+    const int group = m.heads / m.kv_heads;
     int count = rows;  // of inputs
+    std::vector<int> blocks;  // where blocks of tokens of one sequence begin, whose queries are taken at once
+    if (window <= 0 && rows >= TOGETHER)
+        for (int b = 0; b <= rows; b++)
+            if (b == 0 || b == rows || tokens[b].sequence != tokens[b - 1].sequence ||
+                (b - blocks.back() + 1) * group > QUERIES)
+                blocks.push_back(b);
 #pragma omp parallel num_threads(m.threads)
     {
         Arena arena = {m.memory};
@@ -293,16 +236,35 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 store_kv(keys + at, key, E);
                 store_kv(values + at, key + KV, E);
             }
-#pragma omp for
-            for (int n = 0; n < rows * m.heads; n++) {
-                int b = n / m.heads, h = n % m.heads;
+            auto query = [&](int b, int h) {
                 float* q = shared.qkv + size_t(b) * all + h * E;
                 const float* cosine = shared.rotations + size_t(b) * E;
                 if (layer.q_norm) rms_norm(q, layer.q_norm, E, m.eps, q);
                 if (layer.rotates) rotate(q, E, cosine, cosine + E / 2);
-                size_t at = (tokens[b].sequence * m.kv_heads + h / (m.heads / m.kv_heads)) * slots * E;
-                VisibleSlots visible(int(tokens[b].slot) + 1, window, sinks);
-                attend(q, keys + at, values + at, visible, E, own.scores, shared.heads + size_t(b) * Q + h * E);
+                return q;
+            };
+            if (blocks.empty()) {
+#pragma omp for
+                for (int n = 0; n < rows * m.heads; n++) {
+                    int b = n / m.heads, h = n % m.heads;
+                    size_t at = (tokens[b].sequence * m.kv_heads + h / group) * slots * E;
+                    VisibleSlots visible(int(tokens[b].slot) + 1, window, sinks);
+                    attend(query(b, h), keys + at, values + at, visible, E, own.scores, shared.heads + size_t(b) * Q + h * E);
+                }
+            } else {
+#pragma omp for schedule(dynamic)  // later tokens see more slots
+                for (int n = 0; n < int(blocks.size() - 1) * m.kv_heads; n++) {
+                    int begin = blocks[n / m.kv_heads], end = blocks[n / m.kv_heads + 1], k = n % m.kv_heads;
+                    size_t at = (tokens[begin].sequence * m.kv_heads + k) * slots * E;
+                    for (int first = 0; first < group; first += QUERIES) {
+                        Query queries[QUERIES];
+                        int taken = 0;
+                        for (int b = begin; b < end; b++)
+                            for (int h = k * group + first; h < (k + 1) * group && h < k * group + first + QUERIES; h++)
+                                queries[taken++] = {query(b, h), shared.heads + size_t(b) * Q + h * E, int(tokens[b].slot) + 1};
+                        attend_together(queries, taken, keys + at, values + at, E, own.scores);
+                    }
+                }
             }
             add_product(layer.output, shared.heads);
 #pragma omp barrier
