@@ -18,6 +18,7 @@ namespace {
 constexpr int BLOCK = 64;                      // queries and keys per block: intermediates stay in the cache
 constexpr int ROWS = REGISTERS == 32 ? 8 : 6;  // of a register tile: 2 ROWS sums, two vectors of B and one number of A
 constexpr int PANEL = 2 * WIDTH;               // columns of a register tile
+constexpr int AHEAD = 16;                     // tokens from one that is read to the one that is fetched
 constexpr float MASKED = -INFINITY;
 
 typedef Floats<8>::type Eight;  // heads are copied in units of 8, the divisor of their width
@@ -101,7 +102,10 @@ void pack(const Tensor& x, int b, int h, float* to, const Sizes& n) {
     const float* from = head_of<float>(x, b, h);
     if (n.columns > n.width) std::memset(to, 0, n.head() * sizeof(float));
     for (int t = 0; t < n.tokens; t++)
-        for (int e = 0; e < n.width; e += 8) store(to + size_t(t) * n.columns + e, load<Eight>(from + t * x.token + e));
+        for (int e = 0; e < n.width; e += 8) {
+            __builtin_prefetch(from + (t + AHEAD) * x.token + e);
+            store(to + size_t(t) * n.columns + e, load<Eight>(from + t * x.token + e));
+        }
     std::memset(to + size_t(n.tokens) * n.columns, 0, size_t(n.padded - n.tokens) * n.columns * sizeof(float));
 }
 
@@ -254,8 +258,8 @@ struct Backward {
             Eight dot = {};
             for (int e = 0; e < n.width && i < n.tokens; e += 8)
                 dot += load<Eight>(out + i * o.token + e) * load<Eight>(errors + i * grad.token + e);
-            deltas[i] = 0;
-            for (int l = 0; l < 8; l++) deltas[i] += dot[l];
+            Four four = fold<8>(dot);
+            deltas[i] = (four[0] + four[1]) + (four[2] + four[3]);
         }
     }
 
