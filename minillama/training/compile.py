@@ -19,6 +19,14 @@ from minillama.runs.report import Report
 from minillama.training.duration import TIMED, Duration
 
 FILE = "compilation.json"
+KERNELS = {  # of a training step by dtype
+    torch.bfloat16: (
+        (attention.KERNEL, "attention"),
+        (swiglu.KERNEL, "the feed-forward layers"),
+        (softmax.KERNEL, "the loss"),
+    ),
+    torch.float32: ((attention.FLOAT, "attention"),),
+}
 TRIAL = 1800.0  # seconds that a run must have left to try what this machine has not measured
 
 
@@ -105,14 +113,13 @@ class Compiler:
 
 
 def use_native_kernels(model: Decoder, say: Callable[[str], None]) -> None:
-    """Native C++ kernels for training in bfloat16 on a CPU, where a compiler is there; `say` is told why it fails."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not can_build():
+    """Native C++ kernels for training on a CPU, where a compiler is there; `say` is told why it fails."""
+    if model.device.type != "cpu" or not can_build():
         return
-    parts = (attention, "attention"), (swiglu, "the feed-forward layers"), (softmax, "the loss")
-    for part, name in parts:
-        if part.KERNEL.unsupported() is not None:
+    for kernel, name in KERNELS.get(model.dtype, ()):
+        if kernel.unsupported() is not None:
             continue
         try:
-            part.KERNEL.use(model, say)
+            kernel.use(model, say)
         except CannotBuild as error:
             say(f"C++ for {name} was not compiled, the run goes on without: {error}")
