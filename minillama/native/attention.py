@@ -31,8 +31,16 @@ def native_attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
 
 
 def native_attend_float(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
-    """The same in float32."""
+    """The same in float32, where no thread is idle for want of key/value heads that torch would use."""
+    heads = len(q) * k.shape[1]
+    if heads < min(_threads(), len(q) * q.shape[1]):
+        return attend(q, k, v, mask)
     return _attend(torch.float32, q, k, v, mask)
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def _attend(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:

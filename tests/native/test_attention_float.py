@@ -45,7 +45,7 @@ def results(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, dtype: torch.dtype,
     """The output and the gradients of q, k and v."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     if native:
-        out = native_attend_float(*leaves, CAUSAL)
+        out = causal_attention(*leaves)[0]
     else:
         out = F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
     return [out.detach(), *torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)]
@@ -119,8 +119,8 @@ def test_the_normalizers() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["bfloat16", "double", "mask", "narrow", "cached", "the other kernel"])
-def test_the_rest_is_left_to_torch(case: str) -> None:
+@pytest.mark.parametrize("case", ["bfloat16", "double", "mask", "narrow", "cached", "the other kernel", "idle threads"])
+def test_the_rest_is_left_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (heads(1, 2, 20, 12 if case == "narrow" else 32, seed=i) for i in range(3))
     mask, kernel = CAUSAL, native_attend_float
     if case in ("bfloat16", "double"):
@@ -131,6 +131,11 @@ def test_the_rest_is_left_to_torch(case: str) -> None:
         q, mask = q[:, :, :3], KernelMask(None, False)
     elif case == "the other kernel":
         kernel = native_attend
+    elif case == "idle threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        k, v = k[:, :1], v[:, :1]
+    monkeypatch.setattr(attention.FLOAT, "_library", None)
+    monkeypatch.setattr(attention.FLOAT, "library", pytest.fail)
     assert torch.equal(kernel(q, k, v, mask), attend(q, k, v, mask))
 
 
