@@ -15,10 +15,10 @@
 
 namespace {
 
-constexpr int BLOCK = 64;                      // queries and keys per block: intermediates stay in the cache
-constexpr int ROWS = REGISTERS == 32 ? 8 : 6;  // of a register tile: 2 ROWS sums, two vectors of B and one number of A
-constexpr int PANEL = 2 * WIDTH;               // columns of a register tile
-constexpr int AHEAD = 16;                     // tokens from one that is read to the one that is fetched
+constexpr int BLOCK = 64;                       // queries and keys per block: intermediates stay in the cache
+constexpr int ROWS = REGISTERS == 32 ? 12 : 6;  // of a register tile: 2 ROWS sums, two vectors of B, one number of A
+constexpr int PANEL = 2 * WIDTH;                // columns of a register tile
+constexpr int AHEAD = 16;                       // tokens from one that is read to the one that is fetched
 constexpr float MASKED = -INFINITY;
 
 typedef Floats<8>::type Eight;  // heads are copied in units of 8, the divisor of their width
@@ -85,7 +85,7 @@ inline void panel(bool fresh, Right c, Left<across> a, Right b, int rows, int de
         tile<R, N>(fresh, c.from(row, 0), a.from(row, begin), b.from(begin, 0), end - begin);
         row += R;
     };
-    while (rows - row >= ROWS && (ROWS == 8 || rows - row != 8)) some(std::integral_constant<int, ROWS>());
+    while (rows - row >= ROWS && rows - row != 8) some(std::integral_constant<int, ROWS>());
     while (row < rows) some(std::integral_constant<int, 4>());
 }
 
