@@ -25,37 +25,30 @@ typedef Floats<8>::type Eight;  // heads are copied in units of 8, the divisor o
 
 constexpr int rounded(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
+// Row-major matrix.
+struct Matrix {
+    float* first;
+    long stride;
+    Matrix from(int row, int column) const { return {first + row * stride + column, stride}; }
+};
+
 struct Sizes {
     int tokens, width, padded, columns;  // tokens and width of a head, and in memory
     float scale, base2;                  // of scores, and the same for base-2 exponentials
     Sizes(int tokens, int width)
-        : tokens(tokens), width(width), padded(rounded(tokens, std::max(PANEL, 8))), columns(rounded(width, std::max(WIDTH, 8))),
-          scale(1 / std::sqrt(float(width))), base2(scale * float(M_LOG2E)) {}
+        : tokens(tokens), width(width), padded(rounded(tokens, std::max(PANEL, 8))),
+          columns(rounded(width, std::max(WIDTH, 8))), scale(1 / std::sqrt(float(width))), base2(scale * float(M_LOG2E)) {}
+    Matrix from(float* head, int token) const { return {head + size_t(token) * columns, columns}; }
     size_t head() const { return size_t(rounded(padded, BLOCK)) * columns; }
 };
 
 // Which numbers of A are multiplied: all, or in row m those up to column m, or from it on.
 enum Part { ALL, LOWER, UPPER };
 
-// One matrix of a product: by row and column, or `across` its transpose.
-template <bool across>
-struct Left {
-    const float* first;
-    long stride;
-    Left from(int row, int column) const { return {first + (across ? row + column * stride : row * stride + column), stride}; }
-    float operator()(int row) const { return first[across ? row : row * stride]; }
-    void next() { first += across ? stride : 1; }
-};
-
-struct Right {
-    float* first;
-    long stride;
-    Right from(int row, int column) const { return {first + row * stride + column, stride}; }
-};
-
-// C = or += A B for R rows of C and N vectors of its columns.
+// C = or += A B for R rows of C and N vectors of its columns; with `across` A is the transpose of the matrix `a`.
 template <int R, int N, bool across>
-inline void tile(bool fresh, Right c, Left<across> a, Right b, int depth) {
+inline void tile(bool fresh, Matrix c, Matrix a, Matrix b, int depth) {
+    const long row = across ? 1 : a.stride, column = across ? a.stride : 1;
     Vector sums[R][N] = {};
     for (int k = 0; k < depth; k++) {
         Vector x[N];
@@ -64,10 +57,10 @@ inline void tile(bool fresh, Right c, Left<across> a, Right b, int depth) {
             keep(x[n]);
         }
         for (int r = 0; r < R; r++) {
-            Vector y = a(r) - Vector{};
+            Vector y = a.first[r * row] - Vector{};
             for (int n = 0; n < N; n++) sums[r][n] += y * x[n];
         }
-        a.next(), b.first += b.stride;
+        a.first += column, b.first += b.stride;
     }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) {
@@ -76,13 +69,15 @@ inline void tile(bool fresh, Right c, Left<across> a, Right b, int depth) {
         }
 }
 
+// Not inlined: in a larger function GCC keeps addresses of the innermost loop in memory.
 template <int N, bool across>
-inline void panel(bool fresh, Right c, Left<across> a, Right b, int rows, int depth, Part part) {
+__attribute__((noinline)) void panel(bool fresh, Matrix c, Matrix a, Matrix b, int rows, int depth, Part part) {
     int row = 0;
     auto some = [&](auto count) {
         constexpr int R = decltype(count)::value;
         int begin = part == UPPER ? row : 0, end = part == LOWER ? std::min(row + R, depth) : depth;
-        tile<R, N>(fresh, c.from(row, 0), a.from(row, begin), b.from(begin, 0), end - begin);
+        Matrix left = across ? a.from(begin, row) : a.from(row, begin);
+        tile<R, N, across>(fresh, c.from(row, 0), left, b.from(begin, 0), end - begin);
         row += R;
     };
     while (rows - row >= ROWS && rows - row != 8) some(std::integral_constant<int, ROWS>());
@@ -91,10 +86,10 @@ inline void panel(bool fresh, Right c, Left<across> a, Right b, int rows, int de
 
 // C = or += A B for a multiple of 8 rows, and of WIDTH columns.
 template <bool across>
-inline void product(bool fresh, Right c, Left<across> a, Right b, int rows, int columns, int depth, Part part = ALL) {
+inline void product(bool fresh, Matrix c, Matrix a, Matrix b, int rows, int columns, int depth, Part part = ALL) {
     int n = 0;
-    for (; n + PANEL <= columns; n += PANEL) panel<2>(fresh, c.from(0, n), a, b.from(0, n), rows, depth, part);
-    if (n < columns) panel<1>(fresh, c.from(0, n), a, b.from(0, n), rows, depth, part);
+    for (; n + PANEL <= columns; n += PANEL) panel<2, across>(fresh, c.from(0, n), a, b.from(0, n), rows, depth, part);
+    if (n < columns) panel<1, across>(fresh, c.from(0, n), a, b.from(0, n), rows, depth, part);
 }
 
 // Copies of a head's tokens with zeros behind them and behind their width.
@@ -110,9 +105,10 @@ void pack(const Tensor& x, int b, int h, float* to, const Sizes& n) {
 }
 
 void unpack(const float* from, float factor, const Tensor& x, int b, int h, const Sizes& n) {
-    float* to = head_of<float>(x, b, h);
-    for (int t = 0; t < n.tokens; t++)
-        for (int e = 0; e < n.width; e += 8) store(to + t * x.token + e, load<Eight>(from + size_t(t) * n.columns + e) * factor);
+    for (int t = 0; t < n.tokens; t++, from += n.columns) {
+        float* to = head_of<float>(x, b, h) + t * x.token;
+        for (int e = 0; e < n.width; e += 8) store(to + e, load<Eight>(from + e) * factor);
+    }
 }
 
 // Rows i and i + D of 8 exchange the halves of every 2 D numbers that lie across the diagonal.
@@ -152,17 +148,22 @@ struct Forward {
     Sizes n;
     float *keys, *values, *queries, *transposed, *scores, *out;
 
-    static size_t bytes(const Sizes& n) { return (3 * n.head() + 2 * size_t(BLOCK) * n.columns + BLOCK * BLOCK) * sizeof(float); }
+    static size_t bytes(const Sizes& n) {
+        return (3 * n.head() + 2 * size_t(BLOCK) * n.columns + BLOCK * BLOCK) * sizeof(float);
+    }
 
     Forward(const Sizes& n, char* all)
         : n(n), keys((float*)all), values(keys + n.head()), queries(values + n.head()), transposed(queries + n.head()),
           scores(transposed + size_t(BLOCK) * n.columns), out(scores + BLOCK * BLOCK) {}
 
-    // Online softmax of a vector of queries over so many keys, their scores at `at`; the last of them are masked on the
-    // diagonal, where the queries begin with key `query`.
+    // Online softmax of a vector of queries over so many keys, their scores at `at`; on the diagonal keys and queries are
+    // the same block, and `query` is the first one's place in it.
     void softmax(float* at, int count, bool diagonal, int query, Vector& peak, Vector& total, float* rescale) {
         const Vector base2 = Vector{} + n.base2;
-        for (int k = diagonal ? query : count; k < count; k++) store(at + k * BLOCK, masked(load<Vector>(at + k * BLOCK), k, query));
+        for (int k = diagonal ? query : count; k < count; k++) {
+            float* scores = at + k * BLOCK;
+            store(scores, masked(load<Vector>(scores), k, query));
+        }
         Vector highest[4], sums[4] = {}, old = peak;
         for (Vector& x : highest) x = Vector{} + MASKED;
         for (int k = 0; k < count; k += 4)
@@ -192,33 +193,38 @@ struct Forward {
     }
 
     void block(int from, int count, float* log_sums) {
-        Vector peak[BLOCK / WIDTH], total[BLOCK / WIDTH] = {};
+        alignas(64) Vector peak[BLOCK / WIDTH], total[BLOCK / WIDTH] = {};
         for (Vector& x : peak) x = Vector{} - 1e30f;
-        float* own = queries + size_t(from) * n.columns;  // of the queries, and of their outputs when they were read
+        float* own = n.from(queries, from).first;  // of the queries, and of their outputs when they were read
         transpose(own, transposed, count, n);
-        for (int key = 0; key <= from; key += BLOCK) {
-            bool diagonal = key == from;
-            alignas(64) float rescale[BLOCK];
-            for (int i = 0; i < count; i += PANEL) {
-                int keys_here = diagonal ? i + PANEL : BLOCK;
-                product(true, {scores + i, BLOCK}, Left<false>{keys + size_t(key) * n.columns, n.columns}, {transposed + i, BLOCK}, keys_here, PANEL, n.width);
-                for (int j = i; j < i + PANEL; j += WIDTH) softmax(scores + j, keys_here, diagonal, j, peak[j / WIDTH], total[j / WIDTH], rescale + j);
-                if (diagonal)
-                    for (int k = keys_here; k < count; k++) std::memset(scores + k * BLOCK + i, 0, PANEL * sizeof(float));
-            }
-            for (int i = 0; key && i < count; i++)
-                for (int e = 0; e < n.columns; e += WIDTH) {
-                    float* at = out + i * n.columns + e;
-                    store(at, load<Vector>(at) * rescale[i]);
-                }
-            product(key == 0, {out, n.columns}, Left<true>{scores, BLOCK}, {values + size_t(key) * n.columns, n.columns}, count, n.columns, diagonal ? count : BLOCK, diagonal ? LOWER : ALL);
-        }
+        for (int key = 0; key <= from; key += BLOCK) attend(key, count, key == from, peak, total);
         alignas(64) float sums[BLOCK], peaks[BLOCK];
         std::memcpy(sums, total, sizeof sums), std::memcpy(peaks, peak, sizeof peaks);
-        for (int i = 0; i < count; i++) {
+        for (int i = 0; i < count; i++, own += n.columns) {
             if (from + i < n.tokens) log_sums[from + i] = peaks[i] + std::log2(sums[i]);
-            for (int e = 0; e < n.columns; e += WIDTH) store(own + i * n.columns + e, load<Vector>(out + i * n.columns + e) * (1 / sums[i]));
+            const float *sum = out + i * n.columns, factor = 1 / sums[i];
+            for (int e = 0; e < n.columns; e += WIDTH) store(own + e, load<Vector>(sum + e) * factor);
         }
+    }
+
+    // Outputs, not normalized, with another block of keys.
+    void attend(int key, int count, bool diagonal, Vector* peak, Vector* total) {
+        alignas(64) float rescale[BLOCK];
+        for (int i = 0; i < count; i += PANEL) {
+            int some = diagonal ? i + PANEL : BLOCK;
+            product<false>(true, {scores + i, BLOCK}, n.from(keys, key), {transposed + i, BLOCK}, some, PANEL, n.width);
+            for (int j = i; j < i + PANEL; j += WIDTH)
+                softmax(scores + j, some, diagonal, j, peak[j / WIDTH], total[j / WIDTH], rescale + j);
+            for (int k = some; diagonal && k < count; k++) std::memset(scores + k * BLOCK + i, 0, PANEL * sizeof(float));
+        }
+        for (int i = 0; key && i < count; i++)
+            for (int e = 0; e < n.columns; e += WIDTH) {
+                float* at = out + i * n.columns + e;
+                store(at, load<Vector>(at) * rescale[i]);
+            }
+        int depth = diagonal ? count : BLOCK;
+        Part part = diagonal ? LOWER : ALL;
+        product<true>(key == 0, {out, n.columns}, {scores, BLOCK}, n.from(values, key), count, n.columns, depth, part);
     }
 };
 
@@ -247,9 +253,9 @@ struct Backward {
     void load_queries(const Tensor& q, const Tensor& o, const Tensor& grad, const float* logs, int b, int h) {
         pack(q, b, h, queries, n), pack(grad, b, h, grads, n);
         for (int from = 0; from < n.padded; from += BLOCK) {
-            size_t at = size_t(from) * n.columns;
             int count = std::min(BLOCK, n.padded - from);
-            transpose(queries + at, queries_across + at, count, n), transpose(grads + at, grads_across + at, count, n);
+            transpose(n.from(queries, from).first, n.from(queries_across, from).first, count, n);
+            transpose(n.from(grads, from).first, n.from(grads_across, from).first, count, n);
         }
         std::memset(query_sums, 0, n.head() * sizeof(float));
         const float *out = head_of<float>(o, b, h), *errors = head_of<float>(grad, b, h);
@@ -281,23 +287,26 @@ struct Backward {
         }
     }
 
-    void block(int key, int keys_here, int query, int count) {
+    void block(int key, int depth, int query, int count) {
         bool diagonal = key == query;
-        size_t of_keys = size_t(key) * n.columns, of_queries = size_t(query) * n.columns;
         for (int i = 0; i < count; i += PANEL) {
-            int rows = diagonal ? i + PANEL : keys_here;
-            product(true, {weights + i, BLOCK}, Left<false>{keys + of_keys, n.columns}, {queries_across + of_queries + i, BLOCK}, rows, PANEL, n.width);
-            product(true, {errors + i, BLOCK}, Left<false>{values + of_keys, n.columns}, {grads_across + of_queries + i, BLOCK}, rows, PANEL, n.width);
+            int rows = diagonal ? i + PANEL : depth;
+            Matrix s = {weights + i, BLOCK}, ds = {errors + i, BLOCK};
+            product<false>(true, s, n.from(keys, key), across(queries_across, query, i), rows, PANEL, n.width);
+            product<false>(true, ds, n.from(values, key), across(grads_across, query, i), rows, PANEL, n.width);
             softmax_grad(query, rows, i, diagonal);
-            for (int k = rows; k < keys_here; k++)
-                for (float* masked : {weights, errors}) std::memset(masked + k * BLOCK + i, 0, PANEL * sizeof(float));
+            for (int k = rows; k < depth; k++)
+                for (Matrix masked : {s, ds}) std::memset(masked.from(k, 0).first, 0, PANEL * sizeof(float));
         }
-        Part part = diagonal ? UPPER : ALL;
-        product(false, {value_sums + of_keys, n.columns}, Left<false>{weights, BLOCK}, {grads + of_queries, n.columns}, keys_here, n.columns, count, part);
-        product(false, {key_sums + of_keys, n.columns}, Left<false>{errors, BLOCK}, {queries + of_queries, n.columns}, keys_here, n.columns, count, part);
-        part = diagonal ? LOWER : ALL;
-        product(false, {query_sums + of_queries, n.columns}, Left<true>{errors, BLOCK}, {keys + of_keys, n.columns}, count, n.columns, keys_here, part);
+        Matrix p = {weights, BLOCK}, ds = {errors, BLOCK};
+        Part upper = diagonal ? UPPER : ALL, lower = diagonal ? LOWER : ALL;
+        product<false>(false, n.from(value_sums, key), p, n.from(grads, query), depth, n.columns, count, upper);
+        product<false>(false, n.from(key_sums, key), ds, n.from(queries, query), depth, n.columns, count, upper);
+        product<true>(false, n.from(query_sums, query), ds, n.from(keys, key), count, n.columns, depth, lower);
     }
+
+    // Transposed block of tokens, from column `i` on.
+    Matrix across(float* head, int token, int i) const { return {n.from(head, token).first + i, BLOCK}; }
 
     void run() {
         for (int key = 0; key < n.padded; key += BLOCK)
