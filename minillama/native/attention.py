@@ -38,7 +38,7 @@ def native_attend_float(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Te
     return _attend(torch.float32, q, k, v, mask)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _threads() -> int:
     return torch.get_num_threads()
 
