@@ -99,9 +99,14 @@ def _kernels() -> dict[str, dict[str, Any]]:
     from minillama.files import cache_folder
     from minillama.native import attention, build, softmax, swiglu
 
-    named = {"attention": attention, "softmax of the loss": softmax, "SwiGLU": swiglu}
+    named = {
+        "attention": attention.KERNEL,
+        "attention, float32": attention.FLOAT,
+        "softmax of the loss": softmax.KERNEL,
+        "SwiGLU": swiglu.KERNEL,
+    }
     sources: dict[str, tuple[str, str | None]] = {"decode step": ("decode.cpp", None)}
-    sources |= {name: (part.KERNEL.source, part.KERNEL.unsupported()) for name, part in named.items()}
+    sources |= {name: (kernel.source, kernel.unsupported()) for name, kernel in named.items()}
     table = {}
     for name, (source, unsupported) in sources.items():
         absent = unsupported if build.can_build() else build.NO_COMPILER

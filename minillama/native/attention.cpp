@@ -9,20 +9,14 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <omp.h>
 
+#include "attention.h"
 #include "gemm_bf16.h"
 
 namespace {
 
 constexpr int BLOCK = 4;  // keys and queries per block, in units of DEPTH: intermediates stay in the L2 cache
-
-struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-};
 
 struct Sizes {
     int tokens, width, t, s, e, wide;  // t, s: tiles of 16 and 32 tokens; e, wide: tiles of 16 and 32 of the head width
@@ -40,26 +34,13 @@ inline __mmask16 masked(int key, int query) {
     return first <= 0 ? 0 : first >= SIDE ? 0xffff : __mmask16((1 << first) - 1);
 }
 
-}  // namespace
-
-extern "C" {
-
-// (B, H, T, E) or (B, K, T, E) in bfloat16, with strides in elements; the last dimension is contiguous.
-struct Tensor {
-    Half* first;
-    int64_t batch, head, token;
-};
-}
-
-namespace {
-
-Rows head_of(const Tensor& x, int b, int h, const Sizes& n) {
-    return {x.first + b * x.batch + h * x.head, x.token, n.tokens, n.width};
+Rows rows_of(const Tensor& x, int b, int h, const Sizes& n) {
+    return {head_of<Half>(x, b, h), x.token, n.tokens, n.width};
 }
 
 // Write 16 tokens of X from column `column` of the tiles (e, t) of X^T, each token times its factor.
 void write_transposed(Sums from, int column, __m512 factors, const Tensor& x, int b, int h, int t, const Sizes& n) {
-    Half* to = x.first + b * x.batch + h * x.head;
+    Half* to = head_of<Half>(x, b, h);
     for (int e = 0; e < n.e; e++) {
         Row rows[SIDE];
         for (int r = 0; r < SIDE; r++)
@@ -72,7 +53,7 @@ void write_transposed(Sums from, int column, __m512 factors, const Tensor& x, in
 
 // Write 16 tokens of X from its tiles (t, e), times a factor.
 void write_rows(Sums from, int t, float factor, const Tensor& x, int b, int h, const Sizes& n) {
-    Half* to = x.first + b * x.batch + h * x.head;
+    Half* to = head_of<Half>(x, b, h);
     for (int e = 0; e < n.e; e++)
         for (int r = 0; r < SIDE && t * SIDE + r < n.tokens; r++) {
             __m512 row = _mm512_mul_ps(_mm512_load_ps(from(t, e) + r * SIDE), _mm512_set1_ps(factor));
@@ -82,6 +63,7 @@ void write_rows(Sums from, int t, float factor, const Tensor& x, int b, int h, c
 
 // Forward pass of one head, 32 queries and a block of keys at a time: online softmax with running maximum m and sum l.
 struct Forward {
+    TileUnit unit;
     Sizes n;
     Memory memory;
     Tiles keys, values, query, weights;
@@ -92,7 +74,7 @@ struct Forward {
     }
 
     Forward(const Sizes& n, char* all)
-        : n(n), memory{all + omp_get_thread_num() * bytes(n)},
+        : n(n), memory{all},
           keys(memory.take<Half>(n.t, n.wide)), values(memory.take<Half>(n.e, n.s)), query(memory.take<Half>(2, n.wide)),
           weights(memory.take<Half>(2, BLOCK)), scores(memory.take<float>(2 * BLOCK, 2)), out(memory.take<float>(n.e, 2)) {}
 
@@ -161,6 +143,7 @@ struct Forward {
 // Backward pass of the query heads of one key/value head, a block of keys against a block of queries at a time:
 // P = 2^(S - log Z), dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dK = dS^T Q, dQ = dS K, scaled at the end.
 struct Backward {
+    TileUnit unit;
     Sizes n;
     Memory memory;
     Tiles key_rows, keys_transposed, value_rows, queries, query_pairs, grads, grad_pairs;
@@ -173,7 +156,7 @@ struct Backward {
     }
 
     Backward(const Sizes& n, char* all)
-        : n(n), memory{all + omp_get_thread_num() * bytes(n)},
+        : n(n), memory{all},
           key_rows(memory.take<Half>(n.t, n.wide)), keys_transposed(memory.take<Half>(n.e, n.s)),
           value_rows(memory.take<Half>(n.t, n.wide)), queries(memory.take<Half>(n.t, n.wide)),
           query_pairs(memory.take<Half>(n.e, n.s)), grads(memory.take<Half>(n.t, n.wide)),
@@ -259,22 +242,6 @@ struct Backward {
     }
 };
 
-// Run `each(pass, b, k)` per key/value head of a batch, with one `Pass` per thread. Returns whether the workspace could
-// be allocated, which happens before the threads start, since they cannot report a failure.
-template <class Pass, class Each>
-int32_t over_heads(int batch, int kv_heads, int threads, const Sizes& n, const Each& each) {
-    std::unique_ptr<char, Free> memory((char*)std::aligned_alloc(64, threads * Pass::bytes(n)));
-    if (!memory) return 0;
-#pragma omp parallel num_threads(threads)
-    {
-        TileUnit unit;
-        Pass pass(n, memory.get());
-#pragma omp for schedule(dynamic)
-        for (int i = 0; i < batch * kv_heads; i++) each(pass, i / kv_heads, i % kv_heads);
-    }
-    return 1;
-}
-
 }  // namespace
 
 extern "C" {
@@ -296,9 +263,9 @@ int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int3
     Sizes n(tokens, width);
     int group = heads / kv_heads;
     return over_heads<Forward>(batch, kv_heads, threads, n, [&](Forward& pass, int b, int shared) {
-        pass.load(head_of(*k, b, shared, n), head_of(*v, b, shared, n));
+        pass.load(rows_of(*k, b, shared, n), rows_of(*v, b, shared, n));
         for (int h = shared * group; h < (shared + 1) * group; h++)
-            pass.run(head_of(*q, b, h, n), *o, log_sums + (size_t(b) * heads + h) * tokens, b, h);
+            pass.run(rows_of(*q, b, h, n), *o, log_sums + (size_t(b) * heads + h) * tokens, b, h);
     });
 }
 
@@ -310,10 +277,10 @@ int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_he
     Sizes n(tokens, width);
     int group = heads / kv_heads;
     return over_heads<Backward>(batch, kv_heads, threads, n, [&](Backward& pass, int b, int shared) {
-        pass.load(head_of(*k, b, shared, n), head_of(*v, b, shared, n));
+        pass.load(rows_of(*k, b, shared, n), rows_of(*v, b, shared, n));
         for (int h = shared * group; h < (shared + 1) * group; h++) {
             const float* logs = log_sums + (size_t(b) * heads + h) * tokens;
-            pass.load_queries(head_of(*q, b, h, n), head_of(*o, b, h, n), head_of(*grad, b, h, n), logs);
+            pass.load_queries(rows_of(*q, b, h, n), rows_of(*o, b, h, n), rows_of(*grad, b, h, n), logs);
             pass.run();
             for (int t = 0; t < n.t; t++)
                 write_transposed(pass.query_sums, t, _mm512_set1_ps(n.scale), *grad_q, b, h, t, n);

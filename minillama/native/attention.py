@@ -1,4 +1,7 @@
-"""Causal FlashAttention in bfloat16 on the CPU (`attention.cpp`), a custom operator for autograd and torch.compile."""
+"""Causal FlashAttention on the CPU, a custom operator for autograd and torch.compile.
+
+In bfloat16 `attention.cpp`, in float32 `attention_float.cpp`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from minillama.layers.attention import Attention
 from minillama.layers.mask import KernelMask
 from minillama.native.build import Kernel
 
-SIDE, WIDEST = 16, 256  # divisor and maximum of the head width
+UNITS = {torch.bfloat16: 16, torch.float32: 8}  # divisors of the head width
+WIDEST = 256  # its maximum
 
 
 class _Tensor(ctypes.Structure):
@@ -23,7 +27,24 @@ class _Tensor(ctypes.Structure):
 
 def native_attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
     """Attention by `causal_attention` if supported (bfloat16, CPU, causal, as many keys as queries), else `attend`."""
-    if not mask.is_causal or not _supported(q, k, v):
+    return _attend(torch.bfloat16, q, k, v, mask)
+
+
+def native_attend_float(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
+    """The same in float32, where no thread is idle for want of key/value heads that torch would use."""
+    heads = len(q) * k.shape[1]
+    if heads < min(_threads(), len(q) * q.shape[1]):
+        return attend(q, k, v, mask)
+    return _attend(torch.float32, q, k, v, mask)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _attend(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
+    if not mask.is_causal or q.dtype != dtype or not _supported(q, k, v):
         return attend(q, k, v, mask)
     out: Tensor = causal_attention(q, k, v)[0]
     return out
@@ -32,8 +53,8 @@ def native_attend(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
 def _supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     width = q.shape[-1]
     shapes = q.ndim == 4 and k.shape == v.shape == (len(q), k.shape[1], *q.shape[2:]) and q.shape[1] % k.shape[1] == 0
-    kinds = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (q, k, v))
-    return shapes and kinds and width % SIDE == 0 and width <= WIDEST
+    kinds = q.dtype in UNITS and all(x.dtype == q.dtype and x.device.type == "cpu" for x in (q, k, v))
+    return shapes and kinds and width % UNITS[q.dtype] == 0 and width <= WIDEST
 
 
 @torch.library.custom_op("minillama::causal_attention", mutates_args=(), device_types="cpu")
@@ -41,16 +62,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention softmax(q k^T / sqrt(E)) v, with the softmax normalizers for its gradient.
 
     Key/value heads are distributed over threads: fewer of them per batch than threads leave some idle. Sums and the
-    softmax are in float32; attention weights are rounded to bfloat16 before they multiply v. Memory is linear
+    softmax are in float32; attention weights are rounded to the type of v before they multiply it. Memory is linear
     in T (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
 
     Args:
-        q: (B, H, T, E) bfloat16, E a multiple of 16, at most 256.
-        k: (B, K, T, E) bfloat16, H a multiple of K; H/K consecutive heads of q per head.
-        v: (B, K, T, E) bfloat16.
+        q: (B, H, T, E) bfloat16 or float32, E a multiple of 16 or 8, at most 256.
+        k: (B, K, T, E) of the same type, H a multiple of K; H/K consecutive heads of q per head.
+        v: (B, K, T, E) of the same type.
 
     Returns:
-        (B, H, T, E) bfloat16, and log2 of the softmax normalizers (B, H, T) float32.
+        (B, H, T, E) of the same type, and log2 of the softmax normalizers (B, H, T) float32.
 
     Raises:
         ValueError: other dtypes or shapes.
@@ -58,11 +79,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not _supported(q, k, v):
         shapes = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"causal attention in bfloat16 on a CPU does not support q, k, v = {shapes}")
+        raise ValueError(f"causal attention in C++ does not support q, k, v = {shapes}")
     q, k, v = map(_contiguous_rows, (q, k, v))
     out, log_sums = _heads_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     descriptors = map(_descriptor, (q, k, v, out))
-    if not KERNEL.library().minillama_attention(*_sizes(q, k), *descriptors, c_void_p(log_sums.data_ptr())):
+    if not _library(q).minillama_attention(*_sizes(q, k), *descriptors, c_void_p(log_sums.data_ptr())):
         raise MemoryError("no memory for the attention workspace")
     return out, log_sums
 
@@ -75,7 +96,7 @@ def causal_attention_backward(
     q, k, v, out, grad = map(_contiguous_rows, (q, k, v, out, grad))
     grads = tuple(_heads_like(x) for x in (q, k, v))
     log_sums = log_sums.contiguous()
-    done = KERNEL.library().minillama_attention_backward(
+    done = _library(q).minillama_attention_backward(
         *_sizes(q, k),
         *map(_descriptor, (q, k, v, out)),
         c_void_p(log_sums.data_ptr()),
@@ -109,6 +130,11 @@ causal_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 KERNEL = Kernel("attention.cpp", "avx512_bf16", Attention, "kernel", native_attend)
+FLOAT = Kernel("attention_float.cpp", "avx2", Attention, "kernel", native_attend_float)
+
+
+def _library(x: Tensor) -> ctypes.CDLL:
+    return (KERNEL if x.dtype == torch.bfloat16 else FLOAT).library()
 
 
 def _heads_like(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent
 KEPT = 8  # cached libraries per source: other versions, and other machines with the same home folder
 MARCH = "MINILLAMA_MARCH"  # environment variable: instruction set to compile for, as of another processor (haswell)
 NO_COMPILER = "it takes g++ or clang++ on Linux"
-FEATURES = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX for bfloat16"}
+FEATURES = {"avx2": "AVX2", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX for bfloat16"}
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 
 

@@ -78,8 +78,8 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     compile: Literal["auto", "true", "false"] = "auto"
-    """torch.compile the blocks; auto: once measured to pay back within the run. Unless this is false, attention in
-    bfloat16 on a CPU is C++, compiled once per machine."""
+    """torch.compile the blocks; auto: once measured to pay back within the run. Unless this is false, attention on
+    a CPU is C++, compiled once per machine."""
     deterministic: bool = False
     """torch.use_deterministic_algorithms, and no compilation whose moment depends on the clock (--deterministic)."""
     checkpointing: bool = False

@@ -20,6 +20,14 @@ from minillama.runs.report import Report
 from minillama.training.duration import TIMED, Duration
 
 FILE = "compilation.json"
+KERNELS = {  # of a training step by dtype
+    torch.bfloat16: (
+        (attention.KERNEL, "attention"),
+        (swiglu.KERNEL, "the feed-forward layers"),
+        (softmax.KERNEL, "the loss"),
+    ),
+    torch.float32: ((attention.FLOAT, "attention"),),
+}
 TRIAL = 1800.0  # seconds that a run must have left to try what this machine has not measured
 
 
@@ -106,21 +114,20 @@ class Compiler:
 
 
 def use_native_kernels(models: Iterable[nn.Module], working: Decoder, say: Callable[[str], None]) -> None:
-    """Native C++ kernels for training in bfloat16 on a CPU, where a compiler is there.
+    """Native C++ kernels for training on a CPU, where a compiler is there.
 
     Args:
         models: what a step computes with.
         working: the trained one, which has their type and device.
         say: is told what is compiled, and why it fails.
     """
-    if working.device.type != "cpu" or working.dtype != torch.bfloat16 or not can_build():
+    if working.device.type != "cpu" or not can_build():
         return
-    parts = (attention, "attention"), (swiglu, "the feed-forward layers"), (softmax, "the loss")
-    for part, name in parts:
-        if part.KERNEL.unsupported() is not None:
+    for kernel, name in KERNELS.get(working.dtype, ()):
+        if kernel.unsupported() is not None:
             continue
         try:
             for model in models:
-                part.KERNEL.use(model, say)
+                kernel.use(model, say)
         except CannotBuild as error:
             say(f"C++ for {name} was not compiled, the run goes on without: {error}")
