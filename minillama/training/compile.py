@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from statistics import median
 
@@ -113,7 +113,7 @@ class Compiler:
         return {}
 
 
-def use_native_kernels(models: Iterable[nn.Module], working: Decoder, say: Callable[[str], None]) -> None:
+def use_native_kernels(models: Sequence[nn.Module], working: Decoder, say: Callable[[str], None]) -> None:
     """Native C++ kernels for training on a CPU, where a compiler is there.
 
     Args:
