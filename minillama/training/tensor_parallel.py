@@ -1,12 +1,12 @@
 """Tensor and sequence parallelism: heads, feed-forward width, vocabulary and residual stream divided over processes.
 
-Matrices as in Shoeybi et al. 2019, arXiv 1909.08053, §3, by the axes of `config/parameters.py`; the residual stream over
-the sequence, as in Korthikanti et al. 2022, arXiv 2205.05198, §4.2.2. Parameters are DTensors, replicated ones too, so
-that optimizers and FSDP need to know nothing of it; layers see their own part of each. Embedding, norms and residual sums
-are of the own tokens. Attention and feed-forward layer begin with an all-gather over the sequence, whose gradient is a
-reduce-scatter, and end with a reduce-scatter, whose gradient is an all-gather. Replicated parameters have gradients that
-are summed. Passes into a decode state, of a token per sequence, have the whole stream in every process. The model's code
-is the same: objects get subclasses.
+Matrices as in Shoeybi et al. 2019, arXiv 1909.08053, §3, by the axes of `config/parameters.py`; the residual stream
+over the sequence, as in Korthikanti et al. 2022, arXiv 2205.05198, §4.2.2. Parameters are DTensors, replicated ones
+too, so that optimizers and FSDP need to know nothing of it; layers see their own part of each. Norms, dropout and
+residual sums are of the own tokens. Attention and feed-forward layer begin with an all-gather over the sequence, whose
+gradient is a reduce-scatter, and end with a reduce-scatter, whose gradient is an all-gather; gradients of replicated
+parameters are summed. Passes into a decode state, often of a token per sequence, have the whole stream in every
+process. The model's code is the same: objects get subclasses.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
     said = {}
     for name, shape in SHAPES.items():
         for axis, mesh in {"data": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
-            said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
+            said[f"{name}, {axis}"] = training_memory(shape, 8, 128, **mesh).total
     ratios = {name: round(said[name] / found[name], 3) for name in said}
     assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.10}
 
@@ -205,7 +205,7 @@ def test_64_processes_divide_70b_as_the_plan_says_and_read_no_whole_model(tmp_pa
     assert found["peak"] < 4 * small.num_params() / 64 + 2.5 * block < 4 * small.num_params() / 4
     shape = ModelConfig.load("llama-2-70b")
     for shard, tensor in ((64, 1), (8, 8)):
-        said = training_memory(shape, 1, 4096, shard=shard, tensor=tensor, sequence=False).weights
+        said = training_memory(shape, 1, 4096, shard=shard, tensor=tensor).weights
         assert found[f"{shard} x {tensor}"] == pytest.approx(said, rel=1e-3)
 
 
