@@ -221,7 +221,10 @@ MEMBERS = {
 
 @pytest.mark.slow
 def test_members_of_the_family(tiny_config: Make, tmp_path: Path) -> None:
-    common = options(train__steps=4, validate__every=4, model__vocab_size=301, sample__max_new_tokens=4)
+    """Of sequences that two processes do not divide."""
+    common = options(
+        train__steps=4, validate__every=4, model__vocab_size=301, sample__max_new_tokens=4, train__context=31
+    )
     compare(2, tiny_config, tmp_path, {k: [*v, *common] for k, v in MEMBERS.items()}, ["shard 2", "tensor 2"])
     recurrent = options(
         model__mixer="wkv", model__mlp="channel-mix", model__position="none", model__norm="layer", model__init="rwkv",
