@@ -138,11 +138,14 @@ def peak(shape: ModelConfig, parallel: Parallel, checkpointing: bool) -> int:
     states = [t for state in optimizer.state.values() for t in state.values()]
     tensors = [local(t.detach()) for t in (*model.parameters(), *model.buffers(), *states)]
     kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    with profile(profile_memory=True) as recorded:
-        step()
-    assert recorded.kineto_results is not None
-    changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    return kept + max(accumulate(changes))
+    peaks = []
+    for _ in range(3):  # a buffer that gloo's threads free is not seen to go, which only adds
+        with profile(profile_memory=True) as recorded:
+            step()
+        assert recorded.kineto_results is not None
+        changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+        peaks.append(max(accumulate(changes)))
+    return kept + min(peaks)
 
 
 @pytest.mark.slow
