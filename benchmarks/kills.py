@@ -91,11 +91,11 @@ def main() -> None:
         before, after, seconds = run(folder / name, args, kills)
         found[name] = load_file(folder / name / "model/model.safetensors")
         print(f"{name}: {before} kills before the last step, {after} after it, {seconds:.0f} s", flush=True)
-        if before < kills:
-            raise SystemExit(f"the run was over after {before} of {kills} kills: give more --steps")
     one, other = found.values()
     same = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     print(f"{'the same bits' if same else 'OTHER BITS'}; the runs are in {folder}")
+    if before < args.kills:
+        raise SystemExit(f"the run was over after {before} of {args.kills} kills: give more --steps")
     raise SystemExit(not same)
 
 
