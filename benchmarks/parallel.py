@@ -41,7 +41,8 @@ from minillama.training.precision import choose_precision
 MESHES = ("one", "data", "shard", "tensor")
 # FSDP's were called `_tensor` before torch 2.13
 COLLECTIVES = (
-    *("all_reduce", "broadcast_object_list", "all_gather_single", "reduce_scatter_single"),
+    *("all_reduce", "broadcast_object_list", "all_gather", "all_to_all_single"),
+    *("all_gather_single", "reduce_scatter_single"),
     *("all_gather_into_tensor", "reduce_scatter_tensor"),
 )
 

@@ -72,6 +72,18 @@ def choose_device(name: str = "auto", where: str = "train.device") -> torch.devi
     return torch.device(name)
 
 
+def refuse_one_gpu(name: str, where: str = "train.device") -> None:
+    """Refuse one GPU by its number for several processes of a machine, each of which needs its own.
+
+    Args:
+        name: as for `choose_device`.
+        where: the setting named in an error.
+    """
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        what, fix = "several processes cannot share one GPU", "leave out its number; CUDA_VISIBLE_DEVICES chooses GPUs"
+        raise InputError(what, where=where, found=name, expected="auto or cuda: a GPU per process", fix=fix)
+
+
 def _check_gpus(count: int, where: str) -> None:
     """Refuse, in all processes of a machine, that there are more of them than GPUs."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from minillama import Decoder
-from minillama.device import choose_device
+from minillama.device import choose_device, refuse_one_gpu
 from minillama.errors import InputError
+from minillama.runs.config import RunConfig
+from minillama.runs.sections import TrainConfig
+from minillama.training.parallel import processes
 
 PROGRAM = """
 import resource, sys
@@ -66,6 +69,18 @@ def test_more_processes_than_gpus_are_refused_by_all(monkeypatch: pytest.MonkeyP
     assert error.value.found == 3 and "--nproc-per-node 2" in str(error.value.fix)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert choose_device().index == 0
+
+
+def test_several_processes_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    config = RunConfig(train=TrainConfig(device="cuda:0"))
+    with pytest.raises(InputError, match="cannot share one GPU") as error, processes(config):
+        pass
+    assert error.value.where == "train.device" and error.value.found == "cuda:0"
+    refuse_one_gpu("cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one process per machine
+    refuse_one_gpu("cuda:0")
 
 
 @pytest.mark.slow

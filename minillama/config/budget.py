@@ -77,7 +77,6 @@ class Setting:
             fused_norm=True,
             shard=1 if self.split == "data parallel" else self.gpus // tensor,
             tensor=tensor,
-            sequence=False,
         )
 
     def options(self, than: Setting) -> str:

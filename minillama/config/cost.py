@@ -106,7 +106,6 @@ def training_memory(
     fused_norm: bool = False,
     shard: int = 1,
     tensor: int = 1,
-    sequence: bool = True,
 ) -> TrainingMemory:
     """Training memory of one step per device.
 
@@ -131,7 +130,6 @@ def training_memory(
         fused_norm: as torch has it on CUDA.
         shard: devices that parameters, gradients and optimizer state are divided by.
         tensor: tensor-parallel ranks, which share the batch.
-        sequence: sequence parallelism beside it; without, what is between the matrices is whole on each rank.
     """
     width, tokens = activation_bytes, batch * seq_len
     inside, largest, outside = _split(config, tensor)
@@ -149,7 +147,7 @@ def training_memory(
         weights, trained, casts = weights // shard, trained // shard, width * (2 * inside + outside) + reduced
 
     low_rank = len(sites) * (lora.rank if lora else 0) // config.n_layers
-    kept = _kept(config, width, low_rank, checkpointing, fused_norm, tensor, tensor if sequence else 1)
+    kept = _kept(config, width, low_rank, checkpointing, fused_norm, tensor)
     rows, vocab = min(tokens, loss_rows(config.vocab_size, width)), config.vocab_size / tensor
     has_grad = lora is None or HEAD in sites or HEAD in lora.whole(config)
     return TrainingMemory(
@@ -169,7 +167,6 @@ def _kept(
     checkpointing: bool,
     fused_norm: bool,
     tensor: int,
-    stream_parts: int,
 ) -> float:
     """Bytes per token that autograd keeps for `model.Decoder`, with a fused attention kernel (no T x T matrix).
 
@@ -195,10 +192,10 @@ def _kept(
     if config.qk_norm:
         split += (config.n_heads + config.n_kv_heads) * (8 * config.head_dim + 4) + width * q
     kv_parts = min(tensor, config.n_kv_heads)
-    per_block = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank) + 2 * norm / stream_parts
-    stream = width * config.dim / stream_parts
+    per_block = split / tensor + width * (2 * kv / kv_parts + 2 * config.dim + low_rank) + 2 * norm / tensor
+    stream = width * config.dim / tensor
     blocks = config.n_layers * stream + per_block - stream if checkpointing else config.n_layers * per_block
-    return blocks + 8 + norm / stream_parts
+    return blocks + 8 + norm / tensor
 
 
 def inference_memory(

@@ -34,7 +34,6 @@ def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int, sizes: Sizes
         quantize=config.train.quantize,
         shard=sizes.shard,
         tensor=sizes.tensor,
-        sequence=False,
     )
     if config.lora is not None or not config.objective.has_reference:
         return found

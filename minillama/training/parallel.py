@@ -22,7 +22,7 @@ from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
 from minillama.config.lora import EMBEDDING, HEAD
-from minillama.device import choose_device, choose_dtype
+from minillama.device import choose_device, choose_dtype, refuse_one_gpu
 from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig, to_table
@@ -220,6 +220,7 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
     if count == 1:
         yield Parallel(sizes(config, 1))
         return
+    refuse_one_gpu(config.train.device)
     device = choose_device(config.train.device)
     is_gpu = device.type == "cuda"
     if is_gpu:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from minillama.evaluate.multiple_choice import outcomes
 from minillama.evaluate.tasks import named
 from minillama.inference.engine import evaluating
 from minillama.layers.attention import Attention
+from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
 from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer import Tokenizer
@@ -22,6 +22,7 @@ from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.ranks import Ranks
 from minillama.training.sharded import whole
 
+Kernel = Callable[[Tensor, Tensor, Tensor, KernelMask], Tensor]
 QUERIES = 256  # per chunk of scores
 
 
@@ -77,30 +78,41 @@ def attention_logit_max(model: Decoder, objective: Objective, batch: Batch) -> f
     """
     found: list[float] = []
 
-    def measure(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        assert isinstance(layer, Attention)
-        x, (rope, mask, _) = inputs[:2]
-        q, k, _ = layer.heads(x, rope)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        for start in range(0, q.shape[2], QUERIES):
-            part = slice(start, start + QUERIES)
-            scores = (q[:, :, part] @ k.mT) / q.shape[-1] ** 0.5
-            if mask.is_causal:
-                unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1 + start)
-                scores.masked_fill_(unseen, -torch.inf)
-            elif mask.allowed is not None and mask.allowed.is_floating_point():
-                scores += mask.allowed[..., part, :]
-            elif mask.allowed is not None:
-                scores.masked_fill_(~mask.allowed[..., part, :], -torch.inf)
-            found.append(scores.max().item())
+    def measured(kernel: Kernel) -> Kernel:
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: KernelMask) -> Tensor:
+            found.append(_logit_max(q, k, mask))
+            return kernel(q, k, v, mask)
+
+        return run
 
     before, objective.models = objective.models, {**objective.models, MODEL: model}
-    hooks = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(m, Attention)]
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    kernels = [layer.kernel for layer in layers]
+    for layer in layers:
+        layer.kernel = measured(layer.kernel)
     try:
-        with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled blocks call no hooks
+        with evaluating(model), torch.compiler.set_stance("force_eager"):  # compiled blocks have the other kernels
             objective.loss(batch)
     finally:
         objective.models = before
-        for hook in hooks:
-            hook.remove()
+        for layer, kernel in zip(layers, kernels, strict=True):
+            layer.kernel = kernel
     return max(found, default=math.nan)
+
+
+def _logit_max(q: Tensor, k: Tensor, mask: KernelMask) -> float:
+    """Largest logit of queries (B, H, T, E) and keys (B, K, S, E) within a mask."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    most = []
+    for start in range(0, q.shape[2], QUERIES):
+        part = slice(start, start + QUERIES)
+        scores = (q[:, :, part] @ k.mT) / q.shape[-1] ** 0.5
+        if mask.is_causal:
+            unseen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + start)
+            scores.masked_fill_(unseen, -torch.inf)
+        elif mask.allowed is not None and mask.allowed.is_floating_point():
+            scores += mask.allowed[..., part, :]
+        elif mask.allowed is not None:
+            scores.masked_fill_(~mask.allowed[..., part, :], -torch.inf)
+        most.append(scores.max().item())
+    return max(most)

@@ -1,15 +1,17 @@
-"""Tensor parallelism: heads, feed-forward width and vocabulary of a decoder divided over processes.
+"""Tensor and sequence parallelism: heads, feed-forward width, vocabulary and residual stream divided over processes.
 
-Shoeybi et al. 2019, arXiv 1909.08053, §3, by the axes of `config/parameters.py`. Parameters are DTensors, replicated
-ones too, so that norms, optimizers and FSDP need to know nothing of it; layers see their own part of each. Attention
-and feed-forward layer begin with an identity whose gradients are summed and end with a sum whose gradient is an
-identity, and so the parameters within that are replicated have gradients that are summed; the residual stream and all
-else is computed by every process alike. The model's code is the same: objects get subclasses.
+Matrices as in Shoeybi et al. 2019, arXiv 1909.08053, §3, by the axes of `config/parameters.py`; the residual stream
+over the sequence, as in Korthikanti et al. 2022, arXiv 2205.05198, §4.2.2. Parameters are DTensors, replicated ones
+too, so that optimizers and FSDP need to know nothing of it; layers see their own part of each. Norms, dropout and
+residual sums are of the own tokens. Attention and feed-forward layer begin with an all-gather over the sequence, whose
+gradient is a reduce-scatter, and end with a reduce-scatter, whose gradient is an all-gather; gradients of replicated
+parameters are summed. Passes into a decode state, often of a token per sequence, have the whole stream in every
+process. The model's code is the same: objects get subclasses.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
@@ -52,19 +54,97 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenation of the group's last axes; the gradient is the own part's."""
+    """Concatenation of the group's parts along an axis; the gradient is the own part's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, axis: int) -> Tensor:
+        ctx.axis, ctx.rank, ctx.size = axis, distributed.get_rank(group), x.shape[axis]
+        return _gathered(x, group, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.narrow(ctx.axis, ctx.rank * ctx.size, ctx.size), None, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather over the sequence, (B, T / size, D) -> (B, T, D); the gradient is a reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.rank, ctx.size = distributed.get_rank(group), x.shape[-1]
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(distributed.get_world_size(group))]
-        distributed.all_gather(parts, x, group=group)
-        return torch.cat(parts, -1)
+        ctx.group = group
+        return _gathered(x, group, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.narrow(-1, ctx.rank * ctx.size, ctx.size), None
+        return _scattered(grad, ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    """Reduce-scatter over the sequence, (B, T, D) -> (B, T / size, D); the gradient is an all-gather."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _scattered(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad, ctx.group, 1), None
+
+
+def _gathered(x: Tensor, group: Any, axis: int) -> Tensor:
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, x, group=group)
+    return torch.cat(parts, axis)
+
+
+def _scattered(x: Tensor, group: Any) -> Tensor:
+    """Own part of the sequence of the sum over the group, added in float32."""
+    parts = x.unflatten(1, (distributed.get_world_size(group), -1)).movedim(1, 0).contiguous()
+    found = torch.empty_like(parts)
+    # gloo's reduce-scatter sends the whole to all
+    distributed.all_to_all_single(found, parts, group=group)
+    return found.sum(0)
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Residual stream: the own tokens of T, or all of them while decoding.
+
+    Parts are of equal length. Where `size` does not divide T the last ones end with padding, which attention does not
+    see and the loss does not read, so that its gradients are 0.
+
+    Attributes:
+        is_divided: false within a pass into a decode state. Else true, also where a block is recomputed.
+    """
+
+    group: Any
+    size: int
+    rank: int
+    is_divided: bool = True
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Input of a divided layer: all tokens, padding among them; the gradient is summed."""
+        if not self.is_divided:
+            return cast(Tensor, _Copy.apply(x, self.group))
+        whole = getattr(x, "whole", None)
+        if whole is None:
+            whole = _GatherSequence.apply(x, self.group)
+            x.whole = whole  # type: ignore[attr-defined]  # a parallel block has two layers that read it
+        return cast(Tensor, whole)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Output of a divided layer, summed."""
+        if not self.is_divided:
+            return cast(Tensor, _Sum.apply(x, self.group))
+        return cast(Tensor, _ScatterSequence.apply(F.pad(x, (0, 0, 0, -x.shape[1] % self.size)), self.group))
+
+    def own(self, positions: Tensor) -> Tensor:
+        """Position ids (..., T) of the own tokens."""
+        if not self.is_divided:
+            return positions
+        return F.pad(positions, (0, -positions.shape[-1] % self.size)).chunk(self.size, -1)[self.rank]
 
 
 class _VocabularyKernel:
@@ -135,31 +215,34 @@ def divide(model: Decoder, mesh: DeviceMesh) -> None:
         mesh: of one axis.
     """
     group, size, rank = mesh.get_group(), mesh.size(), mesh.get_local_rank()
-    table = model.config.parameters()
+    stream, table = _Stream(group, size, rank), model.config.parameters()
     for path, module in list(model.named_modules()):
         members: dict[str, object] = {}
         for name, parameter in module.named_parameters(recurse=False):
             axis = _axis(f"{path}.{name}", table)
             placement = Replicate() if axis is None else Shard(axis)
             module.register_parameter(name, nn.Parameter(_divided(parameter, mesh, placement), parameter.requires_grad))
-            within = ".self_attn" in path or ".mlp" in path or path.startswith("lm_head.")
-            is_summed = within and axis is None
-            share = 1 / size if is_summed and name == "bias" else 1.0  # the sum of all processes' has it once
+            is_summed = axis is None and not path.startswith("score")  # every process has the scores of all tokens
+            is_within = ".self_attn" in path or ".mlp" in path
+            # the sum of all processes' outputs has it once
+            share = 1 / size if is_summed and is_within and name == "bias" else 1.0
             members[name] = property(_view(name, group if is_summed else None, share))
         if members:
             _become(module, members)
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         if path.rpartition(".")[2] in ("self_attn", "mlp"):
-            _become(module, {"forward": _between(type(module), group)})
+            _become(module, {"forward": _between(type(module), stream)})
     rows = -(-model.config.vocab_size // size)
     start, count = rank * rows, min(rows, model.config.vocab_size - rank * rows)
-    _become(model.model.embed_tokens, {"forward": _embedding(type(model.model.embed_tokens), start, count, group)})
+    _become(model.model.embed_tokens, {"forward": _embedding(type(model.model.embed_tokens), start, count, stream)})
+    if model.model.embed_positions is not None:
+        _become(model.model.embed_positions, {"forward": _positions(type(model.model.embed_positions), stream)})
     if model.model.alibi is not None:
         model.model.alibi.slopes = model.model.alibi.slopes.chunk(size)[rank]
     if model.score is None:
         model.loss_kernel = _VocabularyKernel(start, count, group)
-    _become(model, _decoder_members(type(model), rows, size, group))
+    _become(model, _decoder_members(type(model), rows, stream))
 
 
 def _axis(name: str, table: Any) -> int | None:
@@ -202,41 +285,61 @@ def _view(name: str, group: Any, share: float) -> Any:
     return get
 
 
-def _between(kind: type[nn.Module], group: Any) -> Any:
-    """Forward pass of a layer between a copy and a sum."""
+def _between(kind: type[nn.Module], stream: _Stream) -> Any:
+    """Forward pass of a layer that reads all tokens and whose outputs are summed."""
 
     def forward(self: nn.Module, x: Tensor, *others: Any) -> Tensor:
-        return cast(Tensor, _Sum.apply(kind.forward(self, _Copy.apply(x, group), *others), group))
+        x = stream.gather(x)
+        if others:  # of attention
+            x = x[:, : others[0].span.count]
+        return stream.sum(kind.forward(self, x, *others))
 
     return forward
 
 
-def _embedding(kind: type[nn.Module], start: int, count: int, group: Any) -> Any:
+def _embedding(kind: type[nn.Module], start: int, count: int, stream: _Stream) -> Any:
     """Rows of the own part, and zeros for the others, summed."""
 
     def forward(self: nn.Module, tokens: Tensor) -> Tensor:
         own = tokens - start
         inside = (own >= 0) & (own < count)
-        found = kind.forward(self, own.where(inside, 0)) * inside[..., None]
-        return cast(Tensor, _Sum.apply(found, group))
+        return stream.sum(kind.forward(self, own.where(inside, 0)) * inside[..., None])
 
     return forward
 
 
-def _decoder_members(kind: type[Decoder], rows: int, size: int, group: Any) -> dict[str, object]:
+def _positions(kind: type[nn.Module], stream: _Stream) -> Any:
+    """Position embedding of the own tokens."""
+
+    def forward(self: nn.Module, positions: Tensor) -> Tensor:
+        return cast(Tensor, kind.forward(self, stream.own(positions)))
+
+    return forward
+
+
+def _decoder_members(kind: type[Decoder], rows: int, stream: _Stream) -> dict[str, object]:
     """Members of a divided decoder."""
+    group, size = stream.group, stream.size
 
     def output_weight(self: Decoder) -> Tensor:
         weight = cast(Any, kind.output_weight).fget(self)
         return weight if len(weight) == rows else F.pad(weight, (0, 0, 0, rows - len(weight)))
 
     def hidden(self: Decoder, tokens: Tensor, **options: Any) -> Tensor:
-        found = kind.hidden(self, tokens, **options)
-        return found if self.score is not None else cast(Tensor, _Copy.apply(found, group))
+        stream.is_divided = options.get("state") is None
+        try:
+            found = kind.hidden(self, tokens, **options)
+            if self.score is None:
+                found = stream.gather(found)
+            elif stream.is_divided:
+                found = cast(Tensor, _Gather.apply(found, group, 1))
+            return found[:, : tokens.shape[1]]
+        finally:
+            stream.is_divided = True
 
     def head(self: Decoder, hidden: Tensor) -> Tensor:
         logits = F.linear(hidden * self.config.logit_scale, self.output_weight)
-        return cast(Tensor, _Gather.apply(logits, group))[..., : self.config.vocab_size]
+        return cast(Tensor, _Gather.apply(logits, group, -1))[..., : self.config.vocab_size]
 
     def state(self: Decoder, batch_size: int, max_len: int | None = None, cache_dtype: Any = None) -> State:
         config = replace(self.config, n_heads=self.config.n_heads // size, n_kv_heads=self.config.n_kv_heads // size)

@@ -195,8 +195,8 @@ class Trainer:
         """Optimizer step; its line for metrics.jsonl."""
         began = time.perf_counter()
         step, config = self.state.step, self.config
-        # dropout and rollouts are the same after a resume, and their rows' own in every process
-        torch.manual_seed(config.seed * 1_000_003 + step + self.ranks.rank * RANK)
+        # dropout is the same after a resume, and of its rows and tokens in every process
+        torch.manual_seed(config.seed * 1_000_003 + step + self.ranks.index * RANK)
         prepared = self.objective.prepare(step)
         trains = time.perf_counter()
         self._enter_stage(step)
@@ -357,18 +357,22 @@ class Trainer:
             self.report.say(quoted(text + completion.text + empty))
 
     def _rewind(self, record: dict[str, Any]) -> None:
-        """Rewind of metrics.jsonl and the best losses to the checkpoint's step."""
+        """Rewind of metrics.jsonl and the best losses to the checkpoint's step, as the first process reads them."""
+        self.writer.losses, is_complete = self.ranks.leaders(self._recorded() if self.ranks.leads else ({}, False))
+        self.folder.rewind_metrics(self.state.step if is_complete else self.state.step - 1)
+        self._unrecorded = None if is_complete else record
+
+    def _recorded(self) -> tuple[dict[int, float], bool]:
+        """Losses of the validations so far, and whether the line of the checkpoint's step is complete."""
         step = self.state.step
         lines = [line for line in read_metrics(self.folder.metrics) if line["step"] <= step]
-        self.writer.losses = {
+        losses = {
             line["step"]: self._score(line)
             for line in lines
             if line["step"] and line.get(self.objective.best[0]) is not None
         }
-        is_scored = step in self.writer.losses or not self._validates(step)
-        is_complete = bool(lines) and lines[-1]["step"] == step and is_scored
-        self.folder.rewind_metrics(step if is_complete else step - 1)
-        self._unrecorded = None if is_complete else record
+        is_scored = step in losses or not self._validates(step)
+        return losses, bool(lines) and lines[-1]["step"] == step and is_scored
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def test_splits_are_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(plan_json(capsys, "rwkv-169m", "--gpus", "4")["training_bytes"]) == ["data parallel", "FSDP"]
     split = plan_json(capsys, "llama-2-7b", "--gpus", "8")["training_bytes"]["tensor parallel"]
     options = {"activation_bytes": 2, "fused_norm": True, "tensor": 8}
-    expected = training_memory(ModelConfig.load("llama-2-7b"), 1, 4096, sequence=False, **options)
-    assert split["activations"] == expected.activations  # the residual stream is whole in every process
+    expected = training_memory(ModelConfig.load("llama-2-7b"), 1, 4096, **options)
+    assert split["activations"] == expected.activations  # of a divided residual stream
 
 
 @pytest.mark.parametrize(

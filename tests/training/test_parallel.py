@@ -1,4 +1,7 @@
-"""Several processes that train one model give what one process gives: losses, gradient norms and weights."""
+"""Several processes that train one model give what one process gives: losses, gradient norms and weights.
+
+Each test has a twin on GPUs, over NCCL: `pytest -m cuda`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import json
 import os
 import shutil
 import socket
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,18 +36,32 @@ Make = Callable[..., RunConfig]
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 
 
+GPUS = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL has a GPU per process, and there are fewer than 2"),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=GPUS)])
+def tiny_config(request: pytest.FixtureRequest, tiny_config: Make) -> Make:
+    """The small run of all tests, on each kind of device."""
+    return lambda *words: tiny_config(*options(train__device=request.param), *words)
+
+
 class Job(NamedTuple):
     """A run of all processes of a world.
 
     Args:
         stop: step at which the first process gets a SIGTERM; 0: none.
         source: folder of a run that is copied and resumed.
+        lags: it is resumed from the checkpoint before the newest, and processes other than the first see no metrics.
     """
 
     config: RunConfig
     out: Path
     stop: int = 0
     source: Path | None = None
+    lags: bool = False
 
 
 def work(rank: int, world: int, port: int, jobs: Sequence[Job]) -> None:
@@ -55,9 +75,13 @@ def work(rank: int, world: int, port: int, jobs: Sequence[Job]) -> None:
     for job in jobs:
         if job.source is not None and rank == 0:
             shutil.copytree(job.source, job.out)
+            if job.lags:
+                shutil.rmtree(max((job.out / "checkpoints").glob("step-*")))
         report = StopAt(job.stop) if job.stop else SilentReport()
+        blind = patch("minillama.training.trainer.read_metrics", return_value=[])
         try:
-            status = train(job.config, str(job.out), resume=job.source is not None, report=report)
+            with blind if job.lags and rank else nullcontext():
+                status = train(job.config, str(job.out), resume=job.source is not None, report=report)
             assert status == (143 if job.stop else 0)
         except BaseException as error:
             error.add_note(f"in the run {job.out.name}")
@@ -72,6 +96,8 @@ def free_port() -> int:
 
 
 def spawn(world: int, jobs: Sequence[Job]) -> None:
+    if jobs[0].config.train.device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip(f"NCCL has a GPU per process, and there are fewer than {world}")
     multiprocessing.spawn(work, (world, free_port(), jobs), nprocs=world)
 
 
@@ -84,7 +110,9 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
-    """Losses, norms and measures of every step, and the final weights."""
+    """Losses, norms and measures of every step, and the final weights; GPUs add in another order."""
+    settings = tomllib.loads((found / "config.toml").read_text())
+    tolerance = max(tolerance, 1e-4) if settings["train"]["device"] == "cuda" else tolerance
     for a, b in zip(metrics(found), metrics(expected), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {*TIMES, "sample"}:
@@ -153,7 +181,9 @@ def test_two_processes_give_what_one_gives(tiny_config: Make, tmp_path: Path) ->
         assert_equal(job.out, tmp_path / "alone")
         assert not [*(job.out / "checkpoints").glob(".*")]
     one, again = weights(tmp_path / "shard"), weights(tmp_path / "again")
-    assert all(torch.equal(one[name], again[name]) for name in one)
+    # to the bit; a GPU's attention adds its gradients in any order
+    exact = shard.train.device == "cpu"
+    assert all(torch.allclose(one[name], again[name], rtol=0, atol=0 if exact else 1e-5) for name in one)
 
 
 @pytest.mark.slow
@@ -164,8 +194,9 @@ def test_replicas(tiny_config: Make, tmp_path: Path) -> None:
     jobs = [Job(whole, tmp_path / "data"), Job(parts, tmp_path / "cut", stop=3)]
     jobs += [Job(whole, tmp_path / "other", source=tmp_path / "cut"), Job(whole, tmp_path / "cut 2", stop=3)]
     jobs.append(Job(parts, tmp_path / "back", source=tmp_path / "cut 2"))
+    jobs.append(Job(whole, tmp_path / "lagging", source=tmp_path / "cut 2", lags=True))  # by a slow file system
     spawn(2, jobs)
-    for name in ("data", "other", "back"):
+    for name in ("data", "other", "back", "lagging"):
         assert_equal(tmp_path / name, tmp_path / "alone")
 
 
@@ -190,21 +221,16 @@ MEMBERS = {
 
 @pytest.mark.slow
 def test_members_of_the_family(tiny_config: Make, tmp_path: Path) -> None:
-    common = options(train__steps=4, validate__every=4, model__vocab_size=301, sample__max_new_tokens=4)
+    """Of sequences that two processes do not divide."""
+    common = options(
+        train__steps=4, validate__every=4, model__vocab_size=301, sample__max_new_tokens=4, train__context=31
+    )
     compare(2, tiny_config, tmp_path, {k: [*v, *common] for k, v in MEMBERS.items()}, ["shard 2", "tensor 2"])
     recurrent = options(
         model__mixer="wkv", model__mlp="channel-mix", model__position="none", model__norm="layer", model__init="rwkv",
         model__embedding_norm="true", model__n_kv_heads=4,
     )  # fmt: skip
     compare(2, tiny_config, tmp_path, {"rwkv": [*recurrent, *common]}, ["data 2", "shard 2"])
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL has a GPU per process")
-def test_two_gpus_give_what_one_gives(tiny_config: Make, tmp_path: Path) -> None:
-    words = options(train__steps=4, validate__every=4, model__vocab_size=301, train__device="cuda")
-    variants = {"whole": words, "accumulated": [*words, *options(train__micro_batch_size=1), *MORE]}
-    compare(2, tiny_config, tmp_path, variants, ["data 2", "shard 2", "tensor 2"], tolerance=1e-4)
 
 
 @pytest.mark.slow

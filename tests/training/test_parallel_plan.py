@@ -100,6 +100,7 @@ SHAPES = {
     "grouped": SHAPE,
     "wide vocabulary": replace(SHAPE, vocab_size=4096, n_layers=2),
     "deep and tied": replace(SHAPE, n_layers=8, dim=96, head_dim=16, hidden_dim=256, tie_embeddings=True),
+    "checkpointed": replace(SHAPE, n_layers=24, hidden_dim=192),
 }
 
 
@@ -113,14 +114,15 @@ def measure(rank: int, port: int, out: Path) -> None:
         for axis in ("data", "shard", "tensor"):
             config = RunConfig(model=shape, parallel=ParallelConfig(**{axis: 2}))
             with processes(config) as parallel:
-                found[f"{name}, {axis}"] = peak(shape, parallel)
+                found[f"{name}, {axis}"] = peak(shape, parallel, name == "checkpointed")
     if rank == 0:
         out.write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 
-def peak(shape: ModelConfig, parallel: Parallel) -> int:
+def peak(shape: ModelConfig, parallel: Parallel, checkpointing: bool) -> int:
     model = Decoder(shape)
+    model.checkpointing = checkpointing
     parallel.divide(model, torch.float32)
     (optimizer,) = make_optimizers(model, replace(RunConfig().optim, muon_lr=0.0))
 
@@ -136,11 +138,14 @@ def peak(shape: ModelConfig, parallel: Parallel) -> int:
     states = [t for state in optimizer.state.values() for t in state.values()]
     tensors = [local(t.detach()) for t in (*model.parameters(), *model.buffers(), *states)]
     kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-    with profile(profile_memory=True) as recorded:
-        step()
-    assert recorded.kineto_results is not None
-    changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    return kept + max(accumulate(changes))
+    peaks = []
+    for _ in range(3):  # a buffer that gloo's threads free is not seen to go, which only adds
+        with profile(profile_memory=True) as recorded:
+            step()
+        assert recorded.kineto_results is not None
+        changes = [event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+        peaks.append(max(accumulate(changes)))
+    return kept + min(peaks)
 
 
 @pytest.mark.slow
@@ -151,7 +156,7 @@ def test_the_peak_per_process_is_what_was_said(tmp_path: Path) -> None:
     said = {}
     for name, shape in SHAPES.items():
         for axis, mesh in {"data": {}, "shard": {"shard": 2}, "tensor": {"tensor": 2}}.items():
-            said[f"{name}, {axis}"] = training_memory(shape, 8, 128, sequence=False, **mesh).total
+            said[f"{name}, {axis}"] = training_memory(shape, 8, 128, checkpointing=name == "checkpointed", **mesh).total
     ratios = {name: round(said[name] / found[name], 3) for name in said}
     assert not {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.10}
 
@@ -205,7 +210,7 @@ def test_64_processes_divide_70b_as_the_plan_says_and_read_no_whole_model(tmp_pa
     assert found["peak"] < 4 * small.num_params() / 64 + 2.5 * block < 4 * small.num_params() / 4
     shape = ModelConfig.load("llama-2-70b")
     for shard, tensor in ((64, 1), (8, 8)):
-        said = training_memory(shape, 1, 4096, shard=shard, tensor=tensor, sequence=False).weights
+        said = training_memory(shape, 1, 4096, shard=shard, tensor=tensor).weights
         assert found[f"{shard} x {tensor}"] == pytest.approx(said, rel=1e-3)
 
 
