@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -153,7 +154,7 @@ def test_items_are_complete_while_others_of_their_prefix_are_still_to_be_read() 
         found[item] = likelihoods
         after.append(len(shapes))
     assert after[0] < len(shapes) / 4 and after[47] < 3 * len(shapes) / 4
-    assert sum(now > before for before, now in zip(after, after[1:], strict=False)) > 8  # a few at a time
+    assert sum(now > before for before, now in pairwise(after)) > 8  # a few at a time
     same(found, [[whole(decoder, pair) for pair in row] for row in asked])
 
 
