@@ -91,16 +91,15 @@ def shared_perplexity(
 
 def share(items: Sequence[Item], rank: int, world: int) -> list[Item]:
     """Items of one process: those that begin alike stay together, and all processes have about as much to read."""
-    order, costs = _in_order(items)
-    total = sum(costs)
-    middles = (end - cost / 2 for end, cost in zip(accumulate(costs), costs, strict=True))
+    order, read = _in_order(items)
+    total = sum(read)
+    middles = (end - size / 2 for end, size in zip(accumulate(read), read, strict=True))
     return [items[i] for i, middle in zip(order, middles, strict=True) if int(middle * world / total) == rank]
 
 
 def costs(items: Sequence[Item]) -> dict[str, int]:
     """Characters to read by id, for the time left; what several items begin with is read once, with the first."""
-    order, found = _in_order(items)
-    return {items[i].id: cost for i, cost in zip(order, found, strict=True)}
+    return {items[i].id: size for i, size in zip(*_in_order(items), strict=True)}
 
 
 def _in_order(items: Sequence[Item]) -> tuple[list[int], list[int]]:

@@ -31,19 +31,23 @@ class Messages:
 
     def send(self, value: Any) -> None:
         """Send a value, from another process than the first."""
-        distributed.distributed_c10d._get_default_store().set(self._next(self.ranks.index), json.dumps(value))
+        self._store.set(self._next(self.ranks.index), json.dumps(value))
+        self.counts[self.ranks.index] += 1
 
     def received(self) -> list[Any]:
         """Values that have come since the last call, at the first process; in order of each sender's."""
         found = []
         for sender in range(1, self.ranks.processes):
-            store: Any = distributed.distributed_c10d._get_default_store()
-            while store.check([key := f"{self.name} {sender} {self.counts[sender]}"]):
-                found.append(json.loads(store.get(key)))
-                store.delete_key(key)
+            while self._store.check([key := self._next(sender)]):
+                found.append(json.loads(self._store.get(key)))
+                self._store.delete_key(key)
                 self.counts[sender] += 1
         return found
 
+    @property
+    def _store(self) -> Any:
+        return distributed.distributed_c10d._get_default_store()
+
     def _next(self, sender: int) -> str:
-        self.counts[sender] += 1
-        return f"{self.name} {sender} {self.counts[sender] - 1}"
+        """Name of the next message of a process."""
+        return f"{self.name} {sender} {self.counts[sender]}"

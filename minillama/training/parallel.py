@@ -173,8 +173,10 @@ class Parallel:
         if self.sizes.tensor > 1:
             from minillama.training.tensor_parallel import divide, replicate
 
-            mesh = self.mesh["tensor"]
-            divide(model, mesh) if isinstance(model, Decoder) else replicate(model, mesh)
+            if isinstance(model, Decoder):
+                divide(model, self.mesh["tensor"])
+            else:
+                replicate(model, self.mesh["tensor"])
         if self.sizes.shard > 1:
             _shard(model, self.mesh["shard"], dtype)
         if next(model.parameters()).device.type != "meta":

@@ -53,9 +53,8 @@ class TaskAccuracy:
                 metric = self.metrics[name]
                 own = items[self.ranks.rank :: self.ranks.world]
                 known = [*outcomes(model, self.tokenizer, name, own)] if own else []
-                own_sums = {"right": sum(one.is_right(metric) for one in known)}
-                own_sums["truncated"] = sum(one.truncated for one in known)
-                sums = self.ranks.sum(own_sums)
+                right, cut = sum(one.is_right(metric) for one in known), sum(one.truncated for one in known)
+                sums = self.ranks.sum({"right": right, "truncated": cut})
                 found[f"{name}_{metric}"] = sums["right"] / len(items)
                 found |= {f"{name}_truncated": sums["truncated"]} if sums["truncated"] else {}
         return found

@@ -150,7 +150,9 @@ def test_two_processes_give_what_one_gives(folder: Path, capsys: pytest.CaptureF
 
 
 @two_processes
-@pytest.mark.parametrize("odd", ["fails", pytest.param("is killed", marks=pytest.mark.slow)])  # known by a minute's silence
+@pytest.mark.parametrize(
+    "odd", ["fails", pytest.param("is killed", marks=pytest.mark.slow)]
+)  # known by a minute's silence
 def test_where_one_process_fails_all_end_with_one_message(folder: Path, odd: str) -> None:
     words = ["eval", "one", "--tasks", "piqa", "--data", "data", "--output", "out"]
     began = time.monotonic()
