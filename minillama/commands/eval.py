@@ -1,6 +1,7 @@
 """Evaluation: multiple-choice sets, perplexity, pairwise judging.
 
-`eval judge A B` compares the answers of two models, see its --help.
+`eval judge A B` compares the answers of two models, see its --help. `torchrun --nproc-per-node N -m minillama eval ...`
+shares the items out over N processes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from minillama.commands.judge import Judge
     from minillama.evaluate.results import ResultFolder
     from minillama.evaluate.task import Item, Style, Task
+    from minillama.training.ranks import Ranks
 else:
     from minillama.evaluate.task import Style
 
@@ -82,6 +85,10 @@ def run(args: Args | Judge) -> int:
     """Evaluate, and print a table."""
     check(args)
     if not isinstance(args, Args):
+        from minillama.training.process_group import started
+
+        if started() > 1:
+            raise InputError("this works in one process", where="eval judge", fix="start it without torchrun")
         return args.run()
     if bool(args.tasks) == (args.perplexity is not None):
         raise InputError("give either --tasks or --perplexity", where="command line")
@@ -90,25 +97,35 @@ def run(args: Args | Judge) -> int:
     if given:
         what, where = f"{mode} has no such option", ", ".join(f"--{name}" for name in given)
         raise InputError(what, where=where, fix="leave it out")
-    return _perplexity(args) if args.perplexity is not None else _tasks(args)
+    from minillama.training.process_group import process_group
+    from minillama.training.ranks import Ranks
+
+    with process_group(args.device):
+        ranks = Ranks.current()
+        return _perplexity(args, ranks) if args.perplexity is not None else _tasks(args, ranks)
 
 
-def _perplexity(args: Args) -> int:
-    from minillama.evaluate.perplexity import Score, perplexity
+def _perplexity(args: Args, ranks: Ranks) -> int:
     from minillama.evaluate.results import ResultFolder
+    from minillama.training.evaluation import shared_perplexity
+    from minillama.training.ranks import check_same_weights
 
     assert args.perplexity is not None
-    texts, args = _texts(args.perplexity.expanduser()), _found(args)
-    folder = ResultFolder(args.output, _identity(args)) if args.output else None
+    texts, args = ranks.leaders(_texts(args.perplexity.expanduser()) if ranks.leads else []), _found(args)
+    folder = ResultFolder(args.output, _identity(args)) if args.output and ranks.leads else None
     model, tokenizer = args.load(args.quantize, scores=True)
+    check_same_weights({"model": model}, ranks)
     most = model.config.max_seq_len
     if args.context > most:
         what, expected = "a window is longer than the model's context", f"at most {most}"
         raise InputError(what, where="--context", found=args.context, expected=expected)
-    whole, words = Score(0.0, 0, 0), sum(len(re.split(r"\s+", text)) for text in texts)
-    with Progress("perplexity", sum(len(tokenizer.encode(text)) for text in texts)) as progress:
-        for text in texts:
-            whole += perplexity(model, tokenizer, text, args.context, progress.advance)
+    total = sum(len(tokenizer.encode(text)) for text in texts)
+    with Progress("perplexity", total) if ranks.leads else nullcontext() as progress:
+        advance = progress.advance if progress else int
+        whole = shared_perplexity(model, tokenizer, texts, args.context, ranks, advance)
+    if not ranks.leads:
+        return 0
+    words = sum(len(re.split(r"\s+", text)) for text in texts)
     counts = {"documents": len(texts), "tokens": whole.tokens, "words": words, "bytes": whole.bytes}
     measures = {
         "nats per token": whole.nats_per_token,
@@ -157,8 +174,26 @@ def _exp(nats: float) -> float | str:
     return math.exp(nats) if nats < 6 * math.log(10) else f"10^{nats / math.log(10):.1f}, words end at spaces"
 
 
-def _tasks(args: Args) -> int:
+def _tasks(args: Args, ranks: Ranks) -> int:
     from minillama.evaluate.results import read_outcomes
+
+    tasks, items = _sets(args) if ranks.leads else ({}, {})  # the others get theirs from there
+    others: Any = None
+    if args.against:
+        given = Path(args.against)
+        known = (given.parent if given.suffix in (".json", ".jsonl", ".md") else given) / "items.jsonl"
+        if ranks.leaders(known.is_file()):
+            others = read_outcomes(known) if ranks.leads else None
+        else:
+            other = replace(args, model=args.against, output=None, adapter=(), tokenizer=None)
+            found = _evaluate(other, items, ranks)
+            others = found.known if found else None
+    folder = _evaluate(args, items, ranks)
+    return _report(args, tasks, items, folder, others) if folder else 0
+
+
+def _sets(args: Args) -> tuple[dict[str, Task], dict[str, list[Item]]]:
+    """The sets that are asked for, and their items."""
     from minillama.evaluate.tasks import named
 
     if args.data is None:
@@ -169,47 +204,45 @@ def _tasks(args: Args) -> int:
         what = f"the files of {', '.join(task.title for task in gone)} are missing"
         expected = "; ".join(f"{task.folders[0]}/: {task.expected}" for task in gone)
         raise InputError(what, where=args.data, expected=expected)
-    items = {name: task.load(args.data, args.style, args.shots, args.limit) for name, task in tasks.items()}
-    others = None
-    if args.against:
-        given = Path(args.against)
-        known = (given.parent if given.suffix in (".json", ".jsonl", ".md") else given) / "items.jsonl"
-        if known.is_file():
-            others = read_outcomes(known)
-        else:
-            others = _evaluate(replace(args, model=args.against, output=None, adapter=(), tokenizer=None), items).known
-    folder = _evaluate(args, items)
-    return _report(args, tasks, items, folder, others)
+    return tasks, {name: task.load(args.data, args.style, args.shots, args.limit) for name, task in tasks.items()}
 
 
-def _evaluate(args: Args, items: dict[str, list[Item]]) -> ResultFolder:
-    """Outcomes of all items; those in the model's folder are taken from there."""
-    from minillama.evaluate.multiple_choice import outcomes
-    from minillama.evaluate.results import ResultFolder
+def _evaluate(args: Args, items: dict[str, list[Item]], ranks: Ranks) -> ResultFolder | None:
+    """Outcomes of all items, at the first process; those in the model's folder are taken from there."""
+    from minillama.training.evaluation import costs, shared_outcomes
+    from minillama.training.ranks import check_same_weights
 
     name, args = args.model, _found(args)
-    identity = _identity(args)
-    digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    folder = ResultFolder(args.output or Path("evals") / f"{Path(name).resolve().name}-{digest}", identity)
-    missing = {name: folder.missing(name, found) for name, found in items.items()}
+    folder = _folder(name, args) if ranks.leads else None
+    missing = {name: folder.missing(name, found) for name, found in items.items()} if folder else {}
     total, left = sum(map(len, items.values())), sum(map(len, missing.values()))
     known = f", {total - left} of them known" if left < total else ""
-    print(f"{name}: {total} items{known}; results in {folder.path}", file=sys.stderr)
-    if not left:
+    if folder:
+        print(f"{name}: {total} items{known}; results in {folder.path}", file=sys.stderr)
+    missing = ranks.leaders(missing)
+    if not any(missing.values()):
         return folder
     model, tokenizer = args.load(args.quantize, scores=True)
-    with Progress("items", sum(map(_weight, (item for found in missing.values() for item in found)))) as progress:
-        for name, found in missing.items():
-            weights = {item.id: _weight(item) for item in found}
-            for outcome in outcomes(model, tokenizer, name, found):
-                folder.add(outcome)
-                progress.advance(weights[outcome.id], name)
+    check_same_weights({"model": model}, ranks)
+    found = shared_outcomes(model, tokenizer, missing, ranks)
+    if folder is None:
+        list(found)  # there are none: they are sent
+        return None
+    weights = {name: costs(found) for name, found in missing.items()}
+    with Progress("items", sum(sum(own.values()) for own in weights.values())) as progress:
+        for outcome in found:
+            folder.add(outcome)
+            progress.advance(weights[outcome.task][outcome.id], outcome.task)
     return folder
 
 
-def _weight(item: Item) -> int:
-    """Characters to read, for the time left."""
-    return len(item.pairs[0][0]) + sum(len(end) for _, end in item.pairs)
+def _folder(name: str, args: Args) -> ResultFolder:
+    """Results of a model that was named so."""
+    from minillama.evaluate.results import ResultFolder
+
+    identity = _identity(args)
+    digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return ResultFolder(args.output or Path("evals") / f"{Path(name).resolve().name}-{digest}", identity)
 
 
 def _found(args: Args) -> Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -68,7 +67,7 @@ def log_likelihoods(model: Decoder, context: Sequence[int], continuations: Seque
 def score(
     model: Decoder, items: Sequence[Sequence[Pair]], blanks: Blanks | None = None, tokens: int = 0
 ) -> Iterator[tuple[int, list[Likelihood]]]:
-    """Log-likelihoods of items of several pairs each, in the order in which they are ready.
+    """Log-likelihoods of items of several pairs each, in the order in which they are ready, a few passes after another.
 
     The sequences are a tree: what all pairs of an item have in common is read once for them, and so is what items
     with a long common prefix share, as a few-shot prompt. Each pass reads nodes of one level and about one length;
@@ -99,9 +98,7 @@ def score(
         trees += made
     results = _Results(items)
     reader = _Reader(model, results, tokens)
-    for group in reader.groups(trees if blanks else _shared(trees)):
-        with evaluating(model):
-            reader.read(group)
+    for _ in reader.read(trees if blanks else _shared(trees)):
         yield from results.ready()
 
 
@@ -213,7 +210,8 @@ class _Results:
     def __init__(self, items: Sequence[Sequence[Pair]]) -> None:
         self.nats = [[0.0] * len(pairs) for pairs in items]
         self.is_greedy = [[True] * len(pairs) for pairs in items]
-        self.missing = Counter({i: sum(len(after) for _, after in pairs) for i, pairs in enumerate(items)})
+        self.missing = [sum(len(after) for _, after in pairs) for pairs in items]
+        self.complete = [item for item, count in enumerate(self.missing) if count == 0]
 
     def add(self, pair: tuple[int, int], nats: float, is_greedy: bool) -> None:
         """Add a token."""
@@ -223,11 +221,13 @@ class _Results:
         self.nats[item][k] += nats
         self.is_greedy[item][k] &= is_greedy
         self.missing[item] -= 1
+        if not self.missing[item]:
+            self.complete.append(item)
 
     def ready(self) -> Iterator[tuple[int, list[Likelihood]]]:
         """Complete items that were not given out before."""
-        for item in [item for item, count in self.missing.items() if count == 0]:
-            del self.missing[item]
+        complete, self.complete = self.complete, []
+        for item in complete:
             yield item, [*map(Likelihood, self.nats[item], self.is_greedy[item])]
 
 
@@ -240,19 +240,27 @@ class _Reader:
         self.model, self.results, self.tokens = model, results, tokens or min(work, 16384 if is_gpu else 512)
         self.at_once = min(work, GROUP * self.tokens)
 
-    def groups(self, nodes: Sequence[_Node], taken: int = 0) -> Iterator[list[_Node]]:
-        """Nodes whose states are in memory at once, behind `taken` tokens."""
-        return _batches(nodes, lambda n, width: self._fits(n, taken + width) and n * width <= self.at_once)
+    def read(self, nodes: Sequence[_Node], above: State | None = None) -> Iterator[None]:
+        """Read nodes behind their parents' tokens, and all nodes below; pauses where sums may have become complete.
+
+        States of as many nodes as `at_once` allows are in memory per level, and what is below them is read before the
+        next ones, so that items are complete long before the last node is read.
+        """
+        taken = max(above.lengths) if above is not None else 0
+        for group in _batches(nodes, lambda n, w: self._fits(n, taken + w) and n * w <= self.at_once):
+            with evaluating(self.model):  # not beyond a pause, where others may use the model
+                state = self._level(group, above, taken)
+            yield
+            yield from self.read([child for node in group for child in node.children], state)
+            del state  # before the next one is made
 
     def _fits(self, rows: int, slots: int) -> bool:
         return rows * slots <= SLOTS * self.tokens
 
-    def read(self, nodes: Sequence[_Node], above: State | None = None) -> None:
-        """Read nodes behind their parents' tokens, and all nodes below."""
-        children, longest = [child for node in nodes for child in node.children], max(len(n.tokens) for n in nodes)
-        taken = max(above.lengths) if above is not None else 0
-        whole = self.model.state(len(nodes), taken + longest) if children else None
-        row = 0
+    def _level(self, nodes: Sequence[_Node], above: State | None, taken: int) -> State | None:
+        """Read nodes without those below them; their states, if there are any below."""
+        longest, row = max(len(node.tokens) for node in nodes), 0
+        whole = self.model.state(len(nodes), taken + longest) if any(node.children for node in nodes) else None
         padding = PADDING[self.model.device.type != "cpu"]
         for batch in _batches(nodes, lambda n, w: self._fits(n, taken + w) and n * w <= self.tokens, padding):
             state = self._pass(batch, above, keep=whole is not None)
@@ -262,8 +270,7 @@ class _Reader:
                 for child in node.children:
                     child.row = row
                 row += 1
-        for group in self.groups(children, taken + longest):
-            self.read(group, whole)
+        return whole
 
     def _pass(self, nodes: Sequence[_Node], above: State | None, keep: bool) -> State | None:
         """Forward pass over nodes; the state that it leaves, if it is wanted or needed."""

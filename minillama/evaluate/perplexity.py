@@ -117,6 +117,8 @@ def perplexity(
     text: str,
     context: Count = 0,
     advance: Callable[[int], object] = lambda tokens: None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Score:
     """Perplexity and bits per byte of a text, in rolling windows, each predicted from left to right.
 
@@ -125,6 +127,9 @@ def perplexity(
         text: of one token or more.
         context: T, tokens per window; the model's context length unless given.
         advance: called with the tokens of each window that has been scored.
+        rank: of this process among those that share the windows; what it gives is its part of the sums, of which the
+            first one's has the bytes.
+        world: number of these.
 
     Raises:
         InputError: an empty text, or a window longer than the model's context.
@@ -133,12 +138,13 @@ def perplexity(
     length = (context or model.config.max_seq_len) - (2 if blanks else 0)
     if not ids or length < 1:
         raise InputError("nothing to be scored", found=f"{len(ids)} tokens in windows of {length}", expected=">= 1")
-    pairs = [[pair] for pair in windows(ids, tokenizer.bos_id, length)]
+    pairs = [[pair] for pair in windows(ids, tokenizer.bos_id, length)][rank::world]
     nats = []
     for i, found in likelihood.score(model, pairs, blanks):
         nats.append(found[0].nats)
         advance(len(pairs[i][0][1]))
-    return Score(-math.fsum(nats), len(ids), len(text.encode()))
+    tokens = sum(len(after) for ((_, after),) in pairs)
+    return Score(-math.fsum(nats), tokens, len(text.encode()) if rank == 0 else 0)
 
 
 def _batches(windows: Iterable[NDArray[np.int64]], size: int) -> Iterator[NDArray[np.int64]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from minillama.inference.engine import Engine
@@ -24,21 +25,30 @@ class DecodingCopy:
     A model with quantized layers decodes itself.
 
     Args:
-        source: the model; on its device and of its type.
+        source: the model; on its device.
+        weights: of the model as it is, whole, by name.
+        dtype: of the copy; the model's unless given.
     """
 
-    def __init__(self, source: Decoder) -> None:
+    def __init__(
+        self,
+        source: Decoder,
+        weights: Callable[[Decoder], Mapping[str, Tensor]] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.source = self.model = source
+        self.weights = weights or plain_weights
         if all(isinstance(layer, nn.Linear) for layer in linears(source).values()):
-            self.model = Decoder(source.config).to(source.device, source.dtype).requires_grad_(False)
-            self.model.load_state_dict(plain_weights(source))
+            dtype = dtype or source.dtype
+            self.model = Decoder(source.config).to(source.device, dtype).requires_grad_(False)
+            refill(self.model, self.weights(source))
             self.model.fuse().eval()
             attach_fast_step(self.model)
 
     def refresh(self) -> Decoder:
         """The model, with the weights that its source has now."""
         if self.model is not self.source:
-            refill(self.model, plain_weights(self.source))
+            refill(self.model, self.weights(self.source))
             if hasattr(self.model.step, "refresh"):
                 self.model.step.refresh()  # type: ignore[union-attr]
         return self.model

@@ -19,6 +19,7 @@ class FeedbackConfig(Kind):
     """
 
     reads: ClassVar[str] = "prompts"
+    has_rollouts: ClassVar[bool] = True
     rewards: tuple[Reward, ...] = (Reward(),)
     """What answers earn, a sum of rules, functions and reward models; NAME or WEIGHT*NAME on the command line."""
     samples: int = field(default=8, metadata={"min": 1})
@@ -151,6 +152,11 @@ class PPOConfig(FeedbackConfig):
     """Factor of its loss, nats per token (InstructGPT's gamma)."""
     average_decay: float = field(default=0.0, metadata={"min": 0, "below": 1})
     """Decay per step of an exponential average of the weights, OUT/average (InstructGPT: 0.992); 0: none."""
+
+    @property
+    def has_critic(self) -> bool:  # type: ignore[override]
+        """Whether the value model has a backbone of its own."""
+        return self.critic == "own"
 
     def __post_init__(self) -> None:
         if self.kl_target and self.kl != "k1":

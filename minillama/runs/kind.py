@@ -32,6 +32,10 @@ class Kind:
     """The `head` of the model that is trained."""
     has_reference: ClassVar[bool] = False
     """Whether the start model, frozen, is needed all along."""
+    has_rollouts: ClassVar[bool] = False
+    """Whether a whole copy of the model decodes beside it."""
+    has_critic: ClassVar[bool] = False
+    """Whether a second model of its shape is trained."""
     texts: ClassVar[int] = 1
     """Sequences of an example."""
     soft_labels: ClassVar[bool] = False

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,22 +23,28 @@ ONE = Sizes()
 
 
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int, sizes: Sizes = ONE) -> TrainingMemory:
-    """Training memory of `minillama plan` for a micro-batch of `rows` sequences, per process."""
-    rows *= config.objective.texts
-    found = training_memory(
+    """Training memory of `minillama plan` for a micro-batch of `rows` sequences, per process.
+
+    With the reference and the copy that decodes rollouts, whole, and a value model that is trained beside.
+    """
+    objective = config.objective
+    one = partial(
+        training_memory,
         config.model,
-        rows,
+        rows * objective.texts,
         config.context,
         activation_bytes=dtype.itemsize,
         checkpointing=config.train.checkpointing,
-        lora=config.lora,
-        quantize=config.train.quantize,
         shard=sizes.shard,
         tensor=sizes.tensor,
     )
-    if config.lora is not None or not config.objective.has_reference:
-        return found
-    return replace(found, weights=found.weights + dtype.itemsize * config.model.num_params())  # under an adapter: none
+    found = one(lora=config.lora, quantize=config.train.quantize)
+    copies = objective.has_rollouts + (objective.has_reference and config.lora is None)  # under an adapter it is none
+    found = replace(found, weights=found.weights + copies * dtype.itemsize * config.model.num_params())
+    if objective.has_critic:
+        critic, parts = one(), ("weights", "gradients", "optimizer", "casts", "activations")
+        found = replace(found, **{part: getattr(found, part) + getattr(critic, part) for part in parts})
+    return found
 
 
 def rows_at_once(config: RunConfig, sizes: Sizes = ONE) -> int:

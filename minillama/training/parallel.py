@@ -19,20 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.rendezvous import rendezvous
 
 from minillama.config.lora import EMBEDDING, HEAD
-from minillama.device import choose_device, choose_dtype, refuse_one_gpu
+from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.diff import flat
-from minillama.runs.feedback import FeedbackConfig
 from minillama.runs.memory import available_memory, peak_memory
 from minillama.runs.parallel import Sizes
+from minillama.training.process_group import process_group
 from minillama.training.ranks import Ranks
 from minillama.training.sharded import is_sharded
-from minillama.training.watch import watched
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -102,7 +100,6 @@ def _checked(config: RunConfig, found: Sizes, processes: int) -> Sizes:
 def _refuse(config: RunConfig, found: Sizes) -> None:
     """Refuse what works on whole models or matrices alone."""
     odd = {
-        "objective.name": (isinstance(config.objective, FeedbackConfig), "rollouts decode with a whole model"),
         "optim.optimizer": (config.optim.optimizer != "adamw", "Adafactor reads whole matrices"),
         "train.quantize": (config.train.quantize != "none", "quantized weights are not divided"),
         "train.compile": (config.train.compile == "true", "blocks are compiled whole"),
@@ -168,18 +165,21 @@ class Parallel:
         """Divide a model in place, of which every process has the whole, or which is on the meta device.
 
         Args:
-            model: a decoder, in float32 or, under adapters, frozen in `dtype`.
+            model: a decoder, in float32 or, under adapters, frozen in `dtype`; or a head on one's hidden states.
             dtype: of the passes.
         """
-        if self.mesh is None or not isinstance(model, Decoder) or any(map(is_sharded, model.parameters())):
+        if self.mesh is None or any(map(is_sharded, model.parameters())):
             return
         if self.sizes.tensor > 1:
-            from minillama.training.tensor_parallel import divide
+            from minillama.training.tensor_parallel import divide, replicate
 
-            divide(model, self.mesh["tensor"])
+            if isinstance(model, Decoder):
+                divide(model, self.mesh["tensor"])
+            else:
+                replicate(model, self.mesh["tensor"])
         if self.sizes.shard > 1:
             _shard(model, self.mesh["shard"], dtype)
-        if model.device.type != "meta":
+        if next(model.parameters()).device.type != "meta":
             self.gather_once(model)
 
     def gather_once(self, model: nn.Module) -> None:
@@ -193,18 +193,19 @@ class Parallel:
                     part.reshard()
 
 
-def _shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def _shard(model: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """FSDP2 of each block and of the rest, with sums in the place of means."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for part in (*model.blocks, model):
+    for part in (*(model.blocks if isinstance(model, Decoder) else ()), model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that multiplies
-    register_fsdp_forward_method(model, "hidden")
+    if isinstance(model, Decoder):
+        register_fsdp_forward_method(model, "hidden")
 
 
 @contextmanager
@@ -212,40 +213,20 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
     """Mesh over the process group, which is made from torchrun's environment if need be; of one process without it.
 
     Raises:
-        InputError: as `sizes`; where a process fails, see `watched`.
+        InputError: as `sizes`; where a process fails, see `process_group`.
     """
-    is_there = distributed.is_available() and distributed.is_initialized()
-    asked = os.environ.get("WORLD_SIZE", "1") if "MASTER_ADDR" in os.environ else "1"  # clusters export the first alone
-    count = distributed.get_world_size() if is_there else int(asked)
-    if count == 1:
-        yield Parallel(sizes(config, 1))
-        return
-    refuse_one_gpu(config.train.device)
-    device = choose_device(config.train.device)
-    is_gpu = device.type == "cuda"
-    if is_gpu:
-        torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.parallel.timeout)
-    if not is_there:
-        store, rank, _ = next(rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives a restart, and what the processes before it wrote there
-        store = distributed.distributed_c10d.PrefixStore(
-            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-        )
-        backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    try:
-        with watched(distributed.get_rank(), count):
-            _check_same_settings(config)
-            free = math.inf
-            if config.parallel.auto:  # all decide by the least
-                free = -Ranks.current().most(-(available_memory(device) or math.inf))
-            made = _parallel(sizes(config, count, free), "cuda" if is_gpu else "cpu", free, timeout)
-            with made.ranks.enter():
-                yield made
-    finally:
-        if not is_there:
-            distributed.destroy_process_group()
+    with process_group(config.train.device, timeout) as count:
+        if count == 1:
+            yield Parallel(sizes(config, 1))
+            return
+        _check_same_settings(config)
+        device, free = choose_device(config.train.device), math.inf
+        if config.parallel.auto:  # all decide by the least
+            free = -Ranks.current().most(-(available_memory(device) or math.inf))
+        made = _parallel(sizes(config, count, free), "cuda" if device.type == "cuda" else "cpu", free, timeout)
+        with made.ranks.enter():
+            yield made
 
 
 def _check_same_settings(config: RunConfig) -> None:

@@ -44,14 +44,20 @@ class TaskAccuracy:
         self.metrics = {name: task.forms["lm-eval"].metric for name, task in tasks.items()}
 
     def __call__(self, model: Decoder) -> dict[str, float]:
-        """Accuracies under their names in metrics.jsonl, such as piqa_acc_norm."""
+        """Accuracies under their names in metrics.jsonl, such as piqa_acc_norm.
+
+        And piqa_truncated, where there are any: items that lost tokens on the left, for the model's context.
+        """
         found = {}
         with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made anew for every length
             for name, items in self.sets.items():
                 metric = self.metrics[name]
                 own = items[self.ranks.rank :: self.ranks.world]
-                right = sum(one.is_right(metric) for one in outcomes(model, self.tokenizer, name, own)) if own else 0
-                found[f"{name}_{metric}"] = self.ranks.sum({"right": right})["right"] / len(items)
+                known = [*outcomes(model, self.tokenizer, name, own)] if own else []
+                right, cut = sum(one.is_right(metric) for one in known), sum(one.truncated for one in known)
+                sums = self.ranks.sum({"right": right, "truncated": cut})
+                found[f"{name}_{metric}"] = sums["right"] / len(items)
+                found |= {f"{name}_truncated": sums["truncated"]} if sums["truncated"] else {}
         return found
 
 

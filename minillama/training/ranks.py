@@ -13,7 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from minillama.training.sharded import local
+from minillama.errors import InputError
+from minillama.training.sharded import bit_sum, local
 
 T = TypeVar("T")
 BUCKET = 2**23  # gradients per reduction
@@ -148,3 +149,18 @@ class Ranks:
         found: list[Any] = [value]
         distributed.broadcast_object_list(found, 0, device=torch.device("cpu"))
         return found[0]
+
+
+def check_same_weights(models: Mapping[str, nn.Module], ranks: Ranks) -> None:
+    """Refuse replicas that begin with other weights, read from files that are not the same on all machines."""
+    if ranks.processes == ranks.parts:
+        return
+    own = {f"{name}, {key}": bit_sum(t) for name, model in models.items() for key, t in model.state_dict().items()}
+    sums = ranks.collect(own)
+    for index, found in enumerate(sums):
+        first = index % ranks.parts  # which has the same part of the model
+        for where in [name for name in found if found[name] != sums[first][name]]:
+            what, fix = "the processes begin with other weights", "give all machines the same files"
+            raise InputError(
+                what, where=where, found=f"those of process {index}", expected=f"of process {first}", fix=fix
+            )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import tomli_w
 import torch
-from torch import nn
 
 from minillama.config import ModelConfig
 from minillama.config.arguments import checked
@@ -38,8 +37,7 @@ from minillama.training.model_folder import ModelFolder
 from minillama.training.objectives import MakeObjective, make, make_staged
 from minillama.training.optim.schedule import learning_rate
 from minillama.training.parallel import Parallel, processes
-from minillama.training.ranks import Ranks
-from minillama.training.sharded import bit_sum
+from minillama.training.ranks import Ranks, check_same_weights
 from minillama.training.trainer import Trainer
 
 FINE_TUNING = {"lr": 2e-3, "muon_lr": 1e-2}  # the highest learning rates of a trained model without a warning
@@ -144,7 +142,7 @@ def _train(
     trainer = Trainer(config, start.dtype, objective, saved, folder, report, checkpoint, parallel, duration)
     if any(line.startswith("validate.tokens") for line in changes):
         trainer.writer.losses.clear()  # losses of other text do not compare
-    _check_same_weights({**trainer.masters, **objective.companions}, ranks)
+    check_same_weights({**trainer.masters, **objective.companions}, ranks)
     state, before = trainer.state, trainer.state.seconds
     begun = provenance(config, state.step, state.fingerprints, start.device)
     begun |= {"processes": parallel.sizes._asdict(), PYTHON_OBJECTIVE: own, "left_out": data.skipped.record()}
@@ -183,21 +181,6 @@ def _check_same_data(fingerprint: str, ranks: Ranks) -> None:
     if ranks.leaders(fingerprint) != fingerprint:
         what, fix = "this process reads other data than the first one", "give all machines the same files"
         raise InputError(what, where="data.sources", found=f"fingerprint {fingerprint[:16]}", fix=fix)
-
-
-def _check_same_weights(models: Mapping[str, nn.Module], ranks: Ranks) -> None:
-    """Refuse replicas that begin with other weights, read from files that are not the same on all machines."""
-    if ranks.processes == ranks.parts:
-        return
-    own = {f"{name}, {key}": bit_sum(t) for name, model in models.items() for key, t in model.state_dict().items()}
-    sums = ranks.collect(own)
-    for index, found in enumerate(sums):
-        first = index % ranks.parts  # which has the same part of the model
-        for where in [name for name in found if found[name] != sums[first][name]]:
-            what, fix = "the processes begin with other weights", "give all machines the same files"
-            raise InputError(
-                what, where=where, found=f"those of process {index}", expected=f"of process {first}", fix=fix
-            )
 
 
 def _why(parallel: Parallel, need: int) -> str:

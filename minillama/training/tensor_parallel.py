@@ -12,6 +12,7 @@ process. The model's code is the same: objects get subclasses.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -147,6 +148,19 @@ class _Stream:
         return F.pad(positions, (0, -positions.shape[-1] % self.size)).chunk(self.size, -1)[self.rank]
 
 
+class _Share(torch.autograd.Function):
+    """Identity; the gradient is divided, for a sum over the group of what each process has whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.size, None
+
+
 class _VocabularyKernel:
     """Softmax and its gradient over a divided vocabulary, as `cross_entropy.softmax_grad`.
 
@@ -243,6 +257,27 @@ def divide(model: Decoder, mesh: DeviceMesh) -> None:
     if model.score is None:
         model.loss_kernel = _VocabularyKernel(start, count, group)
     _become(model, _decoder_members(type(model), rows, stream))
+
+
+def replicate(head: nn.Module, mesh: DeviceMesh) -> None:
+    """Replicate a head on the hidden states of a divided decoder in place: each process computes all of it.
+
+    The decoder sums the gradient of its hidden states, of which each has a part by the vocabulary; of this head's each
+    has the whole, and gives its share.
+    """
+    for module in head.modules():
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        for name in names:
+            parameter = module.get_parameter(name)
+            replica = nn.Parameter(_divided(parameter, mesh, Replicate()), parameter.requires_grad)
+            module.register_parameter(name, replica)
+        if names:
+            _become(module, {name: property(_view(name, None, 1.0)) for name in names})
+    head.register_forward_pre_hook(partial(_shared, mesh.size()))
+
+
+def _shared(size: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(_Share.apply(x, size) for x in inputs)
 
 
 def _axis(name: str, table: Any) -> int | None:

@@ -100,7 +100,8 @@ class Trainer:
         self.state = TrainingState(objective, self.saved, self.optimizers, self.guard)
         for companion in objective.companions.values():
             companion.to(dtype).eval().requires_grad_(False)
-            self.parallel.divide(companion, dtype)  # a policy that is still its reference computes the same bits
+            if isinstance(companion, Decoder) and companion.config == model.config:  # reward models stay whole
+                self.parallel.divide(companion, dtype)  # a policy that is still its reference computes the same bits
         if checkpoint is not None:
             self.state.restore(checkpoint)
             self._rewind(checkpoint.run["record"])
@@ -143,9 +144,10 @@ class Trainer:
 
     def _write_models(self) -> None:
         tensors = gathered(self.saved.tensors(), self.ranks.leads)
+        further = self.objective.folders(self.masters, self.saved)  # gathered by all
         if self.ranks.leads:
             replace_folder(self.folder.model, lambda path: self.saved.write(path, tensors))
-            for name, write in self.objective.folders(self.masters, self.saved).items():
+            for name, write in further.items():
                 replace_folder(self.folder.path / name, write)
 
     def _run(self) -> None:

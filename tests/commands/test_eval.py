@@ -16,7 +16,7 @@ from minillama import Decoder, ModelConfig
 from minillama.commands.cli import main
 from minillama.commands.progress import Progress
 from minillama.config.lora import LoRAConfig
-from minillama.evaluate import multiple_choice
+from minillama.evaluate import likelihood, multiple_choice
 from minillama.model.lora import add_lora, lora_parameters, save_adapter
 from minillama.tokenizer import byte_tokenizer
 from minillama.tokenizer.blanks import BLANK_TOKENS
@@ -111,6 +111,32 @@ def test_it_goes_on_where_it_was(
     assert main([*words[:-1], "whole"]) == 0
     for line in lines(folder / "whole/items.jsonl"):
         assert resumed[line["id"]] == pytest.approx(line["nats"], abs=1e-4)
+
+
+def test_items_that_begin_alike_are_saved_as_they_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of 400 share a beginning; stopped before the last pass, most are known."""
+    records = [{"goal": f"Find {i * 37 % 400:03}.", "sol1": f"look {i}", "sol2": f"{i} it is"} for i in range(400)]
+    (folder / "data/piqa/valid.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "data/piqa/valid-labels.lst").write_text("0\n1\n" * 200)
+    words, one, done = ["eval", "one", "--tasks", "piqa", "--data", "data", "--output"], likelihood._Reader._pass, []
+    stop = [0]
+
+    def counted(*given, **options):
+        done.append(1)
+        if len(done) == stop[0]:
+            raise KeyboardInterrupt
+        return one(*given, **options)
+
+    monkeypatch.setattr(likelihood._Reader, "_pass", counted)
+    assert main([*words, "whole"]) == 0
+    stop[0] = 2 * len(done) - 1
+    assert main([*words, "cut"]) == 130
+    assert 200 < len(lines(folder / "cut/items.jsonl")) < 400
+    assert main([*words, "cut"]) == 0
+    found = {line["id"]: line["nats"] for line in lines(folder / "cut/items.jsonl")}
+    assert len(found) == len(lines(folder / "cut/items.jsonl")) == 400
+    for line in lines(folder / "whole/items.jsonl"):
+        assert found[line["id"]] == pytest.approx(line["nats"], abs=1e-4)
 
 
 def test_paired_difference_with_a_model_or_its_results(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -111,8 +112,8 @@ def test_greedy_continuations_are_known() -> None:
     assert log_likelihoods(decoder, context, []) == []
 
 
-def passes(decoder: Decoder, asked: list[list[Pair]], tokens: int) -> list[tuple[int, int]]:
-    """Shapes of the forward passes."""
+def count_passes(decoder: Decoder) -> list[tuple[int, int]]:
+    """Shapes of the forward passes from now on."""
     shapes: list[tuple[int, int]] = []
     hidden: Callable[..., torch.Tensor] = decoder.hidden
 
@@ -121,6 +122,12 @@ def passes(decoder: Decoder, asked: list[list[Pair]], tokens: int) -> list[tuple
         return hidden(ids, **rest)
 
     decoder.hidden = record  # type: ignore[method-assign]
+    return shapes
+
+
+def passes(decoder: Decoder, asked: list[list[Pair]], tokens: int) -> list[tuple[int, int]]:
+    """Shapes of the forward passes."""
+    shapes = count_passes(decoder)
     list(score(decoder, asked, tokens=tokens))
     return shapes
 
@@ -131,6 +138,24 @@ def test_what_is_shared_is_read_once() -> None:
     asked = [[([*prompt, 20 + i, 30], [7, 8 + k, 9]) for k in range(3)] for i in range(5)]
     decoder = model(replace(CONFIG, max_seq_len=40))
     assert passes(decoder, asked, 1000) == [(1, 14), (5, 3), (15, 1)]  # all answers begin with the same token
+
+
+def test_items_are_complete_while_others_of_their_prefix_are_still_to_be_read() -> None:
+    """All 96 share a prompt, 32 a longer one; the model is free between two of them, and what came so far is right."""
+    prompt, decoder = [*range(14)], model(replace(CONFIG, max_seq_len=40))
+    asked: list[list[Pair]] = []
+    for i in range(96):
+        context = [*prompt, *(range(20, 30) if i % 3 else ()), 30 + i % 7, i % 11, i % 13]
+        asked.append([(context, [40 + k, i % 5, 3]) for k in range(2 + i % 2)])
+    shapes = count_passes(decoder)
+    found, after = {}, []
+    for item, likelihoods in score(decoder, asked, tokens=24):
+        assert not torch.is_inference_mode_enabled()
+        found[item] = likelihoods
+        after.append(len(shapes))
+    assert after[0] < len(shapes) / 4 and after[47] < 3 * len(shapes) / 4
+    assert sum(now > before for before, now in pairwise(after)) > 8  # a few at a time
+    same(found, [[whole(decoder, pair) for pair in row] for row in asked])
 
 
 def test_a_batch_is_as_large_as_its_length_allows() -> None:

@@ -95,6 +95,24 @@ def test_auto_divides_as_little_as_fits(tiny_config: Make) -> None:
     assert sizes(refused, 4, 0) == meshes[0]
 
 
+def test_the_memory_of_rollouts_is_that_of_a_whole_copy_and_a_critic(tiny_config: Make) -> None:
+    """However the trained models are divided."""
+    count = tiny_config().model.num_params()
+
+    def need(mesh: Sizes, *words: str) -> int:
+        return needed_memory(tiny_config(*words), torch.bfloat16, 2, mesh).total
+
+    feedback = options(data__template="plain", objective__max_new_tokens=4)
+    grpo = [*feedback, *options(objective__name="grpo", objective__samples=2)]
+    ppo = [*feedback, *options(objective__name="ppo")]
+    for mesh in (Sizes(1), Sizes(1, 2), Sizes(1, 1, 2), Sizes(1, 4)):
+        assert need(mesh, *grpo) == need(mesh) + 2 * count
+        assert need(mesh, *grpo, "--objective.kl", "k3") == need(mesh) + 4 * count  # and a reference
+        shared = need(mesh, *ppo, "--objective.critic", "shared")
+        assert shared == need(mesh) + 4 * count
+        assert need(mesh, *ppo) > shared + 16 * count / mesh.parts
+
+
 SHAPE = ModelConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=1024, max_seq_len=128)
 SHAPES = {
     "grouped": SHAPE,

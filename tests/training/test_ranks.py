@@ -23,8 +23,7 @@ from minillama.training.objectives.base import Batch
 from minillama.training.objectives.compared import Compared
 from minillama.training.pace import Pace
 from minillama.training.parallel import _check_same_settings
-from minillama.training.ranks import Ranks
-from minillama.training.run import _check_same_weights
+from minillama.training.ranks import Ranks, check_same_weights
 
 from .test_preferences import moved, objective
 
@@ -113,9 +112,9 @@ def work(rank: int, folder: str) -> None:
     nn.init.constant_(model.weight, 1.0)
     nn.init.constant_(model.bias, rank)
     with pytest.raises(InputError, match=r"other weights\n  where: model, bias\n  found: those of process 1"):
-        _check_same_weights({"model": model}, ranks)
+        check_same_weights({"model": model}, ranks)
     nn.init.constant_(model.bias, 0.0)
-    _check_same_weights({"model": model}, ranks)
+    check_same_weights({"model": model}, ranks)
     torch.save(step(ranks), f"{folder}/{rank}.pt")
     line = r"the others wait for process 1 of 2 on \S+: 3 s per step, where the median is 1 s"
     assert re.fullmatch(line, pace(ranks))

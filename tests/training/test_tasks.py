@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from minillama.commands.cli import main
+from minillama.config import ModelConfig
 from minillama.data.sources import Source
 from minillama.errors import InputError
+from minillama.model import Decoder
 from minillama.runs.config import RunConfig
+from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer import byte_tokenizer
 from minillama.training.probes import TaskAccuracy
 from minillama.training.ranks import Ranks
@@ -43,6 +46,15 @@ def test_accuracies_are_recorded_and_shown(
     capsys.readouterr()
     assert main(["show", str(out)]) == 0 and "a: piqa_acc_norm" in capsys.readouterr().out
     assert main(["compare", str(out), str(out)]) == 0 and "piqa_acc_norm at step" in capsys.readouterr().out
+
+
+def test_items_that_lose_tokens_are_counted(sets: Path) -> None:
+    """Of five prompts of some 30 bytes; where all fit there is no such number."""
+    config = ValidateConfig(tasks=("piqa",), data=str(sets), items=5)
+    accuracy = TaskAccuracy(config, tokenizer := byte_tokenizer(), Ranks())
+    shape = ModelConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=24, vocab_size=tokenizer.vocab_size, max_seq_len=99)
+    assert accuracy(Decoder(shape)).keys() == {"piqa_acc_norm"}
+    assert accuracy(Decoder(replace(shape, max_seq_len=24)))["piqa_truncated"] == 5
 
 
 def test_a_run_says_that_its_data_is_decontaminated(

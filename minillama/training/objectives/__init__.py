@@ -10,6 +10,7 @@ from minillama.data.instructions import Instructions
 from minillama.data.preference_set import Preferences
 from minillama.data.prompts import Prompts
 from minillama.data.records import Records
+from minillama.device import choose_dtype
 from minillama.evaluate.cloze import Cloze
 from minillama.evaluate.rewards import Rewards
 from minillama.model import Decoder
@@ -48,9 +49,10 @@ def make(config: RunConfig, model: Decoder, tokenizer: Tokenizer, data: Data) ->
         assert isinstance(data, Prompts)
         rewards = Rewards(settings.rewards, tokenizer, data.end_id, model.device)
         start, micro = (model, data, config.seed, rows), config.micro_batch_size
+        dtype = choose_dtype(config.train.dtype, model.device)
         if isinstance(settings, PPOConfig):
-            return PPO(*start, settings, rewards, micro, data.text, context)
-        return GRPO(*start, settings, rewards, micro)
+            return PPO(*start, settings, rewards, micro, dtype, data.text, context)
+        return GRPO(*start, settings, rewards, micro, dtype)
     if isinstance(data, Preferences):
         if isinstance(settings, RewardConfig):
             return RewardModel(model, data, config.seed, rows, settings.center)

@@ -168,7 +168,7 @@ class Objective(Protocol):
         return []
 
     def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
-        """Further model folders at the end of a run: names, and what writes each into a path.
+        """Further model folders at the end of a run: names, and what writes each into a path, in the first process.
 
         Args:
             masters: the float32 models.

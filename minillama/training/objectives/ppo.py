@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from minillama.data.corpus import Corpus
 from minillama.errors import InputError
 from minillama.evaluate.rewards import check_context, check_tokenizer
-from minillama.inference.rollout import plain_weights
 from minillama.layers.cross_entropy import linear_log_probabilities
 from minillama.model import Decoder
 from minillama.model.heads import open_scores, scores, with_score
-from minillama.model.linears import linears
+from minillama.model.linears import linears, refill
 from minillama.model.lora import adapter_names, lora_parameters
 from minillama.runs.feedback import PPOConfig
 from minillama.training.model_folder import ModelFolder
@@ -24,6 +23,9 @@ from minillama.training.objectives.advantages import adapted_beta, averaging, ga
 from minillama.training.objectives.base import MODEL, Batch, Metrics
 from minillama.training.objectives.grpo import policy_terms, policy_totals
 from minillama.training.objectives.rollouts import Feedback, trimmed
+from minillama.training.ranks import Ranks
+from minillama.training.sharded import fill, gathered, is_sharded
+from minillama.training.whole_weights import whole_weights
 
 VALUE = "value"
 FLAT = 1e-8  # variance of returns in which there is nothing to explain
@@ -115,7 +117,12 @@ class PPO(Feedback):
             assert isinstance(model, Decoder)
             weights = dict(self._averaged(model))
         for name, average in self.average.items():
-            average.lerp_(weights[name].detach().float(), 1 - self.settings.average_decay)
+            weight = weights[name].detach().float()
+            if is_sharded(weight) and not is_sharded(average):  # from before the model was divided
+                average, before = torch.empty_like(weight), average
+                fill(average, before)
+                self.average[name] = average
+            average.lerp_(weight, 1 - self.settings.average_decay)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """The minibatch, and a row of text per answer."""
@@ -148,15 +155,23 @@ class PPO(Feedback):
 
     def folders(self, masters: Mapping[str, nn.Module], saved: ModelFolder) -> Mapping[str, Callable[[Path], object]]:
         """The value model, with `score.weight`, and the average of the weights."""
-        critic, found = masters[VALUE], dict[str, Callable[[Path], object]]()
+        critic, leads, found = masters[VALUE], Ranks.current().leads, dict[str, Callable[[Path], object]]()
         if isinstance(critic, Decoder):
+            shape, values = critic, gathered(critic.state_dict(), leads)
 
             def write(path: Path) -> None:
-                critic.save_pretrained(path)
+                with torch.device("meta"):
+                    made = Decoder(shape.config)
+                made.load_state_dict(values, assign=True)
+                made.stop_ids, made.sampling = shape.stop_ids, shape.sampling
+                made.save_pretrained(path)
                 saved.tokenizer.save(path)
 
             found["value"] = write
-        return found | ({"average": lambda path: saved.write(path, self.average)} if self.average else {})
+        if self.average:
+            average = gathered(self.average, leads)
+            found["average"] = lambda path: saved.write(path, average)
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         average = {f"average/{name}": weight for name, weight in self.average.items()}
@@ -179,6 +194,6 @@ def _plain(policy: Decoder) -> Decoder:
         what, fix = "a value model of its own cannot start from quantized weights", "--objective.critic shared"
         raise InputError(what, where="objective.critic", found="own", expected="shared, or critic_from", fix=fix)
     made = Decoder(policy.config).to(policy.device, policy.dtype)
-    made.load_state_dict(plain_weights(policy))
+    refill(made, whole_weights(policy))
     made.stop_ids, made.sampling = policy.stop_ids, policy.sampling
     return made

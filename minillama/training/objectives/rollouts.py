@@ -32,6 +32,7 @@ from minillama.training.objectives.answers import answer_log_probabilities
 from minillama.training.objectives.base import Batch, DataObjective, Metrics, rows_of
 from minillama.training.objectives.reference import Reference
 from minillama.training.ranks import Ranks
+from minillama.training.whole_weights import whole_weights
 
 MULTIPLE = 8  # longer rows are padded to a multiple of it, so that compiled code meets few shapes
 LOST = 0.5  # share of the first rollout's distinct bigrams below which there is a warning
@@ -50,11 +51,13 @@ class Feedback(DataObjective[Prompts]):
         settings: of `[objective]`.
         rewards: of an answer.
         micro_batch_size: answers per pass.
+        dtype: of the passes; the model's unless given.
     """
 
     settings: FeedbackConfig
     rewards: Rewards
     micro_batch_size: int
+    dtype: torch.dtype | None = None
     writes_text = False
 
     def __post_init__(self, decoder: Decoder) -> None:
@@ -128,16 +131,15 @@ class Feedback(DataObjective[Prompts]):
     def _answers(
         self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, keys: Sequence[int]
     ) -> list[Request]:
-        """Answers to all prompts, of which each process writes those to its own."""
-        self._copy, ranks = self._copy or DecodingCopy(self.model), Ranks.current()
-        assert ranks.world == ranks.processes  # each has a whole model
-        own = slice(ranks.rank, None, ranks.world)
+        """Answers to all prompts, of which each process writes those to its own, with a whole model."""
+        self._copy = self._copy or DecodingCopy(self.model, whole_weights, self.dtype)
+        ranks = Ranks.current()
+        own = slice(ranks.index, None, ranks.processes)
         model, ids = self._copy.refresh(), [prompt.ids for prompt in prompts[own]]
         made = answers(model, ids, samples, self.settings.max_new_tokens, sampling, self.stop_ids, keys[own])
         found = ranks.collect(made)
-        return [
-            found[i % ranks.world][i // ranks.world * samples + j] for i in range(len(prompts)) for j in range(samples)
-        ]
+        places = (divmod(i, ranks.processes) for i in range(len(prompts)))
+        return [found[index][row * samples + j] for row, index in places for j in range(samples)]
 
     def _rows(self, prompts: Sequence[Prompt], requests: Sequence[Request]) -> dict[str, Tensor]:
         """Rows of ids, targets one place on, and the mask of targets that are of the answer."""
