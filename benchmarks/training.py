@@ -83,7 +83,7 @@ def ours(shape: Shape, setting: str) -> tuple[Callable[[torch.Tensor], None], st
     working = choose_precision(model, dtype)
     optimizers = make_optimizers(model, OptimConfig(lr=1e-3))
     if setting != "eager":
-        use_native_kernels(working.model, lambda text: None)
+        use_native_kernels([working.model], working.model, lambda text: None)
     if setting == "compile":
         working.model.compile_blocks()
     working.model.train()

@@ -149,7 +149,7 @@ def test_a_model_has_the_same_loss_and_gradients(compiled: bool) -> None:
     config = ModelConfig(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=128, vocab_size=64, max_seq_len=80)
     plain = Decoder(config)
     native = copy.deepcopy(plain)
-    use_native_kernels(native, lambda said: None)  # as a run in float32 does
+    use_native_kernels([native], native, lambda said: None)  # as a run in float32 does
     assert native.blocks[0].self_attn.kernel is native_attend_float
     if compiled:
         native.compile_blocks()

@@ -43,7 +43,7 @@ def curve(plain_loss: bool = False, dtype: torch.dtype = torch.float32, native: 
     model.init_weights(generator)
     working = choose_precision(model, dtype)
     if native:
-        use_native_kernels(working.model, lambda said: None)
+        use_native_kernels([working.model], working.model, lambda said: None)
         assert all(
             part.kernel in (native_attend, native_swiglu) for part in working.model.modules() if hasattr(part, "kernel")
         )
