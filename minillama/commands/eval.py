@@ -100,7 +100,7 @@ def run(args: Args | Judge) -> int:
     from minillama.training.process_group import process_group
     from minillama.training.ranks import Ranks
 
-    with process_group(args.device):
+    with process_group(args.device, where="--device"):
         ranks = Ranks.current()
         return _perplexity(args, ranks) if args.perplexity is not None else _tasks(args, ranks)
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from minillama.errors import InputError, optional_import
-from minillama.evaluate.likelihood import lost, score
-from minillama.evaluate.multiple_choice import encode_pairs
+from minillama.evaluate.multiple_choice import encode_pairs, is_truncated, rolling_likelihoods
 from minillama.evaluate.perplexity import perplexity
 from minillama.inference.engine import Engine
 from minillama.inference.generate import blanks_of, generate
@@ -95,11 +94,11 @@ class HarnessModel(LM):  # type: ignore[misc]
         items: dict[tuple[int, ...], list[int]] = {}
         pairs = encode_pairs(self._tokenizer, [request.args for request in requests], self.is_chat)
         most = self.model.config.max_seq_len
-        _say(sum(lost(pair, most, self.blanks) > 0 for pair in pairs), len(pairs), "contexts were cut on the left")
+        _say(sum(is_truncated(pair, most, self.blanks) for pair in pairs), len(pairs), "contexts were cut on the left")
         for i, (context, _) in enumerate(pairs):
             items.setdefault(tuple(context), []).append(i)
         rows, results = [*items.values()], [(0.0, False)] * len(pairs)
-        for item, found in score(self.model, [[pairs[i] for i in row] for row in rows], self.blanks):
+        for item, found in rolling_likelihoods(self.model, [[pairs[i] for i in row] for row in rows], self.blanks):
             for i, likelihood in zip(rows[item], found, strict=True):
                 results[i] = likelihood.nats, likelihood.is_greedy
                 self.cache_hook.add_partial("loglikelihood", requests[i].args, results[i])

@@ -6,14 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain, pairwise
 from typing import Any
 
 from minillama.errors import InputError
-from minillama.evaluate.likelihood import lost, score
+from minillama.evaluate.likelihood import Likelihood, lost, score
 from minillama.evaluate.task import Item
 from minillama.inference.generate import blanks_of
 from minillama.model import Decoder
 from minillama.tokenizer import Tokenizer
+from minillama.tokenizer.blanks import Blanks
 
 Encoded = tuple[list[int], list[int]]
 
@@ -121,11 +123,11 @@ def outcomes(model: Decoder, tokenizer: Tokenizer, task: str, items: Sequence[It
     """
     blanks = blanks_of(model, tokenizer)
     priors = list(dict.fromkeys(pair for item in items for pair in item.prior))
-    known = dict(score(model, [[pair] for pair in encode_pairs(tokenizer, priors)], blanks))
+    known = dict(rolling_likelihoods(model, [[pair] for pair in encode_pairs(tokenizer, priors)], blanks))
     prior = {pair: known[i][0].nats for i, pair in enumerate(priors)}
     encoded = iter(encode_pairs(tokenizer, [pair for item in items for pair in item.pairs]))
     pairs = [[next(encoded) for _ in item.pairs] for item in items]
-    for i, found in score(model, pairs, blanks):
+    for i, found in rolling_likelihoods(model, pairs, blanks):
         item = items[i]
         yield Outcome(
             task,
@@ -137,5 +139,38 @@ def outcomes(model: Decoder, tokenizer: Tokenizer, task: str, items: Sequence[It
             [len(choice) for choice in item.choices],
             [len(choice.encode()) for choice in item.choices],
             [prior[pair] for pair in item.prior],
-            any(lost(pair, model.config.max_seq_len, blanks) for pair in pairs[i]),
+            any(is_truncated(pair, model.config.max_seq_len, blanks) for pair in pairs[i]),
         )
+
+
+def rolling_likelihoods(
+    model: Decoder, items: Sequence[Sequence[Encoded]], blanks: Blanks | None
+) -> Iterator[tuple[int, list[Likelihood]]]:
+    """Log-likelihoods of items as by `score`, of continuations of any length, in rolling windows.
+
+    Yields:
+        Index of an item, and the likelihoods of its pairs.
+    """
+    room = _room(model.config.max_seq_len, blanks)
+    windows = [[_windows(pair, room) for pair in pairs] for pairs in items]
+    for i, found in score(model, [[*chain.from_iterable(own)] for own in windows], blanks):
+        rest = iter(found)
+        parts = [[next(rest) for _ in own] for own in windows[i]]
+        yield i, [Likelihood(sum(x.nats for x in own), all(x.is_greedy for x in own)) for own in parts]
+
+
+def is_truncated(pair: Encoded, context: int, blanks: Blanks | None) -> bool:
+    """Whether a pair is too long for the model's context."""
+    return len(pair[1]) > _room(context, blanks) or lost(pair, context, blanks) > 0
+
+
+def _room(context: int, blanks: Blanks | None) -> int:
+    """Longest continuation; an infilling model has a mask and the start of its span before it."""
+    return context - (2 if blanks else 0)
+
+
+def _windows(pair: Encoded, room: int) -> list[Encoded]:
+    """A pair; where the continuation is longer than `room`, parts of half of it behind what fits before each."""
+    before, after = pair
+    starts = [0, *range(room, len(after), max(1, room // 2)), len(after)]
+    return [([*before, *after[:start]], after[start:end]) for start, end in pairwise(starts)]

@@ -146,18 +146,59 @@ struct Own {
     }
 };
 
+// Where blocks of tokens of one sequence begin, whose queries are taken together; none if each is taken by itself.
+std::vector<int> query_blocks(const Token* tokens, int rows, int window, int group) {
+    std::vector<int> begins;
+    if (window > 0 || rows < TOGETHER) return begins;
+    for (int b = 0; b <= rows; b++)
+        if (b == 0 || b == rows || tokens[b].sequence != tokens[b - 1].sequence || (b - begins.back() + 1) * group > QUERIES)
+            begins.push_back(b);
+    return begins;
+}
+
+// Attention of all rows, by all threads; `scores` are this thread's.
+template <class T>
+void attend_all(const Model& m, const Layer& layer, int rows, const Token* tokens, const std::vector<int>& blocks,
+                const T* keys, const T* values, int slots, int window, int sinks, const Shared& shared, float* scores) {
+    const int E = m.head_dim, Q = m.heads * E, group = m.heads / m.kv_heads;
+    auto query = [&](int b, int h) {
+        float* q = shared.qkv + size_t(b) * (Q + 2 * m.kv_heads * E) + h * E;
+        const float* cosine = shared.rotations + size_t(b) * E;
+        if (layer.q_norm) rms_norm(q, layer.q_norm, E, m.eps, q);
+        if (layer.rotates) rotate(q, E, cosine, cosine + E / 2);
+        return q;
+    };
+    if (blocks.empty()) {
+#pragma omp for
+        for (int n = 0; n < rows * m.heads; n++) {
+            int b = n / m.heads, h = n % m.heads;
+            size_t at = (tokens[b].sequence * m.kv_heads + h / group) * slots * E;
+            VisibleSlots visible(int(tokens[b].slot) + 1, window, sinks);
+            attend(query(b, h), keys + at, values + at, visible, E, scores, shared.heads + size_t(b) * Q + h * E);
+        }
+        return;
+    }
+#pragma omp for schedule(dynamic)  // later tokens see more slots
+    for (int n = 0; n < int(blocks.size() - 1) * m.kv_heads; n++) {
+        int begin = blocks[n / m.kv_heads], end = blocks[n / m.kv_heads + 1], k = n % m.kv_heads;
+        size_t at = (tokens[begin].sequence * m.kv_heads + k) * slots * E;
+        for (int first = 0; first < group; first += QUERIES) {
+            Query queries[QUERIES];
+            int taken = 0;
+            for (int b = begin; b < end; b++)
+                for (int h = k * group + first; h < (k + 1) * group && h < k * group + first + QUERIES; h++)
+                    queries[taken++] = {query(b, h), shared.heads + size_t(b) * Q + h * E, int(tokens[b].slot) + 1};
+            attend_block(queries, taken, keys + at, values + at, E, scores);
+        }
+    }
+}
+
 template <class T>
 void step(const Model& m, int rows, const Token* tokens, const Cache* caches, int slots, int window, int sinks,
           float* logits) {
     const int D = m.dim, E = m.head_dim, Q = m.heads * E, KV = m.kv_heads * E, all = Q + 2 * KV, F = m.hidden;
-    const int group = m.heads / m.kv_heads;
     int count = rows;  // of inputs
-    std::vector<int> blocks;  // where blocks of tokens of one sequence begin, whose queries are taken at once
-    if (window <= 0 && rows >= TOGETHER)
-        for (int b = 0; b <= rows; b++)
-            if (b == 0 || b == rows || tokens[b].sequence != tokens[b - 1].sequence ||
-                (b - blocks.back() + 1) * group > QUERIES)
-                blocks.push_back(b);
+    const std::vector<int> blocks = query_blocks(tokens, rows, window, m.heads / m.kv_heads);
 #pragma omp parallel num_threads(m.threads)
     {
         Arena arena = {m.memory};
@@ -236,36 +277,7 @@ void step(const Model& m, int rows, const Token* tokens, const Cache* caches, in
                 store_kv(keys + at, key, E);
                 store_kv(values + at, key + KV, E);
             }
-            auto query = [&](int b, int h) {
-                float* q = shared.qkv + size_t(b) * all + h * E;
-                const float* cosine = shared.rotations + size_t(b) * E;
-                if (layer.q_norm) rms_norm(q, layer.q_norm, E, m.eps, q);
-                if (layer.rotates) rotate(q, E, cosine, cosine + E / 2);
-                return q;
-            };
-            if (blocks.empty()) {
-#pragma omp for
-                for (int n = 0; n < rows * m.heads; n++) {
-                    int b = n / m.heads, h = n % m.heads;
-                    size_t at = (tokens[b].sequence * m.kv_heads + h / group) * slots * E;
-                    VisibleSlots visible(int(tokens[b].slot) + 1, window, sinks);
-                    attend(query(b, h), keys + at, values + at, visible, E, own.scores, shared.heads + size_t(b) * Q + h * E);
-                }
-            } else {
-#pragma omp for schedule(dynamic)  // later tokens see more slots
-                for (int n = 0; n < int(blocks.size() - 1) * m.kv_heads; n++) {
-                    int begin = blocks[n / m.kv_heads], end = blocks[n / m.kv_heads + 1], k = n % m.kv_heads;
-                    size_t at = (tokens[begin].sequence * m.kv_heads + k) * slots * E;
-                    for (int first = 0; first < group; first += QUERIES) {
-                        Query queries[QUERIES];
-                        int taken = 0;
-                        for (int b = begin; b < end; b++)
-                            for (int h = k * group + first; h < (k + 1) * group && h < k * group + first + QUERIES; h++)
-                                queries[taken++] = {query(b, h), shared.heads + size_t(b) * Q + h * E, int(tokens[b].slot) + 1};
-                        attend_together(queries, taken, keys + at, values + at, E, own.scores);
-                    }
-                }
-            }
+            attend_all(m, layer, rows, tokens, blocks, keys, values, slots, window, sinks, shared, own.scores);
             add_product(layer.output, shared.heads);
 #pragma omp barrier
             Inputs in = prepare(layer.gate_up, shared.x, layer.mlp_norm);

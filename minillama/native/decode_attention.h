@@ -128,8 +128,8 @@ void add_values(const Query* queries, const T* values, int width, int count, con
     for (; i < width; i += WIDTH) add_values<N, 1>(queries, values, width, count, weights, i);
 }
 
-// Weights e^(score - peak) of a query in place, zero where it does not see; what it has so far is rescaled.
-inline void weigh(Query& query, int start, int count, int width, float* scores) {
+// Online softmax: weights e^(score - peak) of a query in place, 0 where it does not see; its sums so far are rescaled.
+inline void update_softmax(Query& query, int start, int count, int width, float* scores) {
     int seen = std::clamp(query.count - start, 0, count);
     if (seen > 0) {
         float peak = query.peak;
@@ -150,9 +150,9 @@ inline void weigh(Query& query, int start, int count, int width, float* scores) 
     std::fill(scores + seen, scores + count, 0.0f);
 }
 
-// Attention of up to QUERIES queries, by the online softmax (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
+// Attention of a block of up to QUERIES queries, by the online softmax (FlashAttention, Dao et al. 2022, arXiv 2205.14135).
 template <class T>
-void attend_together(Query* queries, int rows, const T* keys, const T* values, int width, float* scores) {
+void attend_block(Query* queries, int rows, const T* keys, const T* values, int width, float* scores) {
     auto each = [&](auto work) LAMBDA {  // tiles of queries
         int r = 0;
         for (; r + QUERY_TILE <= rows; r += QUERY_TILE) work(std::integral_constant<int, QUERY_TILE>(), r);
@@ -168,7 +168,7 @@ void attend_together(Query* queries, int rows, const T* keys, const T* values, i
         const int count = std::min(CHUNK, longest - start);
         const size_t from = size_t(start) * width;
         each([&](auto n, int r) LAMBDA { score<n>(queries + r, keys + from, width, count, scale, scores + r * HELD); });
-        for (int r = 0; r < rows; r++) weigh(queries[r], start, count, width, scores + r * HELD);
+        for (int r = 0; r < rows; r++) update_softmax(queries[r], start, count, width, scores + r * HELD);
         each([&](auto n, int r) LAMBDA { add_values<n>(queries + r, values + from, width, count, scores + r * HELD); });
     }
     for (int r = 0; r < rows; r++)

@@ -30,12 +30,16 @@ class SplitLinear(nn.Module):
         InputError: from `forward`, where a gradient is asked for.
     """
 
+    bias: Tensor | None
+    packed: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().contiguous()
         self.out_features, self.in_features = weight.shape
-        self.bias = None if linear.bias is None else linear.bias.detach().contiguous()
-        self.packed = torch.empty(PARTS * weight.numel(), dtype=torch.bfloat16)
+        # buffers, by which processes see that they have the same weights
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().contiguous())
+        self.register_buffer("packed", torch.empty(PARTS * weight.numel(), dtype=torch.bfloat16))
         sizes = self.out_features, self.in_features, torch.get_num_threads()
         KERNEL.library().minillama_linear_pack(*map(c_int32, sizes), *_pointers(weight, self.packed))
 

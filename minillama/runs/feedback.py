@@ -158,6 +158,11 @@ class PPOConfig(FeedbackConfig):
         """Whether the value model has a backbone of its own."""
         return self.critic == "own"
 
+    @property
+    def has_average(self) -> bool:  # type: ignore[override]
+        """Whether an average of the weights is kept."""
+        return self.average_decay > 0
+
     def __post_init__(self) -> None:
         if self.kl_target and self.kl != "k1":
             what = "an adaptive coefficient is one of the KL in the reward"

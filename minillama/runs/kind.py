@@ -36,6 +36,8 @@ class Kind:
     """Whether a whole copy of the model decodes beside it."""
     has_critic: ClassVar[bool] = False
     """Whether a second model of its shape is trained."""
+    has_average: ClassVar[bool] = False
+    """Whether an average of the trained weights is kept."""
     texts: ClassVar[int] = 1
     """Sequences of an example."""
     soft_labels: ClassVar[bool] = False

@@ -25,7 +25,7 @@ ONE = Sizes()
 def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int, sizes: Sizes = ONE) -> TrainingMemory:
     """Training memory of `minillama plan` for a micro-batch of `rows` sequences, per process.
 
-    With the reference and the copy that decodes rollouts, whole, and a value model that is trained beside.
+    With the reference, the copy that decodes rollouts, whole, and a value model that is trained beside.
     """
     objective = config.objective
     one = partial(
@@ -39,8 +39,10 @@ def needed_memory(config: RunConfig, dtype: torch.dtype, rows: int, sizes: Sizes
         tensor=sizes.tensor,
     )
     found = one(lora=config.lora, quantize=config.train.quantize)
-    copies = objective.has_rollouts + (objective.has_reference and config.lora is None)  # under an adapter it is none
-    found = replace(found, weights=found.weights + copies * dtype.itemsize * config.model.num_params())
+    model = dtype.itemsize * config.model.num_params()
+    reference = model // sizes.parts if objective.has_reference and config.lora is None else 0  # adapters are left out
+    copy = model if objective.has_rollouts and config.train.quantize == "none" else 0  # quantized, it decodes itself
+    found = replace(found, weights=found.weights + reference + copy)
     if objective.has_critic:
         critic, parts = one(), ("weights", "gradients", "optimizer", "casts", "activations")
         found = replace(found, **{part: getattr(found, part) + getattr(critic, part) for part in parts})
@@ -66,7 +68,16 @@ def checkpoint_copy(config: RunConfig, device: torch.device, sizes: Sizes = ONE)
 def peak_memory(config: RunConfig, dtype: torch.dtype, device: torch.device, sizes: Sizes = ONE) -> int:
     """Bytes that a run needs of the device's memory per process, a checkpoint's copy among them."""
     found = needed_memory(config, dtype, rows_at_once(config, sizes), sizes).total
-    return found + checkpoint_copy(config, device, sizes)
+    return max(_start_bytes(config, sizes), found + checkpoint_copy(config, device, sizes))
+
+
+def _start_bytes(config: RunConfig, sizes: Sizes) -> int:
+    """Bytes of the float32 models that every process builds whole before it keeps its part."""
+    objective, frozen = config.objective, config.lora is None
+    if sizes.parts == 1 or not (objective.has_reference or objective.has_critic or config.lora):
+        return 0
+    models = 1 + (objective.has_reference and frozen) + objective.has_critic
+    return 4 * config.model.num_params() * models + (_trained_bytes(config) if objective.has_average else 0)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -125,12 +136,18 @@ def _trained_bytes(config: RunConfig) -> int:
 
 
 def _state_bytes(config: RunConfig) -> int:
-    """Bytes of a checkpoint: the weights and the optimizer's moments in float32, two per weight, with Muon one."""
+    """Bytes of a checkpoint: the weights and the optimizer's moments in float32, two per weight, with Muon one.
+
+    Of a value model of its own too; and an average of the weights.
+    """
+    objective = config.objective
+    more = 12 * config.model.num_params() if objective.has_critic else 0
+    more += _trained_bytes(config) if objective.has_average else 0
     if config.lora is not None:  # the adapter alone
-        return 12 * config.lora.num_params(config.model)
+        return 12 * config.lora.num_params(config.model) + more
     shapes = config.model.tensors()
     muon = sum(math.prod(s) for n, s in shapes.items() if len(s) > 1 and ".layers." in n) if config.optim.muon_lr else 0
-    return 4 * (3 * config.model.num_params() - muon)
+    return 4 * (3 * config.model.num_params() - muon) + more
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from minillama.layers.mask import KernelMask
 from minillama.model import Decoder
 from minillama.runs.validation import ValidateConfig
 from minillama.tokenizer import Tokenizer
+from minillama.training.evaluation import share
 from minillama.training.objectives import MODEL, Batch, Objective
 from minillama.training.ranks import Ranks
 from minillama.training.sharded import whole
@@ -52,7 +53,7 @@ class TaskAccuracy:
         with torch.compiler.set_stance("force_eager"):  # compiled blocks would be made anew for every length
             for name, items in self.sets.items():
                 metric = self.metrics[name]
-                own = items[self.ranks.rank :: self.ranks.world]
+                own = share(items, self.ranks.rank, self.ranks.world)
                 known = [*outcomes(model, self.tokenizer, name, own)] if own else []
                 right, cut = sum(one.is_right(metric) for one in known), sum(one.truncated for one in known)
                 sums = self.ranks.sum({"right": right, "truncated": cut})

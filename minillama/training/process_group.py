@@ -25,12 +25,15 @@ def started() -> int:
 
 
 @contextmanager
-def process_group(device: str, timeout: timedelta = timedelta(minutes=10)) -> Iterator[int]:
+def process_group(
+    device: str, timeout: timedelta = timedelta(minutes=10), where: str = "train.device"
+) -> Iterator[int]:
     """The default process group in a block, made if need be; the number of processes. None is made for one.
 
     Args:
         device: as `choose_device` takes it; on GPUs each process has that of its local rank.
         timeout: of a collective.
+        where: the setting of the device, named in an error.
 
     Raises:
         InputError: where a process fails, see `watched`.
@@ -39,8 +42,8 @@ def process_group(device: str, timeout: timedelta = timedelta(minutes=10)) -> It
     if count == 1:
         yield 1
         return
-    refuse_one_gpu(device)
-    is_there, is_gpu = distributed.is_initialized(), (chosen := choose_device(device)).type == "cuda"
+    refuse_one_gpu(device, where)
+    is_there, is_gpu = distributed.is_initialized(), (chosen := choose_device(device, where)).type == "cuda"
     if is_gpu:
         torch.cuda.set_device(chosen)
     if not is_there:

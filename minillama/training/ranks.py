@@ -159,7 +159,7 @@ def check_same_weights(models: Mapping[str, nn.Module], ranks: Ranks) -> None:
     sums = ranks.collect(own)
     for index, found in enumerate(sums):
         first = index % ranks.parts  # which has the same part of the model
-        for where in [name for name in found if found[name] != sums[first][name]]:
+        for where in [name for name in found if found[name] != sums[first].get(name)]:
             what, fix = "the processes begin with other weights", "give all machines the same files"
             raise InputError(
                 what, where=where, found=f"those of process {index}", expected=f"of process {first}", fix=fix

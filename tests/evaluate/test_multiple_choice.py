@@ -142,6 +142,23 @@ def test_items_that_lose_tokens_are_counted(tiny: tuple[Decoder, Tokenizer]) -> 
     assert Outcome.of(old) == found[0]  # of a file from before
 
 
+def test_an_answer_longer_than_the_context_is_scored_in_windows(tiny: tuple[Decoder, Tokenizer]) -> None:
+    model, tokenizer = tiny
+    choices = [" short", " " + "long, longer, " * 12]
+    pairs = [("Question:", choice) for choice in choices]
+    (found,) = outcomes(model, tokenizer, "piqa", [Item("1", tuple(pairs), tuple(choices), 0)])
+    assert found.truncated and len(choices[1]) == 169 > 2 * 64
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("Question:" + choices[1])]])
+    expected, begin = 0.0, ids.shape[1] - len(choices[1])
+    for start, end in ((0, 64), (64, 96), (96, 128), (128, 160), (160, 169)):  # each behind what fits before it
+        first, last = begin + start, begin + end
+        window = ids[:, max(0, last - 1 - 64) : last - 1]
+        with torch.no_grad():
+            logits = model(window)[0].log_softmax(-1)
+        expected += logits[-(end - start) :].gather(1, ids[0, first:last, None]).sum().item()
+    assert found.nats[1] == pytest.approx(expected, rel=1e-5)
+
+
 def test_prompts_have_line_ends_and_no_backslashes() -> None:
     for task in TASKS.values():
         for form in task.forms.values():

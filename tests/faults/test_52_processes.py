@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 # train.py, in which one process misbehaves once before a step
 ODD = """
 import os, signal, sys, time
+import torch
 from minillama.commands.cli import main
 from minillama.runs import parts
 from minillama.training.objectives.lm import LanguageModel
@@ -42,6 +43,10 @@ def batch(self, step, rank=0, world=1):
             time.sleep(600)
         if what == "fails":
             raise OSError(5, "the disk is gone")
+        if what == "is out of memory":
+            raise torch.OutOfMemoryError("no memory for 4 GiB")
+        if what == "waits for all":
+            torch.distributed.barrier()
         if what == "nan":
             made.weights[0, 0] = float("nan")
     return made
@@ -49,6 +54,8 @@ def batch(self, step, rank=0, world=1):
 def write(path, tensors, places):
     global writes
     writes += 1
+    if writes == 1 and int(os.environ["RANK"]) == who and what == "has no disk":
+        raise OSError(28, "No space left on device")
     whole_write(path, tensors, places)
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if writes == 2 and int(os.environ["RANK"]) == who and what == "dies writing" and is_first:
@@ -103,6 +110,20 @@ def test_a_process_that_hangs_is_found_where_it_is(words: list[str], tmp_path: P
     assert len(errors(done)) == 1, done.stderr
     assert "a process keeps the others waiting" in done.stderr and "process 1 of 2 (pid" in done.stderr
     assert "training/trainer.py" in done.stderr
+
+
+@pytest.mark.parametrize(("odd", "said"), [("is out of memory", "memory"), ("has no disk", "No space left")])
+def test_a_process_without_memory_or_disk_ends_all(words: list[str], tmp_path: Path, odd: str, said: str) -> None:
+    done, seconds = torchrun(tmp_path, run(words, tmp_path / "run", "--parallel.shard", "2"), ODD=odd)
+    assert done.returncode != 0 and seconds < 40
+    assert len(errors(done)) == 1 and said in done.stderr and "process 1 of 2" in done.stderr, done.stderr
+    assert not [*(tmp_path / "run/checkpoints").glob("step-3/*")] or odd == "is out of memory"
+
+
+def test_a_process_alone_in_a_collective_ends_all_after_the_timeout(words: list[str], tmp_path: Path) -> None:
+    done, seconds = torchrun(tmp_path, run(words, tmp_path / "run", "--parallel.timeout", "20"), ODD="waits for all")
+    assert done.returncode != 0 and seconds < 80
+    assert len(errors(done)) == 1, done.stderr
 
 
 def test_an_error_of_one_process_is_said_once(words: list[str], tmp_path: Path) -> None:

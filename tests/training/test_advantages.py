@@ -208,6 +208,12 @@ def test_group_advantages(rewards: list[float], baseline: Baseline, expected: li
     close(group_advantages(tensor([rewards]), baseline), [expected])
 
 
+def test_advantages_of_a_smaller_epsilon() -> None:
+    """As verl has it."""
+    found = group_advantages(tensor([[1.0, 0.0, 0.0, 1.0]]), "std", eps=1e-6)
+    close(found, [[0.8660239, -0.8660239, -0.8660239, 0.8660239]])
+
+
 @pytest.mark.parametrize("baseline", ["std", "mean", "leave-one-out"])
 def test_equal_rewards_are_no_signal(baseline: Baseline) -> None:
     for value, count in ((0.3, 6), (0.7, 7), (0.9, 3), (1 / 3, 12), (0.1, 16)):

@@ -22,7 +22,7 @@ from minillama.config.cost import training_memory
 from minillama.errors import InputError
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig
-from minillama.runs.memory import GIB, needed_memory, peak_memory
+from minillama.runs.memory import GIB, _start_bytes, checkpoint_copy, needed_memory, peak_memory
 from minillama.runs.parallel import ParallelConfig, Sizes
 from minillama.training.optim.groups import make_optimizers
 from minillama.training.parallel import Parallel, processes, sizes
@@ -96,7 +96,7 @@ def test_auto_divides_as_little_as_fits(tiny_config: Make) -> None:
 
 
 def test_the_memory_of_rollouts_is_that_of_a_whole_copy_and_a_critic(tiny_config: Make) -> None:
-    """However the trained models are divided."""
+    """However the trained models are divided; the reference is divided as they are."""
     count = tiny_config().model.num_params()
 
     def need(mesh: Sizes, *words: str) -> int:
@@ -107,10 +107,21 @@ def test_the_memory_of_rollouts_is_that_of_a_whole_copy_and_a_critic(tiny_config
     ppo = [*feedback, *options(objective__name="ppo")]
     for mesh in (Sizes(1), Sizes(1, 2), Sizes(1, 1, 2), Sizes(1, 4)):
         assert need(mesh, *grpo) == need(mesh) + 2 * count
-        assert need(mesh, *grpo, "--objective.kl", "k3") == need(mesh) + 4 * count  # and a reference
+        reference = 2 * count // mesh.parts
+        assert need(mesh, *grpo, "--objective.kl", "k3") == need(mesh) + 2 * count + reference
         shared = need(mesh, *ppo, "--objective.critic", "shared")
-        assert shared == need(mesh) + 4 * count
+        assert shared == need(mesh) + 2 * count + reference
         assert need(mesh, *ppo) > shared + 16 * count / mesh.parts
+
+
+def test_what_is_built_whole_at_the_start_counts(tiny_config: Make) -> None:
+    """Policy, reference and value model, before each process keeps its part; and a checkpoint has two of them."""
+    config = tiny_config(*options(data__template="plain", objective__name="ppo", objective__max_new_tokens=4))
+    count, device = config.model.num_params(), torch.device("cpu")
+    assert _start_bytes(config, Sizes(1, 64)) == 12 * count <= peak_memory(config, torch.bfloat16, device, Sizes(1, 64))
+    assert _start_bytes(config, Sizes(1)) == 0
+    alone = tiny_config(*options(data__template="plain"))
+    assert checkpoint_copy(config, device) == checkpoint_copy(alone, device) + 12 * count
 
 
 SHAPE = ModelConfig(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=1024, max_seq_len=128)

@@ -28,9 +28,9 @@ from minillama.training.whole_weights import whole_weights
 
 from .test_feedback_runs import GRPO, PPO, start
 from .test_feedback_runs import words as feedback
-from .test_parallel import Job, Make, assert_equal, compare, free_port, on, options, spawn
+from .test_parallel import Job, Make, assert_equal, compare, free_port, on, options, spawn, tiny_config
 
-__all__ = ["start"]  # a fixture
+__all__ = ["start", "tiny_config"]  # fixtures; on GPUs, over NCCL, too
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
 
 # Adam brings gradients that are nothing but rounding to the size of all others, unless its epsilon is larger than they

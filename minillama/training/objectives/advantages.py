@@ -52,10 +52,10 @@ def whiten(values: Tensor, mask: Tensor | None = None, shift_mean: bool = True) 
     return _zeroed(white if shift_mean else white + mean, mask)
 
 
-def group_advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
+def group_advantages(rewards: Tensor, baseline: Baseline, eps: float = 1e-4) -> Tensor:
     """Advantages over the other answers to a prompt: rewards (G, K) -> (G, K), 0 for NaN, which no baseline counts.
 
-    std: (r - mean) / (std + 1e-4), unbiased (GRPO, arXiv 2402.03300); mean: r - mean (Dr. GRPO, 2503.20783);
+    std: (r - mean) / (std + eps), unbiased (GRPO, arXiv 2402.03300); mean: r - mean (Dr. GRPO, 2503.20783);
     leave-one-out: r - mean of the others (RLOO, 2402.14740). Equal rewards give exactly 0.
     """
     known = ~rewards.isnan()
@@ -64,7 +64,7 @@ def group_advantages(rewards: Tensor, baseline: Baseline) -> Tensor:
     centered = _zeroed(found - found.sum(1, keepdim=True) / count, known)
     others = (count - 1).clamp(min=1)
     if baseline == "std":
-        centered = centered / ((centered.square().sum(1, keepdim=True) / others).sqrt() + 1e-4)
+        centered = centered / ((centered.square().sum(1, keepdim=True) / others).sqrt() + eps)
     elif baseline == "leave-one-out":
         centered = centered * count / others
     least, most = (fill.amax(1, keepdim=True) for fill in (_filled(-found, known), _filled(found, known)))

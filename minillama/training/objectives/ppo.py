@@ -121,7 +121,9 @@ class PPO(Feedback):
             if is_sharded(weight) and not is_sharded(average):  # from before the model was divided
                 average, before = torch.empty_like(weight), average
                 fill(average, before)
-                self.average[name] = average
+            elif average.device != weight.device:  # of a checkpoint
+                average = average.to(weight.device)
+            self.average[name] = average
             average.lerp_(weight, 1 - self.settings.average_decay)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
