@@ -63,6 +63,7 @@ class Feedback(DataObjective[Prompts]):
     def __post_init__(self, decoder: Decoder) -> None:
         super().__post_init__(decoder)
         self.best = ("val_reward", "max")
+        self.compiles = decoder.device.type != "cpu"  # where every length of the answers would be compiled anew
         decoder.stop_ids |= {self.data.end_id}
         self.stop_ids = end_ids(decoder, self.rewards.tokenizer)
         check_context(self.rewards.models, (*self.data.train, *self.data.val), self.settings.max_new_tokens)
