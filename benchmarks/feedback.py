@@ -119,6 +119,7 @@ val_fraction = 0.1
 [train]
 batch_size = 64
 context = 12
+dtype = "float32"
 [optim]
 lr = 3e-3
 warmup_steps = 20
@@ -148,7 +149,7 @@ def sorting(folder: Path, seed: int, sft: int, steps: int, objectives: Sequence[
     start = folder / "start"
     run(start, str(config), "--seed", str(seed), "--train.steps", str(sft))
     found = {"fine-tuning": examine(start / "model", "sorting")}
-    more = ("--seed", str(seed), "--train.steps", str(steps), "--train.batch_size", "256", "--optim.lr", "1e-4")
+    more = ("--seed", str(seed), "--train.steps", str(steps), "--train.batch_size", "256", "--optim.lr", "3e-4")
     for name in objectives:
         kind, control = name.removesuffix(" control"), name.endswith(" control")
         reward = ("--objective.rewards", f"{__file__}:coin") if control else ()
@@ -314,7 +315,7 @@ def main() -> None:
     one.add_argument("--only", default="", help="part of an objective's name")
     one.set_defaults(run=feedback_bandit.compare)
     two = commands.add_parser("sorting")
-    two.add_argument("--sft", type=int, default=200, help="steps of fine-tuning")
+    two.add_argument("--sft", type=int, default=150, help="steps of fine-tuning")
     two.add_argument("--steps", type=int, default=400)
     two.add_argument("--objectives", nargs="+", default=["grpo", "ppo", "grpo control"])
     two.set_defaults(run=run_sorting)
