@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/feedback-steps"))
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
     parser.add_argument("--rows", type=int, default=16, help="pairs, or answers, per step")
-    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--context", type=int, default=255, help="a reward model reads one token more")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the pairs")
     parser.add_argument("--kl-target", type=float, default=6.0, help="nats per answer")
