@@ -79,7 +79,7 @@ def test_a_reward_model_reaches_the_bayes_limit_and_does_not_pass_it(seed: int) 
     assert -0.02 <= found["accuracy"] - found["limit"] <= 0.005
     assert found["correlation"] > 0.92 and 0.8 < found["slope"] < 1.2 and found["order"] > 0.9
     control = benchmark("preferences").reward_limit(seed, 4000, 1, is_control=True)
-    assert abs(control["accuracy"] - 0.5) < 0.04 and abs(control["correlation"]) < 0.3
+    assert abs(control["accuracy"] - 0.5) < 0.04 and abs(control["correlation"]) < 0.7  # of 16 weights
 
 
 @pytest.mark.slow
