@@ -165,17 +165,38 @@ def _objective(folder: Path, name: str, kind: str) -> list[str]:
     return [*words, "--objective.critic_from", str(folder / "reward")] if name == "ppo" else words
 
 
-def trl_pairs(folder: Path, name: str, steps: int, dtype: str) -> dict[str, float]:
-    """TRL's SFTTrainer or DPOTrainer."""
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+def trl_settings(dtype: str) -> dict[str, Any]:
+    """Settings of all of TRL's trainers."""
+    return {
+        "learning_rate": 1e-6,
+        "use_cpu": True,
+        "bf16": dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1000,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
 
-    clock, kind = Clock(), name.split("-")[1]
+
+def ticking(clock: Clock) -> Any:
+    """Callback of TRL's trainers that ticks at the end of each step."""
+    from transformers import TrainerCallback
 
     class Tick(TrainerCallback):
         def on_step_end(self, *args: Any, **given: Any) -> None:
             clock.tick()
+
+    return Tick()
+
+
+def trl_pairs(folder: Path, name: str, steps: int, dtype: str) -> dict[str, float]:
+    """TRL's SFTTrainer or DPOTrainer."""
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    clock, kind = Clock(), name.split("-")[1]
 
     make, trainer = (SFTConfig, SFTTrainer) if kind == "sft" else (DPOConfig, DPOTrainer)
     more = {"precompute_ref_log_probs": True} if name.endswith("kept") else {}
@@ -183,15 +204,8 @@ def trl_pairs(folder: Path, name: str, steps: int, dtype: str) -> dict[str, floa
         output_dir=str(folder / name),
         per_device_train_batch_size=RECORDS,
         max_length=128,
-        learning_rate=1e-6,
         max_steps=steps + 2,
-        use_cpu=True,
-        bf16=dtype == "bfloat16",
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1000,
-        report_to=[],
-        disable_tqdm=True,
+        **trl_settings(dtype),
         **more,
     )
     count = {"split": f"train[:{RECORDS * (steps + 2)}]"}
@@ -200,7 +214,7 @@ def trl_pairs(folder: Path, name: str, steps: int, dtype: str) -> dict[str, floa
         args=config,
         train_dataset=load_dataset("json", data_files=str(folder / f"{kind}.jsonl"), **count),
         processing_class=AutoTokenizer.from_pretrained(folder / "policy"),
-        callbacks=[Tick()],
+        callbacks=[ticking(clock)],
     )
     trained.train()
     return clock.result(128.0 * RECORDS * (1 if kind == "sft" else 2))
@@ -209,14 +223,10 @@ def trl_pairs(folder: Path, name: str, steps: int, dtype: str) -> dict[str, floa
 def trl_grpo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
     """TRL's GRPOTrainer."""
     from datasets import load_dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     clock, tokens = Clock(), []
-
-    class Tick(TrainerCallback):
-        def on_step_end(self, *args: Any, **given: Any) -> None:
-            clock.tick()
 
     def reward(completion_ids: list[list[int]], **given: Any) -> list[float]:
         tokens.append(sum(map(len, completion_ids)))
@@ -229,15 +239,8 @@ def trl_grpo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
         num_generations=GROUP,
         max_completion_length=ANSWER,
         beta=0.04,
-        learning_rate=1e-6,
         max_steps=steps + 2,
-        use_cpu=True,
-        bf16=dtype == "bfloat16",
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1000,
-        report_to=[],
-        disable_tqdm=True,
+        **trl_settings(dtype),
     )
     trainer = GRPOTrainer(
         str(folder / "policy"),
@@ -245,7 +248,7 @@ def trl_grpo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
         args=config,
         train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
         processing_class=tokenizer,
-        callbacks=[Tick()],
+        callbacks=[ticking(clock)],
     )
     trainer.train()
     return clock.result(median(tokens))
@@ -254,14 +257,10 @@ def trl_grpo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
 def trl_ppo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
     """PPOTrainer of TRL 1.12."""
     from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     clock = Clock()
-
-    class Tick(TrainerCallback):
-        def on_step_end(self, *args: Any, **given: Any) -> None:
-            clock.tick()
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     rows = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
@@ -276,19 +275,12 @@ def trl_ppo(folder: Path, steps: int, dtype: str) -> dict[str, float]:
         local_rollout_forward_batch_size=ROWS,
         num_sample_generations=0,
         temperature=1.0,
-        learning_rate=1e-6,
-        use_cpu=True,
-        bf16=dtype == "bfloat16",
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_steps=1000,
-        report_to=[],
-        disable_tqdm=True,
+        **trl_settings(dtype),
     )
     lm = [AutoModelForCausalLM.from_pretrained(folder / "policy") for _ in range(2)]
     scored = [AutoModelForSequenceClassification.from_pretrained(folder / "reward", num_labels=1) for _ in range(2)]
     models = lm[0], lm[1], scored[0], rows, scored[1]
-    trainer = PPOTrainer(config, tokenizer, *models, eval_dataset=rows.select(range(4)), callbacks=[Tick()])
+    trainer = PPOTrainer(config, tokenizer, *models, eval_dataset=rows.select(range(4)), callbacks=[ticking(clock)])
     trainer.train()
     return clock.result(float(ROWS * ANSWER))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_the_operator_is_what_torch_expects() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_model_has_the_same_loss_and_gradients(compiled: bool) -> None:
+def test_a_model_has_the_same_loss_and_gradients(same_training: Callable[..., None], compiled: bool) -> None:
     config = ModelConfig(dim=96, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=128, vocab_size=64, max_seq_len=80)
     plain = Decoder(config)
     native = copy.deepcopy(plain)
@@ -153,14 +154,7 @@ def test_a_model_has_the_same_loss_and_gradients(compiled: bool) -> None:
     assert native.blocks[0].self_attn.kernel is native_attend_float
     if compiled:
         native.compile_blocks()
-    tokens = torch.randint(0, 64, (3, 71), generator=torch.Generator().manual_seed(7))
-    losses = [model.loss(model.hidden(tokens[:, :-1]), tokens[:, 1:]) for model in (plain, native)]
-    for loss in losses:
-        loss.backward()
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
-    for (name, one), two in zip(plain.named_parameters(), native.parameters(), strict=True):
-        assert one.grad is not None and two.grad is not None
-        assert (two.grad - one.grad).norm() < 1e-5 * one.grad.norm(), name
+    same_training(plain, native, loss_error=1e-6, gradient_error=1e-5)
 
 
 def test_it_is_repeatable_with_any_number_of_threads() -> None:
