@@ -78,7 +78,8 @@ struct Forward {
           keys(memory.take<Half>(n.t, n.wide)), values(memory.take<Half>(n.e, n.s)), query(memory.take<Half>(2, n.wide)),
           weights(memory.take<Half>(2, BLOCK)), scores(memory.take<float>(2 * BLOCK, 2)), out(memory.take<float>(n.e, 2)) {}
 
-    void load(const Rows& k, const Rows& v) {
+    void load_keys(const Tensor& keys_from, const Tensor& values_from, int b, int h) {
+        Rows k = rows_of(keys_from, b, h, n), v = rows_of(values_from, b, h, n);
         for (int t = 0; t < n.t; t++) pack_rows(k, t, keys, t, false);
         for (int s = 0; s < n.s; s++) pack_pairs(v, s, values, true);
     }
@@ -115,7 +116,8 @@ struct Forward {
     }
 
     // O and log2 of the softmax normalizers.
-    void run(const Rows& q, const Tensor& o, float* log_sums, int b, int h) {
+    void run(const Tensor& queries_from, const Tensor& o, float* log_sums, int b, int h) {
+        Rows q = rows_of(queries_from, b, h, n);
         for (int s = 0; s < n.s; s++) {
             for (int i = 0; i < 2; i++) pack_rows(q, 2 * s + i, query, i, true);
             std::memset(out.first, 0, size_t(n.e) * 2 * 1024);
@@ -166,14 +168,16 @@ struct Backward {
           value_sums(memory.take<float>(n.t, n.e)), query_sums(memory.take<float>(n.e, n.t)),
           log_sums(memory.floats(n.t * SIDE)), deltas(memory.floats(n.t * SIDE)) {}
 
-    void load(const Rows& k, const Rows& v) {
+    void load_keys(const Tensor& keys_from, const Tensor& values_from, int b, int h) {
+        Rows k = rows_of(keys_from, b, h, n), v = rows_of(values_from, b, h, n);
         for (int t = 0; t < n.t; t++) pack_rows(k, t, key_rows, t, false), pack_rows(v, t, value_rows, t, false);
         for (int s = 0; s < n.s; s++) pack_pairs(k, s, keys_transposed, true);
         std::memset(key_sums.first, 0, size_t(n.t) * n.e * 1024);
         std::memset(value_sums.first, 0, size_t(n.t) * n.e * 1024);
     }
 
-    void load_queries(const Rows& q, const Rows& o, const Rows& grad, const float* logs) {
+    void load_queries(const Tensor& queries_from, const Tensor& o_from, const Tensor& grad_from, const float* logs, int b, int h) {
+        Rows q = rows_of(queries_from, b, h, n), o = rows_of(o_from, b, h, n), grad = rows_of(grad_from, b, h, n);
         for (int t = 0; t < n.t; t++) pack_rows(q, t, queries, t, true), pack_rows(grad, t, grads, t, true);
         for (int s = 0; s < n.s; s++) pack_pairs(q, s, query_pairs, false), pack_pairs(grad, s, grad_pairs, false);
         std::memset(query_sums.first, 0, size_t(n.t) * n.e * 1024);
@@ -240,6 +244,17 @@ struct Backward {
         for (int k = 0; k < n.s; k += BLOCK)
             for (int q = k; q < n.s; q += BLOCK) block({k, std::min(k + BLOCK, n.s)}, {q, std::min(q + BLOCK, n.s)});
     }
+
+    void write_queries(const Tensor& grad_q, int b, int h) const {
+        for (int t = 0; t < n.t; t++) write_transposed(query_sums, t, _mm512_set1_ps(n.scale), grad_q, b, h, t, n);
+    }
+
+    void write_keys(const Tensor& grad_k, const Tensor& grad_v, int b, int h) const {
+        for (int t = 0; t < n.t; t++) {
+            write_rows(key_sums, t, n.scale, grad_k, b, h, n);
+            write_rows(value_sums, t, 1, grad_v, b, h, n);
+        }
+    }
 };
 
 }  // namespace
@@ -254,41 +269,6 @@ int32_t minillama_ready() {
     return 1;
 #endif
 }
-
-// Causal attention O = softmax(Q K^T / sqrt(E)) V, and log2 of the softmax normalizers in `log_sums` (B, H, T). Returns
-// whether the workspace could be allocated.
-int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
-                            int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o,
-                            float* log_sums) {
-    Sizes n(tokens, width);
-    int group = heads / kv_heads;
-    return over_heads<Forward>(batch, kv_heads, threads, n, [&](Forward& pass, int b, int shared) {
-        pass.load(rows_of(*k, b, shared, n), rows_of(*v, b, shared, n));
-        for (int h = shared * group; h < (shared + 1) * group; h++)
-            pass.run(rows_of(*q, b, h, n), *o, log_sums + (size_t(b) * heads + h) * tokens, b, h);
-    });
 }
 
-// Gradients with respect to Q, K and V from `grad`, that with respect to O. Returns the same.
-int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
-                                     int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v,
-                                     const Tensor* o, const float* log_sums, const Tensor* grad, const Tensor* grad_q,
-                                     const Tensor* grad_k, const Tensor* grad_v) {
-    Sizes n(tokens, width);
-    int group = heads / kv_heads;
-    return over_heads<Backward>(batch, kv_heads, threads, n, [&](Backward& pass, int b, int shared) {
-        pass.load(rows_of(*k, b, shared, n), rows_of(*v, b, shared, n));
-        for (int h = shared * group; h < (shared + 1) * group; h++) {
-            const float* logs = log_sums + (size_t(b) * heads + h) * tokens;
-            pass.load_queries(rows_of(*q, b, h, n), rows_of(*o, b, h, n), rows_of(*grad, b, h, n), logs);
-            pass.run();
-            for (int t = 0; t < n.t; t++)
-                write_transposed(pass.query_sums, t, _mm512_set1_ps(n.scale), *grad_q, b, h, t, n);
-        }
-        for (int t = 0; t < n.t; t++) {
-            write_rows(pass.key_sums, t, n.scale, *grad_k, b, shared, n);
-            write_rows(pass.value_sums, t, 1, *grad_v, b, shared, n);
-        }
-    });
-}
-}
+#include "attention_entry.h"

@@ -313,42 +313,14 @@ struct Backward {
             for (int query = key; query < n.padded; query += BLOCK)
                 block(key, std::min(BLOCK, n.padded - key), query, std::min(BLOCK, n.padded - query));
     }
+
+    void write_queries(const Tensor& grad_q, int b, int h) const { unpack(query_sums, n.scale, grad_q, b, h, n); }
+
+    void write_keys(const Tensor& grad_k, const Tensor& grad_v, int b, int h) const {
+        unpack(key_sums, n.scale, grad_k, b, h, n), unpack(value_sums, 1, grad_v, b, h, n);
+    }
 };
 
 }  // namespace
 
-extern "C" {
-
-// Causal attention O = softmax(Q K^T / sqrt(E)) V, and log2 of the softmax normalizers in `log_sums` (B, H, T). Returns
-// whether the workspace could be allocated.
-int32_t minillama_attention(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
-                            int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* o,
-                            float* log_sums) {
-    Sizes n(tokens, width);
-    int group = heads / kv_heads;
-    return over_heads<Forward>(batch, kv_heads, threads, n, [&](Forward& pass, int b, int shared) {
-        pass.load_keys(*k, *v, b, shared);
-        for (int h = shared * group; h < (shared + 1) * group; h++)
-            pass.run(*q, *o, log_sums + (size_t(b) * heads + h) * tokens, b, h);
-    });
-}
-
-// Gradients with respect to Q, K and V from `grad`, that with respect to O. Returns the same.
-int32_t minillama_attention_backward(int32_t batch, int32_t heads, int32_t kv_heads, int32_t tokens, int32_t width,
-                                     int32_t threads, const Tensor* q, const Tensor* k, const Tensor* v,
-                                     const Tensor* o, const float* log_sums, const Tensor* grad, const Tensor* grad_q,
-                                     const Tensor* grad_k, const Tensor* grad_v) {
-    Sizes n(tokens, width);
-    int group = heads / kv_heads;
-    return over_heads<Backward>(batch, kv_heads, threads, n, [&](Backward& pass, int b, int shared) {
-        pass.load_keys(*k, *v, b, shared);
-        for (int h = shared * group; h < (shared + 1) * group; h++) {
-            pass.load_queries(*q, *o, *grad, log_sums + (size_t(b) * heads + h) * tokens, b, h);
-            pass.run();
-            unpack(pass.query_sums, n.scale, *grad_q, b, h, n);
-        }
-        unpack(pass.key_sums, n.scale, *grad_k, b, shared, n);
-        unpack(pass.value_sums, 1, *grad_v, b, shared, n);
-    });
-}
-}
+#include "attention_entry.h"
