@@ -145,10 +145,9 @@ def test_loss_and_gradients_of_real_weights_are_transformers(
     for who, loss, grads in (
         ("ours", ours(model.float(), found, "best-fit", SHORT), gradients(model)),
         ("theirs, cross-entropy in float64", theirs(other.float(), found, exact=True), gradients(other)),
-        ("theirs", theirs(other, found), gradients(other)),
     ):
         distances = abs(loss / exact_loss - 1), *apart(grads, exact)
         record_property(who, distances)
         print(f"{who}: loss {distances[0]:.1e}, gradients {distances[1]:.1e}, a tensor's {distances[2]:.1e}")
         assert distances[0] < 1e-5
-        assert who == "theirs" or distances[1] < 1e-5
+        assert distances[1] < 1e-5
