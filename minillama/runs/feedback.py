@@ -93,6 +93,9 @@ class GRPOConfig(FeedbackConfig):
     baseline: Literal["std", "mean", "leave-one-out"] = "std"
     """Advantage of an answer. std: (r - mean) / std of its group (GRPO); mean: r - mean (Dr. GRPO); leave-one-out:
     r - mean of the others (RLOO)."""
+    oversample: int = field(default=1, metadata={"min": 1})
+    """Prompts answered per prompt that is trained on: groups whose answers' rewards differ are taken first, as in DAPO's
+    dynamic sampling."""
     average: Literal["tokens", "answers", "length"] = "tokens"
     """Mean of the loss. tokens: over all tokens of the batch (DAPO); answers: of the answers' means (GRPO); length: the
     sum over answers x max_new_tokens (Dr. GRPO)."""

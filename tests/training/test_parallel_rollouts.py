@@ -131,7 +131,7 @@ def test_whole_weights_of_two_axes() -> None:
 def test_objectives(tiny_config: Make, start: Path, text_file: Path, tmp_path: Path) -> None:
     """With and without a reference; critics of their own, whose folders are whole; text, averages, adapters."""
     more = options(objective__average_decay=0.5, objective__text=text_file)
-    free = [*GRPO, "--objective.kl", "none"]
+    free = [*GRPO, "--objective.kl", "none", "--objective.oversample", "2"]
     variants = {"grpo": GRPO, "free": free, "ppo": [*PPO, *more], "ppo lora": [*PPO, *options(lora__rank=2)]}
     variants["grpo lora"] = [*GRPO, *options(lora__rank=2)]
     variants["shared, without a reference"] = [*SHARED, *options(objective__kl="none", objective__kl_target=0)]

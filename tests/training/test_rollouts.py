@@ -336,6 +336,34 @@ def test_rollouts_without_a_signal_are_counted() -> None:
     assert made.flat == 0
 
 
+class OddPrompts(Constant):
+    """Reward: the number of even ids of an answer to a prompt of an odd number of tokens, else 1."""
+
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        found = [float(sum(i % 2 == 0 for i in a.ids)) if int(a.prompt[1:]) % 2 else 1.0 for a in answers]
+        return Scored(torch.tensor(found), {"odd": torch.tensor(found)})
+
+
+def test_of_more_prompts_those_whose_answers_differ_are_taken_first() -> None:
+    """DAPO's dynamic sampling: six prompts of which two are trained on, then four of which three have a signal."""
+    for rows, oversample, with_signal in ((8, 3, 2), (16, 2, 3)):
+        made = objective(GRPOConfig(max_new_tokens=9, samples=4, oversample=oversample), rows)
+        made.rewards = OddPrompts()  # type: ignore[assignment]
+        measures = made.prepare(0)
+        found = [int(where.removeprefix("file:")) for where in made.where(0, range(rows))]
+        lengths = [int(row.nonzero()[0]) + 1 for row in made.batch(0).extras["mask"]]
+        assert lengths == [number + 1 for number in found]  # the row is of the prompt that it is said to be of
+        drawn = [int(prompt.where.removeprefix("file:")) for prompt in made.data.batch(1, 0, rows // 4 * oversample)]
+        odd = [number for number in drawn if number % 2][: rows // 4]
+        assert {number for number in found if number % 2} == {*odd} and len(odd) == with_signal
+        assert measures["groups_with_signal"] == len(odd) / (rows // 4)
+        expected = made.buffer["advantages"].view(rows // 4, 4, -1)
+        assert (expected[: len(odd)] != 0).any((1, 2)).all() and (expected[len(odd) :] == 0).all()
+        again = objective(GRPOConfig(max_new_tokens=9, samples=4, oversample=oversample), rows)
+        again.load_state_dict(made.state_dict())
+        assert again.where(0, range(rows)) == made.where(0, range(rows))
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_later_rollout_that_cannot_be_scored_teaches_nothing() -> None:
     class Nothing(Constant):

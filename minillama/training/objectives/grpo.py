@@ -31,6 +31,16 @@ class GRPO(Feedback):
 
     settings: GRPOConfig
 
+    @property
+    def oversample(self) -> int:
+        return self.settings.oversample
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Answers of the groups whose rewards differ first, the others after them: the rest has no gradient."""
+        groups = scores.view(-1, self.settings.samples)
+        is_flat = (group_advantages(groups, "mean") == 0).all(1)
+        return super().choose(scores).view_as(groups)[is_flat.int().argsort(stable=True)].flatten()
+
     def judge(self, scores: Tensor) -> Metrics:
         """Advantages of the answers, the same for each token; share of groups whose rewards differ."""
         settings, rewards = self.settings, scores.view(-1, self.settings.samples)

@@ -83,6 +83,15 @@ class Feedback(DataObjective[Prompts]):
         """Advantages into the buffer, from the answers' rewards (B,); what there is to record."""
         raise NotImplementedError
 
+    @property
+    def oversample(self) -> int:
+        """Prompts answered per prompt that is trained on."""
+        return 1
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Answers in the order in which they are taken for training, by their rewards."""
+        return torch.arange(len(scores))
+
     def read(self, batch: Batch) -> Mapping[str, Tensor]:
         """Further (B, T) tensors of the buffer from the weights of the rollout, such as values."""
         return {}
@@ -97,13 +106,15 @@ class Feedback(DataObjective[Prompts]):
     def _collect(self, number: int) -> Metrics:
         began, settings = time.perf_counter(), self.settings
         rows = self.batch_size * settings.minibatches
-        prompts = self.data.batch(self.seed, number, rows // settings.samples)
+        prompts = self.data.batch(self.seed, number, rows // settings.samples * self.oversample)
         keys = [derive_keys("rollout", self.seed, number, i)[0] >> 8 for i in range(len(prompts))]
         requests = self._answers(prompts, settings.samples, Sampling(settings.temperature), keys)
         seconds = time.perf_counter() - began
         asked = [prompt for prompt in prompts for _ in range(settings.samples)]
-        self.buffer = self._rows(asked, requests)
         found, scores = self._scores(asked, requests)
+        chosen = self.choose(scores)[:rows]
+        self.buffer = self._rows(*([given[row] for row in chosen.tolist()] for given in (asked, requests)))
+        self.buffer["chosen"], scores = chosen, scores[chosen]
         self.buffer["mask"] &= ~scores.isnan()[:, None]  # neither reward nor KL of what cannot be scored
         for name, values in self._passes(number).items():
             self.buffer[name] = values
@@ -250,9 +261,10 @@ class Feedback(DataObjective[Prompts]):
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
         number, update = divmod(step, self.settings.updates)
         order = self._order(number, *divmod(update, self.settings.minibatches))
-        count = self.batch_size * self.settings.minibatches // self.settings.samples
+        count = self.batch_size * self.settings.minibatches // self.settings.samples * self.oversample
         prompts = self.data.batch(self.seed, number, count)
-        return [prompts[int(order[row]) // self.settings.samples].where for row in rows]
+        chosen = self.buffer.get("chosen", torch.arange(len(self.buffer["mask"])))  # of the last release has none
+        return [prompts[int(chosen[order[row]]) // self.settings.samples].where for row in rows]
 
     # around them
 
