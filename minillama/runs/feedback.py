@@ -94,7 +94,7 @@ class GRPOConfig(FeedbackConfig):
     """Advantage of an answer. std: (r - mean) / std of its group (GRPO); mean: r - mean (Dr. GRPO); leave-one-out:
     r - mean of the others (RLOO)."""
     oversample: int = field(default=1, metadata={"min": 1})
-    """Prompts answered per prompt that is trained on: groups whose answers' rewards differ are taken first, as in DAPO's
+    """Prompts answered per prompt that is trained on: groups whose rewards differ are taken first, as in DAPO's
     dynamic sampling."""
     average: Literal["tokens", "answers", "length"] = "tokens"
     """Mean of the loss. tokens: over all tokens of the batch (DAPO); answers: of the answers' means (GRPO); length: the
