@@ -98,7 +98,7 @@ def trainer(kind: str, folder: Path, out: Path, model: Any, reference: Any = Non
 
 
 def compare(ours: RewardModel | DPO, theirs: Any, batches: list[list[Judged]], pad: int, tolerance: float) -> None:
-    """Loss and gradients of each batch."""
+    """Loss, gradient and that of each tensor, of each batch; transformers has norms and rotations in float32."""
     names = dict(theirs.model.named_parameters())
     for batch in batches:
         data = Preferences.of(batch, batch, ours.data.context)
@@ -118,10 +118,14 @@ def compare(ours: RewardModel | DPO, theirs: Any, batches: list[list[Judged]], p
         expected = theirs.compute_loss(theirs.model, given)
         expected.backward()
         assert loss == pytest.approx(expected.item(), abs=1e-5, rel=1e-5)
+        distances, norms = [], []
         for name, parameter in ours.model.named_parameters():
             gradient = names[name].grad
             assert gradient is not None and parameter.grad is not None
-            assert (parameter.grad - gradient).norm() <= tolerance * gradient.norm() + 1e-9, name
+            distances.append((parameter.grad - gradient).norm())
+            norms.append(gradient.norm())
+            assert distances[-1] <= 3 * tolerance * norms[-1] + 1e-9, name
+        assert torch.stack(distances).norm() <= tolerance * torch.stack(norms).norm()
 
 
 def small(tokenizer: Tokenizer) -> Decoder:
@@ -137,11 +141,12 @@ def check_dpo(model: Decoder, tokenizer: Tokenizer, folder: Path, batches: list[
     """One trainer and one objective, with every loss that both have."""
     model.save_pretrained(folder)
     tokenizer.save(folder)
-    names, context = options.get("losses", LOSSES), max(row.longest for batch in batches for row in batch)
+    dtype, names = options.get("dtype", torch.float32), options.get("losses", LOSSES)
+    context = max(row.longest for batch in batches for row in batch)
     load = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = trainer("dpo", folder, folder / "out", moved(load(folder, dtype=torch.float32)), load(folder))
+    theirs = trainer("dpo", folder, folder / "out", moved(load(folder, dtype=dtype)), load(folder, dtype=dtype))
     data = Preferences.of(batches[0], batches[0], context)
-    ours = DPO(model, data, 1, len(batches[0]), 1)
+    ours = DPO(model.to(dtype), data, 1, len(batches[0]), 1)
     moved(ours.model)
     for name in names:
         loss, per_token = name.removesuffix(" per token"), name.endswith("per token")
@@ -149,11 +154,11 @@ def check_dpo(model: Decoder, tokenizer: Tokenizer, folder: Path, batches: list[
         ours.settings = DPOConfig(loss=loss, per_token=per_token, label_smoothing=smoothing)  # type: ignore[arg-type]
         theirs.loss_types, theirs.label_smoothing = [LOSSES[name][0]], smoothing
         theirs.f_divergence_type = LOSSES[name][1]
-        compare(ours, theirs, batches, tokenizer.eos_id, options.get("tolerance", 1e-4))
+        compare(ours, theirs, batches, tokenizer.eos_id, options.get("tolerance", 3e-5))
 
 
 def check_reward(
-    model: Decoder, tokenizer: Tokenizer, folder: Path, batches: list[list[Judged]], tolerance: float = 1e-4
+    model: Decoder, tokenizer: Tokenizer, folder: Path, batches: list[list[Judged]], **options: Any
 ) -> None:
     used = {int(i) for batch in batches for row in batch for part in (row.prompt, *row.answers) for i in part}
     pad = next(i for i in range(tokenizer.vocab_size) if i not in used)  # transformers gives its row no gradient
@@ -162,11 +167,12 @@ def check_reward(
     tokenizer.save(folder)
     context = max(row.longest for batch in batches for row in batch)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
-    loaded = load(folder, dtype=torch.float32)
+    dtype = options.get("dtype", torch.float32)
+    loaded = load(folder, dtype=dtype)
     theirs = trainer("reward", folder, folder / "out", loaded, center_rewards_coefficient=0.01)
     theirs.model.config.pad_token_id = pad  # the trainer takes the tokenizer's, which is the end of every answer
-    ours = RewardModel(made, Preferences.of(batches[0], batches[0], context), 1, len(batches[0]), center=0.01)
-    compare(ours, theirs, batches, pad, tolerance)
+    ours = RewardModel(made.to(dtype), Preferences.of(batches[0], batches[0], context), 1, len(batches[0]), center=0.01)
+    compare(ours, theirs, batches, pad, options.get("tolerance", 3e-5))
 
 
 @pytest.mark.slow
@@ -180,12 +186,13 @@ def test_losses_and_gradients_are_those_of_trl(shared: Path, smollm2: Path, tmp_
 
 @pytest.mark.slow
 def test_losses_and_gradients_of_real_weights_are_those_of_trl(shared: Path, smollm2: Path, tmp_path: Path) -> None:
-    """SmolLM2-135M, 8 batches of one pair."""
+    """SmolLM2-135M in float64, 8 batches of one pair: in float32 both round more than 1e-5."""
     tokenizer = Tokenizer.load(smollm2)
-    batches = [[row] for row in pairs(shared, tokenizer, 8, 64)]
+    batches = [[row] for row in pairs(shared, tokenizer, 8, 40)]
+    exact = {"dtype": torch.float64, "tolerance": 1e-5}
 
     def model() -> Decoder:
         return Decoder.from_pretrained(open_model(smollm2), torch.float32)
 
-    check_dpo(model(), tokenizer, tmp_path / "dpo", batches, losses=["sigmoid"], tolerance=1e-3)
-    check_reward(model(), tokenizer, tmp_path / "reward", batches, 1e-3)
+    check_dpo(model(), tokenizer, tmp_path / "dpo", batches, losses=["sigmoid"], **exact)
+    check_reward(model(), tokenizer, tmp_path / "reward", batches, **exact)
