@@ -34,6 +34,16 @@ class Sizes(NamedTuple):
         return " x ".join(f"{name} {size}" for name, size in self._asdict().items())
 
 
+def meshes(processes: int, machine: int) -> list[Sizes]:
+    """Meshes from the least division of a model to the most.
+
+    Sharding comes first, and tensor parallelism, within a machine of so many processes, beyond it.
+    """
+    divisors = [size for size in range(1, processes + 1) if processes % size == 0]
+    sharded = [Sizes(processes // size, size) for size in divisors]
+    return sharded + [Sizes(1, processes // size, size) for size in divisors[1:] if machine % size == 0]
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Processes that train one model, as torchrun starts them: data x shard x tensor of them."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,11 @@ from minillama.model import Decoder
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.diff import flat
 from minillama.runs.memory import available_memory, peak_memory
-from minillama.runs.parallel import Sizes
+from minillama.runs.parallel import Sizes, meshes
 from minillama.training.process_group import process_group
 from minillama.training.ranks import Ranks
 from minillama.training.sharded import is_sharded
+from minillama.training.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,11 +61,8 @@ def _smallest(config: RunConfig, processes: int, free: float) -> Sizes:
     Where none fits, the one that needs the least.
     """
     device, near = choose_device(config.train.device), _neighbors(processes)
-    divisors = [size for size in range(1, processes + 1) if processes % size == 0]
-    sharded = [Sizes(processes // size, size) for size in divisors]
-    split = [Sizes(1, processes // size, size) for size in divisors[1:] if near % size == 0]
     errors, needs = [], dict[Sizes, int]()
-    for found in [*sharded, *split]:
+    for found in meshes(processes, near):
         try:
             _checked(config, found, processes)
         except InputError as error:
@@ -144,12 +142,18 @@ class Parallel:
         ranks: this process among those that read a batch.
         mesh: of all processes; None for one.
         free: bytes of memory per process, where the sizes were chosen by it.
+        watch: over the processes; None for one.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
     ranks: Ranks = field(default_factory=Ranks)
     mesh: DeviceMesh | None = None
     free: float = math.inf
+    watch: Watch | None = None
+
+    def step(self) -> AbstractContextManager[None]:
+        """A training step, which ends the run if it hangs; see `Watch.step`."""
+        return nullcontext() if self.watch is None else self.watch.step()
 
     @property
     def casts(self) -> bool:
@@ -216,15 +220,16 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
         InputError: as `sizes`; where a process fails, see `process_group`.
     """
     timeout = timedelta(seconds=config.parallel.timeout)
-    with process_group(config.train.device, timeout) as count:
-        if count == 1:
+    with process_group(config.train.device, timeout) as watch:
+        if watch is None:
             yield Parallel(sizes(config, 1))
             return
         _check_same_settings(config)
         device, free = choose_device(config.train.device), math.inf
         if config.parallel.auto:  # all decide by the least
             free = -Ranks.current().most(-(available_memory(device) or math.inf))
-        made = _parallel(sizes(config, count, free), "cuda" if device.type == "cuda" else "cpu", free, timeout)
+        found, kind = sizes(config, watch.count, free), "cuda" if device.type == "cuda" else "cpu"
+        made = replace(_parallel(found, kind, free, timeout), watch=watch)
         with made.ranks.enter():
             yield made
 
