@@ -117,6 +117,48 @@ def test_published_speeds(
     assert said / gpus == pytest.approx(published, rel=0.02)
 
 
+def test_70b_on_64_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mesh that fits and its options, memory by part, speed and days, in so many words."""
+    words, config = ["llama-2-70b", "--gpus", "64", "--gpu-memory", "80"], ModelConfig.load("llama-2-70b")
+    meshes = {
+        (): ("TP 4 x FSDP 16", {"shard": 16, "tensor": 4}, ("TP 2 x FSDP 32", {"shard": 32, "tensor": 2})),
+        ("--checkpointing",): ("DP 2 x FSDP 32", {"data": 2, "shard": 32}, ("DP 4 x FSDP 16", {"shard": 16})),
+    }
+    for more, (label, axes, (less, divided)) in meshes.items():
+        table = plan_json(capsys, *words, *more)
+        [fit], memory = table["fits"], table["training_bytes"][label]
+        assert fit["mesh"]["sizes"] == {"data": 1, "shard": 1, "tensor": 1} | axes
+        assert fit["mesh"]["options"] == " ".join(f"--parallel.{name} {size}" for name, size in axes.items())
+        options = {"activation_bytes": 2, "fused_norm": True, "checkpointing": bool(more)}
+        divisions = ({name: size for name, size in axes.items() if name != "data"}, divided)
+        chosen, before = (training_memory(config, 1, 4096, **options, **sizes) for sizes in divisions)
+        assert memory == vars(chosen) | {"total": chosen.total}
+        assert chosen.total == fit["mesh"]["total"] <= 0.9 * 80 * 2**30 < before.total
+        assert cli.main(["plan", *words, *more]) == 0
+        out = capsys.readouterr().out
+        assert f"{fit['mesh']['options']}: " in out and f"fits; {less} would take" in out
+        assert max(map(len, out.splitlines())) <= 80
+        assert all(re.search(rf"^{part} +\d", out, re.MULTILINE) for part in memory)
+        training, per_token = table["training"], config.flops_per_token(4096)
+        assert training["tokens_per_second"] == pytest.approx(64 * 0.4 * GPUS["H100"].flops / per_token)
+        assert training["days"] == pytest.approx(20 * 68_976_648_192 / training["tokens_per_second"] / 86400)
+        assert "tokens per second (64 x H100 at 40% of its peak)  5.91e+04" in out and "270 days" in out
+
+
+def test_a_mesh_is_one_that_a_run_would_take(capsys: pytest.CaptureFixture[str]) -> None:
+    def options(*words: str) -> list[str | None]:
+        found = plan_json(capsys, *words)["fits"]
+        return [one["mesh"] and one["mesh"]["options"] for one in found]
+
+    assert options("stories15m", "--gpus", "4") == ["--parallel.data 4"] * 4
+    assert options("llama-3-8b", "--gpus", "8", "--checkpointing", "--train", "qlora", "--gpu", "A100") == [
+        "--parallel.data 8"
+    ]
+    assert options("llama-2-70b", "--gpus", "8", "--checkpointing", "--train", "qlora", "--gpu-memory", "40") == [None]
+    assert options("palm-540b", "--gpus", "16", "--gpu-memory", "80") == [None]  # one key/value head
+    assert options("llama-2-7b", "--gpu", "H100") == [None]
+
+
 def test_the_answer_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "llama-3-70b", "--gpu", "H100", "--gpus", "8"]) == 0
     title, _, _, setting, question, answer, *_, last, _ = capsys.readouterr().out.splitlines()

@@ -235,8 +235,8 @@ from minillama.training.sharded import local
 
 distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
 found = {}
-for shard, tensor in ((64, 1), (8, 8)):
-    made = _parallel(Sizes(1, shard, tensor), "cpu", math.inf, timedelta(seconds=60))
+for data, shard, tensor in ((1, 64, 1), (1, 8, 8), (1, 16, 4), (2, 32, 1)):
+    made = _parallel(Sizes(data, shard, tensor), "cpu", math.inf, timedelta(seconds=60))
     with torch.device("meta"):
         model = Decoder(ModelConfig.load("llama-2-70b"))
     made.divide(model, torch.bfloat16)
@@ -264,7 +264,7 @@ def test_64_processes_divide_70b_as_the_plan_says_and_read_no_whole_model(tmp_pa
     # the own part, and a block that is gathered: FSDP has it flat and by tensor
     assert found["peak"] < 4 * small.num_params() / 64 + 2.5 * block < 4 * small.num_params() / 4
     shape = ModelConfig.load("llama-2-70b")
-    for shard, tensor in ((64, 1), (8, 8)):
+    for shard, tensor in ((64, 1), (8, 8), (16, 4), (32, 1)):  # the last two are those of `minillama plan`
         said = training_memory(shape, 1, 4096, shard=shard, tensor=tensor).weights
         assert found[f"{shard} x {tensor}"] == pytest.approx(said, rel=1e-3)
 
