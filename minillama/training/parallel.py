@@ -15,17 +15,22 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
 
+from minillama.config import ModelConfig
 from minillama.config.lora import EMBEDDING, HEAD
 from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
+from minillama.formats.peft_config import CONFIG, read_config
+from minillama.formats.shape import model_config
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.diff import flat
+from minillama.runs.feedback import PPOConfig
 from minillama.runs.memory import available_memory, peak_memory
 from minillama.runs.parallel import Sizes, meshes
 from minillama.training.process_group import process_group
@@ -104,11 +109,12 @@ def _refuse(config: RunConfig, found: Sizes) -> None:
         "stages.trainable": (any(s.trainable != ("*",) for s in config.stages), "frozen parameters stay frozen"),
     }
     if found.tensor > 1:
-        _check_divides(config, found.tensor)
         lora = config.lora
+        for where, shape in _shapes(config).items():
+            _check_divides(shape, found.tensor, where)
+            odd[f"{where}.mixer"] = (shape.mixer != "attention", "a recurrence has no heads to divide")
         sites = () if lora is None else (*lora.sites(config.model), *lora.whole(config.model))
         odd |= {
-            "model.mixer": (config.model.mixer != "attention", "a recurrence has no heads to divide"),
             "lora.use_dora": (lora is not None and lora.use_dora, "DoRA's norms are of whole rows"),
             "lora.dropout": (lora is not None and lora.dropout > 0, "the processes of a layer would draw other masks"),
             "lora.targets": (bool({EMBEDDING, HEAD} & {*sites}), "the vocabulary's adapters are not divided"),
@@ -120,17 +126,27 @@ def _refuse(config: RunConfig, found: Sizes) -> None:
             raise InputError(what, where=where, fix=fix)
 
 
-def _check_divides(config: RunConfig, tensor: int) -> None:
-    model = config.model
+def _shapes(config: RunConfig) -> dict[str, ModelConfig]:
+    """Shapes of the models that are divided, by the setting that gives them."""
+    found, objective = {"model": config.model}, config.objective
+    if isinstance(objective, PPOConfig) and objective.has_critic and objective.critic_from:
+        path = Path(objective.critic_from)
+        is_adapter = (path / CONFIG).exists()
+        base = read_config(path / CONFIG).base_model_name_or_path if is_adapter else path
+        found["objective.critic_from"] = model_config(base, "objective.critic_from")
+    return found
+
+
+def _check_divides(model: ModelConfig, tensor: int, where: str) -> None:
     for name in ("n_heads", "n_kv_heads"):
         if model.mixer == "attention" and getattr(model, name) % tensor:
-            what, where = f"parallel.tensor = {tensor} does not divide the heads", f"model.{name}"
-            raise InputError(what, where=where, found=getattr(model, name), expected=f"a multiple of {tensor}")
+            what, found = f"parallel.tensor = {tensor} does not divide the heads", getattr(model, name)
+            raise InputError(what, where=f"{where}.{name}", found=found, expected=f"a multiple of {tensor}")
     for name in ("hidden_dim", "vocab_size"):
         size = getattr(model, name)
         if -(-size // tensor) * (tensor - 1) >= size:
             what = f"parallel.tensor = {tensor} leaves a process without a part"
-            raise InputError(what, where=f"model.{name}", found=size, expected="more")
+            raise InputError(what, where=f"{where}.{name}", found=size, expected="more")
 
 
 @dataclass(frozen=True)

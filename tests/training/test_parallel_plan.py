@@ -69,6 +69,27 @@ def test_meshes_that_cannot_be_are_refused(tiny_config: Make, words: list[str], 
     assert refused.value.where == where and (refused.value.fix or refused.value.expected)
 
 
+def test_a_value_model_of_another_shape_divides_too(tiny_config: Make, tmp_path: Path) -> None:
+    """Whether it is a whole model or an adapter, which has the shape of its base."""
+    shape = ModelConfig(dim=24, n_layers=1, n_heads=6, n_kv_heads=3, hidden_dim=8, vocab_size=257, max_seq_len=32)
+    recurrent = replace(shape, mixer="wkv", mlp="channel-mix", position="none", norm="layer", n_kv_heads=6)
+    for name, made in (("three", shape), ("recurrent", recurrent)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(made.to_hf()))
+    (tmp_path / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "three"), "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter | {"target_modules": ["q_proj"]}))
+    common = options(data__template="plain", objective__name="ppo", objective__max_new_tokens=4, parallel__tensor=2)
+    for name, where in (("three", "n_kv_heads"), ("adapter", "n_kv_heads"), ("recurrent", "mixer")):
+        words = [*common, *options(objective__critic_from=tmp_path / name)]
+        with pytest.raises(InputError) as refused:
+            sizes(tiny_config(*words), 2)
+        assert refused.value.where == f"objective.critic_from.{where}" and (refused.value.fix or refused.value.expected)
+        shared = tiny_config(*words, "--objective.critic", "shared")  # it is not read
+        assert sizes(shared, 2) == Sizes(1, 1, 2)
+        assert sizes(tiny_config(*words, "--parallel.tensor", "1"), 2) == Sizes(2)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("pipeline", "idle"), ("context", "no sharding strategy")])
 def test_what_is_not_there_is_refused_with_the_reason(tiny_config: Make, name: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
