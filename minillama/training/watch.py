@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import distributed
 
@@ -37,6 +37,23 @@ PACKAGE, COLLECTIVES = Path(__file__).parents[1], Path(distributed.__file__).par
 LOST = ("gloo", "Connection", "NCCL", "Timed out", "timeout", "Broken pipe", "Socket", "TCPStore", "recvValue")
 
 
+class Advice(NamedTuple):
+    """Way on after a process was lost, which is another for every command.
+
+    Args:
+        memory: what helps where it was killed for memory.
+        again: how to go on.
+        patience: how to let processes wait for longer, before `again`.
+    """
+
+    memory: str
+    again: str
+    patience: str = ""
+
+
+RUN = Advice("divide more", "start all again with --resume", "raise parallel.timeout, or ")
+
+
 class Watch(threading.Thread):
     """Signs of life of this process, and those of the others.
 
@@ -44,11 +61,12 @@ class Watch(threading.Thread):
         index: of this process.
         count: of all.
         on_gpus: whether they train on GPUs, which run collectives by themselves.
+        advice: after a process was lost.
     """
 
-    def __init__(self, index: int, count: int, on_gpus: bool = False) -> None:
+    def __init__(self, index: int, count: int, on_gpus: bool = False, advice: Advice = RUN) -> None:
         super().__init__(name="watch", daemon=True)
-        self.index, self.count, self.on_gpus = index, count, on_gpus
+        self.index, self.count, self.on_gpus, self.advice = index, count, on_gpus, advice
         store: Any = distributed.distributed_c10d._get_default_store()
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # after a restart the store still has what was said
         # a clone, as a blocking wait would hold the lock of that one
@@ -108,7 +126,8 @@ class Watch(threading.Thread):
                     self.seen[other] = sign, self.clock
         silent = [other for other, (sign, at) in self.seen.items() if self.clock - at > SILENCE and sign != ENDED]
         if silent:
-            self.fail(f"{self._named(silent)}: no sign of life for {SILENCE:.0f} s, stopped or cut off")
+            what = f"{self._named(silent)}: no sign of life for {SILENCE:.0f} s, stopped or cut off"
+            self.fail(str(InputError(what, fix=self.advice.again)))
         if self.index == 0:
             self._end_if_overdue()
 
@@ -122,7 +141,7 @@ class Watch(threading.Thread):
         late = {other: found for other, (state, found) in signs.items() if state}
         stuck = [other for other in late if signs[other][0] == STUCK]
         if len(late) == self.count or (stuck and not self.on_gpus):
-            what, fix = "a process keeps the others waiting", "look at where it is; then --resume"
+            what, fix = "a process keeps the others waiting", f"look at where it is; {self.advice.again}"
             named = stuck or [*late]
             self.fail(str(InputError(what, where=self._named(named), found=late[named[0]], fix=fix)))
 
@@ -208,9 +227,11 @@ class Watch(threading.Thread):
         gone = [other for other, sign in before.items() if self.seen[other][0] == sign]
         found = str(error).split("\n")[0][:200]
         if gone:
-            what, fix = "a process has ended without a word", "if it was killed for memory, divide more; then --resume"
+            what = "a process has ended without a word"
+            fix = f"if it was killed for memory, {self.advice.memory}; then {self.advice.again}"
             return InputError(what, where=self._named(gone), found=found, fix=fix), gone
-        what, fix = "a process keeps the others waiting", "look at where each is; raise parallel.timeout, or --resume"
+        fix = f"look at where each is; {self.advice.patience}{self.advice.again}"
+        what = "a process keeps the others waiting"
         return InputError(what, where=self._named([*range(self.count)]), found=found, fix=fix), []
 
     def _signs(self) -> dict[int, str]:
@@ -220,14 +241,14 @@ class Watch(threading.Thread):
 
 
 @contextmanager
-def watched(index: int, count: int, on_gpus: bool = False) -> Iterator[Watch]:
+def watched(index: int, count: int, on_gpus: bool = False, advice: Advice = RUN) -> Iterator[Watch]:
     """A block in which a failure of one process ends all.
 
     Raises:
         InputError: in the first process that is left, what happened in another.
         SystemExit: in the others, after it was reported.
     """
-    watch = Watch(index, count, on_gpus)
+    watch = Watch(index, count, on_gpus, advice)
     watch.start()
     try:
         yield watch

@@ -37,9 +37,26 @@ def test_another_process_reports_where_the_first_one_is_stopped(
     second._end_if_failed()
     third._end_if_failed()
     said = capsys.readouterr().err.splitlines()
-    assert ended == [1, 1] and len(said) == 1
+    assert ended == [1, 1] and len(said) == 2
     assert said[0].startswith("error: process 0 of 3 (pid ") and "no sign of life" in said[0]
+    assert said[1] == "  do: start all again with --resume"
     assert first.seen == {}
+
+
+@pytest.mark.usefixtures("store")
+def test_the_way_on_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: first._beat())
+    advice = watch.Advice("start fewer processes", "start all again")
+    for given, helps, patience in (
+        (advice, "start fewer processes", ""),
+        (watch.RUN, "divide more", watch.RUN.patience),
+    ):
+        first, _ = (watch.Watch(index, 2, advice=given) for index in range(2))
+        found, gone = first.explain(RuntimeError("Connection closed by peer"))
+        assert gone == [1] and found.fix == f"if it was killed for memory, {helps}; then {given.again}"
+        monkeypatch.setattr(first, "_signs", lambda first=first: {0: f"{first.beats}|a|b||", 1: f"{first.beats}|a|b||"})
+        found, gone = first.explain(RuntimeError("Timed out"))
+        assert not gone and found.fix == f"look at where each is; {patience}{given.again}"
 
 
 class Processes:
