@@ -46,17 +46,13 @@ def test_another_process_reports_where_the_first_one_is_stopped(
 @pytest.mark.usefixtures("store")
 def test_the_way_on_is_that_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: first._beat())
-    advice = watch.Advice("start fewer processes", "start all again")
-    for given, helps, patience in (
-        (advice, "start fewer processes", ""),
-        (watch.RUN, "divide more", watch.RUN.patience),
-    ):
+    for given in (watch.RUN, watch.Advice("start fewer processes", "start all again")):
         first, _ = (watch.Watch(index, 2, advice=given) for index in range(2))
         found, gone = first.explain(RuntimeError("Connection closed by peer"))
-        assert gone == [1] and found.fix == f"if it was killed for memory, {helps}; then {given.again}"
+        assert gone == [1] and found.fix == f"if it was killed for memory, {given.memory}; then {given.again}"
         monkeypatch.setattr(first, "_signs", lambda first=first: {0: f"{first.beats}|a|b||", 1: f"{first.beats}|a|b||"})
         found, gone = first.explain(RuntimeError("Timed out"))
-        assert not gone and found.fix == f"look at where each is; {patience}{given.again}"
+        assert not gone and found.fix == f"look at where each is; {given.patience}{given.again}"
 
 
 class Processes:
