@@ -99,8 +99,10 @@ def run(args: Args | Judge) -> int:
         raise InputError(what, where=where, fix="leave it out")
     from minillama.training.process_group import process_group
     from minillama.training.ranks import Ranks
+    from minillama.training.watch import Advice
 
-    with process_group(args.device, where="--device"):
+    again = "start all again" + (" with the same options: it goes on where it was" if args.tasks else "")
+    with process_group(args.device, where="--device", advice=Advice("start fewer processes", again)):
         ranks = Ranks.current()
         return _perplexity(args, ranks) if args.perplexity is not None else _tasks(args, ranks)
 

@@ -15,12 +15,13 @@ import tyro
 
 from minillama.commands.tables import bytes_text, count_text, duration_text, print_table
 from minillama.config import ModelConfig
-from minillama.config.budget import MOST, SIZES, USABLE, Setting, Train, fits, remedies, usable
-from minillama.config.cost import WEIGHT_BYTES, cache_slots, inference_memory
+from minillama.config.budget import MACHINE, MOST, SIZES, USABLE, Setting, Train, fits, remedies, usable
+from minillama.config.cost import WEIGHT_BYTES, TrainingMemory, cache_slots, inference_memory
 from minillama.config.loader import check, config_names, to_dict
 from minillama.device import GPUS
 from minillama.errors import InputError
 from minillama.formats.shape import model_config
+from minillama.runs.parallel import Sizes, meshes
 
 MFU = 0.4  # of a GPU's peak, unless a speed is given
 ADAPTER_TOKENS = 1e6
@@ -100,6 +101,7 @@ def figures(name: str, config: ModelConfig, args: Args) -> dict[str, Any]:
     head = 0 if config.tie_embeddings else table
     width = int(WEIGHT_BYTES[args.dtype])
     setting = Setting(args.train, args.batch, context, args.gpus, "data parallel", args.checkpointing, args.rank, width)
+    fitting = [_fit(config, setting, gigabytes, gpu) for gpu, gigabytes in _sizes(args)]
     return {
         "model": name,
         "config": to_dict(config),
@@ -118,20 +120,36 @@ def figures(name: str, config: ModelConfig, args: Args) -> dict[str, Any]:
         },
         "setting": asdict(setting),
         "training_bytes": {
-            label: asdict(memory := one.memory(config)) | {"total": memory.total}
-            for label, one in _columns(config, setting).items()
+            label: asdict(memory) | {"total": memory.total}
+            for label, memory in _columns(config, setting, fitting).items()
         },
-        "fits": [_fit(config, setting, gigabytes, gpu) for gpu, gigabytes in _sizes(args)],
+        "fits": fitting,
         "inference_bytes": _inference(config, args, context, width),
         "training": _time(name, config, args, context),
     }
 
 
-def _columns(config: ModelConfig, setting: Setting) -> dict[str, Setting]:
-    """Settings whose memory is listed: with and without checkpointing on one GPU, every split of several."""
-    if setting.gpus > 1:
-        return {one.label(config): one for one in setting.splits(config)}
-    return {"plain": replace(setting, checkpointing=False), "checkpointing": replace(setting, checkpointing=True)}
+def _columns(config: ModelConfig, setting: Setting, fitting: list[dict[str, Any]]) -> dict[str, TrainingMemory]:
+    """Memory that is listed: with and without checkpointing on one GPU; on several every split, and a mesh that fits.
+
+    The mesh is that of the one GPU that was asked for.
+    """
+    if setting.gpus == 1:
+        both = {"plain": False, "checkpointing": True}
+        return {name: replace(setting, checkpointing=on).memory(config) for name, on in both.items()}
+    found = {one.label(config): one.memory(config) for one in setting.splits(config)}
+    mesh = fitting[0]["mesh"] if len(fitting) == 1 else None
+    if mesh:
+        sizes = Sizes(*mesh["sizes"].values())
+        memory = setting.divided(config, sizes.shard, sizes.tensor)
+        found |= {} if memory in found.values() else {_label(sizes): memory}
+    return found
+
+
+def _label(sizes: Sizes) -> str:
+    """Name of a mesh in the terms of its splits."""
+    axes = {"DP": sizes.data, "TP": sizes.tensor, "FSDP": sizes.shard}
+    return " x ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
 
 
 def _sizes(args: Args) -> list[tuple[str, float]]:
@@ -176,9 +194,29 @@ def _fit(config: ModelConfig, setting: Setting, gigabytes: float, gpu: str) -> d
         "gpu": gpu,
         "gigabytes": gigabytes,
         "fits": there,
+        "mesh": _mesh(config, setting, gigabytes) if setting.gpus > 1 else None,
         "missing": 0 if there else int(least - usable(gigabytes)),
         "instead": {one.options(setting): one.memory(config).total for one in others},
     }
+
+
+def _mesh(config: ModelConfig, setting: Setting, gigabytes: float) -> dict[str, Any] | None:
+    """Mesh of a run that divides a model as little as fits, as `parallel.auto` does; none where none fits."""
+    before = None
+    for sizes in meshes(setting.gpus, min(MACHINE, setting.gpus)):
+        is_divided = setting.train != "qlora" or sizes.parts == 1
+        heads = config.mixer == "attention" and math.gcd(config.n_heads, config.n_kv_heads) % sizes.tensor == 0
+        if not (is_divided and (heads or sizes.tensor == 1)):
+            continue
+        total = setting.divided(config, sizes.shard, sizes.tensor).total
+        if total <= usable(gigabytes):
+            less = "" if before is None else f"; {_label(before[0])} would take {bytes_text(before[1], 3)}"
+            axes = {name: size for name, size in sizes._asdict().items() if size > 1}
+            options = " ".join(f"--parallel.{name} {size}" for name, size in axes.items())
+            reason = f"the least division that fits{less}"
+            return {"sizes": sizes._asdict(), "total": total, "options": options, "reason": reason}
+        before = sizes, total
+    return None
 
 
 def _inference(config: ModelConfig, args: Args, context: int, width: int) -> dict[str, Any]:
@@ -273,7 +311,11 @@ def _verdict(fit: dict[str, Any], gpus: int) -> list[str]:
     name = f"{fit['gigabytes']:g} GB{', ' if fit['gpu'] else ''}{fit['gpu']}"
     others = [f"{options}, {bytes_text(number, 3)}" for options, number in fit["instead"].items()]
     asked = "" if fit["fits"] else "; what fits:" if others else f"; nor on {MOST} GPUs"
-    return [f"  {name:6}  {_answer(fit, gpus)}{asked}", *(f"{'':12}{other}" for other in others)]
+    mesh, lines = fit["mesh"], [f"  {name:6}  {_answer(fit, gpus)}{asked}", *(f"{'':12}{other}" for other in others)]
+    if mesh:
+        lines.append(f"{'':10}{mesh['options']}: {bytes_text(mesh['total'], 3)} per GPU,")
+        lines.append(f"{'':10}{mesh['reason']}")
+    return lines
 
 
 def _gpu_row(fit: dict[str, Any], training: dict[str, Any], gpus: int) -> tuple[str, ...]:
@@ -291,8 +333,9 @@ def _show_inference(table: dict[str, Any], args: Args) -> None:
         fitting = (gpu or f"{size:g} GB" for size, gpu in sizes if total <= usable(size))
         size = next(fitting, f"not {sizes[-1][0]:g} GB")
         rows.append((kind, *map(bytes_text, (weights, inference["state"], total)), size))
-    title = f"inference, {kept}" + (f", per GPU of {ranks}, tensor parallel" if ranks > 1 else "")
-    print_table(title, ("weights", f"KV cache, {args.dtype}", "total", "fits"), rows)
+    if ranks > 1:
+        print(f"per GPU of {ranks}, tensor parallel:")
+    print_table(f"inference, {kept}", ("weights", f"KV cache, {args.dtype}", "total", "fits"), rows)
     per_token, small = bytes_text(inference["state_per_token"]), bytes_text(inference["state_int8"])
     print(f"KV cache: {per_token} per token; int8 {small} for {kept}\n")
 

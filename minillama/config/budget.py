@@ -66,6 +66,10 @@ class Setting:
     def memory(self, config: ModelConfig) -> TrainingMemory:
         """Memory per GPU."""
         tensor = self.ranks(config)
+        return self.divided(config, 1 if self.split == "data parallel" else self.gpus // tensor, tensor)
+
+    def divided(self, config: ModelConfig, shard: int, tensor: int) -> TrainingMemory:
+        """Memory per GPU with the model over so many."""
         return training_memory(
             config,
             self.batch,
@@ -75,7 +79,7 @@ class Setting:
             lora=None if self.train == "full" else LoRAConfig(self.rank),
             quantize="int4" if self.train == "qlora" else "none",
             fused_norm=True,
-            shard=1 if self.split == "data parallel" else self.gpus // tensor,
+            shard=shard,
             tensor=tensor,
         )
 

@@ -34,6 +34,16 @@ class Sizes(NamedTuple):
         return " x ".join(f"{name} {size}" for name, size in self._asdict().items())
 
 
+def meshes(processes: int, machine: int) -> list[Sizes]:
+    """Meshes from the least division of a model to the most.
+
+    Sharding comes first, and tensor parallelism, within a machine of so many processes, beyond it.
+    """
+    divisors = [size for size in range(1, processes + 1) if processes % size == 0]
+    sharded = [Sizes(processes // size, size) for size in divisors]
+    return sharded + [Sizes(1, processes // size, size) for size in divisors[1:] if machine % size == 0]
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Processes that train one model, as torchrun starts them: data x shard x tensor of them."""
@@ -48,7 +58,7 @@ class ParallelConfig:
     auto: bool = False
     """Choose all three by memory: as little division as fits."""
     timeout: float = field(default=600.0, metadata={"above": 0})
-    """Seconds without progress of a process after which all are ended."""
+    """Seconds that processes wait for one another before all are ended; a training step that hangs is found sooner."""
     pipeline: int = field(default=1, metadata={"min": 1})
     """Not supported: 1."""
     context: int = field(default=1, metadata={"min": 1})

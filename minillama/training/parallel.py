@@ -12,25 +12,31 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
 
+from minillama.config import ModelConfig
 from minillama.config.lora import EMBEDDING, HEAD
 from minillama.device import choose_device, choose_dtype
 from minillama.errors import InputError
+from minillama.formats.peft_config import CONFIG, read_config
+from minillama.formats.shape import model_config
 from minillama.model import Decoder
 from minillama.runs.config import RunConfig, to_table
 from minillama.runs.diff import flat
+from minillama.runs.feedback import PPOConfig
 from minillama.runs.memory import available_memory, peak_memory
-from minillama.runs.parallel import Sizes
+from minillama.runs.parallel import Sizes, meshes
 from minillama.training.process_group import process_group
 from minillama.training.ranks import Ranks
 from minillama.training.sharded import is_sharded
+from minillama.training.watch import Watch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,11 +66,8 @@ def _smallest(config: RunConfig, processes: int, free: float) -> Sizes:
     Where none fits, the one that needs the least.
     """
     device, near = choose_device(config.train.device), _neighbors(processes)
-    divisors = [size for size in range(1, processes + 1) if processes % size == 0]
-    sharded = [Sizes(processes // size, size) for size in divisors]
-    split = [Sizes(1, processes // size, size) for size in divisors[1:] if near % size == 0]
     errors, needs = [], dict[Sizes, int]()
-    for found in [*sharded, *split]:
+    for found in meshes(processes, near):
         try:
             _checked(config, found, processes)
         except InputError as error:
@@ -106,11 +109,12 @@ def _refuse(config: RunConfig, found: Sizes) -> None:
         "stages.trainable": (any(s.trainable != ("*",) for s in config.stages), "frozen parameters stay frozen"),
     }
     if found.tensor > 1:
-        _check_divides(config, found.tensor)
         lora = config.lora
+        for where, shape in _shapes(config).items():
+            _check_divides(shape, found.tensor, where)
+            odd[f"{where}.mixer"] = (shape.mixer != "attention", "a recurrence has no heads to divide")
         sites = () if lora is None else (*lora.sites(config.model), *lora.whole(config.model))
         odd |= {
-            "model.mixer": (config.model.mixer != "attention", "a recurrence has no heads to divide"),
             "lora.use_dora": (lora is not None and lora.use_dora, "DoRA's norms are of whole rows"),
             "lora.dropout": (lora is not None and lora.dropout > 0, "the processes of a layer would draw other masks"),
             "lora.targets": (bool({EMBEDDING, HEAD} & {*sites}), "the vocabulary's adapters are not divided"),
@@ -122,17 +126,27 @@ def _refuse(config: RunConfig, found: Sizes) -> None:
             raise InputError(what, where=where, fix=fix)
 
 
-def _check_divides(config: RunConfig, tensor: int) -> None:
-    model = config.model
+def _shapes(config: RunConfig) -> dict[str, ModelConfig]:
+    """Shapes of the models that are divided, by the setting that gives them."""
+    found, objective = {"model": config.model}, config.objective
+    if isinstance(objective, PPOConfig) and objective.has_critic and objective.critic_from:
+        path = Path(objective.critic_from)
+        is_adapter = (path / CONFIG).exists()
+        base = read_config(path / CONFIG).base_model_name_or_path if is_adapter else path
+        found["objective.critic_from"] = model_config(base, "objective.critic_from")
+    return found
+
+
+def _check_divides(model: ModelConfig, tensor: int, where: str) -> None:
     for name in ("n_heads", "n_kv_heads"):
         if model.mixer == "attention" and getattr(model, name) % tensor:
-            what, where = f"parallel.tensor = {tensor} does not divide the heads", f"model.{name}"
-            raise InputError(what, where=where, found=getattr(model, name), expected=f"a multiple of {tensor}")
+            what, found = f"parallel.tensor = {tensor} does not divide the heads", getattr(model, name)
+            raise InputError(what, where=f"{where}.{name}", found=found, expected=f"a multiple of {tensor}")
     for name in ("hidden_dim", "vocab_size"):
         size = getattr(model, name)
         if -(-size // tensor) * (tensor - 1) >= size:
             what = f"parallel.tensor = {tensor} leaves a process without a part"
-            raise InputError(what, where=f"model.{name}", found=size, expected="more")
+            raise InputError(what, where=f"{where}.{name}", found=size, expected="more")
 
 
 @dataclass(frozen=True)
@@ -144,12 +158,18 @@ class Parallel:
         ranks: this process among those that read a batch.
         mesh: of all processes; None for one.
         free: bytes of memory per process, where the sizes were chosen by it.
+        watch: over the processes; None for one.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
     ranks: Ranks = field(default_factory=Ranks)
     mesh: DeviceMesh | None = None
     free: float = math.inf
+    watch: Watch | None = None
+
+    def step(self) -> AbstractContextManager[None]:
+        """A training step, which ends the run if it hangs; see `Watch.step`."""
+        return nullcontext() if self.watch is None else self.watch.step()
 
     @property
     def casts(self) -> bool:
@@ -216,15 +236,16 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
         InputError: as `sizes`; where a process fails, see `process_group`.
     """
     timeout = timedelta(seconds=config.parallel.timeout)
-    with process_group(config.train.device, timeout) as count:
-        if count == 1:
+    with process_group(config.train.device, timeout) as watch:
+        if watch is None:
             yield Parallel(sizes(config, 1))
             return
         _check_same_settings(config)
         device, free = choose_device(config.train.device), math.inf
         if config.parallel.auto:  # all decide by the least
             free = -Ranks.current().most(-(available_memory(device) or math.inf))
-        made = _parallel(sizes(config, count, free), "cuda" if device.type == "cuda" else "cpu", free, timeout)
+        found, kind = sizes(config, watch.count, free), "cuda" if device.type == "cuda" else "cpu"
+        made = replace(_parallel(found, kind, free, timeout), watch=watch)
         with made.ranks.enter():
             yield made
 

@@ -12,7 +12,7 @@ from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
 from minillama.device import choose_device, refuse_one_gpu
-from minillama.training.watch import watched
+from minillama.training.watch import RUN, Advice, Watch, watched
 
 
 def started() -> int:
@@ -26,21 +26,22 @@ def started() -> int:
 
 @contextmanager
 def process_group(
-    device: str, timeout: timedelta = timedelta(minutes=10), where: str = "train.device"
-) -> Iterator[int]:
-    """The default process group in a block, made if need be; the number of processes. None is made for one.
+    device: str, timeout: timedelta = timedelta(minutes=10), where: str = "train.device", advice: Advice = RUN
+) -> Iterator[Watch | None]:
+    """The default process group in a block, made if need be, and the watch over it. None is made for one process.
 
     Args:
         device: as `choose_device` takes it; on GPUs each process has that of its local rank.
         timeout: of a collective.
         where: the setting of the device, named in an error.
+        advice: after a process was lost.
 
     Raises:
         InputError: where a process fails, see `watched`.
     """
     count = started()
     if count == 1:
-        yield 1
+        yield None
         return
     refuse_one_gpu(device, where)
     is_there, is_gpu = distributed.is_initialized(), (chosen := choose_device(device, where)).type == "cuda"
@@ -55,8 +56,8 @@ def process_group(
         backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     try:
-        with watched(distributed.get_rank(), count):
-            yield count
+        with watched(distributed.get_rank(), count, is_gpu, advice) as watch:
+            yield watch
     finally:
         if not is_there:
             distributed.destroy_process_group()

@@ -194,13 +194,16 @@ class Trainer:
             self.folder.record(record)
 
     def step(self) -> dict[str, Any]:
-        """Optimizer step; its line for metrics.jsonl."""
+        """Optimizer step, after a rollout if due; its line for metrics.jsonl."""
         began = time.perf_counter()
-        step, config = self.state.step, self.config
         # dropout is the same after a resume, and of its rows and tokens in every process
-        torch.manual_seed(config.seed * 1_000_003 + step + self.ranks.index * RANK)
-        prepared = self.objective.prepare(step)
-        trains = time.perf_counter()
+        torch.manual_seed(self.config.seed * 1_000_003 + self.state.step + self.ranks.index * RANK)
+        prepared = self.objective.prepare(self.state.step)
+        with self.parallel.step():  # rollouts and their rewards take as long as they take
+            return self._step(prepared, began)
+
+    def _step(self, prepared: Mapping[str, float], began: float) -> dict[str, Any]:
+        trains, step, config = time.perf_counter(), self.state.step, self.config
         self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)

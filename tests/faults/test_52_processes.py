@@ -28,6 +28,7 @@ import os, signal, sys, time
 import torch
 from minillama.commands.cli import main
 from minillama.runs import parts
+from minillama.training import watch
 from minillama.training.objectives.lm import LanguageModel
 
 who, when, what = int(os.environ["ODD_RANK"]), int(os.environ["ODD_STEP"]), os.environ["ODD"]
@@ -36,11 +37,15 @@ whole = LanguageModel.batch
 def batch(self, step, rank=0, world=1):
     made = whole(self, step, rank, world)
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if what == "loops" and step == when - 1:
+        time.sleep(3)  # a slow step, and no more than that
     if step == when and int(os.environ.get("RANK", "0")) == who and is_first:
         if what == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "hangs":
             time.sleep(600)
+        while what == "loops":
+            pass
         if what == "fails":
             raise OSError(5, "the disk is gone")
         if what == "is out of memory":
@@ -61,6 +66,8 @@ def write(path, tensors, places):
     if writes == 2 and int(os.environ["RANK"]) == who and what == "dies writing" and is_first:
         os.kill(os.getpid(), signal.SIGKILL)
 
+if what == "loops":
+    watch.LEAST, watch.TIMES = 6.0, 2.0
 writes, whole_write = 0, parts.write
 LanguageModel.batch, parts.write = batch, write
 if __name__ == "__main__":
@@ -110,6 +117,18 @@ def test_a_process_that_hangs_is_found_where_it_is(words: list[str], tmp_path: P
     assert len(errors(done)) == 1, done.stderr
     assert "a process keeps the others waiting" in done.stderr and "process 1 of 2 (pid" in done.stderr
     assert "training/trainer.py" in done.stderr
+
+
+def test_a_step_that_does_not_end_is_found_by_the_time_of_those_before(words: list[str], tmp_path: Path) -> None:
+    """Long before a collective has waited for too long; not one that is slower than they."""
+    done, seconds = torchrun(tmp_path, run(words, tmp_path / "run", "--parallel.shard", "2"), ODD="loops")
+    assert done.returncode != 0 and seconds < 80
+    assert len(errors(done)) == 1, done.stderr
+    assert "a process keeps the others waiting" in done.stderr and "process 1 of 2 (pid" in done.stderr
+    assert "process 0 of 2" not in done.stderr and "training/trainer.py" in done.stderr
+    assert "where none before took more than" in done.stderr
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 4
 
 
 def test_a_process_without_memory_ends_all(words: list[str], tmp_path: Path) -> None:

@@ -165,8 +165,12 @@ def test_where_one_process_fails_all_end_with_one_message(folder: Path, odd: str
         assert said.count("error:") == 1 and "process 1 of 2: this tokenizer is odd" in said
     else:
         assert said.count("error:") == 1 and "process 1 of 2" in said
+        assert "start all again with the same options: it goes on where it was" in said and "--resume" not in said
     known = lines(folder / "out/items.jsonl")  # of the first process
     assert 5 < len(known) < 23
+    if odd == "is killed":  # as it says
+        assert main(words) == 0
+        assert len(lines(folder / "out/items.jsonl")) == 23
 
 
 def item(number: int, context: str, *ends: str) -> Item:

@@ -307,6 +307,29 @@ def test_four_processes(tiny_config: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_four_processes_with_fractional_weights(tiny_config: Make, base: Path, tmp_path: Path) -> None:
+    """Of messages, so that no two rows have the same sum, and some have next to nothing."""
+    talks, words = tmp_path / "talks.jsonl", ["lamp", "tower", "cart", "fish", "hill"]
+
+    def talk(i: int) -> list[dict[str, object]]:
+        asked = {"role": "user", "content": f"Say {words[i % 5]}."}
+        weights = (0.37 + 0.11 * (i % 7), 0.001 if i % 4 else 2.5)
+        return [
+            message
+            for weight in weights[: 1 + i % 3]
+            for message in (asked, {"role": "assistant", "content": words[i % 5] * (1 + i % 3), "weight": weight})
+        ]
+
+    talks.write_text("".join(json.dumps({"messages": talk(i)}) + "\n" for i in range(40)))
+    common = options(
+        train__init_from=base, data__template="plain", data__val_fraction=0.2, train__micro_batch_size=1,
+        train__batch_size=8, optim__lr=1e-3, train__steps=4, validate__every=4, train__context=32, data__sources=talks,
+        sample__max_new_tokens=0,
+    )  # fmt: skip
+    compare(4, tiny_config, tmp_path, {"sft": common}, ["data 2, shard 2", "shard 2, tensor 2"])
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_in_four_and_back(tiny_config: Make, tmp_path: Path) -> None:
     """Parts of two axes of one tensor among them, of a vocabulary that divides by neither."""
     words = options(

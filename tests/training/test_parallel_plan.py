@@ -69,6 +69,27 @@ def test_meshes_that_cannot_be_are_refused(tiny_config: Make, words: list[str], 
     assert refused.value.where == where and (refused.value.fix or refused.value.expected)
 
 
+def test_a_value_model_of_another_shape_divides_too(tiny_config: Make, tmp_path: Path) -> None:
+    """Whether it is a whole model or an adapter, which has the shape of its base."""
+    shape = ModelConfig(dim=24, n_layers=1, n_heads=6, n_kv_heads=3, hidden_dim=8, vocab_size=257, max_seq_len=32)
+    recurrent = replace(shape, mixer="wkv", mlp="channel-mix", position="none", norm="layer", n_kv_heads=6)
+    for name, made in (("three", shape), ("recurrent", recurrent)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(made.to_hf()))
+    (tmp_path / "adapter").mkdir()
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "three"), "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(adapter | {"target_modules": ["q_proj"]}))
+    common = options(data__template="plain", objective__name="ppo", objective__max_new_tokens=4, parallel__tensor=2)
+    for name, where in (("three", "n_kv_heads"), ("adapter", "n_kv_heads"), ("recurrent", "mixer")):
+        words = [*common, *options(objective__critic_from=tmp_path / name)]
+        with pytest.raises(InputError) as refused:
+            sizes(tiny_config(*words), 2)
+        assert refused.value.where == f"objective.critic_from.{where}" and (refused.value.fix or refused.value.expected)
+        shared = tiny_config(*words, "--objective.critic", "shared")  # it is not read
+        assert sizes(shared, 2) == Sizes(1, 1, 2)
+        assert sizes(tiny_config(*words, "--parallel.tensor", "1"), 2) == Sizes(2)
+
+
 @pytest.mark.parametrize(("name", "reason"), [("pipeline", "idle"), ("context", "no sharding strategy")])
 def test_what_is_not_there_is_refused_with_the_reason(tiny_config: Make, name: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
@@ -235,8 +256,8 @@ from minillama.training.sharded import local
 
 distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
 found = {}
-for shard, tensor in ((64, 1), (8, 8)):
-    made = _parallel(Sizes(1, shard, tensor), "cpu", math.inf, timedelta(seconds=60))
+for data, shard, tensor in ((1, 64, 1), (1, 8, 8), (1, 16, 4), (2, 32, 1)):
+    made = _parallel(Sizes(data, shard, tensor), "cpu", math.inf, timedelta(seconds=60))
     with torch.device("meta"):
         model = Decoder(ModelConfig.load("llama-2-70b"))
     made.divide(model, torch.bfloat16)
@@ -264,7 +285,7 @@ def test_64_processes_divide_70b_as_the_plan_says_and_read_no_whole_model(tmp_pa
     # the own part, and a block that is gathered: FSDP has it flat and by tensor
     assert found["peak"] < 4 * small.num_params() / 64 + 2.5 * block < 4 * small.num_params() / 4
     shape = ModelConfig.load("llama-2-70b")
-    for shard, tensor in ((64, 1), (8, 8)):
+    for shard, tensor in ((64, 1), (8, 8), (16, 4), (32, 1)):  # the last two are those of `minillama plan`
         said = training_memory(shape, 1, 4096, shard=shard, tensor=tensor).weights
         assert found[f"{shard} x {tensor}"] == pytest.approx(said, rel=1e-3)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from minillama.runs.feedback import FeedbackConfig, GRPOConfig, PPOConfig
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.train import byte_tokenizer
 from minillama.training.gradients import accumulate
-from minillama.training.objectives import ppo
+from minillama.training.objectives import ppo, rollouts
 from minillama.training.objectives.advantages import kl_estimate
 from minillama.training.objectives.grpo import GRPO
 from minillama.training.objectives.ppo import PPO
 from minillama.training.objectives.rollouts import Feedback
+from minillama.training.whole_weights import whole_weights
 
 SHAPE = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=257, max_seq_len=64)
 TOKENIZER = byte_tokenizer()
@@ -97,6 +98,28 @@ ACTORS = [
 def losses(made: Feedback, step: int, micro: int = 8) -> tuple[dict[str, float], dict[str, float]]:
     found = accumulate(made, made.batch(step), micro, CPU)
     return dict(found.terms), dict(found.metrics)
+
+
+@pytest.mark.parametrize("settings", [GROUPS[0], ACTORS[0]])
+def test_the_weights_are_gathered_once_per_rollout(settings: FeedbackConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one, too: those of a divided model come from all processes."""
+    made, gathered = objective(settings), list[Decoder]()
+
+    def count(model: Decoder) -> Mapping[str, Tensor]:
+        gathered.append(model)
+        return whole_weights(model)
+
+    monkeypatch.setattr(rollouts, "whole_weights", count)
+    made.prepare(0)
+    assert len(gathered) == 1
+    made.validate(8, 0)
+    made.prepare(1)  # of the same rollout
+    assert len(gathered) == 2
+    with torch.no_grad():
+        made.model.output_weight.mul_(2)
+    made.prepare(settings.updates)
+    assert len(gathered) == 3
+    assert torch.equal(made._copy.model.output_weight, made.model.output_weight)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("settings", [*GROUPS, *ACTORS])

@@ -144,10 +144,14 @@ class Feedback(DataObjective[Prompts]):
         self, prompts: Sequence[Prompt], samples: int, sampling: Sampling, keys: Sequence[int]
     ) -> list[Request]:
         """Answers to all prompts, of which each process writes those to its own, with a whole model."""
-        self._copy = self._copy or DecodingCopy(self.model, whole_weights, self.dtype)
+        if self._copy is None:  # it has the weights as they are, which may be gathered from many processes
+            self._copy = DecodingCopy(self.model, whole_weights, self.dtype)
+            model = self._copy.model
+        else:
+            model = self._copy.refresh()
         ranks = Ranks.current()
         own = slice(ranks.index, None, ranks.processes)
-        model, ids = self._copy.refresh(), [prompt.ids for prompt in prompts[own]]
+        ids = [prompt.ids for prompt in prompts[own]]
         made = answers(model, ids, samples, self.settings.max_new_tokens, sampling, self.stop_ids, keys[own])
         found = ranks.collect(made)
         places = (divmod(i, ranks.processes) for i in range(len(prompts)))
