@@ -201,9 +201,9 @@ def _fit(config: ModelConfig, setting: Setting, gigabytes: float, gpu: str) -> d
 
 
 def _mesh(config: ModelConfig, setting: Setting, gigabytes: float) -> dict[str, Any] | None:
-    """Mesh of a run that divides a model as little as fits, as `parallel.auto` does; none where none fits."""
+    """Mesh of a run that divides a model as little as fits, by the memory counted here; none where none fits."""
     before = None
-    for sizes in meshes(setting.gpus, min(MACHINE, setting.gpus)):
+    for sizes in meshes(setting.gpus, math.gcd(MACHINE, setting.gpus)):
         is_divided = setting.train != "qlora" or sizes.parts == 1
         heads = config.mixer == "attention" and math.gcd(config.n_heads, config.n_kv_heads) % sizes.tensor == 0
         if not (is_divided and (heads or sizes.tensor == 1)):

@@ -58,7 +58,7 @@ class ParallelConfig:
     auto: bool = False
     """Choose all three by memory: as little division as fits."""
     timeout: float = field(default=600.0, metadata={"above": 0})
-    """Seconds that processes wait for one another before all are ended; a training step that hangs is found sooner."""
+    """Seconds that processes wait for one another before all are ended; most steps that hang are found sooner."""
     pipeline: int = field(default=1, metadata={"min": 1})
     """Not supported: 1."""
     context: int = field(default=1, metadata={"min": 1})

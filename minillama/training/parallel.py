@@ -158,7 +158,7 @@ class Parallel:
         ranks: this process among those that read a batch.
         mesh: of all processes; None for one.
         free: bytes of memory per process, where the sizes were chosen by it.
-        watch: over the processes; None for one.
+        watch: over the steps of the processes; None for one, and for code that may be compiled anew at any step.
     """
 
     sizes: Sizes = field(default_factory=Sizes)
@@ -168,7 +168,7 @@ class Parallel:
     watch: Watch | None = None
 
     def step(self) -> AbstractContextManager[None]:
-        """A training step, which ends the run if it hangs; see `Watch.step`."""
+        """Passes and sums of a training step, which end the run if they hang; see `Watch.step`."""
         return nullcontext() if self.watch is None else self.watch.step()
 
     @property
@@ -245,7 +245,9 @@ def processes(config: RunConfig) -> Iterator[Parallel]:
         if config.parallel.auto:  # all decide by the least
             free = -Ranks.current().most(-(available_memory(device) or math.inf))
         found, kind = sizes(config, watch.count, free), "cuda" if device.type == "cuda" else "cpu"
-        made = replace(_parallel(found, kind, free, timeout), watch=watch)
+        made = _parallel(found, kind, free, timeout)
+        if config.train.compile != "true":
+            made = replace(made, watch=watch)
         with made.ranks.enter():
             yield made
 

@@ -28,7 +28,7 @@ def started() -> int:
 def process_group(
     device: str, timeout: timedelta = timedelta(minutes=10), where: str = "train.device", advice: Advice = RUN
 ) -> Iterator[Watch | None]:
-    """The default process group in a block, made if need be, and the watch over it. None is made for one process.
+    """The default process group in a block, made if need be, and the watch over it; for one process neither.
 
     Args:
         device: as `choose_device` takes it; on GPUs each process has that of its local rank.

@@ -196,28 +196,26 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """Optimizer step, after a rollout if due; its line for metrics.jsonl."""
         began = time.perf_counter()
+        step, config = self.state.step, self.config
         # dropout is the same after a resume, and of its rows and tokens in every process
-        torch.manual_seed(self.config.seed * 1_000_003 + self.state.step + self.ranks.index * RANK)
-        prepared = self.objective.prepare(self.state.step)
-        with self.parallel.step():  # rollouts and their rewards take as long as they take
-            return self._step(prepared, began)
-
-    def _step(self, prepared: Mapping[str, float], began: float) -> dict[str, Any]:
-        trains, step, config = time.perf_counter(), self.state.step, self.config
+        torch.manual_seed(config.seed * 1_000_003 + step + self.ranks.index * RANK)
+        prepared = self.objective.prepare(step)
+        trains = time.perf_counter()
         self._enter_stage(step)
         optim = config.optim_at(step)
         rate = learning_rate(optim, step + 1, config.train.steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
-        batch = self.objective.batch(step, self.ranks.rank, self.ranks.world)
-        share = accumulate(self.objective, batch, config.micro_batch_size, self.model.device)
-        self.pace.add(time.perf_counter() - trains)
-        losses = share.summed(self.ranks)
-        self.ranks.sum_gradients(parameter for model in self.masters.values() for parameter in model.parameters())
-        norms = clip(self.masters, optim.grad_clip)
-        norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
-        reason = self.guard.judge(*self.ranks.leaders([losses.loss, norm]))  # one verdict, to the bit
+        with self.parallel.step():  # rollouts, the rows of a skipped step and a terminal take as long as they take
+            batch = self.objective.batch(step, self.ranks.rank, self.ranks.world)
+            share = accumulate(self.objective, batch, config.micro_batch_size, self.model.device)
+            self.pace.add(time.perf_counter() - trains)
+            losses = share.summed(self.ranks)
+            self.ranks.sum_gradients(parameter for model in self.masters.values() for parameter in model.parameters())
+            norms = clip(self.masters, optim.grad_clip)
+            norm = next((norm for norm in norms.values() if not math.isfinite(norm)), norms["grad_norm"])
+            reason = self.guard.judge(*self.ranks.leaders([losses.loss, norm]))  # one verdict, to the bit
         outcome = self._update(step + 1) if reason is None else self._skip(batch, reason, math.isfinite(losses.loss))
         tokens = int(self.ranks.sum({"tokens": batch.kept.sum().item()})["tokens"])
         now = time.perf_counter()

@@ -27,7 +27,7 @@ PERIOD = 0.5  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which a process counts as stopped: long C code may hold the interpreter
 AWAKE = 4 * PERIOD  # that the watch's clock goes on at most per sign: a process that was stopped saw no time pass
 # a step hangs that lasts longer than LEAST seconds, in which a disk or a network recovers, and than so many times the
-# longest before it, more than other lengths of rows make of it; a few measure that, kernels are chosen in the first
+# longest before it, more than other lengths of rows make of it; a few measure that, without the first, which warms up
 LEAST, TIMES, MEASURED = 30.0, 20.0, 3
 WORDS = 5.0  # seconds in which the first process reports what another says
 LATE, STUCK = "late", "stuck"  # a step that hangs, and one that does so in other work than a collective
@@ -75,9 +75,9 @@ class Watch(threading.Thread):
         self.seen: dict[int, tuple[str, float]] = {}
         self.beats = 0
         self.clock, self.beaten = 0.0, time.monotonic()
-        self.began: float | None = None  # by the clock, the step in flight
-        self.worked = 0.0  # seconds of it out of collectives
-        self.steps, self.longest = 0, 0.0  # complete ones
+        self.worked = 0.0  # seconds out of collectives
+        self.began: tuple[float, float] | None = None  # clock and `worked` as the step in flight began
+        self.steps, self.longest, self.busiest = 0, 0.0, 0.0  # complete ones; the most seconds and work of one
         self._beat()
 
     def run(self) -> None:
@@ -100,22 +100,30 @@ class Watch(threading.Thread):
     @contextmanager
     def step(self) -> Iterator[None]:
         """A training step, which is to end in a time that those before it measured."""
-        self.began, self.worked = self.clock, 0.0
+        self.began = clock, worked = self.clock, self.worked
         try:
             yield
-            self.longest = max(self.longest, self.clock - self.began)
+            if self.steps:
+                self.longest = max(self.longest, self.clock - clock)
+                self.busiest = max(self.busiest, self.worked - worked)
             self.steps += 1
         finally:
             self.began = None
 
     def _overdue(self) -> str:
-        """State of a step in flight that should have ended, and its time beside that of others; else nothing."""
-        began, most = self.began, max(LEAST, TIMES * self.longest)  # read once: the main thread changes it
-        lasts = self.clock - began if began is not None and self.steps >= MEASURED else 0.0
-        if lasts <= most:
+        """State of a step in flight that should have ended, and its time beside that of others; else nothing.
+
+        Work is held against work: a step that waited for a checkpoint of another process measures none.
+        """
+        began = self.began  # read once: the main thread changes it
+        if began is None or self.steps < MEASURED:
             return "|"
-        found = f"a step of {lasts:.0f} s, where none before took more than {max(self.longest, PERIOD):.1f} s"
-        return f"{STUCK if self.worked > most else LATE}|{found}"
+        lasts, works = self.clock - began[0], self.worked - began[1]
+        if works > max(LEAST, TIMES * self.busiest):
+            return f"{STUCK}|{works:.0f} s of work in a step, where none before had more than {self.busiest:.1f} s"
+        if lasts > max(LEAST, TIMES * self.longest):
+            return f"{LATE}|a step of {lasts:.0f} s, where none before took more than {self.longest:.1f} s"
+        return "|"
 
     def _look(self) -> None:
         """Signs of all at the first process; of that one at the rest."""

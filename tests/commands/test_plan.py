@@ -125,13 +125,11 @@ def test_published_speeds(
 ) -> None:
     """At the MFU of a run its speed, to the digits of the MFU; at the default of 40% of our count more than any."""
     config = ModelConfig.load(model)
-    linear = 6 * (config.num_params() - config.vocab_size * config.dim)
-    square = linear + 12 * config.n_layers * config.n_heads * config.head_dim * 8192
-    assert square == pytest.approx({"llama-3-8b": 5.7914e10, "llama-3-70b": 4.8144e11}[model], rel=1e-4)
-    rate = 989 * mfu * config.flops_per_token(8192) / square  # TFLOP/s of half the square, as `plan` counts
+    ours = config.flops_per_token(8192)  # with half of the square
+    theirs = ours + 6 * config.n_layers * config.n_heads * config.head_dim * 8192
     words = [model, "--gpus", str(gpus), "--context", "8192"]
-    said = plan_json(capsys, *words, "--tflops", str(rate))["training"]["tokens_per_second"]
-    assert said / gpus == pytest.approx(published, rel=0.005)
+    said = plan_json(capsys, *words, "--tflops", str(989 * mfu))["training"]["tokens_per_second"]
+    assert said / gpus * ours / theirs == pytest.approx(published, rel=0.005)
     said = plan_json(capsys, *words, "--gpu", "H100")["training"]["tokens_per_second"]
     assert 1.15 < said / gpus / published < 1.48
 

@@ -126,7 +126,7 @@ def test_a_step_that_does_not_end_is_found_by_the_time_of_those_before(words: li
     assert len(errors(done)) == 1, done.stderr
     assert "a process keeps the others waiting" in done.stderr and "process 1 of 2 (pid" in done.stderr
     assert "process 0 of 2" not in done.stderr and "training/trainer.py" in done.stderr
-    assert "where none before took more than" in done.stderr
+    assert "where none before had more than" in done.stderr
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 4
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from minillama.model import Decoder
 from minillama.runs.feedback import FeedbackConfig, GRPOConfig
 from minillama.training.objectives.advantages import (
     Policy,
@@ -31,14 +32,14 @@ class GRPO(Feedback):
 
     settings: GRPOConfig
 
-    @property
-    def oversample(self) -> int:
-        return self.settings.oversample
+    def __post_init__(self, decoder: Decoder) -> None:
+        super().__post_init__(decoder)
+        self.oversample = self.settings.oversample
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Answers of the groups whose rewards differ first, the others after them: the rest has no gradient."""
+        """Groups whose rewards differ come first: the others have no gradient but that of the KL."""
         groups = scores.view(-1, self.settings.samples)
-        is_flat = (group_advantages(groups, "mean") == 0).all(1)
+        is_flat = (group_advantages(groups, "mean") == 0).all(1) & (self.oversample > 1)
         return super().choose(scores).view_as(groups)[is_flat.int().argsort(stable=True)].flatten()
 
     def judge(self, scores: Tensor) -> Metrics:

@@ -44,8 +44,9 @@ ALARMS = ("kl", "distinct_2", "scored")  # measures of a rollout that the warnin
 class Feedback(DataObjective[Prompts]):
     """Objective of a policy that learns from its own answers; subclasses have the loss.
 
-    A rollout of B = batch_size x minibatches answers serves `epochs` x `minibatches` steps. It is a pure function of
-    weights, seed and number; the steps read it in an order by (seed, number, epoch). Processes share the prompts out.
+    A rollout of B = batch_size x minibatches answers, chosen of `oversample` times as many, serves `epochs` x
+    `minibatches` steps. It is a pure function of weights, seed and number; the steps read it in an order by (seed,
+    number, epoch). Processes share the prompts out.
 
     Args:
         settings: of `[objective]`.
@@ -83,13 +84,10 @@ class Feedback(DataObjective[Prompts]):
         """Advantages into the buffer, from the answers' rewards (B,); what there is to record."""
         raise NotImplementedError
 
-    @property
-    def oversample(self) -> int:
-        """Prompts answered per prompt that is trained on."""
-        return 1
+    oversample = 1  # prompts answered per prompt that is trained on
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Answers in the order in which they are taken for training, by their rewards."""
+        """Indices (N,) of the answers, those to train on first, by their rewards (N,)."""
         return torch.arange(len(scores))
 
     def read(self, batch: Batch) -> Mapping[str, Tensor]:
@@ -106,7 +104,7 @@ class Feedback(DataObjective[Prompts]):
     def _collect(self, number: int) -> Metrics:
         began, settings = time.perf_counter(), self.settings
         rows = self.batch_size * settings.minibatches
-        prompts = self.data.batch(self.seed, number, rows // settings.samples * self.oversample)
+        prompts = self._prompts(number)
         keys = [derive_keys("rollout", self.seed, number, i)[0] >> 8 for i in range(len(prompts))]
         requests = self._answers(prompts, settings.samples, Sampling(settings.temperature), keys)
         seconds = time.perf_counter() - began
@@ -126,6 +124,11 @@ class Feedback(DataObjective[Prompts]):
         self.recent = {**found, **self._kl(), **self.judge(scores), **speed}
         self.flat = self.flat + 1 if self.recent.get("groups_with_signal") == 0 else 0
         return self.recent
+
+    def _prompts(self, number: int) -> list[Prompt]:
+        """Prompts of a rollout."""
+        kept = self.batch_size * self.settings.minibatches // self.settings.samples
+        return self.data.batch(self.seed, number, kept * self.oversample)
 
     def _check_scored(self, measures: Mapping[str, float], prompts: Sequence[Prompt]) -> None:
         """Refuse rewards that can score no answer of the first rollout: nothing would be learned."""
@@ -265,8 +268,7 @@ class Feedback(DataObjective[Prompts]):
     def where(self, step: int, rows: Sequence[int]) -> list[str]:
         number, update = divmod(step, self.settings.updates)
         order = self._order(number, *divmod(update, self.settings.minibatches))
-        count = self.batch_size * self.settings.minibatches // self.settings.samples * self.oversample
-        prompts = self.data.batch(self.seed, number, count)
+        prompts = self._prompts(number)
         chosen = self.buffer.get("chosen", torch.arange(len(self.buffer["mask"])))  # of the last release has none
         return [prompts[int(chosen[order[row]]) // self.settings.samples].where for row in rows]
 
