@@ -83,3 +83,19 @@ def test_implicit_accuracy_alone_is_no_proof(seed: int, capsys: pytest.CaptureFi
     assert plain["val_accuracy"] > 0.98 and with_sft["val_accuracy"] > 0.98
     assert plain["reversed"] < 0.05 and plain["sorted"] < 0.85 and plain["warned"]
     assert with_sft["sorted"] > 0.9 and with_sft["val_chosen_log_ratio"] > plain["val_chosen_log_ratio"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_happy_stories_with_a_bounded_reward_and_alarms_without_one(seed: int, shared: Path, tmp_path: Path) -> None:
+    """stories260K on beginnings that it was not trained on."""
+    files = (shared / "models/stories260K/checkpoint_legacy.bin", shared / "tokenizer/stories260K/tok512.bin")
+    stories = benchmark("feedback").stories
+    bounded = stories(tmp_path / "bounded", *files, "bounded", seed, 30)
+    before, after = bounded["before"], bounded["after"]
+    assert before["reward"] < 0.5 and after["reward"] > 2.2 and after["kl"] < 15
+    assert after["distinct-2"] > 0.8 * before["distinct-2"] and not bounded["warnings"]
+    hacked = stories(tmp_path / "unbounded", *files, "unbounded", seed, 30)
+    assert hacked["after"]["reward"] > 5 and hacked["after"]["distinct-2"] < 0.5 * before["distinct-2"]
+    said = "\n".join(hacked["warnings"])
+    assert "nats per answer to the start model" in said and "answers repeat themselves" in said
