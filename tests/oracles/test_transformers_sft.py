@@ -130,14 +130,15 @@ def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Token
 def test_loss_and_gradients_of_real_weights_are_transformers(
     name: str, shared: Path, real: tuple[Tokenizer, Decoder, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    """32 records: ours in float64 and float32 and theirs in float64 are equal to 1e-5.
+    """32 records of Alpaca, 16 of others: ours in float64 and float32 and theirs in float64 are equal to 1e-5.
 
     Theirs in float32 are with a cross-entropy in float64 alone: torch's in float32 rounds more over 49,152 tokens than
     everything before it.
     """
     tokenizer, model, other = real
-    found = examples(shared / "sft" / name, tokenizer, 32, SHORT)
-    assert len(found) >= (12 if "fixture" in name else 24)
+    count = 32 if name == "alpaca_en_demo.json" else 16
+    found = examples(shared / "sft" / name, tokenizer, count, SHORT)
+    assert len(found) >= (12 if count == 16 else 24)
     exact_loss = theirs(other.double(), found, exact=True)
     exact = gradients(other)
     assert ours(model.double(), found, "best-fit", SHORT) == pytest.approx(exact_loss, rel=1e-5)
