@@ -5,8 +5,10 @@ Each test has a twin on GPUs, over NCCL: `pytest -m cuda`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import tomllib
@@ -90,9 +92,12 @@ def work(rank: int, world: int, port: int, jobs: Sequence[Job]) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """A port that is free, below those that the system gives out: it is bound later, while other tests run."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def spawn(world: int, jobs: Sequence[Job]) -> None:
