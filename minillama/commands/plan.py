@@ -15,7 +15,7 @@ import tyro
 
 from minillama.commands.tables import bytes_text, count_text, duration_text, print_table
 from minillama.config import ModelConfig
-from minillama.config.budget import MACHINE, MOST, SIZES, USABLE, Setting, Train, fits, remedies, usable
+from minillama.config.budget import MOST, SIZES, USABLE, Setting, Train, fits, remedies, usable
 from minillama.config.cost import WEIGHT_BYTES, TrainingMemory, cache_slots, inference_memory
 from minillama.config.loader import check, config_names, to_dict
 from minillama.device import GPUS
@@ -203,10 +203,8 @@ def _fit(config: ModelConfig, setting: Setting, gigabytes: float, gpu: str) -> d
 def _mesh(config: ModelConfig, setting: Setting, gigabytes: float) -> dict[str, Any] | None:
     """Mesh of a run that divides a model as little as fits, by the memory counted here; none where none fits."""
     before = None
-    for sizes in meshes(setting.gpus, math.gcd(MACHINE, setting.gpus)):
-        is_divided = setting.train != "qlora" or sizes.parts == 1
-        heads = config.mixer == "attention" and math.gcd(config.n_heads, config.n_kv_heads) % sizes.tensor == 0
-        if not (is_divided and (heads or sizes.tensor == 1)):
+    for sizes in meshes(setting.gpus, replace(setting, split="tensor parallel").ranks(config)):
+        if setting.train == "qlora" and sizes.parts > 1:
             continue
         total = setting.divided(config, sizes.shard, sizes.tensor).total
         if total <= usable(gigabytes):

@@ -87,37 +87,21 @@ def test_fault_17_without_verifying_sizes_still_count(words: list[str], tmp_path
     assert all(set(entry) == {"bytes", "sha256"} for entry in manifest.values())
 
 
-# The process kills itself at the N-th change of the file system below `checkpoints`: the interpreter's audit events
-# come before each. A parent that has imported torch forks one child a run, which makes a hundred runs affordable.
+# The process kills itself at the N-th change of the file system below `checkpoints`. A parent that has imported torch
+# forks one child a run, which makes a hundred runs affordable.
 KILLER = """
-    import os, signal, sys
+    import os, sys
     import matplotlib.backends.backend_agg, matplotlib.figure
     import torch._dynamo  # an optimizer imports it: a second of each child's two
     import minillama.training.run
+    from killing import kill_at_change
     from minillama.commands.cli import main
-
-    EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
     def run(words, kill_at=0):
         child = os.fork()
         if child:
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        count = 0
-
-        def look(event, arguments):
-            nonlocal count
-            path = str(arguments[0])
-            if event not in EVENTS or "/runs/" not in path or not (count or "step-2" in path):
-                return
-            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-                return
-            if os.path.lexists(path) if event == "os.mkdir" else event != "open" and not os.path.lexists(path):
-                return  # a folder that is there already, a name that is not
-            count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(look)
+        kill_at_change(kill_at, "/runs/", "step-2")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(main(words))
 
@@ -141,6 +125,7 @@ KILLER = """
 def test_fault_25_kill_9_at_every_write_of_a_save(words: list[str], tmp_path: Path) -> None:
     script = tmp_path / "killer.py"
     script.write_text(textwrap.dedent(KILLER))
+    shutil.copy(Path(__file__).with_name("killing.py"), tmp_path)
     options = saving(words, tmp_path / "x", 2)[:-2]
     options[options.index("--checkpoint.keep") + 1] = "1"  # so that old ones are removed, too
     command = [sys.executable, str(script), str(tmp_path / "runs"), *options]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,14 +19,15 @@ pytestmark = [
 ]
 
 # A run of two processes is copied as it was after its first checkpoint. Two forks write the second one as the run did,
-# and one of them kills itself at the N-th change of the file system: the interpreter's audit events come before each.
-# The other one is told so, as the trainer tells its writer that the run has failed.
+# and one of them kills itself at the N-th change of the file system. The other one is told so, as the trainer
+# tells its writer that the run has failed.
 KILLER = """
-    import json, os, re, shutil, signal, socket, sys, time
+    import json, os, shutil, signal, socket, sys, time
     from pathlib import Path
     import matplotlib.backends.backend_agg, matplotlib.figure
     import torch._dynamo, torch.distributed.fsdp
     import minillama.training.run
+    from killing import kill_at_change
     from safetensors import safe_open
     from safetensors.torch import load_file
     from minillama import Decoder
@@ -37,7 +39,6 @@ KILLER = """
     from minillama.tokenizer import Tokenizer
     from minillama.training.model_folder import ModelFolder
 
-    EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
     checkpoint.GRACE = 0.05
     out, words = Path(sys.argv[1]), sys.argv[2:]
     whole = out / "whole"
@@ -70,21 +71,7 @@ KILLER = """
         assert codes == {0: 0, 1: 0}, codes
 
     def save(rank, folder, who, kill_at):
-        count, path = 0, whole / "checkpoints/step-2" / parts.file_name(rank, 2)
-
-        def look(event, arguments):
-            nonlocal count
-            name = str(arguments[0]) if event in EVENTS else ""
-            if str(folder) not in name or not re.search("[.]parts-2|step-2", name) and not count:
-                return
-            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-                return
-            if os.path.lexists(name) if event == "os.mkdir" else event != "open" and not os.path.lexists(name):
-                return  # a folder that is there already, a name that is not
-            count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
+        path = whole / "checkpoints/step-2" / parts.file_name(rank, 2)
         with safe_open(path, "pt") as file:
             known = json.loads(file.metadata()["parts"])
         places = {
@@ -95,7 +82,7 @@ KILLER = """
         writer = CheckpointWriter(folder / "checkpoints", 1, written.write, SilentReport(), rank == 0)
         signal.signal(signal.SIGTERM, lambda *_: writer.over.set())
         if rank == who:
-            sys.addaudithook(look)
+            kill_at_change(kill_at, str(folder), "[.]parts-2|step-2")
         try:
             writer.submit(lambda: copy)
             writer.finish()
@@ -143,6 +130,7 @@ KILLER = """
 def test_kill_9_of_one_process_at_every_write_of_a_checkpoint(words: list[str], tmp_path: Path) -> None:
     script = tmp_path / "killer.py"
     script.write_text(textwrap.dedent(KILLER))
+    shutil.copy(Path(__file__).with_name("killing.py"), tmp_path)
     options = ["--train.steps", "2", "--checkpoint.every", "1", "--checkpoint.keep", "9", "--parallel.shard", "2"]
     options += ["--validate.every", "2", "--train.dtype", "float32"]
     command = [sys.executable, str(script), str(tmp_path), *words, *options]

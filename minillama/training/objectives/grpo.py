@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from minillama.model import Decoder
 from minillama.runs.feedback import FeedbackConfig, GRPOConfig
 from minillama.training.objectives.advantages import (
     Policy,
@@ -32,15 +31,18 @@ class GRPO(Feedback):
 
     settings: GRPOConfig
 
-    def __post_init__(self, decoder: Decoder) -> None:
-        super().__post_init__(decoder)
-        self.oversample = self.settings.oversample
+    @property
+    def oversample(self) -> int:
+        return self.settings.oversample
 
     def choose(self, scores: Tensor) -> Tensor:
         """Groups whose rewards differ come first: the others have no gradient but that of the KL."""
+        rows = super().choose(scores)
+        if self.oversample == 1:  # all are trained on, in the order of the prompts
+            return rows
         groups = scores.view(-1, self.settings.samples)
-        is_flat = (group_advantages(groups, "mean") == 0).all(1) & (self.oversample > 1)
-        return super().choose(scores).view_as(groups)[is_flat.int().argsort(stable=True)].flatten()
+        is_flat = (group_advantages(groups, "mean") == 0).all(1)
+        return rows.view_as(groups)[is_flat.int().argsort(stable=True)].flatten()
 
     def judge(self, scores: Tensor) -> Metrics:
         """Advantages of the answers, the same for each token; share of groups whose rewards differ."""

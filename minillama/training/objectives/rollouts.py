@@ -84,7 +84,10 @@ class Feedback(DataObjective[Prompts]):
         """Advantages into the buffer, from the answers' rewards (B,); what there is to record."""
         raise NotImplementedError
 
-    oversample = 1  # prompts answered per prompt that is trained on
+    @property
+    def oversample(self) -> int:
+        """Prompts answered per prompt that is trained on."""
+        return 1
 
     def choose(self, scores: Tensor) -> Tensor:
         """Indices (N,) of the answers, those to train on first, by their rewards (N,)."""
