@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from minillama.errors import InputError
@@ -95,8 +96,8 @@ def _check_gpus(count: int, where: str) -> None:
 def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
     """Compute dtype of training (mixed precision); weights and accumulation stay float32.
 
-    `auto` takes bfloat16 where the processor multiplies it in hardware (AVX-512 BF16 or AMX, Ampere and
-    later). float16 is never chosen.
+    `auto` takes bfloat16 where the processor multiplies it faster than float32 (AMX, AMD's AVX-512 BF16, Ampere and
+    later; Intel's AVX-512 BF16 alone has half of its float32 speed). float16 is never chosen.
     """
     import torch
 
@@ -105,10 +106,14 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
-        capabilities = cpu_features()
-        if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"):
+        features = cpu_features()
+        if features.get("amx_bf16") or (_has_bfloat16(features) and "Intel" not in str(features.get("cpu_name"))):
             return torch.bfloat16
     return torch.float32
+
+
+def _has_bfloat16(features: Mapping[str, object]) -> bool:
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def cpu_features() -> dict[str, object]:
@@ -128,7 +133,9 @@ def decoding_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """
     import torch
 
-    return choose_dtype("auto", device) if stored == torch.bfloat16 else stored
+    if stored != torch.bfloat16 or (device.type == "cpu" and _has_bfloat16(cpu_features())):
+        return stored
+    return choose_dtype("auto", device)
 
 
 def compiler_missing(device: torch.device) -> str | None:

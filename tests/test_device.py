@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillama import Decoder
-from minillama.device import choose_device, refuse_one_gpu
+from minillama.device import choose_device, choose_dtype, decoding_dtype, refuse_one_gpu
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig
 from minillama.runs.sections import TrainConfig
@@ -48,6 +49,27 @@ for length in range(150, 550):
     linear(x[:length], weight, None, "none", [], "")
 print(resident() - before)
 """
+
+
+@pytest.mark.parametrize(
+    ("features", "trains", "decodes"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, torch.float32, torch.bfloat16),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx2": True}, torch.float32, torch.float32),
+        ({}, torch.float32, torch.float32),
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_multiplied_fast(
+    features: dict[str, object], trains: torch.dtype, decodes: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: features)
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", cpu) == trains
+    assert decoding_dtype(torch.bfloat16, cpu) == decodes
+    assert decoding_dtype(torch.float32, cpu) == torch.float32
 
 
 @pytest.mark.parametrize("name", ["abc", "cpu:abc", "cpu:1", "cuda:99", "cuda:x", "", "xpu"])

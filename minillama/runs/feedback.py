@@ -24,6 +24,9 @@ class FeedbackConfig(Kind):
     """What answers earn, a sum of rules, functions and reward models; NAME or WEIGHT*NAME on the command line."""
     samples: int = field(default=8, metadata={"min": 1})
     """Answers per prompt."""
+    oversample: int = field(default=1, metadata={"min": 1})
+    """Prompts answered per prompt that is trained on: groups whose rewards differ are taken first, as in DAPO's
+    dynamic sampling."""
     max_new_tokens: int = field(default=64, metadata={"min": 1})
     """Tokens per answer at most."""
     temperature: float = field(default=1.0, metadata={"above": 0})
@@ -65,14 +68,17 @@ class FeedbackConfig(Kind):
         """Check against the training loop's settings.
 
         Raises:
-            InputError: prompts that are no whole number, an answer longer than the context, or dropout, under which
-                log-probabilities do not repeat.
+            InputError: prompts that are no whole number, or chosen by a single answer, an answer longer than the
+                context, or dropout, under which log-probabilities do not repeat.
         """
         rows = batch_size * self.minibatches
         if rows % self.samples:
             found, expected = f"{batch_size} x {self.minibatches}", f"a multiple of objective.samples = {self.samples}"
             what = "batch_size times minibatches is no whole number of prompts"
             raise InputError(what, where="train.batch_size", found=found, expected=expected)
+        if self.oversample > 1 and self.samples < 2:
+            what, where = "prompts are chosen by whether their answers differ", "objective.samples"
+            raise InputError(what, where=where, found=self.samples, expected="2 or more with objective.oversample")
         if self.max_new_tokens >= context:
             what, expected = "an answer would leave no room for its prompt", f"fewer than train.context = {context}"
             raise InputError(what, where="objective.max_new_tokens", found=self.max_new_tokens, expected=expected)
@@ -93,9 +99,6 @@ class GRPOConfig(FeedbackConfig):
     baseline: Literal["std", "mean", "leave-one-out"] = "std"
     """Advantage of an answer. std: (r - mean) / std of its group (GRPO); mean: r - mean (Dr. GRPO); leave-one-out:
     r - mean of the others (RLOO)."""
-    oversample: int = field(default=1, metadata={"min": 1})
-    """Prompts answered per prompt that is trained on: groups whose rewards differ are taken first, as in DAPO's
-    dynamic sampling."""
     average: Literal["tokens", "answers", "length"] = "tokens"
     """Mean of the loss. tokens: over all tokens of the batch (DAPO); answers: of the answers' means (GRPO); length: the
     sum over answers x max_new_tokens (Dr. GRPO)."""

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minillama.config import ModelConfig
-from minillama.device import decoding_dtype
 from minillama.errors import InputError
 from minillama.inference.engine import Engine
 from minillama.inference.generate import Chunk, StopText, generate, stream
@@ -219,11 +218,3 @@ def test_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer) -> Non
     small = Decoder(ModelConfig(dim=8, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=100, max_seq_len=8))
     with pytest.raises(InputError, match="larger than the model's vocabulary"):
         generate(small, tokenizer, ["a"], 1)
-
-
-def test_bfloat16_is_decoded_in_float32_where_the_processor_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    for has_it, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("torch.cpu.get_capabilities", lambda has_it=has_it: {"avx512_bf16": has_it})
-        assert decoding_dtype(torch.bfloat16, cpu) == dtype
-        assert decoding_dtype(torch.float32, cpu) == torch.float32

@@ -31,19 +31,6 @@ class GRPO(Feedback):
 
     settings: GRPOConfig
 
-    @property
-    def oversample(self) -> int:
-        return self.settings.oversample
-
-    def choose(self, scores: Tensor) -> Tensor:
-        """Groups whose rewards differ come first: the others have no gradient but that of the KL."""
-        rows = super().choose(scores)
-        if self.oversample == 1:  # all are trained on, in the order of the prompts
-            return rows
-        groups = scores.view(-1, self.settings.samples)
-        is_flat = (group_advantages(groups, "mean") == 0).all(1)
-        return rows.view_as(groups)[is_flat.int().argsort(stable=True)].flatten()
-
     def judge(self, scores: Tensor) -> Metrics:
         """Advantages of the answers, the same for each token; share of groups whose rewards differ."""
         settings, rewards = self.settings, scores.view(-1, self.settings.samples)

@@ -27,7 +27,7 @@ from minillama.inference.rollout import DecodingCopy, answers
 from minillama.inference.sampling import Sampling
 from minillama.model import Decoder
 from minillama.runs.feedback import FeedbackConfig
-from minillama.training.objectives.advantages import kl_estimate
+from minillama.training.objectives.advantages import group_advantages, kl_estimate
 from minillama.training.objectives.answers import answer_log_probabilities
 from minillama.training.objectives.base import Batch, DataObjective, Metrics, rows_of
 from minillama.training.objectives.reference import Reference
@@ -84,20 +84,19 @@ class Feedback(DataObjective[Prompts]):
         """Advantages into the buffer, from the answers' rewards (B,); what there is to record."""
         raise NotImplementedError
 
-    @property
-    def oversample(self) -> int:
-        """Prompts answered per prompt that is trained on."""
-        return 1
-
-    def choose(self, scores: Tensor) -> Tensor:
-        """Indices (N,) of the answers, those to train on first, by their rewards (N,)."""
-        return torch.arange(len(scores))
-
     def read(self, batch: Batch) -> Mapping[str, Tensor]:
         """Further (B, T) tensors of the buffer from the weights of the rollout, such as values."""
         return {}
 
     # the rollout
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Indices (N,) of the answers by their rewards (N,), those of prompts whose answers differ in reward first."""
+        rows, settings = torch.arange(len(scores)), self.settings
+        if settings.oversample == 1:  # all are trained on, in the order of the prompts
+            return rows
+        is_flat = (group_advantages(scores.view(-1, settings.samples), "mean") == 0).all(1)
+        return rows.view(-1, settings.samples)[is_flat.int().argsort(stable=True)].flatten()
 
     def prepare(self, step: int) -> Metrics:
         self.step = step
@@ -131,7 +130,7 @@ class Feedback(DataObjective[Prompts]):
     def _prompts(self, number: int) -> list[Prompt]:
         """Prompts of a rollout."""
         kept = self.batch_size * self.settings.minibatches // self.settings.samples
-        return self.data.batch(self.seed, number, kept * self.oversample)
+        return self.data.batch(self.seed, number, kept * self.settings.oversample)
 
     def _check_scored(self, measures: Mapping[str, float], prompts: Sequence[Prompt]) -> None:
         """Refuse rewards that can score no answer of the first rollout: nothing would be learned."""
