@@ -112,9 +112,11 @@ class Clock:
 
 def ours(folder: Path, name: str, steps: int, dtype: str) -> dict[str, float]:
     """`minillama train` in this process."""
+    from minillama.device import keep_freed_pages
     from minillama.runs.config import load_run_config
     from minillama.training.run import train
 
+    keep_freed_pages()  # as the command does
     clock, seen, kind = Clock(), [], name.partition("-")[0]
 
     class Report:

@@ -74,7 +74,7 @@ class TrainConfig:
     dropout: float = field(default=0.0, metadata={"min": 0, "below": 1})
     """Dropout of the embedding and both residual branches."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of matrix products; auto: bfloat16 where the processor multiplies it in hardware."""
+    """Dtype of matrix products; auto: bfloat16 where the processor multiplies it faster than float32."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     compile: Literal["auto", "true", "false"] = "auto"

@@ -34,7 +34,7 @@ from minillama.training.objectives.reference import Reference
 from minillama.training.ranks import Ranks
 from minillama.training.whole_weights import whole_weights
 
-MULTIPLE = 8  # longer rows are padded to a multiple of it, so that compiled code meets few shapes
+MULTIPLE = 8  # rows of 64 tokens or more are padded to a multiple of it, so that kernels meet few shapes
 LOST = 0.5  # share of the first rollout's distinct bigrams below which there is a warning
 FLAT = 10  # rollouts in a row without a signal from which on there is a warning
 ALARMS = ("kl", "distinct_2", "scored")  # measures of a rollout that the warnings read
@@ -322,7 +322,7 @@ class Feedback(DataObjective[Prompts]):
 
 
 def trimmed(batch: Batch) -> Batch:
-    """A micro-batch without the columns behind its longest answer, padded to a multiple."""
+    """A micro-batch without the columns behind its longest answer, but for a little padding."""
     places = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
     width = _width(int((batch.extras["mask"] * places).max()))
     return replace(
@@ -335,7 +335,9 @@ def trimmed(batch: Batch) -> Batch:
 
 
 def _width(used: int) -> int:
-    return max(1, used) if used < MULTIPLE else -(-used // MULTIPLE) * MULTIPLE
+    """Columns for so many tokens, less than an eighth more: of shorter rows all lengths, or all even ones, occur."""
+    multiple = min(MULTIPLE, max(1, 2 ** (used.bit_length() - 4)))
+    return max(1, -(-used // multiple) * multiple)
 
 
 def _json(value: float) -> float | None:
