@@ -261,6 +261,8 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
     dropout = settings.pop("dropout", 0.0)
     with pytest.raises(InputError, match=message):
         GRPOConfig(**settings).check(8, 64 if "max_new_tokens" in settings else 80, dropout)
+    with pytest.raises(InputError, match=r"whether their answers differ[\s\S]*where: objective.samples"):
+        PPOConfig(oversample=2).check(8, 80, 0.0)
     with pytest.raises(InputError, match="adaptive coefficient"):
         PPOConfig(kl="k3", kl_target=1.0)
     with pytest.raises(InputError, match=r"stays 0[\s\S]*where: beta"):

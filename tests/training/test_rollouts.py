@@ -30,7 +30,7 @@ from minillama.runs.feedback import FeedbackConfig, GRPOConfig, PPOConfig
 from minillama.tokenizer.conversation import Conversation
 from minillama.tokenizer.train import byte_tokenizer
 from minillama.training.gradients import accumulate
-from minillama.training.objectives import ppo
+from minillama.training.objectives import ppo, rollouts
 from minillama.training.objectives.advantages import kl_estimate
 from minillama.training.objectives.grpo import GRPO
 from minillama.training.objectives.ppo import PPO
@@ -237,6 +237,12 @@ def test_kl_estimates_of_samples_are_those_of_the_distributions() -> None:
         assert len(samples) == 4096
         assert abs(samples.mean().item() - exact) < 4 * samples.std().item() / 64
     assert made.recent["kl"] == pytest.approx(samples.mean().item())
+
+
+def test_rows_are_padded_by_less_than_an_eighth_to_few_lengths() -> None:
+    widths = {used: rollouts._width(used) for used in range(1, 512)}
+    assert all(used <= width < used * 9 / 8 for used, width in widths.items())
+    assert len({width for width in widths.values() if 64 <= width < 512}) == (512 - 64) / 8
 
 
 def test_samples_differ_and_repeat_by_seed_and_step() -> None:
