@@ -98,7 +98,8 @@ def steps(args: argparse.Namespace) -> None:
             flush=True,
         )
     reward, began = str(args.out / "reward/model"), time.perf_counter()
-    more = ("--objective.rewards", reward, "--objective.max_new_tokens", str(args.new_tokens), "--optim.lr", "1e-5")
+    more = ("--objective.rewards", reward, "--objective.max_new_tokens", str(args.new_tokens), "--optim.lr", args.rate)
+    more += ("--train.steps", str(args.ppo_steps), "--validate.every", str(args.ppo_steps), "--objective.kl", "k1")
     critic = ("--objective.critic", "shared") if args.lora else ("--objective.critic_from", reward)
     target = ("--objective.kl_target", str(args.kl_target), "--objective.beta", "0.05", "--validate.tokens", "4000")
     lines, report = run(args.out / "ppo", "ppo", *shared, *more, *critic, *target)
@@ -125,6 +126,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=255, help="a reward model reads one token more")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--held-out", type=float, default=0.1, help="share of the pairs")
+    parser.add_argument("--ppo-steps", type=int, default=200, help="optimizer steps of PPO")
+    parser.add_argument("--rate", default="1e-4", help="learning rate of PPO")
     parser.add_argument("--kl-target", type=float, default=6.0, help="nats per answer")
     steps(parser.parse_args())
 

@@ -148,6 +148,8 @@ class PPOConfig(FeedbackConfig):
     """Value model. own: with a backbone of its own, as InstructGPT has it; shared: a head on the policy's."""
     critic_from: str = ""
     """Reward model that the value model starts from; the policy's backbone and a new head unless given."""
+    critic_rate: float = field(default=1.0, metadata={"above": 0})
+    """Learning rate of the value model, or of its head, as a multiple of optim.lr."""
     value_clip: float = field(default=0.2, metadata={"above": 0})
     """Values are clipped to within so much of the old ones."""
     value_weight: float = field(default=0.1, metadata={"min": 0})

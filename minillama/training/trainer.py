@@ -85,7 +85,7 @@ class Trainer:
             self.parallel.divide(master, dtype)
         self.model = model = cast(Decoder, self.masters[MODEL])
         self.peak, self.next_peak = peak_flops(model.device, dtype), 0
-        self.optimizers = make_optimizers(self.masters, config.optim, config.mup)
+        self.optimizers = make_optimizers(self.masters, config.optim, config.mup, objective.rates)
         self.guard, self.signals = Guard(config.guard), Signals(report)
         self.stage: Stage | None = None
         self.phase = "training"

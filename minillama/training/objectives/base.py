@@ -131,6 +131,8 @@ class Objective(Protocol):
     """Trained: `MODEL`, the one that is written as a model folder, and others. Each is clipped alone, and has its place
     in precision, optimizer and checkpoint under its name. The trainer puts working copies, on which the passes run, in
     the place of the float32 models."""
+    rates: Mapping[str, float] = {}
+    """Factors of the learning rate, by the names of trained models; 1 of those that are absent."""
     companions: Mapping[str, nn.Module]
     """Frozen: a reference, a reward model. Cast once, in eval mode, never saved; checkpoints have their SHA-256."""
     fingerprint: str

@@ -50,6 +50,7 @@ class PPO(Feedback):
         super().__post_init__(decoder)
         self.beta = torch.tensor(self.settings.beta)
         self.models = {**self.models, VALUE: self._critic(decoder)}
+        self.rates = {VALUE: self.settings.critic_rate}
         average = self._averaged(decoder) if self.settings.average_decay else {}
         self.average = {name: weight.detach().float().clone() for name, weight in average.items()}
 

@@ -45,7 +45,10 @@ def parameter_groups(model: nn.Module | Mapping[str, nn.Module], config: OptimCo
 
 
 def make_optimizers(
-    model: nn.Module | Mapping[str, nn.Module], config: OptimConfig, mup: Mup | None = None
+    model: nn.Module | Mapping[str, nn.Module],
+    config: OptimConfig,
+    mup: Mup | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with the fused kernel, alone or beside Muon; or Adafactor.
 
@@ -53,35 +56,51 @@ def make_optimizers(
     Newton-Schulz iterations (`muon.py`), in bfloat16 where that is fast. Each group has `lr_scale`, its peak rate
     relative to `lr`, so that one schedule serves all. Under muP (`config/mup.py`) matrices are grouped by their factor
     of the learning rate; Muon's orthogonal updates need none but the queries'.
+
+    Args:
+        model: or several by name.
+        config: rates and decay.
+        mup: factors of the learning rate by width.
+        rates: further factors, by the name of the model.
     """
     mup = mup or Mup()
+
+    def of_model(name: str) -> float:
+        return (rates or {}).get(name.partition("/")[0], 1.0)
+
     decayed, kept = parameter_groups(model, config)
     if config.optimizer == "adafactor":
-        named = [*decayed["params"], *kept["params"]]
-        return [Adafactor([{"params": named, "lr_scale": 1.0}], config.lr, config.beta1)]
+        named = _grouped([*decayed["params"], *kept["params"]], of_model)
+        return [Adafactor([{"params": params, "lr_scale": f} for f, params in named], config.lr, config.beta1)]
     blocks = [(name, p) for name, p in decayed["params"] if config.muon_lr and ".layers." in name]
     if blocks:
         decayed["params"] = [(name, p) for name, p in decayed["params"] if ".layers." not in name]
-    groups = [*_by_factor(decayed, mup.learning_rate), kept | {"lr_scale": 1.0, "mup": 1.0}]
-    groups = [group for group in groups if group["params"]]
+    groups = _by_factor(decayed, lambda name: mup.learning_rate(name) * of_model(name)) + _by_factor(kept, of_model)
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     if not blocks:
         return [adamw]
     muon = {"params": blocks, "weight_decay": config.weight_decay, "name": "muon"}
     dtype = choose_dtype("auto", blocks[0][1].device)
     rate = config.muon_lr / config.lr
-    return [adamw, Muon(_by_factor(muon, mup.queries, rate), lr=config.muon_lr, dtype=dtype)]
+    blocks_by = _by_factor(muon, lambda name: mup.queries(name) * of_model(name), rate)
+    return [adamw, Muon(blocks_by, lr=config.muon_lr, dtype=dtype)]
 
 
 def _by_factor(group: Mapping[str, Any], factor: Callable[[str], float], rate: float = 1.0) -> list[dict[str, Any]]:
-    """Groups of equal muP factor of the learning rate; weight decay times learning rate is the same in all."""
-    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in group["params"]:
-        groups.setdefault(factor(name), []).append((name, parameter))
+    """Groups of equal factor of the learning rate; weight decay times learning rate is the same in all."""
     return [
-        {**group, "params": params, "mup": f, "lr_scale": rate * f, "weight_decay": group["weight_decay"] / f}
-        for f, params in groups.items()
+        {**group, "params": params, "factor": f, "lr_scale": rate * f, "weight_decay": group["weight_decay"] / f}
+        for f, params in _grouped(group["params"], factor)
     ]
+
+
+def _grouped(
+    named: Iterable[tuple[str, nn.Parameter]], factor: Callable[[str], float]
+) -> Iterable[tuple[float, list[tuple[str, nn.Parameter]]]]:
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        groups.setdefault(factor(name), []).append((name, parameter))
+    return groups.items()
 
 
 def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimConfig) -> None:
@@ -89,14 +108,14 @@ def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimCo
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if isinstance(optimizer, Muon):
-                group["lr_scale"] = config.muon_lr / config.lr * group["mup"]
+                group["lr_scale"] = config.muon_lr / config.lr * group["factor"]
             elif isinstance(optimizer, Adafactor):
                 group["beta1"] = config.beta1
                 continue
             else:
                 group |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
             if group.get("name") != "no_decay":
-                group["weight_decay"] = config.weight_decay / group["mup"]
+                group["weight_decay"] = config.weight_decay / group["factor"]
 
 
 def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.optim.Optimizer, str, Tensor]]:
