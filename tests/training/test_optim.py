@@ -12,7 +12,13 @@ from minillama.layers.cross_entropy import cross_entropy
 from minillama.model import Decoder
 from minillama.runs.sections import OptimConfig
 from minillama.training.optim.adafactor import Adafactor
-from minillama.training.optim.groups import load_optimizer_state, make_optimizers, optimizer_state, parameter_groups
+from minillama.training.optim.groups import (
+    change_settings,
+    load_optimizer_state,
+    make_optimizers,
+    optimizer_state,
+    parameter_groups,
+)
 from minillama.training.optim.muon import Muon, orthogonalize
 from minillama.training.optim.schedule import learning_rate
 
@@ -50,6 +56,30 @@ def test_norms_and_embeddings_do_not_decay() -> None:
     decay, kept = parameter_groups(Decoder(MODEL), OptimConfig(decay_embeddings=True))
     assert "model.embed_tokens.weight" in names(decay)
     assert names(decay) | names(kept) == set(MODEL.tensors())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimConfig(lr=0.01, muon_lr=0.0),
+        OptimConfig(lr=0.01, muon_lr=0.05),
+        OptimConfig(optimizer="adafactor", lr=0.01),
+    ],
+    ids=["adamw", "muon", "adafactor"],
+)
+def test_a_second_model_learns_at_a_multiple_of_the_rate(config: OptimConfig) -> None:
+    models = {"model": Decoder(MODEL), "value": Decoder(MODEL)}
+    optimizers = make_optimizers(models, config, rates={"value": 4.0})
+    for _ in range(2):
+        of = {name: g["lr_scale"] for o in optimizers for g in o.param_groups for name in g["param_names"]}
+        assert of.keys() == {prefix + name for name in MODEL.tensors() for prefix in ("", "value/")}
+        assert all(of[f"value/{name}"] == 4 * of[name] for name in MODEL.tensors())
+        assert of["model.norm.weight"] == 1
+        change_settings(optimizers, replace(config, weight_decay=0.5))  # of another stage
+    products = [
+        g["lr_scale"] * g["weight_decay"] for o in optimizers for g in o.param_groups if g.get("name") == "decay"
+    ]
+    assert products == [0.5] * len(products)
 
 
 def test_decay_moves_matrices_alone() -> None:
