@@ -131,15 +131,16 @@ max_new_tokens = 0
 """
 
 LEARN = {
-    "grpo": ("--objective.name", "grpo", "--objective.baseline", "mean", "--objective.samples", "8"),
-    "ppo": ("--objective.name", "ppo", "--objective.samples", "4", "--objective.kl", "none", "--objective.epochs", "2"),
+    "grpo": {"name": "grpo", "baseline": "mean", "samples": "8", "oversample": "4"},
+    "ppo": {"name": "ppo", "critic": "shared", "kl": "none", "epochs": "1", "minibatches": "2"},
 }
 
 
 def learn(out: Path, config: str, start: Path, name: str, *words: str) -> tuple[list[dict[str, Any]], Quiet]:
     """A run of GRPO or PPO from the model of another run, on its data."""
     more = ("--data.template", "auto", "--objective.max_new_tokens", "6", "--train.context", "16")
-    return run(out, config, *LEARN[name], *more, "--train.init_from", str(start / "model"), *words)
+    settings = [word for key, value in LEARN[name].items() for word in (f"--objective.{key}", value)]
+    return run(out, config, *settings, *more, "--train.init_from", str(start / "model"), *words)
 
 
 def sorting(folder: Path, seed: int, sft: int, steps: int, objectives: Sequence[str]) -> dict[str, dict[str, float]]:

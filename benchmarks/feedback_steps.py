@@ -100,7 +100,9 @@ def steps(args: argparse.Namespace) -> None:
     reward, began = str(args.out / "reward/model"), time.perf_counter()
     more = ("--objective.rewards", reward, "--objective.max_new_tokens", str(args.new_tokens), "--optim.lr", args.rate)
     more += ("--train.steps", str(args.ppo_steps), "--validate.every", str(args.ppo_steps), "--objective.kl", "k1")
-    critic = ("--objective.critic", "shared") if args.lora else ("--objective.critic_from", reward)
+    critic = ("--objective.critic", "shared")
+    if not args.lora:
+        critic = ("--objective.critic", "own", "--objective.critic_from", reward)
     target = ("--objective.kl_target", str(args.kl_target), "--objective.beta", "0.05", "--validate.tokens", "4000")
     lines, report = run(args.out / "ppo", "ppo", *shared, *more, *critic, *target)
     before, after = ends(lines, "val_reward")

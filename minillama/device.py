@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from minillama.errors import InputError
@@ -96,8 +95,8 @@ def _check_gpus(count: int, where: str) -> None:
 def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
     """Compute dtype of training (mixed precision); weights and accumulation stay float32.
 
-    `auto` takes bfloat16 where the processor multiplies it faster than float32 (AMX, AMD's AVX-512 BF16, Ampere and
-    later; Intel's AVX-512 BF16 alone has half of its float32 speed). float16 is never chosen.
+    `auto` takes bfloat16 where the processor multiplies it faster than float32: AMX, AMD's AVX-512 BF16, Ampere and
+    later. Intel's AVX-512 BF16 products without AMX run at half the speed of float32. float16 is never chosen.
     """
     import torch
 
@@ -107,13 +106,9 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: torch.dev
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if device.type == "cpu":
         features = cpu_features()
-        if features.get("amx_bf16") or (_has_bfloat16(features) and "Intel" not in str(features.get("cpu_name"))):
+        if features.get("amx_bf16") or (features.get("avx512_bf16") and "AMD" in str(features.get("cpu_name"))):
             return torch.bfloat16
     return torch.float32
-
-
-def _has_bfloat16(features: Mapping[str, object]) -> bool:
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def cpu_features() -> dict[str, object]:
@@ -129,11 +124,12 @@ def cpu_features() -> dict[str, object]:
 def decoding_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """Compute dtype of decoding: the stored one, but float32 for bfloat16 on a processor that emulates it.
 
-    There a bfloat16 matrix product takes up to two hundred times as long as a float32 one.
+    There a bfloat16 matrix product takes up to two hundred times as long as a float32 one. Where it is only slower, the
+    weights' smaller size counts for more: a token reads all of them.
     """
     import torch
 
-    if stored != torch.bfloat16 or (device.type == "cpu" and _has_bfloat16(cpu_features())):
+    if stored != torch.bfloat16 or (device.type == "cpu" and cpu_features().get("avx512_bf16")):
         return stored
     return choose_dtype("auto", device)
 

@@ -57,6 +57,7 @@ print(resident() - before)
         ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16, torch.bfloat16),
         ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, torch.float32, torch.bfloat16),
         ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.float32, torch.bfloat16),
         ({"cpu_name": "Intel Xeon", "avx2": True}, torch.float32, torch.float32),
         ({}, torch.float32, torch.float32),
     ],
@@ -70,6 +71,8 @@ def test_bfloat16_is_chosen_where_it_is_multiplied_fast(
     assert choose_dtype("auto", cpu) == trains
     assert decoding_dtype(torch.bfloat16, cpu) == decodes
     assert decoding_dtype(torch.float32, cpu) == torch.float32
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert choose_dtype("auto", cpu) == torch.float32
 
 
 @pytest.mark.parametrize("name", ["abc", "cpu:abc", "cpu:1", "cuda:99", "cuda:x", "", "xpu"])

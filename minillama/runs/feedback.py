@@ -77,7 +77,7 @@ class FeedbackConfig(Kind):
             what = "batch_size times minibatches is no whole number of prompts"
             raise InputError(what, where="train.batch_size", found=found, expected=expected)
         if self.oversample > 1 and self.samples < 2:
-            what, where = "prompts are chosen by whether their answers differ", "objective.samples"
+            what, where = "oversampling compares the answers to a prompt, and there is one", "objective.samples"
             raise InputError(what, where=where, found=self.samples, expected="2 or more with objective.oversample")
         if self.max_new_tokens >= context:
             what, expected = "an answer would leave no room for its prompt", f"fewer than train.context = {context}"
@@ -175,6 +175,9 @@ class PPOConfig(FeedbackConfig):
         if self.kl_target and self.kl != "k1":
             what = "an adaptive coefficient is one of the KL in the reward"
             raise InputError(what, where="kl", found=self.kl, expected="k1 with kl_target")
+        if self.critic_from and self.critic == "shared":
+            what, fix = "a value head on the policy starts from no reward model", "--objective.critic own"
+            raise InputError(what, where="critic_from", found=self.critic_from, expected="none with shared", fix=fix)
         if self.kl_target and not self.beta:
             what = "an adaptive coefficient is multiplied, and stays 0"
             raise InputError(what, where="beta", found=self.beta, expected="more than 0 with kl_target")

@@ -116,6 +116,17 @@ def test_what_a_run_of_ppo_leaves_behind(tiny_config: Make, start: Path, tmp_pat
     assert len(steps) == 6 and steps[0]["loss_text"] > steps[-1]["loss_text"] > 0
 
 
+def test_the_value_model_learns_at_a_rate_of_its_own(tiny_config: Make, start: Path, tmp_path: Path) -> None:
+    first, moved = Decoder.from_pretrained(start).model.norm.weight, list[float]()
+    for rate in ("1", "4"):
+        more = ("--objective.critic_rate", rate, "--train.steps", "1")
+        assert train(tiny_config(*words(start, *PPO, *more)), str(tmp_path / rate), report=Quiet()) == 0
+        for name in ("value", "model"):
+            moved.append((Decoder.from_pretrained(tmp_path / rate / name).model.norm.weight - first).abs().max().item())
+    value, policy, faster, same = moved
+    assert same == policy > 0 and faster == pytest.approx(4 * value, rel=0.02)
+
+
 def test_a_shared_critic_and_a_reward_model(tiny_config: Make, start: Path, tmp_path: Path) -> None:
     config = tiny_config(*words(start, *PPO, "--objective.critic", "shared", "--train.steps", "4"))
     assert train(config, str(tmp_path / "run"), report=Quiet()) == 0
@@ -261,8 +272,10 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> Non
     dropout = settings.pop("dropout", 0.0)
     with pytest.raises(InputError, match=message):
         GRPOConfig(**settings).check(8, 64 if "max_new_tokens" in settings else 80, dropout)
-    with pytest.raises(InputError, match=r"whether their answers differ[\s\S]*where: objective.samples"):
+    with pytest.raises(InputError, match=r"compares the answers[\s\S]*where: objective.samples"):
         PPOConfig(oversample=2).check(8, 80, 0.0)
+    with pytest.raises(InputError, match="starts from no reward model"):
+        PPOConfig(critic="shared", critic_from="runs/reward/model")
     with pytest.raises(InputError, match="adaptive coefficient"):
         PPOConfig(kl="k3", kl_target=1.0)
     with pytest.raises(InputError, match=r"stays 0[\s\S]*where: beta"):

@@ -76,10 +76,22 @@ def test_a_second_model_learns_at_a_multiple_of_the_rate(config: OptimConfig) ->
         assert all(of[f"value/{name}"] == 4 * of[name] for name in MODEL.tensors())
         assert of["model.norm.weight"] == 1
         change_settings(optimizers, replace(config, weight_decay=0.5))  # of another stage
-    products = [
-        g["lr_scale"] * g["weight_decay"] for o in optimizers for g in o.param_groups if g.get("name") == "decay"
-    ]
-    assert products == [0.5] * len(products)
+    for group in (g for o in optimizers for g in o.param_groups if g.get("name") in ("decay", "muon")):
+        expected = 0.5 * (config.muon_lr / config.lr if group["name"] == "muon" else 1)
+        assert group["lr_scale"] * group["weight_decay"] == pytest.approx(expected)
+
+
+def test_adafactor_decays_all_models_alike() -> None:
+    models = {name: torch.nn.Linear(3, 2, bias=False) for name in ("model", "value")}
+    (optimizer,) = make_optimizers(models, OptimConfig(optimizer="adafactor", lr=0.1), rates={"value": 5.0})
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1 * group["lr_scale"]
+    before = {name: model.weight.detach().clone() for name, model in models.items()}
+    for model in models.values():
+        model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    for name, model in models.items():
+        assert torch.allclose(model.weight, before[name] * (1 - 0.01))
 
 
 def test_decay_moves_matrices_alone() -> None:

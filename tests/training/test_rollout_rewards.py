@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,7 +102,9 @@ class OddPrompts(Constant):
 def test_of_more_prompts_those_whose_answers_differ_are_taken_first(kind: type[GRPOConfig] | type[PPOConfig]) -> None:
     """DAPO's dynamic sampling: six prompts of which two are trained on, then four of which three have a signal."""
     for rows, oversample, with_signal in ((8, 3, 2), (16, 2, 3)):
-        settings = kind(max_new_tokens=9, samples=4, oversample=oversample)
+        settings = kind(max_new_tokens=9, samples=4, oversample=oversample, kl="none")
+        if isinstance(settings, PPOConfig):
+            settings = replace(settings, critic="shared", lam=1.0)  # whose values are 0 at first
         made = objective(settings, rows)
         made.rewards = OddPrompts()  # type: ignore[assignment]
         measures = made.prepare(0)
@@ -111,8 +114,17 @@ def test_of_more_prompts_those_whose_answers_differ_are_taken_first(kind: type[G
         drawn = [int(prompt.where.removeprefix("file:")) for prompt in made.data.batch(1, 0, rows // 4 * oversample)]
         odd = [number for number in drawn if number % 2][: rows // 4]
         assert {number for number in found if number % 2} == {*odd} and len(odd) == with_signal
-        if kind is GRPOConfig:
-            assert measures["groups_with_signal"] == len(odd) / (rows // 4)
+        assert measures["groups_with_signal"] == len(odd) / (rows // 4)
+        if kind is PPOConfig:  # without discount, values and KL each token returns the reward of its answer
+            mask, targets, returns = (made.buffer[name] for name in ("mask", "targets", "returns"))
+            numbers = [
+                int(made.data.batch(1, 0, rows // 4 * oversample)[row // 4].where.removeprefix("file:"))
+                for row in made.buffer["chosen"].tolist()
+            ]
+            for row, number in enumerate(numbers):
+                even = (targets[row][mask[row]] % 2 == 0).sum()
+                assert (returns[row][mask[row]] == (even if number % 2 else 1)).all()
+        else:
             expected = made.buffer["advantages"].view(rows // 4, 4, -1)
             assert (expected[: len(odd)] != 0).any((1, 2)).all() and (expected[len(odd) :] == 0).all()
         again = objective(settings, rows)

@@ -240,9 +240,13 @@ def test_kl_estimates_of_samples_are_those_of_the_distributions() -> None:
 
 
 def test_rows_are_padded_by_less_than_an_eighth_to_few_lengths() -> None:
-    widths = {used: rollouts._width(used) for used in range(1, 512)}
+    model = Decoder(SHAPE)
+    widths = {used: rollouts._width(used, model) for used in range(1, 512)}
     assert all(used <= width < used * 9 / 8 for used, width in widths.items())
     assert len({width for width in widths.values() if 64 <= width < 512}) == (512 - 64) / 8
+    assert sorted(widths.values()) == [*widths.values()] and rollouts._width(0, model) == 1
+    model.blocks[0].compile()  # which wants few shapes
+    assert {rollouts._width(used, model) for used in range(1, 65)} == {1, 2, 3, 4, 5, 6, 7, *range(8, 65, 8)}
 
 
 def test_samples_differ_and_repeat_by_seed_and_step() -> None:

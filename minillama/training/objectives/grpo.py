@@ -32,16 +32,15 @@ class GRPO(Feedback):
     settings: GRPOConfig
 
     def judge(self, scores: Tensor) -> Metrics:
-        """Advantages of the answers, the same for each token; share of groups whose rewards differ."""
+        """Advantages of the answers, the same for each token."""
         settings, rewards = self.settings, scores.view(-1, self.settings.samples)
         groups = group_advantages(rewards, settings.baseline)
-        signal = (groups != 0).any(1).float().mean().item()
         if settings.kl == "k1":  # not divided by the standard deviation, as little as the k2 and k3 of the loss
             kl = (self.buffer["old"] - self.buffer["reference"]).sum(1).view_as(rewards)
             baseline = "mean" if settings.baseline == "std" else settings.baseline
             groups = groups + group_advantages(torch.where(rewards.isnan(), rewards, -settings.beta * kl), baseline)
         self.buffer["advantages"] = groups.view(-1, 1) * self.buffer["mask"]
-        return {"groups_with_signal": signal}
+        return {}
 
     def weighted(self, batch: Batch) -> Batch:
         mask = batch.extras["mask"]
@@ -49,7 +48,7 @@ class GRPO(Feedback):
         return replace(batch, weights=weights, totals=policy_totals(mask, total))
 
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        batch = trimmed(batch)
+        batch = trimmed(batch, self.model)
         found, entropies = self.log_probabilities(self.model, batch)
         return policy_terms(self.settings, batch, found, entropies, self.settings.policy)
 

@@ -147,7 +147,8 @@ class PPO(Feedback):
     def loss(self, batch: Batch) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """Sums over the answers' tokens, and over those of the text."""
         text = batch.extras.get("text")
-        batch = trimmed(replace(batch, extras={name: part for name, part in batch.extras.items() if name != "text"}))
+        extras = {name: part for name, part in batch.extras.items() if name != "text"}
+        batch = trimmed(replace(batch, extras=extras), self.model)
         parts, (log_probs, entropies, values) = batch.extras, self.both(batch)
         terms, metrics = policy_terms(self.settings, batch, log_probs, entropies)
         losses = value_loss(values, parts["values"], parts["returns"], self.settings.value_clip)

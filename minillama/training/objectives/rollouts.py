@@ -31,10 +31,11 @@ from minillama.training.objectives.advantages import group_advantages, kl_estima
 from minillama.training.objectives.answers import answer_log_probabilities
 from minillama.training.objectives.base import Batch, DataObjective, Metrics, rows_of
 from minillama.training.objectives.reference import Reference
+from minillama.training.objectives.unpadded import is_eager
 from minillama.training.ranks import Ranks
 from minillama.training.whole_weights import whole_weights
 
-MULTIPLE = 8  # rows of 64 tokens or more are padded to a multiple of it, so that kernels meet few shapes
+MULTIPLE = 8  # longer rows are padded to a multiple of it, so that compiled code meets few shapes; see `_width`
 LOST = 0.5  # share of the first rollout's distinct bigrams below which there is a warning
 FLAT = 10  # rollouts in a row without a signal from which on there is a warning
 ALARMS = ("kl", "distinct_2", "scored")  # measures of a rollout that the warnings read
@@ -123,9 +124,16 @@ class Feedback(DataObjective[Prompts]):
             self.first_distinct = torch.tensor(found["distinct_2"])
         tokens = sum(len(request.tokens) for request in requests)
         speed = {"rollout_tokens": float(tokens), "rollout_tokens_per_second": tokens / seconds}
-        self.recent = {**found, **self._kl(), **self.judge(scores), **speed}
+        self.recent = {**found, **self._signal(scores), **self._kl(), **self.judge(scores), **speed}
         self.flat = self.flat + 1 if self.recent.get("groups_with_signal") == 0 else 0
         return self.recent
+
+    def _signal(self, scores: Tensor) -> Metrics:
+        """Share of the prompts trained on whose answers differ in reward; nothing where there is one answer to each."""
+        if self.settings.samples == 1:
+            return {}
+        groups = group_advantages(scores.view(-1, self.settings.samples), "mean")
+        return {"groups_with_signal": (groups != 0).any(1).float().mean().item()}
 
     def _prompts(self, number: int) -> list[Prompt]:
         """Prompts of a rollout."""
@@ -166,7 +174,7 @@ class Feedback(DataObjective[Prompts]):
         """Rows of ids, targets one place on, and the mask of targets that are of the answer."""
         ids = [torch.tensor([*prompt.ids, *request.tokens]) for prompt, request in zip(prompts, requests, strict=True)]
         padded = pad_sequence(ids, batch_first=True)
-        width = _width(padded.shape[1] - 1)
+        width = _width(padded.shape[1] - 1, self.model)
         padded = F.pad(padded, (0, width + 1 - padded.shape[1]))
         places = torch.arange(width)
         starts = torch.tensor([len(prompt.ids) - 1 for prompt in prompts])[:, None]
@@ -226,7 +234,7 @@ class Feedback(DataObjective[Prompts]):
             batch = self._batch(rows)
             for start in range(0, len(rows), self.micro_batch_size):
                 stop = start + self.micro_batch_size
-                yield rows[start:stop], trimmed(batch.rows(start, stop)).to(self.model.device)
+                yield rows[start:stop], trimmed(batch.rows(start, stop), self.model).to(self.model.device)
 
     def _kl(self) -> Metrics:
         """Mean KL to the reference per answer, where both log-probabilities are known."""
@@ -321,10 +329,10 @@ class Feedback(DataObjective[Prompts]):
         self.flat, self.step = (int(self.buffer.pop(name, none)) for name in ("flat", "step"))
 
 
-def trimmed(batch: Batch) -> Batch:
+def trimmed(batch: Batch, model: Decoder) -> Batch:
     """A micro-batch without the columns behind its longest answer, but for a little padding."""
     places = torch.arange(1, batch.tokens.shape[1] + 1, device=batch.tokens.device)
-    width = _width(int((batch.extras["mask"] * places).max()))
+    width = _width(int((batch.extras["mask"] * places).max()), model)
     return replace(
         batch,
         tokens=batch.tokens[:, :width],
@@ -334,9 +342,10 @@ def trimmed(batch: Batch) -> Batch:
     )
 
 
-def _width(used: int) -> int:
-    """Columns for so many tokens, less than an eighth more: of shorter rows all lengths, or all even ones, occur."""
-    multiple = min(MULTIPLE, max(1, 2 ** (used.bit_length() - 4)))
+def _width(used: int, model: Decoder) -> int:
+    """Columns for so many tokens: a multiple of 8, or for eager code of 2, 4 and 8 from 16, 32 and 64 on."""
+    eighth = 1 << max(0, used.bit_length() - 4)  # or less
+    multiple = min(MULTIPLE, eighth) if is_eager(model) or used < MULTIPLE else MULTIPLE
     return max(1, -(-used // multiple) * multiple)
 
 

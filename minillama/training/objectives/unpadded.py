@@ -9,6 +9,11 @@ from minillama.model import Decoder
 from minillama.training.objectives.base import Batch
 
 
+def is_eager(model: Decoder) -> bool:
+    """Whether a model runs on a CPU by code that is not compiled, which takes any number of shapes."""
+    return model.device.type == "cpu" and model.blocks[0]._compiled_call_impl is None
+
+
 def unpadded(batch: Batch, model: Decoder) -> Batch:
     """Batch of the same loss and gradients in fewer tokens, where this is faster: for eager code on a CPU.
 
@@ -19,9 +24,14 @@ def unpadded(batch: Batch, model: Decoder) -> Batch:
     Args:
         batch: causal rows (B, T), perhaps of several documents.
     """
-    is_eager = model.device.type == "cpu" and model.blocks[0]._compiled_call_impl is None
     kept, config = batch.kept, model.config
-    if not is_eager or config.position != "rope" or config.sliding_window or config.is_longrope or not kept.any():
+    if (
+        not is_eager(model)
+        or config.position != "rope"
+        or config.sliding_window
+        or config.is_longrope
+        or not kept.any()
+    ):
         return batch
     shape = batch.tokens.shape
     positions = torch.arange(shape[1]) if batch.positions is None else batch.positions

@@ -37,9 +37,11 @@ class Adafactor(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group["lr"], group["beta1"], group["decay"])
+                    rate = group["lr"] / group.get("lr_scale", 1.0)  # decay is the same in all groups
+                    decay = rate * rate if group["decay"] else 0.0
+                    self._move(parameter, parameter.grad, group["lr"], group["beta1"], decay)
 
-    def _move(self, parameter: Tensor, grad: Tensor, lr: float, beta1: float, decay: bool) -> None:
+    def _move(self, parameter: Tensor, grad: Tensor, lr: float, beta1: float, decay: float) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -54,8 +56,7 @@ class Adafactor(torch.optim.Optimizer):
         if beta1:
             update = state["mean"].lerp_(update, 1 - beta1)
         scale = lr * max(SMALLEST, _rms(parameter).item())
-        if decay:
-            parameter.mul_(1 - lr * lr)
+        parameter.mul_(1 - decay)
         parameter.add_(update, alpha=-scale)
 
 

@@ -61,35 +61,37 @@ def make_optimizers(
         model: or several by name.
         config: rates and decay.
         mup: factors of the learning rate by width.
-        rates: further factors, by the name of the model.
+        rates: further factors, by the name of the model; as under muP, weight decay per step stays what it is.
     """
     mup = mup or Mup()
 
-    def of_model(name: str) -> float:
-        return (rates or {}).get(name.partition("/")[0], 1.0)
+    def model_factor(name: str) -> float:
+        return (rates or {}).get(name.partition("/")[0] if "/" in name else "model", 1.0)
 
     decayed, kept = parameter_groups(model, config)
     if config.optimizer == "adafactor":
-        named = _grouped([*decayed["params"], *kept["params"]], of_model)
+        named = _grouped([*decayed["params"], *kept["params"]], model_factor)
         return [Adafactor([{"params": params, "lr_scale": f} for f, params in named], config.lr, config.beta1)]
     blocks = [(name, p) for name, p in decayed["params"] if config.muon_lr and ".layers." in name]
     if blocks:
         decayed["params"] = [(name, p) for name, p in decayed["params"] if ".layers." not in name]
-    groups = _by_factor(decayed, lambda name: mup.learning_rate(name) * of_model(name)) + _by_factor(kept, of_model)
+    groups = _by_factor(decayed, lambda name: mup.learning_rate(name) * model_factor(name)) + _by_factor(
+        kept, model_factor
+    )
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     if not blocks:
         return [adamw]
     muon = {"params": blocks, "weight_decay": config.weight_decay, "name": "muon"}
     dtype = choose_dtype("auto", blocks[0][1].device)
     rate = config.muon_lr / config.lr
-    blocks_by = _by_factor(muon, lambda name: mup.queries(name) * of_model(name), rate)
-    return [adamw, Muon(blocks_by, lr=config.muon_lr, dtype=dtype)]
+    muon_groups = _by_factor(muon, lambda name: mup.queries(name) * model_factor(name), rate)
+    return [adamw, Muon(muon_groups, lr=config.muon_lr, dtype=dtype)]
 
 
 def _by_factor(group: Mapping[str, Any], factor: Callable[[str], float], rate: float = 1.0) -> list[dict[str, Any]]:
     """Groups of equal factor of the learning rate; weight decay times learning rate is the same in all."""
     return [
-        {**group, "params": params, "factor": f, "lr_scale": rate * f, "weight_decay": group["weight_decay"] / f}
+        {**group, "params": params, "rate_factor": f, "lr_scale": rate * f, "weight_decay": group["weight_decay"] / f}
         for f, params in _grouped(group["params"], factor)
     ]
 
@@ -97,6 +99,7 @@ def _by_factor(group: Mapping[str, Any], factor: Callable[[str], float], rate: f
 def _grouped(
     named: Iterable[tuple[str, nn.Parameter]], factor: Callable[[str], float]
 ) -> Iterable[tuple[float, list[tuple[str, nn.Parameter]]]]:
+    """Named parameters by their factor of the learning rate."""
     groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named:
         groups.setdefault(factor(name), []).append((name, parameter))
@@ -108,14 +111,14 @@ def change_settings(optimizers: Iterable[torch.optim.Optimizer], config: OptimCo
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if isinstance(optimizer, Muon):
-                group["lr_scale"] = config.muon_lr / config.lr * group["factor"]
+                group["lr_scale"] = config.muon_lr / config.lr * group["rate_factor"]
             elif isinstance(optimizer, Adafactor):
                 group["beta1"] = config.beta1
                 continue
             else:
                 group |= {"betas": (config.beta1, config.beta2), "eps": config.eps}
             if group.get("name") != "no_decay":
-                group["weight_decay"] = config.weight_decay / group["factor"]
+                group["weight_decay"] = config.weight_decay / group["rate_factor"]
 
 
 def _named(optimizers: Iterable[torch.optim.Optimizer]) -> Iterable[tuple[torch.optim.Optimizer, str, Tensor]]:
