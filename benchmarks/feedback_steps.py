@@ -83,6 +83,8 @@ def steps(args: argparse.Namespace) -> None:
     shared += ["--checkpoint.every", "100000", "--train.batch_size", str(args.rows), *adapter]
     rates = {"reward": "2e-4", "dpo": "5e-5"}
     for name, rate in rates.items():
+        if name not in args.methods:
+            continue
         began = time.perf_counter()
         lines, _ = run(args.out / name, name, *shared, "--optim.lr", rate)
         pairs = held_out(args.out / name / "model", args)
@@ -97,14 +99,16 @@ def steps(args: argparse.Namespace) -> None:
             f"longer answer {ends(lines, 'val_longer_wins')[1]:.3f}; {time.perf_counter() - began:.0f} s",
             flush=True,
         )
+    if "ppo" not in args.methods:
+        return
     reward, began = str(args.out / "reward/model"), time.perf_counter()
     more = ("--objective.rewards", reward, "--objective.max_new_tokens", str(args.new_tokens), "--optim.lr", args.rate)
     more += ("--train.steps", str(args.ppo_steps), "--validate.every", str(args.ppo_steps), "--objective.kl", "k1")
     critic = ("--objective.critic", "shared")
     if not args.lora:
         critic = ("--objective.critic", "own", "--objective.critic_from", reward)
-    target = ("--objective.kl_target", str(args.kl_target), "--objective.beta", "0.05", "--validate.tokens", "4000")
-    lines, report = run(args.out / "ppo", "ppo", *shared, *more, *critic, *target)
+    target = ("--objective.kl_target", str(args.kl_target), "--objective.beta", "0.05", "--objective.kl_horizon", "200")
+    lines, report = run(args.out / "ppo", "ppo", *shared, *more, *critic, *target, "--validate.tokens", "4000")
     before, after = ends(lines, "val_reward")
     kl = ends(lines, "kl")[1]
     print(
@@ -123,6 +127,7 @@ def main() -> None:
     parser.add_argument("--template", default="auto", help="chat template")
     parser.add_argument("--lora", action="store_true", help="train adapters; PPO then shares the policy's backbone")
     parser.add_argument("--out", type=Path, default=Path("runs/feedback-steps"))
+    parser.add_argument("--methods", nargs="+", default=["reward", "dpo", "ppo"], choices=["reward", "dpo", "ppo"])
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of each run")
     parser.add_argument("--rows", type=int, default=16, help="pairs, or answers, per step")
     parser.add_argument("--context", type=int, default=255, help="a reward model reads one token more")
