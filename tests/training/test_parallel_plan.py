@@ -85,9 +85,9 @@ def test_a_value_model_of_another_shape_divides_too(tiny_config: Make, tmp_path:
         with pytest.raises(InputError) as refused:
             sizes(tiny_config(*words), 2)
         assert refused.value.where == f"objective.critic_from.{where}" and (refused.value.fix or refused.value.expected)
-        shared = tiny_config(*words, "--objective.critic", "shared")  # it is not read
-        assert sizes(shared, 2) == Sizes(1, 1, 2)
         assert sizes(tiny_config(*words, "--parallel.tensor", "1"), 2) == Sizes(2)
+    shared = tiny_config(*common, "--objective.critic", "shared")
+    assert sizes(shared, 2) == Sizes(1, 1, 2)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("pipeline", "idle"), ("context", "no sharding strategy")])
