@@ -129,7 +129,7 @@ def _refuse(config: RunConfig, found: Sizes) -> None:
 def _shapes(config: RunConfig) -> dict[str, ModelConfig]:
     """Shapes of the models that are divided, by the setting that gives them."""
     found, objective = {"model": config.model}, config.objective
-    if isinstance(objective, PPOConfig) and objective.has_critic and objective.critic_from:
+    if isinstance(objective, PPOConfig) and objective.critic_from:
         path = Path(objective.critic_from)
         is_adapter = (path / CONFIG).exists()
         base = read_config(path / CONFIG).base_model_name_or_path if is_adapter else path
