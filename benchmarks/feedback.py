@@ -131,7 +131,7 @@ max_new_tokens = 0
 """
 
 LEARN = {
-    "grpo": {"name": "grpo", "baseline": "mean", "samples": "8", "oversample": "4"},
+    "grpo": {"name": "grpo", "baseline": "mean", "samples": "8"},
     "ppo": {"name": "ppo", "critic": "shared", "kl": "none", "epochs": "1", "minibatches": "2"},
 }
 
@@ -143,7 +143,9 @@ def learn(out: Path, config: str, start: Path, name: str, *words: str) -> tuple[
     return run(out, config, *settings, *more, "--train.init_from", str(start / "model"), *words)
 
 
-def sorting(folder: Path, seed: int, sft: int, steps: int, objectives: Sequence[str]) -> dict[str, dict[str, float]]:
+def sorting(
+    folder: Path, seed: int, sft: int, steps: int, objectives: Sequence[str], oversample: int = 1
+) -> dict[str, dict[str, float]]:
     """Shares of right answers after fine-tuning, after each objective, and after random rewards."""
     config = folder / "sorting.toml"
     config.write_text(SORTING, encoding="utf-8")
@@ -154,7 +156,8 @@ def sorting(folder: Path, seed: int, sft: int, steps: int, objectives: Sequence[
     for name in objectives:
         kind, control = name.removesuffix(" control"), name.endswith(" control")
         reward = ("--objective.rewards", f"{__file__}:coin") if control else ()
-        learn(folder / "learned", str(config), start, kind, *more, *reward)
+        drawn = ("--objective.oversample", str(oversample)) if kind == "grpo" else ()
+        learn(folder / "learned", str(config), start, kind, *more, *reward, *drawn)
         found[name] = examine(folder / "learned/model", "sorting")
     return found
 
@@ -163,7 +166,9 @@ def run_sorting(args: argparse.Namespace) -> None:
     for seed in range(1, args.seeds + 1):
         with tempfile.TemporaryDirectory() as place:
             began = time.perf_counter()
-            for name, found in sorting(Path(place), seed, args.sft, args.steps, args.objectives).items():
+            for name, found in sorting(
+                Path(place), seed, args.sft, args.steps, args.objectives, args.oversample
+            ).items():
                 print(f"seed {seed}, {name:13} {shown(found)}", flush=True)
             print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
 
@@ -318,6 +323,7 @@ def main() -> None:
     two = commands.add_parser("sorting")
     two.add_argument("--sft", type=int, default=150, help="steps of fine-tuning")
     two.add_argument("--steps", type=int, default=400)
+    two.add_argument("--oversample", type=int, default=1, help="of GRPO")
     two.add_argument("--objectives", nargs="+", default=["grpo", "ppo", "grpo control"])
     two.set_defaults(run=run_sorting)
     three = commands.add_parser("addition")
