@@ -96,8 +96,7 @@ class Feedback(DataObjective[Prompts]):
         rows, settings = torch.arange(len(scores)), self.settings
         if settings.oversample == 1:  # all are trained on, in the order of the prompts
             return rows
-        is_flat = (group_advantages(scores.view(-1, settings.samples), "mean") == 0).all(1)
-        return rows.view(-1, settings.samples)[is_flat.int().argsort(stable=True)].flatten()
+        return rows.view(-1, settings.samples)[(~self._differ(scores)).int().argsort(stable=True)].flatten()
 
     def prepare(self, step: int) -> Metrics:
         self.step = step
@@ -132,8 +131,11 @@ class Feedback(DataObjective[Prompts]):
         """Share of the prompts trained on whose answers differ in reward; nothing where there is one answer to each."""
         if self.settings.samples == 1:
             return {}
-        groups = group_advantages(scores.view(-1, self.settings.samples), "mean")
-        return {"groups_with_signal": (groups != 0).any(1).float().mean().item()}
+        return {"groups_with_signal": self._differ(scores).float().mean().item()}
+
+    def _differ(self, scores: Tensor) -> Tensor:
+        """Whether the answers to each prompt differ in reward."""
+        return (group_advantages(scores.view(-1, self.settings.samples), "mean") != 0).any(1)
 
     def _prompts(self, number: int) -> list[Prompt]:
         """Prompts of a rollout."""
