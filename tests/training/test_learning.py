@@ -56,11 +56,12 @@ def test_every_objective_finds_its_optimum(name: str, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_sorting_is_learned_from_a_checker_and_not_from_a_coin(seed: int, tmp_path: Path) -> None:
-    found = benchmark("feedback").sorting(tmp_path, seed, 200, 100, ["grpo", "grpo control"])
-    start, after, control = (found[name] for name in ("fine-tuning", "grpo", "grpo control"))
+    control = ["grpo control"] if seed == SEEDS[0] else []
+    found = benchmark("feedback").sorting(tmp_path, seed, 200, 100, ["grpo", *control])
+    start, after = found["fine-tuning"], found["grpo"]
     assert 0.2 < start["pass@1"] < 0.95
     assert after["greedy"] > 0.95 and after["pass@1"] - start["pass@1"] > 0.02
-    assert control["pass@1"] < start["pass@1"]
+    assert all(found[name]["pass@1"] < start["pass@1"] for name in control)
 
 
 @pytest.mark.slow
