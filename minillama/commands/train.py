@@ -2,7 +2,6 @@
 
 CONFIG is the name of a file in configs/train or a path; it comes first, and is `tiny` unless given. Every field
 below can be set in the file, as field = value under [section], or on the command line; the defaults shown are tiny's.
-A model of another CONFIG that a CONFIG starts from is trained first where it is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any
 
 from minillama.config import RopeScaling
 from minillama.config.command_line import take_flag, take_option
-from minillama.config.loader import config_names, config_path, read_toml
 from minillama.data.sources import Source
 from minillama.errors import InputError
 from minillama.runs.config import RunConfig, load_run_config
@@ -32,8 +30,6 @@ class Args:
     resume: bool = False
     overwrite: bool = False
     verify: bool = True
-    then: tuple[str, ...] = ()
-    """Command line of the run that starts from the model of this one."""
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -65,26 +61,7 @@ def parse(argv: Sequence[str]) -> Args:
             run = next((path for path in saved.parent.absolute().parents[:2] if (path / "config.toml").is_file()), None)
             fix = f"resume its run: --out {run}" if run else f"train from it: --train.init_from {saved.parent}"
             raise InputError("this is the folder of a model, not of a run", where=saved.parent, fix=fix)
-    try:
-        return Args(load_run_config(given or "tiny", words, preset), out, resume, overwrite, verify)
-    except InputError as error:  # of a word that is not understood comes before
-        if error.where != "train.init_from" or not (maker := _maker(given, words)):
-            raise
-        return replace(parse([maker]), then=tuple(argv))
-
-
-def _maker(name: str | None, words: Sequence[str]) -> str | None:
-    """Configuration of the model that a named configuration starts from, where there is no such run yet.
-
-    One process alone makes it; of several, each would.
-    """
-    names = config_names("train")
-    if name not in names or "WORLD_SIZE" in os.environ or any(word.startswith("--train.init_from") for word in words):
-        return None
-    start = Path(read_toml(config_path("train", name))[0].get("train", {}).get("init_from", ""))
-    made = start.parent.name
-    is_missing = start == Path("runs", made, "model") and not os.path.lexists(start.parent)
-    return made if is_missing and made in names else None
+    return Args(load_run_config(given or "tiny", words, preset), out, resume, overwrite, verify)
 
 
 def _print_help() -> None:
@@ -131,15 +108,11 @@ SHA-256 of a checkpoint's files. --deterministic: as --train.deterministic true.
 
 
 def run(args: Args) -> int:
-    """Train, first what the run starts from; print the commands that may follow."""
+    """Train; print the commands that may follow."""
     from minillama.device import bound_kernel_caches, keep_freed_pages
 
     bound_kernel_caches()
     keep_freed_pages()
     from minillama.training.run import train  # loads torch
 
-    if args.then:
-        made = f"runs/{args.run.name}/model"
-        print(f"{args.then[0]} needs {made}, which is not there: training that first", flush=True)
-    status = train(args.run, args.out, args.resume, args.overwrite, args.verify)
-    return run(parse(args.then)) if args.then and not status else status
+    return train(args.run, args.out, args.resume, args.overwrite, args.verify)
