@@ -8,7 +8,7 @@
 
 bandit: a closed-form optimum for every objective and KL estimator, which the policy's exact probabilities are held
 against. sorting: five digits, fine-tuning and then GRPO and PPO by an exact checker, and random rewards as a control.
-addition: two-digit sums by GRPO from a model that gets some right, and by fine-tuning for the same seconds.
+addition: two-digit sums by GRPO and PPO from a model that gets some right, and by fine-tuning for the same seconds.
 stories: stories260K (llama2.c's checkpoint and tokenizer) learns to write happy words; a reward without a bound is
 hacked and raises the alarms, one with a bound works. Held-out questions throughout. speed: beside TRL.
 """
@@ -132,7 +132,7 @@ max_new_tokens = 0
 
 LEARN = {
     "grpo": {"name": "grpo", "baseline": "mean", "samples": "8"},
-    "ppo": {"name": "ppo", "critic": "shared", "kl": "none", "epochs": "1", "minibatches": "2"},
+    "ppo": {"name": "ppo", "critic": "shared", "kl": "none", "epochs": "1", "minibatches": "2", "temperature": "1.5"},
 }
 
 
@@ -323,7 +323,7 @@ def main() -> None:
     two = commands.add_parser("sorting")
     two.add_argument("--sft", type=int, default=150, help="steps of fine-tuning")
     two.add_argument("--steps", type=int, default=400)
-    two.add_argument("--oversample", type=int, default=1, help="of GRPO")
+    two.add_argument("--oversample", type=int, default=1, help="of GRPO; PPO has one answer to a prompt")
     two.add_argument("--objectives", nargs="+", default=["grpo", "ppo", "grpo control"])
     two.set_defaults(run=run_sorting)
     three = commands.add_parser("addition")

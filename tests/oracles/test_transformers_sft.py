@@ -130,10 +130,10 @@ def real(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Token
 def test_loss_and_gradients_of_real_weights_are_transformers(
     name: str, shared: Path, real: tuple[Tokenizer, Decoder, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    """32 records of Alpaca, 16 of others: ours in float64 and theirs are equal to 1e-5, in float32 to its rounding.
+    """32 records of Alpaca, 16 of others: ours in float64 and theirs are equal to 1e-5; of Alpaca's in float32 too.
 
-    That depends on the processor. Theirs in float32 are with a cross-entropy in float64 alone: torch's in float32
-    rounds more over 49,152 tokens than everything before it.
+    There gradients have the rounding of float32, which depends on the processor. Theirs are with a cross-entropy in
+    float64 alone: torch's in float32 rounds more over 49,152 tokens than everything before it.
     """
     tokenizer, model, other = real
     count = 32 if name == "alpaca_en_demo.json" else 16
