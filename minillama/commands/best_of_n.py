@@ -59,7 +59,7 @@ class BestOfN(ModelArgs):
 
         check(self)
         model, tokenizer = self.load()
-        longest = model.config.max_seq_len - self.max_new_tokens
+        longest = model.config.max_seq_len - self.max_new_tokens - 1  # a reward model reads the end token as well
         chat = ChatPrompts(tokenizer, self.template)
         data = Prompts.load([Source(self.source)], chat.template, tokenizer, longest, self.val_fraction)
         rewards = Rewards(read_rewards(self.rewards), tokenizer, data.end_id, model.device)

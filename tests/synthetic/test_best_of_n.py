@@ -21,6 +21,7 @@ from minillama.evaluate.rules import Reward, read_rewards
 from minillama.inference.chat import ChatPrompts
 from minillama.inference.generate import generate
 from minillama.model import Decoder
+from minillama.model.heads import with_score
 from minillama.synthetic.best_of_n import kl_bound, read_lines
 from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.template import load_template
@@ -107,6 +108,17 @@ def test_another_model_or_reward_model_does_not_go_on_with_the_file(
     status = weights.stat()
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     assert refused()
+
+
+def test_a_reward_model_of_the_same_context_reads_the_longest_prompt(folder: Path, tmp_path: Path) -> None:
+    """And its answer, with the end token behind it."""
+    scored = with_score(Decoder.from_pretrained(folder), torch.Generator().manual_seed(1))
+    scored.save_pretrained(tmp_path / "scored")
+    Tokenizer.load(folder).save(tmp_path / "scored")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": "a" * n}) + "\n" for n in range(40, 80)))  # until none has room
+    words = ("--source", str(asked), "--rewards", str(tmp_path / "scored"), "--limit", "0")
+    assert 5 < len(best(folder, tmp_path / "a.jsonl", 2, *words)) < 35
 
 
 def test_rewards_with_settings_come_from_a_file(folder: Path, tmp_path: Path) -> None:
