@@ -19,6 +19,7 @@ from minillama.model.heads import open_scores, with_score
 from minillama.runs.config import RunConfig, load_run_config
 from minillama.runs.feedback import GRPOConfig, PPOConfig
 from minillama.runs.sections import Stage
+from minillama.tokenizer import Tokenizer
 from minillama.tokenizer.template import load_template
 from minillama.tokenizer.train import byte_tokenizer, train_byte_bpe
 from minillama.training.run import train
@@ -139,6 +140,19 @@ def test_a_shared_critic_and_a_reward_model(tiny_config: Make, start: Path, tmp_
     run = json.loads((tmp_path / "two/checkpoints/step-4/run.json").read_text())
     assert set(run["companions"]) == {reward, "reference"}
     assert any("reward_value" in line for line in metrics(tmp_path / "two"))
+
+
+def test_a_reward_model_of_the_same_context_reads_every_prompt(tiny_config: Make, start: Path, tmp_path: Path) -> None:
+    """The longest, its answer, and the end token behind it."""
+    scored = with_score(Decoder.from_pretrained(start), torch.Generator().manual_seed(1))
+    scored.save_pretrained(tmp_path / "scored")
+    Tokenizer.load(start).save(tmp_path / "scored")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": "a" * n}) + "\n" for n in range(8, 40)))  # until none has room
+    changed = {"verified": str(tmp_path / "scored"), "sorting:2": str(asked)}
+    arguments = [changed.get(word, word) for word in words(start, *GRPO, "--train.steps", "2")]
+    context = ("--train.context", "32", "--train.batch_size", "4")
+    assert train(tiny_config(*arguments, *context), str(tmp_path / "run"), report=Quiet()) == 0
 
 
 @pytest.fixture
