@@ -49,7 +49,7 @@ class BestOfN(ModelArgs):
 
     def run(self) -> int:
         """Write."""
-        from minillama.data.prompts import Prompts
+        from minillama.data.prompts import Prompts, longest_prompt
         from minillama.evaluate.rewards import Rewards, check_context
         from minillama.evaluate.rules import read_rewards
         from minillama.inference.chat import ChatPrompts
@@ -59,7 +59,7 @@ class BestOfN(ModelArgs):
 
         check(self)
         model, tokenizer = self.load()
-        longest = model.config.max_seq_len - self.max_new_tokens - 1  # a reward model reads the end token as well
+        longest = longest_prompt(model.config.max_seq_len, self.max_new_tokens)
         chat = ChatPrompts(tokenizer, self.template)
         data = Prompts.load([Source(self.source)], chat.template, tokenizer, longest, self.val_fraction)
         rewards = Rewards(read_rewards(self.rewards), tokenizer, data.end_id, model.device)

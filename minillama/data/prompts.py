@@ -21,6 +21,14 @@ from minillama.tokenizer.template import Template
 _OPEN = "?"  # stands where a record has no answer
 
 
+def longest_prompt(context: int, max_new_tokens: int) -> int:
+    """Tokens of the longest prompt behind which an answer fits, and the end token of one that was cut off.
+
+    Reward models read that token as well.
+    """
+    return context - max_new_tokens - 1
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Prompt of a conversation's last answer.

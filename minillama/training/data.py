@@ -13,7 +13,7 @@ from minillama.data.examples import is_held_out
 from minillama.data.instructions import Example, Instructions
 from minillama.data.preference_set import Preferences
 from minillama.data.prepare import prepare
-from minillama.data.prompts import Prompts
+from minillama.data.prompts import Prompts, longest_prompt
 from minillama.data.reading import Record
 from minillama.data.records import Records
 from minillama.data.skipped import Skipped
@@ -125,13 +125,10 @@ def _load_preferences(
 def _load_prompts(
     config: RunConfig, settings: FeedbackConfig, tokenizer: Tokenizer | TokenizerTrainer, report: Report
 ) -> tuple[Prompts, Tokenizer]:
-    """Prompts, rendered by the template, of such a length that an answer and an end token fit behind them.
-
-    Reward models read that token behind an answer that was cut off, too.
-    """
+    """Prompts, rendered by the template, of such a length that an answer fits behind them."""
     began, data = time.perf_counter(), config.data
     tokenizer, template = _rendering(config, tokenizer, "prompts")
-    longest = config.context - settings.max_new_tokens - 1
+    longest = longest_prompt(config.context, settings.max_new_tokens)
     found = Prompts.load(data.sources, template, tokenizer, longest, data.val_fraction, data.format, data.on_error)
     size = f"{len(found.train):,} prompts, {len(found.val):,} held out; template {template.name}"
     _say_size(found, f"{size} ({time.perf_counter() - began:.1f} s)", config, report)
